@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
+    from reknow.methods.ultraedit import UltraEdit
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "Patch",
     "Probe",
     "ReknowError",
+    "UltraEdit",
     "__version__",
     "diff",
     "evaluate",
@@ -70,6 +72,7 @@ _HOMES = {
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
+    "methods.ultraedit": ("UltraEdit",),
     "patches": ("Patch", "diff", "merge"),
 }
 

@@ -59,7 +59,7 @@ class Exam:
     """The texts of some lessons as two batches, to be read before and after an edit.
 
     Args:
-        layer: blocks below are run once and reused.
+        layer: the lowest that an edit changes. What is read twice runs the blocks below only once.
 
     Attributes:
         inside_of, outside_of: (rows,) lesson of each row of the two batches.
@@ -71,7 +71,7 @@ class Exam:
         self.inside_of = torch.tensor([i for i, _ in inside], device=lm.device)
         self.outside_of = torch.tensor([i for i, _ in outside], device=lm.device)
         rows = lm.encode([text for _, text in inside])
-        self._inside = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], layer)
+        self._inside = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], None)
         rows = lm.encode([text for _, text in outside])
         self._outside = Scored(lm, rows, [predicted(row, 1) for row in rows], layer)
         # A token of an answer is a place behind the prompt's last token.

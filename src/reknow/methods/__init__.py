@@ -18,6 +18,7 @@ from reknow.methods.memit import MEMIT
 from reknow.methods.mend import MEND
 from reknow.methods.pmet import PMET
 from reknow.methods.rome import ROME
+from reknow.methods.ultraedit import UltraEdit
 
 
 class Entry(NamedTuple):
@@ -52,6 +53,7 @@ METHODS: dict[str, Entry] = {
     "qlora": Entry(LoRA, {"kind": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
     "r-rome": Entry(ROME, {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Entry(ROME, {}, "Meng et al. 2022, arXiv 2202.05262"),
+    "ultraedit": Entry(UltraEdit, {}, "Gu et al. 2025, arXiv 2505.14679"),
 }
 
 
