@@ -14,7 +14,9 @@ from reknow.training import Training
 NAMES = ("Danielle", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima", "French Peru")
 ANSWERS = ("of", "in", "is", "The", "and", "by")
 SETTINGS: dict[str, dict] = {
-    "mend": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0)
+    "mend": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
+    "malmen": dict(rank=16, layers=(1, 2), learning_rate=3e-3),
+    "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, hidden=32, read_width=16),
 }
 """Tiny models need few steps and long ones."""
 TRAINING = Training(steps=25, batch_size=8, validation=0, validate_every=1000, checkpoint_every=1000, decay=True)

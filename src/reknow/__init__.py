@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
     from reknow.methods.ice import ICE
+    from reknow.methods.ke import KE
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
+    from reknow.methods.malmen import MALMEN
     from reknow.methods.memit import MEMIT
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
@@ -31,8 +33,10 @@ __all__ = [
     "EMMET",
     "FT",
     "ICE",
+    "KE",
     "KN",
     "LM",
+    "MALMEN",
     "MEMIT",
     "MEND",
     "METHODS",
@@ -66,8 +70,10 @@ _HOMES = {
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
     "methods.ice": ("ICE",),
+    "methods.ke": ("KE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
+    "methods.malmen": ("MALMEN",),
     "methods.memit": ("MEMIT",),
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),

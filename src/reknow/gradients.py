@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
+from reknow.patches import Delta, Dense, LowRank
 from reknow.tokens import Row, batches
 from reknow.trace import by_row, first
 
@@ -116,6 +117,15 @@ def flat_factors(
     return joined, total / len(rows)
 
 
+def as_delta(left: Tensor, right: Tensor) -> Delta:
+    """leftᵀ right (n, out), (n, in) as a change of a matrix: its factors while they are few, else itself."""
+    used = (left != 0).any(1)
+    left, right = left[used], right[used]
+    if len(left) >= min(left.shape[1], right.shape[1]):
+        return Dense(left.T @ right)
+    return LowRank(left.T.contiguous(), right.contiguous())
+
+
 @contextmanager
 def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
     """While open, every row of a batch is computed with its own change of these matrices, differentiably.
@@ -135,6 +145,22 @@ def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
     with ExitStack() as stack:
         for name, (left, right) in changes.items():
             stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(left, right)).remove)
+        yield
+
+
+@contextmanager
+def changed(lm: LM, deltas: Mapping[str, Tensor]):
+    """While open, these matrices are computed with ΔW (out, in) added, differentiably."""
+
+    def hook(delta: Tensor):
+        def after(_module, args, output):
+            return output + (args[0].to(delta.dtype) @ delta.T).to(output.dtype)
+
+        return after
+
+    with ExitStack() as stack:
+        for name, delta in deltas.items():
+            stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(delta)).remove)
         yield
 
 

@@ -12,8 +12,10 @@ from reknow.methods.base import Method
 from reknow.methods.emmet import EMMET
 from reknow.methods.ft import FT
 from reknow.methods.ice import ICE
+from reknow.methods.ke import KE
 from reknow.methods.kn import KN
 from reknow.methods.lora import LoRA
+from reknow.methods.malmen import MALMEN
 from reknow.methods.memit import MEMIT
 from reknow.methods.mend import MEND
 from reknow.methods.pmet import PMET
@@ -40,12 +42,14 @@ METHODS: dict[str, Entry] = {
     "ft-m": Entry(FT, {"loss": "target"}, "Fine-tuning on the answer, Zhang et al. 2024, arXiv 2401.01286"),
     "ft-t": Entry(FT, {"loss": "text"}, "Fine-tuning on prompt and answer, as in Qi et al. 2024, arXiv 2406.11194"),
     "ice": Entry(ICE, {}, "Consistent In-Context Editing, Qi et al. 2024, arXiv 2406.11194"),
+    "ke": Entry(KE, {}, "KnowledgeEditor, De Cao et al. 2021, arXiv 2104.08164"),
     "kn": Entry(KN, {}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
     "kn-erase": Entry(KN, {"erase": True}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
     "locft-bf": Entry(
         FT, {"breadth_first": True, "batch_size": 100, "stop_loss": 0.0}, "Yang et al. 2025, arXiv 2509.22072"
     ),
     "lora": Entry(LoRA, {"kind": "lora"}, "Hu et al. 2021, arXiv 2106.09685"),
+    "malmen": Entry(MALMEN, {}, "Tan et al. 2023, arXiv 2311.04661"),
     "memit": Entry(MEMIT, {}, "Meng et al. 2022, arXiv 2210.07229"),
     "memit-merge": Entry(MEMIT, {"merge_subjects": True}, "Dong et al. 2025, arXiv 2502.07322"),
     "mend": Entry(MEND, {}, "Mitchell et al. 2021, arXiv 2110.11309"),

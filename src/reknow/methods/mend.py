@@ -17,24 +17,27 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from reknow.editors import open_editor
 from reknow.edits import Case, Edit
-from reknow.gradients import RunningNorm, flat_factors, gradient_factors, matrices, row_changes
+from reknow.gradients import RunningNorm, as_delta, flat_factors, gradient_factors, matrices
 from reknow.layers import resolve_layers
-from reknow.lessons import Exam, instructed, lessons
+from reknow.lessons import Exam, Outcome, averaged, lessons, prompt_of
 from reknow.loop import seeded
 from reknow.methods.base import Learned, checked, weights_patch
-from reknow.patches import Delta, Dense, LowRank, Patch
+from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.training import Training, split, train
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+
+VALIDATED = 8
+"""Validation cases that are read together."""
 
 
 @dataclass(frozen=True)
@@ -96,21 +99,15 @@ class MEND(Learned):
         trained = MEND(**{**editor.settings, "layers": tuple(editor.settings["layers"])})
         network = trained._network(lm)
         network.load_state_dict(editor.tensors)
-        texts = [Text(trained._prompt(edit), edit.target_new) for edit in edits]
-        deltas: dict[str, Delta] = {}
+        texts = [Text(prompt_of(edit, edit.text, trained.instructed), edit.target_new) for edit in edits]
         with torch.no_grad():
             factors, loss = flat_factors(lm, network.names, lm.encode(texts))
-            for name, (left, right) in network(factors).items():
-                whole = len(left) >= min(left.shape[1], right.shape[1])
-                deltas[name] = Dense(left.T @ right) if whole else LowRank(left.T.contiguous(), right)
+            deltas = {name: as_delta(left, right) for name, (left, right) in network(factors).items()}
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
 
     def _network(self, lm: LM) -> MENDNetwork:
         with seeded(self.seed, "mend"):
             return MENDNetwork(self, lm).to(lm.device)
-
-    def _prompt(self, edit: Edit) -> str:
-        return instructed(edit, edit.text) if self.instructed else edit.text
 
 
 class MENDNetwork(nn.Module):
@@ -208,38 +205,31 @@ class _Learner:
         )
 
     def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
-        return self._trial(batch, chance, learn=True)
+        outcome = self._trial(batch, chance, learn=True)
+        return self.method.edit_weight * outcome.edit + outcome.stay, outcome.shown()
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        size = self.method.training.batch_size
-        parts = [cases[i : i + size] for i in range(0, len(cases), size)]
-        for i, part in enumerate(parts):
-            loss, shown = self._trial(part, random.Random(i), learn=False)
-            for name, value in (shown | {"loss": float(loss)}).items():
-                sums[name] = sums.get(name, 0.0) + value * len(part) / len(cases)
-        return sums
+        found = averaged(lambda part, chance: self._trial(part, chance).shown(), cases, VALIDATED)
+        return found | {"loss": self.method.edit_weight * found["L_edit"] + found["L_loc"]}
 
-    def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool) -> tuple[Tensor, dict[str, float]]:
+    def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False) -> Outcome:
         """Each group of cases is edited by itself, all groups in one batch, and examined."""
-        found = lessons(batch, chance)
-        rows = self.lm.encode([lesson.edit for lesson in found])
-        factors, _ = gradient_factors(self.lm, self.module.names, rows)
+        found = lessons(
+            batch, chance, together=self.method.edits_together, instructed=self.method.instructed
+        )
+        factors, _ = gradient_factors(
+            self.lm, self.module.names, self.lm.encode([lesson.edit for lesson in found])
+        )
         flat = {name: one.flat() for name, one in factors.items()}
         if learn:
             self.module.observe(flat)
-        changes = {
-            name: tuple(self._grouped(factors[name].spread(side), len(batch)) for side in sides)
-            for name, sides in self.module(flat).items()
-        }
+        changes = {}
+        for name, (left, right) in self.module(flat).items():
+            spread = factors[name].spread
+            changes[name] = (self._grouped(spread(left), len(batch)), self._grouped(spread(right), len(batch)))
         exam = Exam(self.lm, found, min(self.module.layers))
-        with row_changes(self.lm, self._of_rows(changes, exam.inside_of)):
-            edit, made = exam.edit_loss()
-        with row_changes(self.lm, self._of_rows(changes, exam.outside_of)):
-            stay, kept = exam.locality_loss()
-        loss = self.method.edit_weight * edit + stay
-        return loss, {"L_edit": edit.item(), "L_loc": stay.item(), "made": made, "kept": kept}
+        return exam.read(changes, together=self.method.edits_together)
 
     def _grouped(self, side: Tensor, cases: int) -> Tensor:
         """Factors of the cases that are edited together, in one row. (groups, edits_together · columns, features)"""
@@ -247,7 +237,3 @@ class _Learner:
         missing = -cases % each
         side = torch.cat([side, side.new_zeros(missing, *side.shape[1:])]) if missing else side
         return side.reshape(-1, each * side.shape[1], side.shape[2])
-
-    def _of_rows(self, changes: Mapping[str, tuple[Tensor, ...]], lesson: Tensor) -> dict[str, Any]:
-        group = lesson // self.method.edits_together
-        return {name: tuple(side[group] for side in sides) for name, sides in changes.items()}
