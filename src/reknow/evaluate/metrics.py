@@ -28,7 +28,7 @@ PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
-_SUCCESS = ("reliability", "generalization", "portability", "ES@", "PS@", "sentiment@")
+_SUCCESS = ("reliability", "generalization", "portability", "instructed", "ES@", "PS@", "sentiment@")
 _WORD_BREAKS = re.compile(r"[-/‐-―]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”«»…")
 _ARTICLES = frozenset(("a", "an", "the"))

@@ -20,7 +20,7 @@ RESAMPLES = 1000
 UNEDITED = ("unedited", "before")
 """Method and stage under which the unedited model stands."""
 
-KINDS = ("reliability", "generalization", "locality", "portability")
+KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
     ("teacher_forced_tokens", "Teacher-forced, share of the answer's tokens right, %", KINDS),
