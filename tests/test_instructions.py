@@ -76,7 +76,7 @@ def test_the_task_of_an_edit():
         assert family_of(Edit("a", target_new="b", task=task), families) is FAMILY
     with pytest.raises(InputError, match="has none: set task to one of recent"):
         family_of(Edit("a", target_new="b"), families)
-    with pytest.raises(InputError, match="Did you mean .recent."):
+    with pytest.raises(InputError, match=r"Did you mean .recent."):
         family_of(Edit("a", target_new="b", task="resent"), families)
 
 

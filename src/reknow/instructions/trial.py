@@ -45,8 +45,8 @@ class Trial:
 
 
 def few_probes(case: Case) -> Case:
-    """The case with the first probes of each kind and name, none for fluency; of ConvSent, whose texts count together,
-    all."""
+    """The case with the first probes of each kind and name, none for fluency; of ConvSent, whose texts count
+    together, all."""
     kept: dict[tuple[str, str], list[Probe]] = {}
     for probe in case.probes:
         kept.setdefault((probe.kind, probe.name), []).append(probe)
