@@ -29,15 +29,18 @@ IMPOSSIBLE = 690.0
 """Nats recorded for a likelihood that is NaN or less than e^-690: both ways its exponential is still a number."""
 
 
-def read(lm: LM, cases: Sequence[Case], *, fluency: bool = True, seed: int = 0) -> list[list[Reading]]:
+def read(
+    lm: LM, cases: Sequence[Case], *, fluency: bool = True, generate: bool = True, seed: int = 0
+) -> list[list[Reading]]:
     """What the model, as it is now, answers to all questions of each case, in their order.
 
-    With `fluency` off the probes of that kind get no text. `seed` is for their sampling alone.
+    With `fluency` off the probes of that kind get no text, with `generate` off the others do not. `seed` is for the
+    sampling alone.
     """
     asked = [(case.edit, probe) for case in cases for probe in case.questions]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
-    answers = iter(_answered(lm, questions))
+    answers = iter(_answered(lm, questions, generate))
     texts = iter(_sampled(lm, prompts, seed) if fluency else [None] * len(prompts))
     readings = (
         Reading(probe.kind, probe.name, probe.prompt, probe.answers, text=next(texts))
@@ -87,13 +90,14 @@ def perplexity(lm: LM, texts: Sequence[str]) -> float:
     return math.exp(_finite(math.log(lm.perplexity(texts))))
 
 
-def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]]) -> list[Reading]:
+def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -> list[Reading]:
     pairs = [(probe.prompt, answer) for edit, probe in questions for answer in _scored(edit, probe)]
     scores = iter(lm.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs]) if pairs else [])
-    texts = iter(_greedy(lm, [probe for _, probe in questions if probe.kind != "sentiment"]))
+    written = [generate and probe.kind != "sentiment" for _, probe in questions]  # of a given text nothing is asked
+    texts = iter(_greedy(lm, [probe for (_, probe), wanted in zip(questions, written, strict=True) if wanted]))
     readings = []
-    for edit, probe in questions:
-        text = None if probe.kind == "sentiment" else next(texts)  # of a given text only the likelihood counts
+    for (edit, probe), wanted in zip(questions, written, strict=True):
+        text = next(texts) if wanted else None
         own, *both = [next(scores) for _ in _scored(edit, probe)]
         nll_new, nll_true = (_finite(score.nll) for score in both) if both else (None, None)
         read = (own.hits, own.top, _finite(own.nll), nll_new, nll_true, text)

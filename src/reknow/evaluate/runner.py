@@ -54,6 +54,8 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     fluency: bool = True
     """Sample text for fluency, where the cases have prompts for it (not right after each sequential edit)."""
+    generate: bool = True
+    """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
     """Texts whose perplexity is taken together with fluency."""
 
@@ -80,6 +82,7 @@ def evaluate(
     checkpoints: Sequence[int] = (),
     seed: int = 0,
     fluency: bool = True,
+    generate: bool = True,
     held_out: Sequence[str] = (),
     progress: bool = False,
 ) -> Results:
@@ -87,7 +90,7 @@ def evaluate(
 
     The model is the same afterwards. See `Plan` for the options, and `bench` for a run that can be resumed.
     """
-    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, tuple(held_out))
+    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, generate, tuple(held_out))
     methods = {method.name: method}
     run = _Run(lm, _named(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     run.all(methods, progress)
@@ -208,7 +211,8 @@ class _Run:
 
     def read(self, names: list[str], *, fluency: bool, seed: int = 0) -> tuple[list[list[dict]], float | None]:
         """Readings of the cases as JSON, and the perplexity of the held-out texts where fluency is asked too."""
-        readings = read(self.lm, [self.cases[name] for name in names], fluency=fluency, seed=seed)
+        cases = [self.cases[name] for name in names]
+        readings = read(self.lm, cases, fluency=fluency, generate=self.plan.generate, seed=seed)
         if self.lm.patches != self.unedited:
             readings = with_divergence(self.lm, readings, self.unedited)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):
