@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, say, say_table
 from reknow.errors import InputError
 
-FULL = {"steps": 600, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
+GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
+FULL: dict[str, Any] = {"steps": 600, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
 
 
 def study(
@@ -26,9 +27,7 @@ def study(
         str, typer.Option("--baselines", help="Methods to read beside the editors, with commas between.")
     ] = "",
     full: Annotated[bool, typer.Option("--full", help="Ten times as many updates, three seeds.")] = False,
-    out: Annotated[Path, typer.Option("--out", help="The folder; studies share its editors.")] = Path(
-        "runs/instructedit"
-    ),
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; studies share its editors.")] = None,
     dtype: Dtype = None,
     device: Device = None,
 ) -> None:
@@ -40,10 +39,8 @@ def study(
     from reknow.instructions.studies import STUDIES, Size, run_study
 
     if name is None:
-        rows = [[key, each.question] for key, each in STUDIES.items()]
-        return say_table(
-            ["study", "question"], [*rows, ["gradients", "Do the tasks' edit gradients lie apart? t-SNE."]]
-        )
+        rows = [*([key, each.question] for key, each in STUDIES.items()), ["gradients", GRADIENTS]]
+        return say_table(["study", "question"], rows)
     try:
         numbers = None if seeds is None else tuple(int(part) for part in seeds.split(","))
     except ValueError:
@@ -51,8 +48,8 @@ def study(
     given = {"steps": steps, "test": test, "seeds": numbers, "baselines": tuple(filter(None, baselines.split(",")))}
     size = Size(**{**(FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
     lm = open_lm(model, dtype, device)
-    run = gradient_study if name == "gradients" else None
+    out = out or Path("runs") / "instructedit"
     chosen = None if families is None else str(families)
-    if run is not None:
-        return say(*run(lm, out, size, families=chosen, say=say))
+    if name == "gradients":
+        return say(*gradient_study(lm, out, size, families=chosen, say=say))
     say(run_study(lm, name, out, size, families=chosen, say=say), f"wrote {out / name}.md, .csv and .json")

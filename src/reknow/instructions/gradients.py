@@ -1,4 +1,4 @@
-"""Where the tasks lie in the space of edit gradients: t-SNE and principal components, as the article's Figure 4 a–d."""
+"""Where the tasks lie in the space of edit gradients: t-SNE and principal components (the article's Figure 4)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reknow.errors import MissingExtra
 from reknow.evaluate.rows import write_json
 from reknow.gradients import gradient_factors
 from reknow.instructions.families import load_families
-from reknow.instructions.studies import INSTRUCT, MULTI, TASKS, Size, editor_of, test_cases
+from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, test_cases
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
 from reknow.tokens import Text
@@ -27,7 +27,7 @@ CASES = 40
 def gradient_study(
     lm: LM,
     out: str | Path,
-    size: Size = Size(),
+    size: Size = SMALL,
     *,
     families: str | None = None,
     say: Callable[[str], object] = lambda text: None,
@@ -74,7 +74,8 @@ def gradient_study(
 
 @torch.no_grad()
 def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.ndarray:
-    """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens that
+    """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens
+    that
     predict the answer and scaled to length 1 (the article's L2-scaling). (cases, in)"""
     editor = open_editor(method, lm)
     trained = InstructEdit(**{**editor.settings, "layers": tuple(editor.settings["layers"])})

@@ -104,7 +104,7 @@ STUDIES: dict[str, Study] = {
 class Size:
     """How much is computed."""
 
-    steps: int = 60
+    steps: int = 50
     """Updates for each task that an editor learns."""
     batch_size: int = 6
     rank: int = 64
@@ -116,11 +116,14 @@ class Size:
     """Names of methods that need no training."""
 
 
+SMALL = Size()
+
+
 def run_study(
     lm: LM,
     name: str,
     out: str | Path,
-    size: Size = Size(),
+    size: Size = SMALL,
     *,
     families: str | None = None,
     say: Callable[[str], object] = lambda text: None,
