@@ -92,7 +92,8 @@ def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
     names = ("rome", "ft-m") if quick else ("rome", "r-rome", "ft-l", "ft-m")
     chosen = {name: _method(name) for name in names}
     plan = Plan(fluency=not quick)
-    results = bench(lm, cases[:FLUENT] + quiet, chosen, out, dataset="counterfact, known facts", plan=plan, progress=True)
+    cases = cases[:FLUENT] + quiet
+    results = bench(lm, cases, chosen, out, dataset="counterfact, known facts", plan=plan, progress=True)
     for table in results.tables():
         if table.protocol in SHOWN:
             header, *rows = table.lines()
