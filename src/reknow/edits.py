@@ -63,6 +63,11 @@ class Edit:
         """The prompt with the subject filled in."""
         return self.fill(self.prompt)
 
+    @property
+    def statement(self) -> str:
+        """The edit as a sentence: what to put in front of a question so that a model knows it."""
+        return f"{self.text.strip()} {self.target_new.strip().rstrip('.')}."
+
     def fill(self, template: str) -> str:
         """`template` with the subject in place of `{}`."""
         return template if self.subject is None else template.replace("{}", self.subject)
