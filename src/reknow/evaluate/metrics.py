@@ -31,11 +31,8 @@ PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
-_SUCCESS = ("reliability", "generalization", "portability", "ES@", "PS@", "sentiment@") + (
-    "token_f1",
-    "rouge_l",
-    "reworded_",
-)
+_ASKED = ("reliability", "generalization", "portability", "instructed")
+_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "reworded_")
 LONG_ANSWER = 10
 """Words from which on an answer is also compared word by word."""
 

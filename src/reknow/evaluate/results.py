@@ -24,7 +24,7 @@ IN_CONTEXT = "in_context"
 """Stage at which the edit stands in front of every question; also read of the unedited model."""
 COSTS = ("seconds", "peak_memory_mb", "steps", "loss", "repetitions")
 
-KINDS = ("reliability", "generalization", "locality", "portability")
+KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
 OVERLAPS = ("token_f1", "rouge_l", "reworded_token_f1", "reworded_rouge_l")
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
