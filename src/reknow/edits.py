@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 from reknow.errors import InputError
 
-Kind = Literal["reliability", "generalization", "locality", "portability", "fluency"]
-"""What a probe asks about: the request itself, a rewording, other facts, consequences, free text."""
+Kind = Literal["reliability", "generalization", "locality", "portability", "fluency", "sentiment"]
+"""What a probe asks about: the request itself, a rewording, other facts, consequences, free text, a topic's fame."""
 
 
 @dataclass(frozen=True)

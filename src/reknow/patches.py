@@ -205,11 +205,21 @@ class Patch:
             if delta.rank <= rank:
                 deltas[name] = delta
                 continue
-            u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
-            root = s[:rank].sqrt()
-            deltas[name] = LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float())
-            worst = max(worst, float(s[rank:].norm() / s.norm().clamp(min=1e-300)))
+            deltas[name], lost = factored(delta, rank)
+            worst = max(worst, lost)
         return replace(self, deltas=deltas), worst
+
+
+def factored(delta: Delta, limit: int) -> tuple[LowRank, float]:
+    """The change as factors of rank `limit` at most, and the share of its Frobenius norm that is lost."""
+    if isinstance(delta, LowRank) and delta.rank <= limit:
+        return LowRank(delta.left.float(), delta.right.float()), 0.0
+    u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
+    # What float32 cannot tell from zero is no rank.
+    rank = min(limit, int((s > s[0] * 1e-7).sum().clamp(min=1)))
+    root = s[:rank].sqrt()
+    lost = float(s[rank:].norm() / s.norm().clamp(min=1e-300))
+    return LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), lost
 
 
 def _deltas(tensors: dict[str, Tensor]) -> dict[str, Delta]:

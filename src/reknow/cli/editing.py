@@ -64,12 +64,12 @@ def edit(
     """
     edits = _edits(prompt, target, subject, true, file)
     out = out or Path(_slug(edits) + ".patch")
-    if not plan:
-        refuse_existing(out, force)
     from reknow.cli.settings import chosen_method
     from reknow.cost import estimate
 
     chosen = chosen_method(method, settings, layer=layer)
+    if not plan:
+        refuse_existing(out, force)
     lm = open_lm(model, dtype, device, chat)
     if plan:
         cost = estimate(lm, asdict(chosen), edits)  # type: ignore[arg-type]

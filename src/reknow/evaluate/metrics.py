@@ -8,6 +8,7 @@ how the answer was read, because the same edit scores very differently under eac
 * `teacher_forced_exact`: 1 if all of them are (MEND, SERAC, MEMIT's `*_correct`);
 * `generated`: 1 if the greedy continuation of the bare prompt begins with an accepted answer;
 * `contrast`: the new answer is more (on neighbours: less) likely than the old one (CounterFact);
+* `likelihood`, `divergence`: how likely texts of a sentiment are, and how far the model moved (ConvSent);
 * `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself.
 """
 
@@ -21,12 +22,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from reknow.errors import InputError
+from reknow.evaluate.convsent import sentiment_metrics
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
-_SUCCESS = ("reliability", "generalization", "portability", "ES@", "PS@")
+_SUCCESS = ("reliability", "generalization", "portability", "ES@", "PS@", "sentiment@")
 _WORD_BREAKS = re.compile(r"[-/‐-―]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”«»…")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -60,6 +62,8 @@ class Reading:
     """The same for its `target_true`."""
     text: str | None = None
     """Greedy continuation of the prompt; for fluency a sampled one, or None where none was asked for."""
+    divergence: float | None = None
+    """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
 
     def to_json(self) -> dict:
         """Plain JSON types; `from_json` gives the reading back."""
@@ -200,6 +204,7 @@ def case_metrics(
         for key, found in values.items()
         if ":" not in key or len(names[key.partition(":")[0]]) > 1
     }
+    means |= sentiment_metrics(after, before)
     logs = [now.nll for now in after if now.kind == "fluency" and now.nll is not None]
     if logs:
         means["perplexity@sampled"] = math.exp(sum(logs) / len(logs))
@@ -209,6 +214,8 @@ def case_metrics(
 def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.kind == "fluency":
         return {} if now.text is None else {"fluency@sampled": ngram_entropy(now.prompt + now.text)}
+    if now.kind == "sentiment":  # its texts only count together
+        return {}
     found = {}
     scores = _scores(now.hits, generated(now.text or "", now.answers))
     if now.kind == "locality":

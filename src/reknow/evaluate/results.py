@@ -27,12 +27,18 @@ TABLES = (
     ("generated", "Free generation begins with the answer, %", KINDS),
     ("contrast", "CounterFact, new answer against true one, %", ("ES", "PS", "NS", "S")),
     ("contrast", "CounterFact, difference of the probabilities, %", ("EM", "PM", "NM")),
+    (
+        "likelihood",
+        "ConvSent, texts of the wanted sentiment against others, %",
+        ("sentiment", "z_sentiment", "z_topic"),
+    ),
+    ("divergence", "ConvSent, change on another topic, nats", ("drawdown",)),
     ("sampled", "Sampled text", ("fluency", "perplexity")),
     ("held_out", "Given text", ("perplexity",)),
     ("edit", "Cost of an edit", ("seconds", "peak_memory_mb", "failed")),
 )
 """Protocol, title and columns of the tables."""
-PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast")
+PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood")
 
 
 class Cell(NamedTuple):
@@ -58,6 +64,8 @@ class Cell(NamedTuple):
         return f"[{', '.join(bounds)}]" if bounds else ""
 
     def _shown(self, value: float) -> str:
+        if self.protocol == "divergence":
+            return f"{value:.4f}"
         percent = self.protocol in PERCENT
         value = value * 100 if percent else value
         return f"{value:.{1 if percent or value >= 100 else 2}f}"

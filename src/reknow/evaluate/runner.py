@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
-from reknow.evaluate.reading import perplexity, read, with_perplexity
+from reknow.evaluate.reading import perplexity, read, with_divergence, with_perplexity
 from reknow.evaluate.results import Results
 from reknow.evaluate.rows import (
     BEFORE_FILE,
@@ -206,6 +206,8 @@ class _Run:
     def read(self, names: list[str], *, fluency: bool, seed: int = 0) -> tuple[list[list[dict]], float | None]:
         """Readings of the cases as JSON, and the perplexity of the held-out texts where fluency is asked too."""
         readings = read(self.lm, [self.cases[name] for name in names], fluency=fluency, seed=seed)
+        if self.lm.patches != self.unedited:
+            readings = with_divergence(self.lm, readings, self.unedited)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):
             with self.lm.stacked(self.unedited):
                 readings = with_perplexity(self.lm, readings)
