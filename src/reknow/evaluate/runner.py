@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import reknow
 from reknow.descent import watched
+from reknow.editors import refuse_seen
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
 from reknow.evaluate.reading import perplexity, read, with_divergence, with_perplexity
@@ -149,6 +150,8 @@ class _Run:
         self.tell: Callable[[str], object] = lambda text: None
 
     def all(self, methods: Mapping[str, Any], progress: bool) -> None:
+        for method in methods.values():
+            refuse_seen(method, self.lm, list(self.cases.values()))
         stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1 + self.plan.in_context
         steps = len(self.cases) * (1 + self.plan.in_context + len(methods) * len(self.plan.seeds) * stages)
         with _bar(progress, steps, len(self.before) + len(self.rows)) as (self.advance, self.tell):
