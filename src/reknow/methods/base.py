@@ -80,6 +80,8 @@ class SearchSettings(Method):
     """First words of those texts."""
     covariance_tokens: int = 100_000
     """Tokens of general text for C."""
+    covariance_text: str | None = None
+    """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
     seed: int = 0
     """Of the sampled contexts."""
 
@@ -95,7 +97,7 @@ class SearchSettings(Method):
 
     def covariance(self, lm: LM, layer: int) -> Tensor:
         """C of the layer's keys. (in, in), float64"""
-        return covariance(lm, layer, tokens=self.covariance_tokens)
+        return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
 
 
 class Learned(Method):
