@@ -83,7 +83,7 @@ def test_a_replay_is_the_full_pass(built, name, where):
         plain = values[matrix].view(3, -1, suffix.value.shape[1])[:, column] - start
         module = lm.model.get_submodule(matrix)
         assert torch.allclose(suffix.value, module(suffix.key), atol=1e-5), "not what the block made of it in place"
-        assert torch.allclose(suffix.value, plain, atol=1e-5)
+        assert torch.allclose(suffix.value, plain, atol=1e-4)  # rounded when the addition went on and off
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "bloom"])
