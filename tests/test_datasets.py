@@ -128,9 +128,10 @@ def test_knowedit_zsre():
         ("locality", "Relation_Specificity"),
         ("locality", "Relation_Specificity"),
         ("portability", "Reasoning"),
+        ("fluency", "request"),
     ]
-    assert case.probes[-1].prompt == "What is the common name for the family Epaspidoceras belongs to?"
-    assert case.probes[-1].answers == ("Owlet moths",)
+    assert case.probes[-2].prompt == "What is the common name for the family Epaspidoceras belongs to?"
+    assert case.probes[-2].answers == ("Owlet moths",)
 
 
 def test_wiki_recent_flattens_alias_lists():
@@ -293,7 +294,7 @@ def test_what_publishers_left_blank_is_left_out(tmp_path):
     record = {"prompt": "Who is X?", "subject": "X", "target_new": ["Y", "Why"], "locality": {"Kind": items}}
     (case,) = load_cases("wiki_recent", path=write(tmp_path, "k.json", [record]))
     assert case.edit.target_new == "Y"
-    assert case.probes == (Probe("Q", ("a", "b"), "locality", "Kind"),)
+    assert case.probes[:-1] == (Probe("Q", ("a", "b"), "locality", "Kind"),)
 
 
 def test_a_blank_knowedit_target_is_refused(tmp_path):
