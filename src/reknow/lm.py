@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -19,24 +18,11 @@ from reknow.generation import continuations
 from reknow.loading import as_dtype, check_tokenizer, load, place
 from reknow.memory import Memories, Reading
 from reknow.patches import Patch
+from reknow.scoring import Score, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
 from reknow.tokens import Batch, Row, Text, batches, encode, pad
 from reknow.trace import by_row, recorded
 from reknow.weights import Weights
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a model reads an answer behind a prompt, teacher-forced."""
-
-    nll: float
-    """Mean negative log-likelihood of the answer's tokens, in nats."""
-    hits: tuple[bool, ...]
-    """Per token of the answer: is it the likeliest one, given the tokens before it?"""
-    top: tuple[int, ...]
-    """The likeliest token at each of these places."""
-    rank: int
-    """Place of the answer's first token among all tokens; 1 is what the model says."""
 
 
 class LM:
@@ -224,32 +210,9 @@ class LM:
 
         def answer(who, which: list[int], texts: list[str]) -> list[Score]:
             wanted = [targets[i] for i in which]
-            return self._score(texts, wanted) if who is None else who.score(texts, wanted)
+            return scores(self, texts, wanted) if who is None else who.score(texts, wanted)
 
         return self._memories.answered(prompts, answer)
-
-    def _score(self, prompts: list[str], targets: list[str]) -> list[Score]:
-        rows = self.encode([Text(p, t) for p, t in zip(prompts, targets, strict=True)])
-        for row, prompt in zip(rows, prompts, strict=True):
-            if not row.target_ids:
-                raise InputError(f"expected an answer to score behind {prompt!r}; got an empty one: write it")
-        scores: dict[Row, Score] = {}
-        unique = list(dict.fromkeys(rows))
-        for part in batches([len(row.ids) for row in unique]):
-            self._score_batch([unique[i] for i in part], scores)
-        return [scores[row] for row in rows]
-
-    def _score_batch(self, rows: list[Row], scores: dict[Row, Score]) -> None:
-        batch = self.pad(rows)  # targets end in the last column
-        keep = max(len(row.target_ids) for row in rows) + 1
-        found = self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
-        for row, logits in zip(rows, found.logits, strict=True):
-            wanted = torch.tensor(row.target_ids, device=logits.device)
-            log_probs = logits[-len(wanted) - 1 : -1].float().log_softmax(-1)  # (tokens of the target, vocabulary)
-            best = log_probs.argmax(-1)
-            chosen = log_probs.gather(1, wanted[:, None])[:, 0]
-            rank = 1 + int((log_probs[0] > chosen[0]).sum())
-            scores[row] = Score(-chosen.mean().item(), tuple((best == wanted).tolist()), tuple(best.tolist()), rank)
 
     @torch.no_grad()
     def generate(

@@ -24,7 +24,8 @@ from reknow.patches import Patch
 from reknow.trace import by_row, first
 
 if TYPE_CHECKING:
-    from reknow.lm import LM, Score
+    from reknow.lm import LM
+    from reknow.scoring import Score
 
 T = TypeVar("T")
 
@@ -116,9 +117,7 @@ def _opened(args: tuple, kwargs: dict, before: Reading | None, ends: Tensor | No
         mask = torch.ones(rows, width, dtype=torch.long, device=ids.device)
     if width > new and before is not None and len(before.ends) == rows:
         return Reading(mask, new, before.ends, before._decisions)
-    if ends is None:
-        ends = width - mask.flip(1).argmax(1)
-    return Reading(mask, new, ends)
+    return Reading(mask, new, width - mask.flip(1).argmax(1) if ends is None else ends)
 
 
 def on_output(lm: LM, name: str, change: Callable[[Reading, Tensor, Tensor], Tensor]) -> RemovableHandle:
