@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
     from reknow.methods.ice import ICE
+    from reknow.methods.instructedit import InstructEdit
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
     from reknow.methods.memit import MEMIT
@@ -40,6 +41,7 @@ __all__ = [
     "AlphaEdit",
     "Case",
     "Edit",
+    "InstructEdit",
     "LoRA",
     "Patch",
     "Probe",
@@ -67,6 +69,7 @@ _HOMES = {
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),
+    "methods.instructedit": ("InstructEdit",),
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
