@@ -101,7 +101,7 @@ class Scored:
     def __init__(self, lm: LM, rows: Sequence[Row], pairs: Sequence[Sequence[tuple[int, int]]], layer: int | None):
         check_length(lm, rows)
         ends = [max(column for column, _ in scored) + 1 for scored in pairs]
-        rows = [Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)]
+        rows = [Row(row.ids[:end], min(row.prompt_length, end)) for row, end in zip(rows, ends, strict=True)]
         self._lm, self._batch = lm, lm.pad(rows)
         starts = self._batch.starts.tolist()
         flat = [(i, starts[i] + c, token) for i, scored in enumerate(pairs) for c, token in scored]
@@ -115,7 +115,8 @@ class Scored:
             return self._suffix.rerun(self.of_row, self._columns).float().log_softmax(-1)
         batch, first = self._batch, int(self._columns.min())
         keep = batch.ids.shape[1] - first
-        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, logits_to_keep=keep).logits
+        options = dict(ends=batch.ends, logits_to_keep=keep)
+        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, **options).logits
         return logits[:, -keep:][self.of_row, self._columns - first].float().log_softmax(-1)
 
     def nll(self) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from reknow.adapter import Conv1D
 from reknow.errors import InputError, PatchError
-from reknow.patches import Delta, LowRank, merge
+from reknow.patches import Delta, LowRank, check_weights, merge
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -38,8 +38,10 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
     """Writes the model as it is now, patches included, as a folder that `AutoModelForCausalLM` loads.
 
     Raises:
+        PatchError: a memory is applied, which no checkpoint can hold.
         InputError: the folder exists and `overwrite` is off, or the disk is full (an old folder stays).
     """
+    check_weights(lm.patches, "export")
 
     def write(aside: Path) -> None:
         lm.model.save_pretrained(aside)
@@ -58,7 +60,7 @@ def export_lora(
         truncate: cut a higher rank by SVD instead of refusing it; the report says what that loses.
 
     Raises:
-        PatchError: no patch is applied, or a change has a higher rank than `max_rank`.
+        PatchError: no patch is applied, one is a memory, or a change has a higher rank than `max_rank`.
         InputError: the folder exists and `overwrite` is off, or the disk is full (an old folder stays).
     """
     if not lm.patches:

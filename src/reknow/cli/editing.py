@@ -177,6 +177,9 @@ def _say_controls(facts: list[Fact], before: Observation, after: Observation) ->
 
 
 def _say_weights(lm: LM, patch: Patch) -> None:
+    if patch.kind != "weights":
+        numbers = sum(tensor.numel() for tensor in patch.state.values())
+        return say(f"no weight changes: the edit is a {patch.kind} memory of {numbers:,} numbers beside the model")
     rows = []
     for name, delta in patch.deltas.items():
         share = delta.norm() / float(lm.base_weight(name).double().norm())

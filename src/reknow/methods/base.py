@@ -5,14 +5,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import reknow
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
-from reknow.patches import Delta, LowRank, Patch
+from reknow.memory import versions
+from reknow.patches import Delta, Kind, LowRank, Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -33,6 +35,20 @@ class Method(ABC):
         Raises:
             InputError: no edits, or edits that this method cannot make.
             EditFailed: the computation broke down.
+        """
+
+
+class MemoryMethod(Method):
+    """A method whose patches leave the weights alone; see `reknow.memory`."""
+
+    kind: ClassVar[Kind]
+
+    @staticmethod
+    @abstractmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> Any:
+        """The running memory of these versions, oldest first: a Hook-, Prompt- or RouterMemory, as `kind` says.
+
+        Called whenever the stack changes, so it moves tensors and runs no model.
         """
 
 
@@ -70,12 +86,29 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
         parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,)
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise EditFailed(f"expected a finite change of {name}; got NaN or infinity: lower the learning rate")
+    return _patch(method, lm, edits, deltas=deltas, **rest)
+
+
+def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
+    """The next version of the method's memory on `lm`: what these edits add; `rest` are `memory` and `notes`.
+
+    Raises:
+        EditFailed: a tensor is not finite, so nothing is handed out.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise EditFailed(f"expected finite {name} in the memory; got NaN or infinity: lower the learning rate")
+    before = versions(lm.patches, method.name)
+    follows = before[-1].id if before else None
+    return _patch(method, lm, edits, deltas={}, state=state, kind=method.kind, follows=follows, **rest)
+
+
+def _patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:
     assert is_dataclass(method) and not isinstance(method, type)
     return Patch(
         method=method.name,
         settings=asdict(method),
         edits=tuple(edits),
-        deltas=deltas,
         base=lm.fingerprint,
         made_on=tuple(patch.id for patch in lm.patches),
         version=reknow.__version__,
