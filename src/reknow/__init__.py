@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
     from reknow.methods.ice import ICE
+    from reknow.methods.ike import IKE
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
     from reknow.methods.memit import MEMIT
@@ -29,6 +30,7 @@ __all__ = [
     "EMMET",
     "FT",
     "ICE",
+    "IKE",
     "KN",
     "LM",
     "MEMIT",
@@ -62,6 +64,7 @@ _HOMES = {
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
     "methods.ice": ("ICE",),
+    "methods.ike": ("IKE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),

@@ -1,9 +1,9 @@
 """Texts as vectors, so that the stored edit nearest to a question can be found.
 
-Without an encoder the base model's own hidden states serve: what its last block gives at a text's last token, which is
-what the model is about to say. Among 400 edits of CounterFact these find the one that a rephrasing belongs to in 87 %
-(GPT-2-shaped demo model) and 76 % (Llama-shaped) of 800 cases; means over the tokens find it in at most 47 and 56 %,
-and lower layers less often.
+Without an encoder the base model's own hidden states serve: what its last block gives at a text's last token, which
+is what the model is about to say. Among 400 edits of CounterFact these find the one that a rephrasing belongs to for
+87 % (GPT-2-shaped demo model) and 76 % (Llama-shaped) of 800 rephrasings; means over the tokens for at most 47 and
+56 %, and lower layers for fewer.
 """
 
 from __future__ import annotations

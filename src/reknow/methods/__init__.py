@@ -12,6 +12,7 @@ from reknow.methods.base import Method
 from reknow.methods.emmet import EMMET
 from reknow.methods.ft import FT
 from reknow.methods.ice import ICE
+from reknow.methods.ike import IKE
 from reknow.methods.kn import KN
 from reknow.methods.lora import LoRA
 from reknow.methods.memit import MEMIT
@@ -38,6 +39,11 @@ METHODS: dict[str, Entry] = {
     "ft-m": Entry(FT, {"loss": "target"}, "Fine-tuning on the answer, Zhang et al. 2024, arXiv 2401.01286"),
     "ft-t": Entry(FT, {"loss": "text"}, "Fine-tuning on prompt and answer, as in Qi et al. 2024, arXiv 2406.11194"),
     "ice": Entry(ICE, {}, "Consistent In-Context Editing, Qi et al. 2024, arXiv 2406.11194"),
+    "ike": Entry(IKE, {}, "Zheng et al. 2023, arXiv 2305.12740"),
+    "ike-easyedit": Entry(
+        IKE, {"demonstrations": 16, "shares": None}, "IKE as in EasyEdit, Wang et al. 2023, arXiv 2308.07269"
+    ),
+    "ike-zero": Entry(IKE, {"demonstrations": 0}, "IKE without demonstrations, Zheng et al. 2023, arXiv 2305.12740"),
     "kn": Entry(KN, {}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
     "kn-erase": Entry(KN, {"erase": True}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
     "locft-bf": Entry(

@@ -1,15 +1,17 @@
-"""IKE: the edit stands in the prompt, behind demonstrations of how to follow one (Zheng et al. 2023, arXiv 2305.12740).
+"""IKE: the edit stands in the prompt, behind demonstrations of how to follow one.
+(Zheng et al. 2023, arXiv 2305.12740)
 
     P(answer | d_1 … d_k, f, question)        d_i: another fact, a question about it, and its answer; f: the edit
 
-A demonstration *copies* its fact (the question is the fact's own prompt), *updates* (a rephrasing, same new answer) or
-*retains* (another subject, which keeps its old answer): 4, 12 and 16 of 32. They show the records whose facts are most
-like the edit, the most like it last; then comes the edit itself as a copy; then the question. No weight is touched.
+A demonstration *copies* its fact (the question is the fact's own prompt), *updates* (a rephrasing, same new answer)
+or *retains* (another subject, which keeps its old answer): 4, 12 and 16 of 32. They show the cases whose facts are
+most like the edit, the most like it last; then comes the edit as a copy of itself; then the question.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,8 +32,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 BUNDLED, OFFSET = "counterfact", 500
-"""Without cases of the user's: the bundled records of CounterFact from this one on, so that an evaluation can have the
-ones before."""
+"""Without cases of the user's: the bundled records of CounterFact from this one on; those before are for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class IKE(MemoryMethod):
             )
         facts = [edit.text for edit in edits]
         shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]
-        kept = [_fitting(lm, each, _tail(edit), edit.text, self.room) for each, edit in zip(shown, edits, strict=True)]
+        kept = [
+            _fitting(lm, each, _tail(edit), edit.text, self.room) for each, edit in zip(shown, edits, strict=True)
+        ]
         notes = {"demonstrations": [len(each) for each in kept], "replaced": replaced}
         if min(notes["demonstrations"]) < self.demonstrations:
             notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"
@@ -125,10 +128,12 @@ class IKE(MemoryMethod):
         if self.shares is None:
             return [text for _, text in near]
         chance = random.Random(f"{self.seed}/{edit.text}")
-        total = sum(self.shares)
-        kinds = [k for k, share in enumerate(self.shares) for _ in range(share * self.demonstrations // total)]
-        kinds += [2] * (self.demonstrations - len(kinds))  # what the rounding left
-        chance.shuffle(kinds)
+        unit = math.gcd(*self.shares)
+        block = [kind for kind, share in enumerate(self.shares) for _ in range(share // unit)]
+        kinds: list[int] = []
+        while len(kinds) < len(near):  # block by block, so that those that fit are mixed in proportion too
+            chance.shuffle(block)
+            kinds += block
         shown = [chance.choice(_wordings(case)[kind]) for (case, _), kind in zip(near, kinds, strict=False)]
         own = demonstration(fact(edit), edit.text, edit.target_new)
         return [*reversed(shown), own]  # the most similar last, and the edit as a copy of itself

@@ -1,0 +1,128 @@
+"""What can be asked about the edits of training cases, inside and outside their scope.
+
+Rephrasings and other facts come from the cases themselves. What they lack is made from one another, since a data set
+rarely has enough of it: wordings borrowed from cases that ask the same of another subject, sentences put in front,
+near neighbours that ask about other subjects, and other questions about the same subject.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from reknow.edits import Case, Edit
+from reknow.embedding import embed
+from reknow.errors import InputError
+from reknow.nearest import Nearest
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+PREFIXED = 0.25
+"""Share of the questions that stand behind an unrelated statement."""
+TRIES = 10
+"""Draws of another case before one is given up."""
+
+
+class ScopeCases:
+    """Questions about each case's edit, drawn by chance.
+
+    Args:
+        neighbors, skipped: hard negatives are the edits and locality probes of other cases nearest to an edit, so
+            many of them, without the very nearest, which may ask the same.
+
+    Raises:
+        InputError: no case has a rephrasing.
+    """
+
+    def __init__(self, lm: LM, cases: Sequence[Case], *, neighbors: int = 50, skipped: int = 5):
+        self.cases = list(cases)
+        self.place = {case.edit.text: i for i, case in enumerate(self.cases)}
+        self._rephrasings = [_rephrasings(case) for case in self.cases]
+        if not any(self._rephrasings):
+            raise InputError(
+                f"expected cases with rephrasings to learn scopes from; got {len(self.cases)} without any: give cases "
+                "with generalization probes, or edits with rephrasings"
+            )
+        self._outside = [_prompts(case, "locality") for case in self.cases]
+        self._templates = [_templates(case, own) for case, own in zip(self.cases, self._rephrasings, strict=True)]
+        self._told = [
+            "\n".join([case.edit.text, *(probe.prompt for probe in case.probes)]).lower() for case in self.cases
+        ]
+        self._alike: dict[str, list[int]] = defaultdict(list)
+        for i, case in enumerate(self.cases):
+            self._alike[case.edit.prompt].append(i)
+        self._near = self._neighbors(lm, neighbors, skipped)
+
+    def inside(self, i: int, chance: random.Random) -> str:
+        """A question that falls in the scope of edit i, in other words than its own where there are any."""
+        edit = self.cases[i].edit
+        wordings = list(self._rephrasings[i])
+        if edit.subject is not None:
+            borrowed = self._templates[chance.choice(self._alike[edit.prompt])]
+            wordings += [edit.fill(template) for template in borrowed if template != edit.prompt]
+        return self._behind(chance.choice(wordings or [edit.text]), chance)
+
+    def outside(self, i: int, chance: random.Random) -> list[str]:
+        """Four questions that do not: two of its own, a near neighbour of other cases, the subject in another one."""
+        own = chance.sample(self._outside[i], min(2, len(self._outside[i])))
+        near = [chance.choice(self._near[i]) for _ in range(3 - len(own))]
+        crossed = self._crossed(i, chance) or chance.choice(self._near[i])
+        return [*own, *(self._behind(text, chance) for text in (*near, crossed))]
+
+    def _behind(self, question: str, chance: random.Random) -> str:
+        if chance.random() >= PREFIXED:
+            return question
+        other = chance.randrange(len(self.cases))
+        return f"{chance.choice(self._outside[other] or [self.cases[other].edit.text])}. {question}"
+
+    def _crossed(self, i: int, chance: random.Random) -> str | None:
+        """Another case's question about this one's subject."""
+        edit = self.cases[i].edit
+        for _ in range(TRIES):
+            other = chance.randrange(len(self.cases))
+            if edit.subject is not None and self._templates[other] and not self._related(i, other):
+                return edit.fill(chance.choice(self._templates[other]))
+        return None
+
+    def _related(self, i: int, other: int) -> bool:
+        """Whether the words of one's question occur in the other: they may ask the same."""
+        mine, theirs = (_words(self.cases[k].edit) for k in (i, other))
+        return theirs in self._told[i] or mine in self._told[other]
+
+    def _neighbors(self, lm: LM, count: int, skipped: int) -> list[list[str]]:
+        edits = [case.edit.text for case in self.cases]
+        pool = list(dict.fromkeys(edits + [text for texts in self._outside for text in texts[:1]]))
+        vectors = embed(lm, pool)
+        places = Nearest(vectors).search(vectors[: len(edits)], count + skipped)[1].tolist()
+        found = []
+        for case, near in zip(self.cases, places, strict=True):
+            name = case.edit.subject or case.edit.text
+            found.append([pool[k] for k in near[skipped:] if name not in pool[k]] or [pool[near[-1]]])
+        return found
+
+
+def _prompts(case: Case, kind: str) -> list[str]:
+    return list(dict.fromkeys(probe.prompt for probe in case.probes if probe.kind == kind))
+
+
+def _rephrasings(case: Case) -> list[str]:
+    edit = case.edit
+    own = [edit.fill(wording) for wording in edit.rephrasings]
+    return [text for text in dict.fromkeys([*own, *_prompts(case, "generalization")]) if text != edit.text]
+
+
+def _templates(case: Case, rephrasings: Sequence[str]) -> list[str]:
+    """The case's wordings with `{}` for the subject, where its name stands there once."""
+    subject = case.edit.subject
+    if subject is None:
+        return []
+    found = [text.replace(subject, "{}") for text in rephrasings if text.count(subject) == 1]
+    return [case.edit.prompt, *(template for template in found if template.count("{}") == 1)]
+
+
+def _words(edit: Edit) -> str:
+    """The longest part of the prompt beside the subject."""
+    return max(edit.prompt.split("{}"), key=len).strip().lower()
