@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
     from reknow.methods.memit import MEMIT
+    from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
+    from reknow.methods.serac import SERAC
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "KN",
     "LM",
     "MEMIT",
+    "MEND",
     "METHODS",
     "PMET",
     "ROME",
+    "SERAC",
     "AlphaEdit",
     "Case",
     "Edit",
@@ -68,8 +72,10 @@ _HOMES = {
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),
+    "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
+    "methods.serac": ("SERAC",),
     "patches": ("Patch", "diff", "merge"),
 }
 

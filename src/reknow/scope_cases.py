@@ -43,8 +43,8 @@ class ScopeCases:
         self._rephrasings = [_rephrasings(case) for case in self.cases]
         if not any(self._rephrasings):
             raise InputError(
-                f"expected cases with rephrasings to learn scopes from; got {len(self.cases)} without any: give cases "
-                "with generalization probes, or edits with rephrasings"
+                f"expected cases with rephrasings to learn scopes from; got {len(self.cases)} without any: give "
+                "cases with generalization probes, or edits with rephrasings"
             )
         self._outside = [_prompts(case, "locality") for case in self.cases]
         self._templates = [_templates(case, own) for case, own in zip(self.cases, self._rephrasings, strict=True)]

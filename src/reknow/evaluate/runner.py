@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import reknow
+from reknow.editors import refuse_seen
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
 from reknow.evaluate.reading import perplexity, read, with_perplexity
@@ -138,6 +139,8 @@ class _Run:
         self.advance: Callable[[], object] = lambda: None
 
     def all(self, methods: Mapping[str, Any], progress: bool) -> None:
+        for method in methods.values():
+            refuse_seen(method, self.lm, list(self.cases.values()))
         stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
         steps = len(self.cases) * (1 + len(methods) * len(self.plan.seeds) * stages)
         with _bar(progress, steps, len(self.before) + len(self.rows)) as self.advance:

@@ -16,8 +16,10 @@ from reknow.methods.ike import IKE
 from reknow.methods.kn import KN
 from reknow.methods.lora import LoRA
 from reknow.methods.memit import MEMIT
+from reknow.methods.mend import MEND
 from reknow.methods.pmet import PMET
 from reknow.methods.rome import ROME
+from reknow.methods.serac import SERAC
 
 
 class Entry(NamedTuple):
@@ -52,10 +54,12 @@ METHODS: dict[str, Entry] = {
     "lora": Entry(LoRA, {"kind": "lora"}, "Hu et al. 2021, arXiv 2106.09685"),
     "memit": Entry(MEMIT, {}, "Meng et al. 2022, arXiv 2210.07229"),
     "memit-merge": Entry(MEMIT, {"merge_subjects": True}, "Dong et al. 2025, arXiv 2502.07322"),
+    "mend": Entry(MEND, {}, "Mitchell et al. 2021, arXiv 2110.11309"),
     "pmet": Entry(PMET, {}, "Li et al. 2023, arXiv 2308.08742"),
     "qlora": Entry(LoRA, {"kind": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
     "r-rome": Entry(ROME, {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Entry(ROME, {}, "Meng et al. 2022, arXiv 2202.05262"),
+    "serac": Entry(SERAC, {}, "Mitchell et al. 2022, arXiv 2206.06520"),
 }
 
 

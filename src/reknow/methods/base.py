@@ -5,19 +5,21 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import reknow
-from reknow.edits import Edit
+from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+    from reknow.training import Training
 
 
 class Method(ABC):
@@ -49,6 +51,40 @@ class MemoryMethod(Method):
         """The running memory of these versions, oldest first: a Hook-, Prompt- or RouterMemory, as `kind` says.
 
         Called whenever the stack changes, so it moves tensors and runs no model.
+        """
+
+
+class Learned(Method):
+    """A method that learns how to edit one model before it can edit it."""
+
+    editor: str | None
+    """File or folder of the trained editor; None: the one that is bundled for the model."""
+
+    @property
+    @abstractmethod
+    def training(self) -> Training:
+        """How this method is trained where nothing else is asked for."""
+
+    @abstractmethod
+    def fit(
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        training: Training | None = None,
+        *,
+        progress: bool = False,
+    ) -> Learned:
+        """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
+
+        Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
+        training material here: rewordings that must follow, other facts that must stay. So they must be other cases
+        than those of an evaluation, which refuses cases that the editor has seen. The base model is what is
+        learned for, without the patches that are applied.
+
+        Raises:
+            InputError: too few cases, or a folder that was started with other arguments.
+            EditFailed: the losses are no numbers.
         """
 
 

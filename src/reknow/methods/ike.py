@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 BUNDLED, OFFSET = "counterfact", 500
-"""Without cases of the user's: the bundled records of CounterFact from this one on; those before are for evaluation."""
+"""What is shown without cases of the user's: records from this one on; those before are for evaluation."""
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,6 @@ class SERAC(Learned, MemoryMethod):
     """An edit memory with a scope classifier and a counterfactual model, both trained. Needs no subject."""
 
     kind: ClassVar = "router"
-    training: ClassVar = Training(
-        steps=600, batch_size=32, warmup=20, decay=True, validation=64, validate_every=100, patience=6
-    )
 
     editor: str | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
@@ -97,6 +94,10 @@ class SERAC(Learned, MemoryMethod):
     @property
     def name(self) -> str:
         return "serac"
+
+    @property
+    def training(self) -> Training:
+        return Training(steps=600, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
 
     def fit(
         self,
