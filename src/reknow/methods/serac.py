@@ -12,7 +12,6 @@ low-rank change of it, or of another decoder, that is in use only while it answe
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -31,8 +30,8 @@ from reknow.memory import Route, versions
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch
 from reknow.nearest import Nearest
 from reknow.patches import LowRank, Patch
-from reknow.scope import TEXTS, Cross, Embedding, States, log_in_scope, scope_loss, token_states
-from reknow.scope_cases import ScopeCases
+from reknow.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
+from reknow.scope_training import ScopeLearner
 from reknow.tokens import Text
 from reknow.trace import weight_replaced
 from reknow.training import Training, split, train
@@ -111,7 +110,7 @@ class SERAC(Learned, MemoryMethod):
         training = training or self.training
         learning, held = split(cases, training)
         with lm.unpatched():
-            learner = _Learner(self, lm, learning, held)
+            learner = ScopeLearner(self, Modules(self, lm), lm, learning, held)
         path = train(self, lm, learner, learning, held, out, training, progress=progress)
         return SERAC(**{**asdict(self), "editor": path})
 
@@ -146,6 +145,10 @@ class SERAC(Learned, MemoryMethod):
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> EditMemory:
         return EditMemory(lm, patches)
+
+    def question(self, edit: Edit, text: str) -> str:
+        """What the counterfactual model reads."""
+        return self.template.format(edit=edit.text, answer=edit.target_new, input=text)
 
     def _trained(self, lm: LM) -> dict[str, Tensor]:
         editor: Editor = open_editor(self, lm)
@@ -264,7 +267,7 @@ class EditMemory:
         routes: list[Route | None] = []
         for place, log_p, prompt in zip(*self.scopes(prompts), prompts, strict=True):
             inside = log_p > math.log(self._method.threshold)
-            routes.append((self._answerer, question(self._method, self.edits[place], prompt)) if inside else None)
+            routes.append((self._answerer, self._method.question(self.edits[place], prompt)) if inside else None)
         return routes
 
     def scopes(self, prompts: Sequence[str]) -> tuple[list[int], list[float]]:
@@ -298,73 +301,6 @@ class EditMemory:
         own = self._keys[(self._owners == i).to(self._keys.device)]
         log_p = log_in_scope(key[None], own, cosine=self._method.classifier == "cosine")
         return float(log_p.max()) > math.log(self._method.threshold)
-
-
-class _Learner:
-    """Draws questions, and trains classifier and counterfactual model on them, each with its own loss."""
-
-    def __init__(self, method: SERAC, lm: LM, learning: Sequence[Case], held: Sequence[Case]):
-        self._method, self.module = method, Modules(method, lm)
-        self._learning = ScopeCases(lm, learning)
-        self._held = ScopeCases(lm, held) if held else None
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        answering = [*self.module.left, *self.module.right]
-        reading = [p for p in self.module.parameters() if all(p is not other for other in answering)]
-        rate = self._method.learning_rate
-        return torch.optim.Adam([{"params": reading, "lr": rate}, {"params": answering, "lr": rate / 10}])
-
-    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
-        asked = self._learning
-        inside, outside, answer = self._read(asked, [asked.place[case.edit.text] for case in batch], chance)
-        scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
-        return scope + self._method.answer_weight * answer, {"scope": scope.item(), "answer": answer.item()}
-
-    @torch.no_grad()
-    def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        assert self._held is not None
-        inside, outside, answer = self._read(self._held, range(len(cases)), random.Random(0))
-        limit = math.log(self._method.threshold)
-        scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
-        return {
-            "loss": scope + self._method.answer_weight * float(answer),
-            "in_scope": float((inside[-1] > limit).float().mean()),
-            "out_of_scope": float((outside[-1] <= limit).float().mean()),
-            "answer": float(answer),
-        }
-
-    def _read(
-        self, asked: ScopeCases, places: Sequence[int], chance: random.Random
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """log p of pairs inside and outside a scope, for each classifier, and the answers' mean −log P inside."""
-        edits = [asked.cases[i].edit for i in places]
-        inside = [asked.inside(i, chance) for i in places]
-        outside = [text for i in places for text in asked.outside(i, chance)]
-        count, hard = len(edits), len(outside) // len(edits)
-        tokens, mask = self.module.states([*(edit.text for edit in edits), *inside, *outside])
-        vectors = self.module.scope((tokens, mask))
-        log_p = log_in_scope(vectors[count:], vectors[:count], cosine=self.module.cosine)  # (questions, edits)
-        own = torch.arange(count, device=log_p.device)
-        # As many questions of other cases as hard ones, so that either half of the mean counts the same.
-        easy = [log_p[own, (own + shift) % count] for shift in range(1, min(hard, count - 1) + 1)]
-        apart = log_p[count:].view(count, hard, count)[own, :, own].flatten()
-        found = [log_p[own, own]], [torch.cat([apart, *easy])]
-        if self.module.cross is not None:
-            which = torch.cat([own, own.repeat_interleave(hard), (own + 1) % count])
-            asks = torch.cat([count + own, torch.arange(2 * count, len(tokens), device=own.device), count + own])
-            judged = self.module.cross((tokens[which], mask[which]), (tokens[asks], mask[asks]))
-            found[0].append(judged[:count])
-            found[1].append(judged[count:])
-        texts = [
-            Text(question(self._method, edit, text), edit.target_new)
-            for edit, text in zip(edits, inside, strict=True)
-        ]
-        return *found, self.module.answers(texts).mean()
-
-
-def question(method: SERAC, edit: Edit, text: str) -> str:
-    """What the counterfactual model reads."""
-    return method.template.format(edit=edit.text, answer=edit.target_new, input=text)
 
 
 def counterfactual_model(lm: LM, source: str | None) -> LM:

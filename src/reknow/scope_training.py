@@ -1,4 +1,4 @@
-"""What can be asked about the edits of training cases, inside and outside their scope.
+"""Training a scope classifier: what can be asked about an edit inside and outside its scope, and the losses.
 
 Rephrasings and other facts come from the cases themselves. What they lack is made from one another, since a data set
 rarely has enough of it: wordings borrowed from cases that ask the same of another subject, sentences put in front,
@@ -7,19 +7,28 @@ near neighbours that ask about other subjects, and other questions about the sam
 
 from __future__ import annotations
 
+import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from reknow.edits import Case, Edit
 from reknow.embedding import embed
 from reknow.errors import InputError
 from reknow.nearest import Nearest
+from reknow.scope import log_in_scope, scope_loss
+from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+    from reknow.methods.serac import SERAC, Modules
 
+ANSWERED = 8
+"""Questions of a batch that the counterfactual model answers too: it learns faster, and a pass costs more."""
 PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
 TRIES = 10
@@ -126,3 +135,64 @@ def _templates(case: Case, rephrasings: Sequence[str]) -> list[str]:
 def _words(edit: Edit) -> str:
     """The longest part of the prompt beside the subject."""
     return max(edit.prompt.split("{}"), key=len).strip().lower()
+
+
+class ScopeLearner:
+    """Draws questions, and trains classifier and counterfactual model on them, each with its own loss."""
+
+    def __init__(self, method: SERAC, module: Modules, lm: LM, learning: Sequence[Case], held: Sequence[Case]):
+        self._method, self.module = method, module
+        self._learning = ScopeCases(lm, learning)
+        self._held = ScopeCases(lm, held) if held else None
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        answering = [*self.module.left, *self.module.right]
+        reading = [p for p in self.module.parameters() if all(p is not other for other in answering)]
+        rate = self._method.learning_rate
+        return torch.optim.Adam([{"params": reading, "lr": rate}, {"params": answering, "lr": rate / 10}])
+
+    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
+        asked = self._learning
+        inside, outside, answer = self._read(asked, [asked.place[case.edit.text] for case in batch], chance)
+        scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
+        return scope + self._method.answer_weight * answer, {"scope": scope.item(), "answer": answer.item()}
+
+    @torch.no_grad()
+    def validate(self, cases: Sequence[Case]) -> dict[str, float]:
+        assert self._held is not None
+        inside, outside, answer = self._read(self._held, range(len(cases)), random.Random(0))
+        limit = math.log(self._method.threshold)
+        scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
+        return {
+            "loss": scope + self._method.answer_weight * float(answer),
+            "in_scope": float((inside[-1] > limit).float().mean()),
+            "out_of_scope": float((outside[-1] <= limit).float().mean()),
+            "answer": float(answer),
+        }
+
+    def _read(
+        self, asked: ScopeCases, places: Sequence[int], chance: random.Random
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """log p of pairs inside and outside a scope, for each classifier, and the answers' mean −log P inside."""
+        edits = [asked.cases[i].edit for i in places]
+        inside = [asked.inside(i, chance) for i in places]
+        outside = [text for i in places for text in asked.outside(i, chance)]
+        count, hard = len(edits), len(outside) // len(edits)
+        tokens, mask = self.module.states([*(edit.text for edit in edits), *inside, *outside])
+        vectors = self.module.scope((tokens, mask))
+        log_p = log_in_scope(vectors[count:], vectors[:count], cosine=self.module.cosine)  # (questions, edits)
+        own = torch.arange(count, device=log_p.device)
+        # As many questions of other cases as hard ones, so that either half of the mean counts the same.
+        easy = [log_p[own, (own + shift) % count] for shift in range(1, min(hard, count - 1) + 1)]
+        apart = log_p[count:].view(count, hard, count)[own, :, own].flatten()
+        found = [log_p[own, own]], [torch.cat([apart, *easy])]
+        if self.module.cross is not None:
+            which = torch.cat([own, own.repeat_interleave(hard), (own + 1) % count])
+            asks = torch.cat([count + own, torch.arange(2 * count, len(tokens), device=own.device), count + own])
+            judged = self.module.cross((tokens[which], mask[which]), (tokens[asks], mask[asks]))
+            found[0].append(judged[:count])
+            found[1].append(judged[count:])
+        texts = [
+            Text(self._method.question(edit, text), edit.target_new) for edit, text in zip(edits, inside, strict=True)
+        ]
+        return *found, self.module.answers(texts).mean()
