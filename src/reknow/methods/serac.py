@@ -26,6 +26,7 @@ from reknow.descent import Scored, predicted
 from reknow.editors import Editor, open_editor
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
+from reknow.loop import seeded
 from reknow.memory import Route, versions
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch
 from reknow.nearest import Nearest
@@ -171,12 +172,13 @@ class Modules(nn.Module):
         self.digests = [self._states.digest, None if self._reader is lm else self._reader.fingerprint.digest]
         layers = range(self._reader.layers - max(1, self._reader.layers // 3), self._reader.layers)
         self._names = [self._reader.parts.value[layer] for layer in layers]
-        self.cosine = method.classifier == "cosine"
-        self.scope = Embedding(self._states.features, method.size, method.queries)
-        self.cross = Cross(self._states.features) if method.classifier == "cross" else None
-        shapes = [tuple(self._reader.weight(name).shape) for name in self._names]
-        self.left = nn.ParameterList([torch.zeros(out, method.rank) for out, _ in shapes])
-        self.right = nn.ParameterList([torch.randn(method.rank, wide) * wide**-0.5 for _, wide in shapes])
+        with seeded("serac", method.size, method.rank):
+            self.cosine = method.classifier == "cosine"
+            self.scope = Embedding(self._states.features, method.size, method.queries)
+            self.cross = Cross(self._states.features) if method.classifier == "cross" else None
+            shapes = [tuple(self._reader.weight(name).shape) for name in self._names]
+            self.left = nn.ParameterList([torch.zeros(out, method.rank) for out, _ in shapes])
+            self.right = nn.ParameterList([torch.randn(method.rank, wide) * wide**-0.5 for _, wide in shapes])
         if tensors is not None:
             own = self.state_dict()
             self.load_state_dict({name: tensors[name].float() for name in own})
