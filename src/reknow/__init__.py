@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
     from reknow.methods.ice import ICE
+    from reknow.methods.ike import IKE
     from reknow.methods.instructedit import InstructEdit
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
@@ -25,12 +26,14 @@ if TYPE_CHECKING:
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
+    from reknow.methods.serac import SERAC
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
     "EMMET",
     "FT",
     "ICE",
+    "IKE",
     "KN",
     "LM",
     "MEMIT",
@@ -38,6 +41,7 @@ __all__ = [
     "METHODS",
     "PMET",
     "ROME",
+    "SERAC",
     "AlphaEdit",
     "Case",
     "Edit",
@@ -66,6 +70,7 @@ _HOMES = {
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
     "methods.ice": ("ICE",),
+    "methods.ike": ("IKE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),
@@ -73,6 +78,7 @@ _HOMES = {
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
+    "methods.serac": ("SERAC",),
     "patches": ("Patch", "diff", "merge"),
 }
 

@@ -7,8 +7,9 @@ never changed, and only they get gradients: autograd keeps nothing of the blocks
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -103,7 +104,7 @@ class Scored:
     def __init__(self, lm: LM, rows: Sequence[Row], pairs: Sequence[Sequence[tuple[int, int]]], layer: int | None):
         check_length(lm, rows)
         ends = [max(column for column, _ in scored) + 1 for scored in pairs]
-        rows = [Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)]
+        rows = [Row(row.ids[:end], min(row.prompt_length, end)) for row, end in zip(rows, ends, strict=True)]
         self._lm, self._batch = lm, lm.pad(rows)
         starts = self._batch.starts.tolist()
         flat = [(i, starts[i] + c, token) for i, scored in enumerate(pairs) for c, token in scored]
@@ -120,7 +121,8 @@ class Scored:
             return self._suffix.rerun(self.of_row, self._columns).float().log_softmax(-1)
         batch, first = self._batch, int(self._columns.min())
         keep = batch.ids.shape[1] - first
-        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, logits_to_keep=keep).logits
+        options = dict(ends=batch.ends, logits_to_keep=keep)
+        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, **options).logits
         return logits[:, -keep:][self.of_row, self._columns - first].float().log_softmax(-1)
 
     def nll(self) -> Tensor:
@@ -150,6 +152,25 @@ def check_finite(value: Tensor) -> float:
     if not math.isfinite(number):
         raise EditFailed("expected finite losses and logits; got NaN or infinity: lower learning_rate")
     return number
+
+
+_watcher: ContextVar[Callable[[str], object] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(tell: Callable[[str], object]):
+    """While open, `tell` hears how far a descent is, in a few words."""
+    token = _watcher.set(tell)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def told(step: int, steps: int, loss: float) -> None:
+    """Says to whoever watches that `step` (from 0) of `steps` is done, and the loss before it."""
+    if (tell := _watcher.get()) is not None:
+        tell(f"step {step + 1} of {steps}, loss {loss:.3g}")
 
 
 @torch.no_grad()

@@ -64,6 +64,11 @@ class Edit:
         """The prompt with the subject filled in."""
         return self.fill(self.prompt)
 
+    @property
+    def statement(self) -> str:
+        """The edit as a sentence: what to put in front of a question so that a model knows it."""
+        return f"{self.text.strip()} {self.target_new.strip().rstrip('.')}."
+
     def instructed(self, prompt: str) -> str:
         """The prompt behind task and instruction, as InstructEdit reads it; unchanged where there is none."""
         if self.instruction is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def bench(
     dtype: Dtype = None,
     device: Device = None,
     chat: Chat = False,
+    no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.datasets import load_cases
@@ -66,6 +68,7 @@ def bench(
     wanted = limit or study.limit
     cases = load_cases(name, path=path or None, limit=None if known else wanted, offset=offset, seed=shuffle)
     lm = open_lm(model, dtype, device, chat)
+    lm.computes_statistics = not no_stats
     if known:
         cases = _known(lm, cases, wanted)
     out = out or Path("runs") / (preset or name)
@@ -140,5 +143,7 @@ def methods(
     say_table(["setting", "default", "type", "meaning"], rows)
 
 
-def _fields(method: Any) -> list[str]:
-    return [field.name for field in fields(method)]
+def _fields(method: type) -> list[str]:
+    """Names of a method's settings, its own before those that it shares with others."""
+    own = inspect.get_annotations(method)
+    return [*own, *(field.name for field in fields(method) if field.name not in own)]  # type: ignore[arg-type]

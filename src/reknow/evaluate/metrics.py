@@ -9,7 +9,9 @@ how the answer was read, because the same edit scores very differently under eac
 * `generated`: 1 if the greedy continuation of the bare prompt begins with an accepted answer;
 * `contrast`: the new answer is more (on neighbours: less) likely than the old one (CounterFact);
 * `likelihood`, `divergence`: how likely texts of a sentiment are, and how far the model moved (ConvSent);
-* `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself.
+* `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself;
+* `sampled_unshifted`: PPL_r as its authors' script reads it, each token's probability one place too late;
+* `written`: the greedy continuation against a long answer, word by word.
 """
 
 from __future__ import annotations
@@ -21,14 +23,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from reknow.errors import InputError
+from reknow.errors import InputError, MissingExtra
 from reknow.evaluate.convsent import sentiment_metrics
+from reknow.evaluate.long_text import rouge_l, token_f1, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
-_SUCCESS = ("reliability", "generalization", "portability", "instructed", "ES@", "PS@", "sentiment@")
+_ASKED = ("reliability", "generalization", "portability", "instructed")
+_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "reworded_")
+LONG_ANSWER = 10
+"""Words from which on an answer is also compared word by word."""
+
 _WORD_BREAKS = re.compile(r"[-/‐-―]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”«»…")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -64,6 +71,8 @@ class Reading:
     """Greedy continuation of the prompt, for fluency a sampled one; None where none was asked for."""
     divergence: float | None = None
     """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
+    ratios: tuple[float, float] | None = None
+    """PPL_r of a text that was sampled behind the request: right, and as its authors' script reads it."""
 
     def to_json(self) -> dict:
         """Plain JSON types; `from_json` gives the reading back."""
@@ -72,7 +81,7 @@ class Reading:
     @classmethod
     def from_json(cls, record: Mapping) -> Reading:
         """The reading that `to_json` wrote."""
-        lists = {name: tuple(record[name]) for name in ("answers", "top")}
+        lists = {name: tuple(record[name]) for name in ("answers", "top", "ratios") if record.get(name) is not None}
         return cls(**{**record, **lists, "hits": tuple(map(bool, record["hits"]))})
 
 
@@ -213,10 +222,11 @@ def case_metrics(
 
 def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.kind == "fluency":
-        return {} if now.text is None else {"fluency@sampled": ngram_entropy(now.prompt + now.text)}
+        ratios = zip(("PPL_r@sampled", "PPL_r@sampled_unshifted"), now.ratios or (), strict=False)
+        return {} if now.text is None else {"fluency@sampled": ngram_entropy(now.prompt + now.text), **dict(ratios)}
     if now.kind == "sentiment":  # its texts only count together
         return {}
-    found = {}
+    found = _overlaps(now)
     scores = _scores(now.hits, None if now.text is None else generated(now.text, now.answers))
     if now.kind == "locality":
         found = {f"locality_correct@{protocol}": value for protocol, value in scores.items()}
@@ -230,6 +240,18 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.nll_new is not None and now.nll_true is not None:
         found |= contrast(now.kind, now.nll_new, now.nll_true)
     return found
+
+
+def _overlaps(now: Reading) -> dict[str, float]:
+    """How much of a long answer the model writes, to the request and to other wordings."""
+    start = {"reliability": "", "generalization": "reworded_"}.get(now.kind)
+    if start is None or now.text is None or len(words(now.answers[0])) < LONG_ANSWER:
+        return {}
+    found = {f"{start}token_f1@written": max(token_f1(now.text, answer) for answer in now.answers)}
+    try:
+        return found | {f"{start}rouge_l@written": max(rouge_l(now.text, answer) for answer in now.answers)}
+    except MissingExtra:
+        return found
 
 
 def _scores(hits: Sequence[bool], written: float | None) -> dict[str, float]:

@@ -11,6 +11,7 @@ import torch
 from reknow.descent import Scored, predicted
 from reknow.edits import Case, Edit, Probe
 from reknow.evaluate.convsent import OTHER_TOPIC
+from reknow.evaluate.long_text import written_ratios
 from reknow.evaluate.metrics import Reading
 from reknow.lm import LM
 from reknow.patches import Patch
@@ -30,14 +31,25 @@ IMPOSSIBLE = 690.0
 
 
 def read(
-    lm: LM, cases: Sequence[Case], *, fluency: bool = True, generate: bool = True, seed: int = 0
+    lm: LM,
+    cases: Sequence[Case],
+    *,
+    fluency: bool = True,
+    generate: bool = True,
+    seed: int = 0,
+    in_context: bool = False,
 ) -> list[list[Reading]]:
     """What the model, as it is now, answers to all questions of each case, in their order.
 
-    With `fluency` off the probes of that kind get no text, with `generate` off the others do not. `seed` is for the
-    sampling alone.
+    Args:
+        fluency: off, the probes of that kind get no text.
+        generate: off, the others do not.
+        seed: for the sampling alone.
+        in_context: put the edit as a statement in front of every question.
     """
     asked = [(case.edit, probe) for case in cases for probe in case.questions]
+    if in_context:
+        asked = [(edit, replace(one, prompt=f"Fact: {edit.statement} {one.prompt}")) for edit, one in asked]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
     answers = iter(_answered(lm, questions, generate))
@@ -51,15 +63,20 @@ def read(
     return [[next(readings) for _ in case.questions] for case in cases]
 
 
-def with_perplexity(lm: LM, readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
-    """The readings with the likelihood of every sampled text under the model as it is now."""
+def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
+    """The readings with the likelihood of every sampled text under the model as it is now, and with PPL_r of those
+    that stand behind the request itself."""
 
-    def judged(reading: Reading) -> Reading:
+    def judged(edit: Edit, reading: Reading) -> Reading:
         if reading.kind != "fluency" or not reading.text:
             return reading
-        return replace(reading, nll=math.log(perplexity(lm, [reading.prompt + reading.text])))
+        nll = math.log(perplexity(lm, [reading.prompt + reading.text]))
+        if reading.prompt != edit.text:
+            return replace(reading, nll=nll)
+        ratios = written_ratios(lm, reading.prompt, edit.target_new, reading.text)
+        return replace(reading, nll=nll, ratios=None if any(map(math.isnan, ratios)) else ratios)
 
-    return [[judged(reading) for reading in case] for case in readings]
+    return [[judged(case.edit, one) for one in found] for case, found in zip(cases, readings, strict=True)]
 
 
 @torch.no_grad()

@@ -20,7 +20,12 @@ RESAMPLES = 1000
 UNEDITED = ("unedited", "before")
 """Method and stage under which the unedited model stands."""
 
+IN_CONTEXT = "in_context"
+"""Stage at which the edit stands in front of every question; also read of the unedited model."""
+COSTS = ("seconds", "peak_memory_mb", "steps", "loss", "repetitions")
+
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
+OVERLAPS = ("token_f1", "rouge_l", "reworded_token_f1", "reworded_rouge_l")
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
     ("teacher_forced_tokens", "Teacher-forced, share of the answer's tokens right, %", KINDS),
@@ -33,12 +38,16 @@ TABLES = (
         ("sentiment", "z_sentiment", "z_topic"),
     ),
     ("divergence", "ConvSent, change on another topic, nats", ("drawdown",)),
-    ("sampled", "Sampled text", ("fluency", "perplexity")),
+    ("written", "Long answers, words in common with what the model writes, %", OVERLAPS),
+    ("sampled", "Sampled text", ("fluency", "perplexity", "PPL_r")),
+    ("sampled_unshifted", "Sampled text, read one place too late as in the script of PPL_r's authors", ("PPL_r",)),
     ("held_out", "Given text", ("perplexity",)),
-    ("edit", "Cost of an edit", ("seconds", "peak_memory_mb", "failed")),
+    ("edit", "Cost of an edit", (*COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
-PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood")
+PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood", "written")
+LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
+"""What is averaged as a logarithm. The authors' reading of PPL_r is not: their script takes the plain mean."""
 
 
 class Cell(NamedTuple):
@@ -110,7 +119,8 @@ class Results:
     @property
     def last_stage(self) -> str:
         """The latest stage that has rows; of a finished run the one that sums it up."""
-        return max((row["stage"] for row in self.rows.values()), key=_time, default="before")
+        stages = (row["stage"] for row in self.rows.values() if row["stage"] != IN_CONTEXT)
+        return max(stages, key=_time, default="before")
 
     @cached_property
     def case_values(self) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
@@ -126,7 +136,7 @@ class Results:
             values = case_metrics(readings(row), before[row["case"]], failed=row["error"] is not None)
             values["perplexity@held_out"] = row["held_out_perplexity"]
             if row["stage"] == "after_edit" or row["mode"] == "batch":
-                values |= {f"{name}@edit": row[name] for name in ("seconds", "peak_memory_mb")}
+                values |= {f"{name}@edit": row.get(name) for name in COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
             for key, value in values.items():
                 if value is not None:
@@ -137,7 +147,8 @@ class Results:
         }
 
     def _order(self, row: Mapping) -> tuple[int, float]:
-        return list(self.manifest["settings"]["methods"]).index(row["method"]), _time(row["stage"])
+        names = [UNEDITED[0], *self.manifest["settings"]["methods"]]
+        return names.index(row["method"]), _time(row["stage"])
 
     @cached_property
     def cells(self) -> dict[tuple[str, str, str], Cell]:
@@ -202,7 +213,12 @@ def readings(row: Mapping) -> list[Reading]:
 
 def stage_label(stage: str) -> str:
     """A stage in words."""
-    known = {"before": "before", "after_edit": "right after the edit", "end": "after all edits"}
+    known = {
+        "before": "before",
+        "after_edit": "right after the edit",
+        IN_CONTEXT: "with the edit in front of the question",
+        "end": "after all edits",
+    }
     return known.get(stage) or f"after {stage.partition(':')[2]} edits"
 
 
@@ -225,7 +241,7 @@ def summarise(
     for key in dict.fromkeys(key for case in cases for key in case):
         values = np.array([case.get(key, np.nan) for case in cases])
         there = ~np.isnan(values)
-        logarithmic = key.startswith("perplexity")
+        logarithmic = key in LOGARITHMIC
         values = np.log(values[there]) if logarithmic else values[there]
         with np.errstate(invalid="ignore"):  # a resample without any of these cases
             found = draws[:, there] @ values / draws[:, there].sum(1)  # (1 + resamples,)

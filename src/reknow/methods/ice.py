@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from reknow.descent import Matrices, Scored, check_finite, predicted, sample
+from reknow.descent import Matrices, Scored, check_finite, predicted, sample, told
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layers
@@ -152,6 +152,7 @@ class ICE(Method):
             steps.append({key: sum(part[key] for part in found) for key in found[0]})
             for key in ("losses", "target_losses", "consistency_losses"):
                 steps[-1][key] /= count
+            told(step, self.steps, steps[-1]["losses"])
             if self.track:
                 edit = batches[0].edits[0]
                 with matrices.in_use():
@@ -166,12 +167,7 @@ class ICE(Method):
             raise InputError(
                 f"expected a context for {edit.text!r}; it has none: give Edit(context=[…]), or use contexts='any'"
             )
-        return edit.context if edit.context and self.contexts != "statement" else (statement(edit),)
-
-
-def statement(edit: Edit) -> str:
-    """The edit as a sentence: the context of an edit that brings none."""
-    return f"{edit.text.strip()} {edit.target_new.strip().rstrip('.')}."
+        return edit.context if edit.context and self.contexts != "statement" else (edit.statement,)
 
 
 def informed(edit: Edit, context: str, lead_in: str = "") -> Text:
