@@ -26,7 +26,7 @@ def study(
     baselines: Annotated[
         str, typer.Option("--baselines", help="Methods to read beside the editors, with commas between.")
     ] = "",
-    full: Annotated[bool, typer.Option("--full", help="The paper's rank, 500 updates a task, 100 cases, three seeds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="500 updates a task, 100 cases, three seeds.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The folder; studies share its editors.")] = None,
     dtype: Dtype = None,
     device: Device = None,

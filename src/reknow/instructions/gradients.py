@@ -12,7 +12,7 @@ from reknow.editors import open_editor
 from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.evaluate.rows import write_json
-from reknow.gradients import gradient_factors
+from reknow.gradients import flat_factors
 from reknow.instructions.families import load_families
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, test_cases
 from reknow.lm import LM
@@ -87,9 +87,8 @@ def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.nd
     for case in cases:  # one by one, so that none is padded
         told = trained.told(case, families).edit
         rows = lm.encode([Text(told.instructed(told.text), told.target_new)])
-        factors, _ = gradient_factors(lm, network.names, rows)
-        _, u = network(factors)[name]  # (1, columns, in)
-        answer = len(rows[0].target_ids)
-        points.append(u[0, -answer:].sum(0))
+        factors, _ = flat_factors(lm, network.names, rows)
+        _, u = network(factors)[name]  # (n, in)
+        points.append(u[-len(rows[0].target_ids) :].sum(0))
     stacked = torch.stack(points)
     return (stacked / stacked.norm(dim=1, keepdim=True)).cpu().numpy()

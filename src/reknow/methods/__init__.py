@@ -21,6 +21,7 @@ from reknow.methods.mend import MEND
 from reknow.methods.pmet import PMET
 from reknow.methods.rome import ROME
 from reknow.methods.serac import SERAC
+from reknow.methods.ultraedit import UltraEdit
 
 
 class Entry(NamedTuple):
@@ -62,6 +63,7 @@ METHODS: dict[str, Entry] = {
     "r-rome": Entry(ROME, {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Entry(ROME, {}, "Meng et al. 2022, arXiv 2202.05262"),
     "serac": Entry(SERAC, {}, "Mitchell et al. 2022, arXiv 2206.06520"),
+    "ultraedit": Entry(UltraEdit, {}, "Gu et al. 2025, arXiv 2505.14679"),
 }
 
 
