@@ -58,8 +58,8 @@ class Weights:
                 return _oriented(module, weight.detach())
             if isinstance(weight, Tensor) and weight.device.type == "meta":
                 raise ModelError(
-                    f"expected the weight of {name} in memory or offloaded by Accelerate; it is nowhere: load the model "
-                    "with device_map="
+                    f"expected the weight of {name} in memory or offloaded by Accelerate; it is nowhere: load the "
+                    "model whole"
                 )
         # A quantised matrix shows its weight when it multiplies the identity.
         states = embedding(self._model)
