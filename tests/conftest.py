@@ -60,3 +60,8 @@ def bits(lm: LM) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Equal but for rounding in float32, which is relative to the largest numbers of a sum and differs by machine."""
+    return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())

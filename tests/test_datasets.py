@@ -20,6 +20,7 @@ SIZES = {
     "wiki_counterfact": 200,
     "wikibio": 60,
     "qaedit": 100,
+    "convsent": 280,
 }
 
 
@@ -423,6 +424,6 @@ def test_notice_names_every_sample():
     root = Path(__file__).parents[1]
     notice = (root / "NOTICE").read_text("utf-8")
     samples = list((root / "src/reknow/assets/data").iterdir())
-    assert len(samples) == 12
+    assert len(samples) == 13
     assert [path.name for path in samples if path.name not in notice] == []
     assert sum(path.stat().st_size for path in samples) < 4_000_000

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
     from reknow.methods.memit import MEMIT
+    from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
     from reknow.patches import Patch, diff, merge
@@ -32,6 +33,7 @@ __all__ = [
     "KN",
     "LM",
     "MEMIT",
+    "MEND",
     "METHODS",
     "PMET",
     "ROME",
@@ -65,6 +67,7 @@ _HOMES = {
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),
+    "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
     "patches": ("Patch", "diff", "merge"),

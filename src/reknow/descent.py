@@ -94,6 +94,8 @@ class Scored:
     Attributes:
         of_row: (n,) row of each scored place, in the order of `pairs`.
         targets: (n,) token predicted there.
+        places: (rows, columns) bool, the scored places in the padded batch.
+        real: (rows, columns) bool, its real tokens.
 
     Raises:
         InputError: a row is longer than the model's positions.
@@ -102,12 +104,15 @@ class Scored:
     def __init__(self, lm: LM, rows: Sequence[Row], pairs: Sequence[Sequence[tuple[int, int]]], layer: int | None):
         check_length(lm, rows)
         ends = [max(column for column, _ in scored) + 1 for scored in pairs]
-        rows = [Row(row.ids[:end], end) for row, end in zip(rows, ends, strict=True)]
+        rows = [Row(row.ids[:end], min(row.prompt_length, end)) for row, end in zip(rows, ends, strict=True)]
         self._lm, self._batch = lm, lm.pad(rows)
         starts = self._batch.starts.tolist()
         flat = [(i, starts[i] + c, token) for i, scored in enumerate(pairs) for c, token in scored]
         columns = [torch.tensor(values, device=lm.device) for values in zip(*flat, strict=True)]
         self.of_row, self._columns, self.targets = columns
+        self.real = self._batch.mask.bool()
+        self.places = torch.zeros_like(self.real)
+        self.places[self.of_row, self._columns] = True
         self._suffix = None if layer is None else Suffix(lm, self._batch, layer, 0)
 
     def log_probs(self) -> Tensor:
@@ -116,7 +121,8 @@ class Scored:
             return self._suffix.rerun(self.of_row, self._columns).float().log_softmax(-1)
         batch, first = self._batch, int(self._columns.min())
         keep = batch.ids.shape[1] - first
-        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, logits_to_keep=keep).logits
+        options = dict(ends=batch.ends, logits_to_keep=keep)
+        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, **options).logits
         return logits[:, -keep:][self.of_row, self._columns - first].float().log_softmax(-1)
 
     def nll(self) -> Tensor:

@@ -9,6 +9,7 @@ with lm.patched(patch):
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ import torch
 
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -68,20 +68,10 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observ
 
 
 def _standing(lm: LM, edit: Edit, completion: str) -> Standing:
-    probability, rank = _likelihood(lm, edit.text, edit.target_new)
-    old = None if edit.target_true is None else _likelihood(lm, edit.text, edit.target_true)[0]
-    return Standing(completion, probability, rank, old)
-
-
-@torch.no_grad()
-def _likelihood(lm: LM, prompt: str, answer: str) -> tuple[float, int]:
-    """(probability of the whole answer, rank of its first token)."""
-    (row,) = lm.encode([Text(prompt, answer)])
-    batch = lm.pad([row])
-    logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0, row.prompt_length - 1 : -1]
-    log_probs = logits.float().log_softmax(-1)  # (tokens of the answer, vocabulary)
-    chosen = log_probs.gather(1, torch.tensor(row.target_ids, device=log_probs.device)[:, None])[:, 0]
-    return float(chosen.sum().exp()), 1 + int((log_probs[0] > chosen[0]).sum())
+    answers = [answer for answer in (edit.target_new, edit.target_true) if answer is not None]
+    scores = lm.score([edit.text] * len(answers), answers)
+    new, *old = [math.exp(-score.nll * len(score.hits)) for score in scores]
+    return Standing(completion, new, scores[0].rank, old[0] if old else None)
 
 
 def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:

@@ -184,7 +184,8 @@ class Suffix:
     def __init__(self, lm: LM, batch: Batch, layer: int, column: int):
         self.lm, self.batch, self.layer, self.column = lm, batch, layer, column
         self.name = lm.parts.value[layer]
-        self._start = column if lm.parts.replayable else 0
+        # A memory decides at the prompt's last token, and what it decides may change every column before.
+        self._start = column if lm.parts.replayable and not lm.hooked else 0
         """First column that is run again."""
         self._calls: list[tuple[tuple, dict]] = []
         self._block_input: Tensor  # (rows, columns, hidden), where the blocks are replayed
@@ -198,6 +199,7 @@ class Suffix:
             batch.mask[:, : columns.stop],
             batch.positions[:, columns],
             cache=cache,
+            ends=batch.ends,
             **options,
         )
 
@@ -225,6 +227,7 @@ class Suffix:
             outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
             seen_in, seen_out = stack.enter_context(recorded(model, [self.name], outputs))
             self._run(slice(self._start, width), _fresh(self._cache), logits_to_keep=1)
+        self._reading = self.lm.reading
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
         here = [by_row(state, rows)[:, self.column - self._start] for state in states]
@@ -244,7 +247,8 @@ class Suffix:
         """
         delta = delta.to(self.value.dtype)
         if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
-            return head(self.lm, self._replay(added_at(delta, 0)(self._block_output), 1)[rows, columns - self._start])
+            added = added_at(delta, self.column - self._start)(self._block_output)
+            return head(self.lm, self._replay(added, 1)[rows, columns - self._start])
         with ExitStack() as stack:
             for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
                 if addition is not None:
@@ -261,6 +265,7 @@ class Suffix:
     def _replay(self, hidden: Tensor, skip: int) -> Tensor:
         """Runs the blocks from `layer + skip` on. hidden and result: (rows, columns, hidden)"""
         cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
+        self.lm.reading = self._reading  # another text may have been read since
         for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
             args = (cache if isinstance(a, Cache) else a for a in args)
             kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -181,5 +182,7 @@ def methods(
     say_table(["setting", "default", "type", "meaning"], rows)
 
 
-def _fields(method: Any) -> list[str]:
-    return [field.name for field in fields(method)]
+def _fields(method: type) -> list[str]:
+    """Names of a method's settings, its own before those that it shares with others."""
+    own = inspect.get_annotations(method)
+    return [*own, *(field.name for field in fields(method) if field.name not in own)]  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ how the answer was read, because the same edit scores very differently under eac
 * `teacher_forced_exact`: 1 if all of them are (MEND, SERAC, MEMIT's `*_correct`);
 * `generated`: 1 if the greedy continuation of the bare prompt begins with an accepted answer;
 * `contrast`: the new answer is more (on neighbours: less) likely than the old one (CounterFact);
+* `likelihood`, `divergence`: how likely texts of a sentiment are, and how far the model moved (ConvSent);
 * `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself;
 * `sampled_unshifted`: PPL_r as its authors' script reads it, each token's probability one place too late;
 * `written`: the greedy continuation against a long answer, word by word.
@@ -23,13 +24,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from reknow.errors import InputError, MissingExtra
+from reknow.evaluate.convsent import sentiment_metrics
 from reknow.evaluate.long_text import rouge_l, token_f1, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
-_SUCCESS = ("reliability", "generalization", "portability", "ES@", "PS@", "token_f1", "rouge_l", "reworded_")
+_ASKED = ("reliability", "generalization", "portability", "instructed")
+_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "reworded_")
 LONG_ANSWER = 10
 """Words from which on an answer is also compared word by word."""
 
@@ -66,6 +69,8 @@ class Reading:
     """The same for its `target_true`."""
     text: str | None = None
     """Greedy continuation of the prompt; for fluency a sampled one, or None where none was asked for."""
+    divergence: float | None = None
+    """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
     ratios: tuple[float, float] | None = None
     """PPL_r of a text that was sampled behind the request: right, and as its authors' script reads it."""
 
@@ -208,6 +213,7 @@ def case_metrics(
         for key, found in values.items()
         if ":" not in key or len(names[key.partition(":")[0]]) > 1
     }
+    means |= sentiment_metrics(after, before)
     logs = [now.nll for now in after if now.kind == "fluency" and now.nll is not None]
     if logs:
         means["perplexity@sampled"] = math.exp(sum(logs) / len(logs))
@@ -218,6 +224,8 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.kind == "fluency":
         ratios = zip(("PPL_r@sampled", "PPL_r@sampled_unshifted"), now.ratios or (), strict=False)
         return {} if now.text is None else {"fluency@sampled": ngram_entropy(now.prompt + now.text), **dict(ratios)}
+    if now.kind == "sentiment":  # its texts only count together
+        return {}
     found = _overlaps(now)
     scores = _scores(now.hits, generated(now.text or "", now.answers))
     if now.kind == "locality":

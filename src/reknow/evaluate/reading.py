@@ -6,10 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from reknow.descent import Scored, predicted
 from reknow.edits import Case, Edit, Probe
+from reknow.evaluate.convsent import OTHER_TOPIC
 from reknow.evaluate.long_text import written_ratios
 from reknow.evaluate.metrics import Reading
 from reknow.lm import LM
+from reknow.patches import Patch
 from reknow.tokens import Text
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
@@ -17,6 +22,9 @@ SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
 
 GREEDY_TOKENS, GREEDY_SLACK = 8, 4
 """A continuation is at least this long, and this much longer than the answer: room for "the", a dash …"""
+
+TEXTS_PER_PASS = 64
+"""Texts whose distributions over the vocabulary are held at once."""
 
 IMPOSSIBLE = 690.0
 """Nats recorded for a likelihood that is NaN or less than e^-690: both ways its exponential is still a number."""
@@ -64,6 +72,29 @@ def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[R
     return [[judged(case.edit, one) for one in found] for case, found in zip(cases, readings, strict=True)]
 
 
+@torch.no_grad()
+def with_divergence(
+    lm: LM, readings: Sequence[Sequence[Reading]], unedited: tuple[Patch, ...]
+) -> list[list[Reading]]:
+    """The readings of ConvSent's other topics with KL(unedited ‖ the model as it is now) over the answer's tokens."""
+    asked = {(r.prompt, r.answers[0]) for case in readings for r in case if r.name == OTHER_TOPIC}
+    rows = lm.encode([Text(*pair) for pair in sorted(asked)])
+    found: dict[tuple[str, str], float] = {}
+    for start in range(0, len(rows), TEXTS_PER_PASS):
+        part = rows[start : start + TEXTS_PER_PASS]
+        scored = Scored(lm, part, [predicted(row, row.prompt_length) for row in part], None)
+        now = scored.log_probs()
+        with lm.stacked(unedited):
+            before = scored.log_probs()
+        divergence = (before.exp() * (before - now)).sum(-1)  # (tokens,)
+        means = [divergence[scored.of_row == i].mean().item() for i in range(len(part))]
+        found |= dict(zip(sorted(asked)[start:], map(_finite, means), strict=False))
+    return [
+        [replace(r, divergence=found[r.prompt, r.answers[0]]) if r.name == OTHER_TOPIC else r for r in case]
+        for case in readings
+    ]
+
+
 def perplexity(lm: LM, texts: Sequence[str]) -> float:
     """`lm.perplexity`, kept within e^IMPOSSIBLE."""
     return math.exp(_finite(math.log(lm.perplexity(texts))))
@@ -72,9 +103,10 @@ def perplexity(lm: LM, texts: Sequence[str]) -> float:
 def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]]) -> list[Reading]:
     pairs = [(probe.prompt, answer) for edit, probe in questions for answer in _scored(edit, probe)]
     scores = iter(lm.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs]) if pairs else [])
-    texts = _greedy(lm, [probe for _, probe in questions])
+    texts = iter(_greedy(lm, [probe for _, probe in questions if probe.kind != "sentiment"]))
     readings = []
-    for (edit, probe), text in zip(questions, texts, strict=True):
+    for edit, probe in questions:
+        text = None if probe.kind == "sentiment" else next(texts)  # of a given text only the likelihood counts
         own, *both = [next(scores) for _ in _scored(edit, probe)]
         nll_new, nll_true = (_finite(score.nll) for score in both) if both else (None, None)
         read = (own.hits, own.top, _finite(own.nll), nll_new, nll_true, text)

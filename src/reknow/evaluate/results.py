@@ -24,7 +24,7 @@ IN_CONTEXT = "in_context"
 """Stage at which the edit stands in front of every question; also read of the unedited model."""
 COSTS = ("seconds", "peak_memory_mb", "steps", "loss", "repetitions")
 
-KINDS = ("reliability", "generalization", "locality", "portability")
+KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
 OVERLAPS = ("token_f1", "rouge_l", "reworded_token_f1", "reworded_rouge_l")
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
@@ -32,6 +32,12 @@ TABLES = (
     ("generated", "Free generation begins with the answer, %", KINDS),
     ("contrast", "CounterFact, new answer against true one, %", ("ES", "PS", "NS", "S")),
     ("contrast", "CounterFact, difference of the probabilities, %", ("EM", "PM", "NM")),
+    (
+        "likelihood",
+        "ConvSent, texts of the wanted sentiment against others, %",
+        ("sentiment", "z_sentiment", "z_topic"),
+    ),
+    ("divergence", "ConvSent, change on another topic, nats", ("drawdown",)),
     ("written", "Long answers, words in common with what the model writes, %", OVERLAPS),
     ("sampled", "Sampled text", ("fluency", "perplexity", "PPL_r")),
     ("sampled_unshifted", "Sampled text, read one place too late as in the script of PPL_r's authors", ("PPL_r",)),
@@ -39,7 +45,7 @@ TABLES = (
     ("edit", "Cost of an edit", (*COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
-PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "written")
+PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood", "written")
 LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
 """What is averaged as a logarithm. The authors' reading of PPL_r is not: their script takes the plain mean."""
 
@@ -67,6 +73,8 @@ class Cell(NamedTuple):
         return f"[{', '.join(bounds)}]" if bounds else ""
 
     def _shown(self, value: float) -> str:
+        if self.protocol == "divergence":
+            return f"{value:.4f}"
         percent = self.protocol in PERCENT
         value = value * 100 if percent else value
         return f"{value:.{1 if percent or value >= 100 else 2}f}"

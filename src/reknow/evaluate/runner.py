@@ -18,9 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import reknow
 from reknow.descent import watched
+from reknow.editors import refuse_seen
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
-from reknow.evaluate.reading import perplexity, read, with_perplexity
+from reknow.evaluate.reading import perplexity, read, with_divergence, with_perplexity
 from reknow.evaluate.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluate.rows import (
     BEFORE_FILE,
@@ -149,6 +150,8 @@ class _Run:
         self.tell: Callable[[str], object] = lambda text: None
 
     def all(self, methods: Mapping[str, Any], progress: bool) -> None:
+        for method in methods.values():
+            refuse_seen(method, self.lm, list(self.cases.values()))
         stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1 + self.plan.in_context
         steps = len(self.cases) * (1 + self.plan.in_context + len(methods) * len(self.plan.seeds) * stages)
         with _bar(progress, steps, len(self.before) + len(self.rows)) as (self.advance, self.tell):
@@ -231,6 +234,8 @@ class _Run:
         """Readings of the cases as JSON, and the perplexity of the held-out texts where fluency is asked too."""
         cases = [self.cases[name] for name in names]
         readings = read(self.lm, cases, fluency=fluency, seed=seed, in_context=in_context)
+        if self.lm.patches != self.unedited:
+            readings = with_divergence(self.lm, readings, self.unedited)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):
             with self.lm.stacked(self.unedited):
                 readings = with_perplexity(self.lm, cases, readings)

@@ -15,6 +15,7 @@ from reknow.methods.ice import ICE
 from reknow.methods.kn import KN
 from reknow.methods.lora import LoRA
 from reknow.methods.memit import MEMIT
+from reknow.methods.mend import MEND
 from reknow.methods.pmet import PMET
 from reknow.methods.rome import ROME
 
@@ -46,6 +47,7 @@ METHODS: dict[str, Entry] = {
     "lora": Entry(LoRA, {"kind": "lora"}, "Hu et al. 2021, arXiv 2106.09685"),
     "memit": Entry(MEMIT, {}, "Meng et al. 2022, arXiv 2210.07229"),
     "memit-merge": Entry(MEMIT, {"merge_subjects": True}, "Dong et al. 2025, arXiv 2502.07322"),
+    "mend": Entry(MEND, {}, "Mitchell et al. 2021, arXiv 2110.11309"),
     "pmet": Entry(PMET, {}, "Li et al. 2023, arXiv 2308.08742"),
     "qlora": Entry(LoRA, {"kind": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
     "r-rome": Entry(ROME, {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),

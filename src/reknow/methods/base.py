@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 import reknow
-from reknow.edits import Edit
+from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
-from reknow.patches import Delta, LowRank, Patch
+from reknow.memory import versions
+from reknow.patches import Delta, Kind, LowRank, Patch
+from reknow.stats import covariance
+from reknow.values import ValueSearch, contexts
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+    from reknow.training import Training
 
 
 class Method(ABC):
@@ -33,6 +39,96 @@ class Method(ABC):
         Raises:
             InputError: no edits, or edits that this method cannot make.
             EditFailed: the computation broke down.
+        """
+
+
+class MemoryMethod(Method):
+    """A method whose patches leave the weights alone; see `reknow.memory`."""
+
+    kind: ClassVar[Kind]
+
+    @staticmethod
+    @abstractmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> Any:
+        """The running memory of these versions, oldest first: a Hook-, Prompt- or RouterMemory, as `kind` says.
+
+        Called whenever the stack changes, so it moves tensors and runs no model.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(Method):
+    """Settings of every method that searches a wanted state and spares general text. No method by itself."""
+
+    steps: int = 25
+    """Passes of the search, one more than updates."""
+    learning_rate: float = 0.1
+    """Of Adam in the search, in units of the root mean square of the block's output."""
+    kl_weight: float = 0.0625
+    """Weight of the drift of what the model says of "{subject} is a"."""
+    decay: float = 0.05
+    """Weight of the addition's length, relative to what it is added to, in the loss."""
+    clamp: float = 0.75
+    """Largest length of the addition, relative to what it is added to."""
+    absolute: bool = False
+    """Learning rate as a plain number, and decay on the length over the square of the state's, as in the papers."""
+    stop_probability: float = 1.0
+    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only."""
+    context_groups: tuple[tuple[int, int], ...] = ((5, 9),)
+    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
+    context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    """First words of those texts."""
+    covariance_tokens: int = 100_000
+    """Tokens of general text for C."""
+    seed: int = 0
+    """Of the sampled contexts."""
+
+    def search(self, **rest) -> ValueSearch:
+        """The search with these settings; `rest` are its fields that this method does not leave to the user."""
+        known = {field.name for field in fields(self)}
+        shared = {field.name for field in fields(ValueSearch)} & known
+        return ValueSearch(**{name: getattr(self, name) for name in shared}, **rest)
+
+    def contexts(self, lm: LM) -> tuple[str, ...]:
+        """The texts to put before the prompt; the first is empty."""
+        return contexts(lm, self.context_groups, starts=self.context_starts, seed=self.seed)
+
+    def covariance(self, lm: LM, layer: int) -> Tensor:
+        """C of the layer's keys. (in, in), float64"""
+        return covariance(lm, layer, tokens=self.covariance_tokens)
+
+
+class Learned(Method):
+    """A method that learns how to edit one model before it can edit it."""
+
+    editor: str | None
+    """File or folder of the trained editor; None: the one that is bundled for the model."""
+
+    @property
+    @abstractmethod
+    def training(self) -> Training:
+        """How this method is trained where nothing else is asked for."""
+
+    @abstractmethod
+    def fit(
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        training: Training | None = None,
+        *,
+        progress: bool = False,
+    ) -> Learned:
+        """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
+
+        Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
+        training material here: rewordings that must follow, other facts that must stay. So they must be other cases
+        than those of an evaluation, which refuses cases that the editor has seen. The base model is what is
+        learned for, without the patches that are applied.
+
+        Raises:
+            InputError: too few cases, or a folder that was started with other arguments.
+            EditFailed: the losses are no numbers.
         """
 
 
@@ -70,12 +166,29 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
         parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,)
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise EditFailed(f"expected a finite change of {name}; got NaN or infinity: lower the learning rate")
+    return _patch(method, lm, edits, deltas=deltas, **rest)
+
+
+def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
+    """The next version of the method's memory on `lm`: what these edits add; `rest` are `memory` and `notes`.
+
+    Raises:
+        EditFailed: a tensor is not finite, so nothing is handed out.
+    """
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise EditFailed(f"expected finite {name} in the memory; got NaN or infinity: lower the learning rate")
+    before = versions(lm.patches, method.name)
+    follows = before[-1].id if before else None
+    return _patch(method, lm, edits, deltas={}, state=state, kind=method.kind, follows=follows, **rest)
+
+
+def _patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:
     assert is_dataclass(method) and not isinstance(method, type)
     return Patch(
         method=method.name,
         settings=asdict(method),
         edits=tuple(edits),
-        deltas=deltas,
         base=lm.fingerprint,
         made_on=tuple(patch.id for patch in lm.patches),
         version=reknow.__version__,
