@@ -70,7 +70,8 @@ def bench(
     study = study._replace(**study.full) if full else study
     given = {"data": data, "limit": limit}
     study = study._replace(**{k: v for k, v in given.items() if v is not None})
-    study = study if limit is None else study._replace(limits={})
+    if limit is not None:
+        study = study._replace(limits={name: min(limit, most) for name, most in study.limits.items()})
     given = {"mode": mode, "batch_size": batch_size, "fluency": fluency}
     given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
     plan = Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})

@@ -45,6 +45,8 @@ LEAD_INS = (
 LOSSES = ("losses", "target_losses", "consistency_losses", "answer_losses")
 """Noted for every step, before it: whole, its two terms, and the answer's tokens by themselves."""
 
+LAYERS = 5
+
 Targets = Literal["dynamic", "static"]
 Contexts = Literal["any", "given", "statement"]
 Variant = Literal["paper", "code"]
@@ -55,14 +57,14 @@ class ICE(Method):
     """Consistent In-Context Editing of the value matrices of several layers."""
 
     layers: tuple[int, ...] | None = None
-    """Layers whose value matrices are trained; None: a sixth of the model around `suggest_layer`."""
+    """Layers whose value matrices are trained; None: five, as in the paper, around `suggest_layer`."""
     steps: int = 25
     """Updates of each batch."""
     learning_rate: float = 0.01
     """Of Adam, in units of the matrix's root mean square, so that it means the same in every model."""
     learning_rate_absolute: float | None = None
     """The same as a number, as the papers give it (7e-4); then it holds."""
-    clamp: float | None = 0.04
+    clamp: float | None = 0.05
     """Largest change of a single weight, in units of the matrix's root mean square; None: none, harming others."""
     clamp_absolute: float | None = None
     """The same as a number (paper: 5e-4)."""
@@ -131,7 +133,7 @@ class ICE(Method):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
-        layers = resolve_layers(lm, self.layers)
+        layers = resolve_layers(lm, self.layers, LAYERS)
         names = [lm.parts.value[layer] for layer in layers]
         matrices = Matrices(
             lm,
