@@ -69,7 +69,7 @@ PRESETS: dict[str, Preset] = {
         SAME_LAYERS,
         data=f"{KNOWEDIT},counterfact",
         limit=16,
-        limits={"wikibio": 6},
+        limits={"wikibio": 4},
         keep=2,
         plan={"in_context": ("ice",)},
         full={"limit": None, "limits": NONE, "keep": None, "plan": {"in_context": ("ice",), "seeds": (0, 1, 2)}},
