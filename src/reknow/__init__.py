@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reknow.methods.alphaedit import AlphaEdit
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
+    from reknow.methods.grace import GRACE
     from reknow.methods.ice import ICE
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMMET",
     "FT",
+    "GRACE",
     "ICE",
     "KN",
     "LM",
@@ -61,6 +63,7 @@ _HOMES = {
     "methods.alphaedit": ("AlphaEdit",),
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
+    "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),

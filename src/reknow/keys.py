@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from reknow.datasets import sample_text
 from reknow.edits import Edit
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.values import Site
+
+PIECES, PIECE = 128, 12
+"""How many pieces of plain text, and of how many tokens at most, tell how far apart texts lie."""
 
 
 def subject_keys(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str]) -> Tensor:
@@ -41,6 +45,28 @@ def subject_states(lm: LM, edits: Sequence[Edit], layer: int, site: Site) -> Ten
     block = site == "block" and lm.parts.residual_identity
     name = lm.parts.blocks[layer] if block else lm.parts.value[layer]
     return lm.read(*_places(lm, edits, [""]), outputs=[name])[name].double()
+
+
+def spread(lm: LM, layer: int) -> float:
+    """How far apart unrelated texts lie: root mean square distance between the inputs of the layer's value matrix at
+    the last tokens of pieces of plain text, on the base model. The unit of distances that means the same everywhere.
+    """
+    memo = ("spread", layer)
+    if memo not in lm.memo:
+        cut = [row.ids[:PIECE] for row in lm.encode([Text(text) for text in sample_text()[:PIECES]])]
+        rows = [Row(ids, len(ids)) for ids in cut]
+        name = lm.parts.value[layer]
+        with lm.unpatched():
+            keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name].double()  # (pieces, in)
+        lm.memo[memo] = (float((2 * keys.var(0).sum()).sqrt()),)
+    return lm.memo[memo][0]
+
+
+def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+    """The module's input and output at each prompt's last token. (rows, in), (rows, out), float32"""
+    prompts = [Row(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
+    found = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
+    return found[module].float(), found[f"{module}:out"].float()
 
 
 def _places(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> tuple[list[Row], list[int]]:

@@ -11,6 +11,7 @@ from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.base import Method
 from reknow.methods.emmet import EMMET
 from reknow.methods.ft import FT
+from reknow.methods.grace import GRACE
 from reknow.methods.ice import ICE
 from reknow.methods.kn import KN
 from reknow.methods.lora import LoRA
@@ -37,6 +38,7 @@ METHODS: dict[str, Entry] = {
     ),
     "ft-m": Entry(FT, {"loss": "target"}, "Fine-tuning on the answer, Zhang et al. 2024, arXiv 2401.01286"),
     "ft-t": Entry(FT, {"loss": "text"}, "Fine-tuning on prompt and answer, as in Qi et al. 2024, arXiv 2406.11194"),
+    "grace": Entry(GRACE, {}, "Hartvigsen et al. 2022, arXiv 2211.11031"),
     "ice": Entry(ICE, {}, "Consistent In-Context Editing, Qi et al. 2024, arXiv 2406.11194"),
     "kn": Entry(KN, {}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
     "kn-erase": Entry(KN, {"erase": True}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
