@@ -12,6 +12,7 @@ import torch
 
 from conftest import alone, bits, make_lm, same
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
+from learned import is_learned, trained
 from reknow import LM, METHODS, Edit, Patch, method
 from reknow.errors import EditFailed, InputError, ReknowError
 from reknow.methods import Method
@@ -31,6 +32,8 @@ def quick(name: str, lm: LM, **changes) -> Method:
     """The method with settings that take a fraction of a second."""
     if name == "qlora" and not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is not installed")
+    if is_learned(name):
+        return trained(name, lm.model.config.model_type)
     kind = METHODS[name].method
     last = lm.layers - 1
     settings = dict(layer=last, layers=(last - 1, last), steps=25, context_groups=((2, 3),), covariance_tokens=200)
@@ -183,7 +186,8 @@ def test_a_subject_is_asked_for_where_it_is_needed(models, name):
         patch = quick(name, lm).edit(lm, [bare])
     except InputError as error:
         assert "needs a subject" in str(error)
-        assert name not in ("ft-l", "ft-m", "ft-t", "locft-bf", "lora", "adalora", "ice") and not in_memory(name)
+        takes_any = ("ft-l", "ft-m", "ft-t", "locft-bf", "lora", "adalora", "ice")
+        assert name not in takes_any and not is_learned(name) and not in_memory(name)
     else:
         assert patch.edits == (bare,)
 
@@ -192,8 +196,8 @@ def test_a_subject_is_asked_for_where_it_is_needed(models, name):
 def test_layers_that_are_not_there_are_refused(models, name, layer):
     lm = models["gpt2"]
     known = {field.name for field in fields(METHODS[name].method)}  # type: ignore[arg-type]
-    if not known & {"layer", "layers"}:
-        pytest.skip("this method chooses its matrices itself")
+    if not known & {"layer", "layers"} or is_learned(name):
+        pytest.skip("this method chooses its matrices itself, or did so when it was trained")
     changes = dict(layer=layer, layers=(layer,), context_groups=())
     with pytest.raises(InputError, match="layer from 0 to 2"):
         quick(name, lm, **changes).edit(lm, [EDIT])

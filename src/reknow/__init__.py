@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from reknow.methods.ft import FT
     from reknow.methods.grace import GRACE
     from reknow.methods.ice import ICE
+    from reknow.methods.ike import IKE
+    from reknow.methods.instructedit import InstructEdit
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
     from reknow.methods.memit import MEMIT
+    from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
+    from reknow.methods.serac import SERAC
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
@@ -31,15 +35,19 @@ __all__ = [
     "FT",
     "GRACE",
     "ICE",
+    "IKE",
     "KN",
     "LM",
     "MEMIT",
+    "MEND",
     "METHODS",
     "PMET",
     "ROME",
+    "SERAC",
     "AlphaEdit",
     "Case",
     "Edit",
+    "InstructEdit",
     "LoRA",
     "Patch",
     "Probe",
@@ -65,11 +73,15 @@ _HOMES = {
     "methods.ft": ("FT",),
     "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
+    "methods.ike": ("IKE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),
+    "methods.instructedit": ("InstructEdit",),
+    "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
+    "methods.serac": ("SERAC",),
     "patches": ("Patch", "diff", "merge"),
 }
 

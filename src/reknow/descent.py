@@ -94,6 +94,8 @@ class Scored:
     Attributes:
         of_row: (n,) row of each scored place, in the order of `pairs`.
         targets: (n,) token predicted there.
+        places: (rows, columns) bool, the scored places in the padded batch.
+        real: (rows, columns) bool, its real tokens.
 
     Raises:
         InputError: a row is longer than the model's positions.
@@ -108,6 +110,9 @@ class Scored:
         flat = [(i, starts[i] + c, token) for i, scored in enumerate(pairs) for c, token in scored]
         columns = [torch.tensor(values, device=lm.device) for values in zip(*flat, strict=True)]
         self.of_row, self._columns, self.targets = columns
+        self.real = self._batch.mask.bool()
+        self.places = torch.zeros_like(self.real)
+        self.places[self.of_row, self._columns] = True
         self._suffix = None if layer is None else Suffix(lm, self._batch, layer, 0)
 
     def log_probs(self) -> Tensor:

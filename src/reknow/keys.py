@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from reknow.datasets import sample_text
 from reknow.edits import Edit
 from reknow.tokens import Row, Text
+from reknow.trace import by_row, recorded
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -67,6 +69,20 @@ def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Ten
     prompts = [Row(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
     found = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
     return found[module].float(), found[f"{module}:out"].float()
+
+
+@torch.no_grad()
+def prompt_inputs(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+    """The module's input at all tokens of a few texts, and which of them belong to the prompt.
+
+    Returns:
+        (rows, columns, in), float32; (rows, columns), boolean.
+    """
+    batch = lm.pad(rows)
+    with recorded(lm.model, inputs=[module], stop=True) as (seen, _):
+        lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
+    columns = torch.arange(batch.ids.shape[1], device=lm.device)
+    return by_row(seen[module], len(rows)).float(), (columns < batch.ends[:, None]) & batch.mask.bool()
 
 
 def _places(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> tuple[list[Row], list[int]]:

@@ -38,6 +38,10 @@ class LM:
         chat: put prompts into the tokenizer's chat template, for instruct models.
         trust_remote_code: run code from the model's repository; off unless you ask.
 
+    Attributes:
+        computes_statistics: whether a method may read general text for statistics that are not kept yet; where it is
+            False, it is refused.
+
     Raises:
         ModelError: the model cannot be loaded, or is of a kind that is not handled.
     """
@@ -64,6 +68,7 @@ class LM:
             place(self.model, device, dtype)
         check_tokenizer(self.tokenizer, self.name, chat=chat)
         self.chat = chat
+        self.computes_statistics = True
         self.model.requires_grad_(False).eval()
         self.model.config.return_dict = True  # outputs are read by name
         self.patches: tuple[Patch, ...] = ()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def bench(
     dtype: Dtype = None,
     device: Device = None,
     chat: Chat = False,
+    no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.datasets import load_cases
@@ -67,6 +68,7 @@ def bench(
     wanted = limit or study.limit
     cases = load_cases(name, path=path or None, limit=None if known else wanted, offset=offset, seed=shuffle)
     lm = open_lm(model, dtype, device, chat)
+    lm.computes_statistics = not no_stats
     if known:
         cases = _known(lm, cases, wanted)
     out = out or Path("runs") / (preset or name)

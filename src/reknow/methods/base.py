@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import reknow
-from reknow.edits import Edit
+from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
@@ -20,6 +21,10 @@ from reknow.values import ValueSearch, contexts
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+    from reknow.training import Training
+
+KEPT_BYTES = 2**31
+"""How much memory matrices made of covariances may take between two edits."""
 
 
 class Method(ABC):
@@ -78,6 +83,8 @@ class SearchSettings(Method):
     """First words of those texts."""
     covariance_tokens: int = 100_000
     """Tokens of general text for C."""
+    covariance_text: str | None = None
+    """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
     seed: int = 0
     """Of the sampled contexts."""
 
@@ -93,7 +100,59 @@ class SearchSettings(Method):
 
     def covariance(self, lm: LM, layer: int) -> Tensor:
         """C of the layer's keys. (in, in), float64"""
-        return covariance(lm, layer, tokens=self.covariance_tokens)
+        return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
+
+
+class Learned(Method):
+    """A method that learns how to edit one model before it can edit it."""
+
+    editor: str | None
+    """File or folder of the trained editor; None: the one that is bundled for the model."""
+
+    @property
+    @abstractmethod
+    def training(self) -> Training:
+        """How this method is trained where nothing else is asked for."""
+
+    @abstractmethod
+    def fit(
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        training: Training | None = None,
+        *,
+        progress: bool = False,
+    ) -> Learned:
+        """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
+
+        Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
+        training material here: rewordings that must follow, other facts that must stay. So they must be other cases
+        than those of an evaluation, which refuses cases that the editor has seen. The base model is what is
+        learned for, without the patches that are applied.
+
+        Raises:
+            InputError: too few cases, or a folder that was started with other arguments.
+            EditFailed: the losses are no numbers.
+        """
+
+    def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
+        """`make(C, *settings)`: a factor of C, a projector …
+
+        The last ones are kept with the model while they are small, since one edit follows the other: reading C and
+        taking it apart costs as much as many steps of the search.
+        """
+        name = lm.parts.value[layer]
+        source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
+        memo = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
+        if memo in lm.memo:
+            return lm.memo[memo][0]
+        found = make(self.covariance(lm, layer), *settings)
+        lm.memo[memo] = (found,)
+        kept = [key for key in lm.memo if key[0] == "covariance"]
+        while sum(lm.memo[key][0].nbytes for key in kept) > KEPT_BYTES:
+            del lm.memo[kept.pop(0)]
+        return found
 
 
 def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
