@@ -16,7 +16,7 @@ from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
 from reknow.generation import continuations
 from reknow.loading import as_dtype, check_tokenizer, load, place
-from reknow.memory import Memories, Reading
+from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
 from reknow.scoring import Score, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
@@ -312,6 +312,10 @@ class LM:
             yield self
         finally:
             self._set(before)
+
+    def trying(self, method: str, memory: HookMemory):
+        """While open, this is the memory of the method in place of the applied one: for training it."""
+        return self._memories.trying(method, memory)
 
     @contextmanager
     def unpatched(self):
