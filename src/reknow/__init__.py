@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from reknow.methods.alphaedit import AlphaEdit
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
+    from reknow.methods.grace import GRACE
     from reknow.methods.ice import ICE
     from reknow.methods.ike import IKE
     from reknow.methods.instructedit import InstructEdit
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMMET",
     "FT",
+    "GRACE",
     "ICE",
     "IKE",
     "KN",
@@ -71,6 +73,7 @@ _HOMES = {
     "methods.alphaedit": ("AlphaEdit",),
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
+    "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
     "methods.ike": ("IKE",),
     "methods.kn": ("KN",),

@@ -16,7 +16,7 @@ from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
 from reknow.generation import continuations
 from reknow.loading import as_dtype, check_tokenizer, load, place
-from reknow.memory import Memories, Reading
+from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
 from reknow.scoring import Score, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
@@ -93,7 +93,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return adapter.embedding(self.model).device
+        return adapter.device_of(self.model.get_input_embeddings(), self.model.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,8 +115,16 @@ class LM:
         return layer
 
     def weight(self, name: str) -> Tensor:
-        """The current weight of the matrix `name`, seen as (out, in); writing to the view writes to the model."""
+        """The current weight of the matrix `name`, seen as (out, in).
+
+        Writing to the view writes to the model, unless the matrix is quantised or offloaded: then it is a copy.
+        """
         return self._weights.current(name)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
+        return self._weights.beside
 
     def base_weight(self, name: str) -> Tensor:
         """The weight of the matrix `name` with no patch applied, (out, in). Read only."""
@@ -304,6 +312,10 @@ class LM:
             yield self
         finally:
             self._set(before)
+
+    def trying(self, method: str, memory: HookMemory):
+        """While open, this is the memory of the method in place of the applied one: for training it."""
+        return self._memories.trying(method, memory)
 
     @contextmanager
     def unpatched(self):

@@ -192,6 +192,31 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
     return _patch(method, lm, edits, deltas=deltas, **rest)
 
 
+def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) -> list[dict[str, str]]:
+    """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
+
+    Args:
+        wanted: "update" lets the new edit stand, "refuse" does not.
+
+    Raises:
+        InputError: `wanted` is neither, or it is "refuse" and there are some.
+    """
+    if wanted not in ("update", "refuse"):
+        raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
+    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
+    found = [
+        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
+        for edit in edits
+        if stored.get(edit.text, edit.target_new) != edit.target_new
+    ]
+    if found and wanted == "refuse":
+        raise InputError(
+            f"expected edits that agree with the {method.name} memory; {found[0]['prompt']!r} is stored as "
+            f"{found[0]['old']!r}, got {found[0]['new']!r}: rebuild without the old edit, or set conflict to update"
+        )
+    return found
+
+
 def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
     """The next version of the method's memory on `lm`: what these edits add; `rest` are `memory` and `notes`.
 
