@@ -8,6 +8,7 @@ from functools import cache
 
 from conftest import make_lm
 from reknow import METHODS, Case, Edit, Probe, method
+from reknow.instructions import Family, Instruction, save_families
 from reknow.methods.base import Learned
 from reknow.training import Training
 
@@ -15,6 +16,7 @@ NAMES = ("Danielle", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple
 ANSWERS = ("of", "in", "is", "The", "and", "by")
 SETTINGS: dict[str, dict] = {
     "mend": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
+    "instructedit": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
     "malmen": dict(rank=16, layers=(1, 2), learning_rate=3e-3),
     "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, hidden=32, read_width=16),
 }
@@ -40,6 +42,11 @@ def is_learned(name: str) -> bool:
 @cache
 def trained(name: str, family: str) -> Learned:
     """The method with an editor for `make_lm(family)`."""
+    if name == "instructedit":  # with a single task, edits need not name theirs
+        instructions = (Instruction("Learn {}."), Instruction("Say it."), Instruction("Answer.", seen=False))
+        family_file = f"{tempfile.mkdtemp()}/families.json"
+        save_families(family_file, [Family("known", "K", "none", "Known.", instructions=instructions)], {})
+        SETTINGS[name]["families"] = family_file
     made = method(name, **SETTINGS[name])
     assert isinstance(made, Learned)
     return made.fit(make_lm(family), some_cases(), tempfile.mkdtemp(), TRAINING)

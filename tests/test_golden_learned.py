@@ -12,8 +12,8 @@ from reknow.descent import Scored, predicted
 from reknow.editors import Editor, case_keys
 from reknow.gradients import changed, flat_factors
 from reknow.methods.malmen import MALMENNetwork, surrogate
-from reknow.methods.mend import MENDNetwork
 from reknow.tokens import Text
+from reknow.transform import GradientNetwork
 from test_golden import GOLDEN, close
 
 
@@ -21,7 +21,7 @@ def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "mend.json").read_text()), load_file(GOLDEN / "mend.safetensors")
     method = MEND(rank=4, layers=(0, 1))
-    network = MENDNetwork(method, lm)
+    network = GradientNetwork(method, lm)
 
     # Statistics, from the factors of the first two edits.
     rows = lm.encode([Text(prompt, answer) for prompt, answer in about["edits"]])
@@ -148,6 +148,8 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     for i, block in enumerate(blocks):
         for ours, other in named.items():
             gradient = getattr(block, ours).grad
-            assert close(gradient, theirs[f"gradient/{prefix.removeprefix('network/')}blocks.{i}.{other}"], 2e-3), other
+            assert close(gradient, theirs[f"gradient/{prefix.removeprefix('network/')}blocks.{i}.{other}"], 2e-3), (
+                other
+            )
     assert close(network.step.grad, theirs["gradient/(40, 32).lr.weight"][:, 0], 2e-3)
     assert close(network.stiffness.grad, theirs["gradient/(40, 32).lamda.weight"][:, 0], 2e-3)

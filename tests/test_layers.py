@@ -86,7 +86,7 @@ def test_trials_edit_at_every_candidate_and_leave_the_model_alone(knowing, monke
         # The prompt itself and the first of two wordings are answered, and one of the three other subjects stays.
         right = [p == patch.edits[0].text or " was born in" in p or "Apple is from" in p for p in prompts]
         assert answers[: len(WORDINGS) + 1] == [patch.edits[0].target_new] * 3
-        return [Score(0.0, (hit,), ()) for hit in right]
+        return [Score(0.0, (hit,), (), 1) for hit in right]
 
     monkeypatch.setattr(LM, "score", score)
     before = {name: p.clone() for name, p in knowing.model.named_parameters()}

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from reknow.methods.alphaedit import AlphaEdit
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
+    from reknow.methods.grace import GRACE
     from reknow.methods.ice import ICE
+    from reknow.methods.ike import IKE
+    from reknow.methods.instructedit import InstructEdit
     from reknow.methods.ke import KE
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
@@ -26,13 +29,16 @@ if TYPE_CHECKING:
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
+    from reknow.methods.serac import SERAC
     from reknow.methods.ultraedit import UltraEdit
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
     "EMMET",
     "FT",
+    "GRACE",
     "ICE",
+    "IKE",
     "KE",
     "KN",
     "LM",
@@ -42,9 +48,11 @@ __all__ = [
     "METHODS",
     "PMET",
     "ROME",
+    "SERAC",
     "AlphaEdit",
     "Case",
     "Edit",
+    "InstructEdit",
     "LoRA",
     "Patch",
     "Probe",
@@ -69,15 +77,19 @@ _HOMES = {
     "methods.alphaedit": ("AlphaEdit",),
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
+    "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
+    "methods.ike": ("IKE",),
     "methods.ke": ("KE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.malmen": ("MALMEN",),
     "methods.memit": ("MEMIT",),
+    "methods.instructedit": ("InstructEdit",),
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
+    "methods.serac": ("SERAC",),
     "methods.ultraedit": ("UltraEdit",),
     "patches": ("Patch", "diff", "merge"),
 }

@@ -9,6 +9,7 @@ with lm.patched(patch):
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,6 @@ import torch
 
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -68,20 +68,10 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observ
 
 
 def _standing(lm: LM, edit: Edit, completion: str) -> Standing:
-    probability, rank = _likelihood(lm, edit.text, edit.target_new)
-    old = None if edit.target_true is None else _likelihood(lm, edit.text, edit.target_true)[0]
-    return Standing(completion, probability, rank, old)
-
-
-@torch.no_grad()
-def _likelihood(lm: LM, prompt: str, answer: str) -> tuple[float, int]:
-    """(probability of the whole answer, rank of its first token)."""
-    (row,) = lm.encode([Text(prompt, answer)])
-    batch = lm.pad([row])
-    logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0, row.prompt_length - 1 : -1]
-    log_probs = logits.float().log_softmax(-1)  # (tokens of the answer, vocabulary)
-    chosen = log_probs.gather(1, torch.tensor(row.target_ids, device=log_probs.device)[:, None])[:, 0]
-    return float(chosen.sum().exp()), 1 + int((log_probs[0] > chosen[0]).sum())
+    answers = [answer for answer in (edit.target_new, edit.target_true) if answer is not None]
+    scores = lm.score([edit.text] * len(answers), answers)
+    new, *old = [math.exp(-score.nll * len(score.hits)) for score in scores]
+    return Standing(completion, new, scores[0].rank, old[0] if old else None)
 
 
 def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
@@ -105,12 +95,21 @@ def known_cases(lm: LM, cases: Sequence[Case]) -> list[Case]:
 
 
 def weight_bits(model: torch.nn.Module) -> dict[str, str]:
-    """A hash of the bits of every parameter and buffer that is in memory, by name."""
+    """A hash of the bits of every parameter and buffer in memory, by name; quantised ones as they are stored."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        name: hashlib.blake2b(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16
-        ).hexdigest()
+        name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
         for name, tensor in tensors.items()
         if tensor.device.type != "meta"
     }
+
+
+def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors in which a tensor is kept: itself, or what one of torchao's consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reknow.descent import Scored, predicted
-from reknow.edits import Case, Edit
+from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.gradients import changed, row_changes
 from reknow.tokens import Text
@@ -34,14 +34,12 @@ class Lesson:
     """Must be continued as before: other facts."""
 
 
-def prompt_of(edit: Edit, prompt: str, instructed: bool) -> str:
-    """The prompt, behind the edit's instruction where that is wanted and there is one."""
-    return f"{edit.instruction} {prompt}" if instructed and edit.instruction else prompt
+def bare(cases: Sequence[Case]) -> list[Case]:
+    """The cases without instructions, for methods that do not read any."""
+    return [replace(case, edit=replace(case.edit, instruction=None)) for case in cases]
 
 
-def lessons(
-    batch: Sequence[Case], chance: random.Random, *, together: int = 1, instructed: bool = False
-) -> list[Lesson]:
+def lessons(batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
     """A lesson of each case. One rewording and one other fact are drawn; the fact of a case that is edited in another
     group of `together` cases must stay too.
 
@@ -51,13 +49,16 @@ def lessons(
     made = []
     for i, case in enumerate(batch):
         edit, answer = case.edit, case.edit.target_new
-        rewordings = [edit.fill(template) for template in edit.rephrasings]
-        rewordings += [probe.prompt for probe in case.probes if probe.kind == "generalization"]
+        rewordings = [(edit.fill(template), answer) for template in edit.rephrasings]
+        rewordings += [(probe.prompt, answer) for probe in case.probes if probe.kind == "generalization"]
+        rewordings += [(p.prompt, p.answers[0]) for p in case.probes if (p.kind, p.name) == ("sentiment", "wanted")]
+        if edit.instruction is not None:  # whoever asks later gives none
+            rewordings.append((edit.text, answer))
         others = [(probe.prompt, probe.answers[0]) for probe in case.probes if probe.kind == "locality"]
-        own = prompt_of(edit, edit.text, instructed)
+        own = edit.instructed(edit.text)
         inside = [Text(own, answer)]
         if rewordings:
-            inside.append(Text(prompt_of(edit, chance.choice(rewordings), instructed), answer))
+            inside.append(Text(*chance.choice(rewordings)))
         outside = [Text(*chance.choice(others))] if others else []
         j = (i + together) % len(batch)
         beside = batch[j].edit
@@ -65,9 +66,10 @@ def lessons(
             outside.append(Text(beside.text, beside.target_true or beside.target_new))
         made.append(Lesson(Text(own, answer), tuple(inside), tuple(outside)))
     if not any(lesson.outside for lesson in made):
+        about = batch[0].edit.id or repr(batch[0].edit.text)
         raise InputError(
-            f"expected cases with locality probes to learn what must stay; {batch[0].edit.id or batch[0].edit.text!r} "
-            "and those beside it have none: choose a data set that has them"
+            f"expected cases with locality probes, to learn what must stay; {about} and those beside it have none: "
+            "choose a data set that has them"
         )
     return made
 

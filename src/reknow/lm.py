@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,23 +16,13 @@ from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
 from reknow.generation import continuations
 from reknow.loading import as_dtype, check_tokenizer, load, place
+from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
-from reknow.stack import read_stack, with_patch, without_patch
+from reknow.scoring import Score, scores
+from reknow.stack import read_stack, replayed, with_patch, without_patch
 from reknow.tokens import Batch, Row, Text, batches, encode, pad
 from reknow.trace import by_row, recorded
 from reknow.weights import Weights
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a model reads an answer behind a prompt, teacher-forced."""
-
-    nll: float
-    """Mean negative log-likelihood of the answer's tokens, in nats."""
-    hits: tuple[bool, ...]
-    """Per token of the answer: is it the likeliest one, given the tokens before it?"""
-    top: tuple[int, ...]
-    """The likeliest token at each of these places."""
 
 
 class LM:
@@ -48,6 +37,10 @@ class LM:
         device_map: passed to transformers for models that span devices.
         chat: put prompts into the tokenizer's chat template, for instruct models.
         trust_remote_code: run code from the model's repository; off unless you ask.
+
+    Attributes:
+        computes_statistics: whether a method may read general text for statistics that are not kept yet; where it is
+            False, it is refused.
 
     Raises:
         ModelError: the model cannot be loaded, or is of a kind that is not handled.
@@ -75,11 +68,15 @@ class LM:
             place(self.model, device, dtype)
         check_tokenizer(self.tokenizer, self.name, chat=chat)
         self.chat = chat
+        self.computes_statistics = True
         self.model.requires_grad_(False).eval()
         self.model.config.return_dict = True  # outputs are read by name
         self.patches: tuple[Patch, ...] = ()
         self.memo: dict[tuple, tuple] = {}
+        self.reading: Reading | None = None
+        """What hooks of memories know of the pass that runs; None where there are none."""
         self._weights = Weights(self.model)
+        self._memories = Memories(self)
         self._takes_positions = adapter.accepts_positions(self.model)
         self.parts = adapter.find_parts(self.model)
         self.parts = adapter.verify(self)
@@ -96,7 +93,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return adapter.embedding(self.model).device
+        return adapter.device_of(self.model.get_input_embeddings(), self.model.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,8 +115,16 @@ class LM:
         return layer
 
     def weight(self, name: str) -> Tensor:
-        """The current weight of the matrix `name`, seen as (out, in); writing to the view writes to the model."""
+        """The current weight of the matrix `name`, seen as (out, in).
+
+        Writing to the view writes to the model, unless the matrix is quantised or offloaded: then it is a copy.
+        """
         return self._weights.current(name)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
+        return self._weights.beside
 
     def base_weight(self, name: str) -> Tensor:
         """The weight of the matrix `name` with no patch applied, (out, in). Read only."""
@@ -133,13 +138,27 @@ class LM:
 
     # --- running -----------------------------------------------------------------------------------------
 
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, **options):
-        """One pass of the model; `cache` None runs without a key/value cache."""
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, *, ends: Tensor | None = None, **options):
+        """One pass of the model.
+
+        Args:
+            cache: key/value cache, or None to run without.
+            ends: (rows,) column behind each prompt's last token, for memories; None: all text is the prompt.
+        """
         if self._takes_positions:
             options["position_ids"] = positions
-        return self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
-        )
+        self._memories.ends = ends
+        try:
+            return self.model(
+                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
+            )
+        finally:
+            self._memories.ends = None
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a memory is applied that changes what modules compute, beyond what the weights say."""
+        return self._memories.hooked
 
     def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokens of the texts, each with the place of its target and subject."""
@@ -180,7 +199,7 @@ class LM:
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
             column = max(columns[i] for i in part)
             with recorded(self.model, inputs, outputs, stop=True) as (seen_in, seen_out):
-                self.forward(batch.ids, batch.mask, batch.positions, None)
+                self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
             named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
             for name, states in named.items():
                 found.setdefault(name, [states.new_empty(0)] * len(rows))
@@ -195,26 +214,13 @@ class LM:
         Raises:
             InputError: a target is empty, or nothing stands before it.
         """
-        rows = self.encode([Text(p, t) for p, t in zip(prompts, targets, strict=True)])
-        for row, prompt in zip(rows, prompts, strict=True):
-            if not row.target_ids:
-                raise InputError(f"expected an answer to score behind {prompt!r}; got an empty one: write it")
-        scores: dict[Row, Score] = {}
-        unique = list(dict.fromkeys(rows))
-        for part in batches([len(row.ids) for row in unique]):
-            self._score_batch([unique[i] for i in part], scores)
-        return [scores[row] for row in rows]
+        targets = [target for _, target in zip(prompts, targets, strict=True)]
 
-    def _score_batch(self, rows: list[Row], scores: dict[Row, Score]) -> None:
-        batch = self.pad(rows)  # targets end in the last column
-        keep = max(len(row.target_ids) for row in rows) + 1
-        logits = self.forward(batch.ids, batch.mask, batch.positions, None, logits_to_keep=keep).logits
-        for row, found in zip(rows, logits, strict=True):
-            wanted = torch.tensor(row.target_ids, device=found.device)
-            log_probs = found[-len(wanted) - 1 : -1].float().log_softmax(-1)  # (tokens of the target, vocabulary)
-            best = log_probs.argmax(-1)
-            nll = -log_probs.gather(1, wanted[:, None]).mean().item()
-            scores[row] = Score(nll, tuple((best == wanted).tolist()), tuple(best.tolist()))
+        def answer(who, which: list[int], texts: list[str]) -> list[Score]:
+            wanted = [targets[i] for i in which]
+            return scores(self, texts, wanted) if who is None else who.score(texts, wanted)
+
+        return self._memories.answered(prompts, answer)
 
     @torch.no_grad()
     def generate(
@@ -237,10 +243,16 @@ class LM:
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)[0]
-        rows = self.encode([Text(prompt) for prompt in prompts])
-        longest = max((len(row.ids) for row in rows), default=0) + max_new_tokens - 1
-        self._check_length(longest, "prompts and continuations")
-        return continuations(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+
+        def answer(who, _which, texts: list[str]) -> list[str]:
+            if who is not None:
+                return who.generate(texts, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+            rows = self.encode([Text(text) for text in texts])
+            longest = max((len(row.ids) for row in rows), default=0) + max_new_tokens - 1
+            self._check_length(longest, "prompts and continuations")
+            return continuations(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+
+        return self._memories.answered(prompts, answer)
 
     @torch.no_grad()
     def perplexity(self, texts: Sequence[str], max_tokens: int = 256) -> float:
@@ -268,7 +280,8 @@ class LM:
         """Puts the patch on top of the stack.
 
         Raises:
-            PatchError: made on another base model (`force` overrides), or already applied.
+            PatchError: made on another base model (`force` overrides), already applied, or a version of a memory that
+                does not continue the newest one applied.
         """
         self._set(with_patch(self.patches, patch, self.fingerprint, force=force))
 
@@ -276,9 +289,18 @@ class LM:
         """Takes the patch (or the one of this id) off; any order. With no patch left the weights are the base's bits.
 
         Raises:
-            PatchError: it is not applied.
+            PatchError: it is not applied, or a version of a memory that is not the newest.
         """
         self._set(without_patch(self.patches, patch if isinstance(patch, str) else patch.id))
+
+    def rebuild(self, *, without: Patch | str) -> None:
+        """Takes any version of a memory off: the later edits of its method are made again without it.
+
+        Raises:
+            PatchError: it is not applied.
+            InputError, EditFailed: an edit cannot be made again; the stack is as before.
+        """
+        self._set(replayed(self, without if isinstance(without, str) else without.id))
 
     @contextmanager
     def patched(self, *patches: Patch):
@@ -290,6 +312,10 @@ class LM:
             yield self
         finally:
             self._set(before)
+
+    def trying(self, method: str, memory: HookMemory):
+        """While open, this is the memory of the method in place of the applied one: for training it."""
+        return self._memories.trying(method, memory)
 
     @contextmanager
     def unpatched(self):
@@ -315,4 +341,9 @@ class LM:
 
     def _set(self, patches: tuple[Patch, ...]) -> None:
         self._weights.set(patches)
+        try:
+            self._memories.set(patches)
+        except BaseException:
+            self._weights.set(self.patches)
+            raise
         self.patches = patches

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,9 @@ from reknow.errors import InputError, PatchError
 from reknow.fingerprint import Fingerprint
 
 FORMAT = 1
+
+Kind = Literal["weights", "hook", "prompt", "router"]
+"""What a patch acts on: the weights; or, a memory, what modules compute, what is asked, or who answers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,13 @@ class Patch:
     made_on: tuple[str, ...] = ()
     """Ids of the patches that were applied when this one was made."""
     state: dict[str, Tensor] = field(default_factory=dict)
+    """What later edits need; all tensors of a memory."""
+    kind: Kind = "weights"
+    """Where it is not "weights", the patch is one version of a memory: what its edits added."""
+    follows: str | None = None
+    """Of a memory: the id of the version before, which must be applied."""
+    memory: dict = field(default_factory=dict)
+    """What a memory knows besides tensors: labels, texts, the layer. JSON values."""
     notes: dict = field(default_factory=dict)
     """What happened on the way: losses, seconds, layer. JSON values."""
     version: str = ""
@@ -114,9 +125,9 @@ class Patch:
         return f"patch {self.id} ({self.method}: {about}{more})"
 
     def _header(self) -> dict:
-        return {
+        header = {
             "format": FORMAT,
-            "kind": "weights",
+            "kind": self.kind,
             "method": self.method,
             "settings": self.settings,
             "edits": [asdict(edit) for edit in self.edits],
@@ -129,6 +140,7 @@ class Patch:
                 "dtype": self.base.dtype,
             },
         }
+        return header if self.kind == "weights" else {**header, "follows": self.follows, "memory": self.memory}
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"base.samples": self.base.samples}
@@ -158,6 +170,8 @@ class Patch:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             if header["format"] > FORMAT:
                 raise PatchError(f"expected patch format {FORMAT}; {path} has {header['format']}: upgrade reknow")
+            if header["kind"] not in get_args(Kind):
+                raise ValueError(f"kind {header['kind']!r}")
             return cls(
                 method=header["method"],
                 settings=header["settings"],
@@ -166,6 +180,9 @@ class Patch:
                 base=Fingerprint(**header["base"], samples=tensors["base.samples"]),
                 made_on=tuple(header["made_on"]),
                 state={n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")},
+                kind=header["kind"],
+                follows=header.get("follows"),
+                memory=header.get("memory", {}),
                 notes=header["notes"],
                 version=header["version"],
             )
@@ -178,7 +195,9 @@ class Patch:
 
         Raises:
             InputError: the rank is below 1.
+            PatchError: the patch is a memory.
         """
+        check_weights([self], "cut to a rank")
         if rank < 1:
             raise InputError(f"expected a rank of at least 1; got {rank}: raise it")
         deltas, worst = {}, 0.0
@@ -186,11 +205,21 @@ class Patch:
             if delta.rank <= rank:
                 deltas[name] = delta
                 continue
-            u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
-            root = s[:rank].sqrt()
-            deltas[name] = LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float())
-            worst = max(worst, float(s[rank:].norm() / s.norm().clamp(min=1e-300)))
+            deltas[name], lost = factored(delta, rank)
+            worst = max(worst, lost)
         return replace(self, deltas=deltas), worst
+
+
+def factored(delta: Delta, limit: int) -> tuple[LowRank, float]:
+    """The change as factors of rank `limit` at most, and the share of its Frobenius norm that is lost."""
+    if isinstance(delta, LowRank) and delta.rank <= limit:
+        return LowRank(delta.left.float(), delta.right.float()), 0.0
+    u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
+    # What float32 cannot tell from zero is no rank.
+    rank = min(limit, int((s > s[0] * 1e-7).sum().clamp(min=1)))
+    root = s[:rank].sqrt()
+    lost = float(s[rank:].norm() / s.norm().clamp(min=1e-300))
+    return LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), lost
 
 
 def _deltas(tensors: dict[str, Tensor]) -> dict[str, Delta]:
@@ -208,14 +237,17 @@ def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that changes the weights as all of them together, in any order; their `state` is left behind.
 
     Raises:
-        PatchError: nothing to merge, or patches of different base models.
+        PatchError: nothing to merge, a memory, or patches of different base models.
     """
     if not patches:
         raise PatchError("expected at least one patch to merge; got none: name the files")
+    check_weights(patches, "merge")
     head = patches[0]
     for patch in patches[1:]:
         head.base.check(patch.base, head.label)
-    deltas = {name: _sum([p.deltas[name] for p in patches if name in p.deltas]) for p in patches for name in p.deltas}
+    deltas = {
+        name: summed([p.deltas[name] for p in patches if name in p.deltas]) for p in patches for name in p.deltas
+    }
     merged = {patch.id for patch in patches}
     return Patch(
         method=head.method if len({p.method for p in patches}) == 1 else "merged",
@@ -227,6 +259,16 @@ def merge(patches: Sequence[Patch]) -> Patch:
         notes={"merged": [patch.id for patch in patches]},
         version=head.version,
     )
+
+
+def check_weights(patches: Sequence[Patch], purpose: str) -> None:
+    """Raises PatchError where one of the patches is a memory, which has no matrices to `purpose`."""
+    for patch in patches:
+        if patch.kind != "weights":
+            raise PatchError(
+                f"expected changes of weights to {purpose}; {patch.label} is a memory beside the model: "
+                "keep it in a stack folder, which LM opens"
+            )
 
 
 def total(base: Tensor, deltas: Sequence[Delta]) -> Tensor:
@@ -245,7 +287,7 @@ def _side_by_side(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     return torch.cat([d.left for d in factors], 1), torch.cat([d.right for d in factors], 0)
 
 
-def _sum(deltas: list[Delta]) -> Delta:
+def summed(deltas: Sequence[Delta]) -> Delta:
     """Σ ΔW: factors side by side while that is smaller than the matrix itself."""
     out, inside = deltas[0].shape
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]
@@ -255,7 +297,12 @@ def _sum(deltas: list[Delta]) -> Delta:
 
 
 def diff(a: Patch, b: Patch) -> dict:
-    """How two patches compare: edits in one or both, and per matrix the norms and the cosine between the changes."""
+    """How two patches compare: edits in one or both, and per matrix the norms and the cosine between the changes.
+
+    Raises:
+        PatchError: one of them is a memory.
+    """
+    check_weights([a, b], "compare")
     matrices = {}
     for name in sorted(set(a.deltas) | set(b.deltas)):
         row = {"norm_a": 0.0, "norm_b": 0.0, "cosine": None}

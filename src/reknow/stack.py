@@ -6,10 +6,14 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reknow.errors import PatchError
 from reknow.fingerprint import Fingerprint
 from reknow.patches import Patch, write_aside
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
 
 FORMAT = 1
 STACK_FILE = "stack.json"
@@ -21,13 +25,21 @@ def with_patch(
     """The stack with the patch on top; warns where the patch was made on another stack.
 
     Raises:
-        PatchError: made on another model than `base` (`force` overrides), or already in the stack.
+        PatchError: made on another model than `base` (`force` overrides), already in the stack, or a memory that
+            continues another version than the newest in the stack.
     """
     active = tuple(p.id for p in stack)
     if patch.id in active:
         raise PatchError(f"expected a patch that is not applied yet; {patch.label} is: revert it first")
     if not force:
         patch.base.check(base, patch.label)
+    newest = [p.id for p in stack if p.kind != "weights" and p.method == patch.method]
+    if patch.kind != "weights" and patch.follows != (newest[-1] if newest else None):
+        raise PatchError(
+            f"expected the {patch.method} memory that {patch.label} continues ({patch.follows or 'an empty one'}); "
+            f"the newest version applied is {newest[-1] if newest else 'none'}: apply or revert to that one, or make "
+            "the edit again on this stack"
+        )
     if patch.made_on != active and patch.made_on:
         warnings.warn(
             f"{patch.label} was made on top of {len(patch.made_on)} patches and is applied on {len(active)}: "
@@ -41,16 +53,42 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
     """The stack without the patch of this id; warns where later ones were made on top of it.
 
     Raises:
-        PatchError: it is not in the stack.
+        PatchError: it is not in the stack, or a version of a memory that is not the newest.
     """
     if wanted not in (ids := [p.id for p in stack]):
         raise PatchError(
             f"expected the id of an applied patch; got {wanted}; applied: {', '.join(ids) or 'none'}: give one"
         )
+    if later := [p for p in stack if p.follows == wanted]:
+        raise PatchError(
+            f"expected the newest version of the {later[0].method} memory; {later[0].label} continues {wanted}: "
+            "revert from the newest on, or use rebuild, which makes the later edits again without it"
+        )
     later = [p.label for p in stack if wanted in p.made_on]
     if later:
         warnings.warn(f"{', '.join(later)} were made on top of {wanted}: their effect may differ", stacklevel=3)
     return tuple(p for p in stack if p.id != wanted)
+
+
+def replayed(lm: LM, wanted: str) -> tuple[Patch, ...]:
+    """The stack without the patch of this id; the later versions of its memory are made again without it.
+
+    Raises:
+        PatchError: it is not in the stack.
+        InputError, EditFailed: an edit cannot be made again.
+    """
+    from reknow.methods import method  # methods import patches
+
+    stack = lm.patches
+    removed = next((patch for patch in stack if patch.id == wanted), None)
+    if removed is None or removed.kind == "weights":
+        return without_patch(stack, wanted)
+    place = stack.index(removed)
+    with lm.stacked(stack[:place]):
+        for patch in stack[place + 1 :]:
+            again = patch.kind != "weights" and patch.method == removed.method
+            lm.apply(method(patch.method, **patch.settings).edit(lm, patch.edits) if again else patch)
+        return lm.patches
 
 
 def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:

@@ -130,6 +130,7 @@ class Batch:
     ids: Tensor  # (rows, columns)
     mask: Tensor  # (rows, columns), 1 on real tokens
     starts: Tensor  # (rows,)
+    ends: Tensor  # (rows,) column behind the prompt's last token
 
     @property
     def positions(self) -> Tensor:
@@ -151,7 +152,8 @@ def pad(rows: Sequence[Row], pad_id: int, *, anchors: Sequence[int] | None = Non
         where = slice(int(starts[i]), int(starts[i]) + lengths[i])
         ids[i, where] = torch.tensor(row.ids)
         mask[i, where] = 1
-    return Batch(ids.to(device), mask.to(device), starts.to(device))
+    ends = starts + torch.tensor([row.prompt_length for row in rows])
+    return Batch(ids.to(device), mask.to(device), starts.to(device), ends.to(device))
 
 
 def batches(lengths: Sequence[int]) -> list[list[int]]:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -86,7 +87,7 @@ def recorded(model: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str
 
 
 @contextmanager
-def _swapped(module: nn.Module, forward: Callable):
+def swapped(module: nn.Module, forward: Callable):
     """While open, calling the module calls `forward`."""
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -101,13 +102,15 @@ def _swapped(module: nn.Module, forward: Callable):
 
 def weight_replaced(module: nn.Module, weight: Tensor):
     """While open, the matrix `module` multiplies by `weight` (out, in), in that tensor's dtype; its own stays."""
-    bias: Tensor | None = getattr(module, "bias", None)
+    with align_module_device(module):  # an offloaded bias is in memory only now
+        bias = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else bias  # some quantised modules give it by a method
 
     def forward(states: Tensor) -> Tensor:
         shift = None if bias is None else bias.to(weight.dtype)
         return nn.functional.linear(states.to(weight.dtype), weight, shift).to(states.dtype)
 
-    return _swapped(module, forward)
+    return swapped(module, forward)
 
 
 def head(lm: LM, hidden: Tensor) -> Tensor:
@@ -118,7 +121,7 @@ def head(lm: LM, hidden: Tensor) -> Tensor:
     for name in lm.parts.tail:
         hidden = lm.model.get_submodule(name)(hidden)
     states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
-    with _swapped(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
+    with swapped(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
         dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         return lm.model(input_ids=dummy, use_cache=False).logits[0]
 
@@ -161,7 +164,7 @@ def block_calls(lm: LM, run: Callable[[], object], trailing: Sequence[tuple | No
 
     with ExitStack() as stack:
         for name in lm.parts.blocks:
-            stack.enter_context(_swapped(lm.model.get_submodule(name), keep))
+            stack.enter_context(swapped(lm.model.get_submodule(name), keep))
         with suppress(_Stop):
             run()
     return calls
@@ -184,7 +187,8 @@ class Suffix:
     def __init__(self, lm: LM, batch: Batch, layer: int, column: int):
         self.lm, self.batch, self.layer, self.column = lm, batch, layer, column
         self.name = lm.parts.value[layer]
-        self._start = column if lm.parts.replayable else 0
+        # A memory decides at the prompt's last token, and what it decides may change every column before.
+        self._start = column if lm.parts.replayable and not lm.hooked else 0
         """First column that is run again."""
         self._calls: list[tuple[tuple, dict]] = []
         self._block_input: Tensor  # (rows, columns, hidden), where the blocks are replayed
@@ -198,6 +202,7 @@ class Suffix:
             batch.mask[:, : columns.stop],
             batch.positions[:, columns],
             cache=cache,
+            ends=batch.ends,
             **options,
         )
 
@@ -225,6 +230,7 @@ class Suffix:
             outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
             seen_in, seen_out = stack.enter_context(recorded(model, [self.name], outputs))
             self._run(slice(self._start, width), _fresh(self._cache), logits_to_keep=1)
+        self._reading = self.lm.reading
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
         here = [by_row(state, rows)[:, self.column - self._start] for state in states]
@@ -244,7 +250,8 @@ class Suffix:
         """
         delta = delta.to(self.value.dtype)
         if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
-            return head(self.lm, self._replay(added_at(delta, 0)(self._block_output), 1)[rows, columns - self._start])
+            added = added_at(delta, self.column - self._start)(self._block_output)
+            return head(self.lm, self._replay(added, 1)[rows, columns - self._start])
         with ExitStack() as stack:
             for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
                 if addition is not None:
@@ -261,6 +268,7 @@ class Suffix:
     def _replay(self, hidden: Tensor, skip: int) -> Tensor:
         """Runs the blocks from `layer + skip` on. hidden and result: (rows, columns, hidden)"""
         cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
+        self.lm.reading = self._reading  # another text may have been read since
         for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
             args = (cache if isinstance(a, Cache) else a for a in args)
             kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}

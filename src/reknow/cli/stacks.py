@@ -171,12 +171,15 @@ def describe(patch: Patch) -> dict[str, Any]:
     return {
         "id": patch.id,
         "method": patch.method,
+        "kind": patch.kind,
         "settings": patch.settings,
         "edits": [{key: value for key, value in asdict(edit).items() if value} for edit in patch.edits],
         "matrices": {
             name: {"shape": list(delta.shape), "rank": delta.rank, "norm": delta.norm()}
             for name, delta in patch.deltas.items()
         },
+        "memory": {**patch.memory, "tensors": {name: list(tensor.shape) for name, tensor in patch.state.items()}},
+        "follows": patch.follows,
         "base": {"structure": patch.base.structure, "tokenizer": patch.base.tokenizer, "dtype": patch.base.dtype},
         "made_on": list(patch.made_on),
         "notes": patch.notes,
@@ -192,13 +195,18 @@ def _say_patch(found: dict[str, Any]) -> None:
     say(f"base: structure {base['structure']}, tokenizer {base['tokenizer']}, {base['dtype']}")
     if found["made_on"]:
         say(f"made on top of: {', '.join(found['made_on'])}")
-    say_table(
-        ["matrix", " out × in", " rank", " norm"],
-        [
-            [name, " × ".join(map(str, one["shape"])), str(one["rank"]), f"{one['norm']:.4g}"]
-            for name, one in found["matrices"].items()
-        ],
-    )
+    if found["kind"] == "weights":
+        say_table(
+            ["matrix", " out × in", " rank", " norm"],
+            [
+                [name, " × ".join(map(str, one["shape"])), str(one["rank"]), f"{one['norm']:.4g}"]
+                for name, one in found["matrices"].items()
+            ],
+        )
+    else:
+        say(f"a {found['kind']} memory" + (f", continues {found['follows']}" if found["follows"] else ""))
+        tensors = found["memory"]["tensors"].items()
+        say_table(["tensor", " size"], [[name, " × ".join(map(str, size)) or "1"] for name, size in tensors])
     say(
         *(
             f"edit: {edit['prompt'].replace('{}', edit.get('subject', '{}'))} → {edit['target_new']}"

@@ -1,6 +1,6 @@
 """KE, KnowledgeEditor: Editing Factual Knowledge in Language Models. De Cao, Aziz, Titov 2021, arXiv 2104.08164.
 
-A network reads the edit as a sentence and says, for each matrix, how its gradient has to be changed to become an edit.
+A network reads the edit as a sentence and says, for each matrix, how its gradient becomes an edit.
 
     h = tanh(A · BiLSTM("old >> new || prompt"));   r, c, r', c', η = MLP(h)      per matrix W (out, in)
     ΔW = σ(η) · (∇_W L ⊙ softmax(r) cᵀ + softmax(r') c'ᵀ)                                            (§3.2, eq. 7)
@@ -28,13 +28,13 @@ from reknow.adapter import embedding
 from reknow.editors import open_editor
 from reknow.edits import Case, Edit
 from reknow.gradients import as_delta, gradient_factors, matrices
-from reknow.layers import resolve_layers
-from reknow.lessons import Exam, Outcome, averaged, lessons
+from reknow.lessons import Exam, Outcome, averaged, bare, lessons
 from reknow.loop import seeded
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.training import Training, split, train
+from reknow.transform import last_layers
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -93,8 +93,7 @@ class KE(Learned):
     ) -> KE:
         training = training or self.training
         learning, held = split(cases, training)
-        layers = resolve_layers(lm, self.layers or tuple(range(max(0, lm.layers - 3), lm.layers)))
-        method = replace(self, editor=None, layers=tuple(layers))
+        method = replace(self, editor=None, layers=last_layers(lm, self.layers))
         path = train(method, lm, _Learner(method, lm), learning, held, out, training, progress=progress)
         return replace(self, editor=path)
 
@@ -106,9 +105,7 @@ class KE(Learned):
         with torch.no_grad():
             changes, loss = network(lm, edits, [Text(edit.text, edit.target_new) for edit in edits])
         # Several edits: the sum of what each asks for.
-        deltas = {
-            name: as_delta(left.flatten(0, 1), right.flatten(0, 1)) for name, (left, right) in changes.items()
-        }
+        deltas = {name: as_delta(left.flatten(0, 1), right.flatten(0, 1)) for name, (left, right) in changes.items()}
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
 
     def _network(self, lm: LM) -> KENetwork:
@@ -169,7 +166,9 @@ class KENetwork(nn.Module):
         for row, one in zip(ids, rows, strict=True):
             row[: len(one)] = torch.tensor(one)
         words = embedding(lm.model)[ids.to(lm.device)].detach().float()  # (edits, columns, hidden)
-        packed = nn.utils.rnn.pack_padded_sequence(words, torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            words, torch.tensor(lengths), batch_first=True, enforce_sorted=False
+        )
         _, (last, _) = self.reader(packed)  # (2, edits, read_width), each direction's last state
         return torch.tanh(self.summary(torch.cat([last[0], last[1]], 1)))
 
@@ -218,6 +217,6 @@ class _Learner:
         return found | {"loss": found["L_edit"] + DIVERGENCE_WEIGHT * found["L_loc"]}
 
     def _trial(self, batch: Sequence[Case], chance: random.Random) -> Outcome:
-        found = lessons(batch, chance)
+        found = lessons(bare(batch), chance)
         changes, _ = self.module(self.lm, [case.edit for case in batch], [lesson.edit for lesson in found])
         return Exam(self.lm, found, min(self.module.layers)).read(changes, smoothing=self.method.smoothing)

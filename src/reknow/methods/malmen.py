@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from reknow.editors import open_editor
 from reknow.edits import Case, Edit
 from reknow.gradients import RunningNorm, as_delta, flat_factors, matrices
-from reknow.layers import resolve_layers
-from reknow.lessons import Exam, averaged, lessons
+from reknow.lessons import Exam, averaged, bare, lessons
 from reknow.loop import seeded
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.training import Training, split, train
+from reknow.transform import last_layers
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -80,8 +80,7 @@ class MALMEN(Learned):
     ) -> MALMEN:
         training = training or self.training
         learning, held = split(cases, training)
-        layers = resolve_layers(lm, self.layers or tuple(range(max(0, lm.layers - 3), lm.layers)))
-        method = replace(self, editor=None, layers=tuple(layers))
+        method = replace(self, editor=None, layers=last_layers(lm, self.layers))
         learner = _Learner(method, lm, training.batch_size)
         return replace(self, editor=train(method, lm, learner, learning, held, out, training, progress=progress))
 
@@ -177,9 +176,7 @@ class Block(nn.Module):
         return x + self.scale[mode] * inner + self.shift[mode]
 
 
-def surrogate(
-    network: MALMENNetwork, factors: dict[str, tuple[Tensor, Tensor]], deltas: dict[str, Tensor]
-) -> Tensor:
+def surrogate(network: MALMENNetwork, factors: dict[str, tuple[Tensor, Tensor]], deltas: dict[str, Tensor]) -> Tensor:
     """A scalar whose gradient by the network is that of the loss whose gradient by each ΔW is in `.grad`.
 
     The gradient goes through the least squares by hand: ∂/∂V = K M and ∂/∂λ = −e^λ ⟨M, ΔW⟩ with
@@ -221,7 +218,7 @@ class _Learner:
         self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, float]]:
         """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
-        found = lessons(batch, chance, together=len(batch))
+        found = lessons(bare(batch), chance, together=len(batch))
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = flat_factors(self.lm, self.module.names, rows, answers_only=True)
         if learn:

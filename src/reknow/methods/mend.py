@@ -8,36 +8,28 @@ the network reads its factors, one input u and one output gradient δ per token,
     W ← W − α Σ_tokens δ̃ ũᵀ                        trained on c_e · L_edit + L_loc                     (§3, Alg. 1)
 
 Matrices of one shape share the network; s, o and the step size α are each matrix's own. L_edit: NLL of the answer on
-the edit's prompt and on a rewording; L_loc: KL between the model before and after on other facts.
+the edit's prompt and on a rewording; L_loc: KL between the model before and after on other facts. The network and its
+training step are in `reknow.transform`, since InstructEdit has the same.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor, nn
-
 from reknow.editors import open_editor
 from reknow.edits import Case, Edit
-from reknow.gradients import RunningNorm, as_delta, flat_factors, gradient_factors, matrices
-from reknow.layers import resolve_layers
-from reknow.lessons import Exam, Outcome, averaged, lessons, prompt_of
-from reknow.loop import seeded
+from reknow.lessons import bare
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.training import Training, split, train
+from reknow.transform import TransformLearner, last_layers, transformed
 
 if TYPE_CHECKING:
     from reknow.lm import LM
-
-VALIDATED = 8
-"""Validation cases that are read together."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +38,13 @@ class MEND(Learned):
 
     editor: str | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model. The editor brings along the
-    layers, rank, `unit_gradient` and `instructed` with which it was trained."""
+    layers, rank and `unit_gradient` with which it was trained."""
     layers: tuple[int, ...] | None = None
     """Layers whose MLP matrices are changed; None: the last three."""
     rank: int = 1920
     """Of the network's matrices, at most their width."""
     unit_gradient: bool = False
     """Every token's δ is scaled to length 1 before anything else."""
-    instructed: bool = False
-    """The edit's instruction stands before its prompt."""
     edits_together: int = 1
     """Edits that are made at once in training."""
     edit_weight: float = 0.1
@@ -87,9 +77,8 @@ class MEND(Learned):
     ) -> MEND:
         training = training or self.training
         learning, held = split(cases, training)
-        layers = resolve_layers(lm, self.layers or tuple(range(max(0, lm.layers - 3), lm.layers)))
-        method = replace(self, editor=None, layers=tuple(layers))
-        learner = _Learner(method, lm)
+        method = replace(self, editor=None, layers=last_layers(lm, self.layers))
+        learner = TransformLearner(method, lm, training.batch_size, lambda batch, _: bare(batch))
         path = train(method, lm, learner, learning, held, out, training, progress=progress)
         return replace(self, editor=path)
 
@@ -97,143 +86,6 @@ class MEND(Learned):
         edits = checked(self, edits, subject=False)
         editor = open_editor(self, lm)
         trained = MEND(**{**editor.settings, "layers": tuple(editor.settings["layers"])})
-        network = trained._network(lm)
-        network.load_state_dict(editor.tensors)
-        texts = [Text(prompt_of(edit, edit.text, trained.instructed), edit.target_new) for edit in edits]
-        with torch.no_grad():
-            factors, loss = flat_factors(lm, network.names, lm.encode(texts))
-            deltas = {name: as_delta(left, right) for name, (left, right) in network(factors).items()}
-        return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
-
-    def _network(self, lm: LM) -> MENDNetwork:
-        with seeded(self.seed, "mend"):
-            return MENDNetwork(self, lm).to(lm.device)
-
-
-class MENDNetwork(nn.Module):
-    """The networks of all shapes, their statistics, and the step sizes."""
-
-    def __init__(self, method: MEND, lm: LM):
-        super().__init__()
-        assert method.layers is not None
-        self.layers, self.names, self.unit = method.layers, matrices(lm, method.layers), method.unit_gradient
-        shapes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
-        self._kind = {name: f"{out}x{inside}" for name, (out, inside) in shapes.items()}
-        alike = {kind: [n for n in self.names if self._kind[n] == kind] for kind in self._kind.values()}
-        self._mode = {name: alike[kind].index(name) for name, kind in self._kind.items()}
-        self.transforms = nn.ModuleDict(
-            {
-                self._kind[n]: Transform(shapes[n][1], shapes[n][0], method.rank, len(alike[self._kind[n]]))
-                for n in self.names
-            }
-        )
-        self.step = nn.Parameter(torch.full((len(self.names),), method.step_size))
-        self._unit = [float(lm.base_weight(name).float().square().mean().sqrt()) for name in self.names]
-
-    def observe(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Takes the factors u (n, in) and δ (n, out) of each matrix into the statistics."""
-        for name, found in factors.items():
-            self._transform(name).norm.observe(torch.cat(self._scaled(*found), 1))
-
-    def forward(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """name → (−α δ̃, ũ) of its factors. (n, out), (n, in)"""
-        changes = {}
-        for i, name in enumerate(self.names):
-            u, delta = self._transform(name)(*self._scaled(*factors[name]), self._mode[name])
-            changes[name] = (-self.step[i] * self._unit[i] * delta, u)
-        return changes
-
-    def _transform(self, name: str) -> Transform:
-        transform = self.transforms[self._kind[name]]
-        assert isinstance(transform, Transform)
-        return transform
-
-    def _scaled(self, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        return u, delta / delta.norm(dim=1, keepdim=True) if self.unit else delta
-
-
-class Transform(nn.Module):
-    """[u; δ] → [ũ; δ̃] for all matrices of one shape."""
-
-    def __init__(self, inside: int, out: int, rank: int, modes: int):
-        super().__init__()
-        self.sizes = [inside, out]
-        self.norm = RunningNorm(inside + out)
-        self.blocks = nn.ModuleList([Residual(inside + out, rank, modes) for _ in range(2)])
-
-    def forward(self, u: Tensor, delta: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-        """(n, in), (n, out) → the same."""
-        state = self.norm(torch.cat([u, delta], 1))
-        for block in self.blocks:
-            state = block(state, mode)
-        u, delta = state.split(self.sizes, 1)
-        return u, delta
-
-
-class Residual(nn.Module):
-    """x + relu(s ⊙ (U V x + b) + o), the identity at the start; s and o by mode."""
-
-    def __init__(self, size: int, rank: int, modes: int):
-        super().__init__()
-        rank = min(rank, size)
-        self.left = nn.Parameter(torch.zeros(size, rank))  # U
-        self.right = nn.Parameter(torch.randn(rank, size))  # V
-        self.bias = nn.Parameter(torch.zeros(size))
-        self.scale = nn.Parameter(torch.ones(modes, size))
-        self.shift = nn.Parameter(torch.zeros(modes, size))
-
-    def forward(self, x: Tensor, mode: int) -> Tensor:
-        inner = (x @ self.right.T) @ self.left.T + self.bias
-        # A clamp, unlike relu, has a gradient at zero, where all of it starts.
-        return x + (inner * self.scale[mode] + self.shift[mode]).clamp(min=0)
-
-
-class _Learner:
-    """MEND's training step (Alg. 1)."""
-
-    def __init__(self, method: MEND, lm: LM):
-        self.method, self.lm = method, lm
-        self.module = method._network(lm)
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        rest = [p for name, p in self.module.named_parameters() if name != "step"]
-        return torch.optim.Adam(
-            [
-                {"params": rest, "lr": self.method.learning_rate},
-                {"params": [self.module.step], "lr": self.method.step_size_rate},
-            ]
-        )
-
-    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
-        outcome = self._trial(batch, chance, learn=True)
-        return self.method.edit_weight * outcome.edit + outcome.stay, outcome.shown()
-
-    @torch.no_grad()
-    def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        found = averaged(lambda part, chance: self._trial(part, chance).shown(), cases, VALIDATED)
-        return found | {"loss": self.method.edit_weight * found["L_edit"] + found["L_loc"]}
-
-    def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False) -> Outcome:
-        """Each group of cases is edited by itself, all groups in one batch, and examined."""
-        found = lessons(
-            batch, chance, together=self.method.edits_together, instructed=self.method.instructed
-        )
-        factors, _ = gradient_factors(
-            self.lm, self.module.names, self.lm.encode([lesson.edit for lesson in found])
-        )
-        flat = {name: one.flat() for name, one in factors.items()}
-        if learn:
-            self.module.observe(flat)
-        changes = {}
-        for name, (left, right) in self.module(flat).items():
-            spread = factors[name].spread
-            changes[name] = (self._grouped(spread(left), len(batch)), self._grouped(spread(right), len(batch)))
-        exam = Exam(self.lm, found, min(self.module.layers))
-        return exam.read(changes, together=self.method.edits_together)
-
-    def _grouped(self, side: Tensor, cases: int) -> Tensor:
-        """Factors of the cases that are edited together, in one row. (groups, edits_together · columns, features)"""
-        each = self.method.edits_together
-        missing = -cases % each
-        side = torch.cat([side, side.new_zeros(missing, *side.shape[1:])]) if missing else side
-        return side.reshape(-1, each * side.shape[1], side.shape[2])
+        texts = [Text(edit.text, edit.target_new) for edit in edits]
+        deltas, loss = transformed(lm, trained, editor.tensors, texts)
+        return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})

@@ -1,0 +1,282 @@
+"""Patches that leave the weights alone: a memory beside the model, and how it comes into play.
+
+A memory is one of three things. A *hook* changes what modules compute, a *prompt* memory what the model is asked, a
+*router* who answers. They compose in this order: the weights, hooks as they lie in the stack, prompts, routers; the
+newest outermost. All patches of one method on a stack are versions of one memory, each with what its edits added.
+
+Whether a memory speaks up is decided on the prompt alone, once: while the prompt is read. The decision holds for the
+tokens that are generated behind it, and for a target that is scored behind it. Where nobody says how much of a text
+is the prompt (plain text, or the raw Hugging Face model), all of it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from reknow.errors import PatchError
+from reknow.patches import Patch
+from reknow.trace import by_row, first
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+    from reknow.scoring import Score
+
+T = TypeVar("T")
+
+REMEMBERED = 4
+"""Memories that are kept ready for the next change of the stack."""
+
+
+class HookMemory(Protocol):
+    """Changes what modules of the model compute; see `on_output`."""
+
+    def attach(self, lm: LM) -> Sequence[RemovableHandle]: ...
+
+
+class PromptMemory(Protocol):
+    """Rewrites prompts before they are encoded."""
+
+    def prompts(self, lm: LM, texts: Sequence[str]) -> list[str]: ...
+
+
+class Answerer(Protocol):
+    """Another model that answers; an `LM` is one."""
+
+    def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]: ...
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, **sampling: Any) -> list[str]: ...
+
+
+Route = tuple[Answerer, str]
+"""Who answers, and the prompt for that model. The edited model itself may be named, with a prompt of the router's."""
+
+
+class RouterMemory(Protocol):
+    """Sends prompts to another model; None for a prompt that is none of its business."""
+
+    def route(self, lm: LM, prompts: Sequence[str]) -> list[Route | None]: ...
+
+
+@dataclass
+class Reading:
+    """The texts that the model is reading: what a hook may know of them."""
+
+    mask: Tensor  # (rows, columns) 1 on real tokens, of this pass and of those that the cache holds
+    new: int
+    """How many columns, the last ones, this pass computes."""
+    ends: Tensor  # (rows,) column behind the prompt's last token
+    _decisions: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def opens(self) -> bool:
+        """Whether this pass reads the texts from their beginning, prompts included."""
+        return self.new == self.mask.shape[1]
+
+    def decided(self, who: Any, decide: Callable[[], T]) -> T:
+        """What `decide` says when the prompts are read; the same again for tokens generated behind them.
+
+        Raises:
+            PatchError: the prompts were read before the memory `who` was there.
+        """
+        if self.opens:
+            self._decisions[who] = decide()
+        elif who not in self._decisions:
+            raise PatchError(
+                "expected a key/value cache of prompts that were read with the memory applied; "
+                "got an older one: read the prompts again"
+            )
+        return self._decisions[who]
+
+    def at_end(self, states: Tensor) -> Tensor:
+        """States (rows, columns, features) at each prompt's last token, in a pass that opens. (rows, features)"""
+        return states[torch.arange(len(self.ends), device=states.device), self.ends.to(states.device) - 1]
+
+    @property
+    def of_prompt(self) -> Tensor:
+        """Which of the new columns hold tokens of the prompt. (rows, new), boolean"""
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        inside = (columns[None] < self.ends.to(self.mask.device)[:, None]) & self.mask.bool()
+        return inside[:, -self.new :]
+
+    @property
+    def last_of_prompt(self) -> Tensor:
+        """Which of the new columns hold the last token of the prompt. (rows, new), boolean"""
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return (columns[None] == self.ends.to(self.mask.device)[:, None] - 1)[:, -self.new :]
+
+
+def _opened(args: tuple, kwargs: dict, before: Reading | None, ends: Tensor | None) -> Reading:
+    """The reading of a pass of the model with these arguments; behind a cache it goes on from the one before."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    ids = kwargs["inputs_embeds"] if ids is None else ids
+    rows, new = ids.shape[:2]
+    cache = kwargs.get("past_key_values")
+    width = new + (0 if cache is None else int(cache.get_seq_length()))
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.shape != (rows, width):
+        mask = torch.ones(rows, width, dtype=torch.long, device=ids.device)
+    if width > new and before is not None and len(before.ends) == rows:
+        return Reading(mask, new, before.ends, before._decisions)
+    return Reading(mask, new, width - mask.flip(1).argmax(1) if ends is None else ends)
+
+
+def on_output(lm: LM, name: str, change: Callable[[Reading, Tensor, Tensor], Tensor]) -> RemovableHandle:
+    """Makes the output of the module `name` what `change(reading, inputs, outputs)` gives.
+
+    Inputs and outputs are (rows, columns, features), of the columns that are new in this pass.
+    """
+
+    def hook(_module, args, kwargs, output):
+        reading, states = lm.reading, first(output)
+        assert reading is not None
+        rows = len(reading.ends)
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        changed = change(reading, by_row(inputs, rows), by_row(states, rows))
+        changed = changed.to(states.dtype).reshape(states.shape)
+        return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
+
+    return lm.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+
+
+def versions(patches: Sequence[Patch], method: str) -> list[Patch]:
+    """The patches that make up the memory of a method, oldest first."""
+    return [patch for patch in patches if patch.kind != "weights" and patch.method == method]
+
+
+class Memories:
+    """The memories in use on one model."""
+
+    def __init__(self, lm: LM):
+        self._lm = lm
+        self._active: dict[str, tuple[str, Any]] = {}
+        """method → (kind, memory) in the order of the stack."""
+        self._handles: list[RemovableHandle] = []
+        self._built: dict[tuple, Any] = {}
+        self.ends: Tensor | None = None
+        """Where the prompts of the next pass end, if its caller says so."""
+
+    @property
+    def hooked(self) -> bool:
+        """Whether modules of the model compute something else than their weights say."""
+        return bool(self._handles)
+
+    def set(self, patches: Sequence[Patch]) -> None:
+        """Puts exactly the memories of these patches in use, or changes nothing.
+
+        Raises:
+            PatchError: a memory of a method that this library does not have, or that does not fit the model.
+        """
+        names = dict.fromkeys(patch.method for patch in patches if patch.kind != "weights")
+        wanted = {name: self._memory(name, versions(patches, name)) for name in names}
+        before = self._active
+        try:
+            self._attach(wanted)
+        except (AttributeError, RuntimeError) as error:
+            self._attach(before)
+            raise PatchError(
+                f"expected a memory that fits {self._lm.name}; got one of another model ({error}): load that model"
+            ) from error
+
+    @contextmanager
+    def trying(self, method: str, memory: HookMemory):
+        """While open, this is the memory of the method, whatever the stack says."""
+        before = self._active
+        try:
+            self._attach({**before, method: ("hook", memory)})
+            yield
+        finally:
+            self._attach(before)
+
+    def _attach(self, memories: dict[str, tuple[str, Any]]) -> None:
+        self._detach()
+        hooks = [memory for kind, memory in memories.values() if kind == "hook"]
+        if hooks:
+            opening = self._lm.model.register_forward_pre_hook(self._open, with_kwargs=True)
+            self._handles = [opening]
+        for memory in hooks:
+            self._handles += memory.attach(self._lm)
+        self._active = memories
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._active, self._lm.reading = [], {}, None
+
+    def _open(self, _module, args, kwargs) -> None:
+        self._lm.reading = _opened(args, kwargs, self._lm.reading, self.ends)
+
+    def _memory(self, name: str, patches: list[Patch]) -> tuple[str, Any]:
+        """(kind, memory) of these versions; built once, since stacks are put on and off often."""
+        key = (name, *(patch.id for patch in patches))
+        memory = self._built.pop(key, None)
+        if memory is None:
+            memory = memory_class(patches[-1]).memory(self._lm, patches)
+        self._built[key] = memory  # the last one used stands last
+        while len(self._built) > REMEMBERED:
+            del self._built[next(iter(self._built))]
+        return patches[-1].kind, memory
+
+    def answered(
+        self, prompts: Sequence[str], answer: Callable[[Answerer | None, list[int], list[str]], Sequence[T]]
+    ) -> list[T]:
+        """One answer per prompt, by the model whom the routers name.
+
+        Args:
+            answer: (who, which, texts) → answers; `who` is None for the model itself, `which` are the indices of the
+                prompts, `texts` what they became.
+        """
+        found: dict[int, T] = {}
+        for who, which, texts in self._asked(list(prompts)):
+            found.update(zip(which, answer(who, which, texts), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _asked(self, prompts: list[str]) -> list[tuple[Answerer | None, list[int], list[str]]]:
+        """Who answers which prompts, and what they are asked."""
+        asked: dict[int, tuple[Answerer | None, list[int], list[str]]] = {}
+        own = list(range(len(prompts)))
+        for kind, memory in reversed(self._active.values()):
+            if kind != "router" or not own:
+                continue
+            routes = memory.route(self._lm, [prompts[i] for i in own])
+            for i, route in zip(own, routes, strict=True):
+                if route is not None:
+                    who = None if route[0] is self._lm else route[0]
+                    _, which, texts = asked.setdefault(id(who), (who, [], []))
+                    which.append(i)
+                    texts.append(route[1])
+            own = [i for i, route in zip(own, routes, strict=True) if route is None]
+        texts = [prompts[i] for i in own]
+        for kind, memory in reversed(self._active.values()):
+            if kind == "prompt" and texts:
+                texts = memory.prompts(self._lm, texts)
+        if own or not prompts:
+            _, which, together = asked.setdefault(id(None), (None, [], []))
+            which += own
+            together += texts
+        return list(asked.values())
+
+
+def memory_class(patch: Patch) -> Any:
+    """The class in the table of methods whose code runs this memory.
+
+    Raises:
+        PatchError: there is none.
+    """
+    from reknow.methods import METHODS  # methods import this module
+    from reknow.methods.base import MemoryMethod
+
+    entry = METHODS.get(patch.method)
+    kind = entry.method.kind if entry is not None and issubclass(entry.method, MemoryMethod) else None
+    if entry is None or kind != patch.kind:
+        raise PatchError(
+            f"expected a memory of a method that this version of reknow has; {patch.label} is a {patch.kind} of "
+            f"{patch.method}: install the version that made it ({patch.version or 'unknown'})"
+        )
+    return entry.method
