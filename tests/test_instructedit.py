@@ -17,7 +17,7 @@ from reknow import LM, Case, Edit, InstructEdit, Patch, Probe
 from reknow.cli import app
 from reknow.editors import Editor
 from reknow.errors import InputError
-from reknow.gradients import gradient_factors
+from reknow.gradients import flat_factors
 from reknow.instructions import load_families
 from reknow.instructions.gradients import gradient_study
 from reknow.instructions.studies import Size, gain, run_study, test_cases
@@ -71,8 +71,8 @@ def test_an_edit_of_no_task_is_refused():
 def test_unit_gradients_make_every_token_count_alike():
     lm = make_lm("gpt2")
     network = new_network(InstructEdit(rank=4, layers=(1,), unit_gradient=True), lm)
-    factors, _ = gradient_factors(lm, network.names, lm.encode([Text("I know Peru", "of")]))
-    louder = {name: replace(found, delta=found.delta * 7) for name, found in factors.items()}
+    factors, _ = flat_factors(lm, network.names, lm.encode([Text("I know Peru", "of")]))
+    louder = {name: (u, delta * 7) for name, (u, delta) in factors.items()}
     for (left, right), (other_left, other_right) in zip(
         network(factors).values(), network(louder).values(), strict=True
     ):

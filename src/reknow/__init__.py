@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
     from reknow.methods.serac import SERAC
+    from reknow.methods.ultraedit import UltraEdit
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "Patch",
     "Probe",
     "ReknowError",
+    "UltraEdit",
     "__version__",
     "diff",
     "evaluate",
@@ -82,6 +84,7 @@ _HOMES = {
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
     "methods.serac": ("SERAC",),
+    "methods.ultraedit": ("UltraEdit",),
     "patches": ("Patch", "diff", "merge"),
 }
 
