@@ -65,7 +65,7 @@ def test_pure_consistency_samples_behind_the_question(lm, edit, monkeypatch):
     monkeypatch.setattr(ice, "sample", fixed)
     settings = dict(sample_target=False, target_weight=0.0, lead_ins=("Fact: ",), sample_tokens=2)
     notes = ICE(layers=(1,), steps=1, **settings).edit(lm, [edit]).notes
-    question = lm.encode([informed(edit, ice.statement(edit), "Fact: ")])[0]
+    question = lm.encode([informed(edit, edit.statement, "Fact: ")])[0]
     assert seen[0].ids == question.ids[: question.prompt_length]
     (row,) = lm.encode([Text(edit.text, "English")])
     ids = torch.tensor([[*row.ids[: row.prompt_length], 5, 5]])
@@ -148,7 +148,7 @@ def test_repetitions_count_what_was_there_before(lm, edit, monkeypatch):
 def test_consistency_is_the_divergence_between_both_sides(lm, edit):
     (value,) = consistency(lm, [edit], lead_ins=("Fact: ",))
     sides = []
-    for text in (informed(edit, ice.statement(edit), "Fact: "), Text(edit.text, "English")):
+    for text in (informed(edit, edit.statement, "Fact: "), Text(edit.text, "English")):
         (row,) = lm.encode([text])
         with torch.no_grad():
             sides.append(lm.model(torch.tensor([row.ids])).logits[0, row.prompt_length - 1 :].log_softmax(-1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import reknow.tokens
-from conftest import make_lm
+from conftest import close, make_lm
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM
 from reknow.errors import InputError, ModelError
@@ -98,7 +98,7 @@ def test_reading_gives_the_states_of_single_rows(lm, monkeypatch):
         assert set(found) == {value, f"{value}:out", block}
         for i, (row, place) in enumerate(zip(rows, places, strict=True)):
             for name, states in states_by_hand(lm, row, value, block).items():
-                assert torch.allclose(found[name][i], states.view(len(row.ids), -1)[place], atol=1e-4)
+                assert close(found[name][i], states.view(len(row.ids), -1)[place])
 
 
 def states_by_hand(lm: LM, row, value: str, block: str):

@@ -10,7 +10,7 @@ import torch
 from conftest import make_lm
 from reknow import FT, Edit
 from reknow.errors import InputError
-from reknow.evaluate.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratio
+from reknow.evaluate.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratios
 from reknow.tokens import Text
 
 
@@ -44,13 +44,19 @@ def test_perplexity_ratio():
     assert math.isnan(perplexity_ratio([1.0], []))
 
 
-@pytest.mark.parametrize("shifted", [True, False])
-def test_ratio_of_a_text_reads_the_unedited_model(lm, edit, shifted):
-    plain = written_ratio(lm, edit.text, "English", " and nothing else", shifted=shifted)
-    assert plain > 0
-    with lm.patched(FT(layer=2, steps=3, learning_rate=0.03).edit(lm, [edit])):
-        assert written_ratio(lm, edit.text, "English", " and nothing else", shifted=shifted) == plain
-    assert math.isnan(written_ratio(lm, edit.text, "English", " "))
+def test_ratios_of_a_text_are_those_of_perplexities(lm, edit):
+    right, unshifted = written_ratios(lm, edit.text, "English", " and nothing else")
+    whole, start = f"{edit.text} and nothing else", lm.encode([Text(edit.text)])[0].ids
+    (row,) = lm.encode([Text(whole)])
+    with torch.no_grad():
+        log_probs = lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+    behind = range(len(start), len(row.ids))
+    statement = lm.perplexity([f"{edit.text} English"])
+    assert right == pytest.approx(
+        math.exp(-sum(float(log_probs[i - 1, row.ids[i]]) for i in behind) / len(behind)) / statement, rel=1e-4
+    )
+    assert unshifted != pytest.approx(right, rel=0.01) and unshifted > 0
+    assert all(map(math.isnan, written_ratios(lm, edit.text, "English", " ")))
 
 
 def test_the_ratio_is_that_of_perplexities(lm):

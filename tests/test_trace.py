@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import make_lm
+from conftest import close, make_lm
 from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.tokens import Batch, Row, pad
@@ -74,16 +74,16 @@ def test_a_replay_is_the_full_pass(built, name, where):
             wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
         for _ in range(2):  # a replay leaves its cache as it was
             found = suffix(ours, rows, columns)
-            assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
+            assert close(found, wanted)
         (found * weights).sum().backward()
         (wanted * weights).sum().backward()
-        assert torch.allclose(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+        assert close(ours.grad, theirs.grad, 1e-3)
         assert bool(ours.grad.abs().sum(1).gt(0).all())
-        assert torch.allclose(suffix.key, keys[matrix].view(3, -1, suffix.key.shape[1])[:, column], atol=1e-5)
+        assert close(suffix.key, keys[matrix].view(3, -1, suffix.key.shape[1])[:, column])
         plain = values[matrix].view(3, -1, suffix.value.shape[1])[:, column] - start
         module = lm.model.get_submodule(matrix)
-        assert torch.allclose(suffix.value, module(suffix.key), atol=1e-5), "not what the block made of it in place"
-        assert torch.allclose(suffix.value, plain, atol=1e-5)
+        assert close(suffix.value, module(suffix.key)), "not what the block made of it in place"
+        assert close(suffix.value, plain)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "bloom"])
@@ -95,9 +95,9 @@ def test_without_replay_the_full_pass_gives_the_same(built, name, monkeypatch):
     logits, again = fast(delta, rows, columns), fast.rerun(rows, columns)
     monkeypatch.setattr(lm, "parts", replace(lm.parts, replayable=False))
     slow = Suffix(lm, batch, 1, 9)
-    assert torch.allclose(slow(delta, rows, columns), logits, atol=1e-4)
-    assert torch.allclose(slow.rerun(rows, columns), again, atol=1e-4)
-    assert torch.allclose(slow.key, fast.key, atol=1e-5) and torch.allclose(slow.value, fast.value, atol=1e-5)
+    assert close(slow(delta, rows, columns), logits)
+    assert close(slow.rerun(rows, columns), again)
+    assert close(slow.key, fast.key) and close(slow.value, fast.value)
 
 
 def test_blocks_that_cannot_be_replayed_are_found_out():
@@ -138,7 +138,7 @@ def test_rerun_sees_the_weights_as_they_are_now(built, name):
     with weight_replaced(lm.model.get_submodule(matrix), weight):
         found = suffix.rerun(rows, columns)
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
-    assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
+    assert close(found, wanted)
     assert not torch.allclose(found, before, atol=1e-2)
     (grad,) = torch.autograd.grad(found.square().sum(), weight)
     (full,) = torch.autograd.grad(wanted.square().sum(), weight)
@@ -191,7 +191,7 @@ def test_head_gives_the_logits_of_the_model(built, name):
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
     with torch.no_grad():
         found = head(lm, seen[lm.parts.blocks[-1]][rows, columns])
-    assert torch.allclose(found, wanted, atol=1e-5)
+    assert close(found, wanted)
 
 
 def test_the_cap_and_the_scales_are_in_these_tests(built):

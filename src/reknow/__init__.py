@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from reknow.methods.alphaedit import AlphaEdit
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
+    from reknow.methods.grace import GRACE
     from reknow.methods.ice import ICE
     from reknow.methods.ike import IKE
+    from reknow.methods.instructedit import InstructEdit
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
     from reknow.methods.memit import MEMIT
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EMMET",
     "FT",
+    "GRACE",
     "ICE",
     "IKE",
     "KN",
@@ -44,6 +47,7 @@ __all__ = [
     "AlphaEdit",
     "Case",
     "Edit",
+    "InstructEdit",
     "LoRA",
     "Patch",
     "Probe",
@@ -67,11 +71,13 @@ _HOMES = {
     "methods.alphaedit": ("AlphaEdit",),
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
+    "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
     "methods.ike": ("IKE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),
+    "methods.instructedit": ("InstructEdit",),
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),

@@ -7,8 +7,9 @@ never changed, and only they get gradients: autograd keeps nothing of the blocks
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from reknow.errors import EditFailed, InputError
 from reknow.patches import Delta, Dense
-from reknow.tokens import Row
+from reknow.tokens import Row, batches
 from reknow.trace import Suffix, weight_replaced
 
 if TYPE_CHECKING:
@@ -129,6 +130,34 @@ class Scored:
         return -self.log_probs().gather(1, self.targets[:, None])[:, 0]
 
 
+class Answers:
+    """The answers of some edits behind their prompts, in batches whose blocks below `layer` are run once.
+
+    Args:
+        rows: encoded prompts with their answers.
+    """
+
+    def __init__(self, lm: LM, rows: Sequence[Row], layer: int):
+        self._parts: list[tuple[Tensor, Scored, Tensor]] = []
+        for part in batches([len(row.ids) for row in rows]):
+            here = [rows[i] for i in part]
+            scored = Scored(lm, here, [predicted(row, row.prompt_length) for row in here], layer)
+            lengths = torch.tensor([len(row.target_ids) for row in here], device=lm.device)
+            self._parts.append((torch.tensor(part, device=lm.device), scored, 1 / lengths[scored.of_row]))
+
+    def nll(self, choose: Callable[[Tensor], object]) -> Tensor:
+        """Mean negative log-likelihood of each answer's tokens, in nats. (edits,)
+
+        Args:
+            choose: told the indices of the edits in the batch that is about to run.
+        """
+        found: list[Tensor] = []
+        for part, scored, weights in self._parts:
+            choose(part)
+            found.append(weights.new_zeros(len(part)).index_add(0, scored.of_row, scored.nll() * weights))
+        return torch.cat(found)[torch.cat([part for part, _, _ in self._parts]).argsort()]
+
+
 def predicted(row: Row, first: int) -> list[tuple[int, int]]:
     """(index of the token that predicts, token predicted) of the row's tokens from the index `first` on."""
     return [(i - 1, row.ids[i]) for i in range(first, len(row.ids))]
@@ -151,6 +180,25 @@ def check_finite(value: Tensor) -> float:
     if not math.isfinite(number):
         raise EditFailed("expected finite losses and logits; got NaN or infinity: lower learning_rate")
     return number
+
+
+_watcher: ContextVar[Callable[[str], object] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watched(tell: Callable[[str], object]):
+    """While open, `tell` hears how far a descent is, in a few words."""
+    token = _watcher.set(tell)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def told(step: int, steps: int, loss: float) -> None:
+    """Says to whoever watches that `step` (from 0) of `steps` is done, and the loss before it."""
+    if (tell := _watcher.get()) is not None:
+        tell(f"step {step + 1} of {steps}, loss {loss:.3g}")
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from typing import Literal, get_args
 
 from reknow.errors import InputError
 
-Kind = Literal["reliability", "generalization", "locality", "portability", "fluency"]
-"""What a probe asks about: the request itself, a rewording, other facts, consequences, free text."""
+Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
+"""What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
+consequences, free text, how a topic is liked."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Edit:
     task: str | None = None
     """Task family, for editors trained on several tasks."""
     instruction: str | None = None
-    """Instruction put in front of the edit, for InstructEdit."""
+    """What the edit is to do, in words, put in front of it by `instructed`, for InstructEdit."""
 
     def __post_init__(self):
         for name in ("prompt", "target_new", "subject", "target_true"):
@@ -62,6 +63,18 @@ class Edit:
     def text(self) -> str:
         """The prompt with the subject filled in."""
         return self.fill(self.prompt)
+
+    @property
+    def statement(self) -> str:
+        """The edit as a sentence: what to put in front of a question so that a model knows it."""
+        return f"{self.text.strip()} {self.target_new.strip().rstrip('.')}."
+
+    def instructed(self, prompt: str) -> str:
+        """The prompt behind task and instruction, as InstructEdit reads it; unchanged where there is none."""
+        if self.instruction is None:
+            return prompt
+        task = "" if self.task is None else f"Task: {self.task}\n"
+        return f"{task}Description: {self.instruction}\nInput: {prompt}"
 
     def fill(self, template: str) -> str:
         """`template` with the subject in place of `{}`."""
@@ -129,6 +142,9 @@ class Case:
 
     @property
     def questions(self) -> tuple[Probe, ...]:
-        """All probes, the request's own prompt (reliability) first."""
-        own = Probe(self.edit.text, (self.edit.target_new,), "reliability", "rewrite")
-        return (own, *self.probes)
+        """All probes, the request's own prompt (reliability) first; where it has an instruction, behind that too."""
+        edit = self.edit
+        own = [Probe(edit.text, (edit.target_new,), "reliability", "rewrite")]
+        if edit.instruction is not None:
+            own.append(Probe(edit.instructed(edit.text), (edit.target_new,), "instructed", "rewrite"))
+        return (*own, *self.probes)

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reknow.adapter import Conv1D
 from reknow.errors import InputError, PatchError
-from reknow.patches import Delta, LowRank, check_weights, merge
+from reknow.patches import LowRank, check_weights, factored, merge
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -40,8 +39,14 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
     Raises:
         PatchError: a memory is applied, which no checkpoint can hold.
         InputError: the folder exists and `overwrite` is off, or the disk is full (an old folder stays).
+        PatchError: the changes are computed beside the weights, because those are quantised or offloaded.
     """
     check_weights(lm.patches, "export")
+    if lm.beside:
+        raise PatchError(
+            f"expected weights that hold the change; {lm.beside[0]} has it beside, being quantised or offloaded: "
+            "export an adapter, or load the model whole and in memory"
+        )
 
     def write(aside: Path) -> None:
         lm.model.save_pretrained(aside)
@@ -69,7 +74,7 @@ def export_lora(
     factors: dict[str, LowRank] = {}
     error = 0.0
     for name, delta in merge(lm.patches).deltas.items():
-        exact, lost = _factored(delta, limit)
+        exact, lost = factored(delta, limit)
         if lost > 1e-6 and not truncate:
             raise PatchError(
                 f"expected changes of rank {limit} at most; {name} needs more (the rest is {lost:.1%} of its norm): "
@@ -88,18 +93,6 @@ def export_lora(
         save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
 
     return LoraReport(_folder_aside(folder, write, overwrite), ranks, error)
-
-
-def _factored(delta: Delta, limit: int) -> tuple[LowRank, float]:
-    """The change as factors of rank `limit` at most, and the share of its norm that is lost."""
-    if isinstance(delta, LowRank) and delta.rank <= limit:
-        return LowRank(delta.left.float(), delta.right.float()), 0.0
-    u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
-    # What float32 cannot tell from zero is no rank.
-    rank = min(limit, int((s > s[0] * 1e-7).sum().clamp(min=1)))
-    lost = float(s[rank:].norm() / s.norm().clamp(min=1e-300))
-    root = s[:rank].sqrt()
-    return LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), lost
 
 
 def _adapter_config(lm: LM, ranks: dict[str, int]) -> dict:

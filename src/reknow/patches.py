@@ -205,11 +205,21 @@ class Patch:
             if delta.rank <= rank:
                 deltas[name] = delta
                 continue
-            u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
-            root = s[:rank].sqrt()
-            deltas[name] = LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float())
-            worst = max(worst, float(s[rank:].norm() / s.norm().clamp(min=1e-300)))
+            deltas[name], lost = factored(delta, rank)
+            worst = max(worst, lost)
         return replace(self, deltas=deltas), worst
+
+
+def factored(delta: Delta, limit: int) -> tuple[LowRank, float]:
+    """The change as factors of rank `limit` at most, and the share of its Frobenius norm that is lost."""
+    if isinstance(delta, LowRank) and delta.rank <= limit:
+        return LowRank(delta.left.float(), delta.right.float()), 0.0
+    u, s, vh = torch.linalg.svd(delta.dense(), full_matrices=False)
+    # What float32 cannot tell from zero is no rank.
+    rank = min(limit, int((s > s[0] * 1e-7).sum().clamp(min=1)))
+    root = s[:rank].sqrt()
+    lost = float(s[rank:].norm() / s.norm().clamp(min=1e-300))
+    return LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), lost
 
 
 def _deltas(tensors: dict[str, Tensor]) -> dict[str, Delta]:
@@ -235,7 +245,9 @@ def merge(patches: Sequence[Patch]) -> Patch:
     head = patches[0]
     for patch in patches[1:]:
         head.base.check(patch.base, head.label)
-    deltas = {name: _sum([p.deltas[name] for p in patches if name in p.deltas]) for p in patches for name in p.deltas}
+    deltas = {
+        name: summed([p.deltas[name] for p in patches if name in p.deltas]) for p in patches for name in p.deltas
+    }
     merged = {patch.id for patch in patches}
     return Patch(
         method=head.method if len({p.method for p in patches}) == 1 else "merged",
@@ -275,7 +287,7 @@ def _side_by_side(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     return torch.cat([d.left for d in factors], 1), torch.cat([d.right for d in factors], 0)
 
 
-def _sum(deltas: list[Delta]) -> Delta:
+def summed(deltas: Sequence[Delta]) -> Delta:
     """Σ ΔW: factors side by side while that is smaller than the matrix itself."""
     out, inside = deltas[0].shape
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]

@@ -7,7 +7,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -97,10 +97,11 @@ def shown_type(hint: Any) -> str:
 
 
 def field_docs(method: type) -> dict[str, str]:
-    """The docstring under each field of a class, which only its source knows."""
+    """The docstring under each field of a class or of those that it inherits from, which only the source knows."""
+    inherited = [field_docs(base) for base in method.__bases__ if is_dataclass(base)]
     body = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
     assert isinstance(body, ast.ClassDef)
-    return {
+    own = {
         field.target.id: " ".join(doc.value.value.split())
         for field, doc in zip(body.body, body.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)
@@ -109,3 +110,4 @@ def field_docs(method: type) -> dict[str, str]:
         and isinstance(doc.value, ast.Constant)
         and isinstance(doc.value.value, str)
     }
+    return {name: text for docs in (*inherited, own) for name, text in docs.items()}

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from reknow.datasets import counterfact, knowedit, known, zsre
+from reknow.datasets import convsent, counterfact, knowedit, known, zsre
 from reknow.datasets.edits_file import load_edits
 from reknow.datasets.known import Fact
 from reknow.datasets.reading import Record, hub_file, read_records, refuse_repeated
@@ -31,6 +31,8 @@ class CaseSource(NamedTuple):
 
     sample: str
     read: Callable[[str, Record], Case | None]
+    link: Callable[[Sequence[Case]], list[Case]] = list
+    """What the cases take from each other, once all of the file are read."""
 
 
 class FactSource(NamedTuple):
@@ -49,6 +51,7 @@ DATASETS: dict[str, CaseSource] = {
     "wiki_counterfact": CaseSource("wiki_counterfact.jsonl", knowedit.read_case),
     "wikibio": CaseSource("wikibio.jsonl", knowedit.read_case),
     "qaedit": CaseSource("qaedit.jsonl", zsre.read_qaedit_case),
+    "convsent": CaseSource("convsent.jsonl", convsent.read_case, convsent.with_other_topics),
 }
 
 FACTS: dict[str, FactSource] = {
@@ -84,7 +87,7 @@ def load_cases(
             )
         raise did_you_mean("data set", name, DATASETS)
     source = DATASETS[name]
-    cases = [case for record in _records(source.sample, path) if (case := source.read(name, record))]
+    cases = source.link([case for record in _records(source.sample, path) if (case := source.read(name, record))])
     refuse_repeated((case.edit.id for case in cases), str(path or source.sample))
     return _select(cases, limit, offset, seed)
 

@@ -21,6 +21,7 @@ def read_case(name: str, record: Record) -> Case:
     | `rephrase_prompt` or `rephrase` | generalization `rephrase` |
     | `locality`, `portability` | probes of that kind under the set's own names (`Relation_Specificity` …) |
 
+    The model also writes on behind the request (fluency `request`), as the tables' own script lets it.
     An answer may be a text, a list, or a list of alias lists: all become accepted answers, in the file's
     order. Questions without any answer are left out (3 in wiki_recent, 2 in wiki_counterfact), logged.
     """
@@ -40,6 +41,7 @@ def read_case(name: str, record: Record) -> Case:
     for kind in ("locality", "portability"):
         if record.fields.get(kind):
             probes += _group_probes(kind, record.record(kind))
+    probes.append(Probe(edit.text, (), "fluency", "request"))
     return Case(edit, tuple(probes))
 
 

@@ -6,11 +6,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from reknow.errors import MissingExtra
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -32,14 +34,29 @@ def token_f1(answer: str, reference: str) -> float:
 
 
 def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words (Lin 2004). 0 to 1."""
-    ours, theirs = words(answer), words(reference)
-    row = [0] * (len(theirs) + 1)  # longest common subsequence of what was read and theirs[:j]
-    for word in ours:
-        diagonal = 0
-        for j, other in enumerate(theirs, 1):
-            diagonal, row[j] = row[j], diagonal + 1 if word == other else max(row[j], row[j - 1])
-    return _f1(row[-1], len(ours), len(theirs))
+    """F1 of the longest common subsequence of words (Lin 2004), by the library `rouge-score`. 0 to 1.
+
+    Raises:
+        MissingExtra: `rouge-score` is not installed.
+    """
+    if not words(answer) or not words(reference):
+        return float(words(answer) == words(reference))
+    return _scorer().score(reference, answer)["rougeL"].fmeasure
+
+
+class _Words:
+    """Our words for the library, whose own leave out every letter beyond a to z."""
+
+    tokenize = staticmethod(words)
+
+
+@cache
+def _scorer():
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingExtra("rouge-score", "text", "ROUGE-L") from error
+    return RougeScorer(["rougeL"], tokenizer=_Words())
 
 
 def _f1(shared: int, ours: int, theirs: int) -> float:
@@ -84,18 +101,26 @@ def perplexity_ratio(statement: Sequence[float], written: Sequence[float]) -> fl
 
 
 @torch.no_grad()
-def written_ratio(lm: LM, prompt: str, target: str, written: str, *, shifted: bool = True) -> float:
-    """PPL_r of one edit, where `written` is what the edited model wrote behind the prompt.
+def written_ratios(lm: LM, prompt: str, target: str, written: str) -> tuple[float, float]:
+    """PPL_r of one edit under the model as it is now, which has to be the *unedited* one.
 
-    The model's patches are off while it reads. `shifted=False` gives the number of the authors' `eval.py`.
+    Args:
+        written: what the edited model wrote behind the prompt.
+
+    Returns:
+        (right, as the authors' `eval.py` reads it), see `shifted` of `token_nll`; NaN where nothing was written.
     """
     rows = lm.encode([Text(prompt, target), *([Text(prompt, written)] if written.strip() else [])])
-    with lm.unpatched():
-        found = []
-        for row in rows:
-            ids = torch.tensor(row.ids, device=lm.device)
-            batch = lm.pad([row])
-            logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0]
-            found.append(token_nll(logits, ids, shifted=shifted).tolist())
-    behind = found[1][rows[1].prompt_length :] if len(rows) > 1 else []
-    return perplexity_ratio(found[0], behind)
+    if len(rows) < 2:
+        return math.nan, math.nan
+    found: list[list[Tensor]] = []
+    for row in rows:
+        batch, ids = lm.pad([row]), torch.tensor(row.ids, device=lm.device)
+        logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0]
+        found.append([token_nll(logits, ids, shifted=shifted) for shifted in (True, False)])
+    first = rows[1].prompt_length
+    right, unshifted = (
+        perplexity_ratio(statement.tolist(), behind[first:].tolist())
+        for statement, behind in zip(*found, strict=True)
+    )
+    return right, unshifted

@@ -8,7 +8,10 @@ how the answer was read, because the same edit scores very differently under eac
 * `teacher_forced_exact`: 1 if all of them are (MEND, SERAC, MEMIT's `*_correct`);
 * `generated`: 1 if the greedy continuation of the bare prompt begins with an accepted answer;
 * `contrast`: the new answer is more (on neighbours: less) likely than the old one (CounterFact);
-* `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself.
+* `likelihood`, `divergence`: how likely texts of a sentiment are, and how far the model moved (ConvSent);
+* `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself;
+* `sampled_unshifted`: PPL_r as its authors' script reads it, each token's probability one place too late;
+* `written`: the greedy continuation against a long answer, word by word.
 """
 
 from __future__ import annotations
@@ -20,13 +23,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from reknow.errors import InputError
+from reknow.errors import InputError, MissingExtra
+from reknow.evaluate.convsent import sentiment_metrics
+from reknow.evaluate.long_text import rouge_l, token_f1, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
-_SUCCESS = ("reliability", "generalization", "portability", "ES@", "PS@")
+_ASKED = ("reliability", "generalization", "portability", "instructed")
+_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "reworded_")
+LONG_ANSWER = 10
+"""Words from which on an answer is also compared word by word."""
+
 _WORD_BREAKS = re.compile(r"[-/‐-―]")
 _PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”«»…")
 _ARTICLES = frozenset(("a", "an", "the"))
@@ -59,7 +68,11 @@ class Reading:
     nll_true: float | None = None
     """The same for its `target_true`."""
     text: str | None = None
-    """Greedy continuation of the prompt; for fluency a sampled one, or None where none was asked for."""
+    """Greedy continuation of the prompt, for fluency a sampled one; None where none was asked for."""
+    divergence: float | None = None
+    """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
+    ratios: tuple[float, float] | None = None
+    """PPL_r of a text that was sampled behind the request: right, and as its authors' script reads it."""
 
     def to_json(self) -> dict:
         """Plain JSON types; `from_json` gives the reading back."""
@@ -68,7 +81,7 @@ class Reading:
     @classmethod
     def from_json(cls, record: Mapping) -> Reading:
         """The reading that `to_json` wrote."""
-        lists = {name: tuple(record[name]) for name in ("answers", "top")}
+        lists = {name: tuple(record[name]) for name in ("answers", "top", "ratios") if record.get(name) is not None}
         return cls(**{**record, **lists, "hits": tuple(map(bool, record["hits"]))})
 
 
@@ -200,6 +213,7 @@ def case_metrics(
         for key, found in values.items()
         if ":" not in key or len(names[key.partition(":")[0]]) > 1
     }
+    means |= sentiment_metrics(after, before)
     logs = [now.nll for now in after if now.kind == "fluency" and now.nll is not None]
     if logs:
         means["perplexity@sampled"] = math.exp(sum(logs) / len(logs))
@@ -208,14 +222,18 @@ def case_metrics(
 
 def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.kind == "fluency":
-        return {} if now.text is None else {"fluency@sampled": ngram_entropy(now.prompt + now.text)}
-    found = {}
-    scores = _scores(now.hits, generated(now.text or "", now.answers))
+        ratios = zip(("PPL_r@sampled", "PPL_r@sampled_unshifted"), now.ratios or (), strict=False)
+        return {} if now.text is None else {"fluency@sampled": ngram_entropy(now.prompt + now.text), **dict(ratios)}
+    if now.kind == "sentiment":  # its texts only count together
+        return {}
+    found = _overlaps(now)
+    scores = _scores(now.hits, None if now.text is None else generated(now.text, now.answers))
     if now.kind == "locality":
         found = {f"locality_correct@{protocol}": value for protocol, value in scores.items()}
         scores = {}
         if then is not None:
-            same = unchanged_generated(then.text or "", now.text or "", now.answers)
+            texts = (then.text, now.text)
+            same = None if None in texts else unchanged_generated(then.text or "", now.text or "", now.answers)
             scores = _scores(unchanged(then.top, now.top), same)
     for protocol, value in scores.items():
         found[f"{now.kind}@{protocol}"] = found[f"{now.kind}:{now.name}@{protocol}"] = value
@@ -224,9 +242,22 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     return found
 
 
-def _scores(hits: Sequence[bool], written: float) -> dict[str, float]:
+def _overlaps(now: Reading) -> dict[str, float]:
+    """How much of a long answer the model writes, to the request and to other wordings."""
+    start = {"reliability": "", "generalization": "reworded_"}.get(now.kind)
+    if start is None or now.text is None or len(words(now.answers[0])) < LONG_ANSWER:
+        return {}
+    found = {f"{start}token_f1@written": max(token_f1(now.text, answer) for answer in now.answers)}
+    try:
+        return found | {f"{start}rouge_l@written": max(rouge_l(now.text, answer) for answer in now.answers)}
+    except MissingExtra:
+        return found
+
+
+def _scores(hits: Sequence[bool], written: float | None) -> dict[str, float]:
+    """The score under each protocol; none for what was not written."""
     values = (teacher_forced_tokens(hits), teacher_forced_exact(hits), written)
-    return dict(zip(PROTOCOLS, values, strict=True))
+    return {protocol: value for protocol, value in zip(PROTOCOLS, values, strict=True) if value is not None}
 
 
 def average(values: Mapping[str, float]) -> float:

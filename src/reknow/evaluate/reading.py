@@ -6,9 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
+from reknow.descent import Scored, predicted
 from reknow.edits import Case, Edit, Probe
+from reknow.evaluate.convsent import OTHER_TOPIC
+from reknow.evaluate.long_text import written_ratios
 from reknow.evaluate.metrics import Reading
 from reknow.lm import LM
+from reknow.patches import Patch
 from reknow.tokens import Text
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
@@ -17,19 +23,36 @@ SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
 GREEDY_TOKENS, GREEDY_SLACK = 8, 4
 """A continuation is at least this long, and this much longer than the answer: room for "the", a dash …"""
 
+TEXTS_PER_PASS = 64
+"""Texts whose distributions over the vocabulary are held at once."""
+
 IMPOSSIBLE = 690.0
 """Nats recorded for a likelihood that is NaN or less than e^-690: both ways its exponential is still a number."""
 
 
-def read(lm: LM, cases: Sequence[Case], *, fluency: bool = True, seed: int = 0) -> list[list[Reading]]:
+def read(
+    lm: LM,
+    cases: Sequence[Case],
+    *,
+    fluency: bool = True,
+    generate: bool = True,
+    seed: int = 0,
+    in_context: bool = False,
+) -> list[list[Reading]]:
     """What the model, as it is now, answers to all questions of each case, in their order.
 
-    With `fluency` off the probes of that kind get no text. `seed` is for their sampling alone.
+    Args:
+        fluency: off, the probes of that kind get no text.
+        generate: off, the others do not.
+        seed: for the sampling alone.
+        in_context: put the edit as a statement in front of every question.
     """
     asked = [(case.edit, probe) for case in cases for probe in case.questions]
+    if in_context:
+        asked = [(edit, replace(one, prompt=f"Fact: {edit.statement} {one.prompt}")) for edit, one in asked]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
-    answers = iter(_answered(lm, questions))
+    answers = iter(_answered(lm, questions, generate))
     texts = iter(_sampled(lm, prompts, seed) if fluency else [None] * len(prompts))
     readings = (
         Reading(probe.kind, probe.name, probe.prompt, probe.answers, text=next(texts))
@@ -40,15 +63,43 @@ def read(lm: LM, cases: Sequence[Case], *, fluency: bool = True, seed: int = 0) 
     return [[next(readings) for _ in case.questions] for case in cases]
 
 
-def with_perplexity(lm: LM, readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
-    """The readings with the likelihood of every sampled text under the model as it is now."""
+def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
+    """The readings with the likelihood of every sampled text under the model as it is now, and with PPL_r of those
+    that stand behind the request itself."""
 
-    def judged(reading: Reading) -> Reading:
+    def judged(edit: Edit, reading: Reading) -> Reading:
         if reading.kind != "fluency" or not reading.text:
             return reading
-        return replace(reading, nll=math.log(perplexity(lm, [reading.prompt + reading.text])))
+        nll = math.log(perplexity(lm, [reading.prompt + reading.text]))
+        if reading.prompt != edit.text:
+            return replace(reading, nll=nll)
+        ratios = written_ratios(lm, reading.prompt, edit.target_new, reading.text)
+        return replace(reading, nll=nll, ratios=None if any(map(math.isnan, ratios)) else ratios)
 
-    return [[judged(reading) for reading in case] for case in readings]
+    return [[judged(case.edit, one) for one in found] for case, found in zip(cases, readings, strict=True)]
+
+
+@torch.no_grad()
+def with_divergence(
+    lm: LM, readings: Sequence[Sequence[Reading]], unedited: tuple[Patch, ...]
+) -> list[list[Reading]]:
+    """The readings of ConvSent's other topics with KL(unedited ‖ the model as it is now) over the answer's tokens."""
+    asked = {(r.prompt, r.answers[0]) for case in readings for r in case if r.name == OTHER_TOPIC}
+    rows = lm.encode([Text(*pair) for pair in sorted(asked)])
+    found: dict[tuple[str, str], float] = {}
+    for start in range(0, len(rows), TEXTS_PER_PASS):
+        part = rows[start : start + TEXTS_PER_PASS]
+        scored = Scored(lm, part, [predicted(row, row.prompt_length) for row in part], None)
+        now = scored.log_probs()
+        with lm.stacked(unedited):
+            before = scored.log_probs()
+        divergence = (before.exp() * (before - now)).sum(-1)  # (tokens,)
+        means = [divergence[scored.of_row == i].mean().item() for i in range(len(part))]
+        found |= dict(zip(sorted(asked)[start:], map(_finite, means), strict=False))
+    return [
+        [replace(r, divergence=found[r.prompt, r.answers[0]]) if r.name == OTHER_TOPIC else r for r in case]
+        for case in readings
+    ]
 
 
 def perplexity(lm: LM, texts: Sequence[str]) -> float:
@@ -56,12 +107,14 @@ def perplexity(lm: LM, texts: Sequence[str]) -> float:
     return math.exp(_finite(math.log(lm.perplexity(texts))))
 
 
-def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]]) -> list[Reading]:
+def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -> list[Reading]:
     pairs = [(probe.prompt, answer) for edit, probe in questions for answer in _scored(edit, probe)]
     scores = iter(lm.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs]) if pairs else [])
-    texts = _greedy(lm, [probe for _, probe in questions])
+    written = [generate and probe.kind != "sentiment" for _, probe in questions]  # of a given text nothing is asked
+    texts = iter(_greedy(lm, [probe for (_, probe), wanted in zip(questions, written, strict=True) if wanted]))
     readings = []
-    for (edit, probe), text in zip(questions, texts, strict=True):
+    for (edit, probe), wanted in zip(questions, written, strict=True):
+        text = next(texts) if wanted else None
         own, *both = [next(scores) for _ in _scored(edit, probe)]
         nll_new, nll_true = (_finite(score.nll) for score in both) if both else (None, None)
         read = (own.hits, own.top, _finite(own.nll), nll_new, nll_true, text)

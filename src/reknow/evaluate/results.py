@@ -20,19 +20,34 @@ RESAMPLES = 1000
 UNEDITED = ("unedited", "before")
 """Method and stage under which the unedited model stands."""
 
-KINDS = ("reliability", "generalization", "locality", "portability")
+IN_CONTEXT = "in_context"
+"""Stage at which the edit stands in front of every question; also read of the unedited model."""
+COSTS = ("seconds", "peak_memory_mb", "steps", "loss", "repetitions")
+
+KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
+OVERLAPS = ("token_f1", "rouge_l", "reworded_token_f1", "reworded_rouge_l")
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
     ("teacher_forced_tokens", "Teacher-forced, share of the answer's tokens right, %", KINDS),
     ("generated", "Free generation begins with the answer, %", KINDS),
     ("contrast", "CounterFact, new answer against true one, %", ("ES", "PS", "NS", "S")),
     ("contrast", "CounterFact, difference of the probabilities, %", ("EM", "PM", "NM")),
-    ("sampled", "Sampled text", ("fluency", "perplexity")),
+    (
+        "likelihood",
+        "ConvSent, texts of the wanted sentiment against others, %",
+        ("sentiment", "z_sentiment", "z_topic"),
+    ),
+    ("divergence", "ConvSent, change on another topic, nats", ("drawdown",)),
+    ("written", "Long answers, words in common with what the model writes, %", OVERLAPS),
+    ("sampled", "Sampled text", ("fluency", "perplexity", "PPL_r")),
+    ("sampled_unshifted", "Sampled text, read one place too late as in the script of PPL_r's authors", ("PPL_r",)),
     ("held_out", "Given text", ("perplexity",)),
-    ("edit", "Cost of an edit", ("seconds", "peak_memory_mb", "failed")),
+    ("edit", "Cost of an edit", (*COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
-PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast")
+PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood", "written")
+LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
+"""What is averaged as a logarithm. The authors' reading of PPL_r is not: their script takes the plain mean."""
 
 
 class Cell(NamedTuple):
@@ -58,6 +73,8 @@ class Cell(NamedTuple):
         return f"[{', '.join(bounds)}]" if bounds else ""
 
     def _shown(self, value: float) -> str:
+        if self.protocol == "divergence":
+            return f"{value:.4f}"
         percent = self.protocol in PERCENT
         value = value * 100 if percent else value
         return f"{value:.{1 if percent or value >= 100 else 2}f}"
@@ -102,7 +119,8 @@ class Results:
     @property
     def last_stage(self) -> str:
         """The latest stage that has rows; of a finished run the one that sums it up."""
-        return max((row["stage"] for row in self.rows.values()), key=_time, default="before")
+        stages = (row["stage"] for row in self.rows.values() if row["stage"] != IN_CONTEXT)
+        return max(stages, key=_time, default="before")
 
     @cached_property
     def case_values(self) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
@@ -118,7 +136,7 @@ class Results:
             values = case_metrics(readings(row), before[row["case"]], failed=row["error"] is not None)
             values["perplexity@held_out"] = row["held_out_perplexity"]
             if row["stage"] == "after_edit" or row["mode"] == "batch":
-                values |= {f"{name}@edit": row[name] for name in ("seconds", "peak_memory_mb")}
+                values |= {f"{name}@edit": row.get(name) for name in COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
             for key, value in values.items():
                 if value is not None:
@@ -129,7 +147,8 @@ class Results:
         }
 
     def _order(self, row: Mapping) -> tuple[int, float]:
-        return list(self.manifest["settings"]["methods"]).index(row["method"]), _time(row["stage"])
+        names = [UNEDITED[0], *self.manifest["settings"]["methods"]]
+        return names.index(row["method"]), _time(row["stage"])
 
     @cached_property
     def cells(self) -> dict[tuple[str, str, str], Cell]:
@@ -164,11 +183,7 @@ class Results:
         """The tables as Markdown."""
         parts = []
         for table in self.tables():
-            header, *lines = [[cell.replace("|", "\\|") for cell in line] for line in table.lines()]
-            lines = [header, ["---"] * len(header), *lines]
-            parts.append(
-                f"**{table.title}** (`{table.protocol}`)\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            )
+            parts.append(f"**{table.title}** (`{table.protocol}`)\n\n{markdown(table.lines())}")
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
@@ -187,6 +202,12 @@ class Results:
         return "\n\n".join(parts)
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """Header and rows as a table in Markdown."""
+    header, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rest])
+
+
 def readings(row: Mapping) -> list[Reading]:
     """The readings of a row of a run folder."""
     return [Reading.from_json(record) for record in row["readings"]]
@@ -194,7 +215,12 @@ def readings(row: Mapping) -> list[Reading]:
 
 def stage_label(stage: str) -> str:
     """A stage in words."""
-    known = {"before": "before", "after_edit": "right after the edit", "end": "after all edits"}
+    known = {
+        "before": "before",
+        "after_edit": "right after the edit",
+        IN_CONTEXT: "with the edit in front of the question",
+        "end": "after all edits",
+    }
     return known.get(stage) or f"after {stage.partition(':')[2]} edits"
 
 
@@ -217,7 +243,7 @@ def summarise(
     for key in dict.fromkeys(key for case in cases for key in case):
         values = np.array([case.get(key, np.nan) for case in cases])
         there = ~np.isnan(values)
-        logarithmic = key.startswith("perplexity")
+        logarithmic = key in LOGARITHMIC
         values = np.log(values[there]) if logarithmic else values[there]
         with np.errstate(invalid="ignore"):  # a resample without any of these cases
             found = draws[:, there] @ values / draws[:, there].sum(1)  # (1 + resamples,)

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import reknow
+from reknow.descent import watched
 from reknow.editors import refuse_seen
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
-from reknow.evaluate.reading import perplexity, read, with_perplexity
-from reknow.evaluate.results import Results
+from reknow.evaluate.reading import perplexity, read, with_divergence, with_perplexity
+from reknow.evaluate.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluate.rows import (
     BEFORE_FILE,
     BEFORE_KEY,
@@ -53,12 +54,19 @@ class Plan:
     """Sequential: after how many edits all earlier ones are read again; after all of them always."""
     seeds: tuple[int, ...] = (0,)
     fluency: bool = True
-    """Sample text for fluency, where the cases have prompts for it (not right after each sequential edit)."""
+    """Sample text for fluency, where the cases have prompts for it."""
+    generate: bool = True
+    """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
     """Texts whose perplexity is taken together with fluency."""
+    fluency_every: int = 0
+    """Sequential: right after an edit text is sampled at every so many-th patch only; 0: at the checkpoints only."""
+    in_context: tuple[str, ...] = ()
+    """Single: after the edits of these methods, and of the unedited model, ask every question with the edit in front
+    too: what knowing it would give."""
 
     def __post_init__(self):
-        for name in ("checkpoints", "seeds", "held_out"):
+        for name in ("checkpoints", "seeds", "held_out", "in_context"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.mode not in get_args(Mode):
             raise InputError(f"expected a mode among {', '.join(get_args(Mode))}; got {self.mode!r}: name one")
@@ -67,6 +75,11 @@ class Plan:
             raise InputError(
                 "expected checkpoints of a sequential run, at multiples of its batch size; "
                 f"got {list(self.checkpoints)} in mode {self.mode} with batch size {self.batch_size}: change them"
+            )
+        if (self.in_context and self.mode != "single") or self.fluency_every < 0:
+            raise InputError(
+                "expected in_context in single mode only, and fluency_every of at least 0; got "
+                f"mode {self.mode}, fluency_every {self.fluency_every}: change them"
             )
 
 
@@ -80,6 +93,7 @@ def evaluate(
     checkpoints: Sequence[int] = (),
     seed: int = 0,
     fluency: bool = True,
+    generate: bool = True,
     held_out: Sequence[str] = (),
     progress: bool = False,
 ) -> Results:
@@ -87,7 +101,7 @@ def evaluate(
 
     The model is the same afterwards. See `Plan` for the options, and `bench` for a run that can be resumed.
     """
-    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, tuple(held_out))
+    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, generate, tuple(held_out))
     methods = {method.name: method}
     run = _Run(lm, _named(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     run.all(methods, progress)
@@ -137,13 +151,15 @@ class _Run:
         self.before, self.rows, self.folder = before, rows, folder
         self.unedited = lm.patches
         self.advance: Callable[[], object] = lambda: None
+        self.tell: Callable[[str], object] = lambda text: None
 
     def all(self, methods: Mapping[str, Any], progress: bool) -> None:
         for method in methods.values():
             refuse_seen(method, self.lm, list(self.cases.values()))
         stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
-        steps = len(self.cases) * (1 + len(methods) * len(self.plan.seeds) * stages)
-        with _bar(progress, steps, len(self.before) + len(self.rows)) as self.advance:
+        readings = stages * len(methods) + len(set(self.plan.in_context) & set(methods))
+        steps = len(self.cases) * (1 + bool(self.plan.in_context) + len(self.plan.seeds) * readings)
+        with _bar(progress, steps, len(self.before) + len(self.rows)) as (self.advance, self.tell):
             self.read_before()
             for label, method in methods.items():
                 for seed in self.plan.seeds:
@@ -161,14 +177,20 @@ class _Run:
                     edit = {key: value for key, value in asdict(self.cases[name].edit).items() if value}
                     self.before.add({"case": name, "edit": edit, "held_out_perplexity": held_out, "readings": found})
                     self.advance()
+        if self.plan.in_context:
+            nothing = {name: {"error": None} for name in self.cases}
+            self.score(UNEDITED[0], self.plan.seeds[0], IN_CONTEXT, nothing, fluency=False)
 
     def single(self, label: str, method: Any, seed: int) -> None:
         """Every case by itself; the patch comes off before the next."""
         for name, case in self.cases.items():
-            if not self.done(label, seed, "after_edit", [name]):
-                patch, cost = _edit(self.lm, method, [case.edit])
+            stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
+            if not all(self.done(label, seed, stage, [name]) for stage in stages):
+                with watched(lambda text, name=name: self.tell(f"{label}, {name}: {text}")):
+                    patch, cost = _edit(self.lm, method, [case.edit])
                 with self.lm.patched(*filter(None, [patch])):
-                    self.score(label, seed, "after_edit", {name: cost}, fluency=self.plan.fluency)
+                    for stage in stages:
+                        self.score(label, seed, stage, {name: cost}, fluency=self.plan.fluency)
 
     def sequence(self, label: str, method: Any, seed: int) -> None:
         """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
@@ -182,12 +204,15 @@ class _Run:
             for start in range(0, len(names), size):
                 chunk = names[start : start + size]
                 file = None if folder is None else folder / f"{start:06d}.patch"
-                patch, cost = _edit_once(self.lm, method, [self.cases[name].edit for name in chunk], file)
+                with watched(lambda text, number=start: self.tell(f"{label}, from edit {number + 1}: {text}")):
+                    patch, cost = _edit_once(self.lm, method, [self.cases[name].edit for name in chunk], file)
                 if patch is not None:
                     self.lm.apply(patch)
                 costs |= dict.fromkeys(chunk, cost)
                 if plan.mode == "sequential":
-                    self.score(label, seed, "after_edit", dict.fromkeys(chunk, cost), fluency=False)
+                    sampled = bool(plan.fluency_every) and start // size % plan.fluency_every == 0
+                    now = dict.fromkeys(chunk, cost)
+                    self.score(label, seed, "after_edit", now, fluency=plan.fluency and sampled)
                 if len(costs) in plan.checkpoints and len(costs) < len(names):
                     self.score(label, seed, f"at:{len(costs)}", costs, fluency=plan.fluency)
             self.score(label, seed, "end", costs, fluency=plan.fluency)
@@ -200,18 +225,26 @@ class _Run:
         for names in _blocks(list(costs)):
             if self.done(label, seed, stage, names):
                 continue
-            readings, held_out = self.read(names, fluency=fluency, seed=seed)
+            in_context = stage == IN_CONTEXT
+            sampled = fluency and not in_context
+            readings, held_out = self.read(names, fluency=sampled, seed=seed, in_context=in_context)
             for name, found in zip(names, readings, strict=True):
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
                 self.rows.add({**about, **costs[name], "held_out_perplexity": held_out, "readings": found})
                 self.advance()
 
-    def read(self, names: list[str], *, fluency: bool, seed: int = 0) -> tuple[list[list[dict]], float | None]:
+    def read(
+        self, names: list[str], *, fluency: bool, seed: int = 0, in_context: bool = False
+    ) -> tuple[list[list[dict]], float | None]:
         """Readings of the cases as JSON, and the perplexity of the held-out texts where fluency is asked too."""
-        readings = read(self.lm, [self.cases[name] for name in names], fluency=fluency, seed=seed)
+        cases = [self.cases[name] for name in names]
+        asked = {"fluency": fluency, "generate": self.plan.generate, "in_context": in_context}
+        readings = read(self.lm, cases, seed=seed, **asked)
+        if self.lm.patches != self.unedited:
+            readings = with_divergence(self.lm, readings, self.unedited)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):
             with self.lm.stacked(self.unedited):
-                readings = with_perplexity(self.lm, readings)
+                readings = with_perplexity(self.lm, cases, readings)
         held_out = perplexity(self.lm, self.plan.held_out) if self.plan.held_out and fluency else None
         return [[one.to_json() for one in case] for case in readings], held_out
 
@@ -242,7 +275,17 @@ def _edit(lm: LM, method: Any, edits: list[Edit]) -> tuple[Patch | None, dict]:
     if lm.device.type == "cuda":
         torch.cuda.synchronize(lm.device)
     seconds = (time.perf_counter() - started) / len(edits)
-    return patch, {"seconds": round(seconds, 4), "peak_memory_mb": peak(), "error": error}
+    return patch, {"seconds": round(seconds, 4), "peak_memory_mb": peak(), "error": error, **_told(patch)}
+
+
+def _told(patch: Patch | None) -> dict:
+    """What the method noted about its descent, where that is one of whole matrices: steps, last loss, repetitions."""
+    notes = {} if patch is None else patch.notes
+    losses, repetitions = notes.get("losses"), notes.get("repetitions")
+    if not losses or not all(isinstance(loss, float) for loss in losses):
+        return {}
+    found = {"steps": len(losses), "loss": losses[-1]}
+    return found if repetitions is None else {**found, "repetitions": sum(repetitions)}
 
 
 def _peak_memory(device: torch.device) -> Callable[[], float | None]:
@@ -293,8 +336,11 @@ def _blocks(names: list[str]) -> list[list[str]]:
 
 @contextmanager
 def _bar(shown: bool, total: int, done: int):
-    """Gives the function that moves the progress bar on stderr, if one is wanted, by one."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    """Gives two functions: one moves the progress bar on stderr, if there is one; one puts text beside it."""
+    columns = (
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
+        TextColumn("{task.fields[now]}"),
+    )
     with Progress(*columns, console=Console(file=sys.stderr), disable=not shown) as progress:
-        task = progress.add_task("cases read", total=total, completed=done)
-        yield lambda: progress.advance(task)
+        task = progress.add_task("cases read", total=total, completed=done, now="")
+        yield lambda: progress.advance(task), lambda text: progress.update(task, now=text)

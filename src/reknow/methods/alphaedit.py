@@ -26,11 +26,10 @@ from torch import Tensor
 from reknow.edits import Edit
 from reknow.keys import subject_keys, subject_states
 from reknow.layers import resolve_layers
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import SearchSettings, checked, weights_patch
 from reknow.patches import Delta, Patch
 from reknow.solvers import least_squares, null_space, outer
-from reknow.stats import covariance
-from reknow.values import Values, ValueSearch, contexts, find_values
+from reknow.values import Values, find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -39,8 +38,8 @@ KEPT_NORMS = 0.95
 """The reference norm of NAS is the mean of ‖v*‖ over the edits without the largest twentieth."""
 
 
-@dataclass(frozen=True)
-class AlphaEdit(Method):
+@dataclass(frozen=True, kw_only=True)
+class AlphaEdit(SearchSettings):
     """Mass editing in the null space of general text, made for edit after edit."""
 
     layers: tuple[int, ...] | None = None
@@ -57,28 +56,6 @@ class AlphaEdit(Method):
     """BLUE: the first and the last layer only, each with a z of its own."""
     norm_anchor: bool = False
     """NAS: scale v* to its mean norm over the edits of the first applied patch (the paper: 1,000 facts)."""
-    steps: int = 25
-    """Passes of the search for z, one more than updates."""
-    learning_rate: float = 0.1
-    """Of Adam in that search, in units of the root mean square of the block's output."""
-    kl_weight: float = 0.0625
-    """Weight of the drift of what the model says of "{subject} is a"."""
-    decay: float = 0.05
-    """Weight of ‖δ‖ / ‖h‖ in the loss."""
-    clamp: float = 0.75
-    """Largest ‖δ‖ / ‖h‖."""
-    absolute: bool = False
-    """Learning rate as a plain number and decay on ‖δ‖ / ‖h‖², as in the paper."""
-    stop_probability: float = 1.0
-    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only."""
-    context_groups: tuple[tuple[int, int], ...] = ((5, 9),)
-    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
-    context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
-    """First words of those texts."""
-    covariance_tokens: int = 100_000
-    """Tokens of general text for C."""
-    seed: int = 0
-    """Of the sampled contexts."""
 
     @property
     def name(self) -> str:
@@ -89,7 +66,7 @@ class AlphaEdit(Method):
         layers = resolve_layers(lm, self.layers)
         if self.boundary_layers:
             layers = sorted({layers[0], layers[-1]})
-        prefixes = contexts(lm, self.context_groups, starts=self.context_starts, seed=self.seed)
+        prefixes = self.contexts(lm)
         deltas: dict[str, Delta] = {}
         state: dict[str, Tensor] = {}
         found, z = None, None
@@ -97,7 +74,7 @@ class AlphaEdit(Method):
             for i, layer in enumerate(layers):
                 if z is None or self.boundary_layers:
                     target = layer if self.boundary_layers else layers[-1]
-                    found = find_values(lm, edits, target, prefixes, self._search())
+                    found = find_values(lm, edits, target, prefixes, self.search(site="block"))
                     z = self._anchored(lm, found, target, state)  # (facts, hidden)
                 missing = z - subject_states(lm, edits, target, "block")  # (facts, hidden)
                 shares = 1 if self.boundary_layers else len(layers) - i
@@ -110,25 +87,12 @@ class AlphaEdit(Method):
         notes = {"layers": list(layers), "losses": found.losses if found else []}
         return weights_patch(self, lm, edits, deltas, state=state, notes=notes)
 
-    def _search(self) -> ValueSearch:
-        return ValueSearch(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            absolute=self.absolute,
-            kl_weight=self.kl_weight,
-            decay=self.decay,
-            clamp=self.clamp,
-            stop_probability=self.stop_probability,
-            site="block",
-        )
-
     def _right(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
-        general = covariance(lm, layer, tokens=self.covariance_tokens)
         name = f"keys.{lm.parts.value[layer]}"
         past = [patch.state[name] for patch in lm.patches if name in patch.state]  # each (its facts, in)
         return least_squares(
-            null_space(general, self.null_share, self.null_threshold),
+            self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold),
             keys,
             stiffness=self.stiffness,
             weight=self.l2,

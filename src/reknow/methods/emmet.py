@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING
 from reknow.edits import Edit
 from reknow.keys import subject_keys
 from reknow.layers import resolve_layer
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import SearchSettings, checked, weights_patch
 from reknow.patches import Patch
 from reknow.solvers import least_squares, outer, whitening
-from reknow.stats import covariance
-from reknow.values import ValueSearch, contexts, find_values
+from reknow.values import find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-@dataclass(frozen=True)
-class EMMET(Method):
+@dataclass(frozen=True, kw_only=True)
+class EMMET(SearchSettings):
     """Equality-constrained mass editing of one layer."""
 
     layer: int | None = None
@@ -40,28 +39,6 @@ class EMMET(Method):
     """The ridge itself, instead of the stiffness: 0.1 in the authors' code."""
     covariance_scale: float = 1.0
     """s, by which C is multiplied first; matters with `ridge` only: 1,000 (GPT-2 XL), 1 (GPT-J, Llama 2)."""
-    steps: int = 25
-    """Passes of the search for z, one more than updates."""
-    learning_rate: float = 0.1
-    """Of Adam in that search, in units of the root mean square of the block's output."""
-    kl_weight: float = 0.0625
-    """Weight of the drift of what the model says of "{subject} is a"."""
-    decay: float = 0.05
-    """Weight of ‖δ‖ / ‖h‖ in the loss."""
-    clamp: float = 0.75
-    """Largest ‖δ‖ / ‖h‖."""
-    absolute: bool = False
-    """Learning rate as a plain number and decay on ‖δ‖ / ‖h‖², as in the paper."""
-    stop_probability: float = 1.0
-    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only."""
-    context_groups: tuple[tuple[int, int], ...] = ((5, 9),)
-    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
-    context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
-    """First words of those texts."""
-    covariance_tokens: int = 100_000
-    """Tokens of general text for C."""
-    seed: int = 0
-    """Of the sampled contexts."""
 
     @property
     def name(self) -> str:
@@ -70,21 +47,11 @@ class EMMET(Method):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=True)
         layer = resolve_layer(lm, self.layer)
-        prefixes = contexts(lm, self.context_groups, starts=self.context_starts, seed=self.seed)
-        search = ValueSearch(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            absolute=self.absolute,
-            kl_weight=self.kl_weight,
-            decay=self.decay,
-            clamp=self.clamp,
-            stop_probability=self.stop_probability,
-            site="block",
-        )
-        found = find_values(lm, edits, layer, prefixes, search)
+        prefixes = self.contexts(lm)
+        found = find_values(lm, edits, layer, prefixes, self.search(site="block"))
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
-            whitening(covariance(lm, layer, tokens=self.covariance_tokens)),
+            self.from_covariance(lm, layer, whitening),
             subject_keys(lm, edits, layer, prefixes),
             stiffness=self.stiffness,
             weight=0.0 if len(edits) == 1 else ridge,

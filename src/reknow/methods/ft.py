@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from reknow.descent import Matrices, Scored, check_finite, predicted
+from reknow.descent import Matrices, Scored, check_finite, predicted, told
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layer, resolve_layers
@@ -107,7 +107,7 @@ class FT(Method):
         generator = torch.Generator().manual_seed(self.seed)
         order = list(range(len(batches)))
         losses: list[float] = []
-        for _ in range(self.steps):
+        for step in range(self.steps):
             if self.breadth_first:
                 order = torch.randperm(len(batches), generator=generator).tolist()
             total, count = 0.0, 0
@@ -118,6 +118,7 @@ class FT(Method):
                 if value >= self.stop_loss:
                     matrices.step(loss)
             losses.append(total / count)
+            told(step, self.steps, losses[-1])
             if losses[-1] < self.stop_loss:
                 break
         return losses

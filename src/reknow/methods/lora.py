@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
-from reknow.descent import check_finite, check_length
+from reknow.descent import check_finite, check_length, told
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra
 from reknow.layers import resolve_layers
@@ -160,6 +160,7 @@ class LoRA(Method):
             if adaptive:
                 tuner.update_and_allocate(step + 1)  # type: ignore[operator]
             losses.append(total / count)
+            told(step, self.steps, losses[-1])
             if not adaptive and losses[-1] < self.stop_loss:
                 break
         return losses

@@ -19,18 +19,17 @@ from typing import TYPE_CHECKING
 from reknow.edits import Edit
 from reknow.keys import subject_keys, subject_states
 from reknow.layers import resolve_layers
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import SearchSettings, checked, weights_patch
 from reknow.patches import Delta, Patch
 from reknow.solvers import least_squares, outer, whitening
-from reknow.stats import covariance
-from reknow.values import ValueSearch, contexts, find_values
+from reknow.values import find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-@dataclass(frozen=True)
-class MEMIT(Method):
+@dataclass(frozen=True, kw_only=True)
+class MEMIT(SearchSettings):
     """Mass editing over a band of layers."""
 
     layers: tuple[int, ...] | None = None
@@ -39,30 +38,8 @@ class MEMIT(Method):
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + stiffness) of its change in a layer."""
     covariance_weight: float | None = None
     """λ itself, instead of the stiffness: 15,000 (GPT-J), 20,000 (GPT-2 XL)."""
-    steps: int = 25
-    """Passes of the search for z, one more than updates."""
-    learning_rate: float = 0.1
-    """Of Adam in that search, in units of the root mean square of the block's output."""
-    kl_weight: float = 0.0625
-    """Weight of the drift of what the model says of "{subject} is a"."""
-    decay: float = 0.05
-    """Weight of ‖δ‖ / ‖h‖ in the loss."""
-    clamp: float = 0.75
-    """Largest ‖δ‖ / ‖h‖."""
-    absolute: bool = False
-    """Learning rate as a plain number and decay on ‖δ‖ / ‖h‖², as in the paper."""
-    stop_probability: float = 1.0
-    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only."""
     merge_subjects: bool = False
     """MEMIT-Merge: one δ for all edits of a subject."""
-    context_groups: tuple[tuple[int, int], ...] = ((5, 9),)
-    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
-    context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
-    """First words of those texts."""
-    covariance_tokens: int = 100_000
-    """Tokens of general text for C."""
-    seed: int = 0
-    """Of the sampled contexts."""
 
     @property
     def name(self) -> str:
@@ -71,19 +48,8 @@ class MEMIT(Method):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=True)
         layers = resolve_layers(lm, self.layers)
-        prefixes = contexts(lm, self.context_groups, starts=self.context_starts, seed=self.seed)
-        search = ValueSearch(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            absolute=self.absolute,
-            kl_weight=self.kl_weight,
-            decay=self.decay,
-            clamp=self.clamp,
-            stop_probability=self.stop_probability,
-            site="block",
-            merge_subjects=self.merge_subjects,
-        )
-        found = find_values(lm, edits, layers[-1], prefixes, search)
+        prefixes = self.contexts(lm)
+        found = find_values(lm, edits, layers[-1], prefixes, self.search(site="block"))
         z = found.z.double()  # (facts, hidden)
         deltas: dict[str, Delta] = {}
         with lm.patched():
@@ -91,7 +57,7 @@ class MEMIT(Method):
                 keys = subject_keys(lm, edits, layer, prefixes)  # (facts, in)
                 missing = z - subject_states(lm, edits, layers[-1], "block")  # (facts, hidden)
                 right = least_squares(
-                    whitening(covariance(lm, layer, tokens=self.covariance_tokens)),
+                    self.from_covariance(lm, layer, whitening),
                     keys,
                     stiffness=self.stiffness,
                     weight=self.covariance_weight,

@@ -18,44 +18,29 @@ from typing import TYPE_CHECKING
 
 from reknow.edits import Edit
 from reknow.layers import resolve_layer
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import SearchSettings, checked, weights_patch
 from reknow.patches import Patch, merge
-from reknow.solvers import rank_one, solve
-from reknow.stats import covariance
-from reknow.values import ValueSearch, contexts, find_values
+from reknow.solvers import cholesky, rank_one, solve
+from reknow.values import find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-@dataclass(frozen=True)
-class ROME(Method):
+@dataclass(frozen=True, kw_only=True)
+class ROME(SearchSettings):
     """Rank-one model editing, one fact after the other."""
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
     steps: int = 20
-    """Passes of the search for v*, one more than updates."""
-    learning_rate: float = 0.1
-    """Of Adam in that search, in units of the root mean square of the block's output."""
-    kl_weight: float = 0.0625
-    """Weight of the drift of what the model says of "{subject} is a"."""
-    decay: float = 0.05
-    """Weight of ‖δ‖ / ‖v‖ in the loss."""
     clamp: float = 4.0
-    """Largest ‖δ‖ / ‖v‖."""
-    absolute: bool = False
-    """Learning rate as a plain number and decay on ‖δ‖ / ‖v‖², as the paper's 0.5 and 0.5 are meant."""
-    stop_probability: float = 1.0
-    """End the search when the new answer has this probability in every context; 1: the paper's stop (loss < 0.05)."""
     context_groups: tuple[tuple[int, int], ...] = ((10, 5), (10, 10))
-    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
+    context_starts: tuple[str, ...] = ()
     covariance_tokens: int = 100_000
     """Tokens of general text for C; 0: C is the identity."""
     average_keys: bool = False
     """R-ROME: the mean key and the mean value everywhere."""
-    seed: int = 0
-    """Of the sampled contexts."""
 
     @property
     def name(self) -> str:
@@ -72,21 +57,11 @@ class ROME(Method):
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def _edit_one(self, lm: LM, edit: Edit, layer: int) -> Patch:
-        prefixes = contexts(lm, self.context_groups, seed=self.seed)
-        search = ValueSearch(
-            steps=self.steps,
-            learning_rate=self.learning_rate,
-            absolute=self.absolute,
-            kl_weight=self.kl_weight,
-            decay=self.decay,
-            clamp=self.clamp,
-            stop_probability=self.stop_probability,
-        )
-        found = find_values(lm, [edit], layer, prefixes, search)
+        found = find_values(lm, [edit], layer, self.contexts(lm), self.search())
         mean_key = found.mean_key.double()  # (1, in)
         u = mean_key
         if self.covariance_tokens:
-            u = solve(covariance(lm, layer, tokens=self.covariance_tokens), mean_key)
+            u = solve(self.from_covariance(lm, layer, cholesky), mean_key)
         key, value = (mean_key, found.mean_value) if self.average_keys else (found.key.double(), found.value)
         residual = found.value.double() + found.delta.double() - value.double()  # v* − W k*, (1, hidden)
         delta = rank_one(u[0], key[0], residual[0])

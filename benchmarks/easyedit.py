@@ -1,0 +1,234 @@
+"""A checkout of EasyEdit, run on reknow's model, requests, prefixes and covariance.
+
+Only the modules of the methods and of the teacher-forced evaluation are loaded: the package's own `__init__` files,
+which import every method, are passed over, and what those modules import but do not use here (data sets, judges,
+trainers) is an empty module where it is not installed. Nothing of it is changed besides that its statistics and its
+prefixes are given instead of computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import importlib.util
+import io
+import sys
+import time
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from reknow import LM, Edit
+from reknow.edits import Case
+from reknow.evaluate.reading import SAMPLED_TOKENS
+from reknow.patches import Dense, Patch
+from reknow.stats import covariance
+
+UNUSED = ("datasets", "nltk", "openai", "sklearn.metrics", "regex", "scipy", "matplotlib.style")
+"""What its modules import and the parts run here never call."""
+MODULES = {
+    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
+    "layer_module_tmp": "transformer.h.{}",
+    "mlp_module_tmp": "transformer.h.{}.mlp",
+    "attn_module_tmp": "transformer.h.{}.attn",
+    "ln_f_module": "transformer.ln_f",
+    "lm_head_module": "transformer.wte",
+}
+"""Of its settings for GPT-2."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one call of an editor gave."""
+
+    patch: Patch
+    seconds: float
+    steps: list[int]
+    """Passes of each fact's search, as counted from what it prints."""
+
+
+class EasyEdit:
+    """The checkout at `path`, working on `lm.model` itself, whose weights are put back after every edit."""
+
+    def __init__(self, path: Path, lm: LM):
+        _load(path)
+        self.lm, self.path = lm, path
+        self.tokenizer = copy.deepcopy(lm.tokenizer)
+        self.tokenizer.padding_side = "right"  # as its editor sets it for these methods
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+    def rome(self, edit: Edit, layer: int, prefixes: Sequence[str], tokens: int, **settings) -> Made:
+        """Its ROME on one fact; `settings` are fields of its ROMEHyperParams."""
+        main = importlib.import_module("easyeditor.models.rome.rome_main")
+        main.CONTEXT_TEMPLATES_CACHE = ["{}", *(_template(text) for text in prefixes[1:])]
+        self._give_statistics(importlib.import_module("easyeditor.models.rome.compute_u"), tokens)
+        hparams = main.ROMEHyperParams(
+            **MODULES | self._common("ROME") | {"layers": [layer], "context_template_length_params": []} | settings
+        )
+        return self._edited([edit], main.apply_rome_to_model, [_request(edit)], hparams)
+
+    def memit(self, edits: Sequence[Edit], layers: Sequence[int], prefixes, tokens: int, **settings) -> Made:
+        """Its MEMIT on all facts together; `settings` are fields of its MEMITHyperParams."""
+        main = importlib.import_module("easyeditor.models.memit.memit_main")
+        main.CONTEXT_TEMPLATES_CACHE = [["{}"], [_template(text) for text in prefixes[1:]]]
+        self._give_statistics(main, tokens)
+        hparams = main.MEMITHyperParams(
+            **MODULES | self._common("MEMIT") | {"layers": list(layers), "layer_selection": "all"} | settings
+        )
+        return self._edited(edits, main.apply_memit_to_model, [_request(edit) for edit in edits], hparams)
+
+    def ft(self, edit: Edit, layer: int, steps: int, rate: float) -> Made:
+        """Its fine-tuning with the teacher-forced loss (FT-M) on one fact."""
+        main = importlib.import_module("easyeditor.models.ft.ft_main")
+        hparams = main.FTHyperParams(
+            **MODULES,
+            layers=[layer],
+            num_steps=steps,
+            lr=rate,
+            weight_decay=0,
+            kl_factor=0,
+            norm_constraint=False,  # type: ignore[arg-type]
+            device="cpu",  # type: ignore[arg-type]
+            alg_name="FT",
+            model_name="gpt2",
+            objective_optimization="target_new",
+            batch_size=1,
+        )
+        request = {**_request(edit), "prompt": edit.text}
+        made = self._edited([edit], main.apply_ft_to_model, [request], hparams, counted="Batch loss")
+        self.lm.model.requires_grad_(False)
+        return made
+
+    def quality(self, cases: Sequence[Case]) -> tuple[list[dict], float]:
+        """Its teacher-forced scores of every case (token accuracy), and the seconds they took."""
+        evaluate = importlib.import_module("easyeditor.evaluate.evaluate")
+        hparams = types.SimpleNamespace(alg_name="ROME", max_length=40)
+        records = [_record(case) for case in cases]
+        start = time.perf_counter()
+        found = [
+            evaluate.compute_edit_quality(self.lm.model, "gpt2", hparams, self.tokenizer, record, "cpu")
+            for record in records
+        ]
+        return found, time.perf_counter() - start
+
+    def fluency(self, cases: Sequence[Case]) -> float:
+        """Seconds of sampling its text of 100 tokens, prompt included, behind every request, as it does case by case."""
+        generate = importlib.import_module("easyeditor.util.generate").generate_fast
+        start = time.perf_counter()
+        for case in cases:
+            generate(self.lm.model, self.tokenizer, [case.edit.text], max_out_len=SAMPLED_TOKENS)
+        return time.perf_counter() - start
+
+    def _common(self, name: str) -> dict:
+        return {
+            "fact_token": "subject_last",
+            "v_loss_layer": self.lm.layers - 1,
+            "kl_factor": 0.0625,
+            "mom2_adjustment": True,
+            "mom2_dataset": "wikipedia",
+            "mom2_n_samples": 0,
+            "mom2_dtype": "float32",
+            "alg_name": name,
+            "device": "cpu",
+            "model_name": "gpt2",
+            "stats_dir": "",
+        }
+
+    def _give_statistics(self, module, tokens: int) -> None:
+        """Its covariances are ours; it keeps them, so only its first edit of a layer reads them."""
+
+        def given(_model, _tokenizer, name: str, *_, **__):
+            found = covariance(self.lm, self.lm.parts.value.index(name), tokens=tokens)
+            return types.SimpleNamespace(mom2=types.SimpleNamespace(moment=lambda: found))
+
+        module.layer_stats = given
+
+    def _edited(self, edits: Sequence[Edit], apply, requests, hparams, counted: str = "loss ") -> Made:
+        """Runs an editor, takes its change off the model again and gives it as a patch."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            start = time.perf_counter()
+            model, before = apply(self.lm.model, self.tokenizer, requests, hparams, return_orig_weights=True)
+            seconds = time.perf_counter() - start
+        deltas = {}
+        weights = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, old in before.items():
+                matrix = name.removesuffix(".weight")
+                if matrix in self.lm.parts.value:  # its fine-tuning trains the bias too
+                    deltas[matrix] = Dense((weights[name] - old).T.float().clone())
+                weights[name].copy_(old)
+        patch = Patch(hparams.alg_name.lower(), {}, tuple(edits), deltas, self.lm.fingerprint)
+        return Made(patch, seconds, _passes(printed.getvalue(), counted))
+
+
+def _passes(printed: str, counted: str) -> list[int]:
+    """How many passes it reports for each fact."""
+    steps: list[int] = []
+    for line in printed.splitlines():
+        if line.startswith(("Computing right vector", "Executing FT")):
+            steps.append(0)
+        elif line.startswith(counted):
+            steps[-1] += 1
+    return steps
+
+
+def _template(prefix: str) -> str:
+    return prefix.replace("{", " ").replace("}", " ") + "{}"
+
+
+def _request(edit: Edit) -> dict:
+    return {"prompt": edit.prompt, "subject": edit.subject, "target_new": edit.target_new, "case_id": edit.id}
+
+
+def _record(case: Case) -> dict:
+    """The case in its form: the request, one rephrasing, and the other facts."""
+    rephrased = [probe for probe in case.probes if probe.kind == "generalization"]
+    others = [probe for probe in case.probes if probe.kind == "locality"]
+    facts = {"prompt": [probe.prompt for probe in others], "ground_truth": [probe.answers[0] for probe in others]}
+    return {
+        "prompt": case.edit.text,
+        "target_new": case.edit.target_new,
+        "ground_truth": case.edit.target_true,
+        "rephrase_prompt": rephrased[0].prompt,
+        "locality": {"neighborhood": facts},
+    }
+
+
+def _load(path: Path) -> None:
+    """Makes `easyeditor.…` importable, module by module."""
+    if "easyeditor" in sys.modules:
+        return
+    if not (path / "easyeditor" / "models" / "rome" / "rome_main.py").is_file():
+        raise SystemExit(f"expected a checkout of EasyEdit at {path}; there is none: give its folder with --easyedit")
+    for name in (
+        "easyeditor",
+        "easyeditor.models",
+        "easyeditor.models.melo",
+        "easyeditor.util",
+        "easyeditor.evaluate",
+    ):
+        package = types.ModuleType(name)
+        package.__path__ = [str(path / name.replace(".", "/"))]
+        sys.modules[name] = package
+    for name in UNUSED:
+        if importlib.util.find_spec(name.partition(".")[0]) is None:
+            sys.modules[name] = _empty(name)
+    sys.modules["easyeditor.trainer"] = types.ModuleType("easyeditor.trainer")
+    sys.modules["easyeditor.models.melo.melo"] = _empty("easyeditor.models.melo.melo")
+    # Its `util/__init__` would load every method; the evaluation wants one name of it.
+    settings = importlib.import_module("easyeditor.util.hparams")
+    sys.modules["easyeditor.util"].HyperParams = settings.HyperParams  # type: ignore[attr-defined]
+
+
+def _empty(name: str) -> types.ModuleType:
+    """A module in which every name is an empty class."""
+    module = types.ModuleType(name)
+    module.__getattr__ = lambda attribute: type(attribute, (), {})  # type: ignore[method-assign]
+    module.__path__ = []
+    return module

@@ -1,0 +1,312 @@
+"""reknow and a checkout of EasyEdit side by side: same process, model, requests, prefixes, steps and covariance.
+
+    python benchmarks/speed.py rome --easyedit PATH                  # on the bundled GPT-2-shaped model
+    python benchmarks/speed.py rome --easyedit PATH --shape 124M     # on GPT-2's size, random weights
+    python benchmarks/speed.py report                                # the tables of everything that was run
+
+Parts: `rome`, `memit`, `evaluation`, `tuning`, `scaling` (reknow alone), `work` (operations and rates per phase).
+Each writes a JSON file under `--out`; one that is there is not run again. Both sides take turns, fact by fact, in one
+process. Not timed on either side, since both do it once per model: covariances, prefixes, layer. Our default settings
+hold on both: as EasyEdit takes learning rate and decay as plain numbers, it gets those that ours amount to for each
+fact. Reliability, generalization and locality of both are read by reknow: teacher-forced, every token right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import transformers
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from easyedit import EasyEdit, Made
+from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
+from reknow.edits import Case
+from reknow.effect import known_cases
+from reknow.evaluate.metrics import case_metrics
+from reknow.evaluate.reading import SAMPLED_TOKENS, SAMPLED_TOP_K, read
+from reknow.layers import band
+from reknow.patches import Patch
+from reknow.tokens import Text
+from reknow.values import contexts
+from speed_report import report
+from speed_work import matmul_rate, phases, total_flops
+
+FACTS = {"demo": {"rome": 20, "memit": 100, "tuning": 100}, "124M": {"rome": 5, "memit": 5, "tuning": 5}}
+"""Facts that EasyEdit runs. Its time is proportional to their number, so on the large shape a few are enough."""
+LAYER = {"demo": 0, "124M": 4}
+"""The demo's is the one that `suggest_layer` finds; the other is at the depth at which the papers edit."""
+COVARIANCE_TOKENS = 20_000
+STOP = 0.9
+"""Early stop: the answer's mean probability in every context."""
+KINDS = ("reliability", "generalization", "locality")
+
+
+def opened(shape: str) -> LM:
+    demo = LM.demo("gpt2")
+    if shape == "demo":
+        return demo
+    torch.manual_seed(0)
+    return LM((GPT2LMHeadModel(GPT2Config()).eval(), demo.tokenizer))
+
+
+def timed(run: Callable):
+    """(what it gives, seconds)."""
+    start = time.perf_counter()
+    found = run()
+    return found, time.perf_counter() - start
+
+
+class Quality:
+    """What edits of each side score."""
+
+    def __init__(self, lm: LM, cases: Sequence[Case]):
+        self._lm = lm
+        self._before = dict(zip(cases, read(lm, cases, fluency=False), strict=True))
+        self._found: dict[str, list[dict]] = {}
+
+    def add(self, label: str, patch: Patch, cases: Sequence[Case]) -> None:
+        with self._lm.patched(patch):
+            after = read(self._lm, cases, fluency=False)
+        for case, now in zip(cases, after, strict=True):
+            self._found.setdefault(label, []).append(case_metrics(now, self._before[case]))
+
+    def table(self) -> dict[str, dict[str, float]]:
+        def mean(found: Iterable[dict], kind: str) -> float:
+            return round(100 * fmean(one[f"{kind}@teacher_forced_exact"] for one in found), 1)
+
+        return {label: {kind: mean(found, kind) for kind in KINDS} for label, found in self._found.items()}
+
+
+def plain(lm: LM, case: Case, layer: int, site: str, rate: float = 0.1, decay: float = 0.05) -> dict[str, float]:
+    """Our scale-free learning rate and decay as the plain numbers that they are for this fact."""
+    (row,) = lm.encode([Text.of(case.edit.prompt, case.edit.subject or "")])
+    assert row.subject_last is not None
+    names = {"block": lm.parts.blocks[layer], "value": lm.parts.value[layer]}
+    found = lm.read([row], [row.subject_last], outputs=list(names.values()))
+    scale = found[names["block"]].square().mean().sqrt()
+    return {"v_lr": rate * float(scale), "v_weight_decay": decay * float(found[names[site]].norm())}
+
+
+def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
+    ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS)
+    early = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, stop_probability=STOP)
+    prefixes = contexts(lm, ours.context_groups)
+    numbers = [plain(lm, case, layer, "value") for case in cases]
+
+    def their(i: int, steps: int = ours.steps) -> Made:
+        settings = {"v_num_grad_steps": steps, "clamp_norm_factor": ours.clamp, **numbers[i]}
+        return theirs.rome(cases[i].edit, layer, prefixes, COVARIANCE_TOKENS, **settings)
+
+    ours.edit(lm, [cases[0].edit])
+    their(0, steps=2)
+    quality, rows = Quality(lm, cases), []
+    for i, case in enumerate(cases):
+        patch, seconds = timed(lambda case=case: ours.edit(lm, [case.edit]))
+        stopped, less = timed(lambda case=case: early.edit(lm, [case.edit]))
+        made = their(i)
+        for label, found in (("reknow", patch), ("reknow, early stop", stopped), ("EasyEdit", made.patch)):
+            quality.add(label, found, [case])
+        counts = {"reknow": patch.notes["losses"], "reknow, early stop": stopped.notes["losses"]}
+        steps = {label: len(losses) for label, losses in counts.items()} | {"EasyEdit": made.steps[0]}
+        rows.append({"reknow": seconds, "reknow, early stop": less, "EasyEdit": made.seconds, "steps": steps})
+    return {"layer": layer, "facts": rows, "quality": quality.table()}
+
+
+def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
+    layers = band(lm, layer)
+    ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS)
+    prefixes = contexts(lm, ours.context_groups, starts=ours.context_starts)
+    numbers = [plain(lm, case, layers[-1], "block") for case in cases]
+    same = {key: fmean(one[key] for one in numbers) for key in numbers[0]}
+    weight = effective_weight(lm, ours, cases, layers[0])
+    ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, covariance_weight=weight)
+    settings = {"mom2_update_weight": weight, "clamp_norm_factor": ours.clamp, **same}
+    edits = [case.edit for case in cases]
+    ours.edit(lm, edits[:1])
+    theirs.memit(edits[:1], layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=2, **settings)
+    patch, seconds = timed(lambda: ours.edit(lm, edits))
+    made = theirs.memit(edits, layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=ours.steps, **settings)
+    quality = Quality(lm, cases)
+    quality.add("reknow", patch, cases)
+    quality.add("EasyEdit", made.patch, cases)
+    found = {"layers": layers, "weight": weight, "facts": len(cases), "quality": quality.table()}
+    many = [case.edit for case in load_cases("counterfact", limit=100)]
+    _, hundred = timed(lambda: ours.edit(lm, many)) if len(cases) < len(many) else (None, seconds)
+    steps = {"reknow": fmean(len(one) for one in patch.notes["losses"]), "EasyEdit": fmean(made.steps)}
+    return found | {"reknow": seconds, "reknow, 100 facts": hundred, "EasyEdit": made.seconds, "steps": steps}
+
+
+def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -> float:
+    """The λ that the scale-free stiffness amounts to in the first layer, since EasyEdit takes a number."""
+    from reknow.keys import subject_keys
+    from reknow.solvers import whitening
+    from reknow.stats import covariance
+
+    keys = subject_keys(lm, [case.edit for case in cases], layer, [""])
+    white = keys @ whitening(covariance(lm, layer, tokens=method.covariance_tokens))
+    return float(method.stiffness * white.square().sum(1).mean())
+
+
+def evaluation(lm: LM, theirs: EasyEdit, count: int = 100) -> dict:
+    """Reading cases on one model, as after mass editing: the same questions on both sides."""
+    cases = load_cases("counterfact", limit=count)
+    asked = [(probe.prompt, probe.answers[0]) for case in cases for probe in asked_of(case)]
+    prompts, answers = [prompt for prompt, _ in asked], [answer for _, answer in asked]
+    heads = [case.edit.text for case in cases]
+    room = SAMPLED_TOKENS - min(len(row.ids) for row in lm.encode([Text(head) for head in heads]))
+    theirs.quality(cases[:2])
+    theirs.fluency(cases[:1])
+    lm.score(prompts[:20], answers[:20])
+    lm.generate(heads[:2], 4, top_k=SAMPLED_TOP_K)
+
+    scores, ours = timed(lambda: lm.score(prompts, answers))
+    found, their = theirs.quality(cases)
+    one_by_one = sum(timed(lambda case=case: score(lm, case))[1] for case in cases)
+    _, sampled = timed(lambda: lm.generate(heads, room, top_k=SAMPLED_TOP_K))
+    their_sampled = theirs.fluency(cases)
+    _, everything = timed(lambda: read(lm, cases, fluency=False))
+    hits = iter(scores)
+    differ = 0.0
+    for case, one in zip(cases, found, strict=True):
+        own, rephrased, *_ = [next(hits) for _ in asked_of(case)]
+        for mine, other in ((own, one["rewrite_acc"]), (rephrased, one["rephrase_acc"])):
+            differ = max(differ, abs(fmean(mine.hits) - float(other[0])))
+    return {
+        "cases": count,
+        "questions": len(asked),
+        "largest difference": differ,
+        "teacher-forced": {"reknow": ours, "reknow, case by case": one_by_one, "EasyEdit": their},
+        "fluency": {"reknow": sampled, "EasyEdit": their_sampled},
+        "all that reknow reads": everything,
+    }
+
+
+def score(lm: LM, case: Case):
+    return lm.score([p.prompt for p in asked_of(case)], [p.answers[0] for p in asked_of(case)])
+
+
+def asked_of(case: Case):
+    """The questions that EasyEdit asks: the request, one rephrasing, all neighbours."""
+    own, *rest = case.questions
+    first = next(probe for probe in rest if probe.kind == "generalization")
+    return [own, first, *(probe for probe in rest if probe.kind == "locality")]
+
+
+def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
+    """FT-M fact by fact with the same steps and learning rate; ICE beside it, without and with the sampling."""
+    rate = FT().learning_rate * float(lm.weight(lm.parts.value[layer]).square().mean().sqrt())
+    sides: dict[str, Callable[[Case], tuple[Patch, int]]] = {}
+    methods = {
+        "reknow FT-M": FT(layer=layer),
+        "reknow ICE": ICE(layers=(layer,)),
+        "reknow ICE, λ = 0": ICE(layers=(layer,), consistency_weight=0),
+    }
+    for label, method in methods.items():
+        sides[label] = lambda case, method=method: (patch := method.edit(lm, [case.edit]), len(patch.notes["losses"]))
+    quality, rows = Quality(lm, cases), []
+    for side in sides.values():
+        side(cases[0])
+    theirs.ft(cases[0].edit, layer, 2, rate)
+    for case in cases:
+        row: dict = {"steps": {}}
+        for label, side in sides.items():
+            (patch, row["steps"][label]), row[label] = timed(lambda side=side, case=case: side(case))
+            quality.add(label, patch, [case])
+        made = theirs.ft(case.edit, layer, FT().steps, rate)
+        row["EasyEdit FT-M"], row["steps"]["EasyEdit FT-M"] = made.seconds, made.steps[0]
+        quality.add("EasyEdit FT-M", made.patch, [case])
+        rows.append(row)
+    return {"layer": layer, "facts": rows, "quality": quality.table()}
+
+
+def scaling(lm: LM, layer: int, sizes: Sequence[int]) -> dict:
+    """Seconds of reknow alone for more and more facts: ROME one after the other, MEMIT all at once."""
+    edits = list({case.edit.subject: case.edit for case in load_cases("counterfact", limit=1000)}.values())
+    methods = {
+        "ROME": ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS),
+        "MEMIT": MEMIT(layers=tuple(band(lm, layer)), covariance_tokens=COVARIANCE_TOKENS),
+    }
+    found: dict[str, dict[int, float]] = {}
+    for label, method in methods.items():
+        method.edit(lm, edits[:1])
+        found[label] = {min(n, len(edits)): timed(lambda n=n, m=method: m.edit(lm, edits[:n]))[1] for n in sizes}
+    return found
+
+
+def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
+    """Operations of one ROME edit and of MEMIT on some facts, and how fast each phase of ours runs."""
+    one = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS)
+    many = MEMIT(layers=tuple(band(lm, layer)), covariance_tokens=COVARIANCE_TOKENS)
+    edits = [case.edit for case in cases]
+    prefixes = contexts(lm, one.context_groups)
+    number = plain(lm, cases[0], layer, "value")
+    settings = {"v_num_grad_steps": one.steps, "clamp_norm_factor": one.clamp, **number}
+    theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **{**settings, "v_num_grad_steps": 2})
+    found = {"matmul GFLOP/s": matmul_rate() / 1e9}
+    made, flops = total_flops(lambda: theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings))
+    seconds = theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
+    found["EasyEdit ROME"] = {"all": {"seconds": seconds, "flops": flops}}
+    for label, method, some in (("reknow ROME", one, edits[:1]), ("reknow MEMIT", many, edits)):
+        method.edit(lm, some[:1])
+        found[label] = phases(lambda method=method, some=some: method.edit(lm, some))
+    return {**found, "facts of MEMIT": len(edits), "steps": made.steps}
+
+
+def machine() -> dict:
+    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return {"processor": names[0] if names else platform.processor(), "threads": torch.get_num_threads(), **versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["rome", "memit", "evaluation", "tuning", "scaling", "work", "report"])
+    parser.add_argument("--easyedit", type=Path, help="the folder of the checkout")
+    parser.add_argument("--shape", choices=list(FACTS), default="demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/speed"))
+    parser.add_argument("--facts", type=int, help="fewer facts than usual")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000], help="of `scaling`")
+    options = parser.parse_args()
+    if options.part == "report":
+        print(report(options.out))
+        return
+    file = options.out / f"{options.shape}-{options.part}.json"
+    if file.exists():
+        print(f"{file} is there already: delete it to run this part again")
+        return
+    lm, layer = opened(options.shape), LAYER[options.shape]
+    count = options.facts or FACTS[options.shape].get(options.part, 10)
+    candidates = load_cases("counterfact", limit=300)
+    cases = (known_cases(lm, candidates) if options.shape == "demo" else candidates)[:count]
+    if options.part == "scaling":
+        found = scaling(lm, layer, options.sizes)
+    else:
+        if options.easyedit is None:
+            parser.error("this part needs --easyedit, the folder of a checkout of EasyEdit")
+        theirs = EasyEdit(options.easyedit, lm)
+        if options.part == "evaluation":
+            found = evaluation(lm, theirs, options.facts or 100)
+        else:
+            found = {"rome": rome, "memit": memit, "tuning": tuning, "work": work}[options.part](
+                lm, theirs, cases, layer
+            )
+    about = {"command": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d"), **machine()}
+    options.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"about": about, **found}, indent=1), encoding="utf-8")
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

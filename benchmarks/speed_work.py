@@ -1,0 +1,90 @@
+"""Counting operations and timing phases."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+PHASES = {
+    "lower blocks, left columns": [("reknow.trace", "Suffix.__init__")],
+    "search of δ": [("reknow.values", "_descend")],
+    "keys and states": [("reknow.methods.memit", "subject_keys"), ("reknow.methods.memit", "subject_states")],
+    "least squares": [
+        ("reknow.methods.memit", "least_squares"),
+        ("reknow.methods.memit", "outer"),
+        ("reknow.methods.rome", "rank_one"),
+    ],
+    "putting patches on and off": [("reknow.lm", "LM._set")],
+    "making patches": [("reknow.methods.memit", "weights_patch"), ("reknow.methods.rome", "weights_patch")],
+}
+"""Functions whose time and operations are shown by themselves; what they call of one another is not counted twice."""
+
+
+def total_flops(run: Callable):
+    """(what it gives, floating-point operations of its matrix products). Attention's own two products are left out,
+    which torch's counter does not know on a CPU: some per cent at these lengths."""
+    with FlopCounterMode(display=False) as counter:
+        found = run()
+    return found, counter.get_total_flops()
+
+
+def matmul_rate(size: int = 2048, repeats: int = 10) -> float:
+    """FLOP/s of a large float32 matrix product."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    a @ b
+    start = time.perf_counter()
+    for _ in range(repeats):
+        a @ b
+    return 2 * size**3 * repeats / (time.perf_counter() - start)
+
+
+def phases(run: Callable) -> dict[str, dict[str, float]]:
+    """Per phase, and in `all`, the seconds of one run and the operations of another."""
+    seconds = _by_phase(run, time.perf_counter)
+    with FlopCounterMode(display=False) as counter:
+        flops = _by_phase(run, counter.get_total_flops)
+    return {name: {"seconds": seconds[name], "flops": flops[name]} for name in seconds}
+
+
+def _by_phase(run: Callable, clock: Callable[[], float]) -> dict[str, float]:
+    """How far `clock` went in each phase; `other` is the rest."""
+    spent, inside = dict.fromkeys(PHASES, 0.0), [0.0]
+    with ExitStack() as stack:
+        for phase, places in PHASES.items():
+            for module, name in places:
+                stack.enter_context(_watched(module, name, phase, spent, inside, clock))
+        start = clock()
+        run()
+        whole = clock() - start
+    return {"all": whole, **spent, "other": whole - sum(spent.values())}
+
+
+@contextmanager
+def _watched(module: str, name: str, phase: str, spent: dict[str, float], inside: list[float], clock):
+    """While open, calls of a function are added to its phase, less what they spend in other watched functions."""
+    holder = importlib.import_module(module)
+    *classes, name = name.split(".")
+    for part in classes:
+        holder = getattr(holder, part)
+    own = getattr(holder, name)
+
+    def call(*args, **kwargs):
+        inside.append(0.0)
+        start = clock()
+        try:
+            return own(*args, **kwargs)
+        finally:
+            took = clock() - start
+            spent[phase] += took - inside.pop()
+            inside[-1] += took
+
+    setattr(holder, name, call)
+    try:
+        yield
+    finally:
+        setattr(holder, name, own)

@@ -1,0 +1,179 @@
+"""The search for instructions: propose, try, hand the scores back, until no metric rises (InstructEdit, §3.2).
+
+Every proposal and every score is a line in the folder before the next step begins, so a killed search goes on where
+it was, and whatever a proposer does later takes nothing of it away.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from reknow.errors import InputError
+from reknow.evaluate.rows import Rows, open_manifest
+from reknow.instructions.families import Family, Instruction
+from reknow.instructions.propose import Proposer, usable
+from reknow.llm import NoAnswer
+
+log = logging.getLogger(__name__)
+
+PROPOSALS_FILE, SCORES_FILE = "proposals.jsonl", "scores.jsonl"
+RISE = 1e-3
+"""A metric that rises by less stands still."""
+
+Score = Callable[[Family, str], Mapping[str, float]]
+"""What the trial editor reaches on a family's cases with an instruction in front: metric → share."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How long and how broadly to search."""
+
+    count: int = 10
+    """Instructions to keep of each family; the last place goes to one that is not for training."""
+    proposals: int = 5
+    """Per round."""
+    rounds: int = 6
+    """At most."""
+    seed: int = 0
+    """Of the choice of the unseen instruction."""
+
+    def __post_init__(self):
+        for name in ("proposals", "rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}: raise it")
+        if self.count < 2:
+            raise InputError(f"expected a count of at least 2, one seen and one unseen; got {self.count}: raise it")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ended with."""
+
+    families: list[Family]
+    cost: dict[str, float]
+    """Seconds of trials, trials, and what the proposer spent, in this call."""
+    stopped: dict[str, str]
+    """Family → why its search ended."""
+
+
+def search(
+    families: Sequence[Family],
+    proposer: Proposer,
+    score: Score,
+    out: str | Path,
+    settings: Search = Search(),
+    *,
+    about: Mapping[str, Any] | None = None,
+    advance: Callable[[str], object] = lambda text: None,
+) -> Found:
+    """Searches instructions for each family, beginning with its first one.
+
+    Args:
+        out: folder of the log; the same call on the same folder goes on where a killed one was.
+        about: what else must be the same for that: model, trial editor, cases.
+        advance: told every step in words.
+
+    Returns:
+        The families with the instructions that scored highest, best first, one of them marked as unseen.
+
+    Raises:
+        InputError: a family without an instruction to begin with, or a folder of another search.
+    """
+    folder = Path(out)
+    starts = {family.name: family.texts()[0] for family in families}
+    asked = {"search": asdict(settings), "proposer": proposer.name, "starts": starts, **(about or {})}
+    open_manifest(folder, asked, {"kind": "instruction search"})
+    run = _Run(proposer, score, folder, settings, advance)
+    found = [run.family(family, starts[family.name]) for family in families]
+    cost = {"seconds of trials": round(run.seconds, 1), "trials": run.trials, **proposer.cost()}
+    return Found(found, cost, run.stopped)
+
+
+class _Run:
+    def __init__(self, proposer: Proposer, score: Score, folder: Path, settings: Search, advance: Callable):
+        self.proposer, self.score, self.settings, self.advance = proposer, score, settings, advance
+        self.proposals = Rows(folder / PROPOSALS_FILE, ("family", "round"))
+        self.scores = Rows(folder / SCORES_FILE, ("family", "text"))
+        self.seconds, self.trials, self.stopped = 0.0, 0, dict[str, str]()
+
+    def family(self, family: Family, start: str) -> Family:
+        """One family's search: rounds of proposals, each tried, until nothing rises."""
+        tried = [self.trial(family, start, 0)]
+        self.stopped[family.name] = f"{self.settings.rounds} rounds were made"
+        for round in range(1, self.settings.rounds + 1):
+            texts = self.proposed(family, ranked(tried), round)
+            if texts is None:
+                break
+            best = _best(tried)
+            tried += [self.trial(family, text, round) for text in texts]
+            risen = [name for name, value in _best(tried).items() if value > best.get(name, -1.0) + RISE]
+            self.advance(f"{family.name}, round {round}: {', '.join(risen) or 'nothing'} rose")
+            if not risen and len(tried) >= self.settings.count:
+                self.stopped[family.name] = "no metric rose"
+                break
+        return replace(family, instructions=self.chosen(family, tried))
+
+    def proposed(self, family: Family, scored: Sequence[Instruction], round: int) -> list[str] | None:
+        """The proposals of a round; None where the proposer fails, which ends the family's search."""
+        if (family.name, round) not in self.proposals:
+            try:
+                texts = self.proposer.propose(family, scored, self.settings.proposals, round)
+            except NoAnswer as error:
+                self.stopped[family.name] = "the proposer gave no answer"
+                log.warning("%s; the search for %s ends with %d instructions", error, family.name, len(scored))
+                return None
+            known = {each.text for each in scored}
+            texts = [text for text in dict.fromkeys(texts) if usable(text) and text not in known]
+            if not texts:
+                self.stopped[family.name] = "the proposer had nothing new"
+                return None
+            self.proposals.add({"family": family.name, "round": round, "texts": texts})
+        return self.proposals[family.name, round]["texts"]
+
+    def trial(self, family: Family, text: str, round: int) -> Instruction:
+        """The instruction with its scores, from the log where they are there."""
+        if (family.name, text) not in self.scores:
+            started = time.perf_counter()
+            scores = {name: round_(value) for name, value in self.score(family, text).items()}
+            seconds = time.perf_counter() - started
+            self.seconds, self.trials = self.seconds + seconds, self.trials + 1
+            row = {"family": family.name, "text": text, "round": round, "scores": scores, "seconds": round_(seconds)}
+            self.scores.add(row)
+            self.advance(f"{family.name}, round {round}: {mean(scores):.3f} {text}")
+        return Instruction(text, True, self.scores[family.name, text]["scores"])
+
+    def chosen(self, family: Family, tried: Sequence[Instruction]) -> tuple[Instruction, ...]:
+        """The best ones; one of them, drawn by chance so that it is no worse than the others, stays unseen."""
+        best = ranked(tried)[: self.settings.count]
+        if len(best) < self.settings.count:
+            log.warning("%s has %d instructions of %d wanted", family.name, len(best), self.settings.count)
+        if len(best) < 2:  # nothing to spare
+            return tuple(best)
+        unseen = random.Random(f"{self.settings.seed}/{family.name}").randrange(len(best))
+        return (*best[:unseen], *best[unseen + 1 :], replace(best[unseen], seen=False))
+
+
+def ranked(tried: Sequence[Instruction]) -> list[Instruction]:
+    """Best mean of the metrics first; the earlier one where they are equal."""
+    return sorted(tried, key=lambda each: -mean(each.scores))
+
+
+def mean(scores: Mapping[str, float]) -> float:
+    """The mean of the metrics, by which instructions are ranked."""
+    return sum(scores.values()) / len(scores) if scores else 0.0
+
+
+def _best(tried: Sequence[Instruction]) -> dict[str, float]:
+    """The highest value of each metric so far."""
+    names = dict.fromkeys(name for each in tried for name in each.scores)
+    return {name: max(each.scores.get(name, -1.0) for each in tried) for name in names}
+
+
+def round_(value: float) -> float:
+    return round(float(value), 4)
