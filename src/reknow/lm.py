@@ -145,7 +145,10 @@ class LM:
         Args:
             cache: key/value cache, or None to run without.
             ends: (rows,) column behind each prompt's last token, for memories; None: all text is the prompt.
+            options: `logits_to_keep`, how many of the last columns get logits.
         """
+        if "logits_to_keep" in options:  # as a slice the head would be multiplied row by row
+            options["logits_to_keep"] = torch.arange(-options["logits_to_keep"], 0)
         if self._takes_positions:
             options["position_ids"] = positions
         self._memories.ends = ends
@@ -228,23 +231,30 @@ class LM:
         for row, prompt in zip(rows, prompts, strict=True):
             if not row.target_ids:
                 raise InputError(f"expected an answer to score behind {prompt!r}; got an empty one: write it")
+        # A target's last token predicts nothing, so answers of one token behind one prompt are one text to run.
+        sharing: dict[Row, dict[Row, None]] = {}
+        for row in rows:
+            sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
+        texts = list(sharing)
         scores: dict[Row, Score] = {}
-        unique = list(dict.fromkeys(rows))
-        for part in batches([len(row.ids) for row in unique]):
-            self._score_batch([unique[i] for i in part], scores)
+        for part in batches([len(text.ids) for text in texts]):
+            self._score_batch({texts[i]: list(sharing[texts[i]]) for i in part}, scores)
         return [scores[row] for row in rows]
 
-    def _score_batch(self, rows: list[Row], scores: dict[Row, Score]) -> None:
-        batch = self.pad(rows)  # targets end in the last column
-        keep = max(len(row.target_ids) for row in rows) + 1
+    def _score_batch(self, texts: dict[Row, list[Row]], scores: dict[Row, Score]) -> None:
+        """Runs the texts and scores the rows that end one token behind each."""
+        batch = self.pad(list(texts))  # they end in the last column
+        keep = max(len(row.target_ids) for rows in texts.values() for row in rows)
         found = self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
-        for row, logits in zip(rows, found.logits, strict=True):
-            wanted = torch.tensor(row.target_ids, device=logits.device)
-            log_probs = logits[-len(wanted) - 1 : -1].float().log_softmax(-1)  # (tokens of the target, vocabulary)
+        for rows, logits in zip(texts.values(), found.logits, strict=True):
+            log_probs = logits[-len(rows[0].target_ids) :].float().log_softmax(-1)  # (target tokens, vocabulary)
             best = log_probs.argmax(-1)
-            chosen = log_probs.gather(1, wanted[:, None])[:, 0]
-            rank = 1 + int((log_probs[0] > chosen[0]).sum())
-            scores[row] = Score(-chosen.mean().item(), tuple((best == wanted).tolist()), tuple(best.tolist()), rank)
+            for row in rows:
+                wanted = torch.tensor(row.target_ids, device=logits.device)
+                chosen = log_probs.gather(1, wanted[:, None])[:, 0]
+                rank = 1 + int((log_probs[0] > chosen[0]).sum())
+                hits = tuple((best == wanted).tolist())
+                scores[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
 
     @torch.no_grad()
     def generate(
