@@ -73,10 +73,10 @@ def test_unit_gradients_make_every_token_count_alike():
     network = new_network(InstructEdit(rank=4, layers=(1,), unit_gradient=True), lm)
     factors, _ = flat_factors(lm, network.names, lm.encode([Text("I know Peru", "of")]))
     louder = {name: (u, delta * 7) for name, (u, delta) in factors.items()}
-    for (left, right), (other_left, other_right) in zip(
-        network(factors).values(), network(louder).values(), strict=True
-    ):
-        assert torch.allclose(left, other_left, atol=1e-6) and torch.allclose(right, other_right, atol=1e-6)
+    before, after = network(factors), network(louder)
+    for name in network.names:
+        for side, other in zip(before[name], after[name], strict=True):
+            assert torch.allclose(side, other, atol=1e-6)
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -182,20 +182,8 @@ def test_a_study_from_training_to_table(tmp_path):
 def test_the_search_on_the_command_line_at_a_real_server(serve, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     server = serve("Write down what is new about {}.\nKeep {} up to date.")
-    options = [
-        "--tasks",
-        "recent",
-        "--trial-steps",
-        "1",
-        "--count",
-        "3",
-        "--rounds",
-        "1",
-        "--proposals",
-        "2",
-        "--proposer",
-        "writer",
-    ]
+    options = ["--tasks", "recent", "--trial-steps", "1", "--count", "3", "--rounds", "1"]
+    options += ["--proposals", "2", "--proposer", "writer"]
     address = f"http://127.0.0.1:{server.http.server_port}/v1"
     command = ["instruct", *options, "--server", address, "--out", str(tmp_path)]
     done = CliRunner().invoke(app, command)

@@ -87,8 +87,7 @@ def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.nd
         told = trained.told(case, families).edit
         rows = lm.encode([Text(told.instructed(told.text), told.target_new)])
         factors, _ = flat_factors(lm, network.names, rows)
-        _, u = network(factors)[name]  # (tokens, in)
-        answer = len(rows[0].target_ids)
-        points.append(u[-answer:].sum(0))
+        _, u = network(factors)[name]  # (n, in)
+        points.append(u[-len(rows[0].target_ids) :].sum(0))
     stacked = torch.stack(points)
     return (stacked / stacked.norm(dim=1, keepdim=True)).cpu().numpy()

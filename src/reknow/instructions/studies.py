@@ -104,7 +104,7 @@ STUDIES: dict[str, Study] = {
 class Size:
     """How much is computed."""
 
-    steps: int = 50
+    steps: int = 30
     """Updates for each task that an editor learns."""
     batch_size: int = 6
     rank: int = 64
