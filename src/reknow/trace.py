@@ -110,7 +110,7 @@ def fused_gelu(model: nn.Module):
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (NewGELUActivation, FastGELUActivation)):
-                stack.enter_context(_swapped(module, fused))
+                stack.enter_context(swapped(module, fused))
         yield
 
 
