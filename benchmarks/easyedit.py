@@ -206,7 +206,13 @@ def _load(path: Path) -> None:
         return
     if not (path / "easyeditor" / "models" / "rome" / "rome_main.py").is_file():
         raise SystemExit(f"expected a checkout of EasyEdit at {path}; there is none: give its folder with --easyedit")
-    for name in ("easyeditor", "easyeditor.models", "easyeditor.models.melo", "easyeditor.util", "easyeditor.evaluate"):
+    for name in (
+        "easyeditor",
+        "easyeditor.models",
+        "easyeditor.models.melo",
+        "easyeditor.util",
+        "easyeditor.evaluate",
+    ):
         package = types.ModuleType(name)
         package.__path__ = [str(path / name.replace(".", "/"))]
         sys.modules[name] = package
@@ -226,5 +232,3 @@ def _empty(name: str) -> types.ModuleType:
     module.__getattr__ = lambda attribute: type(attribute, (), {})  # type: ignore[method-assign]
     module.__path__ = []
     return module
-
-

@@ -24,11 +24,9 @@ from statistics import fmean
 
 import torch
 import transformers
-from easyedit import EasyEdit, Made
-from speed_report import report
-from speed_work import matmul_rate, phases, total_flops
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
 from reknow.edits import Case
 from reknow.effect import known_cases
@@ -38,6 +36,8 @@ from reknow.layers import band
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.values import contexts
+from speed_report import report
+from speed_work import matmul_rate, phases, total_flops
 
 FACTS = {"demo": {"rome": 20, "memit": 100, "tuning": 100}, "124M": {"rome": 5, "memit": 5, "tuning": 5}}
 """Facts that EasyEdit runs. Its time is proportional to their number, so on the large shape a few are enough."""
@@ -204,8 +204,11 @@ def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     """FT-M fact by fact with the same steps and learning rate; ICE beside it, without and with the sampling."""
     rate = FT().learning_rate * float(lm.weight(lm.parts.value[layer]).square().mean().sqrt())
     sides: dict[str, Callable[[Case], tuple[Patch, int]]] = {}
-    methods = {"reknow FT-M": FT(layer=layer), "reknow ICE": ICE(layers=(layer,)),
-               "reknow ICE, λ = 0": ICE(layers=(layer,), consistency_weight=0)}
+    methods = {
+        "reknow FT-M": FT(layer=layer),
+        "reknow ICE": ICE(layers=(layer,)),
+        "reknow ICE, λ = 0": ICE(layers=(layer,), consistency_weight=0),
+    }
     for label, method in methods.items():
         sides[label] = lambda case, method=method: (patch := method.edit(lm, [case.edit]), len(patch.notes["losses"]))
     quality, rows = Quality(lm, cases), []
@@ -259,7 +262,11 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 def machine() -> dict:
     names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     return {"processor": names[0] if names else platform.processor(), "threads": torch.get_num_threads(), **versions}
 
 
@@ -292,7 +299,9 @@ def main() -> None:
         if options.part == "evaluation":
             found = evaluation(lm, theirs, options.facts or 100)
         else:
-            found = {"rome": rome, "memit": memit, "tuning": tuning, "work": work}[options.part](lm, theirs, cases, layer)
+            found = {"rome": rome, "memit": memit, "tuning": tuning, "work": work}[options.part](
+                lm, theirs, cases, layer
+            )
     about = {"command": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d"), **machine()}
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"about": about, **found}, indent=1), encoding="utf-8")

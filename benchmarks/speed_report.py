@@ -1,1 +1,2 @@
-def report(f): return ""
+def report(f):
+    return ""

@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import reknow.datasets.reading as reading
 from reknow.datasets import DATASETS, FACTS, Fact, load_cases, load_edits, load_facts, sample_text
 from reknow.datasets.reading import place_subject
+from reknow.datasets.text import text_source
 from reknow.edits import Probe
 from reknow.errors import InputError, MissingExtra
 
@@ -445,3 +447,62 @@ def test_notice_names_every_sample():
     assert len(samples) == 13
     assert [path.name for path in samples if path.name not in notice] == []
     assert sum(path.stat().st_size for path in samples) < 4_000_000
+
+
+# ---- general text
+
+
+def test_a_text_source_streams_paragraphs_lines_and_folders(tmp_path):
+    plain, records = tmp_path / "b.txt", tmp_path / "a.jsonl"
+    plain.write_text("one\n two\n\n\nthree\n" + "x" * 9000, encoding="utf-8")
+    records.write_text('{"text": "first"}\n{"text": "second"}\n', encoding="utf-8")
+    assert list(text_source(records).texts()) == ["first", "second"]
+    paragraphs = list(text_source(plain).texts())
+    assert paragraphs[0] == "one two" and [len(part) for part in paragraphs[1:]] == [4000, 4000, 1006]
+    whole = text_source(tmp_path)
+    assert list(whole.texts()) == ["first", "second", *paragraphs] == list(whole.texts())
+    assert list(text_source(None).texts()) == sample_text()
+
+
+def test_a_text_source_s_digest_is_that_of_its_content(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one", encoding="utf-8")
+    first = text_source(file).digest
+    file.write_text("two!", encoding="utf-8")
+    second = text_source(file).digest
+    file.write_text("one", encoding="utf-8")
+    assert first == text_source(file).digest != second
+    assert text_source(["a", "b"]).digest != text_source(["a\nb"]).digest != text_source().digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", None, "there is none"),
+        ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
+        ("a.jsonl", b'{"txt": "a"}', "field 'text' in .*line 1"),
+        ("a.jsonl", b"{", "UTF-8 text"),
+    ],
+)
+def test_a_text_source_that_cannot_be_read_is_refused(tmp_path, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        list(text_source(tmp_path / name).texts())
+    with pytest.raises(InputError, match="there is none"):
+        text_source(tmp_path / "nowhere")
+
+
+def test_a_data_set_is_streamed_by_datasets(tmp_path, monkeypatch):
+    """The hub itself is out of reach: the revision is given here, and the library reads a folder instead."""
+    pytest.importorskip("datasets")
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "train.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n', encoding="utf-8")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="check name, configuration"):
+        text_source("hub:nobody/nothing")
+    monkeypatch.setattr(hub, "dataset_info", lambda name: SimpleNamespace(sha="abc"))
+    source = text_source(f"hub:{tmp_path}")
+    assert list(source.texts()) == ["first", "second"] == list(source.texts())
+    monkeypatch.setattr(hub, "dataset_info", lambda name: SimpleNamespace(sha="def"))
+    assert text_source(f"hub:{tmp_path}").digest != source.digest

@@ -11,12 +11,13 @@ from reknow import values
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
 from reknow.keys import subject_keys, subject_states
-from reknow.methods import method
+from reknow.methods import base, method
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN
 from reknow.methods.memit import MEMIT
 from reknow.patches import Patch
+from reknow.stats import covariance
 from reknow.values import ValueSearch, find_values
 
 EDITS = [
@@ -262,3 +263,38 @@ def test_kn_says_when_wordings_share_no_neuron(gpt2):
     edit = Edit("{} is", subject="Lima", target_new="a", target_true="b", rephrasings=("Where {} lies",))
     with pytest.raises(EditFailed, match="2 wordings"):
         KN(share=1.0).edit(gpt2, [edit])
+
+
+def test_what_is_made_of_a_covariance_is_kept_for_the_next_edit(monkeypatch):
+    """Once per model, layer, text and setting; and only while it is small."""
+    lm, memit = make_lm("gpt2"), MEMIT(covariance_tokens=500)
+    made: list[int] = []
+
+    def halved(matrix, part=2):
+        made.append(1)
+        return matrix / part
+
+    first = memit.from_covariance(lm, 0, halved)
+    assert memit.from_covariance(lm, 0, halved) is first and len(made) == 1
+    assert torch.equal(memit.from_covariance(lm, 0, halved, 4), covariance(lm, 0, tokens=500) / 4)
+    assert not torch.equal(memit.from_covariance(lm, 1, halved), first)
+    assert not torch.equal(MEMIT(covariance_tokens=300).from_covariance(lm, 0, halved), first)
+    assert len(made) == 4
+    monkeypatch.setattr(base, "KEPT_BYTES", 2 * first.nbytes)
+    memit.from_covariance(lm, 2, halved)  # the oldest make room
+    assert torch.equal(memit.from_covariance(lm, 0, halved), first) and len(made) == 6
+    assert sum(key[0] == "covariance" for key in lm.memo) == 2
+
+
+def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
+    """Each fact is in one batch, and one is as wide as its facts unless it is too small to matter."""
+    prompts = ["{} is", "{} is a city in", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
+    edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 9]
+    facts = values._encode(gpt2, edits, CONTEXTS, "subject")
+    parts = values._parts(facts, list(range(len(edits))))
+    assert sorted(i for part in parts for i in part) == list(range(len(edits)))
+    widths = [max(values._replayed(row) for row in fact) for fact in facts]
+    for part in parts:
+        narrow = [i for i in part if widths[i] < max(widths[i] for i in part)]
+        assert len(narrow) * len(facts[0]) * max([widths[i] for i in narrow], default=0) < 2 * values.SMALL
+    assert len(parts) > 1

@@ -319,3 +319,12 @@ def test_a_killed_sequence_resumes_with_the_same_rows(tmp_path, monkeypatch):
     assert len(again) == 1
     bench(make_lm(), make_cases(), [METHOD], tmp_path / "whole", plan=SEQUENCE)
     assert comparable(lines(tmp_path / "cut")) == comparable(lines(tmp_path / "whole"))
+
+
+def test_without_written_answers_the_rest_is_the_same():
+    lm, cases = make_lm("gpt2"), make_cases(2)
+    whole = evaluate(lm, cases, METHOD, fluency=False)
+    quick = evaluate(lm, cases, METHOD, fluency=False, generate=False)
+    kept = {key: cell for key, cell in whole.cells.items() if cell.protocol not in ("generated", "edit")}
+    assert {key: cell for key, cell in quick.cells.items() if cell.protocol != "edit"} == kept
+    assert "generated" in str(whole) and "generated" not in str(quick)

@@ -17,19 +17,25 @@ if TYPE_CHECKING:
     from reknow.methods.alphaedit import AlphaEdit
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
+    from reknow.methods.grace import GRACE
     from reknow.methods.ice import ICE
+    from reknow.methods.ike import IKE
+    from reknow.methods.instructedit import InstructEdit
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
     from reknow.methods.memit import MEMIT
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
+    from reknow.methods.serac import SERAC
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
     "EMMET",
     "FT",
+    "GRACE",
     "ICE",
+    "IKE",
     "KN",
     "LM",
     "MEMIT",
@@ -37,9 +43,11 @@ __all__ = [
     "METHODS",
     "PMET",
     "ROME",
+    "SERAC",
     "AlphaEdit",
     "Case",
     "Edit",
+    "InstructEdit",
     "LoRA",
     "Patch",
     "Probe",
@@ -63,13 +71,17 @@ _HOMES = {
     "methods.alphaedit": ("AlphaEdit",),
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
+    "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
+    "methods.ike": ("IKE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
     "methods.memit": ("MEMIT",),
+    "methods.instructedit": ("InstructEdit",),
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
+    "methods.serac": ("SERAC",),
     "patches": ("Patch", "diff", "merge"),
 }
 

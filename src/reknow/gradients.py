@@ -48,14 +48,15 @@ def matrices(lm: LM, layers: Sequence[int]) -> list[str]:
 
 
 def gradient_factors(
-    lm: LM, names: Sequence[str], layer: int, rows: Sequence[Row], *, answers_only: bool = False
+    lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
 ) -> tuple[dict[str, Factors], float]:
     """The factors of Σ over the rows of −(1/T) Σ_t log P(answer's token t), by matrix; and that loss per row.
 
-    A row's factors do not depend on the rows beside it. One pass forwards and one backwards from `layer` on.
+    A row's factors do not depend on the rows beside it. One pass forwards, and one backwards to the lowest of the
+    matrices.
 
     Args:
-        names: matrices in the layers from `layer` on.
+        names: of the matrices.
         rows: texts with answers.
         answers_only: keep only the tokens that predict the answer.
 
@@ -64,7 +65,7 @@ def gradient_factors(
         EditFailed: the loss is not finite.
     """
     pairs = [predicted(row, row.prompt_length) for row in rows]
-    scored = Scored(lm, rows, pairs, layer)
+    scored = Scored(lm, rows, pairs, None)
     inputs: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
 

@@ -101,9 +101,9 @@ def _key(lm: LM, relations: Sequence[Sequence[Fact]]) -> str:
     return f"{lm.fingerprint.digest}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
-def depth_layer(lm: LM) -> int:
-    """The layer at the depth at which the papers edit."""
-    return round(DEPTH * (lm.layers - 1))
+def depth_layer(lm: LM, depth: float = DEPTH) -> int:
+    """The layer at that share of the depth; unless told otherwise, where the papers on locating edit."""
+    return round(depth * (lm.layers - 1))
 
 
 def _looked_up(lm: LM) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from reknow.descent import Scored, predicted
-from reknow.edits import Case, Edit
+from reknow.edits import Case
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -29,24 +29,22 @@ class Lesson:
     """Must be continued as before: other facts."""
 
 
-def instructed(edit: Edit, prompt: str) -> str:
-    """The prompt behind the edit's instruction, where it has one."""
-    return f"{edit.instruction} {prompt}" if edit.instruction else prompt
-
-
 def lessons(batch: Sequence[Case], chance: random.Random) -> list[Lesson]:
     """A lesson of each case. One rewording and one other fact are drawn; the fact of the next case in the batch is
     another one that must stay."""
     made = []
     for i, case in enumerate(batch):
         edit, answer = case.edit, case.edit.target_new
-        rewordings = [edit.fill(template) for template in edit.rephrasings]
-        rewordings += [probe.prompt for probe in case.probes if probe.kind == "generalization"]
+        rewordings = [(edit.fill(template), answer) for template in edit.rephrasings]
+        rewordings += [(probe.prompt, answer) for probe in case.probes if probe.kind == "generalization"]
+        rewordings += [(p.prompt, p.answers[0]) for p in case.probes if (p.kind, p.name) == ("sentiment", "wanted")]
+        if edit.instruction is not None:  # whoever asks later gives none
+            rewordings.append((edit.text, answer))
         others = [(probe.prompt, probe.answers[0]) for probe in case.probes if probe.kind == "locality"]
-        own = instructed(edit, edit.text)
+        own = edit.instructed(edit.text)
         inside = [Text(own, answer)]
         if rewordings:
-            inside.append(Text(instructed(edit, chance.choice(rewordings)), answer))
+            inside.append(Text(*chance.choice(rewordings)))
         outside = [Text(*chance.choice(others))] if others else []
         beside = batch[(i + 1) % len(batch)].edit
         if beside.text != edit.text:
@@ -59,7 +57,7 @@ class Exam:
     """The texts of some lessons as two batches, to be read before and after an edit.
 
     Args:
-        layer: blocks below are run once and reused.
+        layer: the lowest that an edit changes. What is read twice runs the blocks below only once.
 
     Attributes:
         inside_of, outside_of: (rows,) lesson of each row of the two batches.
@@ -71,7 +69,7 @@ class Exam:
         self.inside_of = torch.tensor([i for i, _ in inside], device=lm.device)
         self.outside_of = torch.tensor([i for i, _ in outside], device=lm.device)
         rows = lm.encode([text for _, text in inside])
-        self._inside = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], layer)
+        self._inside = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], None)
         rows = lm.encode([text for _, text in outside])
         self._outside = Scored(lm, rows, [predicted(row, 1) for row in rows], layer)
         # A token of an answer is a place behind the prompt's last token.

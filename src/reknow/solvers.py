@@ -42,9 +42,9 @@ def cholesky(covariance: Tensor) -> Tensor:
     raise InputError("expected a positive covariance matrix; got one that is not: compute it again from more text")
 
 
-def solve(covariance: Tensor, keys: Tensor) -> Tensor:
-    """C⁻¹ k for every key. keys: (facts, in); result: (facts, in), float64."""
-    return torch.cholesky_solve(keys.double().T, cholesky(covariance)).T
+def solve(factor: Tensor, keys: Tensor) -> Tensor:
+    """C⁻¹ k for every key, from `cholesky(C)`. keys: (facts, in); result: (facts, in), float64."""
+    return torch.cholesky_solve(keys.double().T, factor).T
 
 
 def rank_one(u: Tensor, key: Tensor, residual: Tensor) -> LowRank:

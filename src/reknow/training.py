@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -122,6 +122,17 @@ def shuffled(cases: Sequence[Case], training: Training) -> Draw:
     def draw(number: int) -> list[Case]:
         start = number % each * training.batch_size
         return [cases[i] for i in order(number // each)[start : start + training.batch_size]]
+
+    return draw
+
+
+def in_turn(groups: Sequence[Sequence[Case]], training: Training) -> Draw:
+    """Micro-batches to which the groups contribute one case after the other, however many each has."""
+    draws = [shuffled(group, replace(training, batch_size=1)) for group in groups]
+
+    def draw(number: int) -> list[Case]:
+        places = range(number * training.batch_size, (number + 1) * training.batch_size)
+        return [case for at in places for case in draws[at % len(draws)](at // len(draws))]
 
     return draw
 

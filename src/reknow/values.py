@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from reknow.edits import Edit
 from reknow.errors import EditFailed
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 ESSENCE = "{} is a"
 """The prompt whose next-token distribution must not drift: what the subject is."""
+
+SMALL = 64
+"""Tokens that a step of the search hardly notices."""
 
 Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
@@ -91,7 +95,7 @@ def find_values(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[st
     Raises:
         EditFailed: the loss is not a number.
     """
-    facts = _encode(lm, edits, contexts)
+    facts = _encode(lm, edits, contexts, search.kl_position)
     owners = _owners(edits, search.merge_subjects)
     parts = _parts(facts, owners)
     found = []
@@ -106,8 +110,8 @@ def find_values(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[st
     return Values(**joined, losses=[losses[i] for i in order.tolist()])
 
 
-def _encode(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> list[list[Row]]:
-    """Rows of every fact: one per context, then the essence."""
+def _encode(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[Row]]:
+    """Rows of every fact: one per context, then the essence, up to where it is read."""
     texts = []
     for edit in edits:
         assert edit.subject is not None, "methods check that every edit has a subject"
@@ -115,7 +119,20 @@ def _encode(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> list[list
         texts.append(Text.of(ESSENCE, edit.subject))
     rows = lm.encode(texts)
     each = len(contexts) + 1
+    if kl_position == "subject":
+        rows[each - 1 :: each] = [_until_subject(row) for row in rows[each - 1 :: each]]
     return [rows[i : i + each] for i in range(0, len(rows), each)]
+
+
+def _until_subject(row: Row) -> Row:
+    assert row.subject_last is not None
+    return Row(row.ids[: row.subject_last + 1], row.subject_last + 1, row.subject_last)
+
+
+def _replayed(row: Row) -> int:
+    """Tokens of the row that are run at every step: from the subject's last to the last but one of the target."""
+    assert row.subject_last is not None
+    return len(row.ids) - bool(row.target_ids) - row.subject_last
 
 
 def _owners(edits: Sequence[Edit], merge_subjects: bool) -> list[int]:
@@ -125,18 +142,29 @@ def _owners(edits: Sequence[Edit], merge_subjects: bool) -> list[int]:
 
 
 def _parts(facts: list[list[Row]], owners: list[int]) -> list[list[int]]:
-    """Indices of facts in batches of at most TOKENS_PER_BATCH tokens, like lengths together, one δ in one batch."""
+    """Indices of facts in batches of at most TOKENS_PER_BATCH tokens, one δ in one batch.
+
+    What is run at every step is as wide as the widest fact of a batch, so other widths open another batch, unless
+    the one at hand is so small that its passes cost more than their tokens.
+    """
     together: dict[int, list[int]] = {}
     for i, owner in enumerate(owners):
         together.setdefault(owner, []).append(i)
-    widths = {owner: max(len(row.ids) for i in mine for row in facts[i]) for owner, mine in together.items()}
+    sizes = {}  # per δ: widest of what is run at every step, widest of all
+    for owner, mine in together.items():
+        rows = [row for i in mine for row in facts[i]]
+        sizes[owner] = max(map(_replayed, rows)), max(len(row.ids) for row in rows)
     parts: list[list[int]] = []
-    for owner in sorted(together, key=lambda owner: widths[owner]):
-        mine = together[owner]
-        if parts and (len(parts[-1]) + len(mine)) * len(facts[0]) * widths[owner] <= TOKENS_PER_BATCH:
+    step, width = 0, 0
+    for owner in sorted(together, key=lambda owner: sizes[owner]):
+        mine, wider = together[owner], max(width, sizes[owner][1])
+        open_still = parts and (sizes[owner][0] == step or len(parts[-1]) * len(facts[0]) * step < SMALL)
+        if open_still and (len(parts[-1]) + len(mine)) * len(facts[0]) * wider <= TOKENS_PER_BATCH:
             parts[-1] += mine
+            step, width = sizes[owner][0], wider
         else:
             parts.append(list(mine))
+            step, width = sizes[owner]
     return parts
 
 
@@ -165,7 +193,7 @@ class _Run:
         columns = [torch.tensor(column, device=lm.device) for column in zip(*scored, strict=True)]
         self._rows, places, self._targets, self._weights = columns
         self._owners = torch.arange(len(facts), device=lm.device).repeat_interleave(len(facts[0]))
-        ends = [fact[-1].subject_last if search.kl_position == "subject" else len(fact[-1].ids) - 1 for fact in facts]
+        ends = [len(fact[-1].ids) - 1 for fact in facts]
         self._essence_rows = torch.arange(len(facts), device=lm.device) * len(facts[0]) + self.contexts
         self._columns = places + batch.starts[self._rows]
         self._essence_columns = torch.tensor(ends, device=lm.device) + batch.starts[self._essence_rows]
@@ -180,9 +208,9 @@ class _Run:
         columns = torch.cat([self._columns, self._essence_columns])
         added = [site[self._owners] for site in delta]
         attention = added[0] if len(added) == 2 else None
-        log_probs = self.suffix(added[-1], rows, columns, attention=attention).float().log_softmax(-1)
-        scored = log_probs[: len(self._rows)]
-        wanted = scored.gather(1, self._targets[:, None])[:, 0]  # (n,)
+        logits = self.suffix(added[-1], rows, columns, attention=attention).float()
+        scored, essence = logits.split([len(self._rows), self.facts])
+        wanted = -cross_entropy(scored, self._targets, reduction="none")  # (n,)
         owners = self._owners[self._rows]
         zeros = wanted.new_zeros(self.facts)
         nll = zeros.index_add(0, owners, -wanted * self._weights / self.contexts)
@@ -191,7 +219,7 @@ class _Run:
             0, self._rows, wanted.detach().exp() * self._weights
         )
         lowest = probability.view(self.facts, -1)[:, :-1].min(1).values
-        return _Scores(nll, log_probs[len(self._rows) :], lowest, missed == 0)
+        return _Scores(nll, essence.log_softmax(-1), lowest, missed == 0)
 
 
 def _predictions(row: Row) -> list[tuple[int, int, float]]:

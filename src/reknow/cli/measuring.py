@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def bench(
     dtype: Dtype = None,
     device: Device = None,
     chat: Chat = False,
+    no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.evaluate import Plan
@@ -79,6 +80,7 @@ def bench(
     lm = open_lm(model, dtype, device, chat) if known else None
     sets = _sets(study, offset, shuffle, lm)
     lm = lm or open_lm(model, dtype, device, chat)
+    lm.computes_statistics = not no_stats
     suffix = "" if model == DEMO else f"-{Path(model.rpartition(':')[2]).name}"
     out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
     if study.part == "convergence":

@@ -55,6 +55,8 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     fluency: bool = True
     """Sample text for fluency, where the cases have prompts for it."""
+    generate: bool = True
+    """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
     """Texts whose perplexity is taken together with fluency."""
     fluency_every: int = 0
@@ -91,6 +93,7 @@ def evaluate(
     checkpoints: Sequence[int] = (),
     seed: int = 0,
     fluency: bool = True,
+    generate: bool = True,
     held_out: Sequence[str] = (),
     progress: bool = False,
 ) -> Results:
@@ -98,7 +101,7 @@ def evaluate(
 
     The model is the same afterwards. See `Plan` for the options, and `bench` for a run that can be resumed.
     """
-    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, tuple(held_out))
+    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, generate, tuple(held_out))
     methods = {method.name: method}
     run = _Run(lm, _named(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     run.all(methods, progress)
@@ -235,7 +238,8 @@ class _Run:
     ) -> tuple[list[list[dict]], float | None]:
         """Readings of the cases as JSON, and the perplexity of the held-out texts where fluency is asked too."""
         cases = [self.cases[name] for name in names]
-        readings = read(self.lm, cases, fluency=fluency, seed=seed, in_context=in_context)
+        asked = {"fluency": fluency, "generate": self.plan.generate, "in_context": in_context}
+        readings = read(self.lm, cases, seed=seed, **asked)
         if self.lm.patches != self.unedited:
             readings = with_divergence(self.lm, readings, self.unedited)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):

@@ -11,13 +11,18 @@ from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.base import Method
 from reknow.methods.emmet import EMMET
 from reknow.methods.ft import FT
+from reknow.methods.grace import GRACE
 from reknow.methods.ice import ICE
+from reknow.methods.ike import IKE
+from reknow.methods.instructedit import InstructEdit
 from reknow.methods.kn import KN
 from reknow.methods.lora import LoRA
 from reknow.methods.memit import MEMIT
 from reknow.methods.mend import MEND
 from reknow.methods.pmet import PMET
 from reknow.methods.rome import ROME
+from reknow.methods.serac import SERAC
+from reknow.methods.wise import WISE
 
 
 class Entry(NamedTuple):
@@ -38,7 +43,14 @@ METHODS: dict[str, Entry] = {
     ),
     "ft-m": Entry(FT, {"loss": "target"}, "Fine-tuning on the answer, Zhang et al. 2024, arXiv 2401.01286"),
     "ft-t": Entry(FT, {"loss": "text"}, "Fine-tuning on prompt and answer, as in Qi et al. 2024, arXiv 2406.11194"),
+    "grace": Entry(GRACE, {}, "Hartvigsen et al. 2022, arXiv 2211.11031"),
     "ice": Entry(ICE, {}, "Consistent In-Context Editing, Qi et al. 2024, arXiv 2406.11194"),
+    "instructedit": Entry(InstructEdit, {}, "Tian et al. 2024, arXiv 2402.16123"),
+    "ike": Entry(IKE, {}, "Zheng et al. 2023, arXiv 2305.12740"),
+    "ike-easyedit": Entry(
+        IKE, {"demonstrations": 16, "shares": None}, "IKE as in EasyEdit, Wang et al. 2023, arXiv 2308.07269"
+    ),
+    "ike-zero": Entry(IKE, {"demonstrations": 0}, "IKE without demonstrations, Zheng et al. 2023, arXiv 2305.12740"),
     "kn": Entry(KN, {}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
     "kn-erase": Entry(KN, {"erase": True}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
     "locft-bf": Entry(
@@ -52,6 +64,9 @@ METHODS: dict[str, Entry] = {
     "qlora": Entry(LoRA, {"kind": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
     "r-rome": Entry(ROME, {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Entry(ROME, {}, "Meng et al. 2022, arXiv 2202.05262"),
+    "wise": Entry(WISE, {}, "Wang et al. 2024, arXiv 2405.14768"),
+    "wise-retrieve": Entry(WISE, {"retrieve": True}, "Wang et al. 2024, arXiv 2405.14768"),
+    "serac": Entry(SERAC, {}, "Mitchell et al. 2022, arXiv 2206.06520"),
 }
 
 

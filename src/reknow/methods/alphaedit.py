@@ -89,11 +89,10 @@ class AlphaEdit(SearchSettings):
 
     def _right(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
-        general = self.covariance(lm, layer)
         name = f"keys.{lm.parts.value[layer]}"
         past = [patch.state[name] for patch in lm.patches if name in patch.state]  # each (its facts, in)
         return least_squares(
-            null_space(general, self.null_share, self.null_threshold),
+            self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold),
             keys,
             stiffness=self.stiffness,
             weight=self.l2,

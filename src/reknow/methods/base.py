@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +22,9 @@ from reknow.values import ValueSearch, contexts
 if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.training import Training
+
+KEPT_BYTES = 2**31
+"""How much memory matrices made of covariances may take between two edits."""
 
 
 class Method(ABC):
@@ -80,6 +83,8 @@ class SearchSettings(Method):
     """First words of those texts."""
     covariance_tokens: int = 100_000
     """Tokens of general text for C."""
+    covariance_text: str | None = None
+    """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
     seed: int = 0
     """Of the sampled contexts."""
 
@@ -95,7 +100,7 @@ class SearchSettings(Method):
 
     def covariance(self, lm: LM, layer: int) -> Tensor:
         """C of the layer's keys. (in, in), float64"""
-        return covariance(lm, layer, tokens=self.covariance_tokens)
+        return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
 
 
 class Learned(Method):
@@ -130,6 +135,24 @@ class Learned(Method):
             InputError: too few cases, or a folder that was started with other arguments.
             EditFailed: the losses are no numbers.
         """
+
+    def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
+        """`make(C, *settings)`: a factor of C, a projector …
+
+        The last ones are kept with the model while they are small, since one edit follows the other: reading C and
+        taking it apart costs as much as many steps of the search.
+        """
+        name = lm.parts.value[layer]
+        source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
+        memo = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
+        if memo in lm.memo:
+            return lm.memo[memo][0]
+        found = make(self.covariance(lm, layer), *settings)
+        lm.memo[memo] = (found,)
+        kept = [key for key in lm.memo if key[0] == "covariance"]
+        while sum(lm.memo[key][0].nbytes for key in kept) > KEPT_BYTES:
+            del lm.memo[kept.pop(0)]
+        return found
 
 
 def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
@@ -167,6 +190,31 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise EditFailed(f"expected a finite change of {name}; got NaN or infinity: lower the learning rate")
     return _patch(method, lm, edits, deltas=deltas, **rest)
+
+
+def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) -> list[dict[str, str]]:
+    """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
+
+    Args:
+        wanted: "update" lets the new edit stand, "refuse" does not.
+
+    Raises:
+        InputError: `wanted` is neither, or it is "refuse" and there are some.
+    """
+    if wanted not in ("update", "refuse"):
+        raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
+    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
+    found = [
+        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
+        for edit in edits
+        if stored.get(edit.text, edit.target_new) != edit.target_new
+    ]
+    if found and wanted == "refuse":
+        raise InputError(
+            f"expected edits that agree with the {method.name} memory; {found[0]['prompt']!r} is stored as "
+            f"{found[0]['old']!r}, got {found[0]['new']!r}: rebuild without the old edit, or set conflict to update"
+        )
+    return found
 
 
 def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:

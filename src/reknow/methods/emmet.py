@@ -51,7 +51,7 @@ class EMMET(SearchSettings):
         found = find_values(lm, edits, layer, prefixes, self.search(site="block"))
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
-            whitening(self.covariance(lm, layer)),
+            self.from_covariance(lm, layer, whitening),
             subject_keys(lm, edits, layer, prefixes),
             stiffness=self.stiffness,
             weight=0.0 if len(edits) == 1 else ridge,

@@ -57,7 +57,7 @@ class MEMIT(SearchSettings):
                 keys = subject_keys(lm, edits, layer, prefixes)  # (facts, in)
                 missing = z - subject_states(lm, edits, layers[-1], "block")  # (facts, hidden)
                 right = least_squares(
-                    whitening(self.covariance(lm, layer)),
+                    self.from_covariance(lm, layer, whitening),
                     keys,
                     stiffness=self.stiffness,
                     weight=self.covariance_weight,

@@ -60,7 +60,7 @@ class PMET(SearchSettings):
                 keys = subject_keys(lm, edits, layer, prefixes)  # (facts, in)
                 missing = wanted - subject_states(lm, edits, layers[-1], "value")  # (facts, hidden)
                 right = least_squares(
-                    whitening(self.covariance(lm, layer)),
+                    self.from_covariance(lm, layer, whitening),
                     keys,
                     stiffness=self.stiffness,
                     weight=self.covariance_weight,

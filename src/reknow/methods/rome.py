@@ -20,7 +20,7 @@ from reknow.edits import Edit
 from reknow.layers import resolve_layer
 from reknow.methods.base import SearchSettings, checked, weights_patch
 from reknow.patches import Patch, merge
-from reknow.solvers import rank_one, solve
+from reknow.solvers import cholesky, rank_one, solve
 from reknow.values import find_values
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ROME(SearchSettings):
         mean_key = found.mean_key.double()  # (1, in)
         u = mean_key
         if self.covariance_tokens:
-            u = solve(self.covariance(lm, layer), mean_key)
+            u = solve(self.from_covariance(lm, layer, cholesky), mean_key)
         key, value = (mean_key, found.mean_value) if self.average_keys else (found.key.double(), found.value)
         residual = found.value.double() + found.delta.double() - value.double()  # v* − W k*, (1, hidden)
         delta = rank_one(u[0], key[0], residual[0])
