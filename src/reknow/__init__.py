@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
     from reknow.methods.serac import SERAC
+    from reknow.methods.calinet import CaliNet
+    from reknow.methods.defer import DEFER
+    from reknow.methods.melo import MELO
+    from reknow.methods.wise import WISE
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
@@ -43,6 +47,10 @@ __all__ = [
     "METHODS",
     "PMET",
     "ROME",
+    "WISE",
+    "MELO",
+    "DEFER",
+    "CaliNet",
     "SERAC",
     "AlphaEdit",
     "Case",
@@ -81,6 +89,10 @@ _HOMES = {
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
+    "methods.wise": ("WISE",),
+    "methods.melo": ("MELO",),
+    "methods.defer": ("DEFER",),
+    "methods.calinet": ("CaliNet",),
     "methods.serac": ("SERAC",),
     "patches": ("Patch", "diff", "merge"),
 }
