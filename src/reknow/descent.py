@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from reknow.errors import EditFailed, InputError
 from reknow.patches import Delta, Dense
 from reknow.tokens import Row, batches
-from reknow.trace import Suffix, weight_replaced
+from reknow.trace import Suffix, fused_gelu, weight_replaced
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -63,6 +63,7 @@ class Matrices:
     def in_use(self):
         """While open, the model computes with the copies."""
         with ExitStack() as stack:
+            stack.enter_context(fused_gelu(self._lm.model))
             for name, weight in self._weight.items():
                 stack.enter_context(weight_replaced(self._lm.model.get_submodule(name), weight))
             yield

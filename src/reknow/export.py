@@ -39,8 +39,14 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
     Raises:
         PatchError: a memory is applied, which no checkpoint can hold.
         InputError: the folder exists and `overwrite` is off, or the disk is full (an old folder stays).
+        PatchError: the changes are computed beside the weights, because those are quantised or offloaded.
     """
     check_weights(lm.patches, "export")
+    if lm.beside:
+        raise PatchError(
+            f"expected weights that hold the change; {lm.beside[0]} has it beside, being quantised or offloaded: "
+            "export an adapter, or load the model whole and in memory"
+        )
 
     def write(aside: Path) -> None:
         lm.model.save_pretrained(aside)

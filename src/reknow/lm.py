@@ -93,7 +93,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return adapter.embedding(self.model).device
+        return adapter.device_of(self.model.get_input_embeddings(), self.model.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,8 +115,16 @@ class LM:
         return layer
 
     def weight(self, name: str) -> Tensor:
-        """The current weight of the matrix `name`, seen as (out, in); writing to the view writes to the model."""
+        """The current weight of the matrix `name`, seen as (out, in).
+
+        Writing to the view writes to the model, unless the matrix is quantised or offloaded: then it is a copy.
+        """
         return self._weights.current(name)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
+        return self._weights.beside
 
     def base_weight(self, name: str) -> Tensor:
         """The weight of the matrix `name` with no patch applied, (out, in). Read only."""
@@ -136,7 +144,10 @@ class LM:
         Args:
             cache: key/value cache, or None to run without.
             ends: (rows,) column behind each prompt's last token, for memories; None: all text is the prompt.
+            options: `logits_to_keep`, how many of the last columns get logits.
         """
+        if "logits_to_keep" in options:  # as a slice the head would be multiplied row by row
+            options["logits_to_keep"] = torch.arange(-options["logits_to_keep"], 0)
         if self._takes_positions:
             options["position_ids"] = positions
         self._memories.ends = ends

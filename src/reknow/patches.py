@@ -245,7 +245,9 @@ def merge(patches: Sequence[Patch]) -> Patch:
     head = patches[0]
     for patch in patches[1:]:
         head.base.check(patch.base, head.label)
-    deltas = {name: _sum([p.deltas[name] for p in patches if name in p.deltas]) for p in patches for name in p.deltas}
+    deltas = {
+        name: summed([p.deltas[name] for p in patches if name in p.deltas]) for p in patches for name in p.deltas
+    }
     merged = {patch.id for patch in patches}
     return Patch(
         method=head.method if len({p.method for p in patches}) == 1 else "merged",
@@ -285,7 +287,7 @@ def _side_by_side(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     return torch.cat([d.left for d in factors], 1), torch.cat([d.right for d in factors], 0)
 
 
-def _sum(deltas: list[Delta]) -> Delta:
+def summed(deltas: Sequence[Delta]) -> Delta:
     """Σ ΔW: factors side by side while that is smaller than the matrix itself."""
     out, inside = deltas[0].shape
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]

@@ -146,10 +146,7 @@ class ScopeLearner:
         self._held = ScopeCases(lm, held) if held else None
 
     def optimizer(self) -> torch.optim.Optimizer:
-        answering = [*self.module.left, *self.module.right]
-        reading = [p for p in self.module.parameters() if all(p is not other for other in answering)]
-        rate = self._method.learning_rate
-        return torch.optim.Adam([{"params": reading, "lr": rate}, {"params": answering, "lr": rate / 10}])
+        return torch.optim.Adam(self.module.parameters(), lr=self._method.learning_rate)
 
     def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
         asked = self._learning

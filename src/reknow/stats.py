@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reknow.adapter import shape
+from reknow.adapter import device_of, shape
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.patches import write_aside
@@ -128,9 +128,7 @@ def _file(kind: str, key) -> Path:
 
 
 def _device(lm: LM, name: str) -> torch.device:
-    """Where the matrix computes: its own device, or the model's where its weight lies on disk."""
-    device = lm.model.get_submodule(name).weight.device
-    return lm.device if device.type == "meta" else device  # type: ignore[return-value]
+    return device_of(lm.model.get_submodule(name), lm.device)
 
 
 def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:

@@ -183,11 +183,7 @@ class Results:
         """The tables as Markdown."""
         parts = []
         for table in self.tables():
-            header, *lines = [[cell.replace("|", "\\|") for cell in line] for line in table.lines()]
-            lines = [header, ["---"] * len(header), *lines]
-            parts.append(
-                f"**{table.title}** (`{table.protocol}`)\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            )
+            parts.append(f"**{table.title}** (`{table.protocol}`)\n\n{markdown(table.lines())}")
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
@@ -204,6 +200,12 @@ class Results:
             "Means over cases [95 % bootstrap interval]. Locality: the answer is as before the edit, right or wrong."
         )
         return "\n\n".join(parts)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Header and rows as a table in Markdown."""
+    header, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rest])
 
 
 def readings(row: Mapping) -> list[Reading]:

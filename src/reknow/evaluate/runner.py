@@ -61,11 +61,12 @@ class Plan:
     """Texts whose perplexity is taken together with fluency."""
     fluency_every: int = 0
     """Sequential: right after an edit text is sampled at every so many-th patch only; 0: at the checkpoints only."""
-    in_context: bool = False
-    """Single: also ask every question with the edit in front, the unedited model too: what knowing it would give."""
+    in_context: tuple[str, ...] = ()
+    """Single: after the edits of these methods, and of the unedited model, ask every question with the edit in front
+    too: what knowing it would give."""
 
     def __post_init__(self):
-        for name in ("checkpoints", "seeds", "held_out"):
+        for name in ("checkpoints", "seeds", "held_out", "in_context"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.mode not in get_args(Mode):
             raise InputError(f"expected a mode among {', '.join(get_args(Mode))}; got {self.mode!r}: name one")
@@ -155,8 +156,9 @@ class _Run:
     def all(self, methods: Mapping[str, Any], progress: bool) -> None:
         for method in methods.values():
             refuse_seen(method, self.lm, list(self.cases.values()))
-        stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1 + self.plan.in_context
-        steps = len(self.cases) * (1 + self.plan.in_context + len(methods) * len(self.plan.seeds) * stages)
+        stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
+        readings = stages * len(methods) + len(set(self.plan.in_context) & set(methods))
+        steps = len(self.cases) * (1 + bool(self.plan.in_context) + len(self.plan.seeds) * readings)
         with _bar(progress, steps, len(self.before) + len(self.rows)) as (self.advance, self.tell):
             self.read_before()
             for label, method in methods.items():
@@ -182,7 +184,7 @@ class _Run:
     def single(self, label: str, method: Any, seed: int) -> None:
         """Every case by itself; the patch comes off before the next."""
         for name, case in self.cases.items():
-            stages = ["after_edit", IN_CONTEXT] if self.plan.in_context else ["after_edit"]
+            stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
             if not all(self.done(label, seed, stage, [name]) for stage in stages):
                 with watched(lambda text, name=name: self.tell(f"{label}, {name}: {text}")):
                     patch, cost = _edit(self.lm, method, [case.edit])

@@ -38,9 +38,11 @@ class Material:
 
     @classmethod
     def of(cls, family: Family, test: int = TEST, trial: int = TRIAL) -> Material:
-        """The first `test` cases, the next `trial` cases, and the rest."""
+        """The first `test` cases, the next `trial` cases, and the rest without those that ask the same."""
         cases = load_cases(family.data)
-        return cls(cases[:test], cases[test : test + trial], cases[test + trial :])
+        kept = {case.edit.text for case in cases[: test + trial]}
+        rest = [case for case in cases[test + trial :] if case.edit.text not in kept]
+        return cls(cases[:test], cases[test : test + trial], rest)
 
 
 @dataclass

@@ -25,6 +25,7 @@ from reknow.methods.mend import MEND
 from reknow.methods.pmet import PMET
 from reknow.methods.rome import ROME
 from reknow.methods.serac import SERAC
+from reknow.methods.ultraedit import UltraEdit
 from reknow.methods.wise import WISE
 
 
@@ -70,9 +71,10 @@ METHODS: dict[str, Entry] = {
     "qlora": Entry(LoRA, {"kind": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
     "r-rome": Entry(ROME, {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Entry(ROME, {}, "Meng et al. 2022, arXiv 2202.05262"),
+    "serac": Entry(SERAC, {}, "Mitchell et al. 2022, arXiv 2206.06520"),
+    "ultraedit": Entry(UltraEdit, {}, "Gu et al. 2025, arXiv 2505.14679"),
     "wise": Entry(WISE, {}, "Wang et al. 2024, arXiv 2405.14768"),
     "wise-retrieve": Entry(WISE, {"retrieve": True}, "Wang et al. 2024, arXiv 2405.14768"),
-    "serac": Entry(SERAC, {}, "Mitchell et al. 2022, arXiv 2206.06520"),
 }
 
 

@@ -88,7 +88,7 @@ class InstructEdit(Learned):
         learning, held = split(cases, training)
         method = replace(self, editor=None, layers=last_layers(lm, self.layers))
         learner = TransformLearner(
-            method, lm, training.batch_size, lambda batch, chance: [self._told(c, families, chance) for c in batch]
+            method, lm, training.batch_size, lambda batch, chance: [self.told(c, families, chance) for c in batch]
         )
         draw = self._in_turn(learning, families, training) if self.balanced else None
         path = train(method, lm, learner, learning, held, out, training, draw=draw, progress=progress)
@@ -101,12 +101,12 @@ class InstructEdit(Learned):
         layers = tuple(editor.settings["layers"])
         trained = InstructEdit(**{**editor.settings, "layers": layers})
         families = load_families(self.families)
-        told = [trained._told(Case(edit), families).edit for edit in edits]
+        told = [trained.told(Case(edit), families).edit for edit in edits]
         texts = [Text(edit.instructed(edit.text), edit.target_new) for edit in told]
         deltas, loss = transformed(lm, trained, editor.tensors, texts)
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(layers), "loss": loss})
 
-    def _told(self, case: Case, families: Mapping[str, Family], chance: random.Random | None = None) -> Case:
+    def told(self, case: Case, families: Mapping[str, Family], chance: random.Random | None = None) -> Case:
         """The case behind its own instruction, or else one of its task that may be trained on, the first without
         `chance`; bare where the editor reads none."""
         if not self.instructed:

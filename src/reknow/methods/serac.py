@@ -69,18 +69,18 @@ class SERAC(Learned, MemoryMethod):
     counterfactual: str | None = None
     """Folder or name of a decoder with the same tokenizer that answers in scope; None: the base model itself, both
     with a trained low-rank change."""
-    template: str = "New Fact: {edit} {answer}\nPrompt: {input}"
+    template: str = "Fact: {edit} {answer}. {input}"
     """What the counterfactual model reads; the paper: `{edit} {answer} {input}`."""
     size: int = 64
     """Numbers in a vector."""
     queries: int = 4
     """Learned queries that gather it, each a share of the numbers."""
-    rank: int = 4
-    """Of the counterfactual model's change of a value matrix, in the upper third of its layers."""
+    rank: int = 8
+    """Of the counterfactual model's change of every value matrix."""
     answer_weight: float = 0.1
     """Weight of the counterfactual model's loss beside the classifier's."""
-    learning_rate: float = 3e-3
-    """Of Adam, for the classifier; a tenth of it for the counterfactual model."""
+    learning_rate: float = 2e-3
+    """Of Adam."""
 
     def __post_init__(self):
         if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")):
@@ -97,7 +97,7 @@ class SERAC(Learned, MemoryMethod):
 
     @property
     def training(self) -> Training:
-        return Training(steps=600, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
+        return Training(steps=400, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
 
     def fit(
         self,
@@ -170,8 +170,7 @@ class Modules(nn.Module):
         self._states = token_states(lm, method.encoder)
         self._reader = counterfactual_model(lm, method.counterfactual)
         self.digests = [self._states.digest, None if self._reader is lm else self._reader.fingerprint.digest]
-        layers = range(self._reader.layers - max(1, self._reader.layers // 3), self._reader.layers)
-        self._names = [self._reader.parts.value[layer] for layer in layers]
+        self._names = list(self._reader.parts.value)
         with seeded("serac", method.size, method.rank):
             self.cosine = method.classifier == "cosine"
             self.scope = Embedding(self._states.features, method.size, method.queries)
