@@ -122,8 +122,8 @@ class Scored:
             return self._suffix.rerun(self.of_row, self._columns).float().log_softmax(-1)
         batch, first = self._batch, int(self._columns.min())
         keep = batch.ids.shape[1] - first
-        options = dict(ends=batch.ends, logits_to_keep=keep)
-        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, **options).logits
+        inputs = (batch.ids, batch.mask, batch.positions, None)
+        logits = self._lm.forward(*inputs, ends=batch.ends, logits_to_keep=keep).logits
         return logits[:, -keep:][self.of_row, self._columns - first].float().log_softmax(-1)
 
     def nll(self) -> Tensor:

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -117,7 +117,7 @@ def fused_gelu(model: nn.Module):
 def weight_replaced(module: nn.Module, weight: Tensor):
     """While open, the matrix `module` multiplies by `weight` (out, in), in that tensor's dtype; its own stays."""
     with align_module_device(module):  # an offloaded bias is in memory only now
-        bias = getattr(module, "bias", None)
+        bias: Any = getattr(module, "bias", None)
     bias = bias() if callable(bias) else bias  # some quantised modules give it by a method
 
     def forward(states: Tensor) -> Tensor:
