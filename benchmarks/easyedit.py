@@ -82,8 +82,8 @@ class EasyEdit:
         )
         return self._edited(edits, main.apply_memit_to_model, [_request(edit) for edit in edits], hparams)
 
-    def ft(self, edit: Edit, layer: int, steps: int, rate: float) -> Made:
-        """Its fine-tuning with the teacher-forced loss (FT-M) on one fact."""
+    def ft(self, edits: Sequence[Edit], layer: int, steps: int, rate: float, batch_size: int = 1) -> Made:
+        """Its fine-tuning with the teacher-forced loss (FT-M)."""
         main = importlib.import_module("easyeditor.models.ft.ft_main")
         hparams = main.FTHyperParams(
             **MODULES,
@@ -97,10 +97,10 @@ class EasyEdit:
             alg_name="FT",
             model_name="gpt2",
             objective_optimization="target_new",
-            batch_size=1,
+            batch_size=batch_size,
         )
-        request = {**_request(edit), "prompt": edit.text}
-        made = self._edited([edit], main.apply_ft_to_model, [request], hparams, counted="Batch loss")
+        requests = [{**_request(edit), "prompt": edit.text} for edit in edits]
+        made = self._edited(edits, main.apply_ft_to_model, requests, hparams, counted="Epoch")
         self.lm.model.requires_grad_(False)
         return made
 
@@ -117,7 +117,7 @@ class EasyEdit:
         return found, time.perf_counter() - start
 
     def fluency(self, cases: Sequence[Case]) -> float:
-        """Seconds of sampling its text of 100 tokens, prompt included, behind every request, as it does case by case."""
+        """Seconds of sampling its text of 100 tokens, prompt included, behind every request, case by case."""
         generate = importlib.import_module("easyeditor.util.generate").generate_fast
         start = time.perf_counter()
         for case in cases:
@@ -168,10 +168,10 @@ class EasyEdit:
 
 
 def _passes(printed: str, counted: str) -> list[int]:
-    """How many passes it reports for each fact."""
+    """How many passes it reports for each search."""
     steps: list[int] = []
     for line in printed.splitlines():
-        if line.startswith(("Computing right vector", "Executing FT")):
+        if line.startswith(("Computing right vector", "Weights to be updated")):
             steps.append(0)
         elif line.startswith(counted):
             steps[-1] += 1
