@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 from families import tiny_model, tiny_tokenizer  # noqa: E402
 from reknow import LM, Edit, Patch  # noqa: E402
 from reknow.patches import Dense, LowRank  # noqa: E402
+from reknow.tokens import Text  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -65,3 +66,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) -> bool:
     """Equal but for rounding in float32, which is relative to the largest numbers of a sum and differs by machine."""
     return found.shape == wanted.shape and bool((found - wanted).abs().max() <= tolerance * wanted.abs().max())
+
+
+def alone(lm: LM, prompt: str, tokens: int) -> list[int]:
+    """The likeliest tokens behind a prompt that is read by itself, a full pass for each, up to the end token."""
+    (row,) = lm.encode([Text(prompt)])
+    ids = list(row.ids)
+    while len(ids) < len(row.ids) + tokens and ids[-1] != lm.tokenizer.eos_token_id:
+        text, end = torch.tensor([ids]), torch.tensor([len(row.ids)])
+        logits = lm.forward(text, torch.ones_like(text), torch.arange(len(ids))[None], None, ends=end).logits
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(row.ids) :]

@@ -234,10 +234,10 @@ def test_a_model_that_cannot_run_is_refused():
         LM((model, tiny_tokenizer()))
 
 
-def test_a_weight_on_disk_is_refused():
+def test_a_weight_that_is_nowhere_is_refused():
     model = tiny_model("llama")
     model.model.layers[1].mlp.down_proj.to("meta")
-    with pytest.raises(ModelError, match="offloaded to disk"):
+    with pytest.raises(ModelError, match="in memory or offloaded"):
         Weights(model).current("model.layers.1.mlp.down_proj")
 
 

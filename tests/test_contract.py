@@ -10,11 +10,13 @@ from dataclasses import fields
 import pytest
 import torch
 
-from conftest import bits, make_lm, same
+from conftest import alone, bits, make_lm, same
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
+from learned import is_learned, trained
 from reknow import LM, METHODS, Edit, Patch, method
 from reknow.errors import EditFailed, InputError, ReknowError
 from reknow.methods import Method
+from reknow.methods.base import MemoryMethod
 
 FAMILIES = (*CORE_FAMILIES, "gemma2")  # where additions do not reach the block's output as they are
 RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
@@ -30,6 +32,8 @@ def quick(name: str, lm: LM, **changes) -> Method:
     """The method with settings that take a fraction of a second."""
     if name == "qlora" and not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("bitsandbytes is not installed")
+    if is_learned(name):
+        return trained(name, lm.model.config.model_type)
     kind = METHODS[name].method
     last = lm.layers - 1
     settings = dict(layer=last, layers=(last - 1, last), steps=25, context_groups=((2, 3),), covariance_tokens=200)
@@ -54,6 +58,16 @@ def name(request) -> str:
     return request.param
 
 
+def answers(lm: LM) -> tuple:
+    """What the model says, through any memory: scores and texts."""
+    prompts = [EDIT.text, OTHER.text, "The capital of Peru is"]
+    return lm.score(prompts, ["of", "in France", "Lima"]), lm.generate(prompts, 3)
+
+
+def in_memory(name: str) -> bool:
+    return issubclass(METHODS[name].method, MemoryMethod)
+
+
 def nll(lm: LM, edit: Edit) -> float:
     return lm.score([edit.text], [edit.target_new])[0].nll
 
@@ -61,7 +75,7 @@ def nll(lm: LM, edit: Edit) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contract(models, name, family, tmp_path):
     lm = models[family]
-    editor, before, answer = quick(name, lm), bits(lm), nll(lm, EDIT)
+    editor, before, plain, answer = quick(name, lm), bits(lm), answers(lm), nll(lm, EDIT)
     torch.manual_seed(7)
     state = torch.get_rng_state()
     patch = editor.edit(lm, [EDIT])
@@ -71,7 +85,7 @@ def test_contract(models, name, family, tmp_path):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules()), "no hook is left behind"
     assert torch.equal(torch.get_rng_state(), state), "torch's random state is the caller's"
     assert patch.method == editor.name == name and patch.edits == (EDIT,) and patch.made_on == ()
-    assert patch.deltas and patch.version
+    assert (patch.kind == "weights") == bool(patch.deltas) != in_memory(name) and patch.version
     for matrix, delta in patch.deltas.items():
         assert delta.shape == tuple(lm.weight(matrix).shape) and math.isfinite(delta.norm())
 
@@ -82,18 +96,18 @@ def test_contract(models, name, family, tmp_path):
 
     lm.apply(patch)
     try:
-        edited = bits(lm)
-        assert not same(edited, before)
+        edited, said = bits(lm), answers(lm)
+        assert same(edited, before) == in_memory(name) and said != plain
         if name not in MAY_MISS:
             assert nll(lm, EDIT) < answer - 1, "the answer gains more than a factor of e"
     finally:
         lm.revert(patch)
-    assert same(bits(lm), before), "taken off, the base's bits are back"
+    assert same(bits(lm), before) and answers(lm) == plain, "taken off, the base's bits are back"
 
     loaded = Patch.load(patch.save(tmp_path / "one.patch"))
     assert loaded.id == patch.id
     with lm.patched(loaded):
-        assert same(bits(lm), edited)
+        assert same(bits(lm), edited) and answers(lm) == said
 
 
 def test_two_edits_in_one_call(models, name):
@@ -120,6 +134,22 @@ def test_an_edit_on_top_of_another(models, name):
         with lm.patched(second):
             if name not in MAY_MISS:
                 assert nll(lm, EDIT) < answer - 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memories_generate_as_they_score(models, name, family):
+    """With the key/value cache and left padding: what each prompt gives alone, and what is likeliest when scored."""
+    if not in_memory(name):
+        pytest.skip("it changes weights, and nothing is routed")
+    lm = models[family]
+    prompts = [EDIT.text, "Where is the Eiffel Tower ? It is in Paris , France . " + OTHER.text, "Peru"]
+    with lm.patched(quick(name, lm).edit(lm, [EDIT, OTHER])):
+        together = lm.generate(prompts, 5)
+        assert together == [lm.generate(prompt, 5) for prompt in prompts]
+        for prompt, text in zip(prompts, together, strict=True):
+            ids = alone(lm, prompt, 5)
+            assert text == lm.tokenizer.decode(ids, skip_special_tokens=True)
+            assert lm.score([prompt], ["of"])[0].top[0] == ids[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -156,7 +186,8 @@ def test_a_subject_is_asked_for_where_it_is_needed(models, name):
         patch = quick(name, lm).edit(lm, [bare])
     except InputError as error:
         assert "needs a subject" in str(error)
-        assert name not in ("ft-l", "ft-m", "ft-t", "locft-bf", "lora", "adalora", "ice")
+        takes_any = ("ft-l", "ft-m", "ft-t", "locft-bf", "lora", "adalora", "ice")
+        assert name not in takes_any and not is_learned(name) and not in_memory(name)
     else:
         assert patch.edits == (bare,)
 
@@ -165,8 +196,8 @@ def test_a_subject_is_asked_for_where_it_is_needed(models, name):
 def test_layers_that_are_not_there_are_refused(models, name, layer):
     lm = models["gpt2"]
     known = {field.name for field in fields(METHODS[name].method)}  # type: ignore[arg-type]
-    if not known & {"layer", "layers"}:
-        pytest.skip("this method chooses its matrices itself")
+    if not known & {"layer", "layers"} or is_learned(name):
+        pytest.skip("this method chooses its matrices itself, or did so when it was trained")
     changes = dict(layer=layer, layers=(layer,), context_groups=())
     with pytest.raises(InputError, match="layer from 0 to 2"):
         quick(name, lm, **changes).edit(lm, [EDIT])

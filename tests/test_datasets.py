@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import reknow.datasets.reading as reading
 from reknow.datasets import DATASETS, FACTS, Fact, load_cases, load_edits, load_facts, sample_text
 from reknow.datasets.reading import place_subject
+from reknow.datasets.text import text_source
 from reknow.edits import Probe
 from reknow.errors import InputError, MissingExtra
 
+BUNDLED = [name for name, source in DATASETS.items() if source.sample is not None]
 SIZES = {
     "counterfact": 1000,
     "counterfact-easyedit": 100,
@@ -44,12 +47,12 @@ def probes(case, name):
 
 
 def test_the_tables_and_the_sizes_agree():
-    assert {name: len(load_cases(name)) for name in DATASETS} == SIZES
+    assert {name: len(load_cases(name)) for name in BUNDLED} == SIZES
     sizes = {"known_1000": 1209, "counterfact": 1000, "pararel": 1950, "lre": 1062}
     assert {name: len(load_facts(name)) for name in FACTS} == sizes
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_edits_are_complete_and_aids_are_never_probes(name):
     cases = load_cases(name)
     assert len({case.edit.id for case in cases}) == len(cases)
@@ -297,6 +300,23 @@ def test_what_publishers_left_blank_is_left_out(tmp_path):
     assert case.probes[:-1] == (Probe("Q", ("a", "b"), "locality", "Kind"),)
 
 
+def test_unke_answers_are_paragraphs_asked_again_part_by_part(tmp_path):
+    record = {"id": 7, "question": "Who was Zoë?", "para_question": "Tell me of Zoë.", "answer": "A painter. In Lima."}
+    parts = {"sub_question": ["What did she do?", "Where?"], "sub_answer": ["She painted.", "In Lima."]}
+    (case,) = load_cases("unke", path=write(tmp_path, "unke.json", [record | parts]))
+    assert (case.edit.prompt, case.edit.subject, case.edit.id) == ("Who was Zoë?", None, "unke/7")
+    assert case.probes == (
+        Probe("Tell me of Zoë.", ("A painter. In Lima.",), "generalization", "rephrase"),
+        Probe("What did she do?", ("She painted.",), "portability", "sub_question"),
+        Probe("Where?", ("In Lima.",), "portability", "sub_question"),
+    )
+    fewer = [record | parts | {"sub_answer": ["She painted."]}]
+    assert "record 0, field 'sub_answer': expected 2 texts" in refusal(
+        load_cases, "unke", path=write(tmp_path, "fewer.json", fewer)
+    )
+    assert "no sample is bundled" in refusal(load_cases, "unke")
+
+
 def test_a_blank_knowedit_target_is_refused(tmp_path):
     path = write(tmp_path, "k.json", [{"prompt": "Who is X?", "subject": "X", "target_new": [" "]}])
     assert "record 0, field 'target_new': expected a non-empty text" in refusal(load_cases, "wiki_recent", path=path)
@@ -427,3 +447,62 @@ def test_notice_names_every_sample():
     assert len(samples) == 13
     assert [path.name for path in samples if path.name not in notice] == []
     assert sum(path.stat().st_size for path in samples) < 4_000_000
+
+
+# ---- general text
+
+
+def test_a_text_source_streams_paragraphs_lines_and_folders(tmp_path):
+    plain, records = tmp_path / "b.txt", tmp_path / "a.jsonl"
+    plain.write_text("one\n two\n\n\nthree\n" + "x" * 9000, encoding="utf-8")
+    records.write_text('{"text": "first"}\n{"text": "second"}\n', encoding="utf-8")
+    assert list(text_source(records).texts()) == ["first", "second"]
+    paragraphs = list(text_source(plain).texts())
+    assert paragraphs[0] == "one two" and [len(part) for part in paragraphs[1:]] == [4000, 4000, 1006]
+    whole = text_source(tmp_path)
+    assert list(whole.texts()) == ["first", "second", *paragraphs] == list(whole.texts())
+    assert list(text_source(None).texts()) == sample_text()
+
+
+def test_a_text_source_s_digest_is_that_of_its_content(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("one", encoding="utf-8")
+    first = text_source(file).digest
+    file.write_text("two!", encoding="utf-8")
+    second = text_source(file).digest
+    file.write_text("one", encoding="utf-8")
+    assert first == text_source(file).digest != second
+    assert text_source(["a", "b"]).digest != text_source(["a\nb"]).digest != text_source().digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.txt", None, "there is none"),
+        ("a.txt", b"\xff\xfe\xfa", "UTF-8"),
+        ("a.jsonl", b'{"txt": "a"}', "field 'text' in .*line 1"),
+        ("a.jsonl", b"{", "UTF-8 text"),
+    ],
+)
+def test_a_text_source_that_cannot_be_read_is_refused(tmp_path, name, content, complaint):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=complaint):
+        list(text_source(tmp_path / name).texts())
+    with pytest.raises(InputError, match="there is none"):
+        text_source(tmp_path / "nowhere")
+
+
+def test_a_data_set_is_streamed_by_datasets(tmp_path, monkeypatch):
+    """The hub itself is out of reach: the revision is given here, and the library reads a folder instead."""
+    pytest.importorskip("datasets")
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "train.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n', encoding="utf-8")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="check name, configuration"):
+        text_source("hub:nobody/nothing")
+    monkeypatch.setattr(hub, "dataset_info", lambda name: SimpleNamespace(sha="abc"))
+    source = text_source(f"hub:{tmp_path}")
+    assert list(source.texts()) == ["first", "second"] == list(source.texts())
+    monkeypatch.setattr(hub, "dataset_info", lambda name: SimpleNamespace(sha="def"))
+    assert text_source(f"hub:{tmp_path}").digest != source.digest

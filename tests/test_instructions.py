@@ -74,7 +74,10 @@ def test_the_task_of_an_edit():
     families = {"recent": FAMILY}
     for task in ("recent", "Recent"):
         assert family_of(Edit("a", target_new="b", task=task), families) is FAMILY
-    with pytest.raises(InputError, match="has none: set task to one of recent"):
+    assert family_of(Edit("a", target_new="b"), families) is FAMILY, "there is no other"
+    families["other"] = replace(FAMILY, name="other", title="Other", data="zsre")
+    assert family_of(Edit("a", target_new="b", id="wiki_recent/3"), families) is FAMILY
+    with pytest.raises(InputError, match="has none: set task to one of recent, other"):
         family_of(Edit("a", target_new="b"), families)
     with pytest.raises(InputError, match=r"Did you mean .recent."):
         family_of(Edit("a", target_new="b", task="resent"), families)

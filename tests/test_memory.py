@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from conftest import bits, make_lm, same, some_patch
+from conftest import alone, bits, make_lm, same, some_patch
 from families import CORE_FAMILIES
 from reknow import FT, LM, METHODS, ROME, Edit, Patch, diff, merge
 from reknow.errors import PatchError
@@ -137,29 +137,14 @@ def hooked(request):
     return lm, Shift().edit(lm, edits(PROMPTS[0], PROMPTS[2]))
 
 
-def alone(lm: LM, prompt: str, tokens: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens and their logits, the prompt by itself, with nothing kept from token to token but the ids."""
-    (row,) = lm.encode([Text(prompt)])
-    ids, logits = list(row.ids), []
-    for _ in range(tokens):
-        text = torch.tensor([ids])
-        end = torch.tensor([len(row.ids)])
-        positions = torch.arange(len(ids))[None]
-        found = lm.forward(text, torch.ones_like(text), positions, None, ends=end).logits[0, -1]
-        logits.append(found)
-        ids.append(int(found.argmax()))
-    return ids[len(row.ids) :], torch.stack(logits)
-
-
 def test_the_decision_is_taken_on_the_prompt_and_kept(hooked):
     """Cache and left padding, scored and generated: the tokens that a plain loop over full passes finds."""
     lm, patch = hooked
     plain = lm.generate(PROMPTS, 8)
     with lm.patched(patch):
-        wanted = [alone(lm, prompt, 8)[0] for prompt in PROMPTS]
-        texts = [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
+        wanted = [alone(lm, prompt, 8) for prompt in PROMPTS]
         found = lm.generate(PROMPTS, 8)
-        assert [f[: len(t)] for f, t in zip(found, texts, strict=True)] == texts or found == texts
+        assert found == [lm.tokenizer.decode(ids, skip_special_tokens=True) for ids in wanted]
         assert found[1] == plain[1] and found[0] != plain[0] and found[2] != plain[2]
         assert lm.generate(PROMPTS[2], 8) == found[2]
         targets = ["of the Peru French", "is Lima", "English in Paris"]
@@ -182,7 +167,7 @@ def test_the_raw_model_takes_all_text_for_the_prompt(hooked):
     assert not torch.allclose(changed, plain)
     assert torch.allclose(longer[:, :-1], plain, atol=1e-4), "another text, which ends in another way"
     with lm.patched(patch):
-        assert cut[0, len(row.ids) :].tolist()[:2] == alone(lm, PROMPTS[0], 2)[0]
+        assert cut[0, len(row.ids) :].tolist()[:2] == alone(lm, PROMPTS[0], 2)
     assert torch.equal(lm.model(ids).logits, plain)
 
 

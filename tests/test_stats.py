@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +15,14 @@ import torch
 import reknow.stats
 from conftest import make_lm, some_patch
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
-from reknow import LM
+from reknow import LM, Edit, method
 from reknow.errors import EditFailed, InputError
 from reknow.solvers import cholesky, solve
-from reknow.stats import cache_folder, covariance
+from reknow.stats import cache_folder, covariance, statistics
+from reknow.tokens import Text
 
 TEXTS = ["The capital of Peru is Lima .", "Paris is in France .", "", "Beats Music is owned by Apple . " * 9]
+LONG = [f"Beats Music {i} is owned by Apple . " for i in range(200)]
 
 
 @pytest.fixture(autouse=True)
@@ -44,38 +51,162 @@ def by_hand(lm: LM, layer: int, texts, tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("tokens", [13, 100_000])
 def test_it_is_the_mean_over_the_tokens_of_the_texts(family, tokens):
     lm = LM((tiny_model(family), tiny_tokenizer()))
-    found = covariance(lm, 1, texts=TEXTS[:2] + TEXTS[3:], tokens=tokens)
+    found = covariance(lm, 1, text=TEXTS[:2] + TEXTS[3:], tokens=tokens)
     assert found.dtype == torch.float64
     assert torch.allclose(found, by_hand(lm, 1, TEXTS, tokens), rtol=1e-4, atol=1e-5)
 
 
 def test_it_is_the_base_s_whatever_is_applied():
     lm = make_lm("llama")
-    plain = covariance(lm, 2, texts=TEXTS)
+    plain = covariance(lm, 2, text=TEXTS)
     (cached,) = cache_folder().iterdir()
     cached.unlink()
     with lm.patched(some_patch(lm, layers=(0, 1), size=3.0)):
-        assert torch.equal(covariance(lm, 2, texts=TEXTS), plain)
+        assert torch.equal(covariance(lm, 2, text=TEXTS), plain)
 
 
 def test_it_is_made_once_per_everything_it_depends_on(monkeypatch, caplog):
     made = []
-    own = reknow.stats._accumulate
-    monkeypatch.setattr(reknow.stats, "_accumulate", lambda *args: made.append(1) or own(*args))
+    own = reknow.stats._sums
+    monkeypatch.setattr(reknow.stats, "_sums", lambda *args: made.append(1) or own(*args))
     lm = make_lm("llama")
-    first = covariance(lm, 1, texts=TEXTS)
-    assert torch.equal(covariance(make_lm("llama"), 1, texts=TEXTS), first) and len(made) == 1
-    covariance(lm, 2, texts=TEXTS)
-    covariance(lm, 1, texts=TEXTS[:1])
-    covariance(lm, 1, texts=TEXTS, tokens=9)
-    covariance(make_lm("llama", seed=1), 1, texts=TEXTS)
-    covariance(LM((tiny_model("llama").bfloat16(), lm.tokenizer)), 1, texts=TEXTS)
+    first = covariance(lm, 1, text=TEXTS)
+    assert torch.equal(covariance(make_lm("llama"), 1, text=TEXTS), first) and len(made) == 1
+    covariance(lm, 2, text=TEXTS)
+    covariance(lm, 1, text=TEXTS[:1])
+    covariance(lm, 1, text=TEXTS, tokens=9)
+    covariance(make_lm("llama", seed=1), 1, text=TEXTS)
+    covariance(LM((tiny_model("llama").bfloat16(), lm.tokenizer)), 1, text=TEXTS)
     assert len(made) == 6 and len(list(cache_folder().iterdir())) == 6
     for file in cache_folder().iterdir():
         file.write_bytes(b"torn")
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(covariance(lm, 1, texts=TEXTS), first)
+        assert torch.equal(covariance(lm, 1, text=TEXTS), first)
     assert "made again" in caplog.text
+
+
+def test_a_file_of_another_key_is_not_believed(caplog):
+    """Even if its name, a shortened hash, were the same."""
+    lm = make_lm("llama")
+    first, second = statistics(lm, [1, 2], text=TEXTS).values()
+    second.file.replace(first.file)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(covariance(lm, 1, text=TEXTS), first.covariance)
+    assert "made again" in caplog.text
+
+
+def test_several_layers_are_read_in_one_pass(monkeypatch):
+    lm = make_lm("llama")
+    apart = [covariance(lm, layer, text=TEXTS) for layer in (0, 2)]
+    for file in cache_folder().iterdir():
+        file.unlink()
+    passes = []
+    own = lm.forward
+    monkeypatch.setattr(lm, "forward", lambda *args: passes.append(1) or own(*args))
+    together = statistics(lm, [0, 2], text=TEXTS)
+    count = sum(len(row.ids) for row in lm.encode([Text(text) for text in TEXTS]))
+    assert len(passes) == 1 and [together[layer].tokens for layer in (0, 2)] == [count] * 2
+    assert all(torch.equal(together[layer].covariance, one) for layer, one in zip((0, 2), apart, strict=True))
+    assert {one.file for one in together.values()} == set(cache_folder().iterdir())
+
+
+KILLED = """
+import os, signal, sys
+import reknow.stats
+from conftest import make_lm
+from test_stats import LONG
+reknow.stats.SAVE_SECONDS = 0.0
+own, seen = reknow.stats._save, []
+def save(tensors, file, about):
+    own(tensors, file, about)
+    if file.name.startswith("sums"):
+        seen.append(file)
+    if len(seen) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+reknow.stats._save = save
+reknow.stats.statistics(make_lm("gpt2"), [0, 2], text=LONG)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(monkeypatch, caplog):
+    lm = make_lm("gpt2")
+    run = subprocess.run([sys.executable, "-c", KILLED], env=environment())
+    assert run.returncode == -signal.SIGKILL
+    assert [file.name[:4] for file in cache_folder().iterdir()] == ["sums"], "what was summed, nothing half done"
+    own, passes = lm.forward, []
+    monkeypatch.setattr(lm, "forward", lambda *args: passes.append(1) or own(*args))
+    with caplog.at_level(logging.INFO):
+        resumed = statistics(lm, [0, 2], text=LONG)
+    assert "going on behind" in caplog.text
+    assert all(file.name.startswith("covariance") for file in cache_folder().iterdir())
+    for one in resumed.values():
+        one.file.unlink()
+    killed = len(passes)
+    whole = statistics(lm, [0, 2], text=LONG)
+    assert killed == len(passes) - killed - 3 > 0
+    for layer in (0, 2):
+        assert torch.equal(resumed[layer].covariance, whole[layer].covariance), "the same bits as in one go"
+        assert resumed[layer].tokens == whole[layer].tokens
+
+
+def test_a_broken_running_sum_is_not_used(caplog):
+    lm = make_lm("gpt2")
+    whole = statistics(lm, [1], text=LONG)[1]
+    monkey = whole.file.with_name("sums-0.safetensors")
+    monkey.write_bytes(b"torn")
+    with caplog.at_level(logging.WARNING):
+        totals, count, following = reknow.stats._resumed(monkey)
+    assert (totals, count, following) == ({}, 0, 0) and "broken" in caplog.text
+
+
+SHARED = """
+from accelerate import PartialState
+from conftest import make_lm
+from reknow.stats import statistics
+from test_stats import LONG
+state = PartialState(cpu=True)
+assert state.num_processes == 2
+one = statistics(make_lm("gpt2"), [0, 2], text=LONG, state=state)
+assert one[0].tokens == one[2].tokens
+"""
+
+
+def test_processes_share_the_text_and_their_sums_are_added(tmp_path):
+    script = tmp_path / "shared.py"
+    script.write_text(SHARED)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    subprocess.run([sys.executable, *launcher], env=environment(), check=True)
+    lm = make_lm("gpt2")
+    lm.computes_statistics = False
+    shared = statistics(lm, [0, 2], text=LONG)
+    for one in shared.values():
+        one.file.unlink()
+    lm.computes_statistics = True
+    alone = statistics(lm, [0, 2], text=LONG)
+    for layer in (0, 2):
+        assert shared[layer].tokens == alone[layer].tokens
+        assert torch.allclose(shared[layer].covariance, alone[layer].covariance, rtol=1e-12, atol=1e-12)
+
+
+def environment() -> dict[str, str]:
+    paths = [str(Path(__file__).parent), str(Path(reknow.__file__).parents[1])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def test_where_none_may_be_computed_they_are_refused():
+    lm = make_lm("gpt2")
+    lm.computes_statistics = False
+    with pytest.raises(InputError, match="reknow stats --layers 1 first"):
+        covariance(lm, 1, text=TEXTS)
+    edit = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
+    for name in ("rome", "memit", "emmet", "pmet", "alphaedit"):
+        place = {"layer": 1} if name in ("rome", "emmet") else {"layers": (1,)}
+        with pytest.raises(InputError, match="statistics of layer 1"):
+            method(name, steps=1, context_groups=(), covariance_tokens=100, **place).edit(lm, [edit])
+    lm.computes_statistics = True
+    covariance(lm, 1, tokens=100)
+    lm.computes_statistics = False
+    assert method("rome", layer=1, steps=1, context_groups=(), covariance_tokens=100).edit(lm, [edit])
 
 
 def test_chat_models_read_plain_text():
@@ -83,17 +214,17 @@ def test_chat_models_read_plain_text():
     tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.content }}]{% endfor %}:"
     model = tiny_model("llama")
     chat, plain = LM((model, tokenizer), chat=True), LM((model, tokenizer))
-    found = covariance(chat, 1, texts=TEXTS)
+    found = covariance(chat, 1, text=TEXTS)
     for file in cache_folder().iterdir():
         file.unlink()
-    assert torch.equal(covariance(plain, 1, texts=TEXTS), found)
+    assert torch.equal(covariance(plain, 1, text=TEXTS), found)
     assert chat.perplexity(TEXTS) == plain.perplexity(TEXTS)
 
 
 def test_rows_fit_the_model_s_positions():
     lm = make_lm("gpt2", n_positions=16)
     long = ["Beats Music is owned by Apple . " * 9]
-    assert covariance(lm, 1, texts=long).isfinite().all()
+    assert covariance(lm, 1, text=long).isfinite().all()
 
 
 def test_what_is_no_number_is_not_kept():
@@ -101,10 +232,10 @@ def test_what_is_no_number_is_not_kept():
     lm.fingerprint  # noqa: B018, taken while the model was whole
     lm.weight(lm.parts.value[0])[0, 0] = torch.nan
     with pytest.raises(EditFailed, match="NaN or infinity"):
-        covariance(lm, 1, texts=TEXTS)
+        covariance(lm, 1, text=TEXTS)
     assert not cache_folder().exists()
     with pytest.raises(InputError, match="at least one word"):
-        covariance(make_lm("gpt2"), 1, texts=[])
+        covariance(make_lm("gpt2"), 1, text=[])
 
 
 def test_solving_inverts():

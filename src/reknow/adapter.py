@@ -49,15 +49,25 @@ class Parts:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """A linear map whose weight has two dimensions, however it stores it; embeddings are none."""
+    """A linear map, however it stores its weight (transposed, quantised); embeddings are none."""
+    if isinstance(module, nn.Embedding):
+        return False
     weight = getattr(module, "weight", None)
-    return not isinstance(module, nn.Embedding) and isinstance(weight, Tensor) and weight.dim() == 2
+    return _features(module) is not None or (isinstance(weight, Tensor) and weight.dim() == 2)
 
 
 def shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a matrix."""
+    if features := _features(module):
+        return features
     rows, columns = getattr(module, "weight").shape  # noqa: B009, a module's attribute has no type
     return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def _features(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) as linear modules name them; quantised ones pack the weight in another shape."""
+    features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return features if all(isinstance(size, int) for size in features) else None  # type: ignore[return-value]
 
 
 def embedding(model: PreTrainedModel) -> Tensor:
@@ -65,6 +75,15 @@ def embedding(model: PreTrainedModel) -> Tensor:
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight
+
+
+def device_of(module: nn.Module, other: torch.device) -> torch.device:
+    """Where the module computes: for an offloaded one what Accelerate moves it to; `other` if it has no tensors."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        return torch.device(device)
+    tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"), None)
+    return other if tensor is None else tensor.device
 
 
 def find_parts(model: PreTrainedModel) -> Parts:
@@ -124,7 +143,7 @@ def _call_order(model: PreTrainedModel) -> tuple[list[str], dict[str, int]]:
         for name, module in model.named_modules():
             hook = module.register_forward_hook(lambda _module, _args, output, name=name: left(name, output))
             stack.callback(hook.remove)
-        ids = torch.tensor([[3, 4, 5]], device=embedding(model).device)
+        ids = torch.tensor([[3, 4, 5]], device=device_of(model.get_input_embeddings(), model.device))
         try:
             with torch.no_grad():
                 model(input_ids=ids, use_cache=False)

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from reknow.errors import EditFailed, InputError
 from reknow.patches import Delta, Dense
-from reknow.tokens import Row
+from reknow.tokens import Row, batches
 from reknow.trace import Suffix, fused_gelu, weight_replaced
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ class Scored:
     Attributes:
         of_row: (n,) row of each scored place, in the order of `pairs`.
         targets: (n,) token predicted there.
+        places: (rows, columns) bool, the scored places in the padded batch.
+        real: (rows, columns) bool, its real tokens.
 
     Raises:
         InputError: a row is longer than the model's positions.
@@ -109,6 +111,9 @@ class Scored:
         flat = [(i, starts[i] + c, token) for i, scored in enumerate(pairs) for c, token in scored]
         columns = [torch.tensor(values, device=lm.device) for values in zip(*flat, strict=True)]
         self.of_row, self._columns, self.targets = columns
+        self.real = self._batch.mask.bool()
+        self.places = torch.zeros_like(self.real)
+        self.places[self.of_row, self._columns] = True
         self._suffix = None if layer is None else Suffix(lm, self._batch, layer, 0)
 
     def log_probs(self) -> Tensor:
@@ -124,6 +129,34 @@ class Scored:
     def nll(self) -> Tensor:
         """Negative log-likelihood of each predicted token, in nats. (n,)"""
         return -self.log_probs().gather(1, self.targets[:, None])[:, 0]
+
+
+class Answers:
+    """The answers of some edits behind their prompts, in batches whose blocks below `layer` are run once.
+
+    Args:
+        rows: encoded prompts with their answers.
+    """
+
+    def __init__(self, lm: LM, rows: Sequence[Row], layer: int):
+        self._parts: list[tuple[Tensor, Scored, Tensor]] = []
+        for part in batches([len(row.ids) for row in rows]):
+            here = [rows[i] for i in part]
+            scored = Scored(lm, here, [predicted(row, row.prompt_length) for row in here], layer)
+            lengths = torch.tensor([len(row.target_ids) for row in here], device=lm.device)
+            self._parts.append((torch.tensor(part, device=lm.device), scored, 1 / lengths[scored.of_row]))
+
+    def nll(self, choose: Callable[[Tensor], object]) -> Tensor:
+        """Mean negative log-likelihood of each answer's tokens, in nats. (edits,)
+
+        Args:
+            choose: told the indices of the edits in the batch that is about to run.
+        """
+        found: list[Tensor] = []
+        for part, scored, weights in self._parts:
+            choose(part)
+            found.append(weights.new_zeros(len(part)).index_add(0, scored.of_row, scored.nll() * weights))
+        return torch.cat(found)[torch.cat([part for part, _, _ in self._parts]).argsort()]
 
 
 def predicted(row: Row, first: int) -> list[tuple[int, int]]:

@@ -95,12 +95,21 @@ def known_cases(lm: LM, cases: Sequence[Case]) -> list[Case]:
 
 
 def weight_bits(model: torch.nn.Module) -> dict[str, str]:
-    """A hash of the bits of every parameter and buffer that is in memory, by name."""
+    """A hash of the bits of every parameter and buffer in memory, by name; quantised ones as they are stored."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
-        name: hashlib.blake2b(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy(), digest_size=16
-        ).hexdigest()
+        name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
         for name, tensor in tensors.items()
         if tensor.device.type != "meta"
     }
+
+
+def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors in which a tensor is kept: itself, or what one of torchao's consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

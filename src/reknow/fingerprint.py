@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from reknow.errors import PatchError
@@ -30,14 +31,15 @@ class Fingerprint:
     @classmethod
     def of(cls, model: nn.Module, tokenizer) -> Fingerprint:
         """The fingerprint of the model as it is: take it with no patch applied."""
-        named = sorted((name, p) for name, p in model.named_parameters() if p.device.type != "meta")
+        tied = getattr(model, "all_tied_weights_keys", None) or {}  # offloaded ones are two
+        named = sorted((name, p) for name, p in model.named_parameters() if name not in tied)
         structure = [type(model).__name__, [(name, list(p.shape)) for name, p in named]]
         generator = torch.Generator().manual_seed(0)
         each = max(1, SAMPLES // len(named))
         samples = []
-        for _, parameter in named:
+        for name, parameter in named:
             places = torch.randint(parameter.numel(), (each,), generator=generator)
-            samples.append(parameter.detach().flatten()[places.to(parameter.device)].float().cpu())
+            samples.append(_read(model, name, places))
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         # Padding and truncation are settings of a call, not of the vocabulary.
         words = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
@@ -72,6 +74,17 @@ class Fingerprint:
         if bool(((self.samples - found.samples).abs() <= allowed).all()):
             return None
         return "other weights"
+
+
+def _read(model: nn.Module, name: str, places: Tensor) -> Tensor:
+    """Some numbers of the parameter as float32 on the CPU; it is brought into memory and unpacked if need be."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    with align_module_device(module):
+        parameter = getattr(module, leaf).detach()
+        if type(parameter) is not Tensor and hasattr(parameter, "dequantize"):  # torchao's
+            parameter = parameter.dequantize()
+        return parameter.flatten()[places.to(parameter.device)].float().cpu()
 
 
 def _hash(value) -> str:

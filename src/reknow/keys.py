@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from reknow.datasets import sample_text
 from reknow.edits import Edit
 from reknow.tokens import Row, Text
+from reknow.trace import by_row, recorded
 
 if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.values import Site
+
+PIECES, PIECE = 128, 12
+"""How many pieces of plain text, and of how many tokens at most, tell how far apart texts lie."""
 
 
 def subject_keys(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str]) -> Tensor:
@@ -41,6 +47,42 @@ def subject_states(lm: LM, edits: Sequence[Edit], layer: int, site: Site) -> Ten
     block = site == "block" and lm.parts.residual_identity
     name = lm.parts.blocks[layer] if block else lm.parts.value[layer]
     return lm.read(*_places(lm, edits, [""]), outputs=[name])[name].double()
+
+
+def spread(lm: LM, layer: int) -> float:
+    """How far apart unrelated texts lie: root mean square distance between the inputs of the layer's value matrix at
+    the last tokens of pieces of plain text, on the base model. The unit of distances that means the same everywhere.
+    """
+    memo = ("spread", layer)
+    if memo not in lm.memo:
+        cut = [row.ids[:PIECE] for row in lm.encode([Text(text) for text in sample_text()[:PIECES]])]
+        rows = [Row(ids, len(ids)) for ids in cut]
+        name = lm.parts.value[layer]
+        with lm.unpatched():
+            keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name].double()  # (pieces, in)
+        lm.memo[memo] = (float((2 * keys.var(0).sum()).sqrt()),)
+    return lm.memo[memo][0]
+
+
+def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+    """The module's input and output at each prompt's last token. (rows, in), (rows, out), float32"""
+    prompts = [Row(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
+    found = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
+    return found[module].float(), found[f"{module}:out"].float()
+
+
+@torch.no_grad()
+def prompt_inputs(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+    """The module's input at all tokens of a few texts, and which of them belong to the prompt.
+
+    Returns:
+        (rows, columns, in), float32; (rows, columns), boolean.
+    """
+    batch = lm.pad(rows)
+    with recorded(lm.model, inputs=[module], stop=True) as (seen, _):
+        lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
+    columns = torch.arange(batch.ids.shape[1], device=lm.device)
+    return by_row(seen[module], len(rows)).float(), (columns < batch.ends[:, None]) & batch.mask.bool()
 
 
 def _places(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> tuple[list[Row], list[int]]:

@@ -101,9 +101,9 @@ def _key(lm: LM, relations: Sequence[Sequence[Fact]]) -> str:
     return f"{lm.fingerprint.digest}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
-def depth_layer(lm: LM) -> int:
-    """The layer at the depth at which the papers edit."""
-    return round(DEPTH * (lm.layers - 1))
+def depth_layer(lm: LM, depth: float = DEPTH) -> int:
+    """The layer at that share of the depth; unless told otherwise, where the papers on locating edit."""
+    return round(depth * (lm.layers - 1))
 
 
 def _looked_up(lm: LM) -> int:
@@ -212,8 +212,8 @@ def _try(lm: LM, layer: int, effect: float, exams: Sequence[Exam]) -> Trial:
     return Trial(layer, effect, *(fmean(column) for column in zip(*rates, strict=True)))
 
 
-def resolve_layers(lm: LM, layers: Sequence[int] | None) -> list[int]:
-    """The layers asked for, checked and in order; or the range around the one suggested for this model.
+def resolve_layers(lm: LM, layers: Sequence[int] | None, count: int | None = None) -> list[int]:
+    """The layers asked for, checked and in order; or the range of `count` around the one suggested for this model.
 
     Raises:
         InputError: the list is empty, or the model does not have one of them.
@@ -222,11 +222,11 @@ def resolve_layers(lm: LM, layers: Sequence[int] | None) -> list[int]:
         raise InputError("expected at least one layer; got an empty list: name one, or leave it to the library")
     if layers is not None:
         return sorted({lm.check_layer(layer) for layer in layers})
-    return band(lm, suggest_layer(lm))
+    return band(lm, suggest_layer(lm), count)
 
 
-def band(lm: LM, layer: int) -> list[int]:
-    """The layers around this one, a sixth of the model and five at most."""
-    half = min(2, lm.layers // 12)  # the papers train five of 32 and of 48
-    middle = max(half, layer)
-    return list(range(middle - half, middle + half + 1))
+def band(lm: LM, layer: int, count: int | None = None) -> list[int]:
+    """So many layers around this one; None: a sixth of the model, five at most, as the papers train of 32 and 48."""
+    count = min(1 + 2 * min(2, lm.layers // 12) if count is None else count, lm.layers)
+    first = min(max(0, layer - count // 2), lm.layers - count)
+    return list(range(first, first + count))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -17,26 +16,13 @@ from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
 from reknow.generation import continuations
 from reknow.loading import as_dtype, check_tokenizer, load, place
-from reknow.memory import Memories, Reading
+from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
+from reknow.scoring import Score, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
 from reknow.tokens import Batch, Row, Text, batches, encode, pad
 from reknow.trace import by_row, recorded
 from reknow.weights import Weights
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a model reads an answer behind a prompt, teacher-forced."""
-
-    nll: float
-    """Mean negative log-likelihood of the answer's tokens, in nats."""
-    hits: tuple[bool, ...]
-    """Per token of the answer: is it the likeliest one, given the tokens before it?"""
-    top: tuple[int, ...]
-    """The likeliest token at each of these places."""
-    rank: int
-    """Place of the answer's first token among all tokens; 1 is what the model says."""
 
 
 class LM:
@@ -51,6 +37,10 @@ class LM:
         device_map: passed to transformers for models that span devices.
         chat: put prompts into the tokenizer's chat template, for instruct models.
         trust_remote_code: run code from the model's repository; off unless you ask.
+
+    Attributes:
+        computes_statistics: whether a method may read general text for statistics that are not kept yet; where it is
+            False, it is refused.
 
     Raises:
         ModelError: the model cannot be loaded, or is of a kind that is not handled.
@@ -78,6 +68,7 @@ class LM:
             place(self.model, device, dtype)
         check_tokenizer(self.tokenizer, self.name, chat=chat)
         self.chat = chat
+        self.computes_statistics = True
         self.model.requires_grad_(False).eval()
         self.model.config.return_dict = True  # outputs are read by name
         self.patches: tuple[Patch, ...] = ()
@@ -102,7 +93,7 @@ class LM:
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
-        return adapter.embedding(self.model).device
+        return adapter.device_of(self.model.get_input_embeddings(), self.model.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,8 +115,16 @@ class LM:
         return layer
 
     def weight(self, name: str) -> Tensor:
-        """The current weight of the matrix `name`, seen as (out, in); writing to the view writes to the model."""
+        """The current weight of the matrix `name`, seen as (out, in).
+
+        Writing to the view writes to the model, unless the matrix is quantised or offloaded: then it is a copy.
+        """
         return self._weights.current(name)
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
+        return self._weights.beside
 
     def base_weight(self, name: str) -> Tensor:
         """The weight of the matrix `name` with no patch applied, (out, in). Read only."""
@@ -222,39 +221,9 @@ class LM:
 
         def answer(who, which: list[int], texts: list[str]) -> list[Score]:
             wanted = [targets[i] for i in which]
-            return self._score(texts, wanted) if who is None else who.score(texts, wanted)
+            return scores(self, texts, wanted) if who is None else who.score(texts, wanted)
 
         return self._memories.answered(prompts, answer)
-
-    def _score(self, prompts: list[str], targets: list[str]) -> list[Score]:
-        rows = self.encode([Text(p, t) for p, t in zip(prompts, targets, strict=True)])
-        for row, prompt in zip(rows, prompts, strict=True):
-            if not row.target_ids:
-                raise InputError(f"expected an answer to score behind {prompt!r}; got an empty one: write it")
-        # A target's last token predicts nothing, so answers of one token behind one prompt are one text to run.
-        sharing: dict[Row, dict[Row, None]] = {}
-        for row in rows:
-            sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
-        texts = list(sharing)
-        scores: dict[Row, Score] = {}
-        for part in batches([len(text.ids) for text in texts]):
-            self._score_batch({texts[i]: list(sharing[texts[i]]) for i in part}, scores)
-        return [scores[row] for row in rows]
-
-    def _score_batch(self, texts: dict[Row, list[Row]], scores: dict[Row, Score]) -> None:
-        """Runs the texts and scores the rows that end one token behind each."""
-        batch = self.pad(list(texts))  # they end in the last column
-        keep = max(len(row.target_ids) for rows in texts.values() for row in rows)
-        found = self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
-        for rows, logits in zip(texts.values(), found.logits, strict=True):
-            log_probs = logits[-len(rows[0].target_ids) :].float().log_softmax(-1)  # (target tokens, vocabulary)
-            best = log_probs.argmax(-1)
-            for row in rows:
-                wanted = torch.tensor(row.target_ids, device=logits.device)
-                chosen = log_probs.gather(1, wanted[:, None])[:, 0]
-                rank = 1 + int((log_probs[0] > chosen[0]).sum())
-                hits = tuple((best == wanted).tolist())
-                scores[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
 
     @torch.no_grad()
     def generate(
@@ -346,6 +315,10 @@ class LM:
             yield self
         finally:
             self._set(before)
+
+    def trying(self, method: str, memory: HookMemory):
+        """While open, this is the memory of the method in place of the applied one: for training it."""
+        return self._memories.trying(method, memory)
 
     @contextmanager
     def unpatched(self):

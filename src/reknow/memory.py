@@ -12,6 +12,7 @@ is the prompt (plain text, or the raw Hugging Face model), all of it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -24,7 +25,8 @@ from reknow.patches import Patch
 from reknow.trace import by_row, first
 
 if TYPE_CHECKING:
-    from reknow.lm import LM, Score
+    from reknow.lm import LM
+    from reknow.scoring import Score
 
 T = TypeVar("T")
 
@@ -77,13 +79,15 @@ class Reading:
         """Whether this pass reads the texts from their beginning, prompts included."""
         return self.new == self.mask.shape[1]
 
-    def decided(self, who: Any, decide: Callable[[], T]) -> T:
+    def decided(self, who: Any, decide: Callable[[], T] | None = None) -> T:
         """What `decide` says when the prompts are read; the same again for tokens generated behind them.
+
+        Without `decide`: what a lower module of the same memory decided.
 
         Raises:
             PatchError: the prompts were read before the memory `who` was there.
         """
-        if self.opens:
+        if self.opens and decide is not None:
             self._decisions[who] = decide()
         elif who not in self._decisions:
             raise PatchError(
@@ -103,6 +107,12 @@ class Reading:
         inside = (columns[None] < self.ends.to(self.mask.device)[:, None]) & self.mask.bool()
         return inside[:, -self.new :]
 
+    @property
+    def last_of_prompt(self) -> Tensor:
+        """Which of the new columns hold the last token of the prompt. (rows, new), boolean"""
+        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
+        return (columns[None] == self.ends.to(self.mask.device)[:, None] - 1)[:, -self.new :]
+
 
 def _opened(args: tuple, kwargs: dict, before: Reading | None, ends: Tensor | None) -> Reading:
     """The reading of a pass of the model with these arguments; behind a cache it goes on from the one before."""
@@ -116,9 +126,7 @@ def _opened(args: tuple, kwargs: dict, before: Reading | None, ends: Tensor | No
         mask = torch.ones(rows, width, dtype=torch.long, device=ids.device)
     if width > new and before is not None and len(before.ends) == rows:
         return Reading(mask, new, before.ends, before._decisions)
-    if ends is None:
-        ends = width - mask.flip(1).argmax(1)
-    return Reading(mask, new, ends)
+    return Reading(mask, new, width - mask.flip(1).argmax(1) if ends is None else ends)
 
 
 def on_output(lm: LM, name: str, change: Callable[[Reading, Tensor, Tensor], Tensor]) -> RemovableHandle:
@@ -149,8 +157,8 @@ class Memories:
 
     def __init__(self, lm: LM):
         self._lm = lm
-        self._active: list[tuple[str, Any]] = []
-        """(kind, memory) in the order of the stack."""
+        self._active: dict[str, tuple[str, Any]] = {}
+        """method → (kind, memory) in the order of the stack."""
         self._handles: list[RemovableHandle] = []
         self._built: dict[tuple, Any] = {}
         self.ends: Tensor | None = None
@@ -168,7 +176,7 @@ class Memories:
             PatchError: a memory of a method that this library does not have, or that does not fit the model.
         """
         names = dict.fromkeys(patch.method for patch in patches if patch.kind != "weights")
-        wanted = [self._memory(name, versions(patches, name)) for name in names]
+        wanted = {name: self._memory(name, versions(patches, name)) for name in names}
         before = self._active
         try:
             self._attach(wanted)
@@ -178,9 +186,19 @@ class Memories:
                 f"expected a memory that fits {self._lm.name}; got one of another model ({error}): load that model"
             ) from error
 
-    def _attach(self, memories: list[tuple[str, Any]]) -> None:
+    @contextmanager
+    def trying(self, method: str, memory: HookMemory):
+        """While open, this is the memory of the method, whatever the stack says."""
+        before = self._active
+        try:
+            self._attach({**before, method: ("hook", memory)})
+            yield
+        finally:
+            self._attach(before)
+
+    def _attach(self, memories: dict[str, tuple[str, Any]]) -> None:
         self._detach()
-        hooks = [memory for kind, memory in memories if kind == "hook"]
+        hooks = [memory for kind, memory in memories.values() if kind == "hook"]
         if hooks:
             opening = self._lm.model.register_forward_pre_hook(self._open, with_kwargs=True)
             self._handles = [opening]
@@ -191,7 +209,7 @@ class Memories:
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._active, self._lm.reading = [], [], None
+        self._handles, self._active, self._lm.reading = [], {}, None
 
     def _open(self, _module, args, kwargs) -> None:
         self._lm.reading = _opened(args, kwargs, self._lm.reading, self.ends)
@@ -225,7 +243,7 @@ class Memories:
         """Who answers which prompts, and what they are asked."""
         asked: dict[int, tuple[Answerer | None, list[int], list[str]]] = {}
         own = list(range(len(prompts)))
-        for kind, memory in reversed(self._active):
+        for kind, memory in reversed(self._active.values()):
             if kind != "router" or not own:
                 continue
             routes = memory.route(self._lm, [prompts[i] for i in own])
@@ -237,7 +255,7 @@ class Memories:
                     texts.append(route[1])
             own = [i for i, route in zip(own, routes, strict=True) if route is None]
         texts = [prompts[i] for i in own]
-        for kind, memory in reversed(self._active):
+        for kind, memory in reversed(self._active.values()):
             if kind == "prompt" and texts:
                 texts = memory.prompts(self._lm, texts)
         if own or not prompts:

@@ -1,4 +1,8 @@
-"""The covariance of keys, C = E[k kᵀ], of the unedited model over general text (ROME, arXiv 2202.05262, eq. 2)."""
+"""The covariance of keys, C = E[k kᵀ], of the unedited model over general text (ROME, arXiv 2202.05262, eq. 2).
+
+The text is read as a stream, every layer that is asked for in one pass, and k kᵀ is summed in float64, so the memory
+needed is one (in, in) matrix per layer. What was summed is written every half minute, and a killed run goes on there.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,21 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from reknow.datasets.text import sample_text
+from reknow.adapter import device_of, shape
+from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.patches import write_aside
 from reknow.tokens import Row, Text, encode
@@ -26,8 +35,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FORMAT = 2
+"""Counts up when the same settings give other statistics."""
 ROW_TOKENS = 128
 """Texts are cut into rows of this many tokens."""
+ROWS = 16
+"""Rows that are read together."""
+SAVE_SECONDS = 30.0
+"""How often a running sum is written."""
 
 
 def cache_folder() -> Path:
@@ -35,55 +50,188 @@ def cache_folder() -> Path:
     return Path(os.environ.get("REKNOW_CACHE") or Path.home() / ".cache" / "reknow")
 
 
-def covariance(lm: LM, layer: int, *, tokens: int = 100_000, texts: Sequence[str] | None = None) -> Tensor:
-    """C, the mean of k kᵀ over text tokens at the input of layer `layer`'s value matrix, with no patch applied.
+@dataclass(frozen=True)
+class Statistics:
+    """C of one matrix, and where it is kept."""
 
-    Kept on disk under everything it depends on: base model, matrix, text, number of tokens, dtype.
+    covariance: Tensor  # (in, in), float64, on the device of the matrix
+    tokens: int
+    """How many tokens were read."""
+    file: Path
 
-    Args:
-        tokens: how many tokens to read at most; the papers use 100,000 texts, 0.3 % of it gives the same edits.
-        texts: general text; None: the bundled WikiText sample.
+
+def covariance(
+    lm: LM, layer: int, *, tokens: int = 100_000, text: str | Path | Sequence[str] | None = None
+) -> Tensor:
+    """C, the mean of k kᵀ over text tokens at the input of layer `layer`'s value matrix; see `statistics`.
 
     Returns:
         (in, in), float64, on the device of the matrix.
     """
-    name = lm.parts.value[lm.check_layer(layer)]
-    texts = sample_text() if texts is None else list(texts)
-    key = [lm.fingerprint.digest, name, hashlib.sha256("\n".join(texts).encode()).hexdigest(), tokens, str(lm.dtype)]
-    file = cache_folder() / f"covariance-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
-    device = lm.weight(name).device
-    if file.is_file():
-        try:
-            return load_file(file)["covariance"].to(device)
-        except (SafetensorError, KeyError, OSError):
-            log.warning("%s is broken and is made again", file)
-    log.info("reading %d tokens of text for the covariance of %s", tokens, name)
-    found = _accumulate(lm, name, texts, tokens)
-    write_aside(file, lambda aside: save_file({"covariance": found.cpu()}, aside))
+    return statistics(lm, [layer], tokens=tokens, text=text)[layer].covariance
+
+
+def statistics(
+    lm: LM,
+    layers: Sequence[int],
+    *,
+    tokens: int = 100_000,
+    text: str | Path | Sequence[str] | None = None,
+    state: PartialState | None = None,
+) -> dict[int, Statistics]:
+    """Statistics of several layers with no patch applied, in one pass over the text.
+
+    Kept on disk under all that they depend on: base model, matrix, text, number of tokens, dtype.
+
+    Args:
+        tokens: how many to read at most; the papers use 100,000 texts, 0.3 % of it gives the same edits.
+        text: see `datasets.text.text_source`; None: the bundled WikiText sample.
+        state: Accelerate's, where several processes call this together: each reads its share.
+
+    Raises:
+        InputError: no such layer; the text is empty; they are not kept and `lm.computes_statistics` is off.
+        EditFailed: the keys are not finite.
+    """
+    source = text_source(text)
+    names = {layer: lm.parts.value[lm.check_layer(layer)] for layer in dict.fromkeys(layers)}
+    keys = {layer: _key(lm, name, source, tokens) for layer, name in names.items()}
+    found = {layer: kept for layer, key in keys.items() if (kept := _load(key, _device(lm, names[layer])))}
+    missing = [layer for layer in keys if layer not in found]
+    if state is not None:  # another process may have another disk
+        missing = sorted(set(gather_object(missing)))
+    if missing and not lm.computes_statistics:
+        numbers = ",".join(map(str, missing))
+        raise InputError(
+            f"expected kept statistics of layer {numbers} of {lm.name}; there are none of this text and size: "
+            f"run reknow stats --layers {numbers} first, or leave --no-stats out"
+        )
+    if missing:
+        log.info("reading %d tokens of %s for the statistics of layers %s", tokens, source.name, missing)
+        found |= _computed(lm, {layer: keys[layer] for layer in missing}, source, tokens, state)
+    return {layer: found[layer] for layer in keys}
+
+
+def _key(lm: LM, name: str, source: TextSource, tokens: int) -> dict[str, str]:
+    """All that the statistics of the matrix `name` depend on."""
+    return {
+        "format": f"{FORMAT}, rows of {ROW_TOKENS}",
+        "model": lm.fingerprint.digest,
+        "matrix": name,
+        "text": source.digest,
+        "tokens": str(tokens),
+        "dtype": str(lm.dtype),
+    }
+
+
+def _file(kind: str, key) -> Path:
+    return cache_folder() / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
+
+
+def _device(lm: LM, name: str) -> torch.device:
+    return device_of(lm.model.get_submodule(name), lm.device)
+
+
+def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
+    kept = {name: tensor.cpu() for name, tensor in tensors.items()}
+    write_aside(file, lambda aside: save_file(kept, aside, about))
+
+
+def _load(key: dict[str, str], device: torch.device) -> Statistics | None:
+    """The statistics kept under `key`; None where there are none, or where their file is broken or of another key."""
+    file = _file("covariance", key)
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(str(file), "pt") as kept:
+            about, matrix = kept.metadata() or {}, kept.get_tensor("covariance")
+        count = int(about.pop("read"))
+    except (SafetensorError, KeyError, OSError, ValueError):
+        about, matrix, count = {}, None, 0
+    if matrix is None or about != key:
+        log.warning("%s is broken and is made again", file)
+        return None
+    return Statistics(matrix.to(device), count, file)
+
+
+def _computed(
+    lm: LM, keys: dict[int, dict[str, str]], source: TextSource, tokens: int, state: PartialState | None
+) -> dict[int, Statistics]:
+    """The statistics, read from text and kept."""
+    rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
+    aside = _file("sums", [list(keys.values()), rank, world])
+    names = [key["matrix"] for key in keys.values()]
+    totals, count = _sums(lm, names, source, tokens, aside, rank, world)
+    if world > 1:
+        totals = {name: reduce(total, "sum") for name, total in totals.items()}
+        count = int(reduce(torch.tensor(count, device=lm.device), "sum"))
+    if not count:
+        raise InputError(
+            f"expected text to read keys from in {source.name}; got none: give texts of at least one word"
+        )
+    found = {}
+    for layer, key in keys.items():
+        matrix, file = totals.pop(key["matrix"]) / count, _file("covariance", key)
+        if not bool(matrix.isfinite().all()):
+            raise EditFailed(
+                f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
+            )
+        if state is None or state.is_local_main_process:
+            _save({"covariance": matrix}, file, key | {"read": str(count)})
+        found[layer] = Statistics(matrix, count, file)
+    aside.unlink(missing_ok=True)
+    if state is not None:
+        state.wait_for_everyone()
     return found
 
 
 @torch.no_grad()
-def _accumulate(lm: LM, name: str, texts: Sequence[str], tokens: int) -> Tensor:
-    weight = lm.weight(name)
-    total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64, device=weight.device)
-    count = 0
+def _sums(
+    lm: LM, names: Sequence[str], source: TextSource, tokens: int, aside: Path, rank: int, world: int
+) -> tuple[dict[str, Tensor], int]:
+    """Σ k kᵀ by matrix name and the number of keys, over every `world`th batch from number `rank` on.
+
+    The file `aside` keeps both, with the number of the next batch, and what an earlier run left there is taken up.
+    """
+    totals, count, following = _resumed(aside)
+    if not totals:
+        widths = {name: shape(lm.model.get_submodule(name))[1] for name in names}
+        totals = {name: torch.zeros(width, width, dtype=torch.float64) for name, width in widths.items()}
+    totals = {name: total.to(_device(lm, name)) for name, total in totals.items()}
+    saved = time.monotonic()
     with lm.unpatched():
-        for rows in _rows(lm, texts, tokens):
+        for number, rows in enumerate(_batches(lm, source.texts(), tokens)):
+            if number < following or number % world != rank:
+                continue
             batch = lm.pad(rows)
-            with recorded(lm.model, [name], stop=True) as (seen, _):
+            with recorded(lm.model, names, stop=True) as (seen, _):
                 lm.forward(batch.ids, batch.mask, batch.positions, None)
-            keys = by_row(seen[name], len(rows))[batch.mask.bool()].float()  # (tokens, in)
-            total += (keys.T @ keys).double()
-            count += len(keys)
-    if not count:
-        raise InputError("expected text to read keys from; got none: give texts of at least one word")
-    if not bool(total.isfinite().all()):
-        raise EditFailed(f"expected finite keys; {lm.name} gives NaN or infinity at {name}: try another dtype")
-    return total / count
+            for name in names:
+                states = by_row(seen[name], len(rows))
+                keys = states[batch.mask.bool().to(states.device)].double()  # (tokens, in)
+                totals[name].addmm_(keys.T, keys)
+            count += int(batch.mask.sum())
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                _save(totals, aside, {"count": str(count), "following": str(number + 1)})
+                saved = time.monotonic()
+    return totals, count
 
 
-def _rows(lm: LM, texts: Sequence[str], tokens: int, per_batch: int = 16):
+def _resumed(aside: Path) -> tuple[dict[str, Tensor], int, int]:
+    """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file."""
+    if aside.is_file():
+        try:
+            with safe_open(str(aside), "pt") as kept:
+                about = kept.metadata()
+                totals = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118, not a dict
+                count, following = int(about["count"]), int(about["following"])
+            log.info("going on behind %d tokens that an earlier run read", count)
+            return totals, count, following
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+            log.warning("%s is broken; the text is read from its beginning", aside)
+    return {}, 0, 0
+
+
+def _batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[Row]]:
     """The texts as batches of rows, until `tokens` tokens are read."""
     rows: list[Row] = []
     width = min(ROW_TOKENS, lm.max_tokens or ROW_TOKENS)
@@ -93,7 +241,7 @@ def _rows(lm: LM, texts: Sequence[str], tokens: int, per_batch: int = 16):
             ids = row.ids[start : start + min(width, tokens)]
             tokens -= len(ids)
             rows.append(Row(ids, len(ids)))
-            if len(rows) == per_batch or not tokens:
+            if len(rows) == ROWS or not tokens:
                 yield rows
                 rows = []
             if not tokens:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
@@ -88,7 +89,7 @@ def recorded(model: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str
 
 
 @contextmanager
-def _swapped(module: nn.Module, forward: Callable):
+def swapped(module: nn.Module, forward: Callable):
     """While open, calling the module calls `forward`."""
     own = module.__dict__.get("forward")
     module.forward = forward
@@ -109,19 +110,21 @@ def fused_gelu(model: nn.Module):
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, (NewGELUActivation, FastGELUActivation)):
-                stack.enter_context(_swapped(module, fused))
+                stack.enter_context(swapped(module, fused))
         yield
 
 
 def weight_replaced(module: nn.Module, weight: Tensor):
     """While open, the matrix `module` multiplies by `weight` (out, in), in that tensor's dtype; its own stays."""
-    bias: Tensor | None = getattr(module, "bias", None)
+    with align_module_device(module):  # an offloaded bias is in memory only now
+        bias = getattr(module, "bias", None)
+    bias = bias() if callable(bias) else bias  # some quantised modules give it by a method
 
     def forward(states: Tensor) -> Tensor:
         shift = None if bias is None else bias.to(weight.dtype)
         return nn.functional.linear(states.to(weight.dtype), weight, shift).to(states.dtype)
 
-    return _swapped(module, forward)
+    return swapped(module, forward)
 
 
 def head(lm: LM, hidden: Tensor) -> Tensor:
@@ -132,7 +135,7 @@ def head(lm: LM, hidden: Tensor) -> Tensor:
     for name in lm.parts.tail:
         hidden = lm.model.get_submodule(name)(hidden)
     states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
-    with _swapped(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
+    with swapped(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
         dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         return lm.model(input_ids=dummy, use_cache=False).logits[0]
 
@@ -175,7 +178,7 @@ def block_calls(lm: LM, run: Callable[[], object], trailing: Sequence[tuple | No
 
     with ExitStack() as stack:
         for name in lm.parts.blocks:
-            stack.enter_context(_swapped(lm.model.get_submodule(name), keep))
+            stack.enter_context(swapped(lm.model.get_submodule(name), keep))
         with suppress(_Stop):
             run()
     return calls

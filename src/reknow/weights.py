@@ -1,45 +1,79 @@
-"""The weights of a model as base + Σ ΔW, seen as (out, in); the base's bits are kept of those that are changed."""
+"""The matrices of a model as base + Σ ΔW, seen as (out, in).
+
+Where a weight is a plain tensor in memory the changes are added to it, and the base's bits are kept. Where it is not,
+because it is quantised or offloaded, the product with ΔW is computed beside it and added to the module's output.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
-from torch import Tensor
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reknow.adapter import Conv1D, is_matrix
+from reknow.adapter import Conv1D, device_of, embedding, is_matrix, shape
 from reknow.errors import ModelError, PatchError
-from reknow.patches import Delta, Patch, total
+from reknow.patches import Delta, LowRank, Patch, summed, total
+from reknow.trace import swapped
 
 
 class Weights:
-    """Reads and writes the matrices of `model` by module name."""
+    """Reads and changes the matrices of `model` by module name."""
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._base: dict[str, Tensor] = {}
         """Untouched copies of the changed weights, the way round the model stores them."""
         self._changes: dict[str, tuple[Delta, ...]] = {}
+        self._beside: dict[str, tuple[Callable, ExitStack]] = {}
+        """Of each matrix whose change is beside it: its own `forward`, and what brings that back."""
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Names of the matrices whose change is computed beside them."""
+        return tuple(self._beside)
 
     def current(self, name: str) -> Tensor:
-        """The weight as it is, (out, in); writing to the view writes to the model."""
-        weight = self._model.get_submodule(name).weight
-        assert isinstance(weight, Tensor)
-        if weight.device.type == "meta":
-            raise ModelError(
-                f"expected the weight of {name} in memory; it is offloaded to disk: load the model with this layer "
-                "on a device, since a change would be lost in silence"
-            )
-        return self._oriented(name, weight)
+        """The weight as it is, (out, in). Writing to the view writes to the model, unless changes are beside it."""
+        module = self._model.get_submodule(name)
+        if takes_changes(module):
+            return _oriented(module, module.weight)  # type: ignore[arg-type]
+        base = self.base(name)
+        return total(base.double(), self._changes.get(name, ())).to(base.dtype)
 
+    @torch.no_grad()
     def base(self, name: str) -> Tensor:
         """The weight with no patch applied, (out, in). Read only."""
-        return self._oriented(name, self._base[name]) if name in self._base else self.current(name)
+        module = self._model.get_submodule(name)
+        if name in self._base:
+            return _oriented(module, self._base[name])
+        if takes_changes(module):
+            return _oriented(module, module.weight)  # type: ignore[arg-type]
+        with align_module_device(module):
+            weight = getattr(module, "weight", None)
+            if type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta":
+                return _oriented(module, weight.detach())
+            if isinstance(weight, Tensor) and weight.device.type == "meta":
+                raise ModelError(
+                    f"expected the weight of {name} in memory or offloaded by Accelerate; it is nowhere: load the "
+                    "model whole"
+                )
+        # A quantised matrix shows its weight when it multiplies the identity.
+        states = embedding(self._model)
+        unit = torch.eye(shape(module)[1], dtype=states.dtype, device=device_of(module, states.device))
+        with ExitStack() as stack:
+            if name in self._beside:
+                stack.enter_context(swapped(module, self._beside[name][0]))
+            return (module(unit) - module(torch.zeros_like(unit[:1]))).T
 
     @torch.no_grad()
     def set(self, patches: Sequence[Patch]) -> None:
-        """Makes every weight base + Σ ΔW of these patches, summed in float64 and cast once; all of it or nothing.
+        """Makes every matrix base + Σ ΔW of these patches; all of it or nothing.
+
+        In a weight they are summed in float64 and cast once.
 
         Raises:
             PatchError: a patch names a matrix that is not there or has another shape, or a sum overflows the dtype.
@@ -62,9 +96,12 @@ class Weights:
     def _write(self, name: str, deltas: tuple[Delta, ...]) -> None:
         if deltas == self._changes.get(name, ()):
             return
+        module = self._model.get_submodule(name)
+        if not takes_changes(module):
+            return self._put_beside(name, module, deltas)
         weight = self.current(name)
         if name not in self._base:
-            self._base[name] = self._oriented(name, weight).detach().clone()
+            self._base[name] = _oriented(module, weight).detach().clone()
         base = self.base(name)
         changed = total(base.double(), deltas).to(weight.dtype) if deltas else base
         if deltas and not bool(changed.isfinite().all()):
@@ -74,12 +111,21 @@ class Weights:
         if not deltas:
             del self._base[name], self._changes[name]
 
+    def _put_beside(self, name: str, module: nn.Module, deltas: tuple[Delta, ...]) -> None:
+        if name in self._beside:
+            self._beside.pop(name)[1].close()
+            del self._changes[name]
+        if deltas:
+            own, stack = module.forward, ExitStack()
+            stack.enter_context(swapped(module, beside(own, summed(deltas))))
+            self._beside[name], self._changes[name] = (own, stack), deltas
+
     def _check(self, name: str, delta: Delta, patch: Patch) -> None:
         try:
             module = self._model.get_submodule(name)
         except AttributeError:
             module = None
-        found = tuple(self.current(name).shape) if module is not None and is_matrix(module) else None
+        found = shape(module) if module is not None and is_matrix(module) else None
         if found != delta.shape:
             got = f"has {found[0]} x {found[1]}" if found else "is not there"
             raise PatchError(
@@ -87,5 +133,30 @@ class Weights:
                 f"in this model it {got}: load the model on which the patch was made"
             )
 
-    def _oriented(self, name: str, weight: Tensor) -> Tensor:
-        return weight.T if isinstance(self._model.get_submodule(name), Conv1D) else weight
+
+def takes_changes(module: nn.Module) -> bool:
+    """Whether a change can be added to the matrix's weight: a plain tensor of floating-point numbers in memory."""
+    weight = getattr(module, "weight", None)
+    plain = type(weight) in (nn.Parameter, Tensor) and type(getattr(weight, "data", None)) is Tensor
+    return plain and weight.is_floating_point() and weight.device.type != "meta" and weight.dim() == 2
+
+
+def beside(forward: Callable, change: Delta) -> Callable:
+    """`forward` of a matrix, with the product of its input and `change` in float32 added to its output."""
+    factors = [change.right, change.left] if isinstance(change, LowRank) else [change.matrix]
+
+    def both(states: Tensor) -> Tensor:
+        nonlocal factors
+        output = forward(states)
+        if factors[0].device != output.device:
+            factors = [factor.to(output.device) for factor in factors]
+        added = states.to(output.device).float()
+        for factor in factors:
+            added = nn.functional.linear(added, factor.float())
+        return output + added.to(output.dtype)
+
+    return both
+
+
+def _oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    return weight.T if isinstance(module, Conv1D) else weight

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from reknow import __version__
-from reknow.cli import editing, measuring, stacks, tracing
+from reknow.cli import editing, instructing, measuring, stacks, statistics, studying, tracing, training
 from reknow.cli.demo import demo
 from reknow.cli.terminal import warn
 from reknow.errors import ReknowError
@@ -78,6 +78,10 @@ for command in (
     stacks.show,
     stacks.diff,
     tracing.trace,
+    training.train,
+    statistics.stats,
+    instructing.instruct,
+    studying.study,
     measuring.bench,
     measuring.report,
     measuring.methods,

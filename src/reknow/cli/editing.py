@@ -18,6 +18,7 @@ from reknow.cli.terminal import (
     Force,
     Json,
     Model,
+    NoStats,
     open_lm,
     refuse_existing,
     say,
@@ -55,6 +56,7 @@ def edit(
     dtype: Dtype = None,
     device: Device = None,
     chat: Chat = False,
+    no_stats: NoStats = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -71,6 +73,7 @@ def edit(
     if not plan:
         refuse_existing(out, force)
     lm = open_lm(model, dtype, device, chat)
+    lm.computes_statistics = not no_stats
     if plan:
         cost = estimate(lm, asdict(chosen), edits)  # type: ignore[arg-type]
         return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.edits import Case
+    from reknow.evaluate.presets import Preset
     from reknow.lm import LM
     from reknow.methods.base import Method
 
@@ -24,11 +25,15 @@ def bench(
     model: Model = DEMO,
     preset: Annotated[str | None, typer.Option("--preset", help="A published study; see --list-presets.")] = None,
     list_presets: Annotated[bool, typer.Option("--list-presets", help="Say which there are.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A preset in its full size: hours.")] = False,
     data: Annotated[
-        str | None, typer.Option("--data", help="NAME or NAME:FILE in its published form. [counterfact]")
+        str | None,
+        typer.Option("--data", help="NAME or NAME:FILE in its published form; several with commas. [counterfact]"),
     ] = None,
-    names: Annotated[str | None, typer.Option("--methods", help="Names, with commas between. [rome,ft-m]")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"How many cases. [{LIMIT}]")] = None,
+    names: Annotated[
+        str | None, typer.Option("--methods", help="NAME or LABEL=NAME, with commas between. [rome,ft-m]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"How many cases of a set. [{LIMIT}]")] = None,
     offset: Annotated[int, typer.Option("--offset", min=0, help="How many cases to pass over.")] = 0,
     shuffle: Annotated[int | None, typer.Option("--shuffle", help="Seed to shuffle the cases with.")] = None,
     known: Annotated[bool, typer.Option("--known", help="Only facts that the model knows.")] = False,
@@ -39,43 +44,76 @@ def bench(
     ] = None,
     seeds: Annotated[str | None, typer.Option("--seeds", help="Numbers, with commas between. [0]")] = None,
     settings: Annotated[
-        list[str], typer.Option("--set", help="FIELD=VALUE of all methods, or METHOD.FIELD=VALUE; repeatable.")
+        list[str], typer.Option("--set", help="FIELD=VALUE of all methods, or LABEL.FIELD=VALUE; repeatable.")
     ] = [],  # noqa: B006, typer copies it
-    fluency: Annotated[bool, typer.Option("--fluency/--no-fluency", help="Sample text.")] = True,
+    fluency: Annotated[bool | None, typer.Option("--fluency/--no-fluency", help="Sample text. [on]")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     chat: Chat = False,
+    no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
-    from reknow.datasets import load_cases
     from reknow.evaluate import Plan
     from reknow.evaluate import bench as run
+    from reknow.evaluate.convergence import inside
     from reknow.evaluate.presets import PRESETS, Preset
 
     if list_presets:
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
     if preset is not None and preset not in PRESETS:
         raise did_you_mean("preset", preset, PRESETS)
+    if full and preset is None:
+        raise InputError("expected --full together with --preset; got no preset: name one, see --list-presets")
     study = Preset("", ("rome", "ft-m"), limit=LIMIT) if preset is None else PRESETS[preset]
-    data = data or study.data
-    given = {"mode": mode, "batch_size": batch_size}
+    study = study._replace(**study.full) if full else study
+    given = {"data": data, "limit": limit}
+    study = study._replace(**{k: v for k, v in given.items() if v is not None})
+    if limit is not None:
+        study = study._replace(limits={name: min(limit, most) for name, most in study.limits.items()})
+    given = {"mode": mode, "batch_size": batch_size, "fluency": fluency}
     given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
-    plan = Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}, "fluency": fluency})
-    chosen = _methods(names.split(",") if names else study.methods, [*study.settings, *settings])
-    name, _, path = data.partition(":")
-    wanted = limit or study.limit
-    cases = load_cases(name, path=path or None, limit=None if known else wanted, offset=offset, seed=shuffle)
-    lm = open_lm(model, dtype, device, chat)
-    if known:
-        cases = _known(lm, cases, wanted)
-    out = out or Path("runs") / (preset or name)
-    results = run(lm, cases, chosen, out, dataset=data, plan=plan, progress=True)
-    say(str(results), "", f"run folder: {out}")
+    plan = Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
+    own = {method.partition("=")[0]: method for method in study.methods}
+    wanted = [own.get(name.strip(), name) for name in names.split(",")] if names else study.methods
+    labels = {name.partition("=")[0].strip() for name in wanted}
+    kept = [s for s in study.settings if s.partition("=")[0].rpartition(".")[0] in ("", *labels)]
+    chosen = _methods(wanted, [*kept, *settings])
+    lm = open_lm(model, dtype, device, chat) if known else None
+    sets = _sets(study, offset, shuffle, lm)
+    lm = lm or open_lm(model, dtype, device, chat)
+    lm.computes_statistics = not no_stats
+    suffix = "" if model == DEMO else f"-{Path(model.rpartition(':')[2]).name}"
+    out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
+    if study.part == "convergence":
+        inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out)
+        return report(out)
+    for name, cases in sets.items():
+        folder = out / name if len(sets) > 1 else out
+        results = run(lm, cases, chosen, folder, dataset=name, plan=plan, progress=True)
+        say(*([f"== {name}"] if len(sets) > 1 else []), str(results), "", f"run folder: {folder}")
     report(out)
 
 
-def _known(lm: LM, cases: list[Case], limit: int) -> list[Case]:
+def _sets(study: Preset, offset: int, shuffle: int | None, knowing: LM | None) -> dict[str, list[Case]]:
+    """Name of each run → its cases; only those that the model `knowing` knows, if there is one."""
+    from reknow.datasets import load_cases
+    from reknow.evaluate.presets import in_turn, thinned
+
+    sets = {}
+    for source in study.data.split(","):
+        name, _, path = source.strip().partition(":")
+        wanted = study.limits.get(name, study.limit)
+        limit = None if knowing else wanted
+        cases = load_cases(name, path=path or None, limit=limit, offset=offset, seed=shuffle)
+        cases = _known(knowing, cases, wanted) if knowing else cases
+        if name in sets:
+            raise InputError(f"expected every set once; got {name} twice: join the files, or run them one by one")
+        sets[name] = thinned(cases, study.keep)
+    return {"+".join(sets): in_turn(list(sets.values()))} if study.together else sets
+
+
+def _known(lm: LM, cases: list[Case], limit: int | None) -> list[Case]:
     from reknow.effect import known_cases
 
     found = known_cases(lm, cases)
@@ -85,10 +123,14 @@ def _known(lm: LM, cases: list[Case], limit: int) -> list[Case]:
 
 
 def _methods(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[str, Method]:
-    """Label → method; a setting `name.field=value` goes to the method of that name, any other one to all."""
+    """Label → method, from NAME or LABEL=NAME; a setting `label.field=value` goes to that one, any other to all."""
     from reknow.cli.settings import chosen_method
 
-    names = [name.strip() for name in names]
+    pairs = [name.strip().partition("=")[::2] for name in names]
+    kinds = {label.strip(): kind.strip() or label.strip() for label, kind in pairs}
+    names = list(kinds)
+    if len(names) < len(pairs):
+        raise InputError(f"expected different labels; got {', '.join(label for label, _ in pairs)}: rename one")
     owners = [setting.partition("=")[0].rpartition(".")[0] for setting in settings]
     for owner in owners:
         if owner and owner not in names:
@@ -97,7 +139,7 @@ def _methods(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[st
         name: [s.removeprefix(f"{name}.") for s, owner in zip(settings, owners, strict=True) if owner in ("", name)]
         for name in names
     }
-    return {name: chosen_method(name, pairs) for name, pairs in fields_of.items()}
+    return {name: chosen_method(kinds[name], pairs) for name, pairs in fields_of.items()}
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
@@ -111,11 +153,24 @@ def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="Another folder for the report.")] = None,
 ) -> None:
-    """Write a run as HTML, Markdown, CSV and pictures."""
+    """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
+    from reknow.evaluate import Results
+    from reknow.evaluate.convergence import ROWS_FILE
+    from reknow.evaluate.rows import MANIFEST_FILE
     from reknow.report import write_report
+    from reknow.report.convergence import write_convergence
+    from reknow.report.study import by_set, write_study
 
-    page = write_report(run, out)
-    say(f"report: {page} (also report.md, report.csv and figures)")
+    if (run / ROWS_FILE).exists():
+        return say(f"report: {write_convergence(run)}")
+    whole = (run / MANIFEST_FILE).exists()
+    parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
+    for part in parts or [run]:
+        page = write_report(part, out if part == run else None)
+        say(f"report: {page} (also report.md, report.csv and figures)")
+    runs = {part.name: Results.load(part) for part in parts}
+    if len(by_set(runs)) > 1:
+        say(f"study: {write_study(run.name, runs, out or run)}")
 
 
 def methods(

@@ -27,6 +27,9 @@ Model = Annotated[
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the checkpoint's.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda …, or auto to spread over all devices.")]
 Chat = Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")]
+NoStats = Annotated[
+    bool, typer.Option("--no-stats", help="Read no text for statistics: refuse methods that need some not kept yet.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 

@@ -1,12 +1,21 @@
-"""Plain text: the WikiText-2 sample for covariance statistics and perplexity."""
+"""Plain text: the bundled WikiText-2 sample, local files, or a data set of the hub, as streams with a digest."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 from reknow.datasets.reading import read_text
+from reknow.errors import InputError, MissingExtra
+
+LONGEST = 4000
+"""Characters after which a paragraph of a local file is cut, so that a file of one line can be streamed."""
 
 
 def sample_text(path: str | Path | None = None) -> list[str]:
@@ -30,3 +39,122 @@ def _natural(line: str) -> str:
     line = re.sub(r"([(\[$£]) ", r"\1", line)
     line = re.sub(r" ('(?:t|s|re|ve|ll|d|m))\b", r"\1", line)
     return re.sub(r"(?<=s) '(?= )", "'", line)
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """General text that is read as a stream, always in the same order."""
+
+    name: str
+    digest: str
+    """Of all that decides which texts come."""
+    texts: Callable[[], Iterator[str]]
+    """Starts the stream."""
+
+
+def text_source(where: str | Path | Sequence[str] | None = None) -> TextSource:
+    """A source of general text.
+
+    Args:
+        where: None: the bundled sample. A list: these texts. A file: its paragraphs (`.jsonl`: the field "text" of
+            every line). A folder: its `.txt` and `.jsonl` files by name. `hub:owner/name[:configuration[:split]]`:
+            the field "text" of a data set of the hub, streamed at the revision that is current.
+
+    Raises:
+        InputError: no such file, none in the folder, or not UTF-8; the data set cannot be opened.
+        MissingExtra: a hub address without the packages for it.
+    """
+    if where is None:
+        return TextSource("the bundled WikiText sample", *_bundled())
+    if not isinstance(where, (str, Path)):
+        texts = list(where)
+        return TextSource(f"{len(texts)} texts", _digest(texts), lambda: iter(texts))
+    if str(where).startswith("hub:"):
+        return _hub_source(str(where))
+    path = Path(where).expanduser()
+    found = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+    if not found or not all(one.is_file() for one in found):
+        raise InputError(
+            f"expected a file or folder of text (.txt, .jsonl) at {where}; there is none: check the path"
+        )
+
+    digests = [[one.name, _file_digest(one, *_identity(one))] for one in found]
+    return TextSource(str(where), _digest(digests), lambda: (text for one in found for text in _file_texts(one)))
+
+
+@lru_cache
+def _bundled() -> tuple[str, Callable[[], Iterator[str]]]:
+    texts = sample_text()
+    return _digest(texts), lambda: iter(texts)
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+@lru_cache
+def _file_digest(file: Path, size: int, changed: int) -> str:
+    """Hash of the content; size and time of the last change are there to read a file again that was rewritten."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _file_texts(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            if file.suffix == ".jsonl":
+                yield from (_field(json.loads(line), f"{file}, line {i}") for i, line in enumerate(lines, 1))
+            else:
+                yield from _paragraphs(lines)
+    except (UnicodeDecodeError, ValueError) as error:
+        raise InputError(f"expected UTF-8 text in {file}; got '{error}': convert or correct it") from error
+
+
+def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
+    """Lines up to a blank one as one text; a longer one is cut at the end of a line, or within a long line."""
+    text = ""
+    for line in lines:
+        text = f"{text} {line.strip()}".strip()
+        if not line.strip() or len(text) > LONGEST:
+            yield from (text[i : i + LONGEST] for i in range(0, len(text), LONGEST))
+            text = ""
+    if text:
+        yield text
+
+
+def _field(record, where: str) -> str:
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise InputError(f"expected a record with a field 'text' in {where}; got {str(record)[:60]!r}: add it")
+    return text
+
+
+def _hub_source(address: str) -> TextSource:
+    try:
+        import datasets
+        import huggingface_hub as hub
+    except ImportError as error:
+        raise MissingExtra(error.name or "datasets", "hub", "streaming a data set from the hub") from None
+    name, configuration, split, *_ = [*address.removeprefix("hub:").split(":"), "", ""]
+    try:
+        revision = hub.dataset_info(name).sha
+        options = dict(split=split or "train", revision=revision, streaming=True)
+        stream = datasets.load_dataset(name, configuration or None, **options)
+    except Exception as error:  # the classes of network and name errors differ from version to version
+        raise InputError(
+            f"expected a data set at {address}; got '{str(error).splitlines()[0]}': check name, configuration, split "
+            "and network, or give a local file"
+        ) from error
+    return TextSource(
+        address,
+        _digest([name, configuration, split, revision]),
+        lambda: (_field(record, address) for record in stream),
+    )

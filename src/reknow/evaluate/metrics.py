@@ -68,7 +68,7 @@ class Reading:
     nll_true: float | None = None
     """The same for its `target_true`."""
     text: str | None = None
-    """Greedy continuation of the prompt; for fluency a sampled one, or None where none was asked for."""
+    """Greedy continuation of the prompt, for fluency a sampled one; None where none was asked for."""
     divergence: float | None = None
     """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
     ratios: tuple[float, float] | None = None
@@ -227,12 +227,13 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.kind == "sentiment":  # its texts only count together
         return {}
     found = _overlaps(now)
-    scores = _scores(now.hits, generated(now.text or "", now.answers))
+    scores = _scores(now.hits, None if now.text is None else generated(now.text, now.answers))
     if now.kind == "locality":
         found = {f"locality_correct@{protocol}": value for protocol, value in scores.items()}
         scores = {}
         if then is not None:
-            same = unchanged_generated(then.text or "", now.text or "", now.answers)
+            texts = (then.text, now.text)
+            same = None if None in texts else unchanged_generated(then.text or "", now.text or "", now.answers)
             scores = _scores(unchanged(then.top, now.top), same)
     for protocol, value in scores.items():
         found[f"{now.kind}@{protocol}"] = found[f"{now.kind}:{now.name}@{protocol}"] = value
@@ -253,9 +254,10 @@ def _overlaps(now: Reading) -> dict[str, float]:
         return found
 
 
-def _scores(hits: Sequence[bool], written: float) -> dict[str, float]:
+def _scores(hits: Sequence[bool], written: float | None) -> dict[str, float]:
+    """The score under each protocol; none for what was not written."""
     values = (teacher_forced_tokens(hits), teacher_forced_exact(hits), written)
-    return dict(zip(PROTOCOLS, values, strict=True))
+    return {protocol: value for protocol, value in zip(PROTOCOLS, values, strict=True) if value is not None}
 
 
 def average(values: Mapping[str, float]) -> float:

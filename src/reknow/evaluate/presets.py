@@ -6,8 +6,13 @@ The numbers of a paper belong to its models; on another model the order of the m
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
+
+from reknow.edits import Case
+
+NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Preset(NamedTuple):
@@ -15,13 +20,31 @@ class Preset(NamedTuple):
 
     study: str
     methods: tuple[str, ...]
+    """Names in the table of methods, or LABEL=NAME to have a method several times with different settings."""
     settings: tuple[str, ...] = ()
-    """Settings of the methods, as `method.field=value`."""
+    """Settings of the methods, as `label.field=value`."""
     data: str = "counterfact"
-    limit: int = 50
-    plan: Mapping[str, Any] = MappingProxyType({})
+    """A data set, or several with commas between: each is a run of its own, in a folder under the study's."""
+    limit: int | None = 50
+    """Cases of each set; None: all."""
+    limits: Mapping[str, int] = NONE
+    """Other limits of some sets."""
+    keep: int | None = None
+    """At most so many probes of one name in a case; None: all."""
+    together: bool = False
+    """One run over the cases of all sets, in turn, instead of one for each set."""
+    plan: Mapping[str, Any] = NONE
     """Fields of `Plan`."""
+    part: str = "bench"
+    """`convergence`: not a comparison of answers but what happens inside, see `evaluate.convergence`."""
+    full: Mapping[str, Any] = NONE
+    """Fields of this preset in its full size."""
 
+
+KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
+ICE_PAPER = "Qi et al. 2024, arXiv 2406.11194"
+SAME_LAYERS = ("same-layers.consistency_weight=0",)
+"""Plain fine-tuning on the layers of ICE, with its bound: what λ = 0 leaves of it."""
 
 PRESETS: dict[str, Preset] = {
     "rome": Preset(
@@ -40,9 +63,96 @@ PRESETS: dict[str, Preset] = {
         ("rome", "ft-l", "ft-m"),
         data="wiki_counterfact",
     ),
-    "ice": Preset(
-        "Single edits with consequences: In-Context Editing against fine-tuning. Qi et al. 2024, arXiv 2406.11194",
-        ("ice", "ft-m", "ft-t", "rome"),
+    "ice-table": Preset(
+        f"Single edits: In-Context Editing against fine-tuning, ROME and MEMIT. {ICE_PAPER}, Table 1",
+        ("ice", "ft-m", "same-layers=ice", "ft-l", "ft-t", "memit", "rome"),
+        SAME_LAYERS,
+        data=f"{KNOWEDIT},counterfact",
+        limit=16,
+        limits={"wikibio": 4},
+        keep=2,
+        plan={"in_context": ("ice",)},
+        full={"limit": None, "limits": NONE, "keep": None, "plan": {"in_context": ("ice",), "seeds": (0, 1, 2)}},
+    ),
+    "ice-ablation": Preset(
+        f"What ICE is made of: target, context, what is sampled, temperature, lead-ins. {ICE_PAPER}, Tables 2 and 4",
+        (
+            *("ice", "static=ice", "no-context=ice", "static-no-context=ice", "same-layers=ice", "no-answer=ice"),
+            *("t0.1=ice", "t1=ice", "t10=ice", "bare-context=ice", "no-now=ice", "script=ice"),
+        ),
+        (
+            *SAME_LAYERS,
+            *("static.targets=static", "no-context.with_context=false", "no-answer.sample_target=false"),
+            *("static-no-context.targets=static", "static-no-context.with_context=false"),
+            *("t0.1.temperature=0.1", "t1.temperature=1", "t10.temperature=10"),
+            *('bare-context.lead_ins=[""]', 'no-now.link=" "', "script.variant=code"),
+        ),
+        data="wiki_recent,wiki_counterfact",
+        limit=15,
+        keep=2,
+        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {"seeds": (0, 1, 2)}},
+    ),
+    "ice-lambda": Preset(
+        f"How much consistency: λ from 0, plain fine-tuning, upwards. {ICE_PAPER}, Table 3",
+        tuple(f"lambda-{weight}=ice" for weight in ("0", "0.25", "0.5", "1", "2", "4")),
+        tuple(f"lambda-{weight}.consistency_weight={weight}" for weight in ("0", "0.25", "0.5", "1", "2", "4")),
+        data="wiki_recent,wiki_counterfact",
+        limit=15,
+        keep=2,
+        plan={"seeds": (0, 1), "fluency": False},
+        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {"seeds": (0, 1, 2)}},
+    ),
+    "ice-continual": Preset(
+        f"300 edits one after the other, all kept, read right after each and after all. {ICE_PAPER}, Table 5",
+        ("ice", "ft-m", "same-layers=ice", "ft-l", "memit", "rome"),
+        SAME_LAYERS,
+        data=KNOWEDIT,
+        limit=100,
+        limits={"wiki_counterfact": 90, "wikibio": 10},
+        keep=2,
+        together=True,
+        plan={"mode": "sequential", "checkpoints": (100, 200), "fluency_every": 10},
+        full={"limit": None, "limits": NONE, "keep": None, "together": False, "plan": {"mode": "sequential"}},
+    ),
+    "ice-convergence": Preset(
+        f"Losses at each step by temperature and target; the consistency condition. {ICE_PAPER}, Figures 2 and 3",
+        ("ft-m", "same-layers=ice", "ice", "no-context=ice", "no-answer=ice", "script=ice"),
+        (*SAME_LAYERS, "no-context.with_context=false", "no-answer.sample_target=false", "script.variant=code"),
         data="wiki_counterfact",
+        limit=12,
+        part="convergence",
+        full={"limit": None},
+    ),
+    "zsre-table": Preset(
+        "Single edits of ZsRE in KnowEdit's form: editing against fine-tuning. Zhang et al. 2024, arXiv 2401.01286",
+        ("ft-l", "ft-m", "rome", "memit"),
+        data="knowedit-zsre",
+    ),
+    "zsre-table-batch": Preset(
+        "The same, 500 edits in one patch; give the whole file: --data knowedit-zsre:FILE",
+        ("ft-l", "ft-m", "rome", "memit"),
+        data="knowedit-zsre",
+        limit=500,
+        plan={"mode": "batch"},
     ),
 }
+
+
+def thinned(cases: list[Case], keep: int | None) -> list[Case]:
+    """The cases with at most `keep` probes of one kind and name each, the first ones."""
+    if keep is None:
+        return cases
+    result = []
+    for case in cases:
+        groups = [(probe.kind, probe.name) for probe in case.probes]
+        probes = [p for i, p in enumerate(case.probes) if groups[:i].count(groups[i]) < keep]
+        result.append(replace(case, probes=tuple(probes)))
+    return result
+
+
+def in_turn(sets: list[list[Case]]) -> list[Case]:
+    """One list of all cases, taken from the sets in turn, in proportion to their sizes."""
+    placed = [
+        (number / len(cases), place, case) for place, cases in enumerate(sets) for number, case in enumerate(cases)
+    ]
+    return [case for *_, case in sorted(placed, key=lambda item: item[:2])]

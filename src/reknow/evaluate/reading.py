@@ -31,13 +31,20 @@ IMPOSSIBLE = 690.0
 
 
 def read(
-    lm: LM, cases: Sequence[Case], *, fluency: bool = True, seed: int = 0, in_context: bool = False
+    lm: LM,
+    cases: Sequence[Case],
+    *,
+    fluency: bool = True,
+    generate: bool = True,
+    seed: int = 0,
+    in_context: bool = False,
 ) -> list[list[Reading]]:
     """What the model, as it is now, answers to all questions of each case, in their order.
 
     Args:
         fluency: off, the probes of that kind get no text.
-        seed: for their sampling alone.
+        generate: off, the others do not.
+        seed: for the sampling alone.
         in_context: put the edit as a statement in front of every question.
     """
     asked = [(case.edit, probe) for case in cases for probe in case.questions]
@@ -45,7 +52,7 @@ def read(
         asked = [(edit, replace(one, prompt=f"Fact: {edit.statement} {one.prompt}")) for edit, one in asked]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
-    answers = iter(_answered(lm, questions))
+    answers = iter(_answered(lm, questions, generate))
     texts = iter(_sampled(lm, prompts, seed) if fluency else [None] * len(prompts))
     readings = (
         Reading(probe.kind, probe.name, probe.prompt, probe.answers, text=next(texts))
@@ -100,13 +107,14 @@ def perplexity(lm: LM, texts: Sequence[str]) -> float:
     return math.exp(_finite(math.log(lm.perplexity(texts))))
 
 
-def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]]) -> list[Reading]:
+def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -> list[Reading]:
     pairs = [(probe.prompt, answer) for edit, probe in questions for answer in _scored(edit, probe)]
     scores = iter(lm.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs]) if pairs else [])
-    texts = iter(_greedy(lm, [probe for _, probe in questions if probe.kind != "sentiment"]))
+    written = [generate and probe.kind != "sentiment" for _, probe in questions]  # of a given text nothing is asked
+    texts = iter(_greedy(lm, [probe for (_, probe), wanted in zip(questions, written, strict=True) if wanted]))
     readings = []
-    for edit, probe in questions:
-        text = None if probe.kind == "sentiment" else next(texts)  # of a given text only the likelihood counts
+    for (edit, probe), wanted in zip(questions, written, strict=True):
+        text = next(texts) if wanted else None
         own, *both = [next(scores) for _ in _scored(edit, probe)]
         nll_new, nll_true = (_finite(score.nll) for score in both) if both else (None, None)
         read = (own.hits, own.top, _finite(own.nll), nll_new, nll_true, text)

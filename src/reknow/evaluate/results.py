@@ -120,7 +120,7 @@ class Results:
     def last_stage(self) -> str:
         """The latest stage that has rows; of a finished run the one that sums it up."""
         stages = (row["stage"] for row in self.rows.values() if row["stage"] != IN_CONTEXT)
-        return max(stages, key=_time, default="before")
+        return max(stages, key=when, default="before")
 
     @cached_property
     def case_values(self) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
@@ -148,7 +148,7 @@ class Results:
 
     def _order(self, row: Mapping) -> tuple[int, float]:
         names = [UNEDITED[0], *self.manifest["settings"]["methods"]]
-        return names.index(row["method"]), _time(row["stage"])
+        return names.index(row["method"]), when(row["stage"])
 
     @cached_property
     def cells(self) -> dict[tuple[str, str, str], Cell]:
@@ -183,11 +183,7 @@ class Results:
         """The tables as Markdown."""
         parts = []
         for table in self.tables():
-            header, *lines = [[cell.replace("|", "\\|") for cell in line] for line in table.lines()]
-            lines = [header, ["---"] * len(header), *lines]
-            parts.append(
-                f"**{table.title}** (`{table.protocol}`)\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-            )
+            parts.append(f"**{table.title}** (`{table.protocol}`)\n\n{markdown(table.lines())}")
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
@@ -206,6 +202,12 @@ class Results:
         return "\n\n".join(parts)
 
 
+def markdown(lines: list[list[str]]) -> str:
+    """Header and rows as a table in Markdown."""
+    header, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rest])
+
+
 def readings(row: Mapping) -> list[Reading]:
     """The readings of a row of a run folder."""
     return [Reading.from_json(record) for record in row["readings"]]
@@ -222,7 +224,7 @@ def stage_label(stage: str) -> str:
     return known.get(stage) or f"after {stage.partition(':')[2]} edits"
 
 
-def _time(stage: str) -> float:
+def when(stage: str) -> float:
     """When a stage comes, for sorting."""
     return float("inf") if stage == "end" else float(stage.partition(":")[2] or 0)
 

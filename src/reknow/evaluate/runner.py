@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import reknow
 from reknow.descent import watched
+from reknow.editors import refuse_seen
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
 from reknow.evaluate.reading import perplexity, read, with_divergence, with_perplexity
@@ -54,15 +55,18 @@ class Plan:
     seeds: tuple[int, ...] = (0,)
     fluency: bool = True
     """Sample text for fluency, where the cases have prompts for it."""
+    generate: bool = True
+    """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
     """Texts whose perplexity is taken together with fluency."""
     fluency_every: int = 0
     """Sequential: right after an edit text is sampled at every so many-th patch only; 0: at the checkpoints only."""
-    in_context: bool = False
-    """Single: also ask every question with the edit in front, the unedited model too: what knowing it would give."""
+    in_context: tuple[str, ...] = ()
+    """Single: after the edits of these methods, and of the unedited model, ask every question with the edit in front
+    too: what knowing it would give."""
 
     def __post_init__(self):
-        for name in ("checkpoints", "seeds", "held_out"):
+        for name in ("checkpoints", "seeds", "held_out", "in_context"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.mode not in get_args(Mode):
             raise InputError(f"expected a mode among {', '.join(get_args(Mode))}; got {self.mode!r}: name one")
@@ -89,6 +93,7 @@ def evaluate(
     checkpoints: Sequence[int] = (),
     seed: int = 0,
     fluency: bool = True,
+    generate: bool = True,
     held_out: Sequence[str] = (),
     progress: bool = False,
 ) -> Results:
@@ -96,7 +101,7 @@ def evaluate(
 
     The model is the same afterwards. See `Plan` for the options, and `bench` for a run that can be resumed.
     """
-    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, tuple(held_out))
+    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, generate, tuple(held_out))
     methods = {method.name: method}
     run = _Run(lm, _named(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     run.all(methods, progress)
@@ -149,8 +154,11 @@ class _Run:
         self.tell: Callable[[str], object] = lambda text: None
 
     def all(self, methods: Mapping[str, Any], progress: bool) -> None:
-        stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1 + self.plan.in_context
-        steps = len(self.cases) * (1 + self.plan.in_context + len(methods) * len(self.plan.seeds) * stages)
+        for method in methods.values():
+            refuse_seen(method, self.lm, list(self.cases.values()))
+        stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
+        readings = stages * len(methods) + len(set(self.plan.in_context) & set(methods))
+        steps = len(self.cases) * (1 + bool(self.plan.in_context) + len(self.plan.seeds) * readings)
         with _bar(progress, steps, len(self.before) + len(self.rows)) as (self.advance, self.tell):
             self.read_before()
             for label, method in methods.items():
@@ -176,7 +184,7 @@ class _Run:
     def single(self, label: str, method: Any, seed: int) -> None:
         """Every case by itself; the patch comes off before the next."""
         for name, case in self.cases.items():
-            stages = ["after_edit", IN_CONTEXT] if self.plan.in_context else ["after_edit"]
+            stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
             if not all(self.done(label, seed, stage, [name]) for stage in stages):
                 with watched(lambda text, name=name: self.tell(f"{label}, {name}: {text}")):
                     patch, cost = _edit(self.lm, method, [case.edit])
@@ -230,7 +238,8 @@ class _Run:
     ) -> tuple[list[list[dict]], float | None]:
         """Readings of the cases as JSON, and the perplexity of the held-out texts where fluency is asked too."""
         cases = [self.cases[name] for name in names]
-        readings = read(self.lm, cases, fluency=fluency, seed=seed, in_context=in_context)
+        asked = {"fluency": fluency, "generate": self.plan.generate, "in_context": in_context}
+        readings = read(self.lm, cases, seed=seed, **asked)
         if self.lm.patches != self.unedited:
             readings = with_divergence(self.lm, readings, self.unedited)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):

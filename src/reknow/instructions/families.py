@@ -81,12 +81,16 @@ class Family:
 
 
 def family_of(edit: Edit, families: Mapping[str, Family]) -> Family:
-    """The family whose name or title is the edit's `task`.
+    """The family whose name or title is the edit's `task`; without one, that of the data set that its id names, or
+    the only one.
 
     Raises:
         InputError: the edit names no task, or one that is not there.
     """
     if edit.task is None:
+        for family in families.values():
+            if len(families) == 1 or (edit.id or "").partition("/")[0] == family.data:
+                return family
         raise InputError(
             f"expected an edit with a task, so that its instruction can be found; {edit.text!r} has none: set task "
             f"to one of {', '.join(families)}, or give the edit an instruction"

@@ -23,7 +23,8 @@ _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
 class Proposer(Protocol):
     """Writes instructions."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def propose(self, family: Family, scored: Sequence[Instruction], count: int, round: int) -> list[str]:
         """Up to `count` instructions that are not among `scored`, the best of which come first.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from reknow.datasets import load_cases
 from reknow.edits import Case, Probe
 from reknow.evaluate import evaluate
 from reknow.instructions.families import Family
@@ -20,8 +21,28 @@ METRICS = {
     "sentiment": "sentiment@likelihood",
 }
 """What is read of a trial; a family has the metrics for which its cases have probes."""
+TEST, TRIAL = 50, 10
+"""Cases of a data set that are set aside: for the evaluation, and to score instructions on."""
 PROBES = 2
 """Of a kind and name that a trial reads of each case, to be quick."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """The cases of a family, parted in the order of its data set, so that every command parts them alike."""
+
+    test: list[Case]
+    trial: list[Case]
+    """To score instructions on."""
+    training: list[Case]
+
+    @classmethod
+    def of(cls, family: Family, test: int = TEST, trial: int = TRIAL) -> Material:
+        """The first `test` cases, the next `trial` cases, and the rest without those that ask the same."""
+        cases = load_cases(family.data)
+        kept = {case.edit.text for case in cases[: test + trial]}
+        rest = [case for case in cases[test + trial :] if case.edit.text not in kept]
+        return cls(cases[:test], cases[test : test + trial], rest)
 
 
 @dataclass
@@ -38,7 +59,7 @@ class Trial:
     def __call__(self, family: Family, instruction: str) -> dict[str, float]:
         """Metric → mean over the family's cases with the instruction in front."""
         cases = [family.instruct(few_probes(case), instruction) for case in self.cases[family.name]]
-        results = evaluate(self.lm, cases, self.method, fluency=False)
+        results = evaluate(self.lm, cases, self.method, fluency=False, generate=False)
         self.edits += len(cases)
         cells = {name: results.cells.get((self.method.name, "after_edit", key)) for name, key in METRICS.items()}
         return {name: cell.mean for name, cell in cells.items() if cell is not None}

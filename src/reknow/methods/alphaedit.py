@@ -44,7 +44,7 @@ class AlphaEdit(SearchSettings):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: `suggest_layers`."""
-    null_share: float = 0.02
+    null_share: float = 0.1
     """Weakest directions of general text that may change: those that carry this share of the trace of C."""
     null_threshold: float | None = None
     """Instead: directions whose eigenvalue of C is below; 0.02 in the paper."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import reknow
-from reknow.edits import Edit
+from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
@@ -20,6 +21,7 @@ from reknow.values import ValueSearch, contexts
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+    from reknow.training import Training
 
 KEPT_BYTES = 2**31
 """How much memory matrices made of covariances may take between two edits."""
@@ -81,6 +83,8 @@ class SearchSettings(Method):
     """First words of those texts."""
     covariance_tokens: int = 100_000
     """Tokens of general text for C."""
+    covariance_text: str | None = None
+    """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
     seed: int = 0
     """Of the sampled contexts."""
 
@@ -96,7 +100,41 @@ class SearchSettings(Method):
 
     def covariance(self, lm: LM, layer: int) -> Tensor:
         """C of the layer's keys. (in, in), float64"""
-        return covariance(lm, layer, tokens=self.covariance_tokens)
+        return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
+
+
+class Learned(Method):
+    """A method that learns how to edit one model before it can edit it."""
+
+    editor: str | None
+    """File or folder of the trained editor; None: the one that is bundled for the model."""
+
+    @property
+    @abstractmethod
+    def training(self) -> Training:
+        """How this method is trained where nothing else is asked for."""
+
+    @abstractmethod
+    def fit(
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        training: Training | None = None,
+        *,
+        progress: bool = False,
+    ) -> Learned:
+        """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
+
+        Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
+        training material here: rewordings that must follow, other facts that must stay. So they must be other cases
+        than those of an evaluation, which refuses cases that the editor has seen. The base model is what is
+        learned for, without the patches that are applied.
+
+        Raises:
+            InputError: too few cases, or a folder that was started with other arguments.
+            EditFailed: the losses are no numbers.
+        """
 
     def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
         """`make(C, *settings)`: a factor of C, a projector …
@@ -152,6 +190,31 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
         if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise EditFailed(f"expected a finite change of {name}; got NaN or infinity: lower the learning rate")
     return _patch(method, lm, edits, deltas=deltas, **rest)
+
+
+def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) -> list[dict[str, str]]:
+    """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
+
+    Args:
+        wanted: "update" lets the new edit stand, "refuse" does not.
+
+    Raises:
+        InputError: `wanted` is neither, or it is "refuse" and there are some.
+    """
+    if wanted not in ("update", "refuse"):
+        raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
+    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
+    found = [
+        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
+        for edit in edits
+        if stored.get(edit.text, edit.target_new) != edit.target_new
+    ]
+    if found and wanted == "refuse":
+        raise InputError(
+            f"expected edits that agree with the {method.name} memory; {found[0]['prompt']!r} is stored as "
+            f"{found[0]['old']!r}, got {found[0]['new']!r}: rebuild without the old edit, or set conflict to update"
+        )
+    return found
 
 
 def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:

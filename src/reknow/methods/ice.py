@@ -42,6 +42,11 @@ LEAD_INS = (
 )
 """What introduces the context; one is drawn for every row and step."""
 
+LOSSES = ("losses", "target_losses", "consistency_losses", "answer_losses")
+"""Noted for every step, before it: whole, its two terms, and the answer's tokens by themselves."""
+
+LAYERS = 5
+
 Targets = Literal["dynamic", "static"]
 Contexts = Literal["any", "given", "statement"]
 Variant = Literal["paper", "code"]
@@ -52,14 +57,14 @@ class ICE(Method):
     """Consistent In-Context Editing of the value matrices of several layers."""
 
     layers: tuple[int, ...] | None = None
-    """Layers whose value matrices are trained; None: a sixth of the model around `suggest_layer`."""
+    """Layers whose value matrices are trained; None: five, as in the paper, around `suggest_layer`."""
     steps: int = 25
     """Updates of each batch."""
     learning_rate: float = 0.01
     """Of Adam, in units of the matrix's root mean square, so that it means the same in every model."""
     learning_rate_absolute: float | None = None
     """The same as a number, as the papers give it (7e-4); then it holds."""
-    clamp: float | None = 0.04
+    clamp: float | None = 0.05
     """Largest change of a single weight, in units of the matrix's root mean square; None: none, harming others."""
     clamp_absolute: float | None = None
     """The same as a number (paper: 5e-4)."""
@@ -87,10 +92,12 @@ class ICE(Method):
     """`any`: `Edit.context`, or the edit as a statement; `given`: demand a context; `statement`: ignore it."""
     lead_ins: tuple[str, ...] = LEAD_INS
     """What introduces the context."""
+    link: str = " Now: "
+    """What stands between context and question."""
     variant: Variant = "paper"
     """`code`: −log p(y*|q) − log p(y*|[c,q]) + λ Σ KL over the vocabulary at the sampled tokens, as the script."""
     stop_loss: float = 1e-2
-    """End when the mean loss is below; a batch below is not trained on. Only in the paper's variant."""
+    """End when the answer's own mean loss is below; a batch below is not trained on. Only in the paper's variant."""
     batch_size: int = 16
     """Edits per update."""
     seed: int = 0
@@ -102,7 +109,8 @@ class ICE(Method):
         for name, known in (("targets", Targets), ("contexts", Contexts), ("variant", Variant)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"expected {name} among {', '.join(get_args(known))}; got {getattr(self, name)!r}")
-        if self.consistency_weight < 0 or self.target_weight < 0 or self.consistency_weight + self.target_weight == 0:
+        weights = (self.consistency_weight, self.target_weight)
+        if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
             raise InputError(
                 "expected weights of at least 0, one of them above; got consistency_weight (λ) "
                 f"{self.consistency_weight} and target_weight {self.target_weight}: raise one"
@@ -126,7 +134,7 @@ class ICE(Method):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
-        layers = resolve_layers(lm, self.layers)
+        layers = resolve_layers(lm, self.layers, LAYERS)
         names = [lm.parts.value[layer] for layer in layers]
         matrices = Matrices(
             lm,
@@ -150,14 +158,14 @@ class ICE(Method):
         for step in range(self.steps):
             found = [batch.update(step, matrices) for batch in batches]
             steps.append({key: sum(part[key] for part in found) for key in found[0]})
-            for key in ("losses", "target_losses", "consistency_losses"):
+            for key in LOSSES:
                 steps[-1][key] /= count
             told(step, self.steps, steps[-1]["losses"])
             if self.track:
                 edit = batches[0].edits[0]
                 with matrices.in_use():
                     steps[-1]["likeliest"] = likeliest(lm, edit, self.contexts_of(edit)[0])
-            if self.variant == "paper" and steps[-1]["losses"] < self.stop_loss:
+            if self.variant == "paper" and steps[-1]["answer_losses"] < self.stop_loss:
                 break
         return steps
 
@@ -170,9 +178,9 @@ class ICE(Method):
         return edit.context if edit.context and self.contexts != "statement" else (edit.statement,)
 
 
-def informed(edit: Edit, context: str, lead_in: str = "") -> Text:
+def informed(edit: Edit, context: str, lead_in: str = "", link: str = " Now: ") -> Text:
     """The question with the new knowledge in front: `Fact: Peru is in Asia. Now: Peru is in`."""
-    return Text(f"{lead_in}{context.strip()} Now: {edit.text}", edit.target_new)
+    return Text(f"{lead_in}{context.strip()}{link}{edit.text}", edit.target_new)
 
 
 class _Batch:
@@ -203,22 +211,21 @@ class _Batch:
             with nullcontext() if method.targets == "static" else matrices.in_use():
                 self._draw()
         with matrices.in_use(), torch.enable_grad():
-            target, consistency = self._terms()
+            target, consistency, answer = self._terms()
             value = check_finite(target + consistency)
-            if value >= method.stop_loss or method.variant == "code":
+            if answer >= method.stop_loss or method.variant == "code":
                 matrices.step(target + consistency)
-        losses = {
-            "losses": value,
-            "target_losses": float(target.detach()),
-            "consistency_losses": float(consistency.detach()),
-        }
-        return {key: loss * len(self.edits) for key, loss in losses.items()} | {"repetitions": self._repetitions()}
+        losses = (value, float(target.detach()), float(consistency.detach()), answer)
+        summed = {key: loss * len(self.edits) for key, loss in zip(LOSSES, losses, strict=True)}
+        return summed | {"repetitions": self._repetitions()}
 
     def _draw(self) -> None:
         """New samples from the model in use, and the rows that they are scored in."""
         method, lm = self.method, self.lm
         chosen = torch.randint(len(method.lead_ins), (len(self._units),), generator=self.generator).tolist()
-        texts = [informed(*unit, method.lead_ins[i]) for unit, i in zip(self._units, chosen, strict=True)]
+        texts = [
+            informed(*unit, method.lead_ins[i], method.link) for unit, i in zip(self._units, chosen, strict=True)
+        ]
         # The answer's tokens are those of the bare row, so that both sides are scored at the same places.
         full = [
             Row(row.ids[: row.prompt_length] + plain.target_ids, row.prompt_length)
@@ -261,8 +268,8 @@ class _Batch:
     def _scored(self, rows: list[Row]) -> Scored:
         return Scored(self.lm, rows, [predicted(row, row.prompt_length) for row in rows], self._reused)
 
-    def _terms(self) -> tuple[Tensor, Tensor]:
-        """(weighted L_ft, λ L_ice), with the weights as they are now."""
+    def _terms(self) -> tuple[Tensor, Tensor, float]:
+        """(weighted L_ft, λ L_ice, mean loss of the answer's tokens), with the weights as they are now."""
         method, answer = self.method, self._answer
         if method.variant == "code":
             alone = self._bare.log_probs()
@@ -274,7 +281,9 @@ class _Batch:
             nll = self._bare.nll()
             first, second = nll[answer], nll[~answer]
         target = method.target_weight * (first * self._weights[answer]).sum()
-        return target, method.consistency_weight * (second * self._weights[~answer]).sum()
+        consistency = method.consistency_weight * (second * self._weights[~answer]).sum()
+        mean = (first.detach() * self._weights[answer]).sum() / self._weights[answer].sum()
+        return target, consistency, float(mean)
 
     def _repetitions(self) -> int:
         """How many sampled tokens repeat one of the answer, or of their own sample before them."""
@@ -298,7 +307,12 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 @torch.no_grad()
 def consistency(
-    lm: LM, edits: Sequence[Edit], *, contexts: Contexts = "any", lead_ins: Sequence[str] = LEAD_INS
+    lm: LM,
+    edits: Sequence[Edit],
+    *,
+    contexts: Contexts = "any",
+    lead_ins: Sequence[str] = LEAD_INS,
+    link: str = " Now: ",
 ) -> list[float]:
     """How far the model is from the consistency condition p(x | [c, q]) = p(x | q), which an edit should establish.
 
@@ -309,7 +323,9 @@ def consistency(
     method, found = ICE(contexts=contexts), []
     for edit in edits:
         (plain,) = lm.encode([Text(edit.text, edit.target_new)])
-        texts = [informed(edit, context, lead_in) for context in method.contexts_of(edit) for lead_in in lead_ins]
+        texts = [
+            informed(edit, context, lead_in, link) for context in method.contexts_of(edit) for lead_in in lead_ins
+        ]
         full = [_longer(_question(row), plain.target_ids) for row in lm.encode(texts)]
         aware = _behind(lm, full).unflatten(0, (len(full), -1))
         found.append(float(divergence(aware, _behind(lm, [plain])).mean()))

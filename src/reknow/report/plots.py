@@ -24,7 +24,7 @@ PROTOCOL_NAMES = {
     "teacher_forced_tokens": "teacher-forced, tokens",
     "generated": "generated freely",
 }
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "reknow",
     "font.size": 9,
@@ -40,7 +40,7 @@ _STYLE: Any = {
 
 def figures(results: Results) -> dict[str, Figure]:
     """Caption → figure: a panel of bars for each kind of probe and, for a sequence, what is left of its edits."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         found = {f"{kind.capitalize()}, %": bars(results, kind) for kind in KINDS}
         if results.manifest["settings"]["mode"] == "sequential":
             for protocol in ("teacher_forced_exact", "generated"):
@@ -148,7 +148,7 @@ def _time_axes(label: str):
 def to_svg(figure: Figure) -> str:
     """The figure as SVG to put into a page, whose text colour it takes on."""
     text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--line)")
@@ -157,5 +157,5 @@ def to_svg(figure: Figure) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     """The figure as a picture on white."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(path, format="png", dpi=160, facecolor="white")

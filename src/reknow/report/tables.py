@@ -73,7 +73,9 @@ def _question(then: Reading, after: Mapping[str, Reading]) -> Question:
     answers = [Answer("before", _shown(then.text))]
     for method, now in after.items():
         mark = ""
-        if now.kind == "locality":
+        if now.text is None:
+            pass
+        elif now.kind == "locality":
             mark = "same" if unchanged_generated(then.text or "", now.text or "", now.answers) else "changed"
         elif now.kind not in ("fluency", "sentiment"):
             mark = "right" if generated(now.text or "", now.answers) else "wrong"

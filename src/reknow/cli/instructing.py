@@ -1,0 +1,126 @@
+"""`reknow instruct`: search for instructions that help an editor."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, say, say_table
+from reknow.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from reknow.instructions import Family, Found, Proposer
+    from reknow.lm import LM
+    from reknow.methods.instructedit import InstructEdit
+
+
+def instruct(
+    model: Model = DEMO,
+    families: Annotated[
+        Path | None, typer.Option("--families", help="File of task families; else the bundled one.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Names, with commas between; else all.")] = None,
+    proposer: Annotated[
+        str | None, typer.Option("--proposer", help="A model at a chat server; else the built-in rewriter.")
+    ] = None,
+    server: Annotated[str | None, typer.Option("--server", help="Its address up to /v1.")] = None,
+    editor: Annotated[
+        Path | None, typer.Option("--editor", help="A trained editor of instructedit; else one is trained shortly.")
+    ] = None,
+    trial_steps: Annotated[int, typer.Option("--trial-steps", min=1, help="Updates of that training.")] = 40,
+    count: Annotated[int, typer.Option("--count", help="Instructions to keep of each task.")] = 10,
+    rounds: Annotated[int, typer.Option("--rounds", help="Rounds at most.")] = 6,
+    proposals: Annotated[int, typer.Option("--proposals", help="Instructions proposed in a round.")] = 5,
+    seed: Annotated[int, typer.Option("--seed", help="Of rewriter and choices.")] = 0,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+) -> None:
+    """Search for instructions of each task: propose, try with an editor, hand the scores back.
+
+    The same command takes up a search that was killed. Writes OUT/instructions.json, for --set families=FILE.
+    """
+    from reknow.instructions import Rewriter, Search, Trial, Writer, load_families, save_families, search
+    from reknow.instructions.trial import Material
+    from reknow.llm import LLM
+
+    known = load_families(families)
+    wanted = [name.strip() for name in tasks.split(",")] if tasks else list(known)
+    for name in wanted:
+        if name not in known:
+            raise did_you_mean("task", name, known)
+    if server is not None and proposer is None:
+        raise InputError("expected --proposer with --server; got none: name the model that the server shall use")
+    chosen = [known[name] for name in wanted]
+    for family in chosen:
+        family.texts()  # refused here, before anything is trained
+    settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
+    writer: Proposer = Rewriter(seed) if proposer is None else Writer(LLM(proposer, server))
+    lm = open_lm(model, dtype, device)
+    out = out or Path("runs") / "instruct"
+    started = time.perf_counter()
+    method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
+    trial = Trial(lm, method, {family.name: Material.of(family).trial for family in chosen})
+    about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
+    found = search(chosen, writer, trial, out, settings, about=about, advance=say)
+    seconds = time.perf_counter() - started
+    card = _card(lm, writer, about["editor"], settings.seed)
+    save_families(out / "instructions.json", [*found.families, *_others(known, wanted)], card)
+    _say_found(found, seconds, trial.edits)
+    say(f"wrote {out / 'instructions.json'}; use it with: --method instructedit --set families=FILE")
+
+
+def _trial_editor(
+    lm: LM, chosen: list[Family], file: Path | None, editor: Path | None, steps: int, out: Path
+) -> InstructEdit:
+    """The editor that is given, or one trained for a minute on the tasks with their first instructions."""
+    from reknow.instructions import save_families
+    from reknow.instructions.trial import Material
+    from reknow.methods.instructedit import InstructEdit
+    from reknow.training import Training
+
+    method = InstructEdit(families=None if file is None else str(file), rank=64)
+    if editor is not None:
+        return replace(method, editor=str(editor))
+    first = [replace(family, instructions=family.instructions[:1]) for family in chosen]
+    save_families(out / "start.json", first, {"description": "what the trial editor was trained with"})
+    cases = [case for family in chosen for case in Material.of(family).training]
+    short = Training(steps=steps, batch_size=6, validation=0, validate_every=steps, checkpoint_every=steps)
+    say(f"training a trial editor: {steps} updates")
+    return replace(method, families=str(out / "start.json")).fit(lm, cases, out / "trial", short, progress=True)
+
+
+def _others(known: dict[str, Family], wanted: list[str]) -> list[Family]:
+    return [family for name, family in known.items() if name not in wanted]
+
+
+def _card(lm: LM, writer: Proposer, editor: str, seed: int) -> dict[str, object]:
+    import reknow
+    from reknow.instructions.trial import METRICS, TRIAL
+
+    return {
+        "description": "Instructions for InstructEdit, one family per kind of edit; the last of each is unseen.",
+        "licence": "Apache-2.0",
+        "made by": f"reknow instruct, version {reknow.__version__}",
+        "model": f"{lm.name} ({lm.fingerprint.digest})",
+        "proposer": writer.name,
+        "trial editor": f"instructedit, {editor}",
+        "scores": f"means over {TRIAL} cases of the trial part of each data set: {', '.join(METRICS.values())}",
+        "seed": seed,
+    }
+
+
+def _say_found(found: Found, seconds: float, edits: int) -> None:
+    from reknow.instructions.search import mean
+
+    for family in found.families:
+        rows = [
+            ["" if each.seen else "unseen", f"{mean(each.scores):.3f}", each.text] for each in family.instructions
+        ]
+        say_table(["", " mean", f"{family.name} ({found.stopped[family.name]})"], rows)
+    spent = ", ".join(f"{value:g} {name}" for name, value in found.cost.items())
+    say(f"cost: {seconds:.0f} s, {edits} trial edits; {spent}")

@@ -1,0 +1,110 @@
+"""`reknow train`: train a method that learns how to edit."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_type_hints
+
+import typer
+
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, say, say_table
+from reknow.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from reknow.edits import Case
+    from reknow.methods.base import Learned
+    from reknow.training import Training
+
+
+def train(
+    method: Annotated[str, typer.Argument(help="A method that learns to edit.", show_default=False)],
+    model: Model = DEMO,
+    data: Annotated[
+        list[str], typer.Option("--data", help="NAME or NAME:FILE in its published form; repeatable.")
+    ] = [],  # noqa: B006, typer copies it
+    without: Annotated[
+        list[str], typer.Option("--without", help="NAME or NAME:FILE whose facts are left out; repeatable.")
+    ] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="How many cases of each set.")] = None,
+    offset: Annotated[int, typer.Option("--offset", min=0, help="How many cases of each set to pass over.")] = 0,
+    settings: Annotated[
+        list[str], typer.Option("--set", help="FIELD=VALUE of the method or of the training; repeatable.")
+    ] = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    chat: Chat = False,
+) -> None:
+    """Train an editor for a model, in a folder. The same command takes up a training that was killed.
+
+    reknow train mend --data counterfact --data zsre --out runs/mend
+    """
+    chosen, training = settled(method, settings)
+    cases = _cases(data or ["counterfact"], limit, offset, without)
+    lm = open_lm(model, dtype, device or _own_gpu(), chat)
+    out = out or Path("runs") / f"train-{method}"
+    trained = chosen.fit(lm, cases, out, training, progress=True)
+    _say_result(trained, out)
+
+
+def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
+    """The method and its training, each with the settings that name one of its fields.
+
+    Raises:
+        InputError: a method that does not learn, or a setting of neither.
+    """
+    from reknow.cli.settings import chosen_method, read_value
+    from reknow.methods import METHODS
+    from reknow.methods.base import Learned
+    from reknow.training import Training
+
+    if name not in METHODS:
+        raise did_you_mean("method", name, METHODS)
+    if not issubclass(METHODS[name].method, Learned):
+        learned = sorted(key for key, entry in METHODS.items() if issubclass(entry.method, Learned))
+        raise InputError(
+            f"expected a method that learns to edit, which are {', '.join(learned)}; {name} needs no training: "
+            "use it as it is"
+        )
+    hints = get_type_hints(Training)
+    own = {field.name for field in fields(METHODS[name].method)}  # type: ignore[arg-type]
+    for_training = [pair for pair in pairs if (key := pair.partition("=")[0]) in hints and key not in own]
+    method = chosen_method(name, [pair for pair in pairs if pair not in for_training])
+    assert isinstance(method, Learned)
+    values = {
+        key: read_value(key, text, hints[key]) for key, _, text in (pair.partition("=") for pair in for_training)
+    }
+    return method, replace(method.training, **values)
+
+
+def _cases(data: list[str], limit: int | None, offset: int, without: list[str]) -> list[Case]:
+    from reknow.datasets import load_cases
+    from reknow.editors import case_keys
+
+    def load(address: str, **part) -> list[Case]:
+        name, _, path = address.partition(":")
+        return load_cases(name, path=path or None, **part)
+
+    left_out = {key for address in without for key in case_keys(load(address)).tolist()}
+    cases = [case for address in data for case in load(address, limit=limit, offset=offset)]
+    return [case for case, key in zip(cases, case_keys(cases).tolist(), strict=True) if key not in left_out]
+
+
+def _own_gpu() -> str | None:
+    """The GPU of this process where `accelerate launch` started several."""
+    import torch
+    from accelerate import PartialState
+
+    return str(PartialState().device) if torch.cuda.is_available() and PartialState().num_processes > 1 else None
+
+
+def _say_result(method: Learned, out: Path) -> None:
+    from reknow.editors import Editor
+
+    assert method.editor is not None
+    notes = Editor.load(method.editor).notes
+    rows = [[name, f"{value:.4f}"] for name, value in notes["validation"].items()]
+    say_table([f"validation at step {notes['best_step']:,} of {notes['steps']:,}", " value"], rows)
+    size = Path(method.editor).stat().st_size / 2**20
+    say(f"wrote {method.editor} ({size:.1f} MB); use it with: --method {method.name} --set editor={out}")

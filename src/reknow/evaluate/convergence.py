@@ -1,0 +1,96 @@
+"""What happens inside In-Context Editing, which no answer shows (Qi et al. 2024, arXiv 2406.11194, Figures 2 and 3).
+
+* The loss at each step, for several temperatures of the sampling, static and dynamic targets.
+* The likeliest tokens behind the new answer, with and without the context, as the steps go.
+* The consistency condition p(x | [c, q]) = p(x | q): the divergence of both sides before and after an edit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reknow.edits import Edit
+from reknow.errors import EditFailed
+from reknow.evaluate.rows import Rows, open_manifest
+from reknow.methods.ice import ICE, consistency
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+TEMPERATURES = (0.1, 1.0, 10.0, 100.0)
+TARGETS = ("static", "dynamic")
+SHOWN = (0, 6, 12, 18, 24)
+"""Steps whose likeliest tokens are shown."""
+UNEDITED = "unedited"
+ROWS_FILE = "inside.jsonl"
+KEY = ("part", "label", "edit")
+
+
+def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path) -> Rows:
+    """Measures all three for the edits, each by itself; started again on the folder, it goes on where it was.
+
+    The folder gets `manifest.json` and `inside.jsonl`, a line per part, setting and edit, as returned.
+    `report.convergence.write_convergence` makes a page of it.
+
+    Args:
+        methods: label → method, for the consistency condition. The losses are those of ICE as it is by default,
+            without an early end.
+
+    Raises:
+        InputError: the folder was started with other settings.
+    """
+    settings = {
+        "model": lm.fingerprint.digest,
+        "edits": [[edit.text, edit.target_new] for edit in edits],
+        "methods": {label: {"name": method.name, **asdict(method)} for label, method in methods.items()},
+        "losses": asdict(ICE(stop_loss=0.0)),
+    }
+    open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")})
+    rows = Rows(out / ROWS_FILE, KEY)
+    _losses(lm, edits, rows)
+    _consistency(lm, edits, methods, rows)
+    return rows
+
+
+def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> None:
+    """A descent for every edit, target and temperature; the first edit's is watched token by token."""
+    for targets in TARGETS:
+        for temperature in TEMPERATURES:
+            label = f"{targets}, T = {temperature:g}"
+            for number, edit in enumerate(edits):
+                if ("losses", label, number) in rows:
+                    continue
+                tracked = number == 0 and targets == "dynamic" and temperature == TEMPERATURES[-1]
+                method = replace(ICE(stop_loss=0.0), targets=targets, temperature=temperature, track=tracked)
+                row: dict = {"part": "losses", "label": label, "edit": number}
+                try:
+                    notes = method.edit(lm, [edit]).notes
+                except EditFailed as failure:
+                    rows.add(row | {"error": str(failure)})
+                    continue
+                tokens = {"likeliest": [notes["likeliest"][at] for at in SHOWN]} if tracked else {}
+                rows.add(row | {key: notes[key] for key in ("losses", "answer_losses", "repetitions")} | tokens)
+
+
+def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows: Rows) -> None:
+    for label, method in {UNEDITED: None, **methods}.items():
+        for number, edit in enumerate(edits):
+            if ("consistency", label, number) in rows:
+                continue
+            row: dict = {"part": "consistency", "label": label, "edit": number}
+            try:
+                patches = [] if method is None else [method.edit(lm, [edit])]
+            except EditFailed as failure:
+                rows.add(row | {"error": str(failure)})
+                continue
+            with lm.patched(*patches):
+                rows.add(row | {"divergence": consistency(lm, [edit])[0], **_answered(lm, edit)})
+
+
+def _answered(lm: LM, edit: Edit) -> dict:
+    (score,) = lm.score([edit.text], [edit.target_new])
+    return {"success": float(all(score.hits)), "nll": score.nll if math.isfinite(score.nll) else None}

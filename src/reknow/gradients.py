@@ -1,0 +1,181 @@
+"""The gradient of a matrix as what it is made of: one input and one output gradient per token.
+
+The gradient of a loss by a matrix W (out, in) is Σ δ_i u_iᵀ over the tokens: u its input, δ the loss' gradient at its
+output. What learns to transform gradients (MEND, MALMEN, UltraEdit) works on these factors, which are small.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from reknow.descent import Scored, check_finite, predicted
+from reknow.tokens import Row, batches
+from reknow.trace import by_row, first
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """The gradient factors of one matrix for a batch of rows."""
+
+    u: Tensor  # (rows, columns, in), float32
+    delta: Tensor  # (rows, columns, out), float32
+    keep: Tensor  # (rows, columns), bool
+    """Where a token is real and its gradient is not zero."""
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """(u, δ) of the kept tokens. (n, in), (n, out)"""
+        return self.u[self.keep], self.delta[self.keep]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """Values of the kept tokens (n, features) at their places, zero elsewhere. (rows, columns, features)"""
+        full = flat.new_zeros(*self.keep.shape, flat.shape[-1])
+        full[self.keep] = flat
+        return full
+
+
+def matrices(lm: LM, layers: Sequence[int]) -> list[str]:
+    """Names of the MLPs' matrices in these layers: those that read the stream, then the value matrix."""
+    return [name for layer in layers for name in (*lm.parts.up[layer], lm.parts.value[layer])]
+
+
+def gradient_factors(
+    lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
+) -> tuple[dict[str, Factors], float]:
+    """The factors of Σ over the rows of −(1/T) Σ_t log P(answer's token t), by matrix; and that loss per row.
+
+    A row's factors do not depend on the rows beside it. One pass forwards, and one backwards to the lowest of the
+    matrices.
+
+    Args:
+        names: of the matrices.
+        rows: texts with answers.
+        answers_only: keep only the tokens that predict the answer.
+
+    Raises:
+        InputError: a row is longer than the model's positions.
+        EditFailed: the loss is not finite.
+    """
+    pairs = [predicted(row, row.prompt_length) for row in rows]
+    scored = Scored(lm, rows, pairs, None)
+    inputs: dict[str, Tensor] = {}
+    shifts: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        def after(_module, args, output):
+            inputs[name] = args[0].detach()
+            # An addition of zero, whose gradient is the output's.
+            shifts[name] = torch.zeros_like(first(output), requires_grad=True)
+            return output + shifts[name]
+
+        return after
+
+    with ExitStack() as stack, torch.enable_grad():
+        for name in names:
+            stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(name)).remove)
+        nll = scored.nll()
+        lengths = torch.tensor([len(one) for one in pairs], device=nll.device)
+        loss = (nll / lengths[scored.of_row]).sum()
+        value = check_finite(loss)
+        gradients = torch.autograd.grad(loss, [shifts[name] for name in names])
+    wanted = scored.places if answers_only else scored.real
+    found = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        u, delta = (by_row(states, len(rows)).detach().float() for states in (inputs[name], gradient))
+        found[name] = Factors(u, delta, wanted.to(u.device) & (u != 0).any(-1) & (delta != 0).any(-1))
+    return found, value / len(rows)
+
+
+def flat_factors(
+    lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """The kept factors of any number of rows, in batches: name → (n, in), (n, out); and the mean loss.
+
+    Rows come in order of length. Arguments and errors as in `gradient_factors`.
+    """
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    total = 0.0
+    for part in batches([len(row.ids) for row in rows]):
+        found, loss = gradient_factors(lm, names, [rows[i] for i in part], answers_only=answers_only)
+        total += loss * len(part)
+        for name, factors in found.items():
+            parts[name].append(factors.flat())
+    joined = {}
+    for name, pieces in parts.items():
+        us, deltas = zip(*pieces, strict=True)
+        joined[name] = (torch.cat(us), torch.cat(deltas))
+    return joined, total / len(rows)
+
+
+@contextmanager
+def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
+    """While open, every row of a batch is computed with its own change of these matrices, differentiably.
+
+    Args:
+        changes: name → (left, right), ΔW of row r being leftᵀ right: (rows, n, out), (rows, n, in).
+    """
+
+    def hook(left: Tensor, right: Tensor):
+        def after(_module, args, output):
+            states = by_row(args[0], len(right)).to(right.dtype)  # (rows, columns, in)
+            change = (states @ right.transpose(1, 2)) @ left
+            return output + change.reshape(output.shape).to(output.dtype)
+
+        return after
+
+    with ExitStack() as stack:
+        for name, (left, right) in changes.items():
+            stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(left, right)).remove)
+        yield
+
+
+class RunningNorm(nn.Module):
+    """Mean and standard deviation of all vectors seen so far, to normalise by; updated as by Welford and Chan."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("squares", torch.zeros(size))
+        """Σ (x − mean)²."""
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Takes the vectors (n, size) into the statistics."""
+        if not len(x):
+            return
+        mean = x.double().mean(0)
+        self._join(float(len(x)), mean, (x - mean).square().sum(0))
+
+    def joined(self, other: RunningNorm) -> RunningNorm:
+        """The statistics of what either has seen."""
+        both = copy.deepcopy(self)
+        both._join(float(other.count), other.mean.double(), other.squares.double())
+        return both
+
+    @torch.no_grad()
+    def _join(self, new: float, mean: Tensor, squares: Tensor) -> None:
+        count = float(self.count)
+        shift = mean - self.mean.double()
+        self.squares += squares + shift.square() * (count * new / (count + new))
+        self.mean += shift * (new / (count + new))
+        self.count += new
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(x − mean) / standard deviation; before two vectors were seen x itself. (n, size)"""
+        if float(self.count) < 2:
+            return x
+        return (x - self.mean) / ((self.squares / (self.count - 1)).sqrt() + 1e-7)

@@ -1,0 +1,269 @@
+"""The article's studies (Tian et al. 2024): editors that differ in one thing, trained alike and read on all tasks.
+
+All are of one class, InstructEdit, with and without instructions, so nothing else differs: without, it is MEND on one
+task, and on several the article's multi-task editor. Every task is seen equally often by every editor that learns it;
+an editor of three tasks is trained for three times as many updates.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from reknow.edits import Case
+from reknow.errors import did_you_mean
+from reknow.evaluate import Plan, bench
+from reknow.evaluate.results import RESAMPLES, summarise
+from reknow.evaluate.rows import write_json
+from reknow.instructions.families import Family, load_families
+from reknow.instructions.trial import Material, few_probes
+from reknow.lm import LM
+from reknow.methods import method
+from reknow.methods.base import Method
+from reknow.methods.instructedit import InstructEdit
+from reknow.training import Training
+
+LEARNED, HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
+TASKS = (*LEARNED, HELD_OUT)
+METRICS = (
+    ("reliability@teacher_forced_tokens", "Reliability, share of tokens, asked plainly, %"),
+    ("reliability@teacher_forced_exact", "Reliability, every token, asked plainly, %"),
+    (
+        "instructed@teacher_forced_tokens",
+        "Reliability, share of tokens, asked behind the instruction as the authors do, %",
+    ),
+    ("generalization@teacher_forced_tokens", "Generalization, share of tokens, %"),
+    ("locality@teacher_forced_tokens", "Locality, share of tokens as before, %"),
+    ("portability@teacher_forced_tokens", "Portability, share of tokens, %"),
+    ("sentiment@likelihood", "ConvSent's success z_sentiment · z_topic, %"),
+    ("drawdown@divergence", "ConvSent's drawdown, nats · 100"),
+)
+
+
+class Entrant(NamedTuple):
+    """An editor of a study."""
+
+    label: str
+    tasks: tuple[str, ...] = LEARNED
+    settings: Mapping[str, object] = {}
+    """Fields of InstructEdit that differ from its defaults."""
+    unseen: bool = False
+    """Read with the instructions that were kept out of training."""
+    own_tasks: bool = False
+    """One editor for each task, each read on its own task."""
+
+
+class Study(NamedTuple):
+    """A question and the editors that answer it."""
+
+    question: str
+    entrants: tuple[Entrant, ...]
+    baseline: str
+    """Label against which the gains are counted."""
+
+
+PLAIN = {"instructed": False}
+MULTI, INSTRUCT = Entrant("multi-task", settings=PLAIN), Entrant("InstructEdit")
+
+STUDIES: dict[str, Study] = {
+    "tasks": Study(
+        "One editor for all tasks: what is lost, what do instructions win back? ZsRE is new to all of them.",
+        (Entrant("single-task", settings=PLAIN, own_tasks=True), MULTI, INSTRUCT),
+        "multi-task",
+    ),
+    "unseen": Study(
+        "Instructions that were not trained on against those that were.",
+        (INSTRUCT, Entrant("InstructEdit, unseen instruction", unseen=True)),
+        "InstructEdit",
+    ),
+    "scaling": Study(
+        "One, two and three tasks to learn from.",
+        (Entrant("1 task", LEARNED[:1]), Entrant("2 tasks", LEARNED[:2]), Entrant("3 tasks", LEARNED)),
+        "1 task",
+    ),
+    "balance": Study(
+        "Tasks in turn, or as often as they have cases: the balanced ConvSent.",
+        (INSTRUCT, Entrant("InstructEdit, by size", settings={"balanced": False})),
+        "InstructEdit, by size",
+    ),
+    "scale": Study(
+        "Gradients as they are, or every token's scaled to length 1.",
+        (INSTRUCT, Entrant("InstructEdit, unit gradients", settings={"unit_gradient": True})),
+        "InstructEdit",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is computed."""
+
+    steps: int = 30
+    """Updates for each task that an editor learns."""
+    batch_size: int = 6
+    rank: int = 64
+    """Of the editors' networks."""
+    test: int = 50
+    """Cases of each task to read."""
+    seeds: tuple[int, ...] = (0,)
+    baselines: tuple[str, ...] = ()
+    """Names of methods that need no training."""
+
+
+SMALL = Size()
+
+
+def run_study(
+    lm: LM,
+    name: str,
+    out: str | Path,
+    size: Size = SMALL,
+    *,
+    families: str | None = None,
+    say: Callable[[str], object] = lambda text: None,
+) -> str:
+    """Trains what is not trained yet, reads it on every task, and writes `NAME.md`, `NAME.csv` and `NAME.json`.
+
+    The folder holds the editors, which studies share, and a run folder for each task; all of it resumes.
+
+    Returns:
+        The tables as text.
+
+    Raises:
+        InputError: no such study, a family without instructions, or a folder with other settings.
+    """
+    if name not in STUDIES:
+        raise did_you_mean("study", name, STUDIES)
+    study, folder, known = STUDIES[name], Path(out), load_families(families)
+    values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
+    for task in TASKS:
+        parts = {unseen: [e for e in study.entrants if e.unseen == unseen] for unseen in (False, True)}
+        for unseen, entrants in parts.items():
+            editors: dict[str, Method] = {} if unseen else {base: method(base) for base in size.baselines}
+            for entrant in entrants:
+                if entrant.own_tasks and task not in entrant.tasks:
+                    continue
+                tasks = (task,) if entrant.own_tasks else entrant.tasks
+                for seed in size.seeds:
+                    label = f"{entrant.label}#{seed}"
+                    editors[label] = editor_of(lm, entrant, tasks, known, families, size, seed, folder, say)
+            if editors:
+                cases = test_cases(known[task], size.test, unseen)
+                run = folder / name / f"{task}{'-unseen' if unseen else ''}"
+                say(f"reading {task} with {', '.join(editors)}")
+                plan = Plan(fluency=False, generate=False)
+                results = bench(lm, cases, editors, run, dataset=task, plan=plan)
+                for label in editors:
+                    of = values.setdefault((label.partition("#")[0], task), {})
+                    _merge(of, results.case_values[label, "after_edit"], len(size.seeds) if "#" in label else 1)
+    text = _tables(study, values)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.csv").write_text(_csv(values), encoding="utf-8")
+    write_json(folder / f"{name}.json", {f"{label} | {task}": found for (label, task), found in values.items()})
+    return text
+
+
+def editor_of(
+    lm: LM,
+    entrant: Entrant,
+    tasks: Sequence[str],
+    known: Mapping[str, Family],
+    families: str | None,
+    size: Size,
+    seed: int,
+    folder: Path,
+    say: Callable[[str], object],
+) -> InstructEdit:
+    """The trained editor of an entrant, trained now where that was not done."""
+    marks = [f"{key}={value}" for key, value in entrant.settings.items()]
+    place = folder / "editors" / "-".join([*tasks, *marks, str(seed)])
+    learner = InstructEdit(**{"rank": size.rank, "families": families, "seed": seed, **entrant.settings})
+    cases = [case for task in tasks for case in Material.of(known[task], size.test).training]
+    steps = size.steps * len(tasks)
+    training = Training(
+        steps=steps, batch_size=size.batch_size, validation=0, validate_every=steps, checkpoint_every=50, seed=seed
+    )
+    say(f"training {place.name}: {steps} updates")
+    return learner.fit(lm, cases, place, training, progress=True)
+
+
+def test_cases(family: Family, count: int, unseen: bool) -> list[Case]:
+    """The test cases behind the family's instructions in turn."""
+    texts = family.texts(seen=not unseen)
+    cases = Material.of(family, count).test
+    return [few_probes(family.instruct(case, texts[i % len(texts)])) for i, case in enumerate(cases)]
+
+
+def _merge(into: dict[str, dict[str, float]], found: Mapping[str, Mapping[str, float]], seeds: int) -> None:
+    """Adds a seed's values to the means over seeds."""
+    for case, metrics in found.items():
+        of = into.setdefault(case, {})
+        for key, value in metrics.items():
+            of[key] = of.get(key, 0.0) + value / seeds
+
+
+def gain(
+    values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]], label: str, baseline: str, metric: str
+) -> tuple[float, float, float, int] | None:
+    """Mean over tasks of a metric's paired difference, its 95 % bootstrap interval over cases, and how many tasks."""
+    draws = []
+    for task in TASKS:
+        ours, theirs = values.get((label, task), {}), values.get((baseline, task), {})
+        both = [case for case in ours if case in theirs and metric in ours[case]]
+        pairs = [ours[case][metric] - theirs[case][metric] for case in both]
+        if pairs:
+            differences = np.array(pairs)
+            chosen = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))
+            draws.append(np.concatenate([[differences.mean()], differences[chosen].mean(1)]))
+    if not draws:
+        return None
+    means = np.mean(draws, axis=0)
+    low, high = np.percentile(means[1:], (2.5, 97.5))
+    return float(means[0]), float(low), float(high), len(draws)
+
+
+def _tables(study: Study, values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]) -> str:
+    """Markdown: a table for each metric; rows are editors, columns tasks and the gain on the baseline."""
+    lines = [study.question, ""]
+    labels = list(dict.fromkeys(label for label, _ in values))
+    for metric, title in METRICS:
+        rows = []
+        for label in labels:
+            cells = [_cell(values.get((label, task), {}), metric) for task in TASKS]
+            if any(cell != "–" for cell in cells):
+                found = None if label == study.baseline else gain(values, label, study.baseline, metric)
+                rows.append([label, *cells, "–" if found is None else _gained(*found)])
+        if rows:
+            lines += [f"**{title}** (`{metric}`)", ""]
+            lines += [f"| editor | {' | '.join(TASKS)} | gain on {study.baseline} |", "|---" * (len(TASKS) + 2) + "|"]
+            lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def _cell(cases: Mapping[str, Mapping[str, float]], metric: str) -> str:
+    found = summarise([dict(case) for case in cases.values()]).get(metric) if cases else None
+    if found is None:
+        return "–"
+    value, low, high, _ = found
+    return f"{100 * value:.1f}" + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
+
+
+def _gained(value: float, low: float, high: float, tasks: int) -> str:
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({tasks} tasks)"
+
+
+def _csv(values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["editor", "task", "metric", "mean", "low", "high", "cases"])
+    for (label, task), cases in values.items():
+        for metric, numbers in summarise([dict(case) for case in cases.values()]).items():
+            writer.writerow([label, task, metric, *numbers])
+    return text.getvalue()

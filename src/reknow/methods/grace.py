@@ -1,0 +1,265 @@
+"""GRACE: Aging with GRACE, Lifelong Model Editing with Discrete Key-Value Adaptors. Hartvigsen et al. 2022,
+arXiv 2211.11031.
+
+A codebook stands beside one matrix of the model. A prompt whose last token enters the matrix close to a key, within
+that key's radius ε, leaves it as the key's value, which was trained to bring about the edit; others pass unchanged:
+
+    out = v_i  where  d = min_i ‖x − k_i‖ ≤ ε_i,   else W x
+
+A new edit falls far from all keys, and is added; close to a key with the same answer, whose radius grows to hold it;
+or close to one with another answer, and both radii shrink to half their distance (Algorithm 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from reknow.descent import Answers, check_finite
+from reknow.edits import Edit
+from reknow.errors import InputError
+from reknow.keys import prompt_states, spread
+from reknow.layers import depth_layer
+from reknow.memory import Reading, on_output, versions
+from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
+from reknow.patches import Kind, Patch
+from reknow.tokens import Row, Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+DEPTH = 0.8
+"""The papers' layers as a share of the depth: 35 of 48 (GPT-2 XL), 27 of 32 (Llama-2)."""
+SLIVER = 1e-5
+"""What keeps two radii that meet apart, in the unit of distances."""
+SAME = 1e-3
+"""Keys that are closer, in the unit of distances, are the same prompt in another batch."""
+
+Replacement = Literal["prompt", "last", "before"]
+
+
+@dataclass(frozen=True)
+class GRACE(MemoryMethod):
+    """A codebook of edits beside one value matrix."""
+
+    kind: ClassVar[Kind] = "hook"
+
+    layer: int | None = None
+    """Layer whose value matrix has the codebook; None: at four fifths of the depth."""
+    epsilon: float = 0.3
+    """Radius ε of a new key, in units of the distance between unrelated texts in that layer."""
+    steps: int = 100
+    """Updates of the values at most."""
+    learning_rate: float = 0.3
+    """Of Adam, in units of the root mean square of the matrix's output."""
+    stop_loss: float = 0.05
+    """A value whose edits have a lower loss (nats a token) is finished; 0: all steps, as in the papers."""
+    replacement: Replacement = "prompt"
+    """Where the value is put: at all tokens of the prompt; at its last; or, as the authors' code does, at all before
+    the last."""
+    conflict: Literal["update", "refuse"] = "update"
+    """What becomes of an edit whose prompt is stored with another answer."""
+    absolute: bool = False
+    """ε and learning rate as plain numbers (both 1 in the papers), values that start uniform in [0, 1) instead of at
+    the matrix's own output."""
+    seed: int = 0
+    """Of values that start at random."""
+
+    def __post_init__(self):
+        if self.replacement not in get_args(Replacement):
+            known = ", ".join(get_args(Replacement))
+            raise InputError(f"expected replacement among {known}; got {self.replacement!r}: choose one")
+
+    @property
+    def name(self) -> str:
+        return "grace"
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        clashes = conflicts(self, lm, edits, self.conflict)
+        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
+        book = self._stored(lm, lm.parts.value[layer])
+        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        keys, outputs = prompt_states(lm, rows, book.module)
+        unit = 1.0 if self.absolute else spread(lm, layer)
+        slots = [self._place(book, key, row.target_ids, unit) for key, row in zip(keys, rows, strict=True)]
+        losses = self._train(lm, rows, layer, book, torch.tensor(slots, device=keys.device), outputs)
+        touched = sorted(book.touched)
+        state = {
+            "slots": torch.tensor(touched, dtype=torch.long),
+            "keys": book.keys[touched].cpu(),
+            "values": book.values[touched].cpu(),
+            "radii": book.radii[touched].cpu(),
+        }
+        labels = [list(book.labels[slot]) for slot in touched]
+        memory = {"module": book.module, "replacement": self.replacement, "labels": labels}
+        notes = {"layer": layer, "slots": slots, "keys": len(book.keys), "losses": losses, "conflicts": clashes}
+        return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
+
+    @staticmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> Codebook:
+        slots = torch.cat([patch.state["slots"] for patch in patches])
+        newest = torch.zeros(int(slots.max()) + 1, dtype=torch.long)
+        newest = newest.scatter_reduce(0, slots, torch.arange(len(slots)), "amax")
+        parts = ("keys", "values", "radii")
+        keys, values, radii = (torch.cat([p.state[part] for p in patches])[newest].to(lm.device) for part in parts)
+        labels = [tuple(label) for patch in patches for label in patch.memory["labels"]]
+        about = patches[-1].memory
+        return Codebook(about["module"], about["replacement"], keys, values, radii, [labels[i] for i in newest])
+
+    def _stored(self, lm: LM, module: str) -> Codebook:
+        """The codebook as it stands, or an empty one."""
+        patches = versions(lm.patches, self.name)
+        if patches:
+            book = self.memory(lm, patches)
+            if book.module != module:
+                raise InputError(f"expected edits of {book.module}, where the memory is; got {module}: change layer")
+            return book
+        out, inside = lm.weight(module).shape
+        keys, values, radii = (torch.zeros(0, *size, device=lm.device) for size in ((inside,), (out,), ()))
+        return Codebook(module, self.replacement, keys, values, radii, [])
+
+    def _place(self, book: Codebook, key: Tensor, label: tuple[int, ...], unit: float) -> int:
+        """Makes room for an edit as Algorithm 1 says; gives the number of its key. key: (in,)"""
+        radius = self.epsilon * unit
+        if not book.labels:
+            return book.add(key, radius, label)
+        distances, slots = book.nearest(key[None])
+        distance, slot = float(distances), int(slots)
+        if distance > radius + float(book.radii[slot]):
+            return book.add(key, radius, label)
+        if label == book.labels[slot]:
+            book.change(slot, max(distance, float(book.radii[slot])))
+        elif distance <= SAME * unit:  # the same prompt: the old answer goes
+            book.change(slot, float(book.radii[slot]), label)
+        else:
+            book.change(slot, distance / 2 - SLIVER * unit)
+            return book.add(key, distance / 2, label)
+        return slot
+
+    def _train(
+        self, lm: LM, rows: Sequence[Row], layer: int, book: Codebook, slots: Tensor, outputs: Tensor
+    ) -> list[float]:
+        """Learns the values of the edits; gives the mean loss before every update.
+
+        Args:
+            slots: (edits,) number of each edit's key.
+            outputs: (edits, out) what the matrix gives at each prompt's last token.
+        """
+        places, mine = slots.unique(return_inverse=True)  # (values,), (edits,)
+        owner = [int((mine == i).nonzero()[0]) for i in range(len(places))]  # an edit of each value
+        start, scale = outputs[owner], outputs[owner].square().mean(1, keepdim=True).sqrt()
+        if self.absolute:
+            generator = torch.Generator().manual_seed(self.seed)
+            start = torch.rand(start.shape, generator=generator).to(start)
+            scale = torch.ones_like(scale)
+        fresh = torch.tensor([int(slot) in book.fresh for slot in places], device=start.device)
+        start = torch.where(fresh[:, None], start, book.values[places])
+        # Adam's steps have the size of the learning rate, so values are searched in units of `scale`.
+        scaled = torch.zeros_like(start, requires_grad=True)
+        optimizer = torch.optim.Adam([scaled], lr=self.learning_rate)
+        trial = _Trial(book.module, self.replacement)
+        losses: list[float] = []
+        with lm.trying(self.name, trial), torch.enable_grad():
+            answers = Answers(lm, rows, layer)
+            for _ in range(self.steps):
+                trial.values = (start + scale * scaled)[mine]
+                loss = answers.nll(trial.choose)
+                losses.append(check_finite(loss.mean()))
+                worst = torch.zeros_like(scale[:, 0]).scatter_reduce(0, mine, loss.detach(), "amax")
+                running = worst >= self.stop_loss
+                if not bool(running.any()):
+                    break
+                before = scaled.detach().clone()
+                optimizer.zero_grad()
+                loss.sum().backward()
+                optimizer.step()
+                with torch.no_grad():  # Adam's momentum would carry finished values on
+                    scaled.copy_(torch.where(running[:, None], scaled, before))
+        book.values[places] = (start + scale * scaled).detach()
+        return losses
+
+
+@dataclass(eq=False)
+class Codebook:
+    """Keys, values, radii and answers, and the hook that looks them up."""
+
+    module: str
+    replacement: Replacement
+    keys: Tensor  # (n, in), float32
+    values: Tensor  # (n, out), float32
+    radii: Tensor  # (n,)
+    labels: list[tuple[int, ...]]
+    """Tokens of each key's answer."""
+    touched: set[int] = field(default_factory=set)
+    fresh: set[int] = field(default_factory=set)
+    """Keys that need a new value."""
+
+    def add(self, key: Tensor, radius: float, label: tuple[int, ...]) -> int:
+        slot = len(self.labels)
+        self.keys = torch.cat([self.keys, key[None]])
+        self.values = torch.cat([self.values, self.values.new_zeros(1, self.values.shape[1])])
+        self.radii = torch.cat([self.radii, self.radii.new_tensor([radius])])
+        self.labels.append(label)
+        self.touched.add(slot)
+        self.fresh.add(slot)
+        return slot
+
+    def change(self, slot: int, radius: float, label: tuple[int, ...] | None = None) -> None:
+        """Another radius, and perhaps another answer, which then needs another value."""
+        self.radii[slot] = radius
+        self.touched.add(slot)
+        if label is not None:
+            self.labels[slot] = label
+            self.fresh.add(slot)
+
+    def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """(distance to the nearest key, its number) of each query (n, in)."""
+        mode = "donot_use_mm_for_euclid_dist"  # the quick way loses small distances between large keys
+        found = torch.cdist(queries.float(), self.keys, compute_mode=mode).min(1)
+        return found.values, found.indices
+
+    def attach(self, lm: LM):
+        return [on_output(lm, self.module, self._look_up)]
+
+    def _look_up(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        def choose() -> Tensor:
+            distances, slots = self.nearest(reading.at_end(inputs))
+            return torch.where(distances <= self.radii[slots], slots, -1)
+
+        slots = reading.decided(self, choose)  # (rows,)
+        return _replaced(reading, outputs, self.values[slots], slots >= 0, self.replacement)
+
+
+class _Trial:
+    """The hook while values are learned: every edit has its own."""
+
+    def __init__(self, module: str, replacement: Replacement):
+        self.module, self.replacement = module, replacement
+        self.values: Tensor  # (edits, out)
+        self._rows: Tensor | None = None
+
+    def choose(self, rows: Tensor) -> None:
+        self._rows = rows
+
+    def attach(self, lm: LM):
+        return [on_output(lm, self.module, self._put)]
+
+    def _put(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        if self._rows is None:  # the pass that records the blocks below
+            return outputs
+        everyone = torch.ones_like(self._rows, dtype=torch.bool)
+        return _replaced(reading, outputs, self.values[self._rows], everyone, self.replacement)
+
+
+def _replaced(reading: Reading, outputs: Tensor, values: Tensor, rows: Tensor, replacement: Replacement) -> Tensor:
+    """The outputs (rows, columns, out) with the values (rows, out) of the chosen rows where `replacement` says."""
+    where = reading.last_of_prompt if replacement == "last" else reading.of_prompt  # (rows, columns)
+    if replacement == "before":
+        where = where & ~reading.last_of_prompt
+    where = (where.to(outputs.device) & rows[:, None])[..., None]
+    return torch.where(where, values[:, None].to(outputs.dtype), outputs)

@@ -1,0 +1,259 @@
+"""IKE: the edit stands in the prompt, behind demonstrations of how to follow one.
+(Zheng et al. 2023, arXiv 2305.12740)
+
+    P(answer | d_1 … d_k, f, question)        d_i: another fact, a question about it, and its answer; f: the edit
+
+A demonstration *copies* its fact (the question is the fact's own prompt), *updates* (a rephrasing, same new answer)
+or *retains* (another subject, which keeps its old answer): 4, 12 and 16 of 32. They show the cases whose facts are
+most like the edit, the most like it last; then comes the edit as a copy of itself; then the question.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+
+from reknow.datasets import load_cases
+from reknow.edits import Case, Edit, Probe
+from reknow.embedding import embed
+from reknow.errors import InputError
+from reknow.methods.base import MemoryMethod, checked, memory_patch
+from reknow.nearest import Nearest
+from reknow.patches import Patch, write_aside
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+BUNDLED, OFFSET = "counterfact", 500
+"""What is shown without cases of the user's: records from this one on; those before are for evaluation."""
+
+
+@dataclass(frozen=True)
+class IKE(MemoryMethod):
+    """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
+
+    kind: ClassVar = "prompt"
+
+    demonstrations: int = 32
+    """How many at most; 0: the edit alone stands before the question (zero-shot). Those that do not fit into the
+    model's positions are left out, the least similar first."""
+    shares: tuple[int, int, int] | None = (4, 12, 16)
+    """Of copies, updates and retentions. None: whatever is most similar, most similar first, and no copy of the edit
+    itself, as in EasyEdit."""
+    cases: str | None = None
+    """File of the cases that are shown, written by `fit`; None: the bundled records of CounterFact from 500 on. Cases
+    about the edit's own subject are passed over."""
+    encoder: str | None = None
+    """Folder or name of a sentence-transformers model that compares facts; None: the model's own hidden states."""
+    conflict: Literal["update", "refuse"] = "update"
+    """What to do with an edit whose prompt has another answer in the memory: replace that one, or refuse."""
+    room: int = 100
+    """Tokens kept free behind the question for the answer."""
+    seed: int = 0
+    """Of which demonstration is of which kind, and which rephrasing it shows."""
+
+    def __post_init__(self):
+        if self.demonstrations < 0 or self.room < 1 or (self.shares is not None and sum(self.shares) < 1):
+            raise InputError(
+                "expected demonstrations ≥ 0, room ≥ 1 and shares that are not all 0; got "
+                f"{self.demonstrations}, {self.room} and {self.shares}: correct them"
+            )
+
+    @property
+    def name(self) -> str:
+        if self.demonstrations == 0:
+            return "ike-zero"
+        return "ike" if self.shares is not None else "ike-easyedit"
+
+    def fit(self, lm: LM, cases: Sequence[Case], out: str | Path) -> IKE:
+        """Keeps the cases as demonstrations in the file `out`, and gives the method that shows them.
+
+        Raises:
+            InputError: a case has no old answer, rephrasing or locality probe to show, or the file cannot be written.
+        """
+        for case in cases:
+            _wordings(case)
+        lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases)
+        path = write_aside(out, lambda aside: Path(aside).write_text(lines, encoding="utf-8"))
+        return IKE(**{**asdict(self), "cases": str(path)})
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        stored = [edit for patch in lm.patches if patch.method == self.name for edit in patch.edits]
+        replaced = _conflicts(stored, edits)
+        if replaced and self.conflict == "refuse":
+            raise InputError(
+                f"expected edits that agree with the memory; {replaced[0]!r} has another answer there: revert that "
+                "edit, or set conflict=update"
+            )
+        facts = [edit.text for edit in edits]
+        shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]
+        kept = [
+            _fitting(lm, each, _tail(edit), edit.text, self.room) for each, edit in zip(shown, edits, strict=True)
+        ]
+        notes = {"demonstrations": [len(each) for each in kept], "replaced": replaced}
+        if min(notes["demonstrations"]) < self.demonstrations:
+            notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"
+        keys = embed(lm, facts, self.encoder).cpu()
+        return memory_patch(self, lm, edits, {"keys": keys}, memory={"demonstrations": kept}, notes=notes)
+
+    @staticmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> Contexts:
+        return Contexts(patches)
+
+    def _demonstrations(self, lm: LM, edits: Sequence[Edit]) -> list[list[str]]:
+        """Demonstrations for each edit, in the order in which they stand in the prompt."""
+        cases, vectors = self._pool(lm)
+        facts = [fact(edit) for edit in edits]
+        queries = [
+            edit.text if self.shares is not None else f"New Fact: {stated}\nPrompt: {edit.text}"
+            for edit, stated in zip(edits, facts, strict=True)
+        ]
+        _, places = Nearest(vectors).search(embed(lm, queries, self.encoder), len(vectors))
+        found = []
+        for edit, order in zip(edits, places.tolist(), strict=True):
+            others = [i for i in order if cases[i][0].edit.subject != edit.subject or edit.subject is None]
+            near = [i for i in others if cases[i][0].edit.text != edit.text][: self.demonstrations]
+            found.append(self._worded([cases[i] for i in near], edit))
+        return found
+
+    def _worded(self, near: list[tuple[Case, str]], edit: Edit) -> list[str]:
+        if self.shares is None:
+            return [text for _, text in near]
+        chance = random.Random(f"{self.seed}/{edit.text}")
+        unit = math.gcd(*self.shares)
+        block = [kind for kind, share in enumerate(self.shares) for _ in range(share // unit)]
+        kinds: list[int] = []
+        while len(kinds) < len(near):  # block by block, so that those that fit are mixed in proportion too
+            chance.shuffle(block)
+            kinds += block
+        shown = [chance.choice(_wordings(case)[kind]) for (case, _), kind in zip(near, kinds, strict=False)]
+        own = demonstration(fact(edit), edit.text, edit.target_new)
+        return [*reversed(shown), own]  # the most similar last, and the edit as a copy of itself
+
+    def _pool(self, lm: LM) -> tuple[list[tuple[Case, str]], torch.Tensor]:
+        """What can be shown, a case with a text, and the vectors to find it by; read once for an LM."""
+        key = ("ike", self.cases, self.encoder, self.shares is None)
+        if key not in lm.memo:
+            cases = load_cases(BUNDLED, offset=OFFSET) if self.cases is None else _read(self.cases)
+            if self.shares is None:
+                shown = [(case, text) for case in cases for texts in _wordings(case) for text in texts[:1]]
+            else:
+                shown = [(case, case.edit.text) for case in cases]
+            lm.memo[key] = (shown, embed(lm, [text.strip() for _, text in shown], self.encoder))
+        shown, vectors = lm.memo[key]
+        return shown, vectors
+
+
+class Contexts:
+    """The running memory: puts the context of the edit that is most like a question before it."""
+
+    def __init__(self, patches: Sequence[Patch]):
+        newest: dict[str, tuple[Edit, list[str], torch.Tensor]] = {}
+        for patch in patches:
+            for edit, shown, key in zip(
+                patch.edits, patch.memory["demonstrations"], patch.state["keys"], strict=True
+            ):
+                newest[edit.text] = (edit, shown, key)  # a later edit of the same prompt replaces an earlier one
+        self._edits = [(edit, shown) for edit, shown, _ in newest.values()]
+        self._keys = torch.stack([key for _, _, key in newest.values()])
+        settings = patches[-1].settings
+        self._encoder, self._room = settings["encoder"], settings["room"]
+
+    def prompts(self, lm: LM, texts: Sequence[str]) -> list[str]:
+        """Each question behind its context."""
+        chosen = [0] * len(texts)
+        if len(self._edits) > 1:
+            keys = Nearest(self._keys.to(lm.device))
+            chosen = keys.search(embed(lm, texts, self._encoder))[1][:, 0].tolist()
+        asked = []
+        for text, place in zip(texts, chosen, strict=True):
+            edit, shown = self._edits[place]
+            asked.append("".join(_fitting(lm, shown, _tail(edit), text, self._room)) + _tail(edit) + text)
+        return asked
+
+
+def fact(edit: Edit) -> str:
+    """The edit as a statement."""
+    return f"{edit.text} {edit.target_new}"
+
+
+def demonstration(stated: str, question: str, answer: str) -> str:
+    """A fact, a question and what follows, as the paper writes them."""
+    return f"New Fact: {stated}\nPrompt: {question} {answer}\n\n"
+
+
+def _tail(edit: Edit) -> str:
+    """What stands between the demonstrations and the question."""
+    return f"New Fact: {fact(edit)}\nPrompt: "
+
+
+def _wordings(case: Case) -> tuple[list[str], list[str], list[str]]:
+    """The demonstrations that a case can give: copies, updates, retentions.
+
+    Raises:
+        InputError: one of them it cannot give.
+    """
+    edit, stated = case.edit, fact(case.edit)
+
+    def shown(kind: str) -> list[Probe]:
+        found = [probe for probe in case.probes if probe.kind == kind]
+        if not found:
+            raise InputError(
+                f"expected a rephrasing and another fact to demonstrate with; the case {edit.text!r} has no {kind} "
+                "probe: add one, or leave the case out"
+            )
+        return found
+
+    return (
+        [demonstration(stated, edit.text, edit.target_new)],
+        [demonstration(stated, probe.prompt, edit.target_new) for probe in shown("generalization")],
+        [demonstration(stated, probe.prompt, probe.answers[0]) for probe in shown("locality")],
+    )
+
+
+def _fitting(lm: LM, shown: Sequence[str], tail: str, question: str, room: int) -> list[str]:
+    """The last demonstrations, as many as leave room for the question and an answer of `room` tokens."""
+    if lm.max_tokens is None or not shown:
+        return list(shown)
+    encoded = lm.tokenizer([*shown, tail + question], add_special_tokens=True)["input_ids"]
+    free = lm.max_tokens - room - len(encoded[-1])
+    kept: list[str] = []
+    for text, ids in zip(reversed(shown), reversed(encoded[:-1]), strict=True):
+        free -= len(ids)
+        if free < 0:
+            break
+        kept.insert(0, text)
+    return kept
+
+
+def _conflicts(stored: Sequence[Edit], edits: Sequence[Edit]) -> list[str]:
+    """Prompts that have another answer in the memory."""
+    answers = {edit.text: edit.target_new for edit in stored}
+    return [edit.text for edit in edits if answers.get(edit.text, edit.target_new) != edit.target_new]
+
+
+def _read(path: str) -> list[Case]:
+    """The cases that `fit` kept.
+
+    Raises:
+        InputError: there is no such file, or it is none of these.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [_case(json.loads(line)) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"expected a file of demonstrations at {path}; it cannot be read ({error}): write one with IKE().fit"
+        ) from error
+
+
+def _case(record: dict[str, Any]) -> Case:
+    return Case(Edit(**record["edit"]), tuple(Probe(**probe) for probe in record["probes"]))

@@ -1,0 +1,330 @@
+"""SERAC: edits stay in a memory; a question in the scope of one goes to a second model that reads that edit first.
+(Mitchell et al. 2022, arXiv 2206.06520)
+
+    f(x) = h(z, x)   where z = argmax over the memory of p(z, x), if p(z, x) > threshold
+           base(x)   otherwise
+
+The scope classifier p and the counterfactual model h are trained on cases with questions inside and outside the scope
+of an edit, each with its own loss: scope_loss, and the answer's mean −log P. The base model is never touched: h is a
+low-rank change of it, or of another decoder, that is in use only while it answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from reknow.descent import Scored, predicted
+from reknow.editors import Editor, open_editor
+from reknow.edits import Case, Edit
+from reknow.errors import InputError, PatchError
+from reknow.loop import seeded
+from reknow.memory import Route, versions
+from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch
+from reknow.nearest import Nearest
+from reknow.patches import LowRank, Patch
+from reknow.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
+from reknow.scope_training import ScopeLearner
+from reknow.tokens import Text
+from reknow.trace import weight_replaced
+from reknow.training import Training, split, train
+
+if TYPE_CHECKING:
+    from reknow.lm import LM, Score
+
+TRAINED = ("classifier", "encoder", "counterfactual", "template", "size", "queries", "rank")
+"""Fields that an editor is trained with, which an edit cannot change."""
+
+
+@dataclass(frozen=True)
+class SERAC(Learned, MemoryMethod):
+    """An edit memory with a scope classifier and a counterfactual model, both trained. Needs no subject."""
+
+    kind: ClassVar = "router"
+
+    editor: str | None = None
+    """File or folder of the trained editor; None: the one that is bundled for the model."""
+    threshold: float = 0.5
+    """A question is in scope where p is above."""
+    classifier: Literal["embedding", "cosine", "cross"] = "embedding"
+    """p = exp(−‖a − b‖²) of two learned vectors, exp(cos − 1) of them, or a small transformer that reads edit and
+    question together, for those of the `candidates` that the first kind finds."""
+    candidates: int = 8
+    """Edits per question that the cross classifier judges."""
+    approximate: bool = False
+    """Search the memory with faiss, for very many edits."""
+    conflict: Literal["update", "refuse"] = "update"
+    """What to do with an edit that gives a stored one another answer: replace that one, or refuse. That is: the same
+    prompt, or the same subject and in its scope."""
+    encoder: str | None = None
+    """Folder or name of a Hugging Face encoder whose token states the classifier reads; None: the base model's."""
+    counterfactual: str | None = None
+    """Folder or name of a decoder with the same tokenizer that answers in scope; None: the base model itself, both
+    with a trained low-rank change."""
+    template: str = "Fact: {edit} {answer}. {input}"
+    """What the counterfactual model reads; the paper: `{edit} {answer} {input}`."""
+    size: int = 64
+    """Numbers in a vector."""
+    queries: int = 4
+    """Learned queries that gather it, each a share of the numbers."""
+    rank: int = 8
+    """Of the counterfactual model's change of every value matrix."""
+    answer_weight: float = 0.1
+    """Weight of the counterfactual model's loss beside the classifier's."""
+    learning_rate: float = 2e-3
+    """Of Adam."""
+
+    def __post_init__(self):
+        if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")):
+            raise InputError(f"expected a template with {{edit}}, {{answer}} and {{input}}; got {self.template!r}")
+        if not 0 < self.threshold < 1 or self.candidates < 1 or self.rank < 1 or self.size % self.queries:
+            raise InputError(
+                "expected 0 < threshold < 1, candidates and rank ≥ 1, and a size that the queries share out; got "
+                f"{self.threshold}, {self.candidates}, {self.rank}, {self.size} and {self.queries}: correct them"
+            )
+
+    @property
+    def name(self) -> str:
+        return "serac"
+
+    @property
+    def training(self) -> Training:
+        return Training(steps=400, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
+
+    def fit(
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        training: Training | None = None,
+        *,
+        progress: bool = False,
+    ) -> SERAC:
+        training = training or self.training
+        learning, held = split(cases, training)
+        with lm.unpatched():
+            learner = ScopeLearner(self, Modules(self, lm), lm, learning, held)
+        path = train(self, lm, learner, learning, held, out, training, progress=progress)
+        return SERAC(**{**asdict(self), "editor": path})
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        stored = versions(lm.patches, self.name)
+        begun = {} if stored else self._trained(lm)
+        parts = stored[0].state if stored else begun
+        if stored and (changed := [name for name in TRAINED if stored[0].settings[name] != getattr(self, name)]):
+            raise InputError(
+                f"expected the settings that the memory was begun with; got another {changed[0]}: set "
+                f"{changed[0]}={stored[0].settings[changed[0]]}, or take the memory off first"
+            )
+        modules = Modules(self, lm, parts)
+        texts, owners = _wordings(edits)
+        keys = modules.embed(texts)
+        notes: dict[str, Any] = {"replaced": []}
+        replaced: list[int] = []
+        if stored:
+            memory = EditMemory(lm, stored)
+            replaced = memory.conflicts(edits, keys[[owners.index(i) for i in range(len(edits))]])
+            notes["replaced"] = [memory.edits[i].text for i in replaced]
+        if replaced and self.conflict == "refuse":
+            raise InputError(
+                f"expected edits that agree with the memory; {notes['replaced'][0]!r} has another answer there: "
+                "revert that edit, or set conflict=update"
+            )
+        state = {"keys": keys.cpu(), "owners": torch.tensor(owners), **{n: t.cpu() for n, t in begun.items()}}
+        memory = {"replaces": replaced, "digests": modules.digests}
+        return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
+
+    @staticmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> EditMemory:
+        return EditMemory(lm, patches)
+
+    def question(self, edit: Edit, text: str) -> str:
+        """What the counterfactual model reads."""
+        return self.template.format(edit=edit.text, answer=edit.target_new, input=text)
+
+    def _trained(self, lm: LM) -> dict[str, Tensor]:
+        editor: Editor = open_editor(self, lm)
+        for name in TRAINED:
+            if editor.settings[name] != getattr(self, name):
+                raise InputError(
+                    f"expected {name}={editor.settings[name]}, with which the editor was trained; got "
+                    f"{getattr(self, name)}: change it, or train another with `reknow train serac`"
+                )
+        return editor.tensors
+
+
+class Modules(nn.Module):
+    """What is trained: the classifier, and the counterfactual model's change."""
+
+    def __init__(self, method: SERAC, lm: LM, tensors: dict[str, Tensor] | None = None):
+        super().__init__()
+        self._states = token_states(lm, method.encoder)
+        self._reader = counterfactual_model(lm, method.counterfactual)
+        self.digests = [self._states.digest, None if self._reader is lm else self._reader.fingerprint.digest]
+        self._names = list(self._reader.parts.value)
+        with seeded("serac", method.size, method.rank):
+            self.cosine = method.classifier == "cosine"
+            self.scope = Embedding(self._states.features, method.size, method.queries)
+            self.cross = Cross(self._states.features) if method.classifier == "cross" else None
+            shapes = [tuple(self._reader.weight(name).shape) for name in self._names]
+            self.left = nn.ParameterList([torch.zeros(out, method.rank) for out, _ in shapes])
+            self.right = nn.ParameterList([torch.randn(method.rank, wide) * wide**-0.5 for _, wide in shapes])
+        if tensors is not None:
+            own = self.state_dict()
+            self.load_state_dict({name: tensors[name].float() for name in own})
+            self.requires_grad_(False)
+        self.to(lm.device)
+
+    def states(self, texts: Sequence[str]) -> States:
+        return self._states(texts)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """A vector for each text, of length 1 where cosines count. (texts, size)"""
+        parts = [self.scope(self.states(texts[start : start + TEXTS])) for start in range(0, len(texts), TEXTS)]
+        vectors = torch.cat(parts)
+        return nn.functional.normalize(vectors, dim=-1) if self.cosine else vectors
+
+    @torch.no_grad()
+    def judge(self, edits: Sequence[str], inputs: Sequence[str]) -> Tensor:
+        """log p of each pair by the cross classifier. (pairs,)"""
+        assert self.cross is not None
+        starts = range(0, len(edits), TEXTS)
+        parts = [(edits[at : at + TEXTS], inputs[at : at + TEXTS]) for at in starts]
+        return torch.cat([self.cross(self.states(first), self.states(second)) for first, second in parts])
+
+    def answers(self, questions: Sequence[Text]) -> Tensor:
+        """−log P of the answers' tokens under the counterfactual model, with gradients. (tokens,)"""
+        rows = self._reader.encode(questions)
+        scored = Scored(self._reader, rows, [predicted(row, row.prompt_length) for row in rows], None)
+        with ExitStack() as stack:
+            for name, left, right in zip(self._names, self.left, self.right, strict=True):
+                weight = self._reader.base_weight(name).float() + (left @ right).to(self._reader.weight(name).device)
+                stack.enter_context(weight_replaced(self._reader.model.get_submodule(name), weight))
+            return scored.nll()
+
+    def answerer(self) -> Counterfactual:
+        factors = zip(self._names, self.left, self.right, strict=True)
+        deltas = {name: LowRank(left.detach().cpu(), right.detach().cpu()) for name, left, right in factors}
+        return Counterfactual(self._reader, Patch("serac", {}, (), dict(deltas), self._reader.fingerprint))
+
+
+class Counterfactual:
+    """A decoder that answers with a low-rank change, which it has only while it answers."""
+
+    def __init__(self, reader: LM, patch: Patch):
+        self._reader, self._patch = reader, patch
+
+    def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
+        with self._reader.stacked((self._patch,)):
+            return self._reader.score(prompts, targets)
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, **sampling: Any) -> list[str]:
+        with self._reader.stacked((self._patch,)):
+            return list(self._reader.generate(list(prompts), max_new_tokens, **sampling))
+
+
+class EditMemory:
+    """The running memory: sends a question in the scope of a stored edit to the counterfactual model."""
+
+    def __init__(self, lm: LM, patches: Sequence[Patch]):
+        self._method = SERAC(**patches[-1].settings)
+        self._modules = Modules(self._method, lm, patches[0].state)
+        if self._modules.digests != patches[0].memory["digests"]:
+            raise PatchError(
+                f"expected the encoder and the counterfactual model of {patches[0].label}; got others at "
+                f"{self._method.encoder} and {self._method.counterfactual}: put those back"
+            )
+        self.edits = [edit for patch in patches for edit in patch.edits]
+        replaced = {i for patch in patches for i in patch.memory["replaces"]}
+        self._stored = [i for i in range(len(self.edits)) if i not in replaced]
+        keys, owners, before = [], [], 0
+        for patch in patches:
+            keys.append(patch.state["keys"])
+            owners.append(patch.state["owners"] + before)
+            before += len(patch.edits)
+        owner = torch.cat(owners)
+        kept = torch.isin(owner, torch.tensor(self._stored))
+        self._keys, self._owners = torch.cat(keys)[kept].to(lm.device), owner[kept]
+
+    @cached_property
+    def _nearest(self) -> Nearest:
+        return Nearest(self._keys, approximate=self._method.approximate)
+
+    @cached_property
+    def _answerer(self) -> Counterfactual:
+        return self._modules.answerer()
+
+    def route(self, lm: LM, prompts: Sequence[str]) -> list[Route | None]:
+        routes: list[Route | None] = []
+        for place, log_p, prompt in zip(*self.scopes(prompts), prompts, strict=True):
+            inside = log_p > math.log(self._method.threshold)
+            routes.append((self._answerer, self._method.question(self.edits[place], prompt)) if inside else None)
+        return routes
+
+    def scopes(self, prompts: Sequence[str]) -> tuple[list[int], list[float]]:
+        """The stored edit that each prompt most likely belongs to, and log p."""
+        cross = self._method.classifier == "cross"
+        distances, places = self._nearest.search(
+            self._modules.embed(prompts), self._method.candidates if cross else 1
+        )
+        owners = self._owners[places.cpu()]  # (prompts, candidates)
+        log_p = -distances / 2 if self._method.classifier == "cosine" else -distances
+        if cross:
+            pairs = [(self.edits[i].text, prompt) for row, prompt in zip(owners, prompts, strict=True) for i in row]
+            log_p = self._modules.judge(*map(list, zip(*pairs, strict=True))).view(owners.shape)
+        best = log_p.argmax(1, keepdim=True)
+        return owners.gather(1, best.cpu())[:, 0].tolist(), log_p.gather(1, best)[:, 0].tolist()
+
+    def conflicts(self, edits: Sequence[Edit], keys: Tensor) -> list[int]:
+        """Indices of the stored edits to which an edit gives another answer; `keys` are the edits' vectors."""
+        found = set()
+        for edit, key in zip(edits, keys, strict=True):
+            for i in self._stored:
+                other = self.edits[i]
+                if other.target_new == edit.target_new:
+                    continue
+                same = edit.subject is not None and other.subject == edit.subject
+                if other.text == edit.text or (same and self._near(key, i)):
+                    found.add(i)
+        return sorted(found)
+
+    def _near(self, key: Tensor, i: int) -> bool:
+        own = self._keys[(self._owners == i).to(self._keys.device)]
+        log_p = log_in_scope(key[None], own, cosine=self._method.classifier == "cosine")
+        return float(log_p.max()) > math.log(self._method.threshold)
+
+
+def counterfactual_model(lm: LM, source: str | None) -> LM:
+    """The decoder that answers in scope; kept with the LM.
+
+    Raises:
+        InputError: it has another tokenizer.
+    """
+    if source is None:
+        return lm
+    key = ("counterfactual", source)
+    if key not in lm.memo:
+        reader = type(lm)(source, dtype=lm.dtype, device=lm.device, chat=lm.chat)
+        if reader.fingerprint.tokenizer != lm.fingerprint.tokenizer:
+            raise InputError(
+                f"expected a counterfactual model with the tokenizer of {lm.name}; {source} has another, so that its "
+                "scores could not be compared: choose one of the same family"
+            )
+        lm.memo[key] = (reader,)
+    return lm.memo[key][0]
+
+
+def _wordings(edits: Sequence[Edit]) -> tuple[list[str], list[int]]:
+    """All prompts under which the edits are stored, and the edit that each belongs to."""
+    pairs = [(text, i) for i, edit in enumerate(edits) for text in (edit.text, *map(edit.fill, edit.rephrasings))]
+    return [text for text, _ in pairs], [i for _, i in pairs]

@@ -1,0 +1,295 @@
+"""WISE: Rethinking the Knowledge Memory for Lifelong Model Editing of Large Language Models. Wang et al. 2024,
+arXiv 2405.14768.
+
+A copy of one value matrix, the side memory W′ = W + Δ, learns the edits; W stays. What is asked tells by itself where
+it belongs: edits are trained to move the activations far, unrelated text to leave them, so that the distance
+
+    d(x) = ‖x (W′ − W)ᵀ‖,   mean over the prompt's tokens                                                 (eq. 3)
+
+routes a prompt to the side memory when it exceeds a share of the smallest distance that any edit reached:
+
+    L = −log P(answer) + [d(out) − α]₊ + [β − d(in)]₊ + [γ − d(in) + d(out)]₊                             (eq. 4, 5)
+
+Edits go in shards, each of which may change a random part ρ of the weights. The shards are merged by TIES (Yadav et
+al. 2023, arXiv 2306.01708), or kept as memories of their own of which the most active answers (WISE-Retrieve).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reknow.datasets import sample_text
+from reknow.descent import Answers, check_finite
+from reknow.edits import Edit
+from reknow.errors import InputError
+from reknow.keys import prompt_inputs
+from reknow.layers import depth_layer
+from reknow.memory import Reading, on_output, versions
+from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
+from reknow.patches import Kind, Patch
+from reknow.tokens import Text
+from reknow.values import contexts
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+DEPTH = 0.85
+"""The papers' layer as a share of the depth: 27 of 32 (Llama-2)."""
+
+
+@dataclass(frozen=True)
+class WISE(MemoryMethod):
+    """A side memory beside one value matrix, and routing by activation."""
+
+    kind: ClassVar[Kind] = "hook"
+
+    layer: int | None = None
+    """Layer whose value matrix has a side memory; None: deep in the model."""
+    steps: int = 70
+    """Updates of one edit at most."""
+    learning_rate: float = 1.0
+    """Of gradient descent, such that the first step moves the weights by this many times their root mean square."""
+    clamp: float = 50.0
+    """Largest change of a weight, in units of their root mean square."""
+    alpha: float = 0.25
+    """Margin α: how far unrelated text may move, in units of the length of the matrix's output."""
+    beta: float = 1.0
+    """Margin β: how far an edit's prompt must move, in that unit."""
+    gamma: float = 0.5
+    """Margin γ: how much farther an edit's prompt must move than unrelated text, in that unit."""
+    threshold: float = 0.88
+    """A prompt is routed when it moves farther than this share of the least that any edit moved."""
+    absolute: bool = False
+    """Learning rate, clamp and margins as plain numbers (in the paper 1, 1, 5, 20, 10)."""
+    stop_loss: float = 0.05
+    """An edit is finished when its whole loss is below."""
+    mask: float = 0.2
+    """Share ρ of the weights that a shard may change."""
+    shard_size: int = 100
+    """Edits per shard."""
+    density: float = 0.53
+    """Share of each shard's largest changes that TIES keeps."""
+    retrieve: bool = False
+    """WISE-Retrieve: every shard is a memory of its own, and the one that a prompt moves most answers."""
+    context_groups: tuple[tuple[int, int], ...] = ((2, 5), (2, 10))
+    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
+    unrelated: int = 4
+    """Pieces of plain text that must not move, other ones for every edit."""
+    conflict: Literal["update", "refuse"] = "update"
+    """What becomes of an edit whose prompt is stored with another answer."""
+    seed: int = 0
+    """Of the masks, contexts and pieces of text."""
+
+    @property
+    def name(self) -> str:
+        return "wise-retrieve" if self.retrieve else "wise"
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        clashes = conflicts(self, lm, edits, self.conflict)
+        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
+        module = lm.parts.value[layer]
+        before = versions(lm.patches, self.name)
+        if before and before[-1].memory["module"] != module:
+            raise InputError(
+                f"expected edits of {before[-1].memory['module']}, where the memory is; got {module}: change layer"
+            )
+        stored = sum(len(patch.edits) for patch in before)
+        shards = _shards(before, tuple(lm.weight(module).shape))
+        state: dict[str, Tensor] = {}
+        distances, losses = [], []
+        for number, edit in enumerate(edits, stored):
+            index = number // self.shard_size
+            if index not in shards:
+                shards[index] = Shard.new(lm.weight(module).shape, self.mask, self.seed + index)
+                state[f"mask.{index}"] = shards[index].packed()
+            shard = shards[index]
+            old = shard.values
+            shard.values, distance, history = self._learn(lm, edit, layer, shard, number)
+            state[f"delta.{index}"] = state.get(f"delta.{index}", 0) + (shard.values - old)
+            distances.append(distance)
+            losses.append(history)
+        state["distances"] = torch.tensor(distances)
+        about = {"module": module, "threshold": self.threshold, "density": self.density, "retrieve": self.retrieve}
+        about["shard_size"] = self.shard_size
+        notes = {"layer": layer, "losses": losses, "conflicts": clashes}
+        return memory_patch(self, lm, edits, state, memory=about, notes=notes)
+
+    def _learn(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
+        """The shard's values with the edit, the distance that its prompts reach, and the losses."""
+        module, weight = lm.parts.value[layer], lm.weight(lm.parts.value[layer]).float()
+        prefixes = contexts(lm, self.context_groups, seed=self.seed)
+        rows = lm.encode([Text(prefix + edit.text, edit.target_new) for prefix in prefixes])
+        start = shard.values.to(lm.device)
+        values = start.clone().requires_grad_()
+        trial = _Trial(module)
+        losses: list[float] = []
+        with lm.trying(self.name, trial):
+            inside = prompt_inputs(lm, rows, module)
+            outside = prompt_inputs(lm, lm.encode([Text(text) for text in self._pieces(number)]), module)
+            with torch.no_grad():
+                length = float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean())
+            unit = 1.0 if self.absolute else length
+            bound = self.clamp * (1.0 if self.absolute else float(weight.square().mean().sqrt()))
+            rate: float | None = self.learning_rate if self.absolute else None
+            answers = Answers(lm, rows, layer)
+            for _ in range(self.steps):
+                with torch.enable_grad():
+                    trial.delta = shard.dense(values)
+                    near, far = (distance(states, where, trial.delta) for states, where in (inside, outside))
+                    margins = margin_loss(near / unit, far / unit, self.alpha, self.beta, self.gamma)
+                    loss = answers.nll(lambda part: None).mean() + margins
+                    losses.append(check_finite(loss))
+                    if losses[-1] < self.stop_loss:
+                        break
+                    (gradient,) = torch.autograd.grad(loss, values)
+                with torch.no_grad():
+                    if rate is None:
+                        size = float(gradient.square().mean().sqrt())
+                        rate = self.learning_rate * float(weight.square().mean().sqrt()) / max(size, 1e-30)
+                    values -= rate * gradient
+                    values.clamp_(-bound, bound)
+            with torch.no_grad():
+                reached = float(distance(*inside, shard.dense(values)).mean())
+        return values.detach().cpu(), reached, losses
+
+    def _pieces(self, number: int) -> list[str]:
+        """Plain text for edit number `number`."""
+        texts = sample_text()
+        generator = torch.Generator().manual_seed(self.seed + number)
+        chosen = torch.randperm(len(texts), generator=generator)[: self.unrelated]
+        return [" ".join(texts[i].split()[:12]) for i in chosen.tolist()]
+
+    @staticmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
+        about = patches[-1].memory
+        shards = _shards(patches, tuple(lm.weight(about["module"]).shape))
+        deltas = [shards[index].dense(shards[index].values) for index in sorted(shards)]
+        reached = torch.cat([patch.state["distances"] for patch in patches])
+        least = [part.min() for part in reached.split(about["shard_size"])]
+        if not about["retrieve"]:
+            deltas, least = [ties(deltas, about["density"])], [reached.min()]
+        thresholds = about["threshold"] * torch.stack(least)
+        return SideMemory(about["module"], torch.stack(deltas).to(lm.device), thresholds.to(lm.device))
+
+
+@dataclass
+class Shard:
+    """Part of the weights, and how they changed."""
+
+    shape: tuple[int, int]
+    places: Tensor  # (m,) indices into the flattened matrix
+    values: Tensor  # (m,) the change, float32
+
+    @classmethod
+    def new(cls, shape: Sequence[int], share: float, seed: int) -> Shard:
+        """A random part of a matrix of this shape (out, in), nothing changed yet."""
+        chosen = torch.rand(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed)) < share
+        places = chosen.nonzero()[:, 0]
+        return cls((shape[0], shape[1]), places, torch.zeros(len(places)))
+
+    def packed(self) -> Tensor:
+        """The part as bits."""
+        chosen = np.zeros(self.shape[0] * self.shape[1], dtype=bool)
+        chosen[self.places.numpy()] = True
+        return torch.from_numpy(np.packbits(chosen))
+
+    def dense(self, values: Tensor) -> Tensor:
+        """The change as a matrix. (out, in)"""
+        flat = values.new_zeros(self.shape[0] * self.shape[1])
+        return flat.index_put((self.places.to(values.device),), values).view(self.shape)
+
+
+def _shards(patches: Sequence[Patch], shape: tuple[int, int]) -> dict[int, Shard]:
+    """The shards that these versions make up."""
+    shards: dict[int, Shard] = {}
+    for patch in patches:
+        for name, tensor in patch.state.items():
+            if name.startswith("mask."):
+                bits = np.unpackbits(tensor.numpy(), count=shape[0] * shape[1])
+                places = torch.from_numpy(bits.nonzero()[0])
+                shards[int(name.removeprefix("mask."))] = Shard(shape, places, torch.zeros(len(places)))
+        for name, tensor in patch.state.items():
+            if name.startswith("delta."):
+                shard = shards[int(name.removeprefix("delta."))]
+                shard.values = shard.values + tensor
+    return shards
+
+
+def distance(inputs: Tensor, where: Tensor, delta: Tensor) -> Tensor:
+    """How far the side memory moves the matrix's output, mean over the tokens `where` says. (rows,)
+
+    Args:
+        inputs: (rows, columns, in).
+        where: (rows, columns), boolean.
+        delta: W′ − W. (out, in)
+    """
+    moved = (inputs.to(delta.dtype) @ delta.T).norm(dim=-1) * where  # (rows, columns)
+    return moved.sum(1) / where.sum(1)
+
+
+def margin_loss(near: Tensor, far: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """Equation 4: distances of edits (rows,) and of unrelated text (pieces,); each term over what violates it."""
+    gaps = (far[:, None] - near + gamma, far - alpha, beta - near)
+    return sum((gap.clamp(min=0).sum() / (gap > 0).sum().clamp(min=1) for gap in gaps), torch.zeros_like(near[0]))
+
+
+def ties(deltas: Sequence[Tensor], density: float) -> Tensor:
+    """TIES: each change is cut to its largest entries, the sign of the larger sum is elected, and entries that agree
+    with it are averaged."""
+    kept = []
+    for delta in deltas:
+        flat = delta.flatten()
+        count = max(1, int(density * len(flat)))
+        largest = flat.abs().topk(count).indices
+        kept.append(torch.zeros_like(flat).index_put((largest,), flat[largest]).view(delta.shape))
+    stacked = torch.stack(kept)  # (shards, out, in)
+    elected = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
+    agree = stacked.sign() == elected
+    return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+@dataclass(eq=False)
+class SideMemory:
+    """Side memories and the hook that routes to them."""
+
+    module: str
+    deltas: Tensor  # (memories, out, in)
+    thresholds: Tensor  # (memories,)
+
+    def attach(self, lm: LM):
+        return [on_output(lm, self.module, self._route)]
+
+    def _route(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        def choose() -> Tensor:
+            moved = torch.stack([distance(inputs, reading.of_prompt, delta) for delta in self.deltas], 1)
+            farthest, chosen = torch.where(moved > self.thresholds, moved, -1.0).max(1)  # (rows,)
+            return torch.where(farthest >= 0, chosen, -1)
+
+        chosen = reading.decided(self, choose)
+        for i, delta in enumerate(self.deltas):
+            rows = (chosen == i).nonzero()[:, 0]
+            if len(rows):
+                moved = (inputs[rows].to(delta.dtype) @ delta.T).to(outputs.dtype)
+                outputs = outputs.index_add(0, rows, moved)
+        return outputs
+
+
+class _Trial:
+    """The hook while a shard learns: everything goes through it."""
+
+    def __init__(self, module: str):
+        self.module = module
+        self.delta: Tensor | None = None
+
+    def attach(self, lm: LM):
+        return [on_output(lm, self.module, self._add)]
+
+    def _add(self, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return outputs if self.delta is None else outputs + inputs.to(self.delta.dtype) @ self.delta.T

@@ -1,0 +1,163 @@
+"""A study over several data sets on one page: its table in the form of the papers, the sets in numbers, a figure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from reknow.evaluate.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, when
+from reknow.patches import write_aside
+from reknow.report import tables
+from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
+
+PROTOCOL = "teacher_forced_tokens"
+COLUMNS = {
+    "success": f"reliability@{PROTOCOL}",
+    "rewordings": f"generalization@{PROTOCOL}",
+    "portability": f"portability@{PROTOCOL}",
+    "locality": f"locality@{PROTOCOL}",
+    "fluency": "fluency@sampled",
+    "PPL_r": "PPL_r@sampled",
+    "PPL_r, script": "PPL_r@sampled_unshifted",
+    "seconds": "seconds@edit",
+}
+"""What the papers' tables show, and how it was read: the protocol of EasyEdit, whose tables these are."""
+POOLED = "all sets"
+ENOUGH = 0.8
+"""Share of successful edits from which PPL_r says something."""
+NOTE = (
+    f"Success, rewordings, portability, locality: `{PROTOCOL}`, %. Fluency: `sampled`, bits × 100. PPL_r: `sampled`, "
+    "mean of logarithms; beside it `sampled_unshifted`, plain mean, as in the script of its authors. † success below "
+    "80 %: a model that ignores an edit is fluent, so PPL_r says nothing. Seconds: per edit, on a machine as loaded "
+    "as it was. Means over cases [95 % bootstrap interval]."
+)
+
+
+def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> Path:
+    """Writes `study.md` and `study.png` into the study's folder, from one run per set or one over all.
+
+    Returns:
+        The path of the page.
+    """
+    folder = Path(folder)
+    sets = by_set(runs)
+    parts = [f"# {title}", *_about(next(iter(runs.values()))), f"**The sets.**\n\n{markdown(set_statistics(sets))}"]
+    found = {stage for results in sets.values() for _, stage, _ in results.cells} - {"before"}
+    for stage in sorted(found, key=lambda stage: (stage == IN_CONTEXT, when(stage))):
+        for name, results in {**sets, POOLED: pooled(sets)}.items():
+            lines = study_table(results, stage)
+            if len(lines) > 1:
+                parts.append(f"**{name}, {stage_label(stage)}**\n\n{markdown(lines)}")
+    parts += [NOTE, "![Portability and locality](study.png)"]
+    write_aside(folder / "study.png", lambda aside: save_png(trade_off(sets), Path(aside)))
+    page = folder / "study.md"
+    write_aside(page, lambda aside: Path(aside).write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
+    return page
+
+
+def by_set(runs: Mapping[str, Results]) -> dict[str, Results]:
+    """Data set → its results; a run over several sets is taken apart by the names of its cases."""
+    found: dict[str, Results] = {}
+    for results in runs.values():
+        for name in dict.fromkeys(_set(case) for (case,) in results.before):
+            before = {key: row for key, row in results.before.items() if _set(row["case"]) == name}
+            rows = {key: row for key, row in results.rows.items() if _set(row["case"]) == name}
+            found[name] = Results(results.manifest, before, rows)
+    return found
+
+
+def _set(case: str) -> str:
+    return case.rpartition("/")[0]
+
+
+def pooled(sets: Mapping[str, Results]) -> Results:
+    """The cases of all sets together."""
+    first = next(iter(sets.values()))
+    before = {key: row for results in sets.values() for key, row in results.before.items()}
+    return Results(
+        first.manifest, before, {key: row for results in sets.values() for key, row in results.rows.items()}
+    )
+
+
+def study_table(results: Results, stage: str) -> list[list[str]]:
+    """Header and a line per method at one stage, the unedited model first; columns without numbers are left out."""
+    methods = [*results.manifest["settings"]["methods"]]
+    groups = [(UNEDITED[0], stage)] if stage == IN_CONTEXT else [UNEDITED]
+    groups += [(method, stage) for method in methods]
+    groups = [group for group in groups if any(key[:2] == group for key in results.cells)]
+    names = [n for n, key in COLUMNS.items() if any((method, read, key) in results.cells for method, read in groups)]
+    lines = [["method", "cases", *names]]
+    for method, read in groups:
+        success = results.cells.get((method, read, COLUMNS["success"]))
+        texts = []
+        for name in names:
+            cell = results.cells.get((method, read, COLUMNS[name]))
+            if cell is not None and name == "fluency":
+                cell = cell._replace(mean=100 * cell.mean, low=_times(cell.low), high=_times(cell.high))
+            mark = "†" if name.startswith("PPL_r") and (success is None or success.mean < ENOUGH) else ""
+            texts.append("–" if cell is None else f"{cell.number()}{mark} {cell.interval()}".strip())
+        lines.append([method, str(success.cases if success else 0), *texts])
+    return lines
+
+
+def _times(bound: float | None) -> float | None:
+    return None if bound is None else 100 * bound
+
+
+def set_statistics(sets: Mapping[str, Results]) -> list[list[str]]:
+    """Header and a line per set: cases, mean words of prompt and answer, probes of each kind per case."""
+    kinds = ("generalization", "portability", "locality", "fluency")
+    lines = [["set", "cases", "words of a prompt", "words of an answer", *(f"{kind} per case" for kind in kinds)]]
+    for name, results in sets.items():
+        rows, count = list(results.before.values()), len(results.before)
+        asked = Counter(reading["kind"] for row in rows for reading in row["readings"])
+        requests = [row["readings"][0] for row in rows]
+        words = [
+            sum(len(text.split()) for text in texts) / count
+            for texts in ([r["prompt"] for r in requests], [r["answers"][0] for r in requests])
+        ]
+        per_case = [f"{asked[kind] / count:.1f}" if asked[kind] else "–" for kind in kinds]
+        lines.append([name, str(count), *(f"{number:.1f}" for number in words), *per_case])
+    return lines
+
+
+def trade_off(sets: Mapping[str, Results]) -> Figure:
+    """A panel per set: a method's portability (or success, where a set has none) against its locality, with
+    intervals; the upper right is best."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.5 * len(sets), 3.1), layout="constrained")
+        panels = figure.subplots(1, len(sets), squeeze=False)[0]
+        for axes, (name, results) in zip(panels, sets.items(), strict=True):
+            held = any(key[2] == COLUMNS["portability"] for key in results.cells)
+            across, up = "portability" if held else "success", "locality"
+            for number, method in enumerate(results.manifest["settings"]["methods"]):
+                found = [results.cells.get((method, results.last_stage, COLUMNS[key])) for key in (across, up)]
+                pair = [cell for cell in found if cell is not None]
+                if len(pair) < 2:
+                    continue
+                color = PALETTE[number % len(PALETTE)]
+                (x, x_low, x_high), (y, y_low, y_high) = (
+                    [100 * (cell.mean if value is None else value) for value in (cell.mean, cell.low, cell.high)]
+                    for cell in pair
+                )
+                axes.plot([x_low, x_high], [y, y], color=color, linewidth=0.8, alpha=0.6)
+                axes.plot([x, x], [y_low, y_high], color=color, linewidth=0.8, alpha=0.6)
+                axes.plot(x, y, "o", color=color, markersize=6, label=method)
+            axes.set(xlim=(-4, 104), ylim=(-4, 104), xlabel=f"{across}, %", title=name)
+            axes.title.set_fontsize(9)
+            axes.grid(color=FAINT, linewidth=0.4)
+        panels[0].set_ylabel("locality, %", color=INK)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False, fontsize=8
+        )
+    return figure
+
+
+def _about(results: Results) -> list[str]:
+    facts = tables.facts(results)
+    return ["\n".join(f"- {name}: {facts[name]}" for name in ("Model", "Mode", "Seeds", "Machine", "Software"))]

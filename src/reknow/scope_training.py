@@ -1,0 +1,195 @@
+"""Training a scope classifier: what can be asked about an edit inside and outside its scope, and the losses.
+
+Rephrasings and other facts come from the cases themselves. What they lack is made from one another, since a data set
+rarely has enough of it: wordings borrowed from cases that ask the same of another subject, sentences put in front,
+near neighbours that ask about other subjects, and other questions about the same subject.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reknow.edits import Case, Edit
+from reknow.embedding import embed
+from reknow.errors import InputError
+from reknow.nearest import Nearest
+from reknow.scope import log_in_scope, scope_loss
+from reknow.tokens import Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+    from reknow.methods.serac import SERAC, Modules
+
+ANSWERED = 8
+"""Questions of a batch that the counterfactual model answers too: it learns faster, and a pass costs more."""
+PREFIXED = 0.25
+"""Share of the questions that stand behind an unrelated statement."""
+TRIES = 10
+"""Draws of another case before one is given up."""
+
+
+class ScopeCases:
+    """Questions about each case's edit, drawn by chance.
+
+    Args:
+        neighbors, skipped: hard negatives are the edits and locality probes of other cases nearest to an edit, so
+            many of them, without the very nearest, which may ask the same.
+
+    Raises:
+        InputError: no case has a rephrasing.
+    """
+
+    def __init__(self, lm: LM, cases: Sequence[Case], *, neighbors: int = 50, skipped: int = 5):
+        self.cases = list(cases)
+        self.place = {case.edit.text: i for i, case in enumerate(self.cases)}
+        self._rephrasings = [_rephrasings(case) for case in self.cases]
+        if not any(self._rephrasings):
+            raise InputError(
+                f"expected cases with rephrasings to learn scopes from; got {len(self.cases)} without any: give "
+                "cases with generalization probes, or edits with rephrasings"
+            )
+        self._outside = [_prompts(case, "locality") for case in self.cases]
+        self._templates = [_templates(case, own) for case, own in zip(self.cases, self._rephrasings, strict=True)]
+        self._told = [
+            "\n".join([case.edit.text, *(probe.prompt for probe in case.probes)]).lower() for case in self.cases
+        ]
+        self._alike: dict[str, list[int]] = defaultdict(list)
+        for i, case in enumerate(self.cases):
+            self._alike[case.edit.prompt].append(i)
+        self._near = self._neighbors(lm, neighbors, skipped)
+
+    def inside(self, i: int, chance: random.Random) -> str:
+        """A question that falls in the scope of edit i, in other words than its own where there are any."""
+        edit = self.cases[i].edit
+        wordings = list(self._rephrasings[i])
+        if edit.subject is not None:
+            borrowed = self._templates[chance.choice(self._alike[edit.prompt])]
+            wordings += [edit.fill(template) for template in borrowed if template != edit.prompt]
+        return self._behind(chance.choice(wordings or [edit.text]), chance)
+
+    def outside(self, i: int, chance: random.Random) -> list[str]:
+        """Four questions that do not: two of its own, a near neighbour of other cases, the subject in another one."""
+        own = chance.sample(self._outside[i], min(2, len(self._outside[i])))
+        near = [chance.choice(self._near[i]) for _ in range(3 - len(own))]
+        crossed = self._crossed(i, chance) or chance.choice(self._near[i])
+        return [*own, *(self._behind(text, chance) for text in (*near, crossed))]
+
+    def _behind(self, question: str, chance: random.Random) -> str:
+        if chance.random() >= PREFIXED:
+            return question
+        other = chance.randrange(len(self.cases))
+        return f"{chance.choice(self._outside[other] or [self.cases[other].edit.text])}. {question}"
+
+    def _crossed(self, i: int, chance: random.Random) -> str | None:
+        """Another case's question about this one's subject."""
+        edit = self.cases[i].edit
+        for _ in range(TRIES):
+            other = chance.randrange(len(self.cases))
+            if edit.subject is not None and self._templates[other] and not self._related(i, other):
+                return edit.fill(chance.choice(self._templates[other]))
+        return None
+
+    def _related(self, i: int, other: int) -> bool:
+        """Whether the words of one's question occur in the other: they may ask the same."""
+        mine, theirs = (_words(self.cases[k].edit) for k in (i, other))
+        return theirs in self._told[i] or mine in self._told[other]
+
+    def _neighbors(self, lm: LM, count: int, skipped: int) -> list[list[str]]:
+        edits = [case.edit.text for case in self.cases]
+        pool = list(dict.fromkeys(edits + [text for texts in self._outside for text in texts[:1]]))
+        vectors = embed(lm, pool)
+        places = Nearest(vectors).search(vectors[: len(edits)], count + skipped)[1].tolist()
+        found = []
+        for case, near in zip(self.cases, places, strict=True):
+            name = case.edit.subject or case.edit.text
+            found.append([pool[k] for k in near[skipped:] if name not in pool[k]] or [pool[near[-1]]])
+        return found
+
+
+def _prompts(case: Case, kind: str) -> list[str]:
+    return list(dict.fromkeys(probe.prompt for probe in case.probes if probe.kind == kind))
+
+
+def _rephrasings(case: Case) -> list[str]:
+    edit = case.edit
+    own = [edit.fill(wording) for wording in edit.rephrasings]
+    return [text for text in dict.fromkeys([*own, *_prompts(case, "generalization")]) if text != edit.text]
+
+
+def _templates(case: Case, rephrasings: Sequence[str]) -> list[str]:
+    """The case's wordings with `{}` for the subject, where its name stands there once."""
+    subject = case.edit.subject
+    if subject is None:
+        return []
+    found = [text.replace(subject, "{}") for text in rephrasings if text.count(subject) == 1]
+    return [case.edit.prompt, *(template for template in found if template.count("{}") == 1)]
+
+
+def _words(edit: Edit) -> str:
+    """The longest part of the prompt beside the subject."""
+    return max(edit.prompt.split("{}"), key=len).strip().lower()
+
+
+class ScopeLearner:
+    """Draws questions, and trains classifier and counterfactual model on them, each with its own loss."""
+
+    def __init__(self, method: SERAC, module: Modules, lm: LM, learning: Sequence[Case], held: Sequence[Case]):
+        self._method, self.module = method, module
+        self._learning = ScopeCases(lm, learning)
+        self._held = ScopeCases(lm, held) if held else None
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.module.parameters(), lr=self._method.learning_rate)
+
+    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
+        asked = self._learning
+        inside, outside, answer = self._read(asked, [asked.place[case.edit.text] for case in batch], chance)
+        scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
+        return scope + self._method.answer_weight * answer, {"scope": scope.item(), "answer": answer.item()}
+
+    @torch.no_grad()
+    def validate(self, cases: Sequence[Case]) -> dict[str, float]:
+        assert self._held is not None
+        inside, outside, answer = self._read(self._held, range(len(cases)), random.Random(0))
+        limit = math.log(self._method.threshold)
+        scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
+        return {
+            "loss": scope + self._method.answer_weight * float(answer),
+            "in_scope": float((inside[-1] > limit).float().mean()),
+            "out_of_scope": float((outside[-1] <= limit).float().mean()),
+            "answer": float(answer),
+        }
+
+    def _read(
+        self, asked: ScopeCases, places: Sequence[int], chance: random.Random
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """log p of pairs inside and outside a scope, for each classifier, and the answers' mean −log P inside."""
+        edits = [asked.cases[i].edit for i in places]
+        inside = [asked.inside(i, chance) for i in places]
+        outside = [text for i in places for text in asked.outside(i, chance)]
+        count, hard = len(edits), len(outside) // len(edits)
+        tokens, mask = self.module.states([*(edit.text for edit in edits), *inside, *outside])
+        vectors = self.module.scope((tokens, mask))
+        log_p = log_in_scope(vectors[count:], vectors[:count], cosine=self.module.cosine)  # (questions, edits)
+        own = torch.arange(count, device=log_p.device)
+        # As many questions of other cases as hard ones, so that either half of the mean counts the same.
+        easy = [log_p[own, (own + shift) % count] for shift in range(1, min(hard, count - 1) + 1)]
+        apart = log_p[count:].view(count, hard, count)[own, :, own].flatten()
+        found = [log_p[own, own]], [torch.cat([apart, *easy])]
+        if self.module.cross is not None:
+            which = torch.cat([own, own.repeat_interleave(hard), (own + 1) % count])
+            asks = torch.cat([count + own, torch.arange(2 * count, len(tokens), device=own.device), count + own])
+            judged = self.module.cross((tokens[which], mask[which]), (tokens[asks], mask[asks]))
+            found[0].append(judged[:count])
+            found[1].append(judged[count:])
+        texts = [
+            Text(self._method.question(edit, text), edit.target_new) for edit, text in zip(edits, inside, strict=True)
+        ]
+        return *found, self.module.answers(texts).mean()

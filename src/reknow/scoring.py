@@ -1,0 +1,65 @@
+"""How a model reads given answers, teacher-forced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from reknow.errors import InputError
+from reknow.tokens import Row, Text, batches
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a model reads an answer behind a prompt, teacher-forced."""
+
+    nll: float
+    """Mean negative log-likelihood of the answer's tokens, in nats."""
+    hits: tuple[bool, ...]
+    """Per token of the answer: is it the likeliest one, given the tokens before it?"""
+    top: tuple[int, ...]
+    """The likeliest token at each of these places."""
+    rank: int
+    """Place of the answer's first token among all tokens; 1 is what the model says."""
+
+
+@torch.no_grad()
+def scores(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
+    """How the model itself reads each target behind its prompt, whatever routers say; see `LM.score`."""
+    rows = lm.encode([Text(p, t) for p, t in zip(prompts, targets, strict=True)])
+    for row, prompt in zip(rows, prompts, strict=True):
+        if not row.target_ids:
+            raise InputError(f"expected an answer to score behind {prompt!r}; got an empty one: write it")
+    # A target's last token predicts nothing, so answers of one token behind one prompt are one text to run.
+    sharing: dict[Row, dict[Row, None]] = {}
+    for row in rows:
+        sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
+    texts = list(sharing)
+    found: dict[Row, Score] = {}
+    for part in batches([len(text.ids) for text in texts]):
+        found |= _batch(lm, {texts[i]: list(sharing[texts[i]]) for i in part})
+    return [found[row] for row in rows]
+
+
+def _batch(lm: LM, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
+    """Runs the texts and scores the rows that end one token behind each."""
+    batch = lm.pad(list(texts))  # they end in the last column
+    keep = max(len(row.target_ids) for rows in texts.values() for row in rows)
+    found = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
+    scored = {}
+    for rows, logits in zip(texts.values(), found.logits, strict=True):
+        log_probs = logits[-len(rows[0].target_ids) :].float().log_softmax(-1)  # (tokens of the target, vocabulary)
+        best = log_probs.argmax(-1)
+        for row in rows:
+            wanted = torch.tensor(row.target_ids, device=logits.device)
+            chosen = log_probs.gather(1, wanted[:, None])[:, 0]
+            rank = 1 + int((log_probs[0] > chosen[0]).sum())
+            hits = tuple((best == wanted).tolist())
+            scored[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
+    return scored

@@ -1,0 +1,221 @@
+"""The network that turns a gradient's factors into an edit, and its training step: what MEND and InstructEdit share.
+
+    z = [norm(u); norm(δ)]                         norm: by statistics that run along in training
+    h = z + relu(s₁ ⊙ (U₁V₁z + b₁) + o₁),  [ũ; δ̃] = h + relu(s₂ ⊙ (U₂V₂h + b₂) + o₂)
+    W ← W − α Σ_tokens δ̃ ũᵀ                        Mitchell et al. 2021, arXiv 2110.11309, §3
+
+Matrices of one shape share the network; s, o and the step size α are each matrix's own.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from reknow.edits import Case
+from reknow.gradients import RunningNorm, flat_factors, gradient_factors, matrices, row_changes
+from reknow.layers import resolve_layers
+from reknow.lessons import Exam, lessons
+from reknow.loop import seeded
+from reknow.patches import Delta, Dense, LowRank
+from reknow.tokens import Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+
+class Settings(Protocol):
+    """The fields of a method that say what its network is and how it learns; the methods explain them."""
+
+    @property
+    def layers(self) -> tuple[int, ...] | None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def unit_gradient(self) -> bool: ...
+    @property
+    def edits_together(self) -> int: ...
+    @property
+    def edit_weight(self) -> float: ...
+    @property
+    def step_size(self) -> float: ...
+    @property
+    def step_size_rate(self) -> float: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def seed(self) -> int: ...
+
+
+Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
+"""What becomes of a batch before it is learned from."""
+
+
+def last_layers(lm: LM, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The layers, or the last three of the model."""
+    return tuple(resolve_layers(lm, layers or tuple(range(max(0, lm.layers - 3), lm.layers))))
+
+
+def new_network(settings: Settings, lm: LM) -> GradientNetwork:
+    """The network as it is before training."""
+    with seeded(settings.seed, "mend"):
+        return GradientNetwork(settings, lm).to(lm.device)
+
+
+def transformed(
+    lm: LM, settings: Settings, tensors: Mapping[str, Tensor], texts: Sequence[Text]
+) -> tuple[dict[str, Delta], float]:
+    """The change of each matrix that a trained network makes of the texts' gradients, and their mean loss."""
+    network = new_network(settings, lm)
+    network.load_state_dict(dict(tensors))
+    deltas: dict[str, Delta] = {}
+    with torch.no_grad():
+        factors, loss = flat_factors(lm, network.names, lm.encode(texts))
+        for name, (left, right) in network(factors).items():
+            whole = len(left) >= min(left.shape[1], right.shape[1])
+            deltas[name] = Dense(left.T @ right) if whole else LowRank(left.T.contiguous(), right)
+    return deltas, loss
+
+
+class GradientNetwork(nn.Module):
+    """The networks of all shapes, their statistics, and the step sizes."""
+
+    def __init__(self, settings: Settings, lm: LM):
+        super().__init__()
+        assert settings.layers is not None
+        self.layers, self.names, self.unit = settings.layers, matrices(lm, settings.layers), settings.unit_gradient
+        shapes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
+        self._kind = {name: f"{out}x{inside}" for name, (out, inside) in shapes.items()}
+        alike = {kind: [n for n in self.names if self._kind[n] == kind] for kind in self._kind.values()}
+        self._mode = {name: alike[kind].index(name) for name, kind in self._kind.items()}
+        self.transforms = nn.ModuleDict(
+            {
+                self._kind[n]: Transform(shapes[n][1], shapes[n][0], settings.rank, len(alike[self._kind[n]]))
+                for n in self.names
+            }
+        )
+        self.step = nn.Parameter(torch.full((len(self.names),), settings.step_size))
+        self._unit = [float(lm.base_weight(name).float().square().mean().sqrt()) for name in self.names]
+
+    def observe(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Takes the factors u (n, in) and δ (n, out) of each matrix into the statistics."""
+        for name, found in factors.items():
+            self._transform(name).norm.observe(torch.cat(self._scaled(*found), 1))
+
+    def forward(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """name → (−α δ̃, ũ) of its factors. (n, out), (n, in)"""
+        changes = {}
+        for i, name in enumerate(self.names):
+            u, delta = self._transform(name)(*self._scaled(*factors[name]), self._mode[name])
+            changes[name] = (-self.step[i] * self._unit[i] * delta, u)
+        return changes
+
+    def _transform(self, name: str) -> Transform:
+        transform = self.transforms[self._kind[name]]
+        assert isinstance(transform, Transform)
+        return transform
+
+    def _scaled(self, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        return u, delta / delta.norm(dim=1, keepdim=True) if self.unit else delta
+
+
+class Transform(nn.Module):
+    """[u; δ] → [ũ; δ̃] for all matrices of one shape."""
+
+    def __init__(self, inside: int, out: int, rank: int, modes: int):
+        super().__init__()
+        self.sizes = [inside, out]
+        self.norm = RunningNorm(inside + out)
+        self.blocks = nn.ModuleList([Residual(inside + out, rank, modes) for _ in range(2)])
+
+    def forward(self, u: Tensor, delta: Tensor, mode: int) -> tuple[Tensor, Tensor]:
+        """(n, in), (n, out) → the same."""
+        state = self.norm(torch.cat([u, delta], 1))
+        for block in self.blocks:
+            state = block(state, mode)
+        u, delta = state.split(self.sizes, 1)
+        return u, delta
+
+
+class Residual(nn.Module):
+    """x + relu(s ⊙ (U V x + b) + o), the identity at the start; s and o by mode."""
+
+    def __init__(self, size: int, rank: int, modes: int):
+        super().__init__()
+        rank = min(rank, size)
+        self.left = nn.Parameter(torch.zeros(size, rank))  # U
+        self.right = nn.Parameter(torch.randn(rank, size))  # V
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.scale = nn.Parameter(torch.ones(modes, size))
+        self.shift = nn.Parameter(torch.zeros(modes, size))
+
+    def forward(self, x: Tensor, mode: int) -> Tensor:
+        inner = (x @ self.right.T) @ self.left.T + self.bias
+        # A clamp, unlike relu, has a gradient at zero, where all of it starts.
+        return x + (inner * self.scale[mode] + self.shift[mode]).clamp(min=0)
+
+
+class TransformLearner:
+    """MEND's training step (Alg. 1)."""
+
+    def __init__(self, settings: Settings, lm: LM, batch_size: int, prepare: Prepare):
+        self.settings, self.lm, self.batch_size, self.prepare = settings, lm, batch_size, prepare
+        self.module = new_network(settings, lm)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        rest = [p for name, p in self.module.named_parameters() if name != "step"]
+        return torch.optim.Adam(
+            [
+                {"params": rest, "lr": self.settings.learning_rate},
+                {"params": [self.module.step], "lr": self.settings.step_size_rate},
+            ]
+        )
+
+    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
+        return self._trial(batch, chance, learn=True)
+
+    @torch.no_grad()
+    def validate(self, cases: Sequence[Case]) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        size = self.batch_size
+        parts = [cases[i : i + size] for i in range(0, len(cases), size)]
+        for i, part in enumerate(parts):
+            loss, shown = self._trial(part, random.Random(i), learn=False)
+            for name, value in (shown | {"loss": float(loss)}).items():
+                sums[name] = sums.get(name, 0.0) + value * len(part) / len(cases)
+        return sums
+
+    def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool) -> tuple[Tensor, dict[str, float]]:
+        """Each group of cases is edited by itself, all groups in one batch, and examined."""
+        found = lessons(self.prepare(batch, chance), chance)
+        rows = self.lm.encode([lesson.edit for lesson in found])
+        factors, _ = gradient_factors(self.lm, self.module.names, rows)
+        flat = {name: one.flat() for name, one in factors.items()}
+        if learn:
+            self.module.observe(flat)
+        changes = {
+            name: tuple(self._grouped(factors[name].spread(side), len(batch)) for side in sides)
+            for name, sides in self.module(flat).items()
+        }
+        exam = Exam(self.lm, found, min(self.module.layers))
+        with row_changes(self.lm, self._of_rows(changes, exam.inside_of)):
+            edit, made = exam.edit_loss()
+        with row_changes(self.lm, self._of_rows(changes, exam.outside_of)):
+            stay, kept = exam.locality_loss()
+        loss = self.settings.edit_weight * edit + stay
+        return loss, {"L_edit": edit.item(), "L_loc": stay.item(), "made": made, "kept": kept}
+
+    def _grouped(self, side: Tensor, cases: int) -> Tensor:
+        """Factors of the cases that are edited together, in one row. (groups, edits_together · columns, features)"""
+        each = self.settings.edits_together
+        missing = -cases % each
+        side = torch.cat([side, side.new_zeros(missing, *side.shape[1:])]) if missing else side
+        return side.reshape(-1, each * side.shape[1], side.shape[2])
+
+    def _of_rows(self, changes: Mapping[str, tuple[Tensor, ...]], lesson: Tensor) -> dict[str, Any]:
+        group = lesson // self.settings.edits_together
+        return {name: tuple(side[group] for side in sides) for name, sides in changes.items()}

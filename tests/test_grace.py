@@ -1,0 +1,119 @@
+"""GRACE: the authors' numbers, and the rules of the codebook."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import make_lm
+from reknow import GRACE, LM, Edit
+from reknow.errors import InputError
+from reknow.tokens import Text
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "grace.json").read_text())["cases"]
+REPLACEMENT = {"replace_prompt": "before", "replace_last": "last"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_grace_gives_the_authors_codebook(case):
+    """One edit after the other: losses of every step, keys, radii, values, and the logits of the edited model."""
+    lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
+    tensors = load_file(GOLDEN / "grace.safetensors")
+    for number, wanted in enumerate(case["edits"]):
+        method = GRACE(
+            layer=case["layer"],
+            epsilon=case["eps"],
+            steps=case["n_iter"],
+            learning_rate=case["lr"],
+            stop_loss=0,
+            replacement=REPLACEMENT[case["replacement"]],
+            absolute=True,
+            seed=number,
+        )
+        lm.apply(method.edit(lm, [Edit(wanted["prompt"], target_new=wanted["target_new"])]))
+        patch = lm.patches[-1]
+        assert patch.notes["slots"] == [wanted["slot"]] and patch.notes["keys"] == wanted["keys"]
+        assert patch.notes["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
+        assert GRACE.memory(lm, lm.patches).radii.tolist() == pytest.approx(wanted["radii"], rel=1e-4)
+    book = GRACE.memory(lm, lm.patches)
+    for name, found in (("keys", book.keys), ("values", book.values)):
+        wanted = tensors[f"{case['name']}/{name}"]
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+    prompts = lm.encode([Text(prompt) for prompt in case["prompts"]])
+    for row, wanted in zip(prompts, tensors[f"{case['name']}/logits"], strict=True):
+        assert torch.allclose(lm.model(torch.tensor([row.ids])).logits[0, -1], wanted, atol=2e-3)
+
+
+def edit(prompt: str, target: str = "of") -> Edit:
+    return Edit(prompt, target_new=target)
+
+
+def radii(lm: LM) -> list[float]:
+    return GRACE.memory(lm, lm.patches).radii.tolist()
+
+
+def test_far_keys_are_added_and_equal_answers_widen_a_radius():
+    lm, method = make_lm(), GRACE(layer=1, epsilon=1.0, absolute=True, steps=2)
+    lm.apply(method.edit(lm, [edit("The capital of Peru is"), edit("I know Danielle Darrieux", "in")]))
+    assert radii(lm) == [1.0, 1.0]
+    keys = GRACE.memory(lm, lm.patches).keys
+    far = float((keys[0] - keys[1]).norm())
+    wide = GRACE(layer=1, epsilon=far, absolute=True, steps=2)
+    lm.apply(wide.edit(lm, [edit("The capital of Chile is")]))
+    assert len(radii(lm)) == 2 and radii(lm)[0] > 1.0, "same answer: the nearest key covers both"
+    assert lm.patches[-1].state["slots"].tolist() == [0], "a version has what its edits changed, and no more"
+
+
+def test_other_answers_share_the_room_between_two_keys():
+    lm, method = make_lm(), GRACE(layer=1, epsilon=50.0, absolute=True, steps=2)
+    lm.apply(method.edit(lm, [edit("The capital of Peru is")]))
+    lm.apply(method.edit(lm, [edit("The capital of Chile is", "in")]))
+    book = GRACE.memory(lm, lm.patches)
+    gap = float((book.keys[0] - book.keys[1]).norm())
+    assert book.radii.tolist() == pytest.approx([gap / 2 - 1e-5, gap / 2])
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_prompt_that_is_stored_with_another_answer(together):
+    lm = make_lm()
+    method = GRACE(layer=2, steps=60)
+    first = [edit("The capital of Peru is", "of"), edit("Who is Zoë Übel", "of")]
+    lm.apply(method.edit(lm, first))
+    before = lm.generate("Who is Zoë Übel", 3)
+    with pytest.raises(InputError, match="stored as 'of', got 'in': rebuild without"):
+        GRACE(layer=2, conflict="refuse").edit(lm, [edit("The capital of Peru is", "in")])
+    more = [edit("Beats Music is", "of")] if together else []
+    update = method.edit(lm, [edit("The capital of Peru is", "in"), *more])
+    assert update.notes["conflicts"] == [{"prompt": "The capital of Peru is", "old": "of", "new": "in"}]
+    lm.apply(update)
+    assert lm.score(["The capital of Peru is"], ["in"])[0].hits == (True,)
+    assert lm.generate("Who is Zoë Übel", 3) == before
+    lm.revert(update)
+    assert lm.score(["The capital of Peru is"], ["of"])[0].hits == (True,)
+
+
+def test_edits_together_are_edits_one_by_one():
+    """Values are learned side by side; each as if it were alone."""
+    lm, method = make_lm(), GRACE(layer=2, steps=20)
+    edits = [edit("The capital of Peru is"), edit("I know", "in France"), edit("Who is Zoë Übel", "English")]
+    batch = method.edit(lm, edits)
+    for one in edits:
+        lm.apply(method.edit(lm, [one]))
+    a, b = GRACE.memory(lm, [batch]), GRACE.memory(lm, lm.patches)
+    assert torch.allclose(a.keys, b.keys, atol=1e-4) and torch.allclose(a.values, b.values, atol=1e-2)
+    assert a.labels == b.labels
+
+
+def test_one_memory_has_one_place():
+    lm = make_lm()
+    lm.apply(GRACE(layer=1, steps=2).edit(lm, [edit("I know")]))
+    with pytest.raises(InputError, match="where the memory is"):
+        GRACE(layer=2, steps=2).edit(lm, [edit("The capital of Peru is")])
+    for wrong in (dict(replacement="all"), dict(conflict="ask")):
+        with pytest.raises(InputError, match=r"expected .*: choose one"):
+            GRACE(**wrong).edit(lm, [edit("I know")])  # type: ignore[arg-type]

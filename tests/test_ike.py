@@ -1,0 +1,195 @@
+"""IKE: which demonstrations, in which order, and what the model is asked in the end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from conftest import bits, make_lm, same
+from families import tiny_model, tiny_tokenizer
+from reknow import IKE, LM, Case, Edit, Patch, Probe, method
+from reknow.errors import InputError, PatchError
+
+EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris", target_true="Lima")
+OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
+
+
+def made_cases(count: int = 40) -> list[Case]:
+    return [
+        Case(
+            Edit("The mother tongue of {} is", subject=f"Name{i}", target_new="English", target_true="French"),
+            (
+                Probe(f"Name{i} speaks", ("English",), "generalization", "p"),
+                Probe(f"Other{i} speaks", ("French",), "locality", "n"),
+            ),
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """A model with positions for all demonstrations."""
+    return LM((tiny_model("llama", max_position_embeddings=4096), tiny_tokenizer(bos=True)))
+
+
+def shown(patch: Patch) -> list[str]:
+    return patch.memory["demonstrations"][0]
+
+
+def kind(text: str) -> str:
+    fact, question = text.rstrip().removeprefix("New Fact: ").split("\nPrompt: ")
+    if question == fact:
+        return "copy"
+    return "update" if question.endswith("English") else "retain"
+
+
+def asked(lm: LM, *prompts: str) -> list[str]:
+    ((_, memory),) = lm._memories._active
+    return memory.prompts(lm, prompts)
+
+
+def test_copies_updates_and_retentions_in_the_papers_numbers(roomy, tmp_path):
+    ike = IKE().fit(roomy, made_cases(), tmp_path / "cases.jsonl")
+    *others, own = shown(ike.edit(roomy, [EDIT]))
+    assert Counter(map(kind, others)) == {"copy": 4, "update": 12, "retain": 16}
+    assert own == "New Fact: The capital of Peru is Paris\nPrompt: The capital of Peru is Paris\n\n"
+    retained = next(text for text in others if kind(text) == "retain")
+    assert retained.endswith("speaks French\n\n") and "is English\nPrompt: Other" in retained
+    assert len({text.split("\n")[0] for text in others}) == 32, "every case is shown once"
+
+
+def test_the_most_similar_stands_last(roomy, tmp_path):
+    cases = [
+        *made_cases(5),
+        Case(Edit("The capital of {} is", subject="Lima", target_new="Peru"), made_cases(1)[0].probes),
+    ]
+    ike = IKE(demonstrations=6).fit(roomy, cases, tmp_path / "cases.jsonl")
+    assert shown(ike.edit(roomy, [EDIT]))[-2].startswith("New Fact: The capital of Lima is Peru\n")
+
+
+def test_the_variant_of_easyedit_takes_what_is_nearest(roomy, tmp_path):
+    ike = IKE(demonstrations=16, shares=None).fit(roomy, made_cases(), tmp_path / "cases.jsonl")
+    assert ike.name == "ike-easyedit"
+    patch = ike.edit(roomy, [EDIT])
+    assert len(shown(patch)) == 16 and not any("Peru" in text for text in shown(patch))
+    with roomy.patched(patch):
+        (text,) = asked(roomy, "Peru has")
+    assert text.endswith("\n\nNew Fact: The capital of Peru is Paris\nPrompt: Peru has")
+
+
+def test_without_demonstrations_the_edit_alone_stands_before_the_question(roomy):
+    ike = method("ike-zero")
+    with roomy.patched(ike.edit(roomy, [EDIT])):
+        assert asked(roomy, "Peru has") == ["New Fact: The capital of Peru is Paris\nPrompt: Peru has"]
+
+
+def test_the_model_reads_what_stands_before(roomy, tmp_path):
+    ike = IKE(demonstrations=4).fit(roomy, made_cases(), tmp_path / "cases.jsonl")
+    prompts, targets = ["Peru has", "Who is"], ["Lima", "Paris"]
+    patch = ike.edit(roomy, [EDIT])
+    with roomy.patched(patch):
+        whole = asked(roomy, *prompts)
+        scores, texts = roomy.score(prompts, targets), roomy.generate(prompts, 5)
+    assert scores == roomy.score(whole, targets) and texts == roomy.generate(whole, 5)
+
+
+def test_what_does_not_fit_is_left_out_and_noted(tmp_path):
+    lm = make_lm("gpt2")  # 128 positions
+    ike = IKE(room=20).fit(lm, made_cases(), tmp_path / "cases.jsonl")
+    patch = ike.edit(lm, [EDIT])
+    assert len(shown(patch)) < 32 and "left_out" in patch.notes
+    assert patch.notes["demonstrations"] == [len(shown(patch))]
+    long = "Danielle Darrieux speaks French . " * 3
+    with lm.patched(patch):
+        short_text, long_text = asked(lm, "Peru", long)
+        assert len(lm.tokenizer(short_text)["input_ids"]) <= 108 and len(lm.tokenizer(long_text)["input_ids"]) <= 108
+        assert long_text.count("New Fact") < short_text.count("New Fact") and long_text.endswith(long)
+        assert lm.generate([long], 20) and lm.score(["Peru"], ["Lima"])
+
+
+def test_a_case_about_the_same_subject_is_not_shown(roomy, tmp_path):
+    cases = [*made_cases(3), Case(Edit("{} is in", subject="Peru", target_new="Asia"), made_cases(1)[0].probes)]
+    ike = IKE(demonstrations=8).fit(roomy, cases, tmp_path / "cases.jsonl")
+    *others, _own = shown(ike.edit(roomy, [EDIT]))
+    assert len(others) == 3 and not any("Asia" in text for text in others)
+
+
+def test_several_edits_each_get_their_own_context(roomy):
+    first = IKE(demonstrations=0).edit(roomy, [EDIT])
+    with roomy.patched(first):
+        second = IKE(demonstrations=0).edit(roomy, [OTHER])
+        with roomy.patched(second):
+            texts = asked(roomy, EDIT.text, OTHER.text)
+    assert [text.split("\n")[0] for text in texts] == [
+        "New Fact: The capital of Peru is Paris",
+        "New Fact: Who is Zoë Übel in",
+    ]
+    assert second.follows == first.id
+
+
+def test_an_edit_that_contradicts_the_memory(roomy):
+    ike = IKE(demonstrations=0)
+    opposite = Edit("The capital of {} is", subject="Peru", target_new="London")
+    with roomy.patched(ike.edit(roomy, [EDIT])):
+        with pytest.raises(InputError, match="has another answer there"):
+            IKE(demonstrations=0, conflict="refuse").edit(roomy, [opposite])
+        update = ike.edit(roomy, [opposite])
+        assert update.notes["replaced"] == ["The capital of Peru is"]
+        with roomy.patched(update):
+            assert asked(roomy, "Peru")[0].startswith("New Fact: The capital of Peru is London\n")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_contract(family, tmp_path):
+    lm = make_lm(family)
+    before = bits(lm)
+    ike = IKE(demonstrations=3, room=20).fit(lm, made_cases(), tmp_path / "cases.jsonl")
+    patch = ike.edit(lm, [EDIT])
+    assert same(bits(lm), before) and patch.kind == "prompt" and not patch.deltas and lm.patches == ()
+    assert ike.edit(lm, [EDIT]).id == patch.id
+    plain = lm.generate(["Peru has", "I"], 6)
+    with lm.patched(patch):
+        assert same(bits(lm), before)
+        edited = lm.generate(["Peru has", "I"], 6)
+        alone = [lm.generate(prompt, 6) for prompt in ("Peru has", "I")]
+    assert edited == alone, "padding does not matter"
+    assert lm.generate(["Peru has", "I"], 6) == plain
+    loaded = Patch.load(patch.save(tmp_path / "one.patch"))
+    assert loaded.id == patch.id
+    with lm.patched(loaded):
+        assert lm.generate(["Peru has", "I"], 6) == edited
+    with pytest.raises(PatchError, match="expected the base model"):
+        make_lm(family, seed=5).apply(loaded)
+
+
+def test_bad_settings_and_files(roomy, tmp_path):
+    with pytest.raises(InputError, match="expected demonstrations ≥ 0"):
+        IKE(demonstrations=-1)
+    with pytest.raises(InputError, match="has no generalization probe"):
+        IKE().fit(roomy, [Case(EDIT)], tmp_path / "none.jsonl")
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    for path in ("broken.jsonl", "missing.jsonl"):
+        with pytest.raises(InputError, match="expected a file of demonstrations"):
+            IKE(cases=str(tmp_path / path)).edit(roomy, [EDIT])
+
+
+@pytest.mark.slow
+def test_the_bundled_records_in_another_process(tmp_path):
+    """The demo model, the bundled demonstrations, a saved memory opened elsewhere."""
+    lm = LM.demo("gpt2")
+    edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
+    patch = IKE().edit(lm, [edit])
+    patch.save(tmp_path / "one.patch")
+    with lm.patched(patch):
+        here = lm.generate(edit.text, 4)
+    assert here.strip().startswith("English")
+    script = (
+        "from reknow import LM, Patch; lm = LM.demo('gpt2'); "
+        f"lm.apply(Patch.load({str(tmp_path / 'one.patch')!r})); print(repr(lm.generate({edit.text!r}, 4)))"
+    )
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == repr(here)

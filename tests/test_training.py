@@ -1,0 +1,265 @@
+"""The training loop and the trained editor: resumed to the bit, shared like a model, refused where it fits not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from conftest import bits, make_lm, same
+from reknow import LM, MEND, Case, Edit, Patch, Probe, evaluate
+from reknow.cli import app
+from reknow.editors import Editor, case_keys, open_editor
+from reknow.errors import EditFailed, InputError, MissingExtra
+from reknow.training import Training, shuffled, split
+
+WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
+METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3)
+QUICK = Training(steps=12, batch_size=3, validation=6, validate_every=4, checkpoint_every=4, warmup=2, decay=True)
+
+
+def cases(count: int = 24) -> list[Case]:
+    made = []
+    for i in range(count):
+        name, new = f"Land {i}", WORDS[i % len(WORDS)]
+        edit = Edit("The capital of {} is", subject=name, target_new=new, target_true="Lima", id=f"t/{i}")
+        probes = (
+            Probe(f"Where is {name} ? It is in", (new,), "generalization", "paraphrase"),
+            Probe(f"The mother tongue of {name} is", ("German",), "locality", "neighborhood"),
+        )
+        made.append(Case(edit, probes))
+    return made
+
+
+def run(out: Path, family: str = "gpt2", training: Training = QUICK, **changes) -> MEND:
+    method = replace(METHOD, **changes)
+    return method.fit(make_lm(family), cases(), out, training)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> MEND:
+    """A training that nothing disturbed."""
+    return run(tmp_path_factory.mktemp("train") / "whole")
+
+
+def test_training_leaves_the_model_and_learns(tmp_path):
+    lm = make_lm()
+    before = bits(lm)
+    method = METHOD.fit(lm, cases(), tmp_path, replace(QUICK, steps=40))
+    assert same(bits(lm), before) and not any(p.requires_grad or p.grad is not None for p in lm.model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    editor = Editor.load(method.editor)
+    log = editor.notes["log"]
+    assert log[-1]["step"] == 40 and {"L_edit", "L_loc", "validation loss"} <= set(log[-1])
+    assert log[-1]["L_edit"] < log[0]["L_edit"], log
+    assert editor.notes["validation"]["loss"] == min(row["validation loss"] for row in log)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from test_training import run
+import reknow.loop as loop
+if len(sys.argv) > 2:  # stop for good when this many checkpoints are written
+    import time
+    save, left = loop.Loop._save, [int(sys.argv[2])]
+    def saved(self):
+        save(self)
+        left[0] -= 1
+        if not left[0]:
+            Path(sys.argv[1], "ready").touch()
+            time.sleep(600)
+    loop.Loop._save = saved
+run(Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_training_goes_on_to_the_same_bits(whole, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "2"], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "ready").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / "checkpoint.safetensors").exists() and not (tmp_path / "editor.safetensors").exists()
+    resumed = run(tmp_path)
+    first, second = load_file(whole.editor), load_file(resumed.editor)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert Editor.load(whole.editor).notes == Editor.load(resumed.editor).notes
+
+
+def test_a_finished_training_is_not_done_again(whole):
+    path = Path(whole.editor)
+    before = path.stat().st_mtime_ns
+    again = run(path.parent)
+    assert again == whole and path.stat().st_mtime_ns == before
+
+
+def test_the_same_folder_asks_for_the_same_arguments(whole):
+    with pytest.raises(InputError, match=r"learning_rate is 0\.5"):
+        run(Path(whole.editor).parent, learning_rate=0.5)
+
+
+@pytest.mark.slow
+def test_processes_share_the_micro_batches(tmp_path):
+    """Two processes with one micro-batch each learn what one process learns from two."""
+    training = replace(QUICK, steps=2, micro_batches=2, validate_every=2)
+    alone = run(tmp_path / "alone", training=training)
+    code = "from test_training import *\ntorch.set_num_threads(1)\n"
+    code += f"run(Path({str(tmp_path)!r}, 'two'), training={training})\n"
+    (tmp_path / "two.py").write_text(code)
+    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", str(tmp_path / "two.py")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = Editor.load(alone.editor), Editor.load(tmp_path / "two")
+    learned = [name for name in first.tensors if ".norm." not in name]  # statistics are the first process's
+    assert len(learned) > 10
+    for name in learned:
+        torch.testing.assert_close(first.tensors[name], second.tensors[name], rtol=0.2, atol=1e-2)
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    training = replace(QUICK, steps=60, validate_every=2, patience=2, warmup=0, decay=False)
+    method = run(tmp_path, training=training, learning_rate=0.03)
+    notes = Editor.load(method.editor).notes
+    losses = [row["validation loss"] for row in notes["log"]]
+    assert notes["steps"] < 60 and notes["steps"] - notes["best_step"] == 4
+    assert losses.index(min(losses)) == len(losses) - 3
+
+
+def test_half_precision(whole, tmp_path):
+    notes = Editor.load(run(tmp_path, training=replace(QUICK, precision="bf16")).editor).notes
+    exact = Editor.load(whole.editor).notes
+    assert 0 < abs(notes["log"][0]["L_edit"] - exact["log"][0]["L_edit"]) < 0.5
+    with pytest.raises(InputError, match="a precision that the CPU has"):
+        run(tmp_path / "other", training=replace(QUICK, precision="fp16"))
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path, training=replace(QUICK, tensorboard=True))
+    found = events.EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents.*")).parent))
+    found.Reload()
+    assert [event.step for event in found.Scalars("L_edit")] == [4, 8, 12]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'reknow\[train\]'"):
+        run(tmp_path / "other", training=replace(QUICK, tensorboard=True))
+
+
+def test_losses_that_are_no_numbers_end_it(tmp_path):
+    lm = make_lm()
+    lm.fingerprint  # noqa: B018, taken while the model was whole
+    lm.weight(lm.parts.value[2])[0, 0] = torch.nan
+    with pytest.raises(EditFailed, match="finite"):
+        METHOD.fit(lm, cases(), tmp_path, QUICK)
+    assert not (tmp_path / "editor.safetensors").exists()
+
+
+def test_a_broken_checkpoint_is_refused(whole, tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="delete it to start anew"):
+        run(tmp_path)
+
+
+def test_split_and_order():
+    learning, held = split([*cases(), *cases(3)], QUICK)
+    assert len(held) == 6 and len(learning) == 18
+    assert not set(case_keys(held).tolist()) & set(case_keys(learning).tolist())
+    draw = shuffled(learning, QUICK)
+    once = [case.edit.id for number in range(6) for case in draw(number)]
+    assert sorted(once) == sorted(case.edit.id for case in learning), "a pass has every case once"
+    assert once != [case.edit.id for number in range(6, 12) for case in draw(number)]
+    assert [case.edit.id for case in draw(3)] == once[9:12]
+    with pytest.raises(InputError, match="at least 9 different cases"):
+        split(cases(8), QUICK)
+    with pytest.raises(InputError, match="steps of at least 1"):
+        Training(steps=0)
+
+
+def test_an_editor_belongs_to_its_model(whole, tmp_path):
+    edit = cases(1)[0].edit
+    with pytest.raises(InputError, match=r"belongs to a model with other weights: train one with `reknow train mend"):
+        whole.edit(make_lm(seed=1), [edit])
+    with pytest.raises(InputError, match="other layers or sizes"):
+        whole.edit(make_lm("llama"), [edit])
+    with pytest.raises(InputError, match="none is given and none is bundled"):
+        MEND().edit(make_lm(), [edit])
+    with pytest.raises(InputError, match="there is no such file"):
+        MEND(editor=str(tmp_path / "none")).edit(make_lm(), [edit])
+    half = LM((make_lm().model.to(torch.bfloat16), make_lm().tokenizer))
+    assert whole.edit(half, [edit]).deltas, "the same model in another dtype is the same model"
+
+
+def test_an_editor_is_a_file(whole, tmp_path):
+    editor = Editor.load(Path(whole.editor).parent)
+    path = editor.halved().save(tmp_path / "small.safetensors")
+    small = open_editor(replace(whole, editor=str(path)), make_lm())
+    assert path.stat().st_size < Path(whole.editor).stat().st_size
+    for name, tensor in small.tensors.items():
+        torch.testing.assert_close(tensor, editor.tensors[name], rtol=1e-3, atol=1e-3)
+        assert tensor.dtype == torch.float32
+    assert small.settings["rank"] == 8 and small.method == "mend"
+    other = replace(editor, method="ke").save(tmp_path / "ke.safetensors")
+    with pytest.raises(InputError, match=r"expected an editor for mend; .* is one for ke"):
+        MEND(editor=str(other)).edit(make_lm(), [cases(1)[0].edit])
+    header = {"reknow": json.dumps({"format": 1, "kind": "weights"})}
+    save_file({"a": torch.zeros(1)}, tmp_path / "patch", metadata=header)
+    with pytest.raises(InputError, match="its kind is weights"):
+        Editor.load(tmp_path / "patch")
+
+
+def test_cases_that_the_editor_has_seen_are_refused(whole):
+    lm = make_lm()
+    with pytest.raises(InputError, match=r"was not trained; it was on 1 of 1, such as 't/3'"):
+        evaluate(lm, [cases()[3]], whole, fluency=False)
+    unseen = replace(cases()[3], edit=replace(cases()[3].edit, prompt="The home of {} is"))
+    assert evaluate(lm, [unseen], whole, fluency=False)
+
+
+def test_the_command(tmp_path):
+    lm = make_lm()
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+
+    def reknow(*arguments: object):
+        return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+    options = ["--model", tmp_path / "model", "--data", "zsre", "--limit", 20, "--out", tmp_path / "out"]
+    for setting in ("rank=8", "layers=[1,2]", "steps=4", "batch_size=4", "validation=4", "validate_every=2"):
+        options += ["--set", setting]
+    done = reknow("train", "mend", *options)
+    assert done.exit_code == 0, done.output
+    assert "validation at step" in done.stdout and f"--set editor={tmp_path / 'out'}" in done.stdout
+    editor = Editor.load(tmp_path / "out")
+    assert editor.settings["rank"] == 8 and editor.notes["steps"] == 4 and len(editor.seen) == 20
+    assert reknow("train", "mend", *options).exit_code == 0, "a finished training stays"
+    edited = reknow(
+        *("edit", "The capital of {Peru} is", "Lima", "--model", tmp_path / "model", "--method", "mend"),
+        *("--set", f"editor={tmp_path / 'out'}", "--out", tmp_path / "lima.patch"),
+    )
+    assert edited.exit_code == 0 and Patch.load(tmp_path / "lima.patch").method == "mend", edited.output
+
+    left_out = reknow("train", "mend", *options, "--without", "zsre")
+    assert left_out.exit_code == 2 and "expected at least 8 different cases" in left_out.output
+    no_method = reknow("train", "rome", *options)
+    assert no_method.exit_code == 2 and "method that learns to edit" in no_method.output
+    no_field = reknow("train", "mend", *options, "--set", "no_such_field=1")
+    assert no_field.exit_code == 2 and "unknown setting of mend" in no_field.output
