@@ -102,6 +102,24 @@ class SearchSettings(Method):
         """C of the layer's keys. (in, in), float64"""
         return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
 
+    def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
+        """`make(C, *settings)`: a factor of C, a projector …
+
+        The last ones are kept with the model while they are small, since one edit follows the other: reading C and
+        taking it apart costs as much as many steps of the search.
+        """
+        name = lm.parts.value[layer]
+        source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
+        memo = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
+        if memo in lm.memo:
+            return lm.memo[memo][0]
+        found = make(self.covariance(lm, layer), *settings)
+        lm.memo[memo] = (found,)
+        kept = [key for key in lm.memo if key[0] == "covariance"]
+        while sum(lm.memo[key][0].nbytes for key in kept) > KEPT_BYTES:
+            del lm.memo[kept.pop(0)]
+        return found
+
 
 class Learned(Method):
     """A method that learns how to edit one model before it can edit it."""
@@ -135,24 +153,6 @@ class Learned(Method):
             InputError: too few cases, or a folder that was started with other arguments.
             EditFailed: the losses are no numbers.
         """
-
-    def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
-        """`make(C, *settings)`: a factor of C, a projector …
-
-        The last ones are kept with the model while they are small, since one edit follows the other: reading C and
-        taking it apart costs as much as many steps of the search.
-        """
-        name = lm.parts.value[layer]
-        source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
-        memo = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
-        if memo in lm.memo:
-            return lm.memo[memo][0]
-        found = make(self.covariance(lm, layer), *settings)
-        lm.memo[memo] = (found,)
-        kept = [key for key in lm.memo if key[0] == "covariance"]
-        while sum(lm.memo[key][0].nbytes for key in kept) > KEPT_BYTES:
-            del lm.memo[kept.pop(0)]
-        return found
 
 
 def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
