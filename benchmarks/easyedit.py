@@ -65,7 +65,7 @@ class EasyEdit:
     def rome(self, edit: Edit, layer: int, prefixes: Sequence[str], tokens: int, **settings) -> Made:
         """Its ROME on one fact; `settings` are fields of its ROMEHyperParams."""
         main = importlib.import_module("easyeditor.models.rome.rome_main")
-        main.CONTEXT_TEMPLATES_CACHE = ["{}", *(_template(text) for text in prefixes[1:])]
+        main.__dict__["CONTEXT_TEMPLATES_CACHE"] = ["{}", *(_template(text) for text in prefixes[1:])]
         self._give_statistics(importlib.import_module("easyeditor.models.rome.compute_u"), tokens)
         hparams = main.ROMEHyperParams(
             **MODULES | self._common("ROME") | {"layers": [layer], "context_template_length_params": []} | settings
@@ -75,7 +75,7 @@ class EasyEdit:
     def memit(self, edits: Sequence[Edit], layers: Sequence[int], prefixes, tokens: int, **settings) -> Made:
         """Its MEMIT on all facts together; `settings` are fields of its MEMITHyperParams."""
         main = importlib.import_module("easyeditor.models.memit.memit_main")
-        main.CONTEXT_TEMPLATES_CACHE = [["{}"], [_template(text) for text in prefixes[1:]]]
+        main.__dict__["CONTEXT_TEMPLATES_CACHE"] = [["{}"], [_template(text) for text in prefixes[1:]]]
         self._give_statistics(main, tokens)
         hparams = main.MEMITHyperParams(
             **MODULES | self._common("MEMIT") | {"layers": list(layers), "layer_selection": "all"} | settings

@@ -246,10 +246,14 @@ def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
         label = f"EasyEdit FT-M, batches of {size}"
         together[label] = {"seconds": made.seconds, "steps": made.steps[0]}
         quality.add(f"{label}, together", made.patch, cases)
-    draws = ICE(layers=(layer,)).sample_tokens
-    (row,) = lm.encode([Text(cases[0].edit.text, cases[0].edit.target_new)])
-    options = dict(temperature=100.0, top_k=50, generator=torch.Generator())
-    _, sampling = timed(lambda: [sample(lm, [row], draws, **options) for _ in range(25)])
+    first, ice = cases[0].edit, ICE()
+    asked = lm.encode([Text(first.text, first.target_new)])
+
+    def draw():
+        drawn = torch.Generator()
+        return sample(lm, asked, ice.sample_tokens, temperature=ice.temperature, top_k=ice.top_k, generator=drawn)
+
+    _, sampling = timed(lambda: [draw() for _ in range(ice.steps)])
     return {"layer": layer, "facts": rows, "together": together, "sampling": sampling, "quality": quality.table()}
 
 
@@ -275,7 +279,7 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     number = plain(lm, cases[0], layer, "value")
     settings = {"v_num_grad_steps": one.steps, "clamp_norm_factor": one.clamp, **number}
     theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **{**settings, "v_num_grad_steps": 2})
-    found = {"matmul GFLOP/s": matmul_rate() / 1e9}
+    found: dict = {"matmul GFLOP/s": matmul_rate() / 1e9}
     made, flops = total_flops(lambda: theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings))
     seconds = theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
     found["EasyEdit ROME"] = {"all": {"seconds": seconds, "flops": flops}}
