@@ -25,7 +25,7 @@ from reknow.gradients import RunningNorm, flat_factors
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, Dense, LowRank, Patch
-from reknow.solvers import solve
+from reknow.solvers import cholesky, solve
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class UltraEdit(Method):
                 rate = self.learning_rate * float(output) / h.shape[1]
             v = -rate * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
             gram = h.double() @ h.double().T + self.ridge * torch.eye(len(h), dtype=torch.float64, device=h.device)
-            right = solve(gram, h.double().T).T  # (n, in)
+            right = solve(cholesky(gram), h.double().T).T  # (n, in)
             changes[name] = LowRank(v.T.contiguous(), right.float())
         return changes
 
