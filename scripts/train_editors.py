@@ -1,6 +1,6 @@
 """Trains the editors that are bundled for the demo models.
 
-    python scripts/train_editors.py --family gpt2 --method mend --data DATA --run runs/mend --out mend-gpt2.safetensors
+    python scripts/train_editors.py --family gpt2 --method mend --data DATA --run runs/mend --out mend.safetensors
 
 They learn from four kinds of cases, none of which has a subject or a prompt of the bundled samples, on which editors
 are measured: facts that the demo model knows, in several of their wordings, with other known facts of the relation

@@ -25,6 +25,7 @@ from reknow.gradients import RunningNorm, flat_factors
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, Dense, LowRank, Patch
+from reknow.solvers import cholesky, solve
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -114,9 +115,8 @@ class UltraEdit(Method):
                 output = lm.base_weight(name).float().square().mean().sqrt() * h.norm(dim=1).mean()
                 rate = self.learning_rate * float(output) / h.shape[1]
             v = -rate * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
-            h64 = h.double()
-            gram = h64 @ h64.T + self.ridge * torch.eye(len(h), dtype=torch.float64, device=h.device)
-            right = torch.linalg.solve(gram, h64)  # (n, in)
+            gram = h.double() @ h.double().T + self.ridge * torch.eye(len(h), dtype=torch.float64, device=h.device)
+            right = solve(cholesky(gram), h.double().T).T  # (n, in)
             changes[name] = LowRank(v.T.contiguous(), right.float())
         return changes
 
