@@ -219,7 +219,14 @@ class Memories:
         key = (name, *(patch.id for patch in patches))
         memory = self._built.pop(key, None)
         if memory is None:
-            memory = memory_class(patches[-1]).memory(self._lm, patches)
+            kind = memory_class(patches[-1])
+            try:
+                memory = kind.memory(self._lm, patches)
+            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                raise PatchError(
+                    f"expected the tensors and facts of a {name} memory; {patches[-1].label} lacks some "
+                    f"({type(error).__name__}: {error}): make the edit again"
+                ) from error
         self._built[key] = memory  # the last one used stands last
         while len(self._built) > REMEMBERED:
             del self._built[next(iter(self._built))]

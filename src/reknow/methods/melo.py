@@ -48,7 +48,7 @@ class MELO(MemoryMethod):
 
     layer: int | None = None
     """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
-    layers: int = 2
+    span: int = 2
     """How many layers, from that one up, have blocks."""
     radius: float = 0.3
     """Of a new cluster, in units of the distance between unrelated texts in that layer (in the paper 0.5, plain)."""
@@ -75,7 +75,7 @@ class MELO(MemoryMethod):
         edits = checked(self, edits, subject=False)
         clashes = conflicts(self, lm, edits, self.conflict)
         layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
-        modules = list(lm.parts.value[layer : layer + self.layers])
+        modules = list(lm.parts.value[layer : layer + self.span])
         patches = versions(lm.patches, self.name)
         if patches and patches[-1].memory["modules"] != modules:
             raise InputError(
