@@ -37,7 +37,7 @@ def patches_of(lm, editor, cases):
     return [(range(len(cases)), editor.edit(lm, [case.edit for case in cases]))]
 
 
-def report(name, facts):
+def report(name, facts, methods):
     lm = LM(name)
     cases = known_cases(lm, load_cases("counterfact"))[:facts]
     layer = suggest_layer(lm)
@@ -45,7 +45,7 @@ def report(name, facts):
     print(f"{lm.name}: {about}", file=sys.stderr, flush=True)
     exam = Exam(lm, cases)
     with one_search():
-        for key, label, settings in SETTINGS:
+        for key, label, settings in (setting for setting in SETTINGS if setting[0] in methods):
             known = method(key).__dataclass_fields__
             place = {"layers": (layer,)} if "layers" in known else {"layer": layer}
             editor = method(key, **place, **settings)
@@ -60,11 +60,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--facts", type=int, default=20)
+    parser.add_argument("--methods", nargs="+", default=[setting[0] for setting in SETTINGS])
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| model | method | setting | reliability | generalization | locality |\n|---|---|---|---|---|---|")
     for name in args.models:
-        report(name, args.facts)
+        report(name, args.facts, args.methods)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from reknow.errors import InputError
 from reknow.gradients import flat_factors
 from reknow.instructions import load_families
 from reknow.instructions.gradients import gradient_study
-from reknow.instructions.studies import Size, gain, run_study, test_cases
+from reknow.instructions.studies import Size, gain, run_study
 from reknow.instructions.trial import Material
 from reknow.lessons import lessons
 from reknow.tokens import Text
@@ -28,7 +28,6 @@ from reknow.training import Training, in_turn
 from reknow.transform import new_network, transformed
 from test_llm import serve  # noqa: F401, a fixture
 
-test_cases.__test__ = False  # type: ignore[attr-defined]
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
 
 

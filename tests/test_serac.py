@@ -155,7 +155,7 @@ def test_contract(setting, tmp_path):
     with lm.patched(patch):
         inside, outside = routes(lm, *prompts)
         assert inside is not None and outside is None
-        assert inside[1] == f"New Fact: {EDIT.text} of\nPrompt: {EDIT.text}"
+        assert inside[1] == f"Fact: {EDIT.text} of. {EDIT.text}"
         edited, scores = lm.generate(prompts, 6), lm.score(prompts, ["of", "of"])
         assert [lm.generate(prompt, 6) for prompt in prompts] == edited, "padding does not matter"
         who, asked = inside
@@ -179,9 +179,9 @@ def test_the_memory_grows_and_shrinks(setting):
         second = serac.edit(lm, [other])
         assert set(second.state) == {"keys", "owners"}, "what was trained is kept once"
         with lm.patched(second):
-            assert [route[1].split("\n")[0] for route in routes(lm, EDIT.text, other.text)] == [
-                f"New Fact: {EDIT.text} of",
-                f"New Fact: {other.text} in",
+            assert [route[1].split(". ")[0] for route in routes(lm, EDIT.text, other.text)] == [
+                f"Fact: {EDIT.text} of",
+                f"Fact: {other.text} in",
             ]
             lm.rebuild(without=first)
             assert routes(lm, other.text)[0] is not None and len(lm.patches) == 1
@@ -211,12 +211,14 @@ def test_an_edit_that_contradicts_the_memory(setting):
     lm, serac = setting
     opposite = replace(EDIT, target_new="by")
     with lm.patched(serac.edit(lm, [EDIT, CASES[5].edit])):
-        with pytest.raises(InputError, match="has another answer there"):
+        with pytest.raises(InputError, match="rebuild without the old edit"):
             replace(serac, conflict="refuse").edit(lm, [opposite])
         update = serac.edit(lm, [opposite])
-        assert update.notes["replaced"] == [EDIT.text] and update.memory["replaces"] == [0]
+        assert update.notes["conflicts"] == [{"prompt": EDIT.text, "old": "of", "new": "by"}] and update.memory[
+            "replaces"
+        ] == [0]
         with lm.patched(update):
-            assert "is by\n" in routes(lm, EDIT.text)[0][1] and routes(lm, CASES[5].edit.text)[0] is not None
+            assert "is by. " in routes(lm, EDIT.text)[0][1] and routes(lm, CASES[5].edit.text)[0] is not None
 
 
 def test_the_threshold_decides(setting):

@@ -166,12 +166,13 @@ def _computed(
         count = int(_summed(torch.tensor(count, device=lm.device)))
     if not count:
         raise InputError(
-            f"expected text to read keys from in {source.name}; got none: give texts of at least one word"
+            f"expected text to read keys from; got none in {source.name}: give texts of at least one word"
         )
     found = {}
     for layer, key in keys.items():
         matrix, file = totals.pop(key["matrix"]) / count, _file("covariance", key)
         if not bool(matrix.isfinite().all()):
+            aside.unlink(missing_ok=True)
             raise EditFailed(
                 f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
             )

@@ -14,7 +14,7 @@ from reknow.errors import MissingExtra
 from reknow.evaluate.rows import write_json
 from reknow.gradients import flat_factors
 from reknow.instructions.families import load_families
-from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, test_cases
+from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, reading_cases
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
 from reknow.tokens import Text
@@ -49,7 +49,7 @@ def gradient_study(
     from reknow.report.gradient_plots import gradient_figure
 
     known, folder, seed = load_families(families), Path(out), size.seeds[0]
-    cases = {task: test_cases(known[task], min(CASES, size.test), unseen=False) for task in TASKS}
+    cases = {task: reading_cases(known[task], min(CASES, size.test), unseen=False) for task in TASKS}
     labels = [task for task, found in cases.items() for _ in found]
     panels: dict[str, np.ndarray] = {}
     scores: dict[str, float] = {}
