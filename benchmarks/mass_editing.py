@@ -49,7 +49,9 @@ class Study:
     def editor(self, name):
         fields = method(name).__dataclass_fields__
         place = {"layers": (self.layer,)} if "layers" in fields else {"layer": self.layer}
-        return method(name, **place, stop_probability=self.args.stop_probability)
+        # PMET's search is read with attention's addition, which is not written: there it would end too early.
+        stop = 1.0 if name == "pmet" else self.args.stop_probability
+        return method(name, **place, stop_probability=stop)
 
     def has(self, name, mode, facts):
         return any((p["method"], p["mode"], p["facts"]) == (name, mode, facts) for p in self.points)
