@@ -301,12 +301,17 @@ def test_what_publishers_left_blank_is_left_out(tmp_path):
 
 
 def test_unke_answers_are_paragraphs_asked_again_part_by_part(tmp_path):
-    record = {"id": 7, "question": "Who was Zoë?", "para_question": "Tell me of Zoë.", "answer": "A painter. In Lima."}
+    record = {
+        "id": 7,
+        "question": "Who was Zoë?",
+        "para_question": "Tell me of Zoë.",
+        "answer": "A painter. In Lima.",
+    }
     parts = {"sub_question": ["What did she do?", "Where?"], "sub_answer": ["She painted.", "In Lima."]}
     (case,) = load_cases("unke", path=write(tmp_path, "unke.json", [record | parts]))
     assert (case.edit.prompt, case.edit.subject, case.edit.id) == ("Who was Zoë?", None, "unke/7")
     assert case.probes == (
-        Probe("Tell me of Zoë.", ("A painter. In Lima.",), "generalization", "rephrase"),
+        Probe("Tell me of her.", ("A painter. In Lima.",), "generalization", "rephrase"),
         Probe("What did she do?", ("She painted.",), "portability", "sub_question"),
         Probe("Where?", ("In Lima.",), "portability", "sub_question"),
     )

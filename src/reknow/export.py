@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from reknow.adapter import Conv1D
 from reknow.adapters import base_of, write_adapter
-from reknow.errors import InputError, PatchError
+from reknow.errors import PatchError
 from reknow.files import folder_aside
 from reknow.patches import LowRank, check_weights, factored, merge
 

@@ -20,6 +20,8 @@ def read_case(name: str, record: Record) -> Case:
     edit = record.edit(record.text("question"), target_new=answer, id=f"{name}/{number}")
     questions, answers = record.texts("sub_question"), record.texts("sub_answer")
     if len(questions) != len(answers):
-        record.refuse("sub_answer", f"expected {len(questions)} texts, one per question; got {len(answers)}: add them")
+        record.refuse(
+            "sub_answer", f"expected {len(questions)} texts, one per question; got {len(answers)}: add them"
+        )
     parts = (Probe(q, (a,), "portability", "sub_question") for q, a in zip(questions, answers, strict=True))
     return Case(edit, (Probe(record.text("para_question"), (answer,), "generalization", "rephrase"), *parts))
