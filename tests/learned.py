@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tempfile
+from dataclasses import replace
 from functools import cache
 
 from conftest import make_lm
@@ -17,6 +18,7 @@ ANSWERS = ("of", "in", "is", "The", "and", "by")
 SETTINGS: dict[str, dict] = {
     "mend": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
     "instructedit": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
+    "serac": dict(size=16, learning_rate=1e-2),
 }
 """Tiny models need few steps and long ones."""
 TRAINING = Training(steps=25, batch_size=8, validation=0, validate_every=1000, checkpoint_every=1000, decay=True)
@@ -45,6 +47,8 @@ def trained(name: str, family: str) -> Learned:
         family_file = f"{tempfile.mkdtemp()}/families.json"
         save_families(family_file, [Family("known", "K", "none", "Known.", instructions=instructions)], {})
         SETTINGS[name]["families"] = family_file
-    made = method(name, **SETTINGS[name])
+    made, cases = method(name, **SETTINGS[name]), some_cases()
+    if name == "serac":  # which learns scopes from other wordings
+        cases = [replace(case, edit=replace(case.edit, rephrasings=("Tell me of {}",))) for case in cases]
     assert isinstance(made, Learned)
-    return made.fit(make_lm(family), some_cases(), tempfile.mkdtemp(), TRAINING)
+    return made.fit(make_lm(family), cases, tempfile.mkdtemp(), TRAINING)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from dataclasses import fields
+import tempfile
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import torch
 from conftest import alone, bits, make_lm, same
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from learned import is_learned, trained
-from reknow import LM, METHODS, Edit, Patch, method
+from reknow import IKE, LM, METHODS, Case, Edit, Patch, Probe, method
 from reknow.errors import EditFailed, InputError, ReknowError
 from reknow.methods import Method
 from reknow.methods.base import MemoryMethod
@@ -24,8 +27,8 @@ RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
 """The subject stands at the end, where it can steer even a random model, and the answer is one token."""
 OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
-MAY_MISS = {"kn", "kn-erase"}
-"""Knowledge neurons of a random model know nothing."""
+MAY_MISS = {"kn", "kn-erase", "ike", "ike-easyedit", "ike-zero", "serac"}
+"""Knowledge neurons of a random model know nothing, and it follows no context."""
 
 
 def quick(name: str, lm: LM, **changes) -> Method:
@@ -35,12 +38,24 @@ def quick(name: str, lm: LM, **changes) -> Method:
     if is_learned(name):
         return trained(name, lm.model.config.model_type)
     kind = METHODS[name].method
+    if kind is IKE:
+        changes = dict(cases=demonstrations(), room=20) | changes
     last = lm.layers - 1
     settings = dict(layer=last, layers=(last - 1, last), steps=25, context_groups=((2, 3),), covariance_tokens=200)
     if kind.__name__ in RATES:
         settings |= dict(learning_rate=0.3 if name == "adalora" else RATES[kind.__name__], clamp=None)
     known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return method(name, **{key: value for key, value in (settings | changes).items() if key in known})
+
+
+@cache
+def demonstrations() -> str:
+    """A file of a few short cases for IKE, which would else read half of CounterFact."""
+    probes = (Probe("Is it", ("of",), "generalization", "p"), Probe("Who is", ("in",), "locality", "n"))
+    cases = [Case(replace(EDIT, subject=name), probes) for name in ("Lima", "Peru", "Apple")]
+    path = IKE().fit(make_lm(), cases, Path(tempfile.mkdtemp()) / "cases.jsonl").cases
+    assert path is not None
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +154,8 @@ def test_an_edit_on_top_of_another(models, name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memories_generate_as_they_score(models, name, family):
     """With the key/value cache and left padding: what each prompt gives alone, and what is likeliest when scored."""
-    if not in_memory(name):
-        pytest.skip("it changes weights, and nothing is routed")
+    if getattr(METHODS[name].method, "kind", None) != "hook":
+        pytest.skip("the model itself answers as ever, or to another prompt")
     lm = models[family]
     prompts = [EDIT.text, "Where is the Eiffel Tower ? It is in Paris , France . " + OTHER.text, "Peru"]
     with lm.patched(quick(name, lm).edit(lm, [EDIT, OTHER])):

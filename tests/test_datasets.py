@@ -304,14 +304,14 @@ def test_unke_answers_are_paragraphs_asked_again_part_by_part(tmp_path):
     record = {
         "id": 7,
         "question": "Who was Zoë?",
-        "para_question": "Tell me of Zoë.",
+        "para_question": "And Zoë?",
         "answer": "A painter. In Lima.",
     }
     parts = {"sub_question": ["What did she do?", "Where?"], "sub_answer": ["She painted.", "In Lima."]}
     (case,) = load_cases("unke", path=write(tmp_path, "unke.json", [record | parts]))
     assert (case.edit.prompt, case.edit.subject, case.edit.id) == ("Who was Zoë?", None, "unke/7")
     assert case.probes == (
-        Probe("Tell me of her.", ("A painter. In Lima.",), "generalization", "rephrase"),
+        Probe("And Zoë?", ("A painter. In Lima.",), "generalization", "rephrase"),
         Probe("What did she do?", ("She painted.",), "portability", "sub_question"),
         Probe("Where?", ("In Lima.",), "portability", "sub_question"),
     )

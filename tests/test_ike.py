@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from conftest import bits, make_lm, same
 from families import tiny_model, tiny_tokenizer
 from reknow import IKE, LM, Case, Edit, Patch, Probe, method
 from reknow.errors import InputError, PatchError
+from reknow.methods import ike
 
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris", target_true="Lima")
 OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
@@ -50,6 +53,36 @@ def kind(text: str) -> str:
 def asked(lm: LM, *prompts: str) -> list[str]:
     ((_, memory),) = lm._memories._active
     return memory.prompts(lm, prompts)
+
+
+def test_the_authors_prompt(roomy, tmp_path):
+    """Their choice of kinds is drawn by chance; every demonstration, the order of the facts and the end are the same."""
+    golden = json.loads((Path(__file__).parent / "golden" / "ike.json").read_text())
+    cases = [
+        Case(
+            Edit("The capital of {} is", subject=f"Land{i}", target_new=f"New{i}", target_true=f"Old{i}"),
+            (
+                Probe(f"Land{i} has its capital in", (f"New{i}",), "generalization", "p"),
+                Probe(f"The capital of Other{i} is", (f"Old{i}",), "locality", "n"),
+            ),
+        )
+        for i in range(golden["records"])
+    ]
+    shows = IKE().fit(roomy, cases, tmp_path / "cases.jsonl")
+    edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
+    ours = shows._worded([(cases[i], "") for i in golden["near"][:32]], edit)
+    sayings = [{text for texts in ike._wordings(cases[i]) for text in texts} for i in golden["near"][:32]]
+    theirs = golden["examples"]
+    assert len(ours) == len(theirs) == 33 and ours[-1] == theirs[-1]
+    for place, known in enumerate(reversed(sayings)):
+        assert ours[place] in known and theirs[place] in known
+    assert Counter(map(golden_kind, ours[:-1])) == Counter(map(golden_kind, theirs[:-1]))
+    assert ike._tail(edit) + "Danielle Darrieux, a native" == golden["query"]
+
+
+def golden_kind(text: str) -> str:
+    question = text.split("\nPrompt: ")[1]
+    return "update" if "has its" in question else "retain" if "Other" in question else "copy"
 
 
 def test_copies_updates_and_retentions_in_the_papers_numbers(roomy, tmp_path):
@@ -135,10 +168,10 @@ def test_an_edit_that_contradicts_the_memory(roomy):
     ike = IKE(demonstrations=0)
     opposite = Edit("The capital of {} is", subject="Peru", target_new="London")
     with roomy.patched(ike.edit(roomy, [EDIT])):
-        with pytest.raises(InputError, match="has another answer there"):
+        with pytest.raises(InputError, match="rebuild without the old edit"):
             IKE(demonstrations=0, conflict="refuse").edit(roomy, [opposite])
         update = ike.edit(roomy, [opposite])
-        assert update.notes["replaced"] == ["The capital of Peru is"]
+        assert update.notes["conflicts"] == [{"prompt": "The capital of Peru is", "old": "Paris", "new": "London"}]
         with roomy.patched(update):
             assert asked(roomy, "Peru")[0].startswith("New Fact: The capital of Peru is London\n")
 
@@ -167,6 +200,8 @@ def test_contract(family, tmp_path):
 
 
 def test_bad_settings_and_files(roomy, tmp_path):
+    with pytest.raises(InputError, match="update or refuse"):
+        IKE(conflict="ask").edit(roomy, [EDIT])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="expected demonstrations ≥ 0"):
         IKE(demonstrations=-1)
     with pytest.raises(InputError, match="has no generalization probe"):

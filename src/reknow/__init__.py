@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.methods import METHODS, method
     from reknow.methods.alphaedit import AlphaEdit
+    from reknow.methods.calinet import CaliNet
+    from reknow.methods.defer import DEFER
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
     from reknow.methods.grace import GRACE
@@ -23,14 +25,18 @@ if TYPE_CHECKING:
     from reknow.methods.instructedit import InstructEdit
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
+    from reknow.methods.melo import MELO
     from reknow.methods.memit import MEMIT
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
     from reknow.methods.serac import SERAC
+    from reknow.methods.ultraedit import UltraEdit
+    from reknow.methods.wise import WISE
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
+    "DEFER",
     "EMMET",
     "FT",
     "GRACE",
@@ -38,13 +44,16 @@ __all__ = [
     "IKE",
     "KN",
     "LM",
+    "MELO",
     "MEMIT",
     "MEND",
     "METHODS",
     "PMET",
     "ROME",
     "SERAC",
+    "WISE",
     "AlphaEdit",
+    "CaliNet",
     "Case",
     "Edit",
     "InstructEdit",
@@ -52,6 +61,7 @@ __all__ = [
     "Patch",
     "Probe",
     "ReknowError",
+    "UltraEdit",
     "__version__",
     "diff",
     "evaluate",
@@ -69,19 +79,24 @@ _HOMES = {
     "lm": ("LM",),
     "methods": ("METHODS", "method"),
     "methods.alphaedit": ("AlphaEdit",),
+    "methods.calinet": ("CaliNet",),
+    "methods.defer": ("DEFER",),
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
     "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
     "methods.ike": ("IKE",),
+    "methods.instructedit": ("InstructEdit",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
+    "methods.melo": ("MELO",),
     "methods.memit": ("MEMIT",),
-    "methods.instructedit": ("InstructEdit",),
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
     "methods.serac": ("SERAC",),
+    "methods.ultraedit": ("UltraEdit",),
+    "methods.wise": ("WISE",),
     "patches": ("Patch", "diff", "merge"),
 }
 

@@ -1,4 +1,4 @@
-"""Low-rank changes as the folder that `peft` loads; for the LoRA family that folder is the saved patch itself."""
+"""Low-rank changes as the folder that `peft` loads; a patch of the LoRA family is such a folder."""
 
 from __future__ import annotations
 

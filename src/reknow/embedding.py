@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import InputError, MissingExtra
-from reknow.tokens import Text, encode
+from reknow.tokens import Row, Text, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -31,7 +31,7 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
 
     Raises:
         MissingExtra: an encoder is named, and sentence-transformers is not installed.
-        InputError: the encoder cannot be loaded, or a text is longer than what the model has positions for.
+        InputError: the encoder cannot be loaded.
     """
     if encoder is not None:
         found = sentence_encoder(lm, encoder).encode(
@@ -39,7 +39,8 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
         )
         vectors = found.clone()  # made in inference mode, where autograd could not use it
     else:
-        rows = encode(lm.tokenizer, [Text(text) for text in texts])
+        # The end of a text that is too long: there the question stands.
+        rows = [Row(row.ids[-(lm.max_tokens or 0) :], 1) for row in encode(lm.tokenizer, [Text(t) for t in texts])]
         name = lm.parts.blocks[-1]
         with lm.unpatched():
             vectors = lm.read(rows, [len(row.ids) - 1 for row in rows], outputs=[name])[name]

@@ -6,6 +6,7 @@ output. What learns to transform gradients (MEND, MALMEN, UltraEdit) works on th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
-from reknow.tokens import Row
+from reknow.tokens import Row, batches
 from reknow.trace import by_row, first
 
 if TYPE_CHECKING:
@@ -94,6 +95,27 @@ def gradient_factors(
     return found, value / len(rows)
 
 
+def flat_factors(
+    lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """The kept factors of any number of rows, in batches: name → (n, in), (n, out); and the mean loss.
+
+    Rows come in order of length. Arguments and errors as in `gradient_factors`.
+    """
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    total = 0.0
+    for part in batches([len(row.ids) for row in rows]):
+        found, loss = gradient_factors(lm, names, [rows[i] for i in part], answers_only=answers_only)
+        total += loss * len(part)
+        for name, factors in found.items():
+            parts[name].append(factors.flat())
+    joined = {}
+    for name, pieces in parts.items():
+        us, deltas = zip(*pieces, strict=True)
+        joined[name] = (torch.cat(us), torch.cat(deltas))
+    return joined, total / len(rows)
+
+
 @contextmanager
 def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
     """While open, every row of a batch is computed with its own change of these matrices, differentiably.
@@ -117,7 +139,7 @@ def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
 
 
 class RunningNorm(nn.Module):
-    """Mean and standard deviation of all vectors seen so far (Welford, in float64 sums), to normalise by."""
+    """Mean and standard deviation of all vectors seen so far, to normalise by; updated as by Welford and Chan."""
 
     count: Tensor
     mean: Tensor
@@ -135,13 +157,21 @@ class RunningNorm(nn.Module):
         """Takes the vectors (n, size) into the statistics."""
         if not len(x):
             return
-        x = x.double()
-        count, new = float(self.count), len(x)
-        mean = x.mean(0)
+        mean = x.double().mean(0)
+        self._join(float(len(x)), mean, (x - mean).square().sum(0))
+
+    def joined(self, other: RunningNorm) -> RunningNorm:
+        """The statistics of what either has seen."""
+        both = copy.deepcopy(self)
+        both._join(float(other.count), other.mean.double(), other.squares.double())
+        return both
+
+    @torch.no_grad()
+    def _join(self, new: float, mean: Tensor, squares: Tensor) -> None:
+        count = float(self.count)
         shift = mean - self.mean.double()
-        squares = (x - mean).square().sum(0) + shift.square() * (count * new / (count + new))
-        self.mean += (shift * (new / (count + new))).to(self.mean.dtype)
-        self.squares += squares.to(self.squares.dtype)
+        self.squares += squares + shift.square() * (count * new / (count + new))
+        self.mean += shift * (new / (count + new))
         self.count += new
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,13 +79,15 @@ class Reading:
         """Whether this pass reads the texts from their beginning, prompts included."""
         return self.new == self.mask.shape[1]
 
-    def decided(self, who: Any, decide: Callable[[], T]) -> T:
+    def decided(self, who: Any, decide: Callable[[], T] | None = None) -> T:
         """What `decide` says when the prompts are read; the same again for tokens generated behind them.
+
+        Without `decide`: what a lower module of the same memory decided.
 
         Raises:
             PatchError: the prompts were read before the memory `who` was there.
         """
-        if self.opens:
+        if self.opens and decide is not None:
             self._decisions[who] = decide()
         elif who not in self._decisions:
             raise PatchError(

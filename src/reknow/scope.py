@@ -64,8 +64,8 @@ class OwnStates:
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> States:
-        lm, last = self._lm, self._lm.max_tokens
-        rows = [Row(row.ids[-(last or 0) :], 1) for row in encode(lm.tokenizer, [Text(text) for text in texts])]
+        lm = self._lm
+        rows = [Row(row.ids[-(lm.max_tokens or 0) :], 1) for row in encode(lm.tokenizer, [Text(t) for t in texts])]
         lengths = [len(row.ids) for row in rows]
         states = torch.zeros(len(rows), max(lengths), self.features, device=lm.device)
         with lm.unpatched():

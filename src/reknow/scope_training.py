@@ -66,19 +66,19 @@ class ScopeCases:
         self._near = self._neighbors(lm, neighbors, skipped)
 
     def inside(self, i: int, chance: random.Random) -> str:
-        """A question that falls in the scope of edit i, in other words than its own where there are any."""
+        """A question that falls in the scope of edit i: its own prompt or another wording."""
         edit = self.cases[i].edit
-        wordings = list(self._rephrasings[i])
+        wordings = [edit.text, *self._rephrasings[i]]
         if edit.subject is not None:
             borrowed = self._templates[chance.choice(self._alike[edit.prompt])]
             wordings += [edit.fill(template) for template in borrowed if template != edit.prompt]
-        return self._behind(chance.choice(wordings or [edit.text]), chance)
+        return self._behind(chance.choice(wordings), chance)
 
     def outside(self, i: int, chance: random.Random) -> list[str]:
         """Four questions that do not: two of its own, a near neighbour of other cases, the subject in another one."""
         own = chance.sample(self._outside[i], min(2, len(self._outside[i])))
         near = [chance.choice(self._near[i]) for _ in range(3 - len(own))]
-        crossed = self._crossed(i, chance) or chance.choice(self._near[i])
+        crossed = self.crossed(i, chance) or chance.choice(self._near[i])
         return [*own, *(self._behind(text, chance) for text in (*near, crossed))]
 
     def _behind(self, question: str, chance: random.Random) -> str:
@@ -87,8 +87,8 @@ class ScopeCases:
         other = chance.randrange(len(self.cases))
         return f"{chance.choice(self._outside[other] or [self.cases[other].edit.text])}. {question}"
 
-    def _crossed(self, i: int, chance: random.Random) -> str | None:
-        """Another case's question about this one's subject."""
+    def crossed(self, i: int, chance: random.Random) -> str | None:
+        """Another case's question about this one's subject; None where none was found."""
         edit = self.cases[i].edit
         for _ in range(TRIES):
             other = chance.randrange(len(self.cases))
@@ -146,16 +146,13 @@ class ScopeLearner:
         self._held = ScopeCases(lm, held) if held else None
 
     def optimizer(self) -> torch.optim.Optimizer:
-        answering = [*self.module.left, *self.module.right]
-        reading = [p for p in self.module.parameters() if all(p is not other for other in answering)]
-        rate = self._method.learning_rate
-        return torch.optim.Adam([{"params": reading, "lr": rate}, {"params": answering, "lr": rate / 10}])
+        return torch.optim.Adam(self.module.parameters(), lr=self._method.learning_rate)
 
     def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
         asked = self._learning
         inside, outside, answer = self._read(asked, [asked.place[case.edit.text] for case in batch], chance)
         scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
-        return scope + self._method.answer_weight * answer, {"scope": scope.item(), "answer": answer.item()}
+        return scope + answer, {"scope": scope.item(), "answer": answer.item()}
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
@@ -164,7 +161,7 @@ class ScopeLearner:
         limit = math.log(self._method.threshold)
         scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
         return {
-            "loss": scope + self._method.answer_weight * float(answer),
+            "loss": scope + float(answer),
             "in_scope": float((inside[-1] > limit).float().mean()),
             "out_of_scope": float((outside[-1] <= limit).float().mean()),
             "answer": float(answer),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case
-from reknow.gradients import Factors, RunningNorm, gradient_factors, matrices, row_changes
+from reknow.gradients import RunningNorm, flat_factors, gradient_factors, matrices, row_changes
 from reknow.layers import resolve_layers
 from reknow.lessons import Exam, lessons
 from reknow.loop import seeded
@@ -74,9 +74,8 @@ def transformed(
     network.load_state_dict(dict(tensors))
     deltas: dict[str, Delta] = {}
     with torch.no_grad():
-        factors, loss = gradient_factors(lm, network.names, lm.encode(texts))
+        factors, loss = flat_factors(lm, network.names, lm.encode(texts))
         for name, (left, right) in network(factors).items():
-            left, right = left[factors[name].keep], right[factors[name].keep]  # (n, out), (n, in)
             whole = len(left) >= min(left.shape[1], right.shape[1])
             deltas[name] = Dense(left.T @ right) if whole else LowRank(left.T.contiguous(), right)
     return deltas, loss
@@ -102,18 +101,17 @@ class GradientNetwork(nn.Module):
         self.step = nn.Parameter(torch.full((len(self.names),), settings.step_size))
         self._unit = [float(lm.base_weight(name).float().square().mean().sqrt()) for name in self.names]
 
-    def observe(self, factors: Mapping[str, Factors]) -> None:
-        """Takes the factors into the statistics."""
+    def observe(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Takes the factors u (n, in) and δ (n, out) of each matrix into the statistics."""
         for name, found in factors.items():
-            self._transform(name).norm.observe(torch.cat(self._scaled(found), 1))
+            self._transform(name).norm.observe(torch.cat(self._scaled(*found), 1))
 
-    def forward(self, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
-        """name → (−α δ̃, ũ) at their places, zero elsewhere. (rows, columns, out), (rows, columns, in)"""
+    def forward(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """name → (−α δ̃, ũ) of its factors. (n, out), (n, in)"""
         changes = {}
         for i, name in enumerate(self.names):
-            found = factors[name]
-            u, delta = self._transform(name)(*self._scaled(found), self._mode[name])
-            changes[name] = found.spread(-self.step[i] * self._unit[i] * delta), found.spread(u)
+            u, delta = self._transform(name)(*self._scaled(*factors[name]), self._mode[name])
+            changes[name] = (-self.step[i] * self._unit[i] * delta, u)
         return changes
 
     def _transform(self, name: str) -> Transform:
@@ -121,8 +119,7 @@ class GradientNetwork(nn.Module):
         assert isinstance(transform, Transform)
         return transform
 
-    def _scaled(self, found: Factors) -> tuple[Tensor, Tensor]:
-        u, delta = found.flat()
+    def _scaled(self, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         return u, delta / delta.norm(dim=1, keepdim=True) if self.unit else delta
 
 
@@ -197,11 +194,12 @@ class TransformLearner:
         found = lessons(self.prepare(batch, chance), chance)
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
+        flat = {name: one.flat() for name, one in factors.items()}
         if learn:
-            self.module.observe(factors)
+            self.module.observe(flat)
         changes = {
-            name: tuple(self._grouped(side, len(batch)) for side in sides)
-            for name, sides in self.module(factors).items()
+            name: tuple(self._grouped(factors[name].spread(side), len(batch)) for side in sides)
+            for name, sides in self.module(flat).items()
         }
         exam = Exam(self.lm, found, min(self.module.layers))
         with row_changes(self.lm, self._of_rows(changes, exam.inside_of)):

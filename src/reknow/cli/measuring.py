@@ -47,6 +47,9 @@ def bench(
         list[str], typer.Option("--set", help="FIELD=VALUE of all methods, or LABEL.FIELD=VALUE; repeatable.")
     ] = [],  # noqa: B006, typer copies it
     fluency: Annotated[bool | None, typer.Option("--fluency/--no-fluency", help="Sample text. [on]")] = None,
+    generate: Annotated[
+        bool | None, typer.Option("--generate/--no-generate", help="Let the model write its answers. [on]")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -71,7 +74,7 @@ def bench(
     study = study._replace(**{k: v for k, v in given.items() if v is not None})
     if limit is not None:
         study = study._replace(limits={name: min(limit, most) for name, most in study.limits.items()})
-    given = {"mode": mode, "batch_size": batch_size, "fluency": fluency}
+    given = {"mode": mode, "batch_size": batch_size, "fluency": fluency, "generate": generate}
     given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
     plan = Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
     own = {method.partition("=")[0]: method for method in study.methods}

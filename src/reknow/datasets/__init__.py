@@ -111,9 +111,9 @@ def load_facts(
 
 
 def _records(sample: str | None, path: str | Path | None) -> list[Record]:
-    if path is None and sample is None:
-        raise InputError("expected a file for this data set, of which no sample is bundled; got none: give its path")
     if path is None:
+        if sample is None:
+            raise InputError("expected a file, since no sample of this data set is bundled; got none: give its path")
         return read_records(files("reknow") / "assets" / "data" / sample, sample)
     if str(path).startswith("hub:"):
         return read_records(hub_file(str(path)), str(path))

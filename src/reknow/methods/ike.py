@@ -21,12 +21,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from reknow.datasets import load_cases
+from reknow.descent import check_length
 from reknow.edits import Case, Edit, Probe
 from reknow.embedding import embed
 from reknow.errors import InputError
-from reknow.methods.base import MemoryMethod, checked, memory_patch
+from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.nearest import Nearest
-from reknow.patches import Patch, write_aside
+from reknow.patches import Kind, Patch, write_aside
+from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -39,7 +41,7 @@ BUNDLED, OFFSET = "counterfact", 500
 class IKE(MemoryMethod):
     """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
 
-    kind: ClassVar = "prompt"
+    kind: ClassVar[Kind] = "prompt"
 
     demonstrations: int = 32
     """How many at most; 0: the edit alone stands before the question (zero-shot). Those that do not fit into the
@@ -86,19 +88,14 @@ class IKE(MemoryMethod):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
-        stored = [edit for patch in lm.patches if patch.method == self.name for edit in patch.edits]
-        replaced = _conflicts(stored, edits)
-        if replaced and self.conflict == "refuse":
-            raise InputError(
-                f"expected edits that agree with the memory; {replaced[0]!r} has another answer there: revert that "
-                "edit, or set conflict=update"
-            )
+        replaced = conflicts(self, lm, edits, self.conflict)
+        check_length(lm, lm.encode([Text(_tail(edit) + edit.text, edit.target_new) for edit in edits]))
         facts = [edit.text for edit in edits]
         shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]
         kept = [
             _fitting(lm, each, _tail(edit), edit.text, self.room) for each, edit in zip(shown, edits, strict=True)
         ]
-        notes = {"demonstrations": [len(each) for each in kept], "replaced": replaced}
+        notes = {"demonstrations": [len(each) for each in kept], "conflicts": replaced}
         if min(notes["demonstrations"]) < self.demonstrations:
             notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"
         keys = embed(lm, facts, self.encoder).cpu()
@@ -232,12 +229,6 @@ def _fitting(lm: LM, shown: Sequence[str], tail: str, question: str, room: int) 
             break
         kept.insert(0, text)
     return kept
-
-
-def _conflicts(stored: Sequence[Edit], edits: Sequence[Edit]) -> list[str]:
-    """Prompts that have another answer in the memory."""
-    answers = {edit.text: edit.target_new for edit in stored}
-    return [edit.text for edit in edits if answers.get(edit.text, edit.target_new) != edit.target_new]
 
 
 def _read(path: str) -> list[Case]:

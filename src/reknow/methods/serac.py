@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from reknow.descent import Scored, predicted
+from reknow.descent import Scored, check_finite, predicted
 from reknow.editors import Editor, open_editor
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
@@ -30,7 +30,7 @@ from reknow.loop import seeded
 from reknow.memory import Route, versions
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch
 from reknow.nearest import Nearest
-from reknow.patches import LowRank, Patch
+from reknow.patches import Kind, LowRank, Patch
 from reknow.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.scope_training import ScopeLearner
 from reknow.tokens import Text
@@ -48,7 +48,7 @@ TRAINED = ("classifier", "encoder", "counterfactual", "template", "size", "queri
 class SERAC(Learned, MemoryMethod):
     """An edit memory with a scope classifier and a counterfactual model, both trained. Needs no subject."""
 
-    kind: ClassVar = "router"
+    kind: ClassVar[Kind] = "router"
 
     editor: str | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
@@ -69,22 +69,25 @@ class SERAC(Learned, MemoryMethod):
     counterfactual: str | None = None
     """Folder or name of a decoder with the same tokenizer that answers in scope; None: the base model itself, both
     with a trained low-rank change."""
-    template: str = "New Fact: {edit} {answer}\nPrompt: {input}"
+    template: str = "Fact: {edit} {answer}. {input}"
     """What the counterfactual model reads; the paper: `{edit} {answer} {input}`."""
     size: int = 64
     """Numbers in a vector."""
     queries: int = 4
     """Learned queries that gather it, each a share of the numbers."""
-    rank: int = 4
-    """Of the counterfactual model's change of a value matrix, in the upper third of its layers."""
-    answer_weight: float = 0.1
-    """Weight of the counterfactual model's loss beside the classifier's."""
-    learning_rate: float = 3e-3
-    """Of Adam, for the classifier; a tenth of it for the counterfactual model."""
+    rank: int = 8
+    """Of the counterfactual model's change of every value matrix."""
+    learning_rate: float = 2e-3
+    """Of Adam."""
 
     def __post_init__(self):
         if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")):
             raise InputError(f"expected a template with {{edit}}, {{answer}} and {{input}}; got {self.template!r}")
+        if self.conflict not in ("update", "refuse") or self.classifier not in ("embedding", "cosine", "cross"):
+            raise InputError(
+                "expected conflict among update, refuse and classifier among embedding, cosine, cross; got "
+                f"{self.conflict!r} and {self.classifier!r}: choose one"
+            )
         if not 0 < self.threshold < 1 or self.candidates < 1 or self.rank < 1 or self.size % self.queries:
             raise InputError(
                 "expected 0 < threshold < 1, candidates and rank ≥ 1, and a size that the queries share out; got "
@@ -97,7 +100,7 @@ class SERAC(Learned, MemoryMethod):
 
     @property
     def training(self) -> Training:
-        return Training(steps=600, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
+        return Training(steps=400, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
 
     def fit(
         self,
@@ -128,19 +131,20 @@ class SERAC(Learned, MemoryMethod):
         modules = Modules(self, lm, parts)
         texts, owners = _wordings(edits)
         keys = modules.embed(texts)
-        notes: dict[str, Any] = {"replaced": []}
-        replaced: list[int] = []
-        if stored:
-            memory = EditMemory(lm, stored)
-            replaced = memory.conflicts(edits, keys[[owners.index(i) for i in range(len(edits))]])
-            notes["replaced"] = [memory.edits[i].text for i in replaced]
-        if replaced and self.conflict == "refuse":
+        clashes = EditMemory(lm, stored).conflicts(edits) if stored else []
+        told = [{"prompt": edit.text, "old": edit.target_new, "new": new} for _, edit, new in clashes]
+        if told and self.conflict == "refuse":
             raise InputError(
-                f"expected edits that agree with the memory; {notes['replaced'][0]!r} has another answer there: "
-                "revert that edit, or set conflict=update"
+                f"expected edits that agree with the serac memory; {told[0]['prompt']!r} is stored as "
+                f"{told[0]['old']!r}, got {told[0]['new']!r}: rebuild without the old edit, or set conflict to update"
             )
+        asked = [self.question(edit, edit.text) for edit in edits]
+        answers = modules.answerer().score(asked, [edit.target_new for edit in edits])
+        for score in answers:
+            check_finite(torch.tensor(score.nll))
         state = {"keys": keys.cpu(), "owners": torch.tensor(owners), **{n: t.cpu() for n, t in begun.items()}}
-        memory = {"replaces": replaced, "digests": modules.digests}
+        memory = {"replaces": sorted({i for i, _, _ in clashes}), "digests": modules.digests}
+        notes = {"conflicts": told, "losses": [score.nll for score in answers]}
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     @staticmethod
@@ -170,8 +174,7 @@ class Modules(nn.Module):
         self._states = token_states(lm, method.encoder)
         self._reader = counterfactual_model(lm, method.counterfactual)
         self.digests = [self._states.digest, None if self._reader is lm else self._reader.fingerprint.digest]
-        layers = range(self._reader.layers - max(1, self._reader.layers // 3), self._reader.layers)
-        self._names = [self._reader.parts.value[layer] for layer in layers]
+        self._names = list(self._reader.parts.value)
         with seeded("serac", method.size, method.rank):
             self.cosine = method.classifier == "cosine"
             self.scope = Embedding(self._states.features, method.size, method.queries)
@@ -286,23 +289,29 @@ class EditMemory:
         best = log_p.argmax(1, keepdim=True)
         return owners.gather(1, best.cpu())[:, 0].tolist(), log_p.gather(1, best)[:, 0].tolist()
 
-    def conflicts(self, edits: Sequence[Edit], keys: Tensor) -> list[int]:
-        """Indices of the stored edits to which an edit gives another answer; `keys` are the edits' vectors."""
-        found = set()
-        for edit, key in zip(edits, keys, strict=True):
+    def pairs(self, asked: Sequence[tuple[int, str]]) -> Tensor:
+        """log p that a question is in the scope of the stored edit of this index, for each pair. (pairs,)"""
+        texts = [self.edits[i].text for i, _ in asked], [text for _, text in asked]
+        if self._method.classifier == "cross":
+            return self._modules.judge(*texts)
+        edits, inputs = (self._modules.embed(each) for each in texts)
+        cosine = self._modules.cosine
+        return torch.cat(
+            [log_in_scope(b[None], a[None], cosine=cosine)[0] for a, b in zip(edits, inputs, strict=True)]
+        )
+
+    def conflicts(self, edits: Sequence[Edit]) -> list[tuple[int, Edit, str]]:
+        """(index of a stored edit, that edit, the other answer that a new edit gives it)."""
+        found = []
+        for edit in edits:
             for i in self._stored:
                 other = self.edits[i]
-                if other.target_new == edit.target_new:
-                    continue
                 same = edit.subject is not None and other.subject == edit.subject
-                if other.text == edit.text or (same and self._near(key, i)):
-                    found.add(i)
-        return sorted(found)
-
-    def _near(self, key: Tensor, i: int) -> bool:
-        own = self._keys[(self._owners == i).to(self._keys.device)]
-        log_p = log_in_scope(key[None], own, cosine=self._method.classifier == "cosine")
-        return float(log_p.max()) > math.log(self._method.threshold)
+                if other.target_new == edit.target_new or not (same or other.text == edit.text):
+                    continue
+                if other.text == edit.text or float(self.pairs([(i, edit.text)])) > math.log(self._method.threshold):
+                    found.append((i, other, edit.target_new))
+        return found
 
 
 def counterfactual_model(lm: LM, source: str | None) -> LM:

@@ -1,0 +1,93 @@
+"""How well SERAC's scope classifier tells apart what it has not seen, and what its threshold does.
+
+    python benchmarks/scope.py --model demo:gpt2 [--editor FOLDER] [--figure FILE.png]
+
+Cases: the first 200 records of CounterFact. In scope: both paraphrases of each. Hard negatives: of its ten neighbourhood
+prompts the five nearest to the edit by the model's own states. Other questions about the same subject: three prompts of
+other records with this record's subject, whose words do not occur in the record. Each pair by itself, and against a
+memory of all 200 edits, where a question must also find its own edit.
+"""
+
+import argparse
+import math
+import random
+
+import torch
+
+from reknow import LM, SERAC, load_cases
+from reknow.embedding import embed
+from reknow.scope import calibration
+from reknow.scope_training import ScopeCases
+
+CASES, HARD, CROSSED = 200, 5, 3
+
+
+def questions(lm, cases):
+    """kind → [(index of the case, question)]."""
+    asked, chance = ScopeCases(lm, cases), random.Random(0)
+    found = {"paraphrases": [], "hard negatives": [], "same subject": []}
+    for i, case in enumerate(cases):
+        near = [probe.prompt for probe in case.probes if probe.kind == "locality"]
+        likeness = embed(lm, near) @ embed(lm, [case.edit.text])[0]
+        found["hard negatives"] += [(i, near[k]) for k in likeness.topk(min(HARD, len(near))).indices.tolist()]
+        found["paraphrases"] += [(i, probe.prompt) for probe in case.probes if probe.kind == "generalization"]
+        crossed = [asked.crossed(i, chance) for _ in range(CROSSED)]
+        found["same subject"] += [(i, text) for text in crossed if text is not None]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="demo:gpt2")
+    parser.add_argument("--editor")
+    parser.add_argument("--figure")
+    args = parser.parse_args()
+    lm = LM(args.model)
+    serac = SERAC(editor=args.editor)
+    cases = load_cases("counterfact", limit=CASES)
+    patch = serac.edit(lm, [case.edit for case in cases])
+    memory = serac.memory(lm, [patch])
+    limit, alone = math.log(serac.threshold), {}
+    print("| questions | number | right, one edit | right, 200 edits |\n|---|---|---|---|")
+    for kind, pairs in questions(lm, cases).items():
+        places, together = memory.scopes([text for _, text in pairs])
+        alone[kind] = memory.pairs(pairs).exp().tolist()
+        if kind == "paraphrases":
+            one = [p > serac.threshold for p in alone[kind]]
+            many = [p > limit and k == i for p, k, (i, _) in zip(together, places, pairs, strict=True)]
+        else:
+            one = [p <= serac.threshold for p in alone[kind]]
+            many = [p <= limit for p in together]
+        shares = [f"{100 * sum(each) / len(each):.1f} %" for each in (one, many)]
+        print(f"| {kind} | {len(pairs)} | {shares[0]} | {shares[1]} |", flush=True)
+    table = calibration(alone["paraphrases"], alone["hard negatives"])
+    other = calibration(alone["paraphrases"], alone["same subject"])
+    print("\n| threshold | paraphrases | hard negatives | same subject |\n|---|---|---|---|")
+    for row, also in zip(table, other, strict=True):
+        numbers = [f"{100 * value:.1f}" for value in (row["in_scope"], row["out_of_scope"], also["out_of_scope"])]
+        print(f"| {row['threshold']:.2f} | {' | '.join(numbers)} |")
+    if args.figure:
+        draw(table, other, serac.threshold, args.figure)
+
+
+def draw(table, other, threshold: float, file: str) -> None:
+    """The calibration curve: shares told rightly against the threshold."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    x = [row["threshold"] for row in table]
+    axes.plot(x, [100 * row["in_scope"] for row in table], label="paraphrases, in scope")
+    axes.plot(x, [100 * row["out_of_scope"] for row in table], "--", label="hard negatives, out of scope")
+    axes.plot(x, [100 * row["out_of_scope"] for row in other], ":", label="same subject, out of scope")
+    axes.axvline(threshold, color="grey", linewidth=0.8)
+    axes.set(xlabel="threshold on p", ylabel="told rightly, %", ylim=(70, 101))
+    axes.legend(loc="lower left")
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

