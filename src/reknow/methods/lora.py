@@ -96,7 +96,8 @@ class LoRA(Method):
             deltas = {name: _factors(lm.model.get_submodule(name)) for name in names}
         conv = any(isinstance(lm.model.get_submodule(name), Conv1D) for name in names)
         notes = {"layers": layers, "losses": losses, "adapter": base_of(lm, conv)}
-        return weights_patch(self, lm, edits, dict(deltas), notes=notes)
+        left = {name: delta for name, delta in deltas.items() if delta.rank}  # AdaLoRA may give a matrix none
+        return weights_patch(self, lm, edits, dict(left), notes=notes)
 
     def _matrices(self, lm: LM, layer: int) -> list[str]:
         parts = lm.parts
@@ -186,7 +187,6 @@ def _factors(layer: Any) -> LowRank:
         return LowRank((scale * left.weight).float(), right.weight.float().clone())
     values = layer.lora_E[ADAPTER]  # (rank, 1)
     kept = values[:, 0] != 0
-    kept[0] |= not kept.any()  # peft knows no rank of 0
     scale = scale / (float(layer.ranknum[ADAPTER]) + 1e-5)  # as in peft's forward pass
     return LowRank((scale * left[:, kept]).float(), (values * right)[kept].float())
 
