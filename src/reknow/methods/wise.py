@@ -101,8 +101,7 @@ class WISE(MemoryMethod):
                 f"expected edits of {before[-1].memory['module']}, where the memory is; got {module}: change layer"
             )
         stored = sum(len(patch.edits) for patch in before)
-        out, inside = lm.weight(module).shape
-        shards = _shards(before, (out, inside))
+        shards = _shards(before, lm.weight(module).shape)
         state: dict[str, Tensor] = {}
         distances, losses = [], []
         for number, edit in enumerate(edits, stored):
@@ -170,8 +169,7 @@ class WISE(MemoryMethod):
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
         about = patches[-1].memory
-        out, inside = lm.weight(about["module"]).shape
-        shards = _shards(patches, (out, inside))
+        shards = _shards(patches, lm.weight(about["module"]).shape)
         deltas = [shards[index].dense(shards[index].values) for index in sorted(shards)]
         reached = torch.cat([patch.state["distances"] for patch in patches])
         least = [part.min() for part in reached.split(about["shard_size"])]
@@ -208,7 +206,7 @@ class Shard:
         return flat.index_put((self.places.to(values.device),), values).view(self.shape)
 
 
-def _shards(patches: Sequence[Patch], shape: tuple[int, int]) -> dict[int, Shard]:
+def _shards(patches: Sequence[Patch], shape: Sequence[int]) -> dict[int, Shard]:
     """The shards that these versions make up."""
     shards: dict[int, Shard] = {}
     for patch in patches:
@@ -216,7 +214,8 @@ def _shards(patches: Sequence[Patch], shape: tuple[int, int]) -> dict[int, Shard
             if name.startswith("mask."):
                 bits = np.unpackbits(tensor.numpy(), count=shape[0] * shape[1])
                 places = torch.from_numpy(bits.nonzero()[0])
-                shards[int(name.removeprefix("mask."))] = Shard(shape, places, torch.zeros(len(places)))
+                empty = Shard((shape[0], shape[1]), places, torch.zeros(len(places)))
+                shards[int(name.removeprefix("mask."))] = empty
         for name, tensor in patch.state.items():
             if name.startswith("delta."):
                 shard = shards[int(name.removeprefix("delta."))]
