@@ -126,8 +126,8 @@ def test_processes_share_the_micro_batches(tmp_path):
     code = "from test_training import *\ntorch.set_num_threads(1)\n"
     code += f"run(Path({str(tmp_path)!r}, 'two'), {training}, method=READER)\n"
     (tmp_path / "two.py").write_text(code)
-    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
-    launch = [sys.executable, "-m", *launch.split(), "--dynamo_backend", "no", str(tmp_path / "two.py")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += [str(tmp_path / "two.py")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
