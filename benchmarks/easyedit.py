@@ -65,7 +65,7 @@ class EasyEdit:
     def rome(self, edit: Edit, layer: int, prefixes: Sequence[str], tokens: int, **settings) -> Made:
         """Its ROME on one fact; `settings` are fields of its ROMEHyperParams."""
         main = importlib.import_module("easyeditor.models.rome.rome_main")
-        main.CONTEXT_TEMPLATES_CACHE = ["{}", *(_template(text) for text in prefixes[1:])]
+        main.__dict__["CONTEXT_TEMPLATES_CACHE"] = ["{}", *(_template(text) for text in prefixes[1:])]
         self._give_statistics(importlib.import_module("easyeditor.models.rome.compute_u"), tokens)
         hparams = main.ROMEHyperParams(
             **MODULES | self._common("ROME") | {"layers": [layer], "context_template_length_params": []} | settings
@@ -75,15 +75,15 @@ class EasyEdit:
     def memit(self, edits: Sequence[Edit], layers: Sequence[int], prefixes, tokens: int, **settings) -> Made:
         """Its MEMIT on all facts together; `settings` are fields of its MEMITHyperParams."""
         main = importlib.import_module("easyeditor.models.memit.memit_main")
-        main.CONTEXT_TEMPLATES_CACHE = [["{}"], [_template(text) for text in prefixes[1:]]]
+        main.__dict__["CONTEXT_TEMPLATES_CACHE"] = [["{}"], [_template(text) for text in prefixes[1:]]]
         self._give_statistics(main, tokens)
         hparams = main.MEMITHyperParams(
             **MODULES | self._common("MEMIT") | {"layers": list(layers), "layer_selection": "all"} | settings
         )
         return self._edited(edits, main.apply_memit_to_model, [_request(edit) for edit in edits], hparams)
 
-    def ft(self, edit: Edit, layer: int, steps: int, rate: float) -> Made:
-        """Its fine-tuning with the teacher-forced loss (FT-M) on one fact."""
+    def ft(self, edits: Sequence[Edit], layer: int, steps: int, rate: float, batch_size: int = 1) -> Made:
+        """Its fine-tuning with the teacher-forced loss (FT-M)."""
         main = importlib.import_module("easyeditor.models.ft.ft_main")
         hparams = main.FTHyperParams(
             **MODULES,
@@ -97,10 +97,10 @@ class EasyEdit:
             alg_name="FT",
             model_name="gpt2",
             objective_optimization="target_new",
-            batch_size=1,
+            batch_size=batch_size,
         )
-        request = {**_request(edit), "prompt": edit.text}
-        made = self._edited([edit], main.apply_ft_to_model, [request], hparams, counted="Batch loss")
+        requests = [{**_request(edit), "prompt": edit.text} for edit in edits]
+        made = self._edited(edits, main.apply_ft_to_model, requests, hparams, counted="Epoch")
         self.lm.model.requires_grad_(False)
         return made
 
@@ -117,7 +117,7 @@ class EasyEdit:
         return found, time.perf_counter() - start
 
     def fluency(self, cases: Sequence[Case]) -> float:
-        """Seconds of sampling its text of 100 tokens, prompt included, behind every request, as it does case by case."""
+        """Seconds of sampling its text of 100 tokens, prompt included, behind every request, case by case."""
         generate = importlib.import_module("easyeditor.util.generate").generate_fast
         start = time.perf_counter()
         for case in cases:
@@ -168,10 +168,10 @@ class EasyEdit:
 
 
 def _passes(printed: str, counted: str) -> list[int]:
-    """How many passes it reports for each fact."""
+    """How many passes it reports for each search."""
     steps: list[int] = []
     for line in printed.splitlines():
-        if line.startswith(("Computing right vector", "Executing FT")):
+        if line.startswith(("Computing right vector", "Weights to be updated")):
             steps.append(0)
         elif line.startswith(counted):
             steps[-1] += 1

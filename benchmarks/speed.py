@@ -19,6 +19,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -28,6 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
+from reknow.descent import sample
 from reknow.edits import Case
 from reknow.effect import known_cases
 from reknow.evaluate.metrics import case_metrics
@@ -39,11 +41,15 @@ from reknow.values import contexts
 from speed_report import report
 from speed_work import matmul_rate, phases, total_flops
 
-FACTS = {"demo": {"rome": 20, "memit": 100, "tuning": 100}, "124M": {"rome": 5, "memit": 5, "tuning": 5}}
+FACTS = {"demo": {"rome": 20, "memit": 100, "tuning": 100}, "124M": {"rome": 5, "memit": 5, "tuning": 4}}
 """Facts that EasyEdit runs. Its time is proportional to their number, so on the large shape a few are enough."""
+MANY = 20
+"""Where EasyEdit runs fewer facts of MEMIT, reknow runs this many besides."""
 LAYER = {"demo": 0, "124M": 4}
 """The demo's is the one that `suggest_layer` finds; the other is at the depth at which the papers edit."""
 COVARIANCE_TOKENS = 20_000
+RATE = 5e-4
+"""The published learning rate of fine-tuning."""
 STOP = 0.9
 """Early stop: the answer's mean probability in every context."""
 KINDS = ("reliability", "generalization", "locality")
@@ -132,16 +138,23 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     edits = [case.edit for case in cases]
     ours.edit(lm, edits[:1])
     theirs.memit(edits[:1], layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=2, **settings)
+    early = replace(ours, stop_probability=STOP)
     patch, seconds = timed(lambda: ours.edit(lm, edits))
+    stopped, less = timed(lambda: early.edit(lm, edits))
     made = theirs.memit(edits, layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=ours.steps, **settings)
     quality = Quality(lm, cases)
     quality.add("reknow", patch, cases)
+    quality.add("reknow, early stop", stopped, cases)
     quality.add("EasyEdit", made.patch, cases)
     found = {"layers": layers, "weight": weight, "facts": len(cases), "quality": quality.table()}
-    many = [case.edit for case in load_cases("counterfact", limit=100)]
-    _, hundred = timed(lambda: ours.edit(lm, many)) if len(cases) < len(many) else (None, seconds)
-    steps = {"reknow": fmean(len(one) for one in patch.notes["losses"]), "EasyEdit": fmean(made.steps)}
-    return found | {"reknow": seconds, "reknow, 100 facts": hundred, "EasyEdit": made.seconds, "steps": steps}
+    counts = {"reknow": patch.notes["losses"], "reknow, early stop": stopped.notes["losses"]}
+    steps = {label: fmean(len(one) for one in losses) for label, losses in counts.items()}
+    steps["EasyEdit"] = fmean(made.steps)
+    found |= {"reknow": seconds, "reknow, early stop": less, "EasyEdit": made.seconds, "steps": steps}
+    if len(edits) < MANY:
+        many = [case.edit for case in load_cases("counterfact", limit=MANY)]
+        found[f"reknow, {MANY} facts"] = timed(lambda: ours.edit(lm, many))[1]
+    return found
 
 
 def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -> float:
@@ -201,44 +214,60 @@ def asked_of(case: Case):
 
 
 def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
-    """FT-M fact by fact with the same steps and learning rate; ICE beside it, without and with the sampling."""
-    rate = FT().learning_rate * float(lm.weight(lm.parts.value[layer]).square().mean().sqrt())
-    sides: dict[str, Callable[[Case], tuple[Patch, int]]] = {}
+    """FT-M with the published learning rate, fact by fact and all in one call; ICE beside it."""
+    plain_ft, fast = FT(layer=layer, learning_rate_absolute=RATE), FT(layer=layer)
     methods = {
-        "reknow FT-M": FT(layer=layer),
-        "reknow ICE": ICE(layers=(layer,)),
-        "reknow ICE, λ = 0": ICE(layers=(layer,), consistency_weight=0),
+        "reknow FT-M": plain_ft,
+        "reknow FT-M, 25 steps": replace(fast, stop_loss=0.0),
+        "reknow ICE, 25 steps": ICE(layers=(layer,), stop_loss=0.0),
+        "reknow ICE, λ = 0, 25 steps": ICE(layers=(layer,), consistency_weight=0, stop_loss=0.0),
     }
-    for label, method in methods.items():
-        sides[label] = lambda case, method=method: (patch := method.edit(lm, [case.edit]), len(patch.notes["losses"]))
     quality, rows = Quality(lm, cases), []
-    for side in sides.values():
-        side(cases[0])
-    theirs.ft(cases[0].edit, layer, 2, rate)
+    for method in methods.values():
+        method.edit(lm, [cases[0].edit])
+    theirs.ft([cases[0].edit], layer, 2, RATE)
     for case in cases:
         row: dict = {"steps": {}}
-        for label, side in sides.items():
-            (patch, row["steps"][label]), row[label] = timed(lambda side=side, case=case: side(case))
+        for label, method in methods.items():
+            patch, row[label] = timed(lambda method=method, case=case: method.edit(lm, [case.edit]))
+            row["steps"][label] = len(patch.notes["losses"])
             quality.add(label, patch, [case])
-        made = theirs.ft(case.edit, layer, FT().steps, rate)
+        made = theirs.ft([case.edit], layer, FT().steps, RATE)
         row["EasyEdit FT-M"], row["steps"]["EasyEdit FT-M"] = made.seconds, made.steps[0]
         quality.add("EasyEdit FT-M", made.patch, [case])
         rows.append(row)
-    return {"layer": layer, "facts": rows, "quality": quality.table()}
+    edits = [case.edit for case in cases]
+    together = {}
+    patch, seconds = timed(lambda: plain_ft.edit(lm, edits))
+    together["reknow FT-M"] = {"seconds": seconds, "steps": len(patch.notes["losses"])}
+    quality.add("reknow FT-M, together", patch, cases)
+    for size in (1, plain_ft.batch_size):
+        made = theirs.ft(edits, layer, FT().steps, RATE, batch_size=size)
+        label = f"EasyEdit FT-M, batches of {size}"
+        together[label] = {"seconds": made.seconds, "steps": made.steps[0]}
+        quality.add(f"{label}, together", made.patch, cases)
+    first, ice = cases[0].edit, ICE()
+    asked = lm.encode([Text(first.text, first.target_new)])
+
+    def draw():
+        drawn = torch.Generator()
+        return sample(lm, asked, ice.sample_tokens, temperature=ice.temperature, top_k=ice.top_k, generator=drawn)
+
+    _, sampling = timed(lambda: [draw() for _ in range(ice.steps)])
+    return {"layer": layer, "facts": rows, "together": together, "sampling": sampling, "quality": quality.table()}
 
 
-def scaling(lm: LM, layer: int, sizes: Sequence[int]) -> dict:
+def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int]) -> dict:
     """Seconds of reknow alone for more and more facts: ROME one after the other, MEMIT all at once."""
-    edits = list({case.edit.subject: case.edit for case in load_cases("counterfact", limit=1000)}.values())
-    methods = {
-        "ROME": ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS),
-        "MEMIT": MEMIT(layers=tuple(band(lm, layer)), covariance_tokens=COVARIANCE_TOKENS),
-    }
-    found: dict[str, dict[int, float]] = {}
-    for label, method in methods.items():
-        method.edit(lm, edits[:1])
-        found[label] = {min(n, len(edits)): timed(lambda n=n, m=method: m.edit(lm, edits[:n]))[1] for n in sizes}
-    return found
+    edits = list({case.edit.text: case.edit for case in load_cases("counterfact", limit=1000)}.values())
+    band_of = tuple(band(lm, layer))
+    method = (
+        ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS)
+        if name == "ROME"
+        else MEMIT(layers=band_of, covariance_tokens=COVARIANCE_TOKENS)
+    )
+    method.edit(lm, edits[:1])
+    return {name: {min(n, len(edits)): timed(lambda n=n: method.edit(lm, edits[:n]))[1] for n in sizes}}
 
 
 def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
@@ -250,7 +279,7 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     number = plain(lm, cases[0], layer, "value")
     settings = {"v_num_grad_steps": one.steps, "clamp_norm_factor": one.clamp, **number}
     theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **{**settings, "v_num_grad_steps": 2})
-    found = {"matmul GFLOP/s": matmul_rate() / 1e9}
+    found: dict = {"matmul GFLOP/s": matmul_rate() / 1e9}
     made, flops = total_flops(lambda: theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings))
     seconds = theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
     found["EasyEdit ROME"] = {"all": {"seconds": seconds, "flops": flops}}
@@ -261,13 +290,16 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 
 def machine() -> dict:
-    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    versions = {
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return {"processor": names[0] if names else platform.processor(), "threads": torch.get_num_threads(), **versions}
 
 
 def main() -> None:
@@ -276,22 +308,27 @@ def main() -> None:
     parser.add_argument("--easyedit", type=Path, help="the folder of the checkout")
     parser.add_argument("--shape", choices=list(FACTS), default="demo")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
+    parser.add_argument("--layer", type=int, help="another layer than usual")
     parser.add_argument("--facts", type=int, help="fewer facts than usual")
+    parser.add_argument("--method", choices=["ROME", "MEMIT"], default="MEMIT", help="of `scaling`")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000], help="of `scaling`")
     options = parser.parse_args()
     if options.part == "report":
         print(report(options.out))
         return
-    file = options.out / f"{options.shape}-{options.part}.json"
+    where = "" if options.layer is None else f"-layer{options.layer}"
+    where += f"-{options.method}" if options.part == "scaling" else ""
+    file = options.out / f"{options.shape}-{options.part}{where}.json"
     if file.exists():
         print(f"{file} is there already: delete it to run this part again")
         return
-    lm, layer = opened(options.shape), LAYER[options.shape]
+    lm = opened(options.shape)
+    layer = LAYER[options.shape] if options.layer is None else lm.check_layer(options.layer)
     count = options.facts or FACTS[options.shape].get(options.part, 10)
     candidates = load_cases("counterfact", limit=300)
     cases = (known_cases(lm, candidates) if options.shape == "demo" else candidates)[:count]
     if options.part == "scaling":
-        found = scaling(lm, layer, options.sizes)
+        found = scaling(lm, options.method, layer, options.sizes)
     else:
         if options.easyedit is None:
             parser.error("this part needs --easyedit, the folder of a checkout of EasyEdit")

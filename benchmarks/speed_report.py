@@ -1,2 +1,148 @@
-def report(f):
-    return ""
+"""The tables of what `speed.py` has measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+KINDS = ("reliability", "generalization", "locality")
+
+
+def report(folder: Path) -> str:
+    """All parts in the folder, each with the command that made it and the machine."""
+    files = sorted(folder.glob("*.json"))
+    if not files:
+        raise SystemExit(f"expected results in {folder}; there are none: run a part first")
+    return "\n\n".join(_part(file) for file in files)
+
+
+def _part(file: Path) -> str:
+    found = json.loads(file.read_text(encoding="utf-8"))
+    shape, part, *_ = file.stem.split("-")
+    about = found.pop("about")
+    command = about["command"].replace("\n", " ")
+    machine = ", ".join(f"{key} {value}" for key, value in about.items() if key not in ("command", "date"))
+    table = {"rome": _rome, "tuning": _tuning, "memit": _memit, "evaluation": _evaluation, "work": _work}
+    lines = table.get(part, _scaling)(found)
+    return "\n".join(
+        [
+            f"### {shape}, {part}",
+            "",
+            f"    python benchmarks/speed.py {command}",
+            "",
+            f"{about['date']}; {machine}.",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _rome(found: Mapping) -> list[str]:
+    facts, labels = found["facts"], ["EasyEdit", "reknow", "reknow, early stop"]
+    seconds = {label: fmean(fact[label] for fact in facts) for label in labels}
+    rows = []
+    for label in labels:
+        passes = fmean(fact["steps"][label] for fact in facts)
+        ratio = seconds["EasyEdit"] / seconds[label]
+        rows.append([label, f"{passes:.1f}", f"{seconds[label]:.3f}", f"{ratio:.1f}", *_scores(found, label)])
+    head = f"ROME at layer {found['layer']}, {len(facts)} facts one by one:"
+    return [head, "", *_table(["", "passes", "seconds per edit", "ratio", *KINDS], rows)]
+
+
+def _memit(found: Mapping) -> list[str]:
+    rows = []
+    for label in ("EasyEdit", "reknow", "reknow, early stop"):
+        each = found[label] / found["facts"]
+        ratio = found["EasyEdit"] / found[label]
+        passes = f"{found['steps'][label]:.1f}"
+        rows.append([label, passes, f"{found[label]:.2f}", f"{each:.3f}", f"{ratio:.1f}", *_scores(found, label)])
+    head = f"MEMIT in layers {found['layers']}, {found['facts']} facts in one call, λ = {found['weight']:.0f}:"
+    lines = [head, "", *_table(["", "passes", "seconds", "per fact", "ratio", *KINDS], rows)]
+    for label in [key for key in found if key.endswith(" facts")]:
+        count = int(label.split()[-2])
+        each, theirs = found[label] / count, found["EasyEdit"] / found["facts"]
+        lines += [
+            "",
+            f"{label}: {found[label]:.1f} s, {each:.3f} per fact. At its time per fact EasyEdit needs "
+            f"{100 * theirs:.0f} s for 100 facts (extrapolated), reknow {100 * each:.0f} s: "
+            f"a ratio of {theirs / each:.1f}.",
+        ]
+    return lines
+
+
+def _scores(found: Mapping, label: str) -> list[str]:
+    return [f"{found['quality'][label][kind]:.1f}" for kind in KINDS]
+
+
+def _evaluation(found: Mapping) -> list[str]:
+    rows, names = [], {"teacher-forced": "teacher-forced answers", "fluency": "sampled text of 100 tokens per case"}
+    sums: dict[str, float] = {"reknow": 0.0, "EasyEdit": 0.0}
+    for key, name in names.items():
+        for label, seconds in found[key].items():
+            ratio = found[key]["EasyEdit"] / seconds
+            rows.append([name, label, f"{seconds:.2f}", f"{ratio:.1f}"])
+            if label in sums:
+                sums[label] += seconds
+    rows += [["both", label, f"{sums[label]:.2f}", f"{sums['EasyEdit'] / sums[label]:.1f}"] for label in sums]
+    return [
+        f"{found['cases']} cases, {found['questions']} questions; largest difference between the two sides' "
+        f"token accuracies: {found['largest difference']:g}. All that reknow reads of these cases (contrast of both "
+        f"targets and free generation too): {found['all that reknow reads']:.2f} s.",
+        "",
+        *_table(["what", "", "seconds", "ratio"], rows),
+    ]
+
+
+def _tuning(found: Mapping) -> list[str]:
+    facts = found["facts"]
+    labels = [label for label in facts[0] if label != "steps"]
+    seconds = {label: fmean(fact[label] for fact in facts) for label in labels}
+    rows = []
+    for label in labels:
+        passes = fmean(fact["steps"][label] for fact in facts)
+        ratio = seconds["EasyEdit FT-M"] / seconds[label]
+        rows.append([label, f"{passes:.1f}", f"{seconds[label]:.3f}", f"{ratio:.2f}", *_scores(found, label)])
+    for label, one in found["together"].items():
+        each, best = one["seconds"] / len(facts), found["together"]["EasyEdit FT-M, batches of 1"]["seconds"]
+        ratio = best / one["seconds"]
+        rows.append(
+            [f"{label}, together", one["steps"], f"{each:.3f}", f"{ratio:.2f}", *_scores(found, f"{label}, together")]
+        )
+    header = ["", "passes", "seconds per edit", "ratio to EasyEdit", *KINDS]
+    return [
+        f"Layer {found['layer']}, {len(facts)} facts one by one, then all in one call. The sampling of ICE's 25 "
+        f"steps by itself: {found['sampling']:.3f} s per edit.",
+        "",
+        *_table(header, rows),
+    ]
+
+
+def _scaling(found: Mapping) -> list[str]:
+    sizes = list(next(iter(found.values())))
+    rows = [[label, *(f"{times[n]:.1f} ({times[n] / int(n):.3f})" for n in sizes)] for label, times in found.items()]
+    return ["Seconds in all (per fact):", "", *_table(["", *(f"{n} facts" for n in sizes)], rows)]
+
+
+def _work(found: Mapping) -> list[str]:
+    rate = found["matmul GFLOP/s"]
+    rows = []
+    for label in ("EasyEdit ROME", "reknow ROME", "reknow MEMIT"):
+        facts = found["facts of MEMIT"] if label == "reknow MEMIT" else 1
+        for phase, one in found[label].items():
+            if one["seconds"] < 1e-3:
+                continue
+            work, seconds = one["flops"] / 1e9 / facts, one["seconds"] / facts
+            speed = work / seconds
+            rows.append([label, phase, f"{work:.2f}", f"{1000 * seconds:.0f}", f"{speed:.0f}", f"{speed / rate:.0%}"])
+    return [
+        f"Per fact ({found['facts of MEMIT']} facts of MEMIT in one call). A large float32 matrix product runs at "
+        f"{rate:.0f} GFLOP/s here. The counter sees matrix products alone; those inside attention are not in it.",
+        "",
+        *_table(["", "phase", "GFLOP", "ms", "GFLOP/s", "of the machine's"], rows),
+    ]

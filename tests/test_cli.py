@@ -298,3 +298,24 @@ def test_the_layer_goes_to_whichever_field_a_method_has():
     assert chosen_method("rome", layer="2").layer == 2 and chosen_method("rome", layer="auto").layer is None
     assert chosen_method("ft-m", layer="1,2").layer == (1, 2)
     assert chosen_method("ice", layer="1").layers == (1,)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------
+
+
+def test_statistics_are_read_ahead_and_then_found(model, empty_folder, monkeypatch):
+    monkeypatch.setenv("REKNOW_CACHE", "cache")
+    Path("text.txt").write_text("Paris is in France .\n\nLima is in Peru .\n" * 9, encoding="utf-8")
+    rest = ["--set", "steps=3", "--set", "context_groups=[]", "--layer", "1", "--model", model, "--no-stats"]
+    own = ["--set", "covariance_text=text.txt", "--set", "covariance_tokens=50"]
+    refused = reknow("edit", PROMPT, "English", *rest, *own)
+    assert refused.exit_code == 2 and "run reknow stats --layers 1 first" in " ".join(refused.stderr.split())
+    text = ["--text", "text.txt", "--tokens", 50]
+    made = json.loads(done("stats", "--model", model, "--layers", "1,2", *text, "--json"))
+    assert [row["layer"] for row in made] == [1, 2] and all(row["tokens"] == 50 for row in made)
+    assert all(Path(row["file"]).is_file() and 1 <= row["rank"] <= row["size"] for row in made)
+    done("edit", PROMPT, "English", *rest, *own)
+    assert "effective rank" in done("stats", "--model", model, "--layers", "all", *text)
+    for wrong, complaint in (("x", "whole numbers"), ("7", "layer from 0 to 2")):
+        result = reknow("stats", "--model", model, "--layers", wrong)
+        assert result.exit_code == 2 and complaint in " ".join(result.stderr.split())

@@ -13,6 +13,7 @@ from reknow.datasets.text import text_source
 from reknow.edits import Probe
 from reknow.errors import InputError, MissingExtra
 
+BUNDLED = [name for name, source in DATASETS.items() if source.sample is not None]
 SIZES = {
     "counterfact": 1000,
     "counterfact-easyedit": 100,
@@ -46,12 +47,12 @@ def probes(case, name):
 
 
 def test_the_tables_and_the_sizes_agree():
-    assert {name: len(load_cases(name)) for name in DATASETS} == SIZES
+    assert {name: len(load_cases(name)) for name in BUNDLED} == SIZES
     sizes = {"known_1000": 1209, "counterfact": 1000, "pararel": 1950, "lre": 1062}
     assert {name: len(load_facts(name)) for name in FACTS} == sizes
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", BUNDLED)
 def test_edits_are_complete_and_aids_are_never_probes(name):
     cases = load_cases(name)
     assert len({case.edit.id for case in cases}) == len(cases)
@@ -297,6 +298,28 @@ def test_what_publishers_left_blank_is_left_out(tmp_path):
     (case,) = load_cases("wiki_recent", path=write(tmp_path, "k.json", [record]))
     assert case.edit.target_new == "Y"
     assert case.probes[:-1] == (Probe("Q", ("a", "b"), "locality", "Kind"),)
+
+
+def test_unke_answers_are_paragraphs_asked_again_part_by_part(tmp_path):
+    record = {
+        "id": 7,
+        "question": "Who was Zoë?",
+        "para_question": "And Zoë?",
+        "answer": "A painter. In Lima.",
+    }
+    parts = {"sub_question": ["What did she do?", "Where?"], "sub_answer": ["She painted.", "In Lima."]}
+    (case,) = load_cases("unke", path=write(tmp_path, "unke.json", [record | parts]))
+    assert (case.edit.prompt, case.edit.subject, case.edit.id) == ("Who was Zoë?", None, "unke/7")
+    assert case.probes == (
+        Probe("And Zoë?", ("A painter. In Lima.",), "generalization", "rephrase"),
+        Probe("What did she do?", ("She painted.",), "portability", "sub_question"),
+        Probe("Where?", ("In Lima.",), "portability", "sub_question"),
+    )
+    fewer = [record | parts | {"sub_answer": ["She painted."]}]
+    assert "record 0, field 'sub_answer': expected 2 texts" in refusal(
+        load_cases, "unke", path=write(tmp_path, "fewer.json", fewer)
+    )
+    assert "no sample is bundled" in refusal(load_cases, "unke")
 
 
 def test_a_blank_knowedit_target_is_refused(tmp_path):

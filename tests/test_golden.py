@@ -99,7 +99,7 @@ def test_rome_changes_the_logits_as_the_authors_code(models):
 def test_covariance_is_the_authors(models):
     head = json.loads((GOLDEN / "rome_gpt2.json").read_text())["covariance"]
     theirs = load_file(GOLDEN / "rome_gpt2.safetensors")["covariance/layer_0"]
-    ours = covariance(models["gpt2"], 0, texts=head["texts"], tokens=head["tokens"])
+    ours = covariance(models["gpt2"], 0, text=head["texts"], tokens=head["tokens"])
     assert close(ours, theirs)
 
 

@@ -37,10 +37,10 @@ def models():
 
 @pytest.fixture(autouse=True)
 def recorded_covariance(monkeypatch):
-    def covariance(lm, layer, *, tokens):
+    def covariance(lm, layer, **_):
         return TENSORS[f"covariance/{'llama_' if 'llama' in lm.name else ''}layer_{layer}"]
 
-    monkeypatch.setattr("reknow.methods.base.covariance", covariance)
+    monkeypatch.setattr("reknow.methods.search.covariance", covariance)
 
 
 def built(case):

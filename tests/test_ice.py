@@ -175,6 +175,8 @@ def test_likeliest_reads_the_place_behind_the_answer(lm, edit):
     "settings",
     [
         {"consistency_weight": -1.0},
+        {"consistency_weight": float("nan")},
+        {"consistency_weight": float("inf")},
         {"consistency_weight": 0.0, "target_weight": 0.0},
         {"temperature": 0.0},
         {"temperature": float("nan")},

@@ -17,10 +17,10 @@ from reknow import LM, Case, Edit, InstructEdit, Patch, Probe
 from reknow.cli import app
 from reknow.editors import Editor
 from reknow.errors import InputError
-from reknow.gradients import gradient_factors
+from reknow.gradients import flat_factors
 from reknow.instructions import load_families
 from reknow.instructions.gradients import gradient_study
-from reknow.instructions.studies import Size, gain, run_study, test_cases
+from reknow.instructions.studies import Size, gain, run_study
 from reknow.instructions.trial import Material
 from reknow.lessons import lessons
 from reknow.tokens import Text
@@ -28,7 +28,6 @@ from reknow.training import Training, in_turn
 from reknow.transform import new_network, transformed
 from test_llm import serve  # noqa: F401, a fixture
 
-test_cases.__test__ = False  # type: ignore[attr-defined]
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
 
 
@@ -71,12 +70,12 @@ def test_an_edit_of_no_task_is_refused():
 def test_unit_gradients_make_every_token_count_alike():
     lm = make_lm("gpt2")
     network = new_network(InstructEdit(rank=4, layers=(1,), unit_gradient=True), lm)
-    factors, _ = gradient_factors(lm, network.names, lm.encode([Text("I know Peru", "of")]))
-    louder = {name: replace(found, delta=found.delta * 7) for name, found in factors.items()}
-    for (left, right), (other_left, other_right) in zip(
-        network(factors).values(), network(louder).values(), strict=True
-    ):
-        assert torch.allclose(left, other_left, atol=1e-6) and torch.allclose(right, other_right, atol=1e-6)
+    factors, _ = flat_factors(lm, network.names, lm.encode([Text("I know Peru", "of")]))
+    louder = {name: (u, delta * 7) for name, (u, delta) in factors.items()}
+    before, after = network(factors), network(louder)
+    for name in network.names:
+        for side, other in zip(before[name], after[name], strict=True):
+            assert torch.allclose(side, other, atol=1e-6)
 
 
 # --- training -----------------------------------------------------------------------------------------
@@ -182,20 +181,8 @@ def test_a_study_from_training_to_table(tmp_path):
 def test_the_search_on_the_command_line_at_a_real_server(serve, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     server = serve("Write down what is new about {}.\nKeep {} up to date.")
-    options = [
-        "--tasks",
-        "recent",
-        "--trial-steps",
-        "1",
-        "--count",
-        "3",
-        "--rounds",
-        "1",
-        "--proposals",
-        "2",
-        "--proposer",
-        "writer",
-    ]
+    options = ["--tasks", "recent", "--trial-steps", "1", "--count", "3", "--rounds", "1"]
+    options += ["--proposals", "2", "--proposer", "writer"]
     address = f"http://127.0.0.1:{server.http.server_port}/v1"
     command = ["instruct", *options, "--server", address, "--out", str(tmp_path)]
     done = CliRunner().invoke(app, command)

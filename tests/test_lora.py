@@ -11,7 +11,7 @@ import torch
 from conftest import make_lm
 from families import CORE_FAMILIES
 from reknow import Patch, method
-from reknow.errors import InputError, MissingExtra
+from reknow.errors import InputError, MissingExtra, PatchError
 from reknow.export import export_lora
 from reknow.methods import lora
 from reknow.patches import LowRank
@@ -117,3 +117,23 @@ def test_qlora_trains_against_rounded_weights(lm, edit):
     first = lm.score([edit.text], ["English"])[0].nll
     with lm.patched(patch):
         assert lm.score([edit.text], ["English"])[0].nll < first - 1
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora"])
+def test_the_saved_patch_is_the_folder_that_peft_loads(lm, edit, name, tmp_path):
+    from peft import PeftModel
+
+    patch = method(name, places=PLACES, layers=(1, 2), rank=3, learning_rate=2e-2).edit(lm, [edit])
+    folder = patch.save(tmp_path / "x.patch")
+    again = Patch.load(folder)
+    assert again.id == patch.id and again.edits == patch.edits and again.notes == patch.notes
+    assert patch.save(folder) == folder and [path.name for path in tmp_path.iterdir()] == ["x.patch"]
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with lm.patched(again), torch.no_grad():
+        ours = lm.model(ids).logits
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(lm.model, str(folder))(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    (folder / "adapter_model.safetensors").write_bytes(b"torn")
+    with pytest.raises(PatchError, match="broken"):
+        Patch.load(folder)

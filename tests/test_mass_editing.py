@@ -11,7 +11,7 @@ from reknow import values
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
 from reknow.keys import subject_keys, subject_states
-from reknow.methods import base, method
+from reknow.methods import method, search
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN
@@ -280,7 +280,7 @@ def test_what_is_made_of_a_covariance_is_kept_for_the_next_edit(monkeypatch):
     assert not torch.equal(memit.from_covariance(lm, 1, halved), first)
     assert not torch.equal(MEMIT(covariance_tokens=300).from_covariance(lm, 0, halved), first)
     assert len(made) == 4
-    monkeypatch.setattr(base, "KEPT_BYTES", 2 * first.nbytes)
+    monkeypatch.setattr(search, "KEPT_BYTES", 2 * first.nbytes)
     memit.from_covariance(lm, 2, halved)  # the oldest make room
     assert torch.equal(memit.from_covariance(lm, 0, halved), first) and len(made) == 6
     assert sum(key[0] == "covariance" for key in lm.memo) == 2

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
 from reknow.errors import EditFailed, InputError
 from reknow.evaluate import Plan, Results, bench, evaluate
-from reknow.evaluate.metrics import PROTOCOLS, Reading
+from reknow.evaluate.metrics import PROTOCOLS, Reading, case_metrics
+from reknow.evaluate.rows import BEFORE_KEY, ROW_KEY, Rows
+from reknow.evaluate.runner import _named, _Run
 from reknow.methods.base import Method, weights_patch
 from reknow.patches import Dense
 
@@ -156,6 +159,61 @@ def test_rows_hold_raw_answers_and_the_manifest_says_what_ran(tmp_path):
     assert len((tmp_path / "before.jsonl").read_text().splitlines()) == 2
 
 
+def test_the_edit_in_front_of_the_questions_is_read_for_the_unedited_model_and_for_whom_it_is_asked(tmp_path):
+    lm, plan = make_lm(), Plan(in_context=("fine",))
+    methods = {"fine": METHOD, "nothing": Nothing()}
+    results = bench(lm, make_cases(2), methods, tmp_path, plan=plan)
+    stages = [(row["method"], row["stage"]) for row in results.rows.values()]
+    both = [("fine", "after_edit"), ("fine", "in_context")] * 2
+    assert stages == [("unedited", "in_context")] * 2 + both + [("nothing", "after_edit")] * 2
+    first = results.rows["unedited", 0, "single", "in_context", "0"]["readings"][0]
+    assert first["prompt"] == "Fact: The capital of Peru is Paris . The capital of Peru is"
+    (score,) = lm.score([first["prompt"]], ["Paris ."])
+    assert first["nll"] == pytest.approx(score.nll, rel=1e-5)
+    assert results.last_stage == "after_edit"
+    assert "with the edit in front of the question" in str(results)
+    count = len(lines(tmp_path))
+    bench(make_lm(), make_cases(2), methods, tmp_path, plan=plan)
+    assert len(lines(tmp_path)) == count
+    with pytest.raises(InputError, match="single mode"):
+        Plan("sequential", in_context=("fine",))
+
+
+def test_text_right_after_every_second_edit_of_a_sequence():
+    prompt = Probe("Peru lives", (), "fluency", "generation")
+    cases = [replace(case, probes=(prompt,)) for case in make_cases(4)]
+    results = bench_rows(cases, Plan("sequential", fluency_every=2))
+    assert [row["readings"][-1]["text"] is not None for row in results] == [True, False, True, False]
+
+
+def bench_rows(cases, plan):
+    rows = Rows(None, ROW_KEY)
+    _Run(make_lm(), _named(cases), plan, Rows(None, BEFORE_KEY), rows).all({"nothing": Nothing()}, False)
+    return [row for row in rows.values() if row["stage"] == "after_edit"]
+
+
+def test_the_ratio_of_perplexities_stands_where_the_text_follows_the_request():
+    case = make_cases(1)[0]
+    request = Probe(case.edit.text, (), "fluency", "request")
+    results = evaluate(make_lm(), [replace(case, probes=(*case.probes, request))], Nothing())
+    readings = [one for one in results.before[("0",)]["readings"] if one["kind"] == "fluency"]
+    assert readings[0]["ratios"] is None and len(readings[1]["ratios"]) == 2
+    assert Reading.from_json(readings[1]).ratios == tuple(readings[1]["ratios"])
+    for number, protocol in enumerate(("sampled", "sampled_unshifted")):
+        cell = results.cells["unedited", "before", f"PPL_r@{protocol}"]
+        assert cell.mean == pytest.approx(readings[1]["ratios"][number])
+
+
+def test_a_long_answer_is_compared_word_by_word():
+    pytest.importorskip("rouge_score")
+    answer = "a b c d e f g h i j"
+    reading = Reading("reliability", "rewrite", "Q", (answer,), hits=(True,), top=(1,), nll=0.1, text="a b x d e")
+    found = case_metrics([reading])
+    assert found["token_f1@written"] == found["rouge_l@written"] == pytest.approx(2 * 4 / 15)
+    assert case_metrics([reading], failed=True)["token_f1@written"] == 0.0
+    assert "token_f1@written" not in case_metrics([replace(reading, answers=("a b",))])
+
+
 def test_other_settings_are_refused_and_named(tmp_path):
     bench(make_lm(), make_cases(2), [Nothing()], tmp_path)
     with pytest.raises(InputError, match=r"methods.nothing.breaks is True and was False"):
@@ -204,6 +262,40 @@ def run_and_die(folder: str, edits: int) -> None:
 
     FT.edit = counted
     bench(make_lm(), make_cases(), [METHOD], folder, plan=SEQUENCE)
+
+
+def run_until_stopped(folder: str) -> None:
+    """A sequence that says when its third edit begins, and then takes its time."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    edit, made = FT.edit, []
+
+    def slow(self, lm, wanted):
+        made.append(wanted)
+        if len(made) == 3:
+            print("third", flush=True)
+            time.sleep(60)
+        return edit(self, lm, wanted)
+
+    FT.edit = slow
+    bench(make_lm(), make_cases(), [METHOD], folder, plan=SEQUENCE, progress=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT to another process is POSIX")
+def test_ctrl_c_leaves_a_run_that_resumes_with_the_same_rows(tmp_path):
+    command = f"import conftest, test_runner; test_runner.run_until_stopped({str(tmp_path / 'cut')!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", command], env=environment, text=True, **pipes) as process:
+        assert process.stdout.readline() == "third\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=50)
+    assert process.returncode != 0 and "KeyboardInterrupt" in said
+    assert "loss" in said and "step" in said  # what the bar shows beside its count
+    assert [row["stage"] for row in lines(tmp_path / "cut")] == ["after_edit", "after_edit", "at:2", "at:2"]
+    assert not [path.name for path in tmp_path.rglob("*") if path.name.startswith(".") or "tmp" in path.suffix]
+    bench(make_lm(), make_cases(), [METHOD], tmp_path / "cut", plan=SEQUENCE)
+    bench(make_lm(), make_cases(), [METHOD], tmp_path / "whole", plan=SEQUENCE)
+    assert comparable(lines(tmp_path / "cut")) == comparable(lines(tmp_path / "whole"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")

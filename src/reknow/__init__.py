@@ -15,36 +15,49 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.methods import METHODS, method
     from reknow.methods.alphaedit import AlphaEdit
+    from reknow.methods.calinet import CaliNet
+    from reknow.methods.defer import DEFER
     from reknow.methods.emmet import EMMET
     from reknow.methods.ft import FT
     from reknow.methods.grace import GRACE
     from reknow.methods.ice import ICE
     from reknow.methods.ike import IKE
     from reknow.methods.instructedit import InstructEdit
+    from reknow.methods.ke import KE
     from reknow.methods.kn import KN
     from reknow.methods.lora import LoRA
+    from reknow.methods.malmen import MALMEN
+    from reknow.methods.melo import MELO
     from reknow.methods.memit import MEMIT
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
     from reknow.methods.serac import SERAC
+    from reknow.methods.ultraedit import UltraEdit
+    from reknow.methods.wise import WISE
     from reknow.patches import Patch, diff, merge
 
 __all__ = [
+    "DEFER",
     "EMMET",
     "FT",
     "GRACE",
     "ICE",
     "IKE",
+    "KE",
     "KN",
     "LM",
+    "MALMEN",
+    "MELO",
     "MEMIT",
     "MEND",
     "METHODS",
     "PMET",
     "ROME",
     "SERAC",
+    "WISE",
     "AlphaEdit",
+    "CaliNet",
     "Case",
     "Edit",
     "InstructEdit",
@@ -52,6 +65,7 @@ __all__ = [
     "Patch",
     "Probe",
     "ReknowError",
+    "UltraEdit",
     "__version__",
     "diff",
     "evaluate",
@@ -69,19 +83,26 @@ _HOMES = {
     "lm": ("LM",),
     "methods": ("METHODS", "method"),
     "methods.alphaedit": ("AlphaEdit",),
+    "methods.calinet": ("CaliNet",),
+    "methods.defer": ("DEFER",),
     "methods.emmet": ("EMMET",),
     "methods.ft": ("FT",),
     "methods.grace": ("GRACE",),
     "methods.ice": ("ICE",),
     "methods.ike": ("IKE",),
+    "methods.instructedit": ("InstructEdit",),
+    "methods.ke": ("KE",),
     "methods.kn": ("KN",),
     "methods.lora": ("LoRA",),
+    "methods.malmen": ("MALMEN",),
+    "methods.melo": ("MELO",),
     "methods.memit": ("MEMIT",),
-    "methods.instructedit": ("InstructEdit",),
     "methods.mend": ("MEND",),
     "methods.pmet": ("PMET",),
     "methods.rome": ("ROME",),
     "methods.serac": ("SERAC",),
+    "methods.ultraedit": ("UltraEdit",),
+    "methods.wise": ("WISE",),
     "patches": ("Patch", "diff", "merge"),
 }
 

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache
 from reknow.errors import EditFailed, InputError
 from reknow.patches import Delta, Dense
 from reknow.tokens import Row, batches
-from reknow.trace import Suffix, weight_replaced
+from reknow.trace import Suffix, fused_gelu, weight_replaced
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -63,6 +63,7 @@ class Matrices:
     def in_use(self):
         """While open, the model computes with the copies."""
         with ExitStack() as stack:
+            stack.enter_context(fused_gelu(self._lm.model))
             for name, weight in self._weight.items():
                 stack.enter_context(weight_replaced(self._lm.model.get_submodule(name), weight))
             yield
@@ -121,8 +122,8 @@ class Scored:
             return self._suffix.rerun(self.of_row, self._columns).float().log_softmax(-1)
         batch, first = self._batch, int(self._columns.min())
         keep = batch.ids.shape[1] - first
-        options = dict(ends=batch.ends, logits_to_keep=keep)
-        logits = self._lm.forward(batch.ids, batch.mask, batch.positions, None, **options).logits
+        inputs = (batch.ids, batch.mask, batch.positions, None)
+        logits = self._lm.forward(*inputs, ends=batch.ends, logits_to_keep=keep).logits
         return logits[:, -keep:][self.of_row, self._columns - first].float().log_softmax(-1)
 
     def nll(self) -> Tensor:

@@ -106,9 +106,10 @@ def weight_bits(model: torch.nn.Module) -> dict[str, str]:
 
 def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors in which a tensor is kept: itself, or what one of torchao's consists of."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
         return [tensor]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
+    return [part for name in flatten()[0] for part in _stored(getattr(tensor, name))]
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
-
 from reknow.adapter import Conv1D
-from reknow.errors import InputError, PatchError
+from reknow.adapters import base_of, write_adapter
+from reknow.errors import PatchError
+from reknow.files import folder_aside
 from reknow.patches import LowRank, check_weights, factored, merge
 
 if TYPE_CHECKING:
@@ -52,7 +46,7 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
         lm.model.save_pretrained(aside)
         lm.tokenizer.save_pretrained(aside)
 
-    return _folder_aside(folder, write, overwrite)
+    return folder_aside(folder, write, overwrite)
 
 
 def export_lora(
@@ -82,57 +76,9 @@ def export_lora(
             )
         factors[name], error = exact, max(error, lost)
     ranks = {name: factor.rank for name, factor in factors.items()}
-    tensors: dict[str, Tensor] = {}
-    for name, factor in factors.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = factor.right.contiguous()  # (rank, in)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = factor.left.contiguous()  # (out, rank)
-    config = _adapter_config(lm, ranks)
+    conv = {isinstance(lm.model.get_submodule(name), Conv1D) for name in ranks}
 
     def write(aside: Path) -> None:
-        (aside / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-        save_file(tensors, aside / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_adapter(aside, factors, base_of(lm, conv == {True}))
 
-    return LoraReport(_folder_aside(folder, write, overwrite), ranks, error)
-
-
-def _adapter_config(lm: LM, ranks: dict[str, int]) -> dict:
-    """The adapter's configuration; alpha equals the rank, so that PEFT scales the product by 1."""
-    top = max(ranks.values())
-    conv = {isinstance(lm.model.get_submodule(name), Conv1D) for name in ranks}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lm.model.name_or_path or lm.name,
-        "r": top,
-        "lora_alpha": top,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "target_modules": sorted(ranks),
-        "fan_in_fan_out": conv == {True},
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
-
-
-def _folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
-    """Fills a temporary folder beside and renames it, so that a folder is old or whole."""
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            write(aside)
-            os.chmod(aside, 0o755)  # mkdtemp's folders are private
-            if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(aside, folder)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise InputError(
-            f"{folder} could not be written ({error.strerror or error}): free space and retry"
-        ) from error
-    return folder
+    return LoraReport(folder_aside(folder, write, overwrite), ranks, error)

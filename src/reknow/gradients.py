@@ -6,6 +6,7 @@ output. What learns to transform gradients (MEND, MALMEN, UltraEdit) works on th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
-from reknow.tokens import Row
+from reknow.patches import Delta, Dense, LowRank
+from reknow.tokens import Row, batches
 from reknow.trace import by_row, first
 
 if TYPE_CHECKING:
@@ -94,6 +96,36 @@ def gradient_factors(
     return found, value / len(rows)
 
 
+def flat_factors(
+    lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """The kept factors of any number of rows, in batches: name → (n, in), (n, out); and the mean loss.
+
+    Rows come in order of length. Arguments and errors as in `gradient_factors`.
+    """
+    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    total = 0.0
+    for part in batches([len(row.ids) for row in rows]):
+        found, loss = gradient_factors(lm, names, [rows[i] for i in part], answers_only=answers_only)
+        total += loss * len(part)
+        for name, factors in found.items():
+            parts[name].append(factors.flat())
+    joined = {}
+    for name, pieces in parts.items():
+        us, deltas = zip(*pieces, strict=True)
+        joined[name] = (torch.cat(us), torch.cat(deltas))
+    return joined, total / len(rows)
+
+
+def as_delta(left: Tensor, right: Tensor) -> Delta:
+    """leftᵀ right (n, out), (n, in) as a change of a matrix: its factors while they are few, else itself."""
+    used = (left != 0).any(1)
+    left, right = left[used], right[used]
+    if len(left) >= min(left.shape[1], right.shape[1]):
+        return Dense(left.T @ right)
+    return LowRank(left.T.contiguous(), right.contiguous())
+
+
 @contextmanager
 def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
     """While open, every row of a batch is computed with its own change of these matrices, differentiably.
@@ -116,8 +148,24 @@ def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
         yield
 
 
+@contextmanager
+def changed(lm: LM, deltas: Mapping[str, Tensor]):
+    """While open, these matrices are computed with ΔW (out, in) added, differentiably."""
+
+    def hook(delta: Tensor):
+        def after(_module, args, output):
+            return output + (args[0].to(delta.dtype) @ delta.T).to(output.dtype)
+
+        return after
+
+    with ExitStack() as stack:
+        for name, delta in deltas.items():
+            stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(delta)).remove)
+        yield
+
+
 class RunningNorm(nn.Module):
-    """Mean and standard deviation of all vectors seen so far (Welford, in float64 sums), to normalise by."""
+    """Mean and standard deviation of all vectors seen so far, to normalise by; updated as by Welford and Chan."""
 
     count: Tensor
     mean: Tensor
@@ -135,13 +183,21 @@ class RunningNorm(nn.Module):
         """Takes the vectors (n, size) into the statistics."""
         if not len(x):
             return
-        x = x.double()
-        count, new = float(self.count), len(x)
-        mean = x.mean(0)
+        mean = x.double().mean(0)
+        self._join(float(len(x)), mean, (x - mean).square().sum(0))
+
+    def joined(self, other: RunningNorm) -> RunningNorm:
+        """The statistics of what either has seen."""
+        both = copy.deepcopy(self)
+        both._join(float(other.count), other.mean.double(), other.squares.double())
+        return both
+
+    @torch.no_grad()
+    def _join(self, new: float, mean: Tensor, squares: Tensor) -> None:
+        count = float(self.count)
         shift = mean - self.mean.double()
-        squares = (x - mean).square().sum(0) + shift.square() * (count * new / (count + new))
-        self.mean += (shift * (new / (count + new))).to(self.mean.dtype)
-        self.squares += squares.to(self.squares.dtype)
+        self.squares += squares + shift.square() * (count * new / (count + new))
+        self.mean += shift * (new / (count + new))
         self.count += new
 
     def forward(self, x: Tensor) -> Tensor:

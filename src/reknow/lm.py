@@ -144,7 +144,10 @@ class LM:
         Args:
             cache: key/value cache, or None to run without.
             ends: (rows,) column behind each prompt's last token, for memories; None: all text is the prompt.
+            options: `logits_to_keep`, how many of the last columns get logits.
         """
+        if "logits_to_keep" in options:  # as a slice the head would be multiplied row by row
+            options["logits_to_keep"] = torch.arange(-options["logits_to_keep"], 0)
         if self._takes_positions:
             options["position_ids"] = positions
         self._memories.ends = ends

@@ -79,13 +79,15 @@ class Reading:
         """Whether this pass reads the texts from their beginning, prompts included."""
         return self.new == self.mask.shape[1]
 
-    def decided(self, who: Any, decide: Callable[[], T]) -> T:
+    def decided(self, who: Any, decide: Callable[[], T] | None = None) -> T:
         """What `decide` says when the prompts are read; the same again for tokens generated behind them.
+
+        Without `decide`: what a lower module of the same memory decided.
 
         Raises:
             PatchError: the prompts were read before the memory `who` was there.
         """
-        if self.opens:
+        if self.opens and decide is not None:
             self._decisions[who] = decide()
         elif who not in self._decisions:
             raise PatchError(
@@ -217,7 +219,14 @@ class Memories:
         key = (name, *(patch.id for patch in patches))
         memory = self._built.pop(key, None)
         if memory is None:
-            memory = memory_class(patches[-1]).memory(self._lm, patches)
+            kind = memory_class(patches[-1])
+            try:
+                memory = kind.memory(self._lm, patches)
+            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                raise PatchError(
+                    f"expected the tensors and facts of a {name} memory; {patches[-1].label} lacks some "
+                    f"({type(error).__name__}: {error}): make the edit again"
+                ) from error
         self._built[key] = memory  # the last one used stands last
         while len(self._built) > REMEMBERED:
             del self._built[next(iter(self._built))]

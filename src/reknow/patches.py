@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch import Tensor
 
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
+from reknow.files import write_aside
 from reknow.fingerprint import Fingerprint
 
 FORMAT = 1
@@ -153,17 +151,31 @@ class Patch:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file, whose header carries the rest as JSON; an old file stays until it is whole."""
+        """Writes one safetensors file, or for the LoRA family the folder that `peft` loads; an old one stays until
+        the new one is whole."""
+        if "adapter" in self.notes:
+            from reknow.adapters import save  # adapters import patches
+
+            return save(self, path)
+        return self.save_file(path)
+
+    def save_file(self, path: str | Path) -> Path:
+        """Writes one safetensors file, whose header carries the rest as JSON."""
         header = {"reknow": json.dumps(self._header())}
         return write_aside(path, lambda aside: save_file(self._tensors(), aside, metadata=header))
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
-        """Reads a patch file.
+        """Reads what `save` wrote.
 
         Raises:
             PatchError: there is no such file, or it is not a patch.
         """
+        if Path(path).is_dir():
+            from reknow.adapters import is_adapter, load
+
+            if is_adapter(path):
+                return load(path)
         try:
             with safe_open(str(path), "pt") as file:
                 header = json.loads((file.metadata() or {})["reknow"])
@@ -323,27 +335,3 @@ def diff(a: Patch, b: Patch) -> dict:
         "edits_both": [e for e in a.edits if e in second],
         "matrices": matrices,
     }
-
-
-def write_aside(path: str | Path, write: Callable[[str], object]) -> Path:
-    """Calls `write` with a temporary name in the same folder and renames the result, so a file is old or whole."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        mode = aside.stat().st_mode
-        write(str(aside))
-        aside.chmod(mode)  # safetensors makes files that only their owner may read
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path} could not be written ({reason}); what was there is intact: free space or choose another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-    return path

@@ -36,23 +36,30 @@ def scores(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Score
     for row, prompt in zip(rows, prompts, strict=True):
         if not row.target_ids:
             raise InputError(f"expected an answer to score behind {prompt!r}; got an empty one: write it")
+    # A target's last token predicts nothing, so answers of one token behind one prompt are one text to run.
+    sharing: dict[Row, dict[Row, None]] = {}
+    for row in rows:
+        sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
+    texts = list(sharing)
     found: dict[Row, Score] = {}
-    unique = list(dict.fromkeys(rows))
-    for part in batches([len(row.ids) for row in unique]):
-        found.update(_batch(lm, [unique[i] for i in part]))
+    for part in batches([len(text.ids) for text in texts]):
+        found |= _batch(lm, {texts[i]: list(sharing[texts[i]]) for i in part})
     return [found[row] for row in rows]
 
 
-def _batch(lm: LM, rows: list[Row]) -> dict[Row, Score]:
-    batch = lm.pad(rows)  # targets end in the last column
-    keep = max(len(row.target_ids) for row in rows) + 1
+def _batch(lm: LM, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
+    """Runs the texts and scores the rows that end one token behind each."""
+    batch = lm.pad(list(texts))  # they end in the last column
+    keep = max(len(row.target_ids) for rows in texts.values() for row in rows)
     found = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
     scored = {}
-    for row, logits in zip(rows, found.logits, strict=True):
-        wanted = torch.tensor(row.target_ids, device=logits.device)
-        log_probs = logits[-len(wanted) - 1 : -1].float().log_softmax(-1)  # (tokens of the target, vocabulary)
+    for rows, logits in zip(texts.values(), found.logits, strict=True):
+        log_probs = logits[-len(rows[0].target_ids) :].float().log_softmax(-1)  # (tokens of the target, vocabulary)
         best = log_probs.argmax(-1)
-        chosen = log_probs.gather(1, wanted[:, None])[:, 0]
-        rank = 1 + int((log_probs[0] > chosen[0]).sum())
-        scored[row] = Score(-chosen.mean().item(), tuple((best == wanted).tolist()), tuple(best.tolist()), rank)
+        for row in rows:
+            wanted = torch.tensor(row.target_ids, device=logits.device)
+            chosen = log_probs.gather(1, wanted[:, None])[:, 0]
+            rank = 1 + int((log_probs[0] > chosen[0]).sum())
+            hits = tuple((best == wanted).tolist())
+            scored[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
     return scored

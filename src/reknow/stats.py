@@ -162,16 +162,17 @@ def _computed(
     names = [key["matrix"] for key in keys.values()]
     totals, count = _sums(lm, names, source, tokens, aside, rank, world)
     if world > 1:
-        totals = {name: reduce(total, "sum") for name, total in totals.items()}
-        count = int(reduce(torch.tensor(count, device=lm.device), "sum"))
+        totals = {name: _summed(total) for name, total in totals.items()}
+        count = int(_summed(torch.tensor(count, device=lm.device)))
     if not count:
         raise InputError(
-            f"expected text to read keys from in {source.name}; got none: give texts of at least one word"
+            f"expected text to read keys from; got none in {source.name}: give texts of at least one word"
         )
     found = {}
     for layer, key in keys.items():
         matrix, file = totals.pop(key["matrix"]) / count, _file("covariance", key)
         if not bool(matrix.isfinite().all()):
+            aside.unlink(missing_ok=True)
             raise EditFailed(
                 f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
             )
@@ -182,6 +183,13 @@ def _computed(
     if state is not None:
         state.wait_for_everyone()
     return found
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors."""
+    total = reduce(tensor, "sum")
+    assert isinstance(total, Tensor)
+    return total
 
 
 @torch.no_grad()

@@ -9,11 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
+from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -100,10 +102,22 @@ def swapped(module: nn.Module, forward: Callable):
             module.forward = own
 
 
+@contextmanager
+def fused_gelu(model: nn.Module):
+    """While open, GELU by tanh is torch's, one pass over memory each way; transformers' takes eight, a fifth of the
+    time of a small model's block. The same function up to rounding."""
+    fused = partial(nn.functional.gelu, approximate="tanh")
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, (NewGELUActivation, FastGELUActivation)):
+                stack.enter_context(swapped(module, fused))
+        yield
+
+
 def weight_replaced(module: nn.Module, weight: Tensor):
     """While open, the matrix `module` multiplies by `weight` (out, in), in that tensor's dtype; its own stays."""
     with align_module_device(module):  # an offloaded bias is in memory only now
-        bias = getattr(module, "bias", None)
+        bias: Any = getattr(module, "bias", None)
     bias = bias() if callable(bias) else bias  # some quantised modules give it by a method
 
     def forward(states: Tensor) -> Tensor:

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case
-from reknow.gradients import Factors, RunningNorm, gradient_factors, matrices, row_changes
+from reknow.gradients import RunningNorm, as_delta, flat_factors, gradient_factors, matrices
 from reknow.layers import resolve_layers
-from reknow.lessons import Exam, lessons
+from reknow.lessons import Exam, Outcome, averaged, lessons
 from reknow.loop import seeded
-from reknow.patches import Delta, Dense, LowRank
+from reknow.patches import Delta
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -72,13 +72,9 @@ def transformed(
     """The change of each matrix that a trained network makes of the texts' gradients, and their mean loss."""
     network = new_network(settings, lm)
     network.load_state_dict(dict(tensors))
-    deltas: dict[str, Delta] = {}
     with torch.no_grad():
-        factors, loss = gradient_factors(lm, network.names, lm.encode(texts))
-        for name, (left, right) in network(factors).items():
-            left, right = left[factors[name].keep], right[factors[name].keep]  # (n, out), (n, in)
-            whole = len(left) >= min(left.shape[1], right.shape[1])
-            deltas[name] = Dense(left.T @ right) if whole else LowRank(left.T.contiguous(), right)
+        factors, loss = flat_factors(lm, network.names, lm.encode(texts))
+        deltas = {name: as_delta(left, right) for name, (left, right) in network(factors).items()}
     return deltas, loss
 
 
@@ -102,18 +98,17 @@ class GradientNetwork(nn.Module):
         self.step = nn.Parameter(torch.full((len(self.names),), settings.step_size))
         self._unit = [float(lm.base_weight(name).float().square().mean().sqrt()) for name in self.names]
 
-    def observe(self, factors: Mapping[str, Factors]) -> None:
-        """Takes the factors into the statistics."""
+    def observe(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Takes the factors u (n, in) and δ (n, out) of each matrix into the statistics."""
         for name, found in factors.items():
-            self._transform(name).norm.observe(torch.cat(self._scaled(found), 1))
+            self._transform(name).norm.observe(torch.cat(self._scaled(*found), 1))
 
-    def forward(self, factors: Mapping[str, Factors]) -> dict[str, tuple[Tensor, Tensor]]:
-        """name → (−α δ̃, ũ) at their places, zero elsewhere. (rows, columns, out), (rows, columns, in)"""
+    def forward(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """name → (−α δ̃, ũ) of its factors. (n, out), (n, in)"""
         changes = {}
         for i, name in enumerate(self.names):
-            found = factors[name]
-            u, delta = self._transform(name)(*self._scaled(found), self._mode[name])
-            changes[name] = found.spread(-self.step[i] * self._unit[i] * delta), found.spread(u)
+            u, delta = self._transform(name)(*self._scaled(*factors[name]), self._mode[name])
+            changes[name] = (-self.step[i] * self._unit[i] * delta, u)
         return changes
 
     def _transform(self, name: str) -> Transform:
@@ -121,8 +116,7 @@ class GradientNetwork(nn.Module):
         assert isinstance(transform, Transform)
         return transform
 
-    def _scaled(self, found: Factors) -> tuple[Tensor, Tensor]:
-        u, delta = found.flat()
+    def _scaled(self, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         return u, delta / delta.norm(dim=1, keepdim=True) if self.unit else delta
 
 
@@ -179,37 +173,28 @@ class TransformLearner:
         )
 
     def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
-        return self._trial(batch, chance, learn=True)
+        outcome = self._trial(batch, chance, learn=True)
+        return self.settings.edit_weight * outcome.edit + outcome.stay, outcome.shown()
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        sums: dict[str, float] = {}
-        size = self.batch_size
-        parts = [cases[i : i + size] for i in range(0, len(cases), size)]
-        for i, part in enumerate(parts):
-            loss, shown = self._trial(part, random.Random(i), learn=False)
-            for name, value in (shown | {"loss": float(loss)}).items():
-                sums[name] = sums.get(name, 0.0) + value * len(part) / len(cases)
-        return sums
+        found = averaged(lambda part, chance: self._trial(part, chance).shown(), cases, self.batch_size)
+        return found | {"loss": self.settings.edit_weight * found["L_edit"] + found["L_loc"]}
 
-    def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool) -> tuple[Tensor, dict[str, float]]:
+    def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False) -> Outcome:
         """Each group of cases is edited by itself, all groups in one batch, and examined."""
-        found = lessons(self.prepare(batch, chance), chance)
+        together = self.settings.edits_together
+        found = lessons(self.prepare(batch, chance), chance, together=together)
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
+        flat = {name: one.flat() for name, one in factors.items()}
         if learn:
-            self.module.observe(factors)
-        changes = {
-            name: tuple(self._grouped(side, len(batch)) for side in sides)
-            for name, sides in self.module(factors).items()
-        }
-        exam = Exam(self.lm, found, min(self.module.layers))
-        with row_changes(self.lm, self._of_rows(changes, exam.inside_of)):
-            edit, made = exam.edit_loss()
-        with row_changes(self.lm, self._of_rows(changes, exam.outside_of)):
-            stay, kept = exam.locality_loss()
-        loss = self.settings.edit_weight * edit + stay
-        return loss, {"L_edit": edit.item(), "L_loc": stay.item(), "made": made, "kept": kept}
+            self.module.observe(flat)
+        changes = {}
+        for name, (left, right) in self.module(flat).items():
+            spread = factors[name].spread
+            changes[name] = (self._grouped(spread(left), len(batch)), self._grouped(spread(right), len(batch)))
+        return Exam(self.lm, found, min(self.module.layers)).read(changes, together=together)
 
     def _grouped(self, side: Tensor, cases: int) -> Tensor:
         """Factors of the cases that are edited together, in one row. (groups, edits_together · columns, features)"""
@@ -217,7 +202,3 @@ class TransformLearner:
         missing = -cases % each
         side = torch.cat([side, side.new_zeros(missing, *side.shape[1:])]) if missing else side
         return side.reshape(-1, each * side.shape[1], side.shape[2])
-
-    def _of_rows(self, changes: Mapping[str, tuple[Tensor, ...]], lesson: Tensor) -> dict[str, Any]:
-        group = lesson // self.settings.edits_together
-        return {name: tuple(side[group] for side in sides) for name, sides in changes.items()}

@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from reknow.edits import Edit
 from reknow.errors import EditFailed
 from reknow.tokens import TOKENS_PER_BATCH, Row, Text
-from reknow.trace import Suffix
+from reknow.trace import Suffix, fused_gelu
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -237,7 +237,7 @@ def _find(lm: LM, facts: list[list[Row]], owners: Tensor, layer: int, search: Va
     start = [run.by_fact(suffix.block)[:, 0] if block else values[:, 0]]
     if search.attention:
         start.insert(0, run.by_fact(suffix.attention)[:, 0])
-    with torch.enable_grad():
+    with torch.enable_grad(), fused_gelu(lm.model):
         delta, losses = _descend(lm, run, facts, torch.stack(start), owners.to(values.device), layer, search)
     return Values(delta, start[-1], values[:, 0], keys[:, 0], values.mean(1), keys.mean(1), losses)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -136,9 +137,10 @@ class Weights:
 
 def takes_changes(module: nn.Module) -> bool:
     """Whether a change can be added to the matrix's weight: a plain tensor of floating-point numbers in memory."""
-    weight = getattr(module, "weight", None)
-    plain = type(weight) in (nn.Parameter, Tensor) and type(getattr(weight, "data", None)) is Tensor
-    return plain and weight.is_floating_point() and weight.device.type != "meta" and weight.dim() == 2
+    weight: Any = getattr(module, "weight", None)
+    if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
+        return False
+    return weight.is_floating_point() and weight.device.type != "meta" and weight.dim() == 2
 
 
 def beside(forward: Callable, change: Delta) -> Callable:

@@ -47,6 +47,9 @@ def bench(
         list[str], typer.Option("--set", help="FIELD=VALUE of all methods, or LABEL.FIELD=VALUE; repeatable.")
     ] = [],  # noqa: B006, typer copies it
     fluency: Annotated[bool | None, typer.Option("--fluency/--no-fluency", help="Sample text. [on]")] = None,
+    generate: Annotated[
+        bool | None, typer.Option("--generate/--no-generate", help="Let the model write its answers. [on]")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -58,8 +61,6 @@ def bench(
     from reknow.evaluate import bench as run
     from reknow.evaluate.convergence import inside
     from reknow.evaluate.presets import PRESETS, Preset
-    from reknow.report.convergence import write_convergence
-    from reknow.report.study import write_study
 
     if list_presets:
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
@@ -73,10 +74,14 @@ def bench(
     study = study._replace(**{k: v for k, v in given.items() if v is not None})
     if limit is not None:
         study = study._replace(limits={name: min(limit, most) for name, most in study.limits.items()})
-    given = {"mode": mode, "batch_size": batch_size, "fluency": fluency}
+    given = {"mode": mode, "batch_size": batch_size, "fluency": fluency, "generate": generate}
     given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
     plan = Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
-    chosen = _methods(names.split(",") if names else study.methods, [*study.settings, *settings])
+    own = {method.partition("=")[0]: method for method in study.methods}
+    wanted = [own.get(name.strip(), name) for name in names.split(",")] if names else study.methods
+    labels = {name.partition("=")[0].strip() for name in wanted}
+    kept = [s for s in study.settings if s.partition("=")[0].rpartition(".")[0] in ("", *labels)]
+    chosen = _methods(wanted, [*kept, *settings])
     lm = open_lm(model, dtype, device, chat) if known else None
     sets = _sets(study, offset, shuffle, lm)
     lm = lm or open_lm(model, dtype, device, chat)
@@ -85,16 +90,12 @@ def bench(
     out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
     if study.part == "convergence":
         inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out)
-        page = write_convergence(out)
-        return say(page.read_text(encoding="utf-8"), f"report: {page}")
-    runs = {}
+        return report(out)
     for name, cases in sets.items():
         folder = out / name if len(sets) > 1 else out
-        runs[name] = run(lm, cases, chosen, folder, dataset=name, plan=plan, progress=True)
-        say(*([f"== {name}"] if len(sets) > 1 else []), str(runs[name]), "", f"run folder: {folder}")
-        report(folder)
-    if preset is not None and "," in study.data:
-        say(f"study: {write_study(study.study, runs, out)}")
+        results = run(lm, cases, chosen, folder, dataset=name, plan=plan, progress=True)
+        say(*([f"== {name}"] if len(sets) > 1 else []), str(results), "", f"run folder: {folder}")
+    report(out)
 
 
 def _sets(study: Preset, offset: int, shuffle: int | None, knowing: LM | None) -> dict[str, list[Case]]:
@@ -155,11 +156,24 @@ def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="Another folder for the report.")] = None,
 ) -> None:
-    """Write a run as HTML, Markdown, CSV and pictures."""
+    """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
+    from reknow.evaluate import Results
+    from reknow.evaluate.convergence import ROWS_FILE
+    from reknow.evaluate.rows import MANIFEST_FILE
     from reknow.report import write_report
+    from reknow.report.convergence import write_convergence
+    from reknow.report.study import by_set, write_study
 
-    page = write_report(run, out)
-    say(f"report: {page} (also report.md, report.csv and figures)")
+    if (run / ROWS_FILE).exists():
+        return say(f"report: {write_convergence(run)}")
+    whole = (run / MANIFEST_FILE).exists()
+    parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
+    for part in parts or [run]:
+        page = write_report(part, out if part == run else None)
+        say(f"report: {page} (also report.md, report.csv and figures)")
+    runs = {part.name: Results.load(part) for part in parts}
+    if len(by_set(runs)) > 1:
+        say(f"study: {write_study(run.name, runs, out or run)}")
 
 
 def methods(

@@ -70,7 +70,7 @@ def revert(
     from reknow.stack import save_stack, without_patch
 
     base, active = _existing(stack)
-    ids = [Patch.load(name).id if Path(name).is_file() else name for name in patches]
+    ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
     rest = tuple(active)
     for patch_id in ids:
         rest = without_patch(rest, patch_id)
@@ -109,13 +109,14 @@ def export(
     force: Force = False,
 ) -> None:
     """Write an edited model for programs that do not know reknow."""
+    from reknow.adapters import is_adapter
     from reknow.export import export_checkpoint, export_lora
     from reknow.patches import Patch
 
     if to not in ("hf", "lora"):
         raise did_you_mean("export format", to, ("hf", "lora"))
     refuse_existing(out, force)
-    patch = Patch.load(source) if source.is_file() else None
+    patch = Patch.load(source) if source.is_file() or is_adapter(source) else None
     if patch is not None and model is None:
         raise InputError(f"expected --model for the patch file {source}; got none: name its base model")
     if patch is None:
@@ -152,9 +153,10 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Say what is in a patch file or a stack folder."""
+    from reknow.adapters import is_adapter
     from reknow.patches import Patch
 
-    if not source.is_dir():
+    if not source.is_dir() or is_adapter(source):
         described = describe(Patch.load(source))
         return say_json(described) if as_json else _say_patch(described)
     base, patches = _existing(source)
@@ -253,10 +255,12 @@ def _existing(stack: Path) -> tuple[str, list[Patch]]:
 
 
 def _whole(source: Path) -> Patch:
+    from reknow.adapters import is_adapter
     from reknow.patches import Patch
     from reknow.patches import merge as merged
 
-    return merged(_existing(source)[1]) if source.is_dir() else Patch.load(source)
+    stack = source.is_dir() and not is_adapter(source)
+    return merged(_existing(source)[1]) if stack else Patch.load(source)
 
 
 def _sentence(edit: Edit) -> str:

@@ -11,7 +11,7 @@ from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, say, say_ta
 from reknow.errors import InputError
 
 GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
-FULL: dict[str, Any] = {"steps": 600, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
+FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
 
 
 def study(
@@ -26,7 +26,7 @@ def study(
     baselines: Annotated[
         str, typer.Option("--baselines", help="Methods to read beside the editors, with commas between.")
     ] = "",
-    full: Annotated[bool, typer.Option("--full", help="Ten times as many updates, three seeds.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="500 updates a task, 100 cases, three seeds.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The folder; studies share its editors.")] = None,
     dtype: Dtype = None,
     device: Device = None,

@@ -40,7 +40,7 @@ def train(
 
     reknow train mend --data counterfact --data zsre --out runs/mend
     """
-    chosen, training = _settled(method, settings)
+    chosen, training = settled(method, settings)
     cases = _cases(data or ["counterfact"], limit, offset, without)
     lm = open_lm(model, dtype, device or _own_gpu(), chat)
     out = out or Path("runs") / f"train-{method}"
@@ -48,7 +48,7 @@ def train(
     _say_result(trained, out)
 
 
-def _settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
+def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
     """The method and its training, each with the settings that name one of its fields.
 
     Raises:

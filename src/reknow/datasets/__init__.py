@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from reknow.datasets import convsent, counterfact, knowedit, known, zsre
+from reknow.datasets import convsent, counterfact, knowedit, known, unke, zsre
 from reknow.datasets.edits_file import load_edits
 from reknow.datasets.known import Fact
 from reknow.datasets.reading import Record, hub_file, read_records, refuse_repeated
@@ -29,7 +29,8 @@ Item = TypeVar("Item")
 class CaseSource(NamedTuple):
     """A bundled sample, and how one record of the published form becomes a case (None: unusable record)."""
 
-    sample: str
+    sample: str | None
+    """None: its licence lets nobody pass it on, so a file has to be given."""
     read: Callable[[str, Record], Case | None]
     link: Callable[[Sequence[Case]], list[Case]] = list
     """What the cases take from each other, once all of the file are read."""
@@ -52,6 +53,7 @@ DATASETS: dict[str, CaseSource] = {
     "wikibio": CaseSource("wikibio.jsonl", knowedit.read_case),
     "qaedit": CaseSource("qaedit.jsonl", zsre.read_qaedit_case),
     "convsent": CaseSource("convsent.jsonl", convsent.read_case, convsent.with_other_topics),
+    "unke": CaseSource(None, unke.read_case),
 }
 
 FACTS: dict[str, FactSource] = {
@@ -108,8 +110,10 @@ def load_facts(
     return _select(facts, limit, offset, seed)
 
 
-def _records(sample: str, path: str | Path | None) -> list[Record]:
+def _records(sample: str | None, path: str | Path | None) -> list[Record]:
     if path is None:
+        if sample is None:
+            raise InputError("expected a file, since no sample of this data set is bundled; got none: give its path")
         return read_records(files("reknow") / "assets" / "data" / sample, sample)
     if str(path).startswith("hub:"):
         return read_records(hub_file(str(path)), str(path))

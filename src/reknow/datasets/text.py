@@ -146,8 +146,8 @@ def _hub_source(address: str) -> TextSource:
     name, configuration, split, *_ = [*address.removeprefix("hub:").split(":"), "", ""]
     try:
         revision = hub.dataset_info(name).sha
-        options = dict(split=split or "train", revision=revision, streaming=True)
-        stream = datasets.load_dataset(name, configuration or None, **options)
+        split = split or "train"
+        stream = datasets.load_dataset(name, configuration or None, split=split, revision=revision, streaming=True)
     except Exception as error:  # the classes of network and name errors differ from version to version
         raise InputError(
             f"expected a data set at {address}; got '{str(error).splitlines()[0]}': check name, configuration, split "

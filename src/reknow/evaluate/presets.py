@@ -123,6 +123,18 @@ PRESETS: dict[str, Preset] = {
         part="convergence",
         full={"limit": None},
     ),
+    "zsre-table": Preset(
+        "Single edits of ZsRE in KnowEdit's form: editing against fine-tuning. Zhang et al. 2024, arXiv 2401.01286",
+        ("ft-l", "ft-m", "rome", "memit"),
+        data="knowedit-zsre",
+    ),
+    "zsre-table-batch": Preset(
+        "The same, 500 edits in one patch; give the whole file: --data knowedit-zsre:FILE",
+        ("ft-l", "ft-m", "rome", "memit"),
+        data="knowedit-zsre",
+        limit=500,
+        plan={"mode": "batch"},
+    ),
 }
 
 

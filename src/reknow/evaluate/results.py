@@ -120,7 +120,7 @@ class Results:
     def last_stage(self) -> str:
         """The latest stage that has rows; of a finished run the one that sums it up."""
         stages = (row["stage"] for row in self.rows.values() if row["stage"] != IN_CONTEXT)
-        return max(stages, key=_time, default="before")
+        return max(stages, key=when, default="before")
 
     @cached_property
     def case_values(self) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
@@ -148,7 +148,7 @@ class Results:
 
     def _order(self, row: Mapping) -> tuple[int, float]:
         names = [UNEDITED[0], *self.manifest["settings"]["methods"]]
-        return names.index(row["method"]), _time(row["stage"])
+        return names.index(row["method"]), when(row["stage"])
 
     @cached_property
     def cells(self) -> dict[tuple[str, str, str], Cell]:
@@ -224,7 +224,7 @@ def stage_label(stage: str) -> str:
     return known.get(stage) or f"after {stage.partition(':')[2]} edits"
 
 
-def _time(stage: str) -> float:
+def when(stage: str) -> float:
     """When a stage comes, for sorting."""
     return float("inf") if stage == "end" else float(stage.partition(":")[2] or 0)
 

@@ -279,7 +279,7 @@ def _edit(lm: LM, method: Any, edits: list[Edit]) -> tuple[Patch | None, dict]:
 
 
 def _told(patch: Patch | None) -> dict:
-    """What the method noted about its descent, where that is one of whole matrices: steps, last loss, repetitions."""
+    """What the method noted about a single descent: its steps, the last loss, repetitions where it samples."""
     notes = {} if patch is None else patch.notes
     losses, repetitions = notes.get("losses"), notes.get("repetitions")
     if not losses or not all(isinstance(loss, float) for loss in losses):

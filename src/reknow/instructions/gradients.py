@@ -12,9 +12,9 @@ from reknow.editors import open_editor
 from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.evaluate.rows import write_json
-from reknow.gradients import gradient_factors
+from reknow.gradients import flat_factors
 from reknow.instructions.families import load_families
-from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, test_cases
+from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, reading_cases
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
 from reknow.tokens import Text
@@ -49,7 +49,7 @@ def gradient_study(
     from reknow.report.gradient_plots import gradient_figure
 
     known, folder, seed = load_families(families), Path(out), size.seeds[0]
-    cases = {task: test_cases(known[task], min(CASES, size.test), unseen=False) for task in TASKS}
+    cases = {task: reading_cases(known[task], min(CASES, size.test), unseen=False) for task in TASKS}
     labels = [task for task, found in cases.items() for _ in found]
     panels: dict[str, np.ndarray] = {}
     scores: dict[str, float] = {}
@@ -75,8 +75,7 @@ def gradient_study(
 @torch.no_grad()
 def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.ndarray:
     """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens
-    that
-    predict the answer and scaled to length 1 (the article's L2-scaling). (cases, in)"""
+    that predict the answer and scaled to length 1 (the article's L2-scaling). (cases, in)"""
     editor = open_editor(method, lm)
     trained = InstructEdit(**{**editor.settings, "layers": tuple(editor.settings["layers"])})
     network = new_network(trained, lm)
@@ -87,9 +86,8 @@ def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.nd
     for case in cases:  # one by one, so that none is padded
         told = trained.told(case, families).edit
         rows = lm.encode([Text(told.instructed(told.text), told.target_new)])
-        factors, _ = gradient_factors(lm, network.names, rows)
-        _, u = network(factors)[name]  # (1, columns, in)
-        answer = len(rows[0].target_ids)
-        points.append(u[0, -answer:].sum(0))
+        factors, _ = flat_factors(lm, network.names, rows)
+        _, u = network(factors)[name]  # (n, in)
+        points.append(u[-len(rows[0].target_ids) :].sum(0))
     stacked = torch.stack(points)
     return (stacked / stacked.norm(dim=1, keepdim=True)).cpu().numpy()

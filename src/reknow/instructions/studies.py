@@ -104,7 +104,7 @@ STUDIES: dict[str, Study] = {
 class Size:
     """How much is computed."""
 
-    steps: int = 50
+    steps: int = 30
     """Updates for each task that an editor learns."""
     batch_size: int = 6
     rank: int = 64
@@ -154,7 +154,7 @@ def run_study(
                     label = f"{entrant.label}#{seed}"
                     editors[label] = editor_of(lm, entrant, tasks, known, families, size, seed, folder, say)
             if editors:
-                cases = test_cases(known[task], size.test, unseen)
+                cases = reading_cases(known[task], size.test, unseen)
                 run = folder / name / f"{task}{'-unseen' if unseen else ''}"
                 say(f"reading {task} with {', '.join(editors)}")
                 plan = Plan(fluency=False, generate=False)
@@ -194,7 +194,7 @@ def editor_of(
     return learner.fit(lm, cases, place, training, progress=True)
 
 
-def test_cases(family: Family, count: int, unseen: bool) -> list[Case]:
+def reading_cases(family: Family, count: int, unseen: bool) -> list[Case]:
     """The test cases behind the family's instructions in turn."""
     texts = family.texts(seen=not unseen)
     cases = Material.of(family, count).test

@@ -26,7 +26,8 @@ from torch import Tensor
 from reknow.edits import Edit
 from reknow.keys import subject_keys, subject_states
 from reknow.layers import resolve_layers
-from reknow.methods.base import SearchSettings, checked, weights_patch
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.search import SearchSettings
 from reknow.patches import Delta, Patch
 from reknow.solvers import least_squares, null_space, outer
 from reknow.values import Values, find_values
@@ -44,7 +45,7 @@ class AlphaEdit(SearchSettings):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: `suggest_layers`."""
-    null_share: float = 0.02
+    null_share: float = 0.1
     """Weakest directions of general text that may change: those that carry this share of the trace of C."""
     null_threshold: float | None = None
     """Instead: directions whose eigenvalue of C is below; 0.02 in the paper."""

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from reknow.edits import Edit
 from reknow.keys import subject_keys
 from reknow.layers import resolve_layer
-from reknow.methods.base import SearchSettings, checked, weights_patch
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.search import SearchSettings
 from reknow.patches import Patch
 from reknow.solvers import least_squares, outer, whitening
 from reknow.values import find_values

@@ -239,7 +239,8 @@ class _Trial:
     """The hook while values are learned: every edit has its own."""
 
     def __init__(self, module: str, replacement: Replacement):
-        self.module, self.replacement = module, replacement
+        self.module = module
+        self.replacement: Replacement = replacement
         self.values: Tensor  # (edits, out)
         self._rows: Tensor | None = None
 

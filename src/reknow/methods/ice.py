@@ -109,7 +109,8 @@ class ICE(Method):
         for name, known in (("targets", Targets), ("contexts", Contexts), ("variant", Variant)):
             if getattr(self, name) not in get_args(known):
                 raise InputError(f"expected {name} among {', '.join(get_args(known))}; got {getattr(self, name)!r}")
-        if self.consistency_weight < 0 or self.target_weight < 0 or self.consistency_weight + self.target_weight == 0:
+        weights = (self.consistency_weight, self.target_weight)
+        if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
             raise InputError(
                 "expected weights of at least 0, one of them above; got consistency_weight (λ) "
                 f"{self.consistency_weight} and target_weight {self.target_weight}: raise one"

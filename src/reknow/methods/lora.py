@@ -7,7 +7,7 @@
 
     min over A, B of  mean over answer tokens of −log P(token | …),    ΔW = (α / r) B A,   B (out, r), A (r, in)
 
-The patch holds the factors, so it is applied, taken off, merged and exported as a `peft` folder without loss.
+The patch holds the factors, and is saved as the folder that `peft` itself loads.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
+from reknow.adapters import base_of
 from reknow.descent import check_finite, check_length, told
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra
@@ -93,7 +94,9 @@ class LoRA(Method):
             tuner = stack.enter_context(self._adapters(lm, names))
             losses = self._descend(lm, tuner, batches)
             deltas = {name: _factors(lm.model.get_submodule(name)) for name in names}
-        return weights_patch(self, lm, edits, dict(deltas), notes={"layers": layers, "losses": losses})
+        conv = any(isinstance(lm.model.get_submodule(name), Conv1D) for name in names)
+        notes = {"layers": layers, "losses": losses, "adapter": base_of(lm, conv)}
+        return weights_patch(self, lm, edits, dict(deltas), notes=notes)
 
     def _matrices(self, lm: LM, layer: int) -> list[str]:
         parts = lm.parts
@@ -183,6 +186,7 @@ def _factors(layer: Any) -> LowRank:
         return LowRank((scale * left.weight).float(), right.weight.float().clone())
     values = layer.lora_E[ADAPTER]  # (rank, 1)
     kept = values[:, 0] != 0
+    kept[0] |= not kept.any()  # peft knows no rank of 0
     scale = scale / (float(layer.ranknum[ADAPTER]) + 1e-5)  # as in peft's forward pass
     return LowRank((scale * left[:, kept]).float(), (values * right)[kept].float())
 

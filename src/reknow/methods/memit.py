@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from reknow.edits import Edit
 from reknow.keys import subject_keys, subject_states
 from reknow.layers import resolve_layers
-from reknow.methods.base import SearchSettings, checked, weights_patch
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.search import SearchSettings
 from reknow.patches import Delta, Patch
 from reknow.solvers import least_squares, outer, whitening
 from reknow.values import find_values

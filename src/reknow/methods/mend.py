@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from reknow.editors import open_editor
 from reknow.edits import Case, Edit
+from reknow.lessons import bare
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
@@ -77,7 +78,7 @@ class MEND(Learned):
         training = training or self.training
         learning, held = split(cases, training)
         method = replace(self, editor=None, layers=last_layers(lm, self.layers))
-        learner = TransformLearner(method, lm, training.batch_size, lambda batch, _: [_bare(case) for case in batch])
+        learner = TransformLearner(method, lm, training.batch_size, lambda batch, _: bare(batch))
         path = train(method, lm, learner, learning, held, out, training, progress=progress)
         return replace(self, editor=path)
 
@@ -88,8 +89,3 @@ class MEND(Learned):
         texts = [Text(edit.text, edit.target_new) for edit in edits]
         deltas, loss = transformed(lm, trained, editor.tensors, texts)
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
-
-
-def _bare(case: Case) -> Case:
-    """The case without an instruction, which MEND does not read."""
-    return replace(case, edit=replace(case.edit, instruction=None))

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from reknow.edits import Edit
 from reknow.keys import subject_keys, subject_states
 from reknow.layers import resolve_layers
-from reknow.methods.base import SearchSettings, checked, weights_patch
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.search import SearchSettings
 from reknow.patches import Delta, Patch
 from reknow.solvers import least_squares, outer, whitening
 from reknow.values import find_values
@@ -33,12 +34,11 @@ class PMET(SearchSettings):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: `suggest_layers`."""
-    stiffness: float = 0.1
+    stiffness: float = 0.03
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + stiffness) of its change in a layer."""
     covariance_weight: float | None = None
     """λ itself, instead of the stiffness: 6,000 (GPT-J)."""
     steps: int = 30
-    kl_weight: float = 1.0
     success_weight: float = 0.1
     """Weight of the likelihood while the answer is the likeliest in every context."""
     stop_drift: float = 0.01

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from reknow.edits import Edit
 from reknow.layers import resolve_layer
-from reknow.methods.base import SearchSettings, checked, weights_patch
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.search import SearchSettings
 from reknow.patches import Patch, merge
 from reknow.solvers import cholesky, rank_one, solve
 from reknow.values import find_values

@@ -101,7 +101,8 @@ class WISE(MemoryMethod):
                 f"expected edits of {before[-1].memory['module']}, where the memory is; got {module}: change layer"
             )
         stored = sum(len(patch.edits) for patch in before)
-        shards = _shards(before, tuple(lm.weight(module).shape))
+        out, inside = lm.weight(module).shape
+        shards = _shards(before, (out, inside))
         state: dict[str, Tensor] = {}
         distances, losses = [], []
         for number, edit in enumerate(edits, stored):
@@ -169,7 +170,8 @@ class WISE(MemoryMethod):
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
         about = patches[-1].memory
-        shards = _shards(patches, tuple(lm.weight(about["module"]).shape))
+        out, inside = lm.weight(about["module"]).shape
+        shards = _shards(patches, (out, inside))
         deltas = [shards[index].dense(shards[index].values) for index in sorted(shards)]
         reached = torch.cat([patch.state["distances"] for patch in patches])
         least = [part.min() for part in reached.split(about["shard_size"])]

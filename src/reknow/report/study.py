@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluate.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label
+from reknow.evaluate.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, when
 from reknow.patches import write_aside
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
@@ -46,8 +46,8 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
     folder = Path(folder)
     sets = by_set(runs)
     parts = [f"# {title}", *_about(next(iter(runs.values()))), f"**The sets.**\n\n{markdown(set_statistics(sets))}"]
-    stages = {stage: None for results in sets.values() for _, stage, _ in results.cells if stage != "before"}
-    for stage in stages:
+    found = {stage for results in sets.values() for _, stage, _ in results.cells} - {"before"}
+    for stage in sorted(found, key=lambda stage: (stage == IN_CONTEXT, when(stage))):
         for name, results in {**sets, POOLED: pooled(sets)}.items():
             lines = study_table(results, stage)
             if len(lines) > 1:
@@ -89,13 +89,13 @@ def study_table(results: Results, stage: str) -> list[list[str]]:
     groups = [(UNEDITED[0], stage)] if stage == IN_CONTEXT else [UNEDITED]
     groups += [(method, stage) for method in methods]
     groups = [group for group in groups if any(key[:2] == group for key in results.cells)]
-    names = [n for n, key in COLUMNS.items() if any((who, when, key) in results.cells for who, when in groups)]
+    names = [n for n, key in COLUMNS.items() if any((method, read, key) in results.cells for method, read in groups)]
     lines = [["method", "cases", *names]]
-    for method, when in groups:
-        success = results.cells.get((method, when, COLUMNS["success"]))
+    for method, read in groups:
+        success = results.cells.get((method, read, COLUMNS["success"]))
         texts = []
         for name in names:
-            cell = results.cells.get((method, when, COLUMNS[name]))
+            cell = results.cells.get((method, read, COLUMNS[name]))
             if cell is not None and name == "fluency":
                 cell = cell._replace(mean=100 * cell.mean, low=_times(cell.low), high=_times(cell.high))
             mark = "†" if name.startswith("PPL_r") and (success is None or success.mean < ENOUGH) else ""

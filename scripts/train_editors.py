@@ -1,0 +1,115 @@
+"""Trains the editors that are bundled for the demo models.
+
+    python scripts/train_editors.py --family gpt2 --method mend --data DATA --run runs/mend --out mend.safetensors
+
+They learn from four kinds of cases, none of which has a subject or a prompt of the bundled samples, on which editors
+are measured: facts that the demo model knows, in several of their wordings, with other known facts of the relation
+that must stay; CounterFact in EasyEdit's form, whose rewording is often none and is replaced by one of the relation;
+and zsRE, from MEND's file and from KnowEdit. DATA is the folder that scripts/train_demo_model.py takes.
+"""
+
+import argparse
+import random
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from demo_facts import Sizes, collect_facts, relation_wordings
+from reknow import LM, Case, Edit, Probe, load_cases
+from reknow.cli.training import settled
+from reknow.datasets import sample_text
+from reknow.editors import Editor, case_keys
+
+MEASURED = ("counterfact", "counterfact-easyedit", "zsre", "knowedit-zsre")
+"""Bundled samples whose subjects and prompts are left out."""
+REWORDINGS, OTHERS = 3, 4
+"""How many of each a case has; a lesson draws one."""
+
+
+class Maker:
+    """Makes cases; all chance comes from one seed."""
+
+    def __init__(self, data: Path):
+        self.data, self.chance = data, random.Random(0)
+        self.wordings = relation_wordings(data)
+        self.sentences = [s for text in sample_text() for s in text.split(" . ") if 20 < len(s) < 60]
+
+    def case(self, edit: Edit, inside: list[str], outside: list[tuple[str, str]]) -> Case:
+        # CounterFact's paraphrases stand behind an unrelated sentence: half of ours do too.
+        inside = [p if self.chance.random() < 0.5 else f"{self.chance.choice(self.sentences)}. {p}" for p in inside]
+        follows = (Probe(prompt, (edit.target_new,), "generalization", "wording") for prompt in inside)
+        stays = (Probe(prompt, (answer,), "locality", "neighbor") for prompt, answer in outside)
+        return Case(edit, (*follows, *stays))
+
+    def known(self) -> list[Case]:
+        """Facts of the demo models' training text, each with another object of its relation."""
+        relations = defaultdict(list)
+        for fact in collect_facts(self.data, Sizes())[0]:
+            if fact.relation in self.wordings and len(fact.own + fact.wordings) > 1:
+                relations[fact.relation].append(fact)
+        cases = []
+        for relation, facts in sorted(relations.items()):
+            objects = sorted({fact.answer for fact in facts})
+            for fact in facts if len(objects) > 1 else ():
+                prompts = self.chance.sample(fact.own + fact.wordings, len(fact.own + fact.wordings))
+                new = self.chance.choice([answer for answer in objects if answer != fact.answer])
+                edit = Edit(prompts[0], target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
+                others = [f for f in self.chance.sample(facts, min(len(facts), OTHERS + 1)) if f is not fact]
+                outside = [(self.chance.choice(f.own + f.wordings), f.answer) for f in others]
+                cases.append((fact.subject, self.case(edit, prompts[1 : 1 + REWORDINGS], outside)))
+        return cases
+
+    def counterfact(self, limit: int) -> list[Case]:
+        """CounterFact of EasyEdit's training split, with wordings of the relation in place of its rewording."""
+        relation_of = {wording: r for r, wordings in self.wordings.items() for wording in wordings}
+        cases = []
+        for case in load_cases("counterfact-easyedit", path=self.data / "counterfact/counterfact-train.json")[:limit]:
+            subject = case.edit.subject
+            others = [
+                w for w in self.wordings.get(relation_of.get(case.edit.prompt, ""), ()) if w != case.edit.prompt
+            ]
+            inside = [w.format(subject) for w in self.chance.sample(others, min(len(others), REWORDINGS))]
+            outside = [(probe.prompt, probe.answers[0]) for probe in case.probes if probe.kind == "locality"]
+            cases.append((subject, self.case(case.edit, inside, outside)))
+        return cases
+
+    def questions(self) -> list[Case]:
+        """zsRE as it is."""
+        cases = load_cases("zsre", path=self.data / "zsre/zsre_mend_train-1k.json")
+        cases += load_cases("knowedit-zsre", path=self.data / "knowedit/ZsRE-test-all.json")
+        return [(case.edit.subject, case) for case in cases]
+
+    def all(self, counterfact: int) -> list[Case]:
+        measured = [case for name in MEASURED for case in load_cases(name)]
+        subjects, keys = {case.edit.subject for case in measured}, set(case_keys(measured).tolist())
+        found = [*self.known(), *self.counterfact(counterfact), *self.questions()]
+        cases = [case for subject, case in found if subject not in subjects]
+        return [case for case, key in zip(cases, case_keys(cases).tolist(), strict=True) if key not in keys]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=("gpt2", "llama"), required=True)
+    parser.add_argument("--method", required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the training; the same one takes it up")
+    parser.add_argument("--out", type=Path, help="file of the editor, in float16")
+    parser.add_argument("--counterfact", type=int, default=3000, help="how many of its cases")
+    parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the method or the training")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    method, training = settled(args.method, args.set)
+    cases = Maker(args.data).all(args.counterfact)
+    print(f"{len(cases):,} cases")
+    trained = method.fit(LM.demo(args.family), cases, args.run, training, progress=True)
+    editor = Editor.load(trained.editor)
+    print(editor.notes["validation"])
+    if args.out:
+        print(replace(editor, notes={**editor.notes, "log": editor.notes["log"][-1:]}).halved().save(args.out))
+
+
+if __name__ == "__main__":
+    main()

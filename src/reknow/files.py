@@ -1,0 +1,62 @@
+"""Files and folders that are old or whole, never half written."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from reknow.errors import InputError
+
+
+def write_aside(path: str | Path, write: Callable[[str], object]) -> Path:
+    """Calls `write` with a temporary name in the same folder and renames the result, so a file is old or whole."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.touch()
+        mode = aside.stat().st_mode
+        write(str(aside))
+        aside.chmod(mode)  # safetensors makes files that only their owner may read
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path} could not be written ({reason}); what was there is intact: free space or choose another place"
+        ) from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+    return path
+
+
+def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
+    """Fills a temporary folder beside and renames it, so that a folder is old or whole."""
+    folder = Path(folder)
+    if folder.exists() and not overwrite:
+        raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            write(aside)
+            os.chmod(aside, 0o755)  # mkdtemp's folders are private
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(aside, folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder} could not be written ({error.strerror or error}): free space and retry"
+        ) from error
+    return folder

@@ -1,0 +1,191 @@
+"""CaliNet: Calibrating Factual Knowledge in Pretrained Language Models. Dong et al. 2022, arXiv 2210.03329.
+
+An MLP is a memory of keys and values. Some more slots beside it correct what it gets wrong; the rest stays frozen:
+
+    FFN′(H) = FFN(H) + act(H K̃ᵀ) Ṽ                                                                        (eq. 5)
+
+with the MLP's own input H and activation. The slots learn the edits in all wordings that are at hand. Nothing routes:
+every text passes through them.
+
+Before, a score says whether the model knows a fact at all: how much likelier the answer is behind the prompt and its
+rewordings than behind prompts of other relations about the same subject,
+
+    CKA(s, r, o) = (mean over r of P(o | s, r) + α) / (mean over r′ of P(o | s, r′) + α)                      (eq. 2)
+
+below 1, it does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+from reknow.datasets import load_facts
+from reknow.descent import Answers, check_finite
+from reknow.edits import Edit
+from reknow.errors import InputError
+from reknow.keys import prompt_states
+from reknow.layers import depth_layer
+from reknow.memory import Reading, on_output
+from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
+from reknow.patches import Kind, Patch
+from reknow.tokens import Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+DEPTH = 0.8
+"""Deep in the model, as in the paper, but with layers above that later tokens of an answer can read."""
+CONTRASTS = 4
+"""Prompts of other relations that the score compares with."""
+
+
+@dataclass(frozen=True)
+class CaliNet(MemoryMethod):
+    """Slots beside an MLP, trained on the edits in all their wordings."""
+
+    kind: ClassVar[Kind] = "hook"
+
+    layer: int | None = None
+    """Layer whose MLP gets slots; None: at four fifths of the depth."""
+    slots: int | None = None
+    """Slots of one call; None: four per edit (64 to 256 for 10 to 1,000 facts in the paper)."""
+    steps: int = 200
+    """Updates at most."""
+    learning_rate: float = 0.02
+    """Of Adam: keys in units in which a step moves a slot's input by this much, values in root mean squares of the
+    MLP's output."""
+    stop_loss: float = 0.05
+    """Finished when the mean loss (nats a token) is below."""
+    smoothing: float = 1e-3
+    """α of the score, a probability."""
+    conflict: Literal["update", "refuse"] = "update"
+    """What becomes of an edit whose prompt is stored with another answer."""
+    seed: int = 0
+    """Of the slots at the start."""
+
+    @property
+    def name(self) -> str:
+        return "calinet"
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        clashes = conflicts(self, lm, edits, self.conflict)
+        if self.slots is not None and self.slots < 1:
+            raise InputError(f"expected at least one slot; got {self.slots}: raise slots")
+        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
+        texts = [Text(text, edit.target_new) for edit in edits for text in wordings(edit)]
+        rows = lm.encode(texts)
+        reader, writer = lm.parts.up[layer][0], lm.parts.value[layer]
+        inputs, _ = prompt_states(lm, rows, reader)  # (rows, hidden)
+        _, outputs = prompt_states(lm, rows, writer)
+        assessed = [[assessment(lm, edit, answer, self.smoothing) for answer in _answers(edit)] for edit in edits]
+        count = self.slots or 4 * len(edits)
+        generator = torch.Generator().manual_seed(self.seed)
+        length, size = float(inputs.norm(dim=1).mean()), float(outputs.square().mean().sqrt())
+        keys = (torch.randn(count, inputs.shape[1], generator=generator) / length).to(inputs).requires_grad_()
+        values = outputs.new_zeros(count, outputs.shape[1], requires_grad=True)
+        rates = (self.learning_rate / length, self.learning_rate * size)
+        optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip((keys, values), rates, strict=True)])
+        losses: list[float] = []
+        before = [Slots.of(patch) for patch in lm.patches if patch.kind != "weights" and patch.method == self.name]
+        trial = SlotMemory([*before, Slots(reader, writer, activation(lm), keys, values)])
+        with lm.trying(self.name, trial), torch.enable_grad():
+            answers = Answers(lm, rows, layer)
+            for _ in range(self.steps):
+                loss = answers.nll(lambda part: None).mean()
+                losses.append(check_finite(loss))
+                if losses[-1] < self.stop_loss:
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        state = {"keys": keys.detach().cpu(), "values": values.detach().cpu()}
+        about = {"reader": reader, "writer": writer, "activation": activation(lm)}
+        notes = {"layer": layer, "losses": losses, "conflicts": clashes, "assessment": assessed}
+        return memory_patch(self, lm, edits, state, memory=about, notes=notes)
+
+    @staticmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> SlotMemory:
+        return SlotMemory([Slots.of(patch).to(lm.device) for patch in patches])
+
+
+def wordings(edit: Edit) -> list[str]:
+    """The edit's prompt and its rewordings, the subject filled in."""
+    return [edit.text, *(edit.fill(wording) for wording in edit.rephrasings)]
+
+
+def activation(lm: LM) -> str:
+    """The name of the activation in the model's MLPs, as its configuration gives it."""
+    config = lm.model.config.get_text_config(decoder=True)
+    names = (getattr(config, name, None) for name in ("hidden_activation", "hidden_act", "activation_function"))
+    return next((name for name in names if isinstance(name, str) and name in ACT2FN), "gelu")
+
+
+def assessment(lm: LM, edit: Edit, answer: str, smoothing: float) -> float | None:
+    """The score of equation 2 for an answer; None for an edit without a subject, which has no other relations."""
+    if edit.subject is None:
+        return None
+    others = dict.fromkeys(fact.prompt for fact in load_facts("counterfact") if fact.prompt != edit.prompt)
+    contrasts = [edit.fill(prompt) for prompt in others][:CONTRASTS]
+    prompts = [*wordings(edit), *contrasts]
+    scores = lm.score(prompts, [answer] * len(prompts))
+    found = [math.exp(-score.nll * len(score.hits)) for score in scores]
+    known = len(prompts) - len(contrasts)
+    return (fmean(found[:known]) + smoothing) / (fmean(found[known:]) + smoothing)
+
+
+def _answers(edit: Edit) -> list[str]:
+    """The answers that are assessed: the new one, and the old one where the edit names it."""
+    return [answer for answer in (edit.target_new, edit.target_true) if answer is not None]
+
+
+@dataclass(eq=False)
+class Slots:
+    """Keys and values beside one MLP."""
+
+    reader: str
+    """Module whose input is the MLP's."""
+    writer: str
+    """Module whose output is the MLP's."""
+    activation: str
+    keys: Tensor  # (slots, hidden)
+    values: Tensor  # (slots, hidden)
+
+    @classmethod
+    def of(cls, patch: Patch) -> Slots:
+        return cls(**patch.memory, keys=patch.state["keys"], values=patch.state["values"])
+
+    def to(self, device) -> Slots:
+        return Slots(self.reader, self.writer, self.activation, self.keys.to(device), self.values.to(device))
+
+
+class SlotMemory:
+    """All slots, and the hooks that run them."""
+
+    def __init__(self, slots: Sequence[Slots]):
+        self.slots = slots
+        self._read: dict[str, Tensor] = {}
+
+    def attach(self, lm: LM):
+        handles = []
+        for one in self.slots:
+            handles.append(on_output(lm, one.reader, partial(self._keep, one.reader)))
+            handles.append(on_output(lm, one.writer, partial(self._add, one)))
+        return handles
+
+    def _keep(self, reader: str, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        self._read[reader] = inputs
+        return outputs
+
+    def _add(self, slots: Slots, _reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
+        hidden = self._read[slots.reader].to(slots.keys.dtype)
+        return outputs + ACT2FN[slots.activation](hidden @ slots.keys.T) @ slots.values

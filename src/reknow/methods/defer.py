@@ -1,0 +1,192 @@
+"""DEFER: the baseline of GRACE's authors (Hartvigsen et al. 2022, arXiv 2211.11031, §4), after SERAC's idea of
+deferring to another model (Mitchell et al. 2022, arXiv 2206.06520).
+
+Beside one matrix W stand a gate and a linear map of the same size, both of which read the matrix's input x at the
+prompt's last token. Where the gate is open, the map's output takes the place of the matrix's at all tokens:
+
+    out = A x + a  where  σ(g·x + c) ≥ ½,   else W x;      while it learns   σ·(A x + a) + (1 − σ)·W x
+
+Every edit trains gate and map further, and nothing protects the earlier ones.
+
+An edit has one x. Adam moves the weights of a map that sees a single input by the same step up or down, as the signs
+of x say: A changes by u sign(x)ᵀ, with u the change of the bias. So an edit is kept, and learned, as u, sign(x) and a
+number for the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from reknow.descent import Answers, check_finite
+from reknow.edits import Edit
+from reknow.errors import InputError
+from reknow.keys import prompt_states
+from reknow.layers import depth_layer
+from reknow.memory import Reading, on_output, versions
+from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
+from reknow.patches import Kind, Patch
+from reknow.tokens import Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+DEPTH = 0.8
+"""The layer of GRACE's experiments as a share of the depth."""
+
+
+@dataclass(frozen=True)
+class DEFER(MemoryMethod):
+    """A gate and a linear map beside one value matrix, trained edit by edit."""
+
+    kind: ClassVar[Kind] = "hook"
+
+    layer: int | None = None
+    """Layer whose value matrix is deferred from; None: at four fifths of the depth."""
+    steps: int = 100
+    """Updates of one edit at most."""
+    learning_rate: float = 0.1
+    """Of Adam: how far a step moves the map's output, in units of the root mean square of the matrix's output."""
+    gate_rate: float = 0.5
+    """The same of the gate, in logits."""
+    threshold: float = 0.5
+    """The gate opens at this probability."""
+    stop_loss: float = 0.05
+    """An edit is finished when its loss (nats a token) is below; 0: all steps."""
+    absolute: bool = False
+    """One learning rate of all weights as a plain number (the authors': 0.1); `gate_rate` is not used."""
+    conflict: Literal["update", "refuse"] = "update"
+    """What becomes of an edit whose prompt is stored with another answer."""
+    seed: int = 0
+    """Of the weights at the start."""
+
+    @property
+    def name(self) -> str:
+        return "defer"
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        clashes = conflicts(self, lm, edits, self.conflict)
+        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
+        module = lm.parts.value[layer]
+        patches = versions(lm.patches, self.name)
+        if patches:
+            gate = self.memory(lm, patches)
+            if gate.module != module:
+                raise InputError(f"expected edits of {gate.module}, where the memory is; got {module}: change layer")
+        else:
+            out, inside = lm.weight(module).shape
+            gate = Gate.new(module, out, inside, self.threshold, self.seed, lm.device)
+        first = len(gate.moves)
+        losses = [self._learn(lm, edit, layer, gate) for edit in edits]
+        state = {"signs": gate.signs[first:], "moves": gate.moves[first:], "opened": gate.opened[first:]}
+        if not patches:
+            state |= {"map": gate.map, "gate": gate.gate}
+        notes = {"layer": layer, "losses": losses, "conflicts": clashes}
+        about = {"module": module, "threshold": self.threshold}
+        return memory_patch(self, lm, edits, {k: v.cpu() for k, v in state.items()}, memory=about, notes=notes)
+
+    def _learn(self, lm: LM, edit: Edit, layer: int, gate: Gate) -> list[float]:
+        """Trains gate and map on one more edit; gives the loss before every update."""
+        rows = lm.encode([Text(edit.text, edit.target_new)])
+        inputs, outputs = prompt_states(lm, rows, gate.module)
+        signs = inputs[0].sign()  # (in,)
+        reach = float(inputs[0].abs().sum()) + 1  # a step of every weight and of the bias moves the output this far
+        scale = float(outputs.square().mean().sqrt())
+        move = torch.zeros(len(outputs[0]), device=lm.device, requires_grad=True)  # u
+        opening = torch.zeros((), device=lm.device, requires_grad=True)
+        rates = (self.learning_rate,) * 2 if self.absolute else (self.learning_rate * scale, self.gate_rate)
+        units = (1.0, 1.0) if self.absolute else (1 / reach, 1 / reach)
+        optimizer = torch.optim.Adam(
+            [{"params": [p], "lr": rate * unit} for p, rate, unit in zip((move, opening), rates, units, strict=True)]
+        )
+        value, logit = (part.detach() for part in gate.read(inputs))  # (1, out), (1,)
+        trial = _Trial(gate.module)
+        losses: list[float] = []
+        with lm.trying(self.name, trial), torch.enable_grad():
+            answers = Answers(lm, rows, layer)
+            for _ in range(self.steps):
+                trial.value, trial.open = value + reach * move, (logit + reach * opening).sigmoid()
+                loss = answers.nll(lambda part: None).mean()
+                losses.append(check_finite(loss))
+                if losses[-1] < self.stop_loss and float(trial.open) >= self.threshold:
+                    break
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        gate.add(signs, move.detach(), opening.detach())
+        return losses
+
+    @staticmethod
+    def memory(lm: LM, patches: Sequence[Patch]) -> Gate:
+        parts = [torch.cat([patch.state[part] for patch in patches]) for part in ("signs", "moves", "opened")]
+        first, about = patches[0].state, patches[-1].memory
+        tensors = [tensor.to(lm.device) for tensor in (first["map"], first["gate"], *parts)]
+        return Gate(about["module"], about["threshold"], *tensors)
+
+
+@dataclass(eq=False)
+class Gate:
+    """The gate and the map at their start, what every edit added, and the hook that defers."""
+
+    module: str
+    threshold: float
+    map: Tensor  # (out, in + 1), the bias last
+    gate: Tensor  # (in + 1,), the bias last
+    signs: Tensor  # (edits, in), int8
+    moves: Tensor  # (edits, out)
+    opened: Tensor  # (edits,)
+
+    @classmethod
+    def new(cls, module: str, out: int, inside: int, threshold: float, seed: int, device) -> Gate:
+        """Random weights like those of `torch.nn.Linear`, and no edits."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [(torch.rand(n, inside + 1, generator=generator) * 2 - 1) / inside**0.5 for n in (1, out)]
+        empty = [torch.zeros(0, *n, dtype=kind) for n, kind in (((inside,), torch.int8), ((out,), None), ((), None))]
+        return cls(module, threshold, *(tensor.to(device) for tensor in (drawn[1], drawn[0][0], *empty)))
+
+    def add(self, signs: Tensor, move: Tensor, opening: Tensor) -> None:
+        self.signs = torch.cat([self.signs, signs.to(torch.int8)[None]])
+        self.moves = torch.cat([self.moves, move[None]])
+        self.opened = torch.cat([self.opened, opening[None]])
+
+    def read(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """(the map's output, the gate's logit) of inputs (n, in)."""
+        inputs = inputs.float()
+        seen = inputs @ self.signs.float().T + 1  # (n, edits): sign(x)·x, and the bias
+        value = inputs @ self.map[:, :-1].T + self.map[:, -1] + seen @ self.moves
+        return value, inputs @ self.gate[:-1] + self.gate[-1] + seen @ self.opened
+
+    def attach(self, lm: LM):
+        return [on_output(lm, self.module, self._defer)]
+
+    def _defer(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        def choose() -> tuple[Tensor, Tensor]:
+            value, logit = self.read(reading.at_end(inputs))
+            return value, logit.sigmoid() >= self.threshold
+
+        value, deferred = reading.decided(self, choose)
+        where = (reading.of_prompt.to(outputs.device) & deferred[:, None])[..., None]
+        return torch.where(where, value[:, None].to(outputs.dtype), outputs)
+
+
+class _Trial:
+    """The hook while an edit is learned: softly open."""
+
+    def __init__(self, module: str):
+        self.module = module
+        self.value: Tensor | None = None  # (rows, out)
+        self.open: Tensor  # (rows,)
+
+    def attach(self, lm: LM):
+        return [on_output(lm, self.module, self._mix)]
+
+    def _mix(self, reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
+        if self.value is None:
+            return outputs
+        share = (reading.of_prompt.to(outputs.device) * self.open[:, None])[..., None]
+        return share * self.value[:, None] + (1 - share) * outputs

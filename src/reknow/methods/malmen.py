@@ -1,0 +1,239 @@
+"""MALMEN: Massive Editing for Large Language Models via Meta Learning. Tan, Zhang, Fu 2023, arXiv 2311.04661.
+
+A network transforms the gradient factors of each edit, as MEND's does, but what it asks of a matrix is not added up:
+ΔW is the least-squares answer to all edits' wishes, so that thousands of them do not drown each other.
+
+    [k̃; g̃] = network([norm(k); norm(g)]),   v = −α (k·k̃) g̃           k, g at the tokens that predict the answer
+    ΔW = Vᵀ K (Kᵀ K + e^λ I)⁻¹                                        K: the raw k, a row per token        (eq. 4)
+
+α and λ are learned for each matrix. In training the model is differentiated by ΔW and ΔW by the network, one after
+the other, so that no graph of both has to be kept (§4.2, Alg. 1).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from reknow.editors import open_editor
+from reknow.edits import Case, Edit
+from reknow.gradients import RunningNorm, as_delta, flat_factors, matrices
+from reknow.lessons import Exam, averaged, bare, lessons
+from reknow.loop import seeded
+from reknow.methods.base import Learned, checked, weights_patch
+from reknow.patches import Patch
+from reknow.tokens import Text
+from reknow.training import Training, split, train
+from reknow.transform import last_layers
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+READ_TOGETHER = 16
+"""Cases whose texts are read together."""
+
+
+@dataclass(frozen=True)
+class MALMEN(Learned):
+    """A network, trained once for a model, and least squares: many edits at once."""
+
+    editor: str | None = None
+    """File or folder of the trained editor; None: the one that is bundled for the model. The editor brings along the
+    layers, rank and blocks with which it was trained."""
+    layers: tuple[int, ...] | None = None
+    """Layers whose MLP matrices are changed; None: the last three."""
+    rank: int = 1920
+    """Of the network's matrices, at most their width."""
+    blocks: int = 2
+    """Of the network."""
+    step_size: float = 1e-3
+    """α at the start, in units of the matrix's root mean square."""
+    locality_weight: float = 1.0
+    """Of KL on other facts against the answers' loss."""
+    learning_rate: float = 1e-5
+    """Of Adam, for everything that is learned."""
+    seed: int = 0
+    """Of the network's first weights."""
+
+    training: ClassVar[Training] = Training(
+        steps=1000, batch_size=64, clip_norm=1.0, validation=128, validate_every=50, checkpoint_every=50
+    )
+
+    @property
+    def name(self) -> str:
+        return "malmen"
+
+    def fit(
+        self,
+        lm: LM,
+        cases: Sequence[Case],
+        out: str | Path,
+        training: Training | None = None,
+        *,
+        progress: bool = False,
+    ) -> MALMEN:
+        training = training or self.training
+        learning, held = split(cases, training)
+        method = replace(self, editor=None, layers=last_layers(lm, self.layers))
+        learner = _Learner(method, lm, training.batch_size)
+        return replace(self, editor=train(method, lm, learner, learning, held, out, training, progress=progress))
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        editor = open_editor(self, lm)
+        network = MALMEN(**{**editor.settings, "layers": tuple(editor.settings["layers"])})._network(lm)
+        network.load_state_dict(editor.tensors)
+        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        deltas = {}
+        with torch.no_grad():
+            factors, loss = flat_factors(lm, network.names, rows, answers_only=True)
+            for name, v in network(factors).items():
+                deltas[name] = as_delta(v, network.solved(name, factors[name][0]))
+        return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
+
+    def _network(self, lm: LM) -> MALMENNetwork:
+        with seeded(self.seed, "malmen"):
+            return MALMENNetwork(self, lm).to(lm.device)
+
+
+class MALMENNetwork(nn.Module):
+    """The networks of all shapes with their statistics, and α and λ of each matrix."""
+
+    def __init__(self, method: MALMEN, lm: LM):
+        super().__init__()
+        assert method.layers is not None
+        self.layers, self.names = method.layers, matrices(lm, method.layers)
+        shapes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
+        self._kind = {name: f"{out}x{inside}" for name, (out, inside) in shapes.items()}
+        alike = {kind: [n for n in self.names if self._kind[n] == kind] for kind in self._kind.values()}
+        self._mode = {name: alike[kind].index(name) for name, kind in self._kind.items()}
+        widths = {self._kind[name]: sum(shapes[name]) for name in self.names}
+        self.norms = nn.ModuleDict({kind: RunningNorm(width) for kind, width in widths.items()})
+        self.transforms = nn.ModuleDict(
+            {
+                kind: nn.ModuleList([Block(width, method.rank, len(alike[kind])) for _ in range(method.blocks)])
+                for kind, width in widths.items()
+            }
+        )
+        self.step = nn.Parameter(torch.full((len(self.names),), method.step_size))  # α
+        self.stiffness = nn.Parameter(torch.zeros(len(self.names)))  # λ
+        self._unit = [float(lm.base_weight(name).float().square().mean().sqrt()) for name in self.names]
+
+    def observe(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Takes the factors k (n, in) and g (n, out) of each matrix into the statistics."""
+        for name, found in factors.items():
+            norm = self.norms[self._kind[name]]
+            assert isinstance(norm, RunningNorm)
+            norm.observe(torch.cat(found, 1))
+
+    def forward(self, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """name → V, where each token's output has to move. (n, out)"""
+        wishes = {}
+        for i, name in enumerate(self.names):
+            k, g = factors[name]
+            state = self.norms[self._kind[name]](torch.cat([k, g], 1))
+            blocks = self.transforms[self._kind[name]]
+            assert isinstance(blocks, nn.ModuleList)
+            for block in blocks:
+                state = block(state, self._mode[name])
+            k_new, g_new = state.split([k.shape[1], g.shape[1]], 1)
+            wishes[name] = -self.step[i] * self._unit[i] * (k * k_new).sum(1, keepdim=True) * g_new
+        return wishes
+
+    @torch.no_grad()
+    def solved(self, name: str, k: Tensor) -> Tensor:
+        """K (KᵀK + e^λ I)⁻¹, by which Vᵀ becomes ΔW; float64 inside. (n, in)"""
+        k64 = k.double()
+        ridge = self.stiffness[self.names.index(name)].double().exp()
+        if len(k) <= k.shape[1]:  # the same by the smaller of the two systems
+            gram = k64 @ k64.T + ridge * torch.eye(len(k), dtype=k64.dtype, device=k.device)
+            return torch.linalg.solve(gram, k64).to(k.dtype)
+        gram = k64.T @ k64 + ridge * torch.eye(k.shape[1], dtype=k64.dtype, device=k.device)
+        return torch.linalg.solve(gram, k64.T).T.to(k.dtype)
+
+
+class Block(nn.Module):
+    """x + s ⊙ relu(A B x + b) + o, the identity at the start; s and o by mode."""
+
+    def __init__(self, size: int, rank: int, modes: int):
+        super().__init__()
+        rank = min(rank, size)
+        self.down = nn.Parameter(torch.randn(size, rank))
+        self.up = nn.Parameter(torch.zeros(rank, size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        self.scale = nn.Parameter(torch.ones(modes, size))
+        self.shift = nn.Parameter(torch.zeros(modes, size))
+
+    def forward(self, x: Tensor, mode: int) -> Tensor:
+        # A clamp, unlike relu, has a gradient at zero, where all of it starts.
+        inner = (x @ self.down @ self.up + self.bias).clamp(min=0)
+        return x + self.scale[mode] * inner + self.shift[mode]
+
+
+def surrogate(network: MALMENNetwork, factors: dict[str, tuple[Tensor, Tensor]], deltas: dict[str, Tensor]) -> Tensor:
+    """A scalar whose gradient by the network is that of the loss whose gradient by each ΔW is in `.grad`.
+
+    The gradient goes through the least squares by hand: ∂/∂V = K M and ∂/∂λ = −e^λ ⟨M, ΔW⟩ with
+    M = ∇ (KᵀK + e^λ I)⁻¹, all constants, by which V and λ are multiplied.
+    """
+    total = network.step.new_zeros(())
+    wishes = network(factors)
+    for i, name in enumerate(network.names):
+        k, gradient = factors[name][0], deltas[name].grad
+        assert gradient is not None
+        total = total + ((network.solved(name, k) @ gradient.T) * wishes[name]).sum()
+        ridge = network.stiffness[i].detach().double().exp()
+        gram = k.double().T @ k.double() + ridge * torch.eye(k.shape[1], dtype=torch.float64, device=k.device)
+        m = torch.linalg.solve(gram, gradient.double().T).T  # (out, in)
+        total = total - (ridge * (m * deltas[name].detach().double()).sum()).float() * network.stiffness[i]
+    return total
+
+
+class _Learner:
+    """MALMEN's training step (Alg. 1): all cases of a micro-batch are edited together."""
+
+    def __init__(self, method: MALMEN, lm: LM, together: int):
+        self.method, self.lm, self.together = method, lm, together
+        self.module = method._network(lm)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.module.parameters(), lr=self.method.learning_rate)
+
+    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
+        factors, deltas, shown = self._trial(batch, chance, learn=True)
+        return surrogate(self.module, factors, deltas), shown
+
+    @torch.no_grad()
+    def validate(self, cases: Sequence[Case]) -> dict[str, float]:
+        found = averaged(lambda part, chance: self._trial(part, chance)[2], cases, self.together)
+        return found | {"loss": found["L_edit"] + self.method.locality_weight * found["L_loc"]}
+
+    def _trial(
+        self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, float]]:
+        """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
+        found = lessons(bare(batch), chance, together=len(batch))
+        rows = self.lm.encode([lesson.edit for lesson in found])
+        factors, _ = flat_factors(self.lm, self.module.names, rows, answers_only=True)
+        if learn:
+            self.module.observe(factors)
+        deltas = {}
+        with torch.no_grad():
+            for name, v in self.module(factors).items():
+                deltas[name] = (v.T @ self.module.solved(name, factors[name][0])).requires_grad_(learn)  # (out, in)
+        parts = [found[i : i + READ_TOGETHER] for i in range(0, len(found), READ_TOGETHER)]
+        shown: dict[str, float] = {}
+        for part in parts:
+            share = len(part) / len(found)
+            outcome = Exam(self.lm, part, min(self.module.layers)).read_with(deltas)
+            if learn:
+                (share * (outcome.edit + self.method.locality_weight * outcome.stay)).backward()
+            for name, value in outcome.shown().items():
+                shown[name] = shown.get(name, 0.0) + share * value
+        return factors, deltas, shown

@@ -1,0 +1,81 @@
+"""What every method shares that searches a wanted state and spares general text: ROME, MEMIT and their kin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from reknow.methods.base import Method
+from reknow.stats import covariance
+from reknow.values import ValueSearch, contexts
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+KEPT_BYTES = 2**31
+"""How much memory matrices made of covariances may take between two edits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSettings(Method):
+    """Settings of every method that searches a wanted state and spares general text. No method by itself."""
+
+    steps: int = 25
+    """Passes of the search, one more than updates."""
+    learning_rate: float = 0.1
+    """Of Adam in the search, in units of the root mean square of the block's output."""
+    kl_weight: float = 0.0625
+    """Weight of the drift of what the model says of "{subject} is a"."""
+    decay: float = 0.05
+    """Weight of the addition's length, relative to what it is added to, in the loss."""
+    clamp: float = 0.75
+    """Largest length of the addition, relative to what it is added to."""
+    absolute: bool = False
+    """Learning rate as a plain number, and decay on the length over the square of the state's, as in the papers."""
+    stop_probability: float = 1.0
+    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only."""
+    context_groups: tuple[tuple[int, int], ...] = ((5, 9),)
+    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
+    context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    """First words of those texts."""
+    covariance_tokens: int = 100_000
+    """Tokens of general text for C."""
+    covariance_text: str | None = None
+    """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
+    seed: int = 0
+    """Of the sampled contexts."""
+
+    def search(self, **rest) -> ValueSearch:
+        """The search with these settings; `rest` are its fields that this method does not leave to the user."""
+        known = {field.name for field in fields(self)}
+        shared = {field.name for field in fields(ValueSearch)} & known
+        return ValueSearch(**{name: getattr(self, name) for name in shared}, **rest)
+
+    def contexts(self, lm: LM) -> tuple[str, ...]:
+        """The texts to put before the prompt; the first is empty."""
+        return contexts(lm, self.context_groups, starts=self.context_starts, seed=self.seed)
+
+    def covariance(self, lm: LM, layer: int) -> Tensor:
+        """C of the layer's keys. (in, in), float64"""
+        return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
+
+    def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
+        """`make(C, *settings)`: a factor of C, a projector …
+
+        The last ones are kept with the model while they are small, since one edit follows the other: reading C and
+        taking it apart costs as much as many steps of the search.
+        """
+        name = lm.parts.value[layer]
+        source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
+        memo = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
+        if memo in lm.memo:
+            return lm.memo[memo][0]
+        found = make(self.covariance(lm, layer), *settings)
+        lm.memo[memo] = (found,)
+        kept = [key for key in lm.memo if key[0] == "covariance"]
+        while sum(lm.memo[key][0].nbytes for key in kept) > KEPT_BYTES:
+            del lm.memo[kept.pop(0)]
+        return found

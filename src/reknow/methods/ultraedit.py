@@ -1,0 +1,148 @@
+"""UltraEdit: Training-, Subject- and Memory-Free Lifelong Editing. Gu et al. 2025, arXiv 2505.14679.
+
+Nothing is trained and nothing is searched. At the tokens that predict the answer the gradient says where a matrix'
+output should go, h its input; both are normalised by what all edits so far looked like, and ΔW is the least change
+that moves the outputs there.
+
+    [ĥ; ĝ] = ([h; g] − μ) / σ            μ, σ: of all turns, this one included (lifelong normalisation)
+    v_i = −η ‖ĥ_i‖² ĝ_i,   ΔW = Vᵀ (H Hᵀ + I)⁻¹ H          H: the raw h, a row per token; one turn        (§3)
+
+The statistics travel in the patches, so that a later edit continues them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from reknow.edits import Edit
+from reknow.errors import InputError
+from reknow.gradients import RunningNorm, flat_factors
+from reknow.layers import resolve_layers
+from reknow.methods.base import Method, checked, weights_patch
+from reknow.patches import Delta, Dense, LowRank, Patch
+from reknow.solvers import cholesky, solve
+from reknow.tokens import Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+DEPTH = (0.64, 0.96)
+"""Where the paper's layers begin and end, as a share of the model's (18–26 of 28 in GPT-J)."""
+
+
+@dataclass(frozen=True)
+class UltraEdit(Method):
+    """Lifelong editing in one backward pass per turn."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers that are changed; None: at the paper's depth, two thirds up to the last but one."""
+    matrices: Literal["value", "up"] = "value"
+    """Which of the MLP's: the matrix that writes to the residual stream (GPT-J), or those that read it (Llama)."""
+    turn: int = 100
+    """Edits that are made at once; more than these are made turn by turn."""
+    learning_rate: float = 1.0
+    """η: how far an output moves for a normalised gradient of 1, in units of the outputs' root mean square, as W's
+    entries and ‖h‖ make it."""
+    learning_rate_absolute: float | None = None
+    """η itself, as the paper gives it (1e-6); then it holds."""
+    ridge: float = 1.0
+    """Weight of the identity in the least squares."""
+    least_tokens: int = 32
+    """While fewer tokens were seen, statistics mean little: every h and g is divided by its own root mean square."""
+
+    def __post_init__(self):
+        if self.matrices not in ("value", "up"):
+            raise InputError(f"expected matrices among value, up; got {self.matrices!r}: choose one")
+        if self.turn < 1:
+            raise InputError(f"expected a turn of at least one edit; got {self.turn}: raise it")
+
+    @property
+    def name(self) -> str:
+        return "ultraedit"
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = checked(self, edits, subject=False)
+        first, last = (round(share * lm.layers) for share in DEPTH)
+        layers = resolve_layers(lm, self.layers or tuple(range(min(first, lm.layers - 1), max(last, first + 1))))
+        names = [
+            name
+            for layer in layers
+            for name in ([lm.parts.value[layer]] if self.matrices == "value" else lm.parts.up[layer])
+        ]
+        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        before = _merged(lm, names)
+        own: dict[str, RunningNorm] = {}
+        deltas: dict[str, Delta] = {}
+        losses = []
+        for start in range(0, len(rows), self.turn):
+            # The statistics so far are part of what the next turn needs, the changes too.
+            with lm.patched(*([weights_patch(self, lm, edits, deltas)] if deltas else [])):
+                factors, loss = flat_factors(lm, names, rows[start : start + self.turn], answers_only=True)
+                turn = self._turn(lm, factors, before, own)
+            deltas = {name: _sum(deltas.get(name), delta) for name, delta in turn.items()}
+            losses.append(loss)
+        state = {
+            f"norm.{kind}.{name}": value for kind, norm in own.items() for name, value in norm.state_dict().items()
+        }
+        return weights_patch(self, lm, edits, deltas, state=state, notes={"layers": layers, "losses": losses})
+
+    def _turn(
+        self,
+        lm: LM,
+        factors: dict[str, tuple[Tensor, Tensor]],
+        before: dict[str, RunningNorm],
+        own: dict[str, RunningNorm],
+    ) -> dict[str, LowRank]:
+        """ΔW of one turn's factors, whose statistics go to `own` first."""
+        for h, g in factors.values():
+            kind = _kind(h, g)
+            own.setdefault(kind, RunningNorm(h.shape[1] + g.shape[1]).to(h.device)).observe(torch.cat([h, g], 1))
+        norms = {kind: before[kind].joined(norm) if kind in before else norm for kind, norm in own.items()}
+        changes = {}
+        for name, (h, g) in factors.items():
+            norm = norms[_kind(h, g)]
+            if float(norm.count) >= max(2, self.least_tokens):
+                h_hat, g_hat = norm(torch.cat([h, g], 1)).split([h.shape[1], g.shape[1]], 1)
+            else:
+                h_hat, g_hat = (x / x.square().mean(1, keepdim=True).sqrt() for x in (h, g))
+            rate = self.learning_rate_absolute
+            if rate is None:
+                output = lm.base_weight(name).float().square().mean().sqrt() * h.norm(dim=1).mean()
+                rate = self.learning_rate * float(output) / h.shape[1]
+            v = -rate * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
+            gram = h.double() @ h.double().T + self.ridge * torch.eye(len(h), dtype=torch.float64, device=h.device)
+            right = solve(cholesky(gram), h.double().T).T  # (n, in)
+            changes[name] = LowRank(v.T.contiguous(), right.float())
+        return changes
+
+
+def _kind(h: Tensor, g: Tensor) -> str:
+    return f"{g.shape[1]}x{h.shape[1]}"
+
+
+def _merged(lm: LM, names: Sequence[str]) -> dict[str, RunningNorm]:
+    """The statistics of the patches that are applied, by shape."""
+    merged: dict[str, RunningNorm] = {}
+    for patch in lm.patches:
+        for key in patch.state:
+            if key.startswith("norm.") and key.endswith(".count"):
+                kind = key.split(".")[1]
+                norm = RunningNorm(len(patch.state[f"norm.{kind}.mean"]))
+                norm.load_state_dict({part: patch.state[f"norm.{kind}.{part}"] for part in norm.state_dict()})
+                norm = norm.to(lm.weight(names[0]).device)
+                merged[kind] = merged[kind].joined(norm) if kind in merged else norm
+    return merged
+
+
+def _sum(so_far: Delta | None, more: LowRank) -> Delta:
+    """The sum of what the turns changed: factors while they are few, else the matrix."""
+    if so_far is None:
+        return more
+    if isinstance(so_far, LowRank) and so_far.rank + more.rank < min(more.shape):
+        return LowRank(torch.cat([so_far.left, more.left], 1), torch.cat([so_far.right, more.right], 0))
+    return Dense((so_far.dense() + more.dense()).float())

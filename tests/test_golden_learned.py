@@ -1,0 +1,155 @@
+"""Methods that learn to edit against the authors' code (tests/golden/README.md)."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
+from reknow.descent import Scored, predicted
+from reknow.editors import Editor, case_keys
+from reknow.gradients import changed, flat_factors
+from reknow.methods.malmen import MALMENNetwork, surrogate
+from reknow.tokens import Text
+from reknow.transform import GradientNetwork
+from test_golden import GOLDEN, close
+
+
+def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
+    lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
+    about, theirs = json.loads((GOLDEN / "mend.json").read_text()), load_file(GOLDEN / "mend.safetensors")
+    method = MEND(rank=4, layers=(0, 1))
+    network = GradientNetwork(method, lm)
+
+    # Statistics, from the factors of the first two edits.
+    rows = lm.encode([Text(prompt, answer) for prompt, answer in about["edits"]])
+    for row, loss in zip(rows, about["losses"], strict=True):
+        factors, ours = flat_factors(lm, network.names, [row])
+        assert abs(ours - loss) < 1e-4
+        if row is not rows[2]:
+            network.observe(factors)
+
+    # Their parameters: one bias, scale and shift per layer of the network.
+    with torch.no_grad():
+        for kind in ("40x32", "32x40"):
+            out, inside = map(int, kind.split("x"))
+            transform, prefix = network.transforms[kind], f"network/({inside}, {out})."
+            mean, squares = (
+                torch.cat([theirs[f"{prefix}u_{name}"], theirs[f"{prefix}v_{name}"]]) for name in ("mean", "s")
+            )
+            assert float(transform.norm.count) == float(theirs[f"{prefix}k"])
+            assert close(transform.norm.mean, mean) and close(transform.norm.squares, squares)
+            for i, block in enumerate(transform.blocks):
+                names = {"left": "u", "right": "v", "bias": "bias", "scale": "mode_scale.weight"}
+                for name, other in (names | {"shift": "mode_shift.weight"}).items():
+                    getattr(block, name).copy_(theirs[f"{prefix}mlp.layers.{i}.{other}"])
+        unit = torch.tensor([float(lm.weight(name).square().mean().sqrt()) for name in network.names])
+        network.step.copy_(-theirs["edit_lrs"] / unit)  # they add, the paper and we subtract
+
+    settings = {"rank": 4, "layers": [0, 1]}
+    tensors = network.state_dict()
+    editor = Editor("mend", settings, tensors, lm.fingerprint, case_keys([]))
+    prompt, answer = about["edits"][2]
+    patch = MEND(editor=str(editor.save(tmp_path / "editor.safetensors"))).edit(lm, [Edit(prompt, target_new=answer)])
+    for name in network.names:
+        assert close(patch.deltas[name].dense(), theirs[f"edit_2/{name}"]), name
+
+
+def test_ultraedit_gives_the_authors_change():
+    lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
+    about, theirs = json.loads((GOLDEN / "ultraedit.json").read_text()), load_file(GOLDEN / "ultraedit.safetensors")
+    edits = [Edit(prompt, target_new=answer) for prompt, answer in about["edits"]]
+    patch = UltraEdit(layers=(1,), learning_rate_absolute=about["lr"], least_tokens=2).edit(lm, edits)
+    count = patch.state["norm.32x40.count"]
+    assert count == about["tokens"]
+    # Their loss is a mean over the edits, ours a sum; and their variance of a batch is too large by n / (n − 1).
+    units = torch.cat([torch.ones(40), torch.full((32,), 1 / len(edits))])
+    excess = (count / (count - 1)).sqrt()
+    assert close(patch.state["norm.32x40.mean"] * units, theirs["mean"])
+    assert close((patch.state["norm.32x40.squares"] / (count - 1)).sqrt() * units * excess, theirs["std"])
+    for name, delta in patch.deltas.items():
+        # What is normalised enters three times.
+        assert close(delta.dense(), theirs[name] * excess**3, 5e-4), name
+
+
+def test_ke_reads_an_edit_as_the_authors_do():
+    lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
+    about, theirs = json.loads((GOLDEN / "ke.json").read_text()), load_file(GOLDEN / "ke.safetensors")
+    network = KE(layers=(1,), read_width=6, width=8, hidden=6, absolute=True)._network(lm)
+    assert network.names == about["matrices"]
+
+    own = network.state_dict()
+    for key, value in theirs.items():
+        if key.startswith("network/condition.lstm._module."):
+            own[key.replace("network/condition.lstm._module.", "reader.")] = value
+        elif key.startswith("network/condition.linear"):
+            own[f"summary.{key.rpartition('.')[2]}"] = value
+        elif key.startswith("network/conditioners."):
+            place, part = key.split(".")[1], ".".join(key.split(".")[-2:])
+            head = f"heads.{int(place.removeprefix('m').partition('_')[0])}."
+            new = part.replace("weight_g", "parametrizations.weight.original0")
+            own[head + new.replace("weight_v", "parametrizations.weight.original1")] = value
+    network.load_state_dict(own)
+
+    edit = Edit(about["prompt"], target_new=about["new"], target_true=about["old"])
+    with torch.no_grad():
+        changes, loss = network(lm, [edit], [Text(edit.text, edit.target_new)])
+    assert abs(loss - about["loss"]) < 1e-4
+    for name, (left, right) in changes.items():
+        assert close(left[0].T @ right[0], theirs[f"delta/{name}"]), name
+
+
+def test_malmen_solves_and_differentiates_as_the_authors_do():
+    lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
+    about, theirs = json.loads((GOLDEN / "malmen.json").read_text()), load_file(GOLDEN / "malmen.safetensors")
+    edits = [Edit(prompt, target_new=answer) for prompt, answer in about["edits"]]
+    names = [lm.parts.value[0], lm.parts.value[1]]
+    network = MALMENNetwork(MALMEN(layers=(0, 1), rank=4), lm)
+    network.names = names  # theirs changes the value matrices only
+    network.step = torch.nn.Parameter(torch.zeros(2))
+    network.stiffness = torch.nn.Parameter(torch.zeros(2))
+    network._unit = [1.0, 1.0]
+
+    rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+    factors, _ = flat_factors(lm, names, rows, answers_only=True)
+    factors = {name: (k, g / len(edits)) for name, (k, g) in factors.items()}  # their loss is a mean, ours a sum
+    prefix, kind = "network/(40, 32).", "32x40"
+    norm, count = network.norms[kind], theirs[f"{prefix}normalizer.n"][0]
+    norm.load_state_dict(
+        {
+            "count": count,
+            "mean": theirs[f"{prefix}normalizer.mean"],
+            "squares": theirs[f"{prefix}normalizer.std"].square() * (count - 1),
+        }
+    )
+    named = {"down": "A", "up": "B", "bias": "bias", "scale": "scale.weight", "shift": "shift.weight"}
+    blocks = network.transforms[kind]
+    with torch.no_grad():
+        for i, block in enumerate(blocks):
+            for ours, other in named.items():
+                getattr(block, ours).copy_(theirs[f"{prefix}blocks.{i}.{other}"])
+        network.step.copy_(theirs[f"{prefix}lr.weight"][:, 0])
+        network.stiffness.copy_(theirs[f"{prefix}lamda.weight"][:, 0])
+
+    deltas = {name: v.T @ network.solved(name, factors[name][0]) for name, v in network(factors).items()}
+    for name in names:
+        assert close(deltas[name], theirs[f"delta/{name}"], 5e-4), name
+
+    # The gradient of the answers' loss on the changed model, by every parameter.
+    changes = {name: delta.detach().requires_grad_() for name, delta in deltas.items()}
+    scored = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], None)
+    with changed(lm, changes):
+        loss = scored.nll().mean()
+    assert abs(loss.item() - about["loss_after"]) < 1e-3
+    loss.backward()
+    surrogate(network, factors, changes).backward()
+    for i, block in enumerate(blocks):
+        for ours, other in named.items():
+            gradient = getattr(block, ours).grad
+            assert close(gradient, theirs[f"gradient/{prefix.removeprefix('network/')}blocks.{i}.{other}"], 2e-3), (
+                other
+            )
+    assert close(network.step.grad, theirs["gradient/(40, 32).lr.weight"][:, 0], 2e-3)
+    assert close(network.stiffness.grad, theirs["gradient/(40, 32).lamda.weight"][:, 0], 2e-3)

@@ -1,0 +1,128 @@
+"""Presets: that their tables of settings are right, and that a study's page says what the runs hold."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from conftest import make_lm
+from reknow import FT, ICE, Case, Edit, Probe
+from reknow.cli.measuring import _methods
+from reknow.datasets import DATASETS, load_cases
+from reknow.errors import InputError
+from reknow.evaluate import Plan, bench
+from reknow.evaluate.convergence import SHOWN, TARGETS, TEMPERATURES, inside
+from reknow.evaluate.presets import PRESETS, in_turn, thinned
+from reknow.methods.ice import consistency
+from reknow.report.convergence import write_convergence
+from reknow.report.study import by_set, write_study
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_names_what_there_is(name):
+    for preset in (PRESETS[name], PRESETS[name]._replace(**PRESETS[name].full)):
+        methods = _methods(preset.methods, [*preset.settings])
+        assert len(methods) == len(preset.methods)
+        Plan(**preset.plan)
+        sets = preset.data.split(",")
+        assert set(sets) <= set(DATASETS) and set(preset.limits) <= set(sets)
+        assert set(preset.plan.get("in_context", ())) <= set(methods)
+
+
+def test_labels_part_the_variants_of_a_method():
+    methods = _methods(PRESETS["ice-ablation"].methods, [*PRESETS["ice-ablation"].settings])
+    assert methods["ice"] == ICE() and methods["static"] == ICE(targets="static")
+    assert methods["t0.1"] == ICE(temperature=0.1) and methods["no-now"] == ICE(link=" ")
+    assert methods["bare-context"] == ICE(lead_ins=("",)) and len(set(methods.values())) == len(methods)
+    weights = _methods(PRESETS["ice-lambda"].methods, [*PRESETS["ice-lambda"].settings])
+    assert [method.consistency_weight for method in weights.values()] == [0, 0.25, 0.5, 1, 2, 4]
+    with pytest.raises(InputError, match="different labels"):
+        _methods(("ice", "ice=ft-m"), [])
+    with pytest.raises(InputError, match="method of a setting"):
+        _methods(("mine=ice",), ["ice.steps=3"])
+
+
+def test_the_continual_study_is_three_hundred_edits_of_all_four_sets():
+    preset = PRESETS["ice-continual"]
+    sets = [load_cases(name, limit=preset.limits.get(name, preset.limit)) for name in preset.data.split(",")]
+    cases = in_turn(sets)
+    assert len(cases) == 300 and preset.together
+    assert {case.edit.id.split("/")[0] for case in cases[:20]} == set(preset.data.split(","))
+
+
+def test_thinned_keeps_the_first_probes_of_each_name():
+    (case,) = load_cases("counterfact", limit=1)
+    (thin,) = thinned([case], 2)
+    names = [probe.name for probe in thin.probes]
+    assert {name: names.count(name) for name in names} == {"paraphrase": 2, "neighborhood": 2, "generation": 2}
+    assert thinned([case], None) == [case] and thin.edit == case.edit
+
+
+def make_cases(name: str, subjects=("Peru", "France")) -> list[Case]:
+    return [
+        Case(
+            Edit("The capital of {} is", subject=subject, target_new="Paris .", id=f"{name}/{number}"),
+            (
+                Probe("Danielle lives in", ("Lima",), "locality", "near"),
+                Probe(f"{subject} is in", ("Lima",), "portability", "hop"),
+                Probe(f"The capital of {subject} is", (), "fluency", "request"),
+            ),
+        )
+        for number, subject in enumerate(subjects)
+    ]
+
+
+def test_a_study_is_one_page_over_its_runs(tmp_path):
+    methods = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak": FT(layer=2, steps=1)}
+    runs = {
+        name: bench(make_lm(), make_cases(name), methods, tmp_path / name, plan=Plan(in_context=("fine",)))
+        for name in ("one", "two")
+    }
+    text = write_study("A study", runs, tmp_path).read_text()
+    assert (tmp_path / "study.png").stat().st_size > 1000
+    tables = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
+    after = [f"{name}, right after the edit" for name in ("one", "two", "all sets")]
+    context = [f"{name}, with the edit in front of the question" for name in ("one", "two", "all sets")]
+    assert tables == ["The sets.", *after, *context]
+    cells = runs["one"].cells
+    fine, weak = (re.search(rf"^\| {name} \| 2 \|.*$", text, re.M)[0].split(" | ") for name in ("fine", "weak"))
+    assert fine[2].startswith(cells["fine", "after_edit", "reliability@teacher_forced_tokens"].number())
+    fluency = cells["fine", "after_edit", "fluency@sampled"].mean
+    assert f"{100 * fluency:.1f}" in fine[5]
+    assert "†" not in "".join(fine) and "†" in "".join(weak)
+
+
+def test_a_run_over_all_sets_is_taken_apart_again(tmp_path):
+    cases = in_turn([make_cases("one"), make_cases("two")])
+    assert [case.edit.id for case in cases] == ["one/0", "two/0", "one/1", "two/1"]
+    plan = Plan("sequential", fluency=False)
+    sets = by_set({"one+two": bench(make_lm(), cases, [FT(layer=2, steps=3)], tmp_path, plan=plan)})
+    assert [sorted(case for (case,) in results.before) for results in sets.values()] == [
+        ["one/0", "one/1"],
+        ["two/0", "two/1"],
+    ]
+    assert all(len(results.rows) == 4 for results in sets.values())
+
+
+def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
+    lm, edits = make_lm(), [case.edit for case in make_cases("one")]
+    method = ICE(layers=(1,), steps=3)
+    rows = inside(lm, edits, {"ice": method}, tmp_path)
+    for targets in TARGETS:
+        for temperature in TEMPERATURES:
+            row = rows["losses", f"{targets}, T = {temperature:g}", 1]
+            assert len(row["losses"]) == len(row["answer_losses"]) == len(row["repetitions"]) == 25
+    assert rows["consistency", "unedited", 0]["divergence"] == pytest.approx(consistency(lm, edits[:1])[0])
+    with lm.patched(method.edit(lm, edits[1:])):
+        assert rows["consistency", "ice", 1]["divergence"] == pytest.approx(consistency(lm, edits[1:])[0], rel=1e-4)
+    watched = [row["likeliest"] for row in rows.values() if "likeliest" in row]
+    assert len(watched) == 1 and len(watched[0]) == len(SHOWN)
+    content = (tmp_path / "inside.jsonl").read_bytes()
+    inside(make_lm(), edits, {"ice": method}, tmp_path)
+    assert (tmp_path / "inside.jsonl").read_bytes() == content
+    page = write_convergence(tmp_path).read_text()
+    assert "dynamic, T = 100" in page and "| ice | 2 |" in page and (tmp_path / "convergence.png").exists()
+    with pytest.raises(InputError, match="steps is 4 and was 3"):
+        inside(lm, edits, {"ice": replace(method, steps=4)}, tmp_path)

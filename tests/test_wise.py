@@ -1,0 +1,96 @@
+"""WISE: the authors' margin loss and merge, masks, shards, routing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import make_lm
+from reknow import WISE, Edit, Patch
+from reknow.errors import InputError
+from reknow.methods.wise import Shard, distance, margin_loss, ties
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "wise.json").read_text())
+QUICK = dict(layer=1, steps=30, context_groups=((1, 3),), unrelated=2)
+
+
+def edit(prompt: str, target: str = "of") -> Edit:
+    return Edit(prompt, target_new=target)
+
+
+@pytest.mark.parametrize("case", GOLDEN["margins"])
+def test_margins_are_the_authors(case):
+    moved = torch.tensor(case["moved"]).mean(1)  # (rows,)
+    found = margin_loss(moved[:-1], moved[-1:], case["alpha"], case["beta"], case["gamma"])
+    assert float(found) == pytest.approx(case["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", GOLDEN["ties"])
+def test_ties_is_the_authors_merge(case):
+    found = ties([torch.tensor(change) for change in case["changes"]], case["density"])
+    assert torch.allclose(found, torch.tensor(case["merged"]), atol=1e-5)
+
+
+def test_distance_counts_the_tokens_that_it_is_told():
+    inputs = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]])
+    where = torch.tensor([[True, True, False]])
+    assert distance(inputs, where, torch.eye(2)).tolist() == [3.5]
+
+
+def test_a_shard_changes_its_part_and_no_more():
+    lm = make_lm()
+    patch = WISE(**QUICK, mask=0.25).edit(lm, [edit("The capital of Peru is")])
+    shape = tuple(lm.weight(lm.parts.value[1]).shape)
+    shard = Shard.new(shape, 0.25, 0)
+    assert 0.2 < len(shard.places) / (shape[0] * shape[1]) < 0.3
+    assert torch.equal(patch.state["mask.0"], shard.packed()) and len(patch.state["delta.0"]) == len(shard.places)
+    memory = WISE.memory(lm, [patch])
+    changed = memory.deltas[0].flatten().nonzero()[:, 0]
+    assert set(changed.tolist()) <= set(shard.places.tolist()) and len(changed)
+
+
+@pytest.mark.parametrize("retrieve", [False, True])
+def test_edits_are_routed_and_other_prompts_are_not(retrieve):
+    lm = make_lm()
+    prompts = ["The capital of Peru is", "I know Danielle Darrieux", "Where is the Eiffel Tower ?"]
+    plain = lm.generate(prompts, 4)
+    method = WISE(**QUICK, retrieve=retrieve, shard_size=1, density=1.0, mask=0.5)
+    for prompt in prompts[:2]:
+        lm.apply(method.edit(lm, [edit(prompt)]))
+    memory = WISE.memory(lm, lm.patches)
+    assert len(memory.deltas) == (2 if retrieve else 1) == len(memory.thresholds)
+    if retrieve:
+        assert all(score.hits[0] for score in lm.score(prompts[:2], ["of", "of"]))
+    lm.revert(lm.patches[-1])
+    assert lm.score(prompts[:1], ["of"])[0].hits == (True,)
+    least = float(lm.patches[0].state["distances"].min())
+    assert float(WISE.memory(lm, lm.patches).thresholds) == pytest.approx(method.threshold * least)
+    lm.revert(lm.patches[-1])
+    assert lm.generate(prompts, 4) == plain
+
+
+def test_edits_one_by_one_are_those_of_one_call():
+    """Each version has the change that it made; together they are the memory."""
+    lm, method = make_lm(), WISE(**QUICK, shard_size=2)
+    edits = [edit("The capital of Peru is"), edit("I know", "in"), edit("Who is Zoë Übel")]
+    batch = method.edit(lm, edits)
+    assert sorted(batch.state) == ["delta.0", "delta.1", "distances", "mask.0", "mask.1"]
+    for one in edits:
+        lm.apply(method.edit(lm, [one]))
+    assert "mask.0" not in lm.patches[1].state and sorted(lm.patches[2].state) == ["delta.1", "distances", "mask.1"]
+    a, b = WISE.memory(lm, [batch]), WISE.memory(lm, lm.patches)
+    assert torch.allclose(a.deltas, b.deltas, atol=1e-4) and torch.allclose(a.thresholds, b.thresholds, rtol=1e-3)
+
+
+def test_one_memory_has_one_place(tmp_path):
+    lm = make_lm()
+    first = WISE(**QUICK).edit(lm, [edit("I know")])
+    lm.apply(Patch.load(first.save(tmp_path / "one.patch")))
+    with pytest.raises(InputError, match="where the memory is"):
+        WISE(**QUICK | dict(layer=2)).edit(lm, [edit("The capital of Peru is")])
+    with pytest.raises(InputError, match="stored as 'of', got 'in'"):
+        WISE(**QUICK, conflict="refuse").edit(lm, [edit("I know", "in")])
+    assert WISE(**QUICK).edit(lm, [edit("I know", "in")]).notes["conflicts"][0]["old"] == "of"
