@@ -137,7 +137,7 @@ class SERAC(Learned, MemoryMethod):
                 f"expected edits that agree with the serac memory; {told[0]['prompt']!r} is stored as "
                 f"{told[0]['old']!r}, got {told[0]['new']!r}: rebuild without the old edit, or set conflict to update"
             )
-        with torch.no_grad():
+        with lm.unpatched(), torch.no_grad():
             asked = [Text(self.question(edit, edit.text), edit.target_new) for edit in edits]
             parts = [modules.answers(asked[start : start + TEXTS]) for start in range(0, len(asked), TEXTS)]
             loss = check_finite(torch.cat(parts).mean())
