@@ -2,10 +2,10 @@
 
     python benchmarks/scope.py --model demo:gpt2 [--editor FOLDER] [--figure FILE.png]
 
-Cases: the first 200 records of CounterFact. In scope: both paraphrases of each. Hard negatives: of its ten neighbourhood
-prompts the five nearest to the edit by the model's own states. Other questions about the same subject: three prompts of
-other records with this record's subject, whose words do not occur in the record. Each pair by itself, and against a
-memory of all 200 edits, where a question must also find its own edit.
+Cases: the first 200 records of CounterFact. In scope: both paraphrases of each. Hard negatives: of its ten
+neighbourhood prompts the five nearest to the edit by the model's own states. Same subject: three prompts of other
+records with this record's subject, whose words do not occur in the record. Each pair by itself, and against a memory
+of all 200 edits, where a paraphrase must also find its own edit.
 """
 
 import argparse

@@ -51,12 +51,12 @@ def kind(text: str) -> str:
 
 
 def asked(lm: LM, *prompts: str) -> list[str]:
-    ((_, memory),) = lm._memories._active
+    ((_, memory),) = lm._memories._active.values()
     return memory.prompts(lm, prompts)
 
 
 def test_the_authors_prompt(roomy, tmp_path):
-    """Their choice of kinds is drawn by chance; every demonstration, the order of the facts and the end are the same."""
+    """Which fact is of which kind they draw by chance; all else is the same."""
     golden = json.loads((Path(__file__).parent / "golden" / "ike.json").read_text())
     cases = [
         Case(

@@ -122,13 +122,12 @@ class SERAC(Learned, MemoryMethod):
         edits = checked(self, edits, subject=False)
         stored = versions(lm.patches, self.name)
         begun = {} if stored else self._trained(lm)
-        parts = stored[0].state if stored else begun
         if stored and (changed := [name for name in TRAINED if stored[0].settings[name] != getattr(self, name)]):
             raise InputError(
                 f"expected the settings that the memory was begun with; got another {changed[0]}: set "
                 f"{changed[0]}={stored[0].settings[changed[0]]}, or take the memory off first"
             )
-        modules = Modules(self, lm, parts)
+        modules = Modules(self, lm, stored[0].state if stored else begun)
         texts, owners = _wordings(edits)
         keys = modules.embed(texts)
         clashes = EditMemory(lm, stored).conflicts(edits) if stored else []
@@ -138,13 +137,13 @@ class SERAC(Learned, MemoryMethod):
                 f"expected edits that agree with the serac memory; {told[0]['prompt']!r} is stored as "
                 f"{told[0]['old']!r}, got {told[0]['new']!r}: rebuild without the old edit, or set conflict to update"
             )
-        asked = [self.question(edit, edit.text) for edit in edits]
-        answers = modules.answerer().score(asked, [edit.target_new for edit in edits])
-        for score in answers:
-            check_finite(torch.tensor(score.nll))
+        with lm.unpatched(), torch.no_grad():
+            asked = [Text(self.question(edit, edit.text), edit.target_new) for edit in edits]
+            parts = [modules.answers(asked[start : start + TEXTS]) for start in range(0, len(asked), TEXTS)]
+            loss = check_finite(torch.cat(parts).mean())
         state = {"keys": keys.cpu(), "owners": torch.tensor(owners), **{n: t.cpu() for n, t in begun.items()}}
         memory = {"replaces": sorted({i for i, _, _ in clashes}), "digests": modules.digests}
-        notes = {"conflicts": told, "losses": [score.nll for score in answers]}
+        notes = {"conflicts": told, "loss": loss}
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     @staticmethod
