@@ -24,7 +24,7 @@ import torch
 
 from reknow import LM, Edit
 from reknow.edits import Case
-from reknow.evaluate.reading import SAMPLED_TOKENS
+from reknow.evaluation.reading import SAMPLED_TOKENS
 from reknow.patches import Dense, Patch
 from reknow.stats import covariance
 

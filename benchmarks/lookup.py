@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from reknow.nearest import Nearest
+from reknow.retrieval.nearest import Nearest
 
 QUESTIONS, RELATIONS, SPREAD, DISTANCE = 200, 34, 0.7, 0.1
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from reknow import LM, load_cases, method
 from reknow.effect import known_cases
-from reknow.evaluate.results import Results
-from reknow.evaluate.runner import Plan, bench
+from reknow.evaluation.results import Results
+from reknow.evaluation.runner import Plan, bench
 from reknow.patches import Patch
 from reknow.report.plots import over_time, save_png
 

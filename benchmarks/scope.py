@@ -15,9 +15,9 @@ import random
 import torch
 
 from reknow import LM, SERAC, load_cases
-from reknow.embedding import embed
-from reknow.scope import calibration
-from reknow.scope_training import ScopeCases
+from reknow.retrieval.embedding import embed
+from reknow.retrieval.scope import calibration
+from reknow.retrieval.scope_training import ScopeCases
 
 CASES, HARD, CROSSED = 200, 5, 3
 

@@ -32,8 +32,8 @@ from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
 from reknow.descent import sample
 from reknow.edits import Case
 from reknow.effect import known_cases
-from reknow.evaluate.metrics import case_metrics
-from reknow.evaluate.reading import SAMPLED_TOKENS, SAMPLED_TOP_K, read
+from reknow.evaluation.metrics import case_metrics
+from reknow.evaluation.reading import SAMPLED_TOKENS, SAMPLED_TOP_K, read
 from reknow.layers import band
 from reknow.patches import Patch
 from reknow.tokens import Text

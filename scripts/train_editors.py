@@ -20,7 +20,7 @@ from demo_facts import Sizes, collect_facts, relation_wordings
 from reknow import LM, Case, Edit, Probe, load_cases
 from reknow.cli.training import settled
 from reknow.datasets import sample_text
-from reknow.editors import Editor, case_keys
+from reknow.learning.editors import Editor, case_keys
 
 MEASURED = ("counterfact", "counterfact-easyedit", "zsre", "knowedit-zsre")
 """Bundled samples whose subjects and prompts are left out."""

@@ -10,8 +10,8 @@ from functools import cache
 from conftest import make_lm
 from reknow import METHODS, Case, Edit, Probe, method
 from reknow.instructions import Family, Instruction, save_families
+from reknow.learning.training import Training
 from reknow.methods.base import Learned
-from reknow.training import Training
 
 NAMES = ("Danielle", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima", "French Peru")
 ANSWERS = ("of", "in", "is", "The", "and", "by")

@@ -12,9 +12,9 @@ import torch
 from conftest import make_lm
 from reknow import FT, Case, Edit, Probe, evaluate, load_cases
 from reknow.errors import InputError
-from reknow.evaluate.convsent import sentiment_metrics
-from reknow.evaluate.metrics import Reading, case_metrics
-from reknow.evaluate.results import readings
+from reknow.evaluation.convsent import sentiment_metrics
+from reknow.evaluation.metrics import Reading, case_metrics
+from reknow.evaluation.results import readings
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "convsent.json").read_text())
 TEXTS = {"ent": "Lima", "pos": ["great.", "fine.", "good."], "neg": ["bad.", "dull.", "poor."]}

@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 
 from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
 from reknow.descent import Scored, predicted
-from reknow.editors import Editor, case_keys
-from reknow.gradients import changed, flat_factors
+from reknow.learning.editors import Editor, case_keys
+from reknow.learning.gradients import changed, flat_factors
+from reknow.learning.transform import GradientNetwork
 from reknow.methods.malmen import MALMENNetwork, surrogate
 from reknow.tokens import Text
-from reknow.transform import GradientNetwork
 from test_golden import GOLDEN, close
 
 

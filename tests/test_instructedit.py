@@ -15,17 +15,17 @@ from conftest import make_lm
 from learned import some_cases, trained
 from reknow import LM, Case, Edit, InstructEdit, Patch, Probe
 from reknow.cli import app
-from reknow.editors import Editor
 from reknow.errors import InputError
-from reknow.gradients import flat_factors
 from reknow.instructions import load_families
 from reknow.instructions.gradients import gradient_study
 from reknow.instructions.studies import Size, gain, run_study
 from reknow.instructions.trial import Material
-from reknow.lessons import lessons
+from reknow.learning.editors import Editor
+from reknow.learning.gradients import flat_factors
+from reknow.learning.lessons import lessons
+from reknow.learning.training import Training, in_turn
+from reknow.learning.transform import new_network, transformed
 from reknow.tokens import Text
-from reknow.training import Training, in_turn
-from reknow.transform import new_network, transformed
 from test_llm import serve  # noqa: F401, a fixture
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")

@@ -10,7 +10,7 @@ import torch
 from conftest import make_lm
 from reknow import FT, Edit
 from reknow.errors import InputError
-from reknow.evaluate.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratios
+from reknow.evaluation.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratios
 from reknow.tokens import Text
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from reknow.errors import InputError
-from reknow.evaluate import metrics
-from reknow.evaluate.metrics import Reading, case_metrics, generated
-from reknow.evaluate.results import summarise
+from reknow.evaluation import metrics
+from reknow.evaluation.metrics import Reading, case_metrics, generated
+from reknow.evaluation.results import summarise
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import make_lm, some_patch
-from reknow.embedding import embed
 from reknow.errors import InputError, MissingExtra
-from reknow.nearest import Nearest
+from reknow.retrieval.embedding import embed
+from reknow.retrieval.nearest import Nearest
 from reknow.tokens import Text
 
 TEXTS = ["I know Danielle Darrieux", "The capital of Peru is", "Who is Zoë Übel ? She is", "Lima"]

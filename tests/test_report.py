@@ -11,7 +11,7 @@ import pytest
 from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
 from reknow.errors import InputError
-from reknow.evaluate import Plan, Results, bench
+from reknow.evaluation import Plan, Results, bench
 from reknow.report import write_report
 
 METHODS = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak <b>": FT(layer=2, steps=1)}

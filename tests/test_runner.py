@@ -17,10 +17,10 @@ import torch
 from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
 from reknow.errors import EditFailed, InputError
-from reknow.evaluate import Plan, Results, bench, evaluate
-from reknow.evaluate.metrics import PROTOCOLS, Reading, case_metrics
-from reknow.evaluate.rows import BEFORE_KEY, ROW_KEY, Rows
-from reknow.evaluate.runner import _named, _Run
+from reknow.evaluation import Plan, Results, bench, evaluate
+from reknow.evaluation.metrics import PROTOCOLS, Reading, case_metrics
+from reknow.evaluation.rows import BEFORE_KEY, ROW_KEY, Rows
+from reknow.evaluation.runner import _named, _Run
 from reknow.methods.base import Method, weights_patch
 from reknow.patches import Dense
 

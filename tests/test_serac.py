@@ -16,13 +16,13 @@ import torch
 from conftest import bits, make_lm, same, some_patch
 from families import tiny_tokenizer
 from reknow import LM, SERAC, Case, Edit, Patch, Probe
-from reknow.editors import Editor
 from reknow.errors import InputError, PatchError
+from reknow.learning.editors import Editor
+from reknow.learning.training import Training
 from reknow.methods.serac import Modules
-from reknow.scope import Cross, Embedding, calibration, log_in_scope, scope_loss, token_states
-from reknow.scope_training import ScopeCases
+from reknow.retrieval.scope import Cross, Embedding, calibration, log_in_scope, scope_loss, token_states
+from reknow.retrieval.scope_training import ScopeCases
 from reknow.tokens import Text
-from reknow.training import Training
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "serac.json").read_text())
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]

@@ -12,9 +12,9 @@ from reknow import FT, ICE, Case, Edit, Probe
 from reknow.cli.measuring import _methods
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
-from reknow.evaluate import Plan, bench
-from reknow.evaluate.convergence import SHOWN, TARGETS, TEMPERATURES, inside
-from reknow.evaluate.presets import PRESETS, in_turn, thinned
+from reknow.evaluation import Plan, bench
+from reknow.evaluation.convergence import SHOWN, TARGETS, TEMPERATURES, inside
+from reknow.evaluation.presets import PRESETS, in_turn, thinned
 from reknow.methods.ice import consistency
 from reknow.report.convergence import write_convergence
 from reknow.report.study import by_set, write_study

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 from conftest import bits, make_lm, same
 from reknow import KE, LM, MEND, Case, Edit, Patch, Probe, evaluate
 from reknow.cli import app
-from reknow.editors import Editor, case_keys, open_editor
 from reknow.errors import EditFailed, InputError, MissingExtra
+from reknow.learning.editors import Editor, case_keys, open_editor
+from reknow.learning.training import Training, shuffled, split
 from reknow.methods.base import Learned
-from reknow.training import Training, shuffled, split
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
 METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3)
@@ -73,7 +73,7 @@ import sys, torch
 torch.set_num_threads(1)
 from pathlib import Path
 from test_training import run
-import reknow.loop as loop
+import reknow.learning.loop as loop
 if len(sys.argv) > 2:  # stop for good when this many checkpoints are written
     import time
     save, left = loop.Loop._save, [int(sys.argv[2])]

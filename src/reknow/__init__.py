@@ -1,8 +1,6 @@
 """reknow: change what a language model knows, one fact at a time, and prove what changed and what did not."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -11,7 +9,7 @@ if TYPE_CHECKING:
     from reknow.datasets import load_cases, load_edits
     from reknow.edits import Case, Edit, Probe
     from reknow.errors import ReknowError
-    from reknow.evaluate import evaluate
+    from reknow.evaluation import evaluate
     from reknow.lm import LM
     from reknow.methods import METHODS, method
     from reknow.methods.alphaedit import AlphaEdit
@@ -79,7 +77,7 @@ _HOMES = {
     "datasets": ("load_cases", "load_edits"),
     "edits": ("Case", "Edit", "Probe"),
     "errors": ("ReknowError",),
-    "evaluate": ("evaluate",),
+    "evaluation": ("evaluate",),
     "lm": ("LM",),
     "methods": ("METHODS", "method"),
     "methods.alphaedit": ("AlphaEdit",),
@@ -114,14 +112,3 @@ def __getattr__(name: str):
             globals()[name] = getattr(import_module(f"reknow.{home}"), name)
             return globals()[name]
     raise AttributeError(f"module 'reknow' has no attribute '{name}'")
-
-
-class _Package(ModuleType):
-    """Importing the folder `evaluate` must not put it where the function `evaluate` belongs."""
-
-    def __setattr__(self, name: str, value: object):
-        if name != "evaluate" or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reknow.adapter import Conv1D
-from reknow.adapters import base_of, write_adapter
 from reknow.errors import PatchError
 from reknow.files import folder_aside
 from reknow.patches import LowRank, check_weights, factored, merge
+from reknow.peft_folder import base_of, write_adapter
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -154,7 +154,7 @@ class Patch:
         """Writes one safetensors file, or for the LoRA family the folder that `peft` loads; an old one stays until
         the new one is whole."""
         if "adapter" in self.notes:
-            from reknow.adapters import save  # adapters import patches
+            from reknow.peft_folder import save  # adapters import patches
 
             return save(self, path)
         return self.save_file(path)
@@ -172,7 +172,7 @@ class Patch:
             PatchError: there is no such file, or it is not a patch.
         """
         if Path(path).is_dir():
-            from reknow.adapters import is_adapter, load
+            from reknow.peft_folder import is_adapter, load
 
             if is_adapter(path):
                 return load(path)

@@ -84,7 +84,7 @@ def _said(lm: LM, prompts: list[str]) -> list[str]:
 
 def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
     """Compares methods over the cases, prints the tables and writes the report."""
-    from reknow.evaluate import Plan, bench
+    from reknow.evaluation import Plan, bench
     from reknow.report import write_report
 
     quiet = [replace(case, probes=[p for p in case.probes if p.kind != "fluency"]) for case in cases[FLUENT:]]

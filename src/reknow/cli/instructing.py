@@ -80,8 +80,8 @@ def _trial_editor(
     """The editor that is given, or one trained for a minute on the tasks with their first instructions."""
     from reknow.instructions import save_families
     from reknow.instructions.trial import Material
+    from reknow.learning.training import Training
     from reknow.methods.instructedit import InstructEdit
-    from reknow.training import Training
 
     method = InstructEdit(families=None if file is None else str(file), rank=64)
     if editor is not None:

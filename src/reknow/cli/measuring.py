@@ -14,7 +14,7 @@ from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.edits import Case
-    from reknow.evaluate.presets import Preset
+    from reknow.evaluation.presets import Preset
     from reknow.lm import LM
     from reknow.methods.base import Method
 
@@ -57,10 +57,10 @@ def bench(
     no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
-    from reknow.evaluate import Plan
-    from reknow.evaluate import bench as run
-    from reknow.evaluate.convergence import inside
-    from reknow.evaluate.presets import PRESETS, Preset
+    from reknow.evaluation import Plan
+    from reknow.evaluation import bench as run
+    from reknow.evaluation.convergence import inside
+    from reknow.evaluation.presets import PRESETS, Preset
 
     if list_presets:
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
@@ -101,7 +101,7 @@ def bench(
 def _sets(study: Preset, offset: int, shuffle: int | None, knowing: LM | None) -> dict[str, list[Case]]:
     """Name of each run → its cases; only those that the model `knowing` knows, if there is one."""
     from reknow.datasets import load_cases
-    from reknow.evaluate.presets import in_turn, thinned
+    from reknow.evaluation.presets import in_turn, thinned
 
     sets = {}
     for source in study.data.split(","):
@@ -157,9 +157,9 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", help="Another folder for the report.")] = None,
 ) -> None:
     """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
-    from reknow.evaluate import Results
-    from reknow.evaluate.convergence import ROWS_FILE
-    from reknow.evaluate.rows import MANIFEST_FILE
+    from reknow.evaluation import Results
+    from reknow.evaluation.convergence import ROWS_FILE
+    from reknow.evaluation.rows import MANIFEST_FILE
     from reknow.report import write_report
     from reknow.report.convergence import write_convergence
     from reknow.report.study import by_set, write_study

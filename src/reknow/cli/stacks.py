@@ -109,9 +109,9 @@ def export(
     force: Force = False,
 ) -> None:
     """Write an edited model for programs that do not know reknow."""
-    from reknow.adapters import is_adapter
     from reknow.export import export_checkpoint, export_lora
     from reknow.patches import Patch
+    from reknow.peft_folder import is_adapter
 
     if to not in ("hf", "lora"):
         raise did_you_mean("export format", to, ("hf", "lora"))
@@ -153,8 +153,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Say what is in a patch file or a stack folder."""
-    from reknow.adapters import is_adapter
     from reknow.patches import Patch
+    from reknow.peft_folder import is_adapter
 
     if not source.is_dir() or is_adapter(source):
         described = describe(Patch.load(source))
@@ -255,9 +255,9 @@ def _existing(stack: Path) -> tuple[str, list[Patch]]:
 
 
 def _whole(source: Path) -> Patch:
-    from reknow.adapters import is_adapter
     from reknow.patches import Patch
     from reknow.patches import merge as merged
+    from reknow.peft_folder import is_adapter
 
     stack = source.is_dir() and not is_adapter(source)
     return merged(_existing(source)[1]) if stack else Patch.load(source)

@@ -13,8 +13,8 @@ from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.edits import Case
+    from reknow.learning.training import Training
     from reknow.methods.base import Learned
-    from reknow.training import Training
 
 
 def train(
@@ -55,9 +55,9 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
         InputError: a method that does not learn, or a setting of neither.
     """
     from reknow.cli.settings import chosen_method, read_value
+    from reknow.learning.training import Training
     from reknow.methods import METHODS
     from reknow.methods.base import Learned
-    from reknow.training import Training
 
     if name not in METHODS:
         raise did_you_mean("method", name, METHODS)
@@ -80,7 +80,7 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
 
 def _cases(data: list[str], limit: int | None, offset: int, without: list[str]) -> list[Case]:
     from reknow.datasets import load_cases
-    from reknow.editors import case_keys
+    from reknow.learning.editors import case_keys
 
     def load(address: str, **part) -> list[Case]:
         name, _, path = address.partition(":")
@@ -100,7 +100,7 @@ def _own_gpu() -> str | None:
 
 
 def _say_result(method: Learned, out: Path) -> None:
-    from reknow.editors import Editor
+    from reknow.learning.editors import Editor
 
     assert method.editor is not None
     notes = Editor.load(method.editor).notes

@@ -19,7 +19,7 @@ from typing import Any
 from reknow.datasets.reading import Record, read_text
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, did_you_mean
-from reknow.evaluate.rows import write_json
+from reknow.evaluation.rows import write_json
 
 BUNDLED = "instructions.json"
 

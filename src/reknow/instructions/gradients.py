@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from reknow.editors import open_editor
 from reknow.edits import Case
 from reknow.errors import MissingExtra
-from reknow.evaluate.rows import write_json
-from reknow.gradients import flat_factors
+from reknow.evaluation.rows import write_json
 from reknow.instructions.families import load_families
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, reading_cases
+from reknow.learning.editors import open_editor
+from reknow.learning.gradients import flat_factors
+from reknow.learning.transform import new_network
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
 from reknow.tokens import Text
-from reknow.transform import new_network
 
 CASES = 40
 """Of each task."""

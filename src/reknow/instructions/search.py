@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from reknow.errors import InputError
-from reknow.evaluate.rows import Rows, open_manifest
+from reknow.evaluation.rows import Rows, open_manifest
 from reknow.instructions.families import Family, Instruction
 from reknow.instructions.propose import Proposer, usable
 from reknow.llm import NoAnswer

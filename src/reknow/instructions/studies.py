@@ -18,16 +18,16 @@ import numpy as np
 
 from reknow.edits import Case
 from reknow.errors import did_you_mean
-from reknow.evaluate import Plan, bench
-from reknow.evaluate.results import RESAMPLES, summarise
-from reknow.evaluate.rows import write_json
+from reknow.evaluation import Plan, bench
+from reknow.evaluation.results import RESAMPLES, summarise
+from reknow.evaluation.rows import write_json
 from reknow.instructions.families import Family, load_families
 from reknow.instructions.trial import Material, few_probes
+from reknow.learning.training import Training
 from reknow.lm import LM
 from reknow.methods import method
 from reknow.methods.base import Method
 from reknow.methods.instructedit import InstructEdit
-from reknow.training import Training
 
 LEARNED, HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
 TASKS = (*LEARNED, HELD_OUT)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from reknow.datasets import load_cases
 from reknow.edits import Case, Probe
-from reknow.evaluate import evaluate
+from reknow.evaluation import evaluate
 from reknow.instructions.families import Family
 from reknow.lm import LM
 from reknow.methods.base import Method

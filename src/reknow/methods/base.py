@@ -18,8 +18,8 @@ from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
 
 if TYPE_CHECKING:
+    from reknow.learning.training import Training
     from reknow.lm import LM
-    from reknow.training import Training
 
 
 class Method(ABC):

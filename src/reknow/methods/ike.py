@@ -23,11 +23,11 @@ import torch
 from reknow.datasets import load_cases
 from reknow.descent import check_length
 from reknow.edits import Case, Edit, Probe
-from reknow.embedding import embed
 from reknow.errors import InputError
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
-from reknow.nearest import Nearest
 from reknow.patches import Kind, Patch, write_aside
+from reknow.retrieval.embedding import embed
+from reknow.retrieval.nearest import Nearest
 from reknow.tokens import Text
 
 if TYPE_CHECKING:

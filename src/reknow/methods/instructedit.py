@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from reknow.editors import open_editor
 from reknow.edits import Case, Edit
 from reknow.instructions.families import Family, family_of, load_families
+from reknow.learning.editors import open_editor
+from reknow.learning.training import Draw, Training, in_turn, split, train
+from reknow.learning.transform import TransformLearner, last_layers, transformed
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
-from reknow.training import Draw, Training, in_turn, split, train
-from reknow.transform import TransformLearner, last_layers, transformed
 
 if TYPE_CHECKING:
     from reknow.lm import LM

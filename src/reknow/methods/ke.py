@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.adapter import embedding
-from reknow.editors import open_editor
 from reknow.edits import Case, Edit
-from reknow.gradients import as_delta, gradient_factors, matrices
-from reknow.lessons import Exam, Outcome, averaged, bare, lessons
-from reknow.loop import seeded
+from reknow.learning.editors import open_editor
+from reknow.learning.gradients import as_delta, gradient_factors, matrices
+from reknow.learning.lessons import Exam, Outcome, averaged, bare, lessons
+from reknow.learning.loop import seeded
+from reknow.learning.training import Training, split, train
+from reknow.learning.transform import last_layers
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
-from reknow.training import Training, split, train
-from reknow.transform import last_layers
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
-from reknow.adapters import base_of
 from reknow.descent import check_finite, check_length, told
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import LowRank, Patch
+from reknow.peft_folder import base_of
 from reknow.tokens import Row, Text
 from reknow.trace import weight_replaced
 

@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reknow.editors import open_editor
 from reknow.edits import Case, Edit
-from reknow.gradients import RunningNorm, as_delta, flat_factors, matrices
-from reknow.lessons import Exam, averaged, bare, lessons
-from reknow.loop import seeded
+from reknow.learning.editors import open_editor
+from reknow.learning.gradients import RunningNorm, as_delta, flat_factors, matrices
+from reknow.learning.lessons import Exam, averaged, bare, lessons
+from reknow.learning.loop import seeded
+from reknow.learning.training import Training, split, train
+from reknow.learning.transform import last_layers
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
-from reknow.training import Training, split, train
-from reknow.transform import last_layers
 
 if TYPE_CHECKING:
     from reknow.lm import LM

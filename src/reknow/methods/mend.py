@@ -9,7 +9,7 @@ the network reads its factors, one input u and one output gradient δ per token,
 
 Matrices of one shape share the network; s, o and the step size α are each matrix's own. L_edit: NLL of the answer on
 the edit's prompt and on a rewording; L_loc: KL between the model before and after on other facts. The network and its
-training step are in `reknow.transform`, since InstructEdit has the same.
+training step are in `reknow.learning.transform`, since InstructEdit has the same.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from reknow.editors import open_editor
 from reknow.edits import Case, Edit
-from reknow.lessons import bare
+from reknow.learning.editors import open_editor
+from reknow.learning.lessons import bare
+from reknow.learning.training import Training, split, train
+from reknow.learning.transform import TransformLearner, last_layers, transformed
 from reknow.methods.base import Learned, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
-from reknow.training import Training, split, train
-from reknow.transform import TransformLearner, last_layers, transformed
 
 if TYPE_CHECKING:
     from reknow.lm import LM

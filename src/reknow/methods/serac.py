@@ -23,19 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
-from reknow.editors import Editor, open_editor
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
-from reknow.loop import seeded
+from reknow.learning.editors import Editor, open_editor
+from reknow.learning.loop import seeded
+from reknow.learning.training import Training, split, train
 from reknow.memory import Route, versions
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch
-from reknow.nearest import Nearest
 from reknow.patches import Kind, LowRank, Patch
-from reknow.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
-from reknow.scope_training import ScopeLearner
+from reknow.retrieval.nearest import Nearest
+from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
+from reknow.retrieval.scope_training import ScopeLearner
 from reknow.tokens import Text
 from reknow.trace import weight_replaced
-from reknow.training import Training, split, train
 
 if TYPE_CHECKING:
     from reknow.lm import LM, Score

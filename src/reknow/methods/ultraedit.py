@@ -21,8 +21,8 @@ from torch import Tensor
 
 from reknow.edits import Edit
 from reknow.errors import InputError
-from reknow.gradients import RunningNorm, flat_factors
 from reknow.layers import resolve_layers
+from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, Dense, LowRank, Patch
 from reknow.solvers import cholesky, solve

@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluate.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
-from reknow.evaluate.results import Cell, markdown, summarise
-from reknow.evaluate.rows import Rows, read_manifest
+from reknow.evaluation.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
+from reknow.evaluation.results import Cell, markdown, summarise
+from reknow.evaluation.rows import Rows, read_manifest
 from reknow.patches import write_aside
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 

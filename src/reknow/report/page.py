@@ -7,7 +7,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
-from reknow.evaluate.results import Results, stage_label
+from reknow.evaluation.results import Results, stage_label
 from reknow.patches import write_aside
 from reknow.report import plots, tables
 

@@ -10,8 +10,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluate.metrics import PROTOCOLS
-from reknow.evaluate.results import KINDS, UNEDITED, Results, summarise
+from reknow.evaluation.metrics import PROTOCOLS
+from reknow.evaluation.results import KINDS, UNEDITED, Results, summarise
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a6fd1", "#7f7f7f")
 """Okabe & Ito's colours, which people with colour blindness tell apart; two replaced for dark backgrounds."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluate.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, when
+from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, when
 from reknow.patches import write_aside
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png

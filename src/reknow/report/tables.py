@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from reknow.evaluate.metrics import Reading, generated, unchanged_generated
-from reknow.evaluate.results import Results, readings
+from reknow.evaluation.metrics import Reading, generated, unchanged_generated
+from reknow.evaluation.results import Results, readings
 
 MODES = {
     "single": "single: each case by itself on the unedited model",

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reknow.evaluate.metrics import Reading, case_metrics, harmonic_mean
-from reknow.evaluate.rows import BEFORE_FILE, BEFORE_KEY, ROW_KEY, ROWS_FILE, Rows, read_manifest
+from reknow.evaluation.metrics import Reading, case_metrics, harmonic_mean
+from reknow.evaluation.rows import BEFORE_FILE, BEFORE_KEY, ROW_KEY, ROWS_FILE, Rows, read_manifest
 
 RESAMPLES = 1000
 UNEDITED = ("unedited", "before")

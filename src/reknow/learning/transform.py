@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case
-from reknow.gradients import RunningNorm, as_delta, flat_factors, gradient_factors, matrices
 from reknow.layers import resolve_layers
-from reknow.lessons import Exam, Outcome, averaged, lessons
-from reknow.loop import seeded
+from reknow.learning.gradients import RunningNorm, as_delta, flat_factors, gradient_factors, matrices
+from reknow.learning.lessons import Exam, Outcome, averaged, lessons
+from reknow.learning.loop import seeded
 from reknow.patches import Delta
 from reknow.tokens import Text
 

@@ -24,8 +24,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from reknow.errors import InputError, MissingExtra
-from reknow.evaluate.convsent import sentiment_metrics
-from reknow.evaluate.long_text import rouge_l, token_f1, words
+from reknow.evaluation.convsent import sentiment_metrics
+from reknow.evaluation.long_text import rouge_l, token_f1, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""

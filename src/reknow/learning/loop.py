@@ -31,12 +31,12 @@ from torch import Tensor
 
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError, MissingExtra
-from reknow.evaluate.rows import Rows
+from reknow.evaluation.rows import Rows
 from reknow.patches import write_aside
 
 if TYPE_CHECKING:
+    from reknow.learning.training import Draw, Learner, Training
     from reknow.lm import LM
-    from reknow.training import Draw, Learner, Training
 
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
 

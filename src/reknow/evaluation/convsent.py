@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from reknow.evaluate.metrics import Reading
+    from reknow.evaluation.metrics import Reading
 
 WANTED, UNWANTED, OTHER_TOPIC = "wanted", "unwanted", "other_topic"
 

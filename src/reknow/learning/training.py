@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import reknow
-from reknow.editors import EDITOR_FILE, Editor, case_keys
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError
-from reknow.evaluate.rows import cases_digest, open_manifest
-from reknow.loop import CHECKPOINT_FILE, Loop
+from reknow.evaluation.rows import cases_digest, open_manifest
+from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
+from reknow.learning.loop import CHECKPOINT_FILE, Loop
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -14,7 +14,7 @@ from torch import Tensor
 from reknow.descent import Scored, predicted
 from reknow.edits import Case
 from reknow.errors import InputError
-from reknow.gradients import changed, row_changes
+from reknow.learning.gradients import changed, row_changes
 from reknow.tokens import Text
 
 if TYPE_CHECKING:

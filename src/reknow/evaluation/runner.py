@@ -18,12 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import reknow
 from reknow.descent import watched
-from reknow.editors import refuse_seen
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
-from reknow.evaluate.reading import perplexity, read, with_divergence, with_perplexity
-from reknow.evaluate.results import IN_CONTEXT, UNEDITED, Results
-from reknow.evaluate.rows import (
+from reknow.evaluation.reading import perplexity, read, with_divergence, with_perplexity
+from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
+from reknow.evaluation.rows import (
     BEFORE_FILE,
     BEFORE_KEY,
     ROW_KEY,
@@ -33,6 +32,7 @@ from reknow.evaluate.rows import (
     open_manifest,
     write_json,
 )
+from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
 from reknow.patches import Patch
 

@@ -1,6 +1,6 @@
 """Did the edit work, and what else did it change: readings, metrics, runs."""
 
-from reknow.evaluate.results import Results
-from reknow.evaluate.runner import Plan, bench, evaluate
+from reknow.evaluation.results import Results
+from reknow.evaluation.runner import Plan, bench, evaluate
 
 __all__ = ["Plan", "Results", "bench", "evaluate"]

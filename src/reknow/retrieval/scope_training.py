@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from reknow.edits import Case, Edit
-from reknow.embedding import embed
 from reknow.errors import InputError
-from reknow.nearest import Nearest
-from reknow.scope import log_in_scope, scope_loss
+from reknow.retrieval.embedding import embed
+from reknow.retrieval.nearest import Nearest
+from reknow.retrieval.scope import log_in_scope, scope_loss
 from reknow.tokens import Text
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from reknow.edits import Edit
 from reknow.errors import EditFailed
-from reknow.evaluate.rows import Rows, open_manifest
+from reknow.evaluation.rows import Rows, open_manifest
 from reknow.methods.ice import ICE, consistency
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ import torch
 
 from reknow.descent import Scored, predicted
 from reknow.edits import Case, Edit, Probe
-from reknow.evaluate.convsent import OTHER_TOPIC
-from reknow.evaluate.long_text import written_ratios
-from reknow.evaluate.metrics import Reading
+from reknow.evaluation.convsent import OTHER_TOPIC
+from reknow.evaluation.long_text import written_ratios
+from reknow.evaluation.metrics import Reading
 from reknow.lm import LM
 from reknow.patches import Patch
 from reknow.tokens import Text
