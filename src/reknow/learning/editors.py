@@ -96,8 +96,12 @@ class Editor:
             ) from error
 
     def halved(self) -> Editor:
-        """The editor with its numbers in float16, which is half as large; it computes in float32 all the same."""
-        return replace(self, tensors={n: t.half() if t.is_floating_point() else t for n, t in self.tensors.items()})
+        """The editor with its matrices in float16, which is half as large; it computes in float32 all the same.
+
+        Vectors stay: sums of squares among them are too large for float16.
+        """
+        small = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in self.tensors.items()}
+        return replace(self, tensors=small)
 
 
 def open_editor(method: Learned, lm: LM) -> Editor:
