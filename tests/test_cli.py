@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -282,7 +282,7 @@ def test_field_docs_reads_the_docstring_under_a_field():
 
 def test_every_setting_of_every_method_is_explained():
     for name, entry in METHODS.items():
-        assert set(field_docs(entry.method)) == set(entry.method.__dataclass_fields__), name
+        assert set(field_docs(entry.method)) == {field.name for field in fields(entry.method)}, name
         assert METHODS[name].paper in done("methods", name)
 
 

@@ -319,7 +319,7 @@ def test_unke_answers_are_paragraphs_asked_again_part_by_part(tmp_path):
     assert "record 0, field 'sub_answer': expected 2 texts" in refusal(
         load_cases, "unke", path=write(tmp_path, "fewer.json", fewer)
     )
-    assert "no sample is bundled" in refusal(load_cases, "unke")
+    assert "no sample of this data set is bundled" in refusal(load_cases, "unke")
 
 
 def test_a_blank_knowedit_target_is_refused(tmp_path):

@@ -104,7 +104,8 @@ def test_instructions_are_drawn_from_those_for_training():
 
 def test_a_lesson_of_an_instructed_edit_is_also_asked_plainly():
     edit = Edit("{} is in", subject="Lima", target_new="Peru", task="T", instruction="Do it.")
-    (lesson,) = lessons([Case(edit)], random.Random(0))
+    other = Probe("Oslo is in", ("Norway",), "locality", "neighborhood")
+    (lesson,) = lessons([Case(edit, (other,))], random.Random(0))
     assert lesson.edit.prompt == "Task: T\nDescription: Do it.\nInput: Lima is in"
     assert [text.prompt for text in lesson.inside] == [lesson.edit.prompt, "Lima is in"]
 
