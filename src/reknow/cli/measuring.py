@@ -74,7 +74,7 @@ def bench(
     suffix = "" if model == DEMO else f"-{Path(model.rpartition(':')[2]).name}"
     out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
     if study.part == "convergence":
-        inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out)
+        inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out, progress=True)
         return report(out)
     for name, cases in sets.items():
         folder = out / name if len(sets) > 1 else out
