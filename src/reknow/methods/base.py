@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,9 @@ from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
 
 if TYPE_CHECKING:
-    from reknow.learning.training import Training
+    from typing_extensions import Self
+
+    from reknow.learning.training import Draw, Learner, Training
     from reknow.lm import LM
 
 
@@ -54,10 +56,11 @@ class MemoryMethod(Method):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
 class Learned(Method):
     """A method that learns how to edit one model before it can edit it."""
 
-    editor: str | None
+    editor: str | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
 
     @property
@@ -65,7 +68,20 @@ class Learned(Method):
     def training(self) -> Training:
         """How this method is trained where nothing else is asked for."""
 
+    def for_model(self, lm: LM) -> Self:
+        """The settings with which an editor for this model is trained and which it keeps."""
+        return replace(self, editor=None)
+
     @abstractmethod
+    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+        """What is trained, of settings that `for_model` gave; `held` are the cases to validate on."""
+
+    def draw(self, learning: Sequence[Case], training: Training) -> Draw:
+        """Which cases make which micro-batch."""
+        from reknow.learning.training import shuffled
+
+        return shuffled(learning, training)
+
     def fit(
         self,
         lm: LM,
@@ -74,7 +90,7 @@ class Learned(Method):
         training: Training | None = None,
         *,
         progress: bool = False,
-    ) -> Learned:
+    ) -> Self:
         """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
 
         Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
@@ -86,6 +102,15 @@ class Learned(Method):
             InputError: too few cases, or a folder that was started with other arguments.
             EditFailed: the losses are no numbers.
         """
+        from reknow.learning.training import split, train  # which reads cases, as the evaluation of methods does
+
+        training = training or self.training
+        learning, held = split(cases, training)
+        method = self.for_model(lm)
+        with lm.unpatched():
+            learner = method.learner(lm, learning, held, training)
+        path = train(method, lm, learner, learning, held, out, training, method.draw(learning, training), progress)
+        return replace(self, editor=path)
 
 
 def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
