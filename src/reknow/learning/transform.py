@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reknow.edits import Case
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, gradient_factors, matrices
-from reknow.learning.lessons import Exam, Outcome, averaged, lessons
+from reknow.learning.lessons import Outcome, averaged
 from reknow.learning.loop import seeded
 from reknow.patches import Delta
 from reknow.tokens import Text
@@ -112,7 +112,8 @@ class Residual(nn.Module):
         super().__init__()
         rank = min(rank, size)
         self.left = nn.Parameter(torch.zeros(size, rank))  # U
-        self.right = nn.Parameter(torch.randn(rank, size))  # V
+        # Scaled so that Vx is of order 1: then one learning rate moves U and V alike, whatever the size.
+        self.right = nn.Parameter(torch.randn(rank, size) * size**-0.5)  # V
         self.bias = nn.Parameter(torch.zeros(size))
         self.scale = nn.Parameter(torch.ones(modes, size))
         self.shift = nn.Parameter(torch.zeros(modes, size))
@@ -151,7 +152,7 @@ class TransformLearner:
     def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False) -> Outcome:
         """Each group of cases is edited by itself, all groups in one batch, and examined."""
         together = self.settings.edits_together
-        found = lessons(self.prepare(batch, chance), chance, together=together)
+        found = self.settings.lessons(self.prepare(batch, chance), chance, together=together)
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
         flat = {name: one.flat() for name, one in factors.items()}
@@ -161,7 +162,7 @@ class TransformLearner:
         for name, (left, right) in self.module(flat).items():
             spread = factors[name].spread
             changes[name] = (self._grouped(spread(left), len(batch)), self._grouped(spread(right), len(batch)))
-        return Exam(self.lm, found, min(self.module.layers)).read(changes, together=together)
+        return self.settings.exam(self.lm, found).read(changes, together=together)
 
     def _grouped(self, side: Tensor, cases: int) -> Tensor:
         """Factors of the cases that are edited together, in one row. (groups, edits_together · columns, features)"""

@@ -42,6 +42,14 @@ class Method(ABC):
             EditFailed: the computation broke down.
         """
 
+    def own_layers(self, lm: LM) -> list[int] | None:
+        """The layers that it changes where it chooses by itself; None: it does as its fields say, or `suggest_layer`.
+
+        Raises:
+            InputError: it cannot edit this model.
+        """
+        return None
+
 
 class MemoryMethod(Method):
     """A method whose patches leave the weights alone; see `reknow.memory`."""

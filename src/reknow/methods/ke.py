@@ -26,7 +26,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from reknow.adapter import embedding
 from reknow.edits import Case, Edit
 from reknow.learning.gradients import as_delta, gradient_factors, matrices
-from reknow.learning.lessons import Exam, Outcome, averaged, bare, lessons
+from reknow.learning.lessons import Outcome, averaged, bare
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.methods.base import checked, weights_patch
@@ -196,6 +196,6 @@ class _Learner:
         return found | {"loss": found["L_edit"] + DIVERGENCE_WEIGHT * found["L_loc"]}
 
     def _trial(self, batch: Sequence[Case], chance: random.Random) -> Outcome:
-        found = lessons(bare(batch), chance)
+        found = self.method.lessons(bare(batch), chance)
         changes, _ = self.module(self.lm, [case.edit for case in batch], [lesson.edit for lesson in found])
-        return Exam(self.lm, found, min(self.module.layers)).read(changes, smoothing=self.method.smoothing)
+        return self.method.exam(self.lm, found).read(changes, smoothing=self.method.smoothing)

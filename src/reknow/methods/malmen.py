@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from reknow.edits import Case, Edit
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, matrices
-from reknow.learning.lessons import Exam, averaged, bare, lessons
+from reknow.learning.lessons import averaged, bare
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.methods.base import checked, weights_patch
@@ -194,7 +194,7 @@ class _Learner:
         self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, float]]:
         """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
-        found = lessons(bare(batch), chance, together=len(batch))
+        found = self.method.lessons(bare(batch), chance, together=len(batch))
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = flat_factors(self.lm, self.module.names, rows, answers_only=True)
         if learn:
@@ -207,7 +207,7 @@ class _Learner:
         shown: dict[str, float] = {}
         for part in parts:
             share = len(part) / len(found)
-            outcome = Exam(self.lm, part, min(self.module.layers)).read_with(deltas)
+            outcome = self.method.exam(self.lm, part).read_with(deltas)
             if learn:
                 (share * (outcome.edit + self.method.locality_weight * outcome.stay)).backward()
             for name, value in outcome.shown().items():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from reknow.edits import Case
 from reknow.layers import resolve_layers
 from reknow.learning.editors import open_editor
+from reknow.learning.lessons import Exam, Lesson, StayAt, lessons
 from reknow.methods.base import Learned
 
 if TYPE_CHECKING:
@@ -23,8 +27,24 @@ class MatrixEditor(Learned):
     layers: tuple[int, ...] | None = None
     """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
     field that shapes its network."""
+    other_facts: int = 1
+    """Facts of each case that must stay, in training."""
+    stay_at: StayAt = "all"
+    """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
     seed: int = 0
     """Of the network's first weights."""
+
+    def own_layers(self, lm: LM) -> list[int]:
+        return list(self.trained(lm)[0].layers or ())
+
+    def lessons(self, batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
+        """What is to be learned from the cases."""
+        return lessons(batch, chance, together=together, other_facts=self.other_facts)
+
+    def exam(self, lm: LM, found: Sequence[Lesson]) -> Exam:
+        """Their texts, of settings that `for_model` gave."""
+        assert self.layers is not None
+        return Exam(lm, found, min(self.layers), stay_at=self.stay_at)
 
     def for_model(self, lm: LM) -> Self:
         last = tuple(range(max(0, lm.layers - 3), lm.layers))
