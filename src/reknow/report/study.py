@@ -34,8 +34,8 @@ ENOUGH = 0.8
 NOTE = (
     f"Success, rewordings, portability, locality: `{PROTOCOL}`, %; written: success, `generated`. "
     "Fluency: `sampled`, bits × 100. PPL_r: `sampled`, mean of logarithms; beside it `sampled_unshifted`, plain "
-    "mean, as in the script of its authors. † success below 80 %: a model that ignores an edit is fluent, so PPL_r says "
-    "nothing. Seconds: per edit, on a machine as loaded as it was. Means over cases [95 % bootstrap interval]."
+    "mean, as in the script of its authors. † success below 80 %: a model that ignores an edit is fluent, so PPL_r "
+    "says nothing. Seconds: per edit, on a machine as loaded as it was. Means over cases [95 % bootstrap interval]."
 )
 
 
