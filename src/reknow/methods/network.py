@@ -27,9 +27,9 @@ class MatrixEditor(Learned):
     layers: tuple[int, ...] | None = None
     """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
     field that shapes its network."""
-    other_facts: int = 1
+    other_facts: int = 2
     """Facts of each case that must stay, in training."""
-    stay_at: StayAt = "all"
+    stay_at: StayAt = "answer"
     """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
     seed: int = 0
     """Of the network's first weights."""
@@ -71,11 +71,11 @@ class NetworkSettings(MatrixEditor):
     code of neither method does."""
     edits_together: int = 1
     """Edits that are made at once in training."""
-    edit_weight: float = 0.1
+    edit_weight: float = 0.25
     """c_e, of the edit loss against the locality loss."""
-    step_size: float = 1e-3
+    step_size: float = 1e-2
     """α at the start, in units of each matrix's root mean square."""
-    step_size_rate: float = 1e-4
+    step_size_rate: float = 3e-4
     """Learning rate of α, in the same unit."""
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-3
     """Of Adam, for the network."""
