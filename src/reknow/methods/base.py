@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
+from reknow.layers import depth_layer
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
 
@@ -62,6 +63,14 @@ class MemoryMethod(Method):
 
         Called whenever the stack changes, so it moves tensors and runs no model.
         """
+
+
+class BesideMatrix(MemoryMethod):
+    """A memory beside the value matrix of a layer, or of a few, which its versions share."""
+
+    kind: ClassVar[Kind] = "hook"
+    layer: int | None
+    conflict: Literal["update", "refuse"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +161,8 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
         EditFailed: a change is not finite, so nothing is handed out.
     """
     for name, delta in deltas.items():
-        parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,)
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise EditFailed(f"expected a finite change of {name}; got NaN or infinity: lower the learning rate")
+        for part in (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,):
+            _check_finite(f"change of {name}", part)
     return _patch(method, lm, edits, deltas=deltas, **rest)
 
 
@@ -183,6 +191,41 @@ def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) 
     return found
 
 
+class Begun(NamedTuple):
+    """What an edit of a memory beside a matrix starts from."""
+
+    edits: list[Edit]
+    layer: int
+    modules: list[str]
+    """The value matrices of that layer and of those above."""
+    before: list[Patch]
+    """The memory's versions so far."""
+    notes: dict[str, Any]
+    """For the patch: `layer` and `conflicts`."""
+
+
+def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], depth: float, span: int = 1) -> Begun:
+    """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
+
+    Args:
+        depth: of the layer where the method names none, as a share.
+        span: how many layers take part.
+
+    Raises:
+        InputError: see `checked` and `conflicts`; or the memory stands elsewhere.
+    """
+    edits = checked(method, edits, subject=False)
+    clashes = conflicts(method, lm, edits, method.conflict)
+    layer = depth_layer(lm, depth) if method.layer is None else lm.check_layer(method.layer)
+    modules = list(lm.parts.value[layer : layer + span])
+    before = versions(lm.patches, method.name)
+    if before and (there := before[-1].memory["modules"]) != modules:
+        raise InputError(
+            f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer"
+        )
+    return Begun(edits, layer, modules, before, {"layer": layer, "conflicts": clashes})
+
+
 def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
     """The next version of the method's memory on `lm`: what these edits add; `rest` are `memory` and `notes`.
 
@@ -190,11 +233,16 @@ def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dic
         EditFailed: a tensor is not finite, so nothing is handed out.
     """
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise EditFailed(f"expected finite {name} in the memory; got NaN or infinity: lower the learning rate")
+        _check_finite(f"{name} in the memory", tensor)
+    state = {name: tensor.cpu() for name, tensor in state.items()}
     before = versions(lm.patches, method.name)
     follows = before[-1].id if before else None
     return _patch(method, lm, edits, deltas={}, state=state, kind=method.kind, follows=follows, **rest)
+
+
+def _check_finite(what: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise EditFailed(f"expected a finite {what}; got NaN or infinity: lower the learning rate")
 
 
 def _patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:
