@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from reknow.edits import Case
 from reknow.layers import resolve_layers
 from reknow.learning.editors import open_editor
-from reknow.learning.lessons import Exam, Lesson, StayAt, lessons
+from reknow.learning.lessons import Exam, Lesson, MeanOver, StayAt, lessons
 from reknow.methods.base import Learned
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class MatrixEditor(Learned):
     """Facts of each case that must stay, in training."""
     stay_at: StayAt = "answer"
     """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
+    mean_over: MeanOver = "tokens"
+    """What counts alike in the losses: every token, or every text, however long it is."""
     seed: int = 0
     """Of the network's first weights."""
 
@@ -44,7 +46,7 @@ class MatrixEditor(Learned):
     def exam(self, lm: LM, found: Sequence[Lesson]) -> Exam:
         """Their texts, of settings that `for_model` gave."""
         assert self.layers is not None
-        return Exam(lm, found, min(self.layers), stay_at=self.stay_at)
+        return Exam(lm, found, min(self.layers), stay_at=self.stay_at, mean_over=self.mean_over)
 
     def for_model(self, lm: LM) -> Self:
         last = tuple(range(max(0, lm.layers - 3), lm.layers))
