@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Changes = Mapping[str, tuple[Tensor, Tensor]]
 StayAt = Literal["all", "answer"]
+MeanOver = Literal["tokens", "texts"]
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,9 @@ class Outcome:
     """How an exam went."""
 
     edit: Tensor
-    """L_edit: mean NLL of the answers' tokens inside, label-smoothed if asked. Scalar."""
+    """L_edit: mean NLL of the answers inside, label-smoothed if asked. Scalar."""
     stay: Tensor
-    """L_loc: mean KL(before ‖ after) over the tokens outside. Scalar."""
+    """L_loc: mean KL(before ‖ after) outside. Scalar."""
     made: float
     """Share of the rows inside whose every token is the likeliest."""
     kept: float
@@ -131,6 +132,13 @@ class Asked:
                 found.append(scored.log_probs())
         return torch.cat(found)
 
+    def mean(self, values: Tensor, over: MeanOver) -> Tensor:
+        """The mean of a value for each scored place, over all of them or over the texts' means. Scalar."""
+        if over == "tokens":
+            return values.mean()
+        counts = torch.bincount(self.of_row, minlength=self.rows)
+        return (values / counts[self.of_row]).sum() / self.rows
+
 
 class Exam:
     """The texts of some lessons, to be read before and after an edit.
@@ -138,10 +146,11 @@ class Exam:
     Args:
         layer: the lowest that an edit changes. What is read twice runs the blocks below only once.
         stay_at: whether all tokens of the texts outside must stay, or those of their answers.
+        mean_over: what counts alike in the losses, tokens or texts.
     """
 
-    def __init__(self, lm: LM, found: Sequence[Lesson], layer: int, *, stay_at: StayAt = "all"):
-        self._lm = lm
+    def __init__(self, lm: LM, found: Sequence[Lesson], layer: int, *, stay_at: StayAt, mean_over: MeanOver):
+        self._lm, self._over = lm, mean_over
         inside = [(i, text) for i, lesson in enumerate(found) for text in lesson.inside]
         outside = [(i, text) for i, lesson in enumerate(found) for text in lesson.outside]
         self._inside = Asked(lm, inside, None, answers_only=True)
@@ -174,7 +183,8 @@ class Exam:
         same = (after.argmax(1) == self._before.argmax(1)) | ~self._outside.in_answer
         made = _all_of(right, self._inside.of_row, self._inside.rows)
         kept = _all_of(same, self._outside.of_row, self._outside.rows)
-        return Outcome(nll.mean(), divergence.mean(), made, kept)
+        edit, stay = self._inside.mean(nll, self._over), self._outside.mean(divergence, self._over)
+        return Outcome(edit, stay, made, kept)
 
 
 def _of_rows(changes: Changes, group: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

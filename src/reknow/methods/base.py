@@ -69,8 +69,13 @@ class BesideMatrix(MemoryMethod):
     """A memory beside the value matrix of a layer, or of a few, which its versions share."""
 
     kind: ClassVar[Kind] = "hook"
+    depth: ClassVar[float]
+    """Of its layer where none is given, as a share."""
     layer: int | None
     conflict: Literal["update", "refuse"]
+
+    def own_layers(self, lm: LM) -> list[int]:
+        return [depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,11 +209,10 @@ class Begun(NamedTuple):
     """For the patch: `layer` and `conflicts`."""
 
 
-def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], depth: float, span: int = 1) -> Begun:
+def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], span: int = 1) -> Begun:
     """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
 
     Args:
-        depth: of the layer where the method names none, as a share.
         span: how many layers take part.
 
     Raises:
@@ -216,7 +220,7 @@ def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], depth: float, spa
     """
     edits = checked(method, edits, subject=False)
     clashes = conflicts(method, lm, edits, method.conflict)
-    layer = depth_layer(lm, depth) if method.layer is None else lm.check_layer(method.layer)
+    (layer,) = method.own_layers(lm)
     modules = list(lm.parts.value[layer : layer + span])
     before = versions(lm.patches, method.name)
     if before and (there := before[-1].memory["modules"]) != modules:

@@ -42,15 +42,9 @@ class InstructEdit(NetworkSettings):
     editor brings its own."""
     balanced: bool = True
     """The tasks take turns in training; False: they come as often as they have cases."""
-    step_size: float = 1e-2
-    """α at the start, in units of each matrix's root mean square."""
-    step_size_rate: float = 1e-3
-    """Learning rate of α, in the same unit."""
-    learning_rate: float = 1e-4
-    """Of Adam, for the network."""
 
     training: ClassVar[Training] = Training(
-        steps=2000, batch_size=8, clip_norm=100.0, validate_every=200, checkpoint_every=200
+        steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200
     )
 
     @property

@@ -36,7 +36,7 @@ class MEND(NetworkSettings):
     """A network, trained once for a model, that turns an edit's gradient into a change of the weights."""
 
     training: ClassVar[Training] = Training(
-        steps=4000, batch_size=8, clip_norm=100.0, validate_every=250, checkpoint_every=250
+        steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200
     )
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from reknow.edits import Case
 from reknow.layers import resolve_layers
 from reknow.learning.editors import open_editor
-from reknow.learning.lessons import Exam, Lesson, StayAt, lessons
+from reknow.learning.lessons import Exam, Lesson, MeanOver, StayAt, lessons
 from reknow.methods.base import Learned
 
 if TYPE_CHECKING:
@@ -27,10 +27,12 @@ class MatrixEditor(Learned):
     layers: tuple[int, ...] | None = None
     """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
     field that shapes its network."""
-    other_facts: int = 1
+    other_facts: int = 2
     """Facts of each case that must stay, in training."""
-    stay_at: StayAt = "all"
+    stay_at: StayAt = "answer"
     """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
+    mean_over: MeanOver = "tokens"
+    """What counts alike in the losses: every token, or every text, however long it is."""
     seed: int = 0
     """Of the network's first weights."""
 
@@ -44,7 +46,7 @@ class MatrixEditor(Learned):
     def exam(self, lm: LM, found: Sequence[Lesson]) -> Exam:
         """Their texts, of settings that `for_model` gave."""
         assert self.layers is not None
-        return Exam(lm, found, min(self.layers), stay_at=self.stay_at)
+        return Exam(lm, found, min(self.layers), stay_at=self.stay_at, mean_over=self.mean_over)
 
     def for_model(self, lm: LM) -> Self:
         last = tuple(range(max(0, lm.layers - 3), lm.layers))
@@ -71,11 +73,11 @@ class NetworkSettings(MatrixEditor):
     code of neither method does."""
     edits_together: int = 1
     """Edits that are made at once in training."""
-    edit_weight: float = 0.1
+    edit_weight: float = 0.25
     """c_e, of the edit loss against the locality loss."""
-    step_size: float = 1e-3
+    step_size: float = 1e-2
     """α at the start, in units of each matrix's root mean square."""
-    step_size_rate: float = 1e-4
+    step_size_rate: float = 3e-4
     """Learning rate of α, in the same unit."""
-    learning_rate: float = 1e-6
+    learning_rate: float = 1e-3
     """Of Adam, for the network."""
