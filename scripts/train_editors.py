@@ -55,7 +55,8 @@ class Maker:
             for fact in facts if len(objects) > 1 else ():
                 prompts = self.chance.sample(fact.own + fact.wordings, len(fact.own + fact.wordings))
                 new = self.chance.choice([answer for answer in objects if answer != fact.answer])
-                edit = Edit(prompts[0], target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
+                about = dict(target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
+                edit = Edit(prompts[0].replace(fact.subject, "{}", 1), subject=fact.subject, **about)
                 others = [f for f in self.chance.sample(facts, min(len(facts), OTHERS + 1)) if f is not fact]
                 outside = [(self.chance.choice(f.own + f.wordings), f.answer) for f in others]
                 cases.append((fact.subject, self.case(edit, prompts[1 : 1 + REWORDINGS], outside)))
