@@ -3,10 +3,10 @@
     python benchmarks/scope.py --model demo:gpt2 [--editor FOLDER] [--figure FILE.png]
 
 Cases: records 200 to 399 of CounterFact, since the classifier was designed on the 200 before; the bundled editors
-have seen none of either. In scope: both paraphrases of each. Hard negatives: of its ten neighbourhood prompts the five
-nearest to the edit by the model's own states. Same subject: three prompts of other records with this record's subject,
-whose words do not occur in the record. Each pair by itself, and against a memory of all 200 edits, where a paraphrase
-must also find its own edit.
+have seen none of either. In scope: both paraphrases of each. Hard negatives: of its ten neighbourhood prompts the
+five nearest to the edit by the model's own states. Same subject: three prompts of other records with this record's
+subject, whose words do not occur in the record. Each pair by itself, and against a memory of all 200 edits, where a
+paraphrase must also find its own edit.
 """
 
 import argparse
