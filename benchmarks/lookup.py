@@ -2,8 +2,8 @@
 
     python benchmarks/lookup.py [--edits 100000] [--features 64] [--threads 1]
 
-Vectors lie in clusters, as those of edits of one relation do; a question lies close to one of them. Times are CPU time
-of a single question, minimum, median and 95th percentile over 200, without the pass that makes its vector.
+Vectors lie in clusters, as those of edits of one relation do; a question lies close to one of them. Times are CPU
+time of a single question, minimum, median and 95th percentile over 200, without the pass that makes its vector.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def vectors(edits: int, features: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def measured(index: Nearest, questions: torch.Tensor, asked: torch.Tensor) -> tuple[float, float, float, float]:
-    """CPU milliseconds of a look-up of 8: minimum, median, 95th percentile; the share that found the right one first."""
+    """CPU milliseconds of a look-up of 8: least, median, 95th percentile; the share that found the right first."""
     times, right = [], 0
     index.search(questions[:1], 8)
     for question, place in zip(questions, asked, strict=True):
