@@ -2,11 +2,11 @@
 
     python benchmarks/memories.py --out runs/memories --figure docs/figures/memories.png
 
-`1`: facts edited each by itself, means over them. More: in turns of `--turn` edits, each turn a patch on those before.
-First come the facts of CounterFact that the model knows, then the other records. Read are up to `--read` of the edits
-made so far, spread evenly, none of them from record 850 on, where defaults were chosen: every token of the answer
-right, teacher-forced. Times are CPU seconds. The folder keeps a line per point, and the same command goes on where it
-was; a sequence that was killed begins anew.
+`1`: facts edited each by itself, means over them. More: in turns of `--turn` edits, each turn a patch on those
+before. First come the facts of CounterFact that the model knows, then the other records. Read are up to `--read` of
+the edits made so far, spread evenly, none of them from record 850 on, where defaults were chosen: every token of the
+answer right, teacher-forced. Times are CPU seconds. The folder keeps a line per point, and the same command goes on
+where it was; a sequence that was killed begins anew.
 """
 
 import argparse
@@ -131,7 +131,7 @@ class Study:
 
 def table(points) -> str:
     lines = [
-        "| method | edits | reliability | generalization | locality | CPU s per edit | KB per edit | CPU ms per query |",
+        "| method | edits | reliability | generalization | locality | s per edit | KB per edit | ms per query |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for p in points:

@@ -65,7 +65,8 @@ class Maker:
             for fact in facts if len(objects) > 1 else ():
                 prompts = self.chance.sample(texts(fact), len(texts(fact)))
                 new = self.chance.choice([answer for answer in objects if answer != fact.answer])
-                edit = Edit(prompts[0], target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
+                about = dict(target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
+                edit = Edit(prompts[0].replace(fact.subject, "{}", 1), subject=fact.subject, **about)
                 outside = self.neighbours(fact, facts, prompts[0])
                 cases.append((fact.subject, self.case(edit, prompts[1 : 1 + REWORDINGS], outside)))
         return cases

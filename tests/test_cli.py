@@ -95,6 +95,23 @@ def test_a_second_patch_is_made_on_the_stack_and_the_first_comes_off(model):
     assert [p["id"] for p in found["patches"]] == [second.id]
 
 
+def test_a_memory_says_what_it_replaces_and_is_rebuilt_without_it(model):
+    quick = "--method", "grace", "--layer", "1", "--set", "steps=3"
+    done("edit", PROMPT, "English", "--model", model, *quick, "--out", "first.patch")
+    done("apply", "first.patch", "--stack", "mine", "--model", model)
+    again = "edit", PROMPT, "Dutch", "--model", "mine", *quick
+    said = done(*again, "--out", "second.patch")
+    told = "takes the place of a stored edit: The mother tongue of Danielle Darrieux is → English"
+    assert told in said and told in done("show", "second.patch")
+    refused = reknow(*again, "--set", "conflict=refuse", "--out", "third.patch")
+    assert refused.exit_code == 2 and "stored as 'English', got 'Dutch'" in refused.stderr
+    done("apply", "second.patch", "--stack", "mine")
+    assert "--rebuild" in reknow("revert", "first.patch", "--stack", "mine").stderr
+    done("revert", "first.patch", "--stack", "mine", "--rebuild")
+    (patch,) = LM("mine").patches
+    assert patch.edits[0].target_new == "Dutch" and patch.follows is None
+
+
 def test_merge_show_and_diff(model):
     edit(model, "--out", "a.patch")
     edit(model, "--out", "b.patch", prompt="The capital of {Peru} is", target="Paris")

@@ -107,6 +107,7 @@ def _slug(edits: list[Edit]) -> str:
 
 
 def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, as_json: bool) -> None:
+    from reknow.cli.stacks import say_replaced
     from reknow.cost import estimate
     from reknow.effect import control_facts, observe, weight_bits
 
@@ -131,6 +132,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, as_json: bool) -
     _say_answers(edits, before, after)
     _say_controls(facts, before, after)
     _say_weights(lm, patch)
+    say_replaced(patch.notes)
     numbers = sum(p.numel() for p in lm.model.parameters())
     say(f"base model after taking the patch off: {len(bits)} tensors, {numbers:,} numbers, every bit as before")
     say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack FOLDER --model {lm.name}")

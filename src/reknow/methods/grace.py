@@ -49,7 +49,7 @@ class GRACE(BesideMatrix):
 
     layer: int | None = None
     """Layer whose value matrix has the codebook; None: at four fifths of the depth."""
-    epsilon: float = 0.3
+    epsilon: float = 0.9
     """Radius ε of a new key, in units of the distance in that layer between questions of the same wording
     about different subjects."""
     steps: int = 100

@@ -48,7 +48,7 @@ class MELO(BesideMatrix):
     """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
     span: int = 2
     """How many layers, from that one up, have blocks."""
-    radius: float = 0.3
+    radius: float = 1.0
     """Of a new cluster, in units of the distance in that layer between questions of the same wording about
     different subjects (in the paper 0.5, plain)."""
     rank: int = 2
