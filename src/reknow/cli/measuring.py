@@ -220,4 +220,4 @@ def methods(
 def _fields(method: type) -> list[str]:
     """Names of a method's settings, its own before those that it shares with others."""
     own = inspect.get_annotations(method)
-    return [*own, *(field.name for field in fields(method) if field.name not in own)]  # type: ignore[arg-type]
+    return sorted((field.name for field in fields(method)), key=lambda name: name not in own)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ from reknow.evaluation.results import RESAMPLES, summarise
 from reknow.evaluation.rows import write_json
 from reknow.instructions.families import Family, load_families
 from reknow.instructions.trial import Material, few_probes
-from reknow.learning.training import Training
 from reknow.lm import LM
 from reknow.methods import method
 from reknow.methods.base import Method
@@ -195,8 +194,15 @@ def editor_of(
     learner = InstructEdit(**{"rank": size.rank, "families": families, "seed": seed, **entrant.settings})
     cases = [case for task in tasks for case in Material.of(known[task], size.test).training]
     steps = size.steps * len(tasks)
-    training = Training(
-        steps=steps, batch_size=size.batch_size, validation=0, validate_every=steps, checkpoint_every=50, seed=seed
+    training = replace(
+        learner.training,
+        steps=steps,
+        batch_size=size.batch_size,
+        warmup=steps // 10,
+        validation=0,
+        validate_every=steps,
+        checkpoint_every=50,
+        seed=seed,
     )
     say(f"training {place.name}: {steps} updates")
     return learner.fit(lm, cases, place, training, progress=True)
