@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import make_lm
-from reknow import LM, METHODS, Patch, cli
+from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, field_docs, read_value
 
@@ -152,6 +152,11 @@ def test_plan_writes_nothing(model, empty_folder):
     assert "transformer.h.0.mlp.c_proj" in shown and "gradient descent" in shown
     cost = json.loads(done("edit", PROMPT, "English", "--model", model, "--plan", "--json", "--layer", "2"))
     assert cost["layers"] == [2] and {step["what"] for step in cost["steps"]} >= {"covariance of the keys"}
+    lm, plan = LM(model), ["--model", model, "--plan", "--json", "--method"]
+    for method in (UltraEdit(), GRACE()):  # which choose by themselves
+        cost = json.loads(done("edit", PROMPT, "English", *plan, method.name))
+        assert cost["layers"] == method.own_layers(lm) and not cost["guessed"]
+    assert_refused(reknow("edit", PROMPT, "English", *plan, "mend"), "needs an editor")
     assert list(empty_folder.iterdir()) == []
 
 

@@ -75,7 +75,7 @@ def edit(
     lm = open_lm(model, dtype, device, chat)
     lm.computes_statistics = not no_stats
     if plan:
-        cost = estimate(lm, asdict(chosen), edits)  # type: ignore[arg-type]
+        cost = estimate(lm, chosen, edits)
         return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
     _edit(lm, chosen, edits, out, as_json)
 
@@ -112,7 +112,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, as_json: bool) -
     from reknow.effect import control_facts, observe, weight_bits
 
     bits = weight_bits(lm.model)
-    if estimate(lm, asdict(method), edits).guessed:  # type: ignore[arg-type]
+    if estimate(lm, method, edits).guessed:
         warn("no layer given: one is chosen by trial edits, once for this model; --layer N is quicker")
     started = time.perf_counter()
     patch = method.edit(lm, edits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -19,7 +19,9 @@ from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
 
 if TYPE_CHECKING:
-    from reknow.learning.training import Training
+    from typing_extensions import Self
+
+    from reknow.learning.training import Draw, Learner, Training
     from reknow.lm import LM
 
 
@@ -40,6 +42,14 @@ class Method(ABC):
             EditFailed: the computation broke down.
         """
 
+    def own_layers(self, lm: LM) -> list[int] | None:
+        """The layers that it changes where it chooses by itself; None: it does as its fields say, or `suggest_layer`.
+
+        Raises:
+            InputError: it cannot edit this model.
+        """
+        return None
+
 
 class MemoryMethod(Method):
     """A method whose patches leave the weights alone; see `reknow.memory`."""
@@ -59,14 +69,20 @@ class BesideMatrix(MemoryMethod):
     """A memory beside the value matrix of a layer, or of a few, which its versions share."""
 
     kind: ClassVar[Kind] = "hook"
+    depth: ClassVar[float]
+    """Of its layer where none is given, as a share."""
     layer: int | None
     conflict: Literal["update", "refuse"]
 
+    def own_layers(self, lm: LM) -> list[int]:
+        return [depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)]
 
+
+@dataclass(frozen=True, kw_only=True)
 class Learned(Method):
     """A method that learns how to edit one model before it can edit it."""
 
-    editor: str | None
+    editor: str | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
 
     @property
@@ -74,7 +90,20 @@ class Learned(Method):
     def training(self) -> Training:
         """How this method is trained where nothing else is asked for."""
 
+    def for_model(self, lm: LM) -> Self:
+        """The settings with which an editor for this model is trained and which it keeps."""
+        return replace(self, editor=None)
+
     @abstractmethod
+    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+        """What is trained, of settings that `for_model` gave; `held` are the cases to validate on."""
+
+    def draw(self, learning: Sequence[Case], training: Training) -> Draw:
+        """Which cases make which micro-batch."""
+        from reknow.learning.training import shuffled
+
+        return shuffled(learning, training)
+
     def fit(
         self,
         lm: LM,
@@ -83,7 +112,7 @@ class Learned(Method):
         training: Training | None = None,
         *,
         progress: bool = False,
-    ) -> Learned:
+    ) -> Self:
         """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
 
         Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
@@ -95,6 +124,15 @@ class Learned(Method):
             InputError: too few cases, or a folder that was started with other arguments.
             EditFailed: the losses are no numbers.
         """
+        from reknow.learning.training import split, train  # which reads cases, as the evaluation of methods does
+
+        training = training or self.training
+        learning, held = split(cases, training)
+        method = self.for_model(lm)
+        with lm.unpatched():
+            learner = method.learner(lm, learning, held, training)
+        path = train(method, lm, learner, learning, held, out, training, method.draw(learning, training), progress)
+        return replace(self, editor=path)
 
 
 def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
@@ -136,6 +174,21 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
 def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) -> list[dict[str, str]]:
     """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
 
+    Raises:
+        InputError: see `settled`.
+    """
+    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
+    found = [
+        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
+        for edit in edits
+        if stored.get(edit.text, edit.target_new) != edit.target_new
+    ]
+    return settled(method, found, wanted)
+
+
+def settled(method: MemoryMethod, clashes: list[dict[str, str]], wanted: str) -> list[dict[str, str]]:
+    """Stored edits (prompt, old) that get another answer (new), if that is wanted.
+
     Args:
         wanted: "update" lets the new edit stand, "refuse" does not.
 
@@ -144,18 +197,13 @@ def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) 
     """
     if wanted not in ("update", "refuse"):
         raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
-    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
-    found = [
-        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
-        for edit in edits
-        if stored.get(edit.text, edit.target_new) != edit.target_new
-    ]
-    if found and wanted == "refuse":
+    if clashes and wanted == "refuse":
+        prompt, old, new = (clashes[0][key] for key in ("prompt", "old", "new"))
         raise InputError(
-            f"expected edits that agree with the {method.name} memory; {found[0]['prompt']!r} is stored as "
-            f"{found[0]['old']!r}, got {found[0]['new']!r}: rebuild without the old edit, or set conflict to update"
+            f"expected edits that agree with the {method.name} memory; {prompt!r} is stored as {old!r}, got {new!r}: "
+            "rebuild without the old edit, or set conflict to update"
         )
-    return found
+    return clashes
 
 
 class Begun(NamedTuple):
@@ -171,11 +219,10 @@ class Begun(NamedTuple):
     """For the patch: `layer` and `conflicts`."""
 
 
-def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], depth: float, span: int = 1) -> Begun:
+def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], span: int = 1) -> Begun:
     """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
 
     Args:
-        depth: of the layer where the method names none, as a share.
         span: how many layers take part.
 
     Raises:
@@ -183,7 +230,7 @@ def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], depth: float, spa
     """
     edits = checked(method, edits, subject=False)
     clashes = conflicts(method, lm, edits, method.conflict)
-    layer = depth_layer(lm, depth) if method.layer is None else lm.check_layer(method.layer)
+    (layer,) = method.own_layers(lm)
     modules = list(lm.parts.value[layer : layer + span])
     before = versions(lm.patches, method.name)
     if before and (there := before[-1].memory["modules"]) != modules:

@@ -74,12 +74,15 @@ class CaliNet(BesideMatrix):
     def name(self) -> str:
         return "calinet"
 
+    def own_layers(self, lm: LM) -> list[int]:
+        return [depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)]
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         clashes = conflicts(self, lm, edits, self.conflict)
         if self.slots is not None and self.slots < 1:
             raise InputError(f"expected at least one slot; got {self.slots}: raise slots")
-        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
+        (layer,) = self.own_layers(lm)
         texts = [Text(text, edit.target_new) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)
         reader, writer = lm.parts.up[layer][0], lm.parts.value[layer]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ DEPTH = 0.8
 @dataclass(frozen=True)
 class DEFER(BesideMatrix):
     """A gate and a linear map beside one value matrix, trained edit by edit."""
+
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix is deferred from; None: at four fifths of the depth."""
@@ -65,7 +67,7 @@ class DEFER(BesideMatrix):
         return "defer"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits, DEPTH)
+        edits, layer, modules, before, notes = begun(self, lm, edits)
         if before:
             gate = self.memory(lm, before)
         else:

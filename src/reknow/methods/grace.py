@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ Replacement = Literal["prompt", "last", "before"]
 @dataclass(frozen=True)
 class GRACE(BesideMatrix):
     """A codebook of edits beside one value matrix."""
+
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix has the codebook; None: at four fifths of the depth."""
@@ -77,7 +79,7 @@ class GRACE(BesideMatrix):
         return "grace"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits, DEPTH)
+        edits, layer, modules, before, notes = begun(self, lm, edits)
         book = self.memory(lm, before) if before else Codebook.empty(lm, modules[0], self.replacement)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
         keys, outputs = prompt_states(lm, rows, book.module)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ SAME = 1e-3
 @dataclass(frozen=True)
 class MELO(BesideMatrix):
     """LoRA blocks beside value matrices, looked up by the prompt."""
+
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
@@ -69,7 +71,7 @@ class MELO(BesideMatrix):
         return "melo"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits, DEPTH, self.span)
+        edits, layer, modules, before, notes = begun(self, lm, edits, self.span)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
         keys, _ = prompt_states(lm, rows, modules[0])
         first = sum(patch.memory["opened"] for patch in before)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ DEPTH = 0.85
 @dataclass(frozen=True)
 class WISE(BesideMatrix):
     """A side memory beside one value matrix, and routing by activation."""
+
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix has a side memory; None: deep in the model."""
@@ -90,7 +92,7 @@ class WISE(BesideMatrix):
         return "wise-retrieve" if self.retrieve else "wise"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits, DEPTH)
+        edits, layer, modules, before, notes = begun(self, lm, edits)
         shape, stored = lm.weight(modules[0]).shape, sum(len(patch.edits) for patch in before)
         shards = _shards(before, shape)
         state: dict[str, Tensor] = {}
