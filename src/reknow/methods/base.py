@@ -174,6 +174,21 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
 def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) -> list[dict[str, str]]:
     """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
 
+    Raises:
+        InputError: see `settled`.
+    """
+    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
+    found = [
+        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
+        for edit in edits
+        if stored.get(edit.text, edit.target_new) != edit.target_new
+    ]
+    return settled(method, found, wanted)
+
+
+def settled(method: MemoryMethod, clashes: list[dict[str, str]], wanted: str) -> list[dict[str, str]]:
+    """Stored edits (prompt, old) that get another answer (new), if that is wanted.
+
     Args:
         wanted: "update" lets the new edit stand, "refuse" does not.
 
@@ -182,18 +197,13 @@ def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) 
     """
     if wanted not in ("update", "refuse"):
         raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
-    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
-    found = [
-        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
-        for edit in edits
-        if stored.get(edit.text, edit.target_new) != edit.target_new
-    ]
-    if found and wanted == "refuse":
+    if clashes and wanted == "refuse":
+        prompt, old, new = (clashes[0][key] for key in ("prompt", "old", "new"))
         raise InputError(
-            f"expected edits that agree with the {method.name} memory; {found[0]['prompt']!r} is stored as "
-            f"{found[0]['old']!r}, got {found[0]['new']!r}: rebuild without the old edit, or set conflict to update"
+            f"expected edits that agree with the {method.name} memory; {prompt!r} is stored as {old!r}, got {new!r}: "
+            "rebuild without the old edit, or set conflict to update"
         )
-    return found
+    return clashes
 
 
 class Begun(NamedTuple):

@@ -28,7 +28,7 @@ from reknow.learning.editors import Editor, open_editor
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.memory import Route, versions
-from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch
+from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch, settled
 from reknow.patches import Kind, LowRank, Patch
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
@@ -80,10 +80,9 @@ class SERAC(Learned, MemoryMethod):
     def __post_init__(self):
         if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")):
             raise InputError(f"expected a template with {{edit}}, {{answer}} and {{input}}; got {self.template!r}")
-        if self.conflict not in ("update", "refuse") or self.classifier not in ("embedding", "cosine", "cross"):
+        if self.classifier not in ("embedding", "cosine", "cross"):
             raise InputError(
-                "expected conflict among update, refuse and classifier among embedding, cosine, cross; got "
-                f"{self.conflict!r} and {self.classifier!r}: choose one"
+                f"expected classifier among embedding, cosine, cross; got {self.classifier!r}: choose one"
             )
         if not 0 < self.threshold < 1 or self.candidates < 1 or self.rank < 1 or self.size % self.queries:
             raise InputError(
@@ -116,11 +115,7 @@ class SERAC(Learned, MemoryMethod):
         keys = modules.embed(texts)
         clashes = EditMemory(lm, stored).conflicts(edits) if stored else []
         told = [{"prompt": edit.text, "old": edit.target_new, "new": new} for _, edit, new in clashes]
-        if told and self.conflict == "refuse":
-            raise InputError(
-                f"expected edits that agree with the serac memory; {told[0]['prompt']!r} is stored as "
-                f"{told[0]['old']!r}, got {told[0]['new']!r}: rebuild without the old edit, or set conflict to update"
-            )
+        settled(self, told, self.conflict)
         with lm.unpatched(), torch.no_grad():
             asked = [Text(self.question(edit, edit.text), edit.target_new) for edit in edits]
             parts = [modules.answers(asked[start : start + TEXTS]) for start in range(0, len(asked), TEXTS)]
