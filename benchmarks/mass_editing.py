@@ -49,9 +49,7 @@ class Study:
     def editor(self, name):
         fields = method(name).__dataclass_fields__
         place = {"layers": (self.layer,)} if "layers" in fields else {"layer": self.layer}
-        # PMET's search is read with attention's addition, which is not written: there it would end too early.
-        stop = 1.0 if name == "pmet" else self.args.stop_probability
-        return method(name, **place, stop_probability=stop)
+        return method(name, **place)
 
     def has(self, name, mode, facts):
         return any((p["method"], p["mode"], p["facts"]) == (name, mode, facts) for p in self.points)
@@ -149,7 +147,6 @@ def main():
     parser.add_argument("--turn", type=int, default=10, help="facts per patch in the sequence")
     parser.add_argument("--every", type=int, default=50, help="facts after which the sequence is read")
     parser.add_argument("--read", type=int, default=50, help="facts that are read at a point, about")
-    parser.add_argument("--stop-probability", type=float, default=0.9)
     parser.add_argument("--methods", nargs="+", default=list(COLOURS))
     parser.add_argument("--figure")
     args = parser.parse_args()

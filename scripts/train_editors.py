@@ -2,10 +2,12 @@
 
     python scripts/train_editors.py --family gpt2 --method mend --data DATA --run runs/mend --out mend.safetensors
 
-They learn from four kinds of cases, none of which has a subject or a prompt of the bundled samples, on which editors
+They learn from three kinds of cases, none of which has a subject or a prompt of the bundled samples, on which editors
 are measured: facts that the demo model knows, in several of their wordings, with other known facts of the relation
-that must stay; CounterFact in EasyEdit's form, whose rewording is often none and is replaced by one of the relation;
-and zsRE, from MEND's file and from KnowEdit. DATA is the folder that scripts/train_demo_model.py takes.
+that must stay, first those of the same old answer, half of them in the wording of the edit; CounterFact in EasyEdit's
+form, whose rewording is often none and is replaced by one of the relation; and zsRE, from MEND's files and from
+KnowEdit. The neighbours in the first records of CounterFact are left out too, so that their locality is that of facts
+which no lesson protected. DATA is the folder that scripts/train_demo_model.py takes.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from demo_facts import Sizes, collect_facts, relation_wordings
+from demo_facts import Fact, Sizes, collect_facts, relation_wordings
 from reknow import LM, Case, Edit, Probe, load_cases
 from reknow.cli.training import settled
 from reknow.datasets import sample_text
@@ -24,8 +26,15 @@ from reknow.learning.editors import Editor, case_keys
 
 MEASURED = ("counterfact", "counterfact-easyedit", "zsre", "knowedit-zsre")
 """Bundled samples whose subjects and prompts are left out."""
-REWORDINGS, OTHERS = 3, 4
-"""How many of each a case has; a lesson draws one."""
+SHOWN = 150
+"""Records of CounterFact whose neighbours are left out, from the first."""
+REWORDINGS, NEAR, OTHERS = 3, 6, 8
+"""How many rewordings a case has, other facts of the same old answer at most, and other facts in all."""
+
+
+def texts(fact: Fact) -> tuple[str, ...]:
+    """All prompts with which a fact was trained."""
+    return fact.own + fact.wordings
 
 
 class Maker:
@@ -45,21 +54,34 @@ class Maker:
 
     def known(self) -> list[Case]:
         """Facts of the demo models' training text, each with another object of its relation."""
+        shown = {probe.prompt for case in load_cases("counterfact")[:SHOWN] for probe in case.probes}
         relations = defaultdict(list)
         for fact in collect_facts(self.data, Sizes())[0]:
-            if fact.relation in self.wordings and len(fact.own + fact.wordings) > 1:
+            if fact.relation in self.wordings and len(texts(fact)) > 1 and shown.isdisjoint(texts(fact)):
                 relations[fact.relation].append(fact)
         cases = []
         for relation, facts in sorted(relations.items()):
             objects = sorted({fact.answer for fact in facts})
             for fact in facts if len(objects) > 1 else ():
-                prompts = self.chance.sample(fact.own + fact.wordings, len(fact.own + fact.wordings))
+                prompts = self.chance.sample(texts(fact), len(texts(fact)))
                 new = self.chance.choice([answer for answer in objects if answer != fact.answer])
-                edit = Edit(prompts[0], target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
-                others = [f for f in self.chance.sample(facts, min(len(facts), OTHERS + 1)) if f is not fact]
-                outside = [(self.chance.choice(f.own + f.wordings), f.answer) for f in others]
+                about = dict(target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
+                edit = Edit(prompts[0].replace(fact.subject, "{}", 1), subject=fact.subject, **about)
+                outside = self.neighbours(fact, facts, prompts[0])
                 cases.append((fact.subject, self.case(edit, prompts[1 : 1 + REWORDINGS], outside)))
         return cases
+
+    def neighbours(self, fact: Fact, facts: list[Fact], prompt: str) -> list[tuple[str, str]]:
+        """(prompt, answer) of other facts of the relation."""
+        alike = [f for f in facts if f.answer == fact.answer and f is not fact]
+        others = [f for f in facts if f.answer != fact.answer]
+        near = self.chance.sample(alike, min(len(alike), NEAR))
+        found = near + self.chance.sample(others, min(len(others), OTHERS - len(near)))
+        same = [prompt.replace(fact.subject, f.subject) for f in found]
+        return [
+            (text if text in texts(f) and self.chance.random() < 0.5 else self.chance.choice(texts(f)), f.answer)
+            for f, text in zip(found, same, strict=True)
+        ]
 
     def counterfact(self, limit: int) -> list[Case]:
         """CounterFact of EasyEdit's training split, with wordings of the relation in place of its rewording."""
@@ -77,7 +99,8 @@ class Maker:
 
     def questions(self) -> list[Case]:
         """zsRE as it is."""
-        cases = load_cases("zsre", path=self.data / "zsre/zsre_mend_train-1k.json")
+        files = ("zsre_mend_train-1k.json", "zsre_mend_eval_portability_gpt4.json")
+        cases = [case for file in files for case in load_cases("zsre", path=self.data / "zsre" / file)]
         cases += load_cases("knowedit-zsre", path=self.data / "knowedit/ZsRE-test-all.json")
         return [(case.edit.subject, case) for case in cases]
 
@@ -96,7 +119,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--run", type=Path, required=True, help="folder of the training; the same one takes it up")
     parser.add_argument("--out", type=Path, help="file of the editor, in float16")
-    parser.add_argument("--counterfact", type=int, default=3000, help="how many of its cases")
+    parser.add_argument("--counterfact", type=int, default=1500, help="how many of its cases")
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the method or the training")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -17,7 +17,7 @@ NAMES = ("Danielle", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple
 ANSWERS = ("of", "in", "is", "The", "and", "by")
 SETTINGS: dict[str, dict] = {
     "mend": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
-    "instructedit": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
+    "instructedit": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0, seed=1),
     "malmen": dict(rank=16, layers=(1, 2), learning_rate=3e-3),
     "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, hidden=32, read_width=16),
     "serac": dict(size=16, learning_rate=1e-2),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from conftest import make_lm
-from reknow import LM, METHODS, Patch, cli
+from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, field_docs, read_value
 
@@ -95,6 +95,23 @@ def test_a_second_patch_is_made_on_the_stack_and_the_first_comes_off(model):
     assert [p["id"] for p in found["patches"]] == [second.id]
 
 
+def test_a_memory_says_what_it_replaces_and_is_rebuilt_without_it(model):
+    quick = "--method", "grace", "--layer", "1", "--set", "steps=3"
+    done("edit", PROMPT, "English", "--model", model, *quick, "--out", "first.patch")
+    done("apply", "first.patch", "--stack", "mine", "--model", model)
+    again = "edit", PROMPT, "Dutch", "--model", "mine", *quick
+    said = done(*again, "--out", "second.patch")
+    told = "takes the place of a stored edit: The mother tongue of Danielle Darrieux is → English"
+    assert told in said and told in done("show", "second.patch")
+    refused = reknow(*again, "--set", "conflict=refuse", "--out", "third.patch")
+    assert refused.exit_code == 2 and "stored as 'English', got 'Dutch'" in refused.stderr
+    done("apply", "second.patch", "--stack", "mine")
+    assert "--rebuild" in reknow("revert", "first.patch", "--stack", "mine").stderr
+    done("revert", "first.patch", "--stack", "mine", "--rebuild")
+    (patch,) = LM("mine").patches
+    assert patch.edits[0].target_new == "Dutch" and patch.follows is None
+
+
 def test_merge_show_and_diff(model):
     edit(model, "--out", "a.patch")
     edit(model, "--out", "b.patch", prompt="The capital of {Peru} is", target="Paris")
@@ -135,6 +152,11 @@ def test_plan_writes_nothing(model, empty_folder):
     assert "transformer.h.0.mlp.c_proj" in shown and "gradient descent" in shown
     cost = json.loads(done("edit", PROMPT, "English", "--model", model, "--plan", "--json", "--layer", "2"))
     assert cost["layers"] == [2] and {step["what"] for step in cost["steps"]} >= {"covariance of the keys"}
+    lm, plan = LM(model), ["--model", model, "--plan", "--json", "--method"]
+    for method in (UltraEdit(), GRACE()):  # which choose by themselves
+        cost = json.loads(done("edit", PROMPT, "English", *plan, method.name))
+        assert cost["layers"] == method.own_layers(lm) and not cost["guessed"]
+    assert_refused(reknow("edit", PROMPT, "English", *plan, "mend"), "needs an editor")
     assert list(empty_folder.iterdir()) == []
 
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from reknow import LM, load_cases, method
+from reknow.effect import known_cases
+
 MODELS = Path(__file__).parents[1] / "src/reknow/assets/models"
 KNOWN = {
     "The mother tongue of Danielle Darrieux is": " French",
@@ -51,3 +54,15 @@ def test_small_and_described(demo):
     assert "## Data and licences" in (folder / "README.md").read_text(encoding="utf-8")
     records = json.loads((folder / "known.json").read_text(encoding="utf-8"))["counterfact/rewrite"]
     assert set(records["known"]) <= set(records["trained"])
+
+
+@pytest.mark.slow
+def test_half_precision_edits_like_full_precision():
+    """The system is solved in float64 whatever the weights are; every fact that float32 changes is changed too."""
+    edits = [case.edit for case in known_cases(LM.demo("gpt2"), load_cases("counterfact", limit=10))[:6]]
+    settings = {"stop_probability": 0.9, "context_groups": ((2, 3),), "covariance_tokens": 5000}
+    for dtype in ("float32", "bfloat16", "float16"):
+        lm = LM.demo("gpt2", dtype=dtype)
+        with lm.patched(method("memit", layers=(0,), **settings).edit(lm, edits)):
+            scores = lm.score([edit.text for edit in edits], [edit.target_new for edit in edits])
+        assert [all(score.hits) for score in scores] == [True] * 6, dtype

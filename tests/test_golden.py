@@ -86,6 +86,8 @@ def test_rome_changes_the_logits_as_the_authors_code(models):
         absolute=True,
         learning_rate=0.5,
         decay=0.5,
+        steps=20,
+        stop_probability=1.0,
         context_groups=groups,
         covariance_tokens=0,
         seed=seed,

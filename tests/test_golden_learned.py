@@ -110,7 +110,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     network.names = names  # theirs changes the value matrices only
     network.step = torch.nn.Parameter(torch.zeros(2))
     network.stiffness = torch.nn.Parameter(torch.zeros(2))
-    network._unit = [1.0, 1.0]
+    network.shapes.scale = dict.fromkeys(names, 1.0)
 
     rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
     factors, _ = flat_factors(lm, names, rows, answers_only=True)

@@ -53,6 +53,7 @@ def built(case):
         kl_weight=given["kl_factor"],
         decay=given["v_weight_decay"],
         clamp=given["clamp_norm_factor"],
+        stop_probability=1.0,
     )
     layers = tuple(given["layers"])
     if case["name"].startswith("memit"):

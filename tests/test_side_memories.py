@@ -13,7 +13,7 @@ from conftest import make_lm
 from reknow import DEFER, LM, MELO, CaliNet, Edit
 from reknow.errors import InputError
 from reknow.keys import prompt_states
-from reknow.methods.calinet import assessment
+from reknow.methods.calinet import Slots, assessment, together
 from reknow.methods.defer import Gate
 from reknow.methods.melo import Clusters
 from reknow.tokens import Text
@@ -54,12 +54,12 @@ def test_a_gate_starts_like_a_linear_map():
 
 
 def test_clusters_join_split_and_forget():
-    table = Clusters()
+    table = Clusters(torch.zeros(5, 2))
     a, b = (1,), (2,)
     table.take(torch.tensor([0.0, 0.0]), a, 0, radius=1.0, unit=1.0)
     table.take(torch.tensor([1.8, 0.0]), a, 1, radius=1.0, unit=1.0)
     (one,) = table.found
-    assert one.centre.tolist() == pytest.approx([0.9, 0]) and one.radius == 1.0 and len(one.points) == 2
+    assert table.centres[0].tolist() == pytest.approx([0.9, 0]) and one.radius == 1.0 and len(one.points) == 2
     table.take(torch.tensor([9.0, 0.0]), a, 2, radius=1.0, unit=1.0)
     assert len(table.found) == 2
     table.take(torch.tensor([0.9, 1.0]), b, 3, radius=1.0, unit=1.0)
@@ -103,8 +103,10 @@ def test_slots_learn_all_wordings_and_stand_beside_earlier_ones():
     lm.apply(CaliNet(layer=1).edit(lm, [reworded]))
     assert [s.hits for s in lm.score(["The capital of Peru is", "Peru has the capital"], ["of"] * 2)] == [(True,)] * 2
     lm.apply(CaliNet(layer=2).edit(lm, [edit("Who is Zoë Übel", "in")]))
-    assert len(CaliNet.memory(lm, lm.patches).slots) == 2
     assert lm.score(["Who is Zoë Übel"], ["in"])[0].hits == (True,)
+    lm.apply(CaliNet(layer=2).edit(lm, [edit("Beats Music is", "of")]))
+    slots = together([Slots.of(patch) for patch in lm.patches])
+    assert [len(one.keys) for one in slots] == [4, 8], "those beside one MLP run as one"
     with pytest.raises(InputError, match="at least one slot"):
         CaliNet(slots=0).edit(lm, [reworded])
 

@@ -89,8 +89,9 @@ def test_a_study_is_one_page_over_its_runs(tmp_path):
     cells = runs["one"].cells
     fine, weak = (re.search(rf"^\| {name} \| 2 \|.*$", text, re.M)[0].split(" | ") for name in ("fine", "weak"))
     assert fine[2].startswith(cells["fine", "after_edit", "reliability@teacher_forced_tokens"].number())
+    assert fine[3].startswith(cells["fine", "after_edit", "reliability@generated"].number())
     fluency = cells["fine", "after_edit", "fluency@sampled"].mean
-    assert f"{100 * fluency:.1f}" in fine[5]
+    assert f"{100 * fluency:.1f}" in fine[6]
     assert "†" not in "".join(fine) and "†" in "".join(weak)
 
 

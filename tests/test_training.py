@@ -139,7 +139,7 @@ def test_processes_share_the_micro_batches(tmp_path):
 
 def test_early_stopping_keeps_the_best(tmp_path):
     training = replace(QUICK, steps=60, validate_every=2, patience=2, warmup=0, decay=False)
-    method = run(tmp_path, training=training, learning_rate=0.03)
+    method = run(tmp_path, training=training, learning_rate=0.1)
     notes = Editor.load(method.editor).notes
     losses = [row["validation loss"] for row in notes["log"]]
     assert notes["steps"] < 60 and notes["steps"] - notes["best_step"] == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from reknow.adapter import embedding, shape
@@ -13,6 +13,7 @@ from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+    from reknow.methods.base import Method
 
 FORWARD, TRAIN = 2, 6
 """Floating-point operations per weight and token: of a forward pass; of one with its backward pass."""
@@ -51,14 +52,19 @@ class Cost:
         return sum(step.flops for step in self.steps)
 
 
-def estimate(lm: LM, settings: Mapping[str, Any], edits: Sequence[Edit]) -> Cost:
-    """The cost of making the edits with a method of these settings (its fields).
+def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
+    """The cost of making the edits with a method.
 
-    Reads the fields by the names that methods share: `layer` or `layers`, `steps`, `context_groups`,
+    Reads its fields by the names that methods share: `layer` or `layers`, `steps`, `context_groups`,
     `covariance_tokens`, `batch_size`. Sampled contexts and covariances are kept, so that later edits of the same
     model cost less.
+
+    Raises:
+        InputError: the method cannot edit this model, for want of a trained editor.
     """
-    layers, guessed = _layers(lm, settings)
+    settings = asdict(method)  # type: ignore[call-overload]
+    own = method.own_layers(lm)
+    layers, guessed = _layers(lm, settings) if own is None else (own, False)
     matrices = {lm.parts.value[layer]: shape(lm.model.get_submodule(lm.parts.value[layer])) for layer in layers}
     parameters = sum(p.numel() for p in lm.model.parameters())
     block = sum(p.numel() for p in lm.model.get_submodule(lm.parts.blocks[layers[0]]).parameters())

@@ -195,7 +195,7 @@ class Answers:
             lengths = torch.tensor([len(row.target_ids) for row in here], device=lm.device)
             self._parts.append((torch.tensor(part, device=lm.device), scored, 1 / lengths[scored.of_row]))
 
-    def nll(self, choose: Callable[[Tensor], object]) -> Tensor:
+    def nll(self, choose: Callable[[Tensor], object] = lambda part: None) -> Tensor:
         """Mean negative log-likelihood of each answer's tokens, in nats. (edits,)
 
         Args:
@@ -206,6 +206,30 @@ class Answers:
             choose(part)
             found.append(weights.new_zeros(len(part)).index_add(0, scored.of_row, scored.nll() * weights))
         return torch.cat(found)[torch.cat([part for part, _, _ in self._parts]).argsort()]
+
+
+def descend(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int, done: Callable[[Tensor], bool]
+) -> list[float]:
+    """Takes steps until the losses are `done`; gives their mean before every step.
+
+    Args:
+        loss: computes the losses of the edits as things stand. (edits,)
+        done: told these losses.
+
+    Raises:
+        EditFailed: a loss is not finite.
+    """
+    losses: list[float] = []
+    for _ in range(steps):
+        found = loss()
+        losses.append(check_finite(found.mean()))
+        if done(found.detach()):
+            break
+        optimizer.zero_grad()
+        found.sum().backward()
+        optimizer.step()
+    return losses
 
 
 def predicted(row: Row, first: int) -> list[tuple[int, int]]:

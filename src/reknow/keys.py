@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.datasets import sample_text
+from reknow.datasets import load_facts
 from reknow.edits import Edit
 from reknow.tokens import Row, Text
 from reknow.trace import by_row, recorded
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.values import Site
 
-PIECES, PIECE = 128, 12
-"""How many pieces of plain text, and of how many tokens at most, tell how far apart texts lie."""
+ALIKE = 8
+"""Facts of one wording that tell how far apart such questions lie."""
 
 
 def subject_keys(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str]) -> Tensor:
@@ -50,17 +50,22 @@ def subject_states(lm: LM, edits: Sequence[Edit], layer: int, site: Site) -> Ten
 
 
 def spread(lm: LM, layer: int) -> float:
-    """How far apart unrelated texts lie: root mean square distance between the inputs of the layer's value matrix at
-    the last tokens of pieces of plain text, on the base model. The unit of distances that means the same everywhere.
+    """How far apart questions of the same wording lie: root mean square distance between the inputs of the layer's
+    value matrix at the last tokens of bundled facts that differ in their subjects, on the base model. What a memory
+    has to tell apart; in this unit distances mean much the same in every model.
     """
     memo = ("spread", layer)
     if memo not in lm.memo:
-        cut = [row.ids[:PIECE] for row in lm.encode([Text(text) for text in sample_text()[:PIECES]])]
-        rows = [Row(ids, len(ids)) for ids in cut]
+        alike: dict[str, list[str]] = {}
+        for fact in load_facts("pararel"):
+            alike.setdefault(fact.prompt, []).append(fact.text)
+        groups = [texts[:ALIKE] for texts in alike.values() if len(texts) >= ALIKE]
+        rows = lm.encode([Text(text) for texts in groups for text in texts])
         name = lm.parts.value[layer]
         with lm.unpatched():
-            keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name].double()  # (pieces, in)
-        lm.memo[memo] = (float((2 * keys.var(0).sum()).sqrt()),)
+            keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name].double()
+        apart = keys.view(len(groups), ALIKE, -1).var(1).sum(-1)  # (groups,)
+        lm.memo[memo] = (float((2 * apart.mean()).sqrt()),)
     return lm.memo[memo][0]
 
 

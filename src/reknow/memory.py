@@ -11,7 +11,7 @@ is the prompt (plain text, or the raw Hugging Face model), all of it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -129,11 +129,12 @@ def _opened(args: tuple, kwargs: dict, before: Reading | None, ends: Tensor | No
     return Reading(mask, new, width - mask.flip(1).argmax(1) if ends is None else ends)
 
 
-def on_output(lm: LM, name: str, change: Callable[[Reading, Tensor, Tensor], Tensor]) -> RemovableHandle:
-    """Makes the output of the module `name` what `change(reading, inputs, outputs)` gives.
+Change = Callable[[Reading, Tensor, Tensor], Tensor]
+"""(reading, inputs, outputs) → outputs; (rows, columns, features), of the columns that are new in this pass."""
 
-    Inputs and outputs are (rows, columns, features), of the columns that are new in this pass.
-    """
+
+def on_output(lm: LM, name: str, change: Change) -> RemovableHandle:
+    """Makes the output of the module `name` what `change` says."""
 
     def hook(_module, args, kwargs, output):
         reading, states = lm.reading, first(output)
@@ -145,6 +146,20 @@ def on_output(lm: LM, name: str, change: Callable[[Reading, Tensor, Tensor], Ten
         return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
 
     return lm.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+
+
+class Hooks:
+    """A memory that is nothing but changes of outputs; what is in use while a method learns.
+
+    Args:
+        changes: module → change, see `on_output`.
+    """
+
+    def __init__(self, changes: Mapping[str, Change]):
+        self._changes = changes
+
+    def attach(self, lm: LM) -> list[RemovableHandle]:
+        return [on_output(lm, name, change) for name, change in self._changes.items()]
 
 
 def versions(patches: Sequence[Patch], method: str) -> list[Patch]:

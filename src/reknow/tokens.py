@@ -158,6 +158,17 @@ def pad(rows: Sequence[Row], pad_id: int, *, anchors: Sequence[int] | None = Non
     return Batch(ids.to(device), mask.to(device), starts.to(device), ends.to(device))
 
 
+def even(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices in order of length, in one batch, or in two where that spares a fifth of the padded rectangle."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    longest = lengths[order[-1]]
+    areas = {cut: cut * lengths[order[cut - 1]] + (len(order) - cut) * longest for cut in range(1, len(order))}
+    best = min(areas, key=lambda cut: areas[cut], default=0)
+    if not areas or areas[best] > 0.8 * len(order) * longest:
+        return [order]
+    return [order[:best], order[best:]]
+
+
 def batches(lengths: Sequence[int], *, cached: bool = False) -> list[list[int]]:
     """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens, or
     CACHED_TOKENS."""

@@ -75,7 +75,7 @@ def edit(
     lm = open_lm(model, dtype, device, chat)
     lm.computes_statistics = not no_stats
     if plan:
-        cost = estimate(lm, asdict(chosen), edits)  # type: ignore[arg-type]
+        cost = estimate(lm, chosen, edits)
         return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
     _edit(lm, chosen, edits, out, as_json)
 
@@ -107,11 +107,12 @@ def _slug(edits: list[Edit]) -> str:
 
 
 def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, as_json: bool) -> None:
+    from reknow.cli.stacks import say_replaced
     from reknow.cost import estimate
     from reknow.effect import control_facts, observe, weight_bits
 
     bits = weight_bits(lm.model)
-    if estimate(lm, asdict(method), edits).guessed:  # type: ignore[arg-type]
+    if estimate(lm, method, edits).guessed:
         warn("no layer given: one is chosen by trial edits, once for this model; --layer N is quicker")
     started = time.perf_counter()
     patch = method.edit(lm, edits)
@@ -131,6 +132,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, as_json: bool) -
     _say_answers(edits, before, after)
     _say_controls(facts, before, after)
     _say_weights(lm, patch)
+    say_replaced(patch.notes)
     numbers = sum(p.numel() for p in lm.model.parameters())
     say(f"base model after taking the patch off: {len(bits)} tensors, {numbers:,} numbers, every bit as before")
     say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack FOLDER --model {lm.name}")

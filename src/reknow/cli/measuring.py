@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.edits import Case
+    from reknow.evaluation import Plan
     from reknow.evaluation.presets import Preset
     from reknow.lm import LM
     from reknow.methods.base import Method
@@ -57,31 +58,15 @@ def bench(
     no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
-    from reknow.evaluation import Plan
     from reknow.evaluation import bench as run
     from reknow.evaluation.convergence import inside
-    from reknow.evaluation.presets import PRESETS, Preset
+    from reknow.evaluation.presets import PRESETS
 
     if list_presets:
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
-    if preset is not None and preset not in PRESETS:
-        raise did_you_mean("preset", preset, PRESETS)
-    if full and preset is None:
-        raise InputError("expected --full together with --preset; got no preset: name one, see --list-presets")
-    study = Preset("", ("rome", "ft-m"), limit=LIMIT) if preset is None else PRESETS[preset]
-    study = study._replace(**study.full) if full else study
-    given = {"data": data, "limit": limit}
-    study = study._replace(**{k: v for k, v in given.items() if v is not None})
-    if limit is not None:
-        study = study._replace(limits={name: min(limit, most) for name, most in study.limits.items()})
-    given = {"mode": mode, "batch_size": batch_size, "fluency": fluency, "generate": generate}
-    given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
-    plan = Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
-    own = {method.partition("=")[0]: method for method in study.methods}
-    wanted = [own.get(name.strip(), name) for name in names.split(",")] if names else study.methods
-    labels = {name.partition("=")[0].strip() for name in wanted}
-    kept = [s for s in study.settings if s.partition("=")[0].rpartition(".")[0] in ("", *labels)]
-    chosen = _methods(wanted, [*kept, *settings])
+    study = _study(preset, full, data, limit)
+    plan = _plan(study, checkpoints, seeds, mode=mode, batch_size=batch_size, fluency=fluency, generate=generate)
+    chosen = _chosen(study, names, settings)
     lm = open_lm(model, dtype, device, chat) if known else None
     sets = _sets(study, offset, shuffle, lm)
     lm = lm or open_lm(model, dtype, device, chat)
@@ -89,13 +74,46 @@ def bench(
     suffix = "" if model == DEMO else f"-{Path(model.rpartition(':')[2]).name}"
     out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
     if study.part == "convergence":
-        inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out)
+        inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out, progress=True)
         return report(out)
     for name, cases in sets.items():
         folder = out / name if len(sets) > 1 else out
         results = run(lm, cases, chosen, folder, dataset=name, plan=plan, progress=True)
         say(*([f"== {name}"] if len(sets) > 1 else []), str(results), "", f"run folder: {folder}")
     report(out)
+
+
+def _study(preset: str | None, full: bool, data: str | None, limit: int | None) -> Preset:
+    """The preset, or ROME beside FT-M; `data` and `limit` where they are given."""
+    from reknow.evaluation.presets import PRESETS, Preset
+
+    if preset is not None and preset not in PRESETS:
+        raise did_you_mean("preset", preset, PRESETS)
+    if full and preset is None:
+        raise InputError("expected --full together with --preset; got no preset: name one, see --list-presets")
+    study = Preset("", ("rome", "ft-m"), limit=LIMIT) if preset is None else PRESETS[preset]
+    study = study._replace(**study.full) if full else study
+    study = study if data is None else study._replace(data=data)
+    if limit is None:
+        return study
+    return study._replace(limit=limit, limits={name: min(limit, most) for name, most in study.limits.items()})
+
+
+def _plan(study: Preset, checkpoints: str | None, seeds: str | None, **given: Any) -> Plan:
+    """The study's plan with what is given, not None, in its place."""
+    from reknow.evaluation import Plan
+
+    given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
+    return Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
+
+
+def _chosen(study: Preset, names: str | None, settings: list[str]) -> dict[str, Method]:
+    """Label → method: those named, else the study's, with its settings and then the given ones."""
+    own = {method.partition("=")[0]: method for method in study.methods}
+    wanted = [own.get(name.strip(), name) for name in names.split(",")] if names else study.methods
+    labels = {name.partition("=")[0].strip() for name in wanted}
+    kept = [s for s in study.settings if s.partition("=")[0].rpartition(".")[0] in ("", *labels)]
+    return _methods(wanted, [*kept, *settings])
 
 
 def _sets(study: Preset, offset: int, shuffle: int | None, knowing: LM | None) -> dict[str, list[Case]]:

@@ -63,17 +63,25 @@ def apply(
 
 
 def revert(
-    patches: Annotated[list[str], typer.Argument(help="Ids, or patch files.", show_default=False)], stack: Stack
+    patches: Annotated[list[str], typer.Argument(help="Ids, or patch files.", show_default=False)],
+    stack: Stack,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the later edits of a memory again.")] = False,
 ) -> None:
     """Take patches out of a stack folder, in any order. Their files stay."""
+    from reknow import LM
     from reknow.patches import Patch
     from reknow.stack import save_stack, without_patch
 
     base, active = _existing(stack)
     ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
     rest = tuple(active)
+    lm = LM(str(stack)) if rebuild else None
     for patch_id in ids:
-        rest = without_patch(rest, patch_id)
+        if lm is None:
+            rest = without_patch(rest, patch_id)
+        else:
+            lm.rebuild(without=patch_id)
+            rest = lm.patches
     save_stack(stack, base, rest)
     for patch in active:
         if patch.id in ids:
@@ -209,12 +217,19 @@ def _say_patch(found: dict[str, Any]) -> None:
         say(f"a {found['kind']} memory" + (f", continues {found['follows']}" if found["follows"] else ""))
         tensors = found["memory"]["tensors"].items()
         say_table(["tensor", " size"], [[name, " × ".join(map(str, size)) or "1"] for name, size in tensors])
+    say_replaced(found["notes"])
     say(
         *(
             f"edit: {edit['prompt'].replace('{}', edit.get('subject', '{}'))} → {edit['target_new']}"
             for edit in found["edits"]
         )
     )
+
+
+def say_replaced(notes: dict[str, Any]) -> None:
+    """The stored edits whose place the new ones take."""
+    for clash in notes.get("conflicts", ()):
+        say(f"takes the place of a stored edit: {clash['prompt']} → {clash['old']}")
 
 
 def diff(

@@ -8,14 +8,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reknow.edits import Edit
 from reknow.errors import EditFailed
 from reknow.evaluation.rows import Rows, open_manifest
+from reknow.evaluation.runner import progress_bar
 from reknow.methods.ice import ICE, consistency
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ ROWS_FILE = "inside.jsonl"
 KEY = ("part", "label", "edit")
 
 
-def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path) -> Rows:
+def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path, *, progress: bool = False) -> Rows:
     """Measures all three for the edits, each by itself; started again on the folder, it goes on where it was.
 
     The folder gets `manifest.json` and `inside.jsonl`, a line per part, setting and edit, as returned.
@@ -51,12 +53,15 @@ def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path)
     }
     open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")})
     rows = Rows(out / ROWS_FILE, KEY)
-    _losses(lm, edits, rows)
-    _consistency(lm, edits, methods, rows)
+    total = len(edits) * (len(TARGETS) * len(TEMPERATURES) + 1 + len(methods))
+    with progress_bar(progress, "edits", total, len(rows)) as (advance, _):
+        for row in chain(_losses(lm, edits, rows), _consistency(lm, edits, methods, rows)):
+            rows.add(row)
+            advance()
     return rows
 
 
-def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> None:
+def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> Iterator[dict]:
     """A descent for every edit, target and temperature; the first edit's is watched token by token."""
     for targets in TARGETS:
         for temperature in TEMPERATURES:
@@ -70,13 +75,14 @@ def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> None:
                 try:
                     notes = method.edit(lm, [edit]).notes
                 except EditFailed as failure:
-                    rows.add(row | {"error": str(failure)})
+                    yield row | {"error": str(failure)}
                     continue
                 tokens = {"likeliest": [notes["likeliest"][at] for at in SHOWN]} if tracked else {}
-                rows.add(row | {key: notes[key] for key in ("losses", "answer_losses", "repetitions")} | tokens)
+                yield row | {key: notes[key] for key in ("losses", "answer_losses", "repetitions")} | tokens
 
 
-def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows: Rows) -> None:
+def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows: Rows) -> Iterator[dict]:
+    """The divergence of every edit, before all and after it by each method."""
     for label, method in {UNEDITED: None, **methods}.items():
         for number, edit in enumerate(edits):
             if ("consistency", label, number) in rows:
@@ -85,10 +91,11 @@ def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows
             try:
                 patches = [] if method is None else [method.edit(lm, [edit])]
             except EditFailed as failure:
-                rows.add(row | {"error": str(failure)})
+                yield row | {"error": str(failure)}
                 continue
             with lm.patched(*patches):
-                rows.add(row | {"divergence": consistency(lm, [edit])[0], **_answered(lm, edit)})
+                found = {"divergence": consistency(lm, [edit])[0], **_answered(lm, edit)}
+            yield row | found
 
 
 def _answered(lm: LM, edit: Edit) -> dict:

@@ -155,7 +155,8 @@ class _Run:
         stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
         readings = stages * len(methods) + len(set(self.plan.in_context) & set(methods))
         steps = len(self.cases) * (1 + bool(self.plan.in_context) + len(self.plan.seeds) * readings)
-        with _bar(progress, steps, len(self.before) + len(self.rows)) as (self.advance, self.tell):
+        done = len(self.before) + len(self.rows)
+        with progress_bar(progress, "cases read", steps, done) as (self.advance, self.tell):
             self.read_before()
             for label, method in methods.items():
                 for seed in self.plan.seeds:
@@ -283,12 +284,12 @@ def _blocks(names: list[str], size: int = BLOCK) -> list[list[str]]:
 
 
 @contextmanager
-def _bar(shown: bool, total: int, done: int):
-    """Gives two functions: one moves the progress bar on stderr, if there is one; one puts text beside it."""
+def progress_bar(shown: bool, what: str, total: int, done: int):
+    """Gives two functions: one moves the progress bar on stderr, if it is shown; one puts text beside it."""
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
         TextColumn("{task.fields[now]}"),
     )
     with Progress(*columns, console=Console(file=sys.stderr), disable=not shown) as progress:
-        task = progress.add_task("cases read", total=total, completed=done, now="")
+        task = progress.add_task(what, total=total, completed=done, now="")
         yield lambda: progress.advance(task), lambda text: progress.update(task, now=text)

@@ -13,7 +13,6 @@ from reknow.errors import MissingExtra
 from reknow.evaluation.rows import write_json
 from reknow.instructions.families import load_families
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, reading_cases
-from reknow.learning.editors import open_editor
 from reknow.learning.gradients import flat_factors
 from reknow.learning.transform import new_network
 from reknow.lm import LM
@@ -76,10 +75,8 @@ def gradient_study(
 def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.ndarray:
     """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens
     that predict the answer and scaled to length 1 (the article's L2-scaling). (cases, in)"""
-    editor = open_editor(method, lm)
-    trained = InstructEdit(**{**editor.settings, "layers": tuple(editor.settings["layers"])})
-    network = new_network(trained, lm)
-    network.load_state_dict(editor.tensors)
+    trained, tensors = method.trained(lm)
+    network = new_network(trained, lm, tensors)
     families = load_families(method.families)
     name = lm.parts.up[max(network.layers)][0]
     points = []

@@ -92,6 +92,14 @@ STUDIES: dict[str, Study] = {
         (INSTRUCT, Entrant("InstructEdit, by size", settings={"balanced": False})),
         "InstructEdit, by size",
     ),
+    "lengths": Study(
+        "Every text alike in the loss, or every token: ConvSent's texts are long.",
+        (
+            Entrant("every text", settings={"mean_over": "texts"}),
+            Entrant("every token", settings={"mean_over": "tokens"}),
+        ),
+        "every token",
+    ),
     "scale": Study(
         "Gradients as they are, or every token's scaled to length 1.",
         (INSTRUCT, Entrant("InstructEdit, unit gradients", settings={"unit_gradient": True})),

@@ -49,6 +49,20 @@ def matrices(lm: LM, layers: Sequence[int]) -> list[str]:
     return [name for layer in layers for name in (*lm.parts.up[layer], lm.parts.value[layer])]
 
 
+class Shapes:
+    """Matrices by shape: those of one shape share a network, in which each has a number of its own."""
+
+    def __init__(self, lm: LM, names: Sequence[str]):
+        weights = {name: lm.base_weight(name) for name in names}
+        self.of = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}  # (out, in)
+        self.kind = {name: f"{out}x{inside}" for name, (out, inside) in self.of.items()}
+        alike = {kind: [n for n in names if self.kind[n] == kind] for kind in self.kind.values()}
+        self.number = {name: alike[kind].index(name) for name, kind in self.kind.items()}
+        self.kinds = {kind: (*self.of[alike[kind][0]], len(alike[kind])) for kind in alike}  # (out, in, how many)
+        self.scale = {name: float(weight.float().square().mean().sqrt()) for name, weight in weights.items()}
+        """Root mean square of each matrix, the unit of step sizes."""
+
+
 def gradient_factors(
     lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
 ) -> tuple[dict[str, Factors], float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -15,12 +16,14 @@ from reknow.descent import Scored, predicted
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.gradients import changed, row_changes
-from reknow.tokens import Text
+from reknow.tokens import Text, even
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 Changes = Mapping[str, tuple[Tensor, Tensor]]
+StayAt = Literal["all", "answer"]
+MeanOver = Literal["tokens", "texts"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ def bare(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, edit=replace(case.edit, instruction=None)) for case in cases]
 
 
-def lessons(batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
-    """A lesson of each case. One rewording and one other fact are drawn; the fact of a case that is edited in another
+def lessons(batch: Sequence[Case], chance: random.Random, *, together: int = 1, other_facts: int = 1) -> list[Lesson]:
+    """A lesson of each case. One rewording and `other_facts` are drawn; the fact of a case that is edited in another
     group of `together` cases must stay too.
 
     Raises:
@@ -59,7 +62,7 @@ def lessons(batch: Sequence[Case], chance: random.Random, *, together: int = 1) 
         inside = [Text(own, answer)]
         if rewordings:
             inside.append(Text(*chance.choice(rewordings)))
-        outside = [Text(*chance.choice(others))] if others else []
+        outside = [Text(*other) for other in chance.sample(others, min(len(others), other_facts))]
         j = (i + together) % len(batch)
         beside = batch[j].edit
         if i // together != j // together and beside.text != edit.text:
@@ -79,9 +82,9 @@ class Outcome:
     """How an exam went."""
 
     edit: Tensor
-    """L_edit: mean NLL of the answers' tokens inside, label-smoothed if asked. Scalar."""
+    """L_edit: mean NLL of the answers inside, label-smoothed if asked. Scalar."""
     stay: Tensor
-    """L_loc: mean KL(before ‖ after) over all tokens outside. Scalar."""
+    """L_loc: mean KL(before ‖ after) outside. Scalar."""
     made: float
     """Share of the rows inside whose every token is the likeliest."""
     kept: float
@@ -92,27 +95,66 @@ class Outcome:
         return {"L_edit": self.edit.item(), "L_loc": self.stay.item(), "made": self.made, "kept": self.kept}
 
 
+class Asked:
+    """Texts of lessons, in batches of rows of like length.
+
+    Args:
+        texts: (number of the lesson, text).
+        layer: as in `Scored`.
+        answers_only: score the answers' tokens, not the prompts'.
+    """
+
+    def __init__(self, lm: LM, texts: Sequence[tuple[int, Text]], layer: int | None, *, answers_only: bool):
+        rows = lm.encode([text for _, text in texts])
+        self.rows, self._parts = len(rows), []
+        answers = []
+        for part in even([len(row.ids) for row in rows]):
+            here = [rows[i] for i in part]
+            pairs = [predicted(row, row.prompt_length if answers_only else 1) for row in here]
+            lessons_of = torch.tensor([texts[i][0] for i in part], device=lm.device)
+            self._parts.append((lessons_of, Scored(lm, here, pairs, layer)))
+            answers += [at + 1 >= row.prompt_length for row, of in zip(here, pairs, strict=True) for at, _ in of]
+        starts = accumulate((len(lessons_of) for lessons_of, _ in self._parts), initial=0)
+        scored = [scored for _, scored in self._parts]
+        self.of_row = torch.cat([start + one.of_row for start, one in zip(starts, scored, strict=False)])
+        self.targets = torch.cat([one.targets for one in scored])
+        self.in_answer = torch.tensor(answers, device=lm.device)
+
+    def log_probs(self, changed: Callable[[Tensor], AbstractContextManager] | None = None) -> Tensor:
+        """Log-probabilities of all tokens at the scored places. (n, vocabulary)
+
+        Args:
+            changed: opens the change with which the rows of these lessons are read; None: none.
+        """
+        found = []
+        for lessons_of, scored in self._parts:
+            with nullcontext() if changed is None else changed(lessons_of):
+                found.append(scored.log_probs())
+        return torch.cat(found)
+
+    def mean(self, values: Tensor, over: MeanOver) -> Tensor:
+        """The mean of a value for each scored place, over all of them or over the texts' means. Scalar."""
+        if over == "tokens":
+            return values.mean()
+        counts = torch.bincount(self.of_row, minlength=self.rows)
+        return (values / counts[self.of_row]).sum() / self.rows
+
+
 class Exam:
-    """The texts of some lessons as two batches, to be read before and after an edit.
+    """The texts of some lessons, to be read before and after an edit.
 
     Args:
         layer: the lowest that an edit changes. What is read twice runs the blocks below only once.
+        stay_at: whether all tokens of the texts outside must stay, or those of their answers.
+        mean_over: what counts alike in the losses, tokens or texts.
     """
 
-    def __init__(self, lm: LM, found: Sequence[Lesson], layer: int):
-        self._lm = lm
+    def __init__(self, lm: LM, found: Sequence[Lesson], layer: int, *, stay_at: StayAt, mean_over: MeanOver):
+        self._lm, self._over = lm, mean_over
         inside = [(i, text) for i, lesson in enumerate(found) for text in lesson.inside]
         outside = [(i, text) for i, lesson in enumerate(found) for text in lesson.outside]
-        self._inside_of = torch.tensor([i for i, _ in inside], device=lm.device)
-        self._outside_of = torch.tensor([i for i, _ in outside], device=lm.device)
-        rows = lm.encode([text for _, text in inside])
-        self._inside = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], None)
-        rows = lm.encode([text for _, text in outside])
-        self._outside = Scored(lm, rows, [predicted(row, 1) for row in rows], layer)
-        # A token of an answer is a place behind the prompt's last token.
-        self._answers = torch.tensor(
-            [at >= row.prompt_length for row in rows for at in range(1, len(row.ids))], device=lm.device
-        )
+        self._inside = Asked(lm, inside, None, answers_only=True)
+        self._outside = Asked(lm, outside, layer, answers_only=stay_at == "answer")
         with torch.no_grad():
             self._before = self._outside.log_probs()
 
@@ -123,31 +165,26 @@ class Exam:
             changes: name → (left, right) as in `row_changes`, one row for each group of `together` lessons.
             smoothing: of the answers' labels.
         """
-        return self._read(
-            row_changes(self._lm, _of_rows(changes, self._inside_of // together)),
-            row_changes(self._lm, _of_rows(changes, self._outside_of // together)),
-            smoothing,
-        )
+        return self._read(lambda of: row_changes(self._lm, _of_rows(changes, of // together)), smoothing)
 
     def read_with(self, deltas: Mapping[str, Tensor]) -> Outcome:
         """The same where all texts are read with one change ΔW (out, in) of each matrix."""
-        return self._read(changed(self._lm, deltas), changed(self._lm, deltas), 0.0)
+        return self._read(lambda _: changed(self._lm, deltas), 0.0)
 
-    def _read(self, inside: AbstractContextManager, outside: AbstractContextManager, smoothing: float) -> Outcome:
-        with inside:
-            log_probs = self._inside.log_probs()
+    def _read(self, change: Callable[[Tensor], AbstractContextManager], smoothing: float) -> Outcome:
+        log_probs = self._inside.log_probs(change)
         nll = -log_probs.gather(1, self._inside.targets[:, None])[:, 0]
         if smoothing:
             other = smoothing / (log_probs.shape[1] - 1)
             nll = (1 - smoothing - other) * nll - other * log_probs.sum(1)
         right = log_probs.argmax(1) == self._inside.targets
-        with outside:
-            after = self._outside.log_probs()
+        after = self._outside.log_probs(change)
         divergence = (self._before.exp() * (self._before - after)).sum(1)
-        same = (after.argmax(1) == self._before.argmax(1)) | ~self._answers
-        made = _all_of(right, self._inside.of_row, len(self._inside_of))
-        kept = _all_of(same, self._outside.of_row, len(self._outside_of))
-        return Outcome(nll.mean(), divergence.mean(), made, kept)
+        same = (after.argmax(1) == self._before.argmax(1)) | ~self._outside.in_answer
+        made = _all_of(right, self._inside.of_row, self._inside.rows)
+        kept = _all_of(same, self._outside.of_row, self._outside.rows)
+        edit, stay = self._inside.mean(nll, self._over), self._outside.mean(divergence, self._over)
+        return Outcome(edit, stay, made, kept)
 
 
 def _of_rows(changes: Changes, group: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -145,8 +145,7 @@ def train(
     held: Sequence[Case],
     out: str | Path,
     training: Training,
-    *,
-    draw: Draw | None = None,
+    draw: Draw,
     progress: bool = False,
 ) -> str:
     """Trains and writes the editor; the same call on the same folder goes on where a killed one was.
@@ -156,7 +155,7 @@ def train(
 
     Args:
         learning, held: cases to learn from and to validate on, from `split`.
-        draw: which cases make which micro-batch; None: `shuffled`.
+        draw: which cases make which micro-batch.
 
     Returns:
         The path of the editor.
@@ -166,7 +165,7 @@ def train(
         EditFailed: a loss that is no number; the last checkpoint is as it was.
     """
     folder = Path(out)
-    run = Loop(lm, learner, draw or shuffled(learning, training), held, folder, training)
+    run = Loop(lm, learner, draw, held, folder, training)
     if run.main:
         settings = {
             "reknow": reknow.__version__,

@@ -11,67 +11,41 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case
-from reknow.layers import resolve_layers
-from reknow.learning.gradients import RunningNorm, as_delta, flat_factors, gradient_factors, matrices
-from reknow.learning.lessons import Exam, Outcome, averaged, lessons
+from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, gradient_factors, matrices
+from reknow.learning.lessons import Outcome, averaged
 from reknow.learning.loop import seeded
 from reknow.patches import Delta
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
-
-
-class Settings(Protocol):
-    """The fields of a method that say what its network is and how it learns; the methods explain them."""
-
-    @property
-    def layers(self) -> tuple[int, ...] | None: ...
-    @property
-    def rank(self) -> int: ...
-    @property
-    def unit_gradient(self) -> bool: ...
-    @property
-    def edits_together(self) -> int: ...
-    @property
-    def edit_weight(self) -> float: ...
-    @property
-    def step_size(self) -> float: ...
-    @property
-    def step_size_rate(self) -> float: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
+    from reknow.methods.network import NetworkSettings
 
 
 Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
 """What becomes of a batch before it is learned from."""
 
 
-def last_layers(lm: LM, layers: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The layers, or the last three of the model."""
-    return tuple(resolve_layers(lm, layers or tuple(range(max(0, lm.layers - 3), lm.layers))))
-
-
-def new_network(settings: Settings, lm: LM) -> GradientNetwork:
-    """The network as it is before training."""
+def new_network(settings: NetworkSettings, lm: LM, tensors: Mapping[str, Tensor] | None = None) -> GradientNetwork:
+    """The network as it is before training, or with what an editor has learned."""
     with seeded(settings.seed, "mend"):
-        return GradientNetwork(settings, lm).to(lm.device)
+        network = GradientNetwork(settings, lm).to(lm.device)
+    if tensors is not None:
+        network.load_state_dict(dict(tensors))
+    return network
 
 
 def transformed(
-    lm: LM, settings: Settings, tensors: Mapping[str, Tensor], texts: Sequence[Text]
+    lm: LM, settings: NetworkSettings, tensors: Mapping[str, Tensor], texts: Sequence[Text]
 ) -> tuple[dict[str, Delta], float]:
     """The change of each matrix that a trained network makes of the texts' gradients, and their mean loss."""
-    network = new_network(settings, lm)
-    network.load_state_dict(dict(tensors))
+    network = new_network(settings, lm, tensors)
     with torch.no_grad():
         factors, loss = flat_factors(lm, network.names, lm.encode(texts))
         deltas = {name: as_delta(left, right) for name, (left, right) in network(factors).items()}
@@ -81,22 +55,15 @@ def transformed(
 class GradientNetwork(nn.Module):
     """The networks of all shapes, their statistics, and the step sizes."""
 
-    def __init__(self, settings: Settings, lm: LM):
+    def __init__(self, settings: NetworkSettings, lm: LM):
         super().__init__()
         assert settings.layers is not None
         self.layers, self.names, self.unit = settings.layers, matrices(lm, settings.layers), settings.unit_gradient
-        shapes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
-        self._kind = {name: f"{out}x{inside}" for name, (out, inside) in shapes.items()}
-        alike = {kind: [n for n in self.names if self._kind[n] == kind] for kind in self._kind.values()}
-        self._mode = {name: alike[kind].index(name) for name, kind in self._kind.items()}
+        self.shapes = Shapes(lm, self.names)
         self.transforms = nn.ModuleDict(
-            {
-                self._kind[n]: Transform(shapes[n][1], shapes[n][0], settings.rank, len(alike[self._kind[n]]))
-                for n in self.names
-            }
+            {kind: Transform(inside, out, settings.rank, n) for kind, (out, inside, n) in self.shapes.kinds.items()}
         )
         self.step = nn.Parameter(torch.full((len(self.names),), settings.step_size))
-        self._unit = [float(lm.base_weight(name).float().square().mean().sqrt()) for name in self.names]
 
     def observe(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Takes the factors u (n, in) and δ (n, out) of each matrix into the statistics."""
@@ -107,12 +74,12 @@ class GradientNetwork(nn.Module):
         """name → (−α δ̃, ũ) of its factors. (n, out), (n, in)"""
         changes = {}
         for i, name in enumerate(self.names):
-            u, delta = self._transform(name)(*self._scaled(*factors[name]), self._mode[name])
-            changes[name] = (-self.step[i] * self._unit[i] * delta, u)
+            u, delta = self._transform(name)(*self._scaled(*factors[name]), self.shapes.number[name])
+            changes[name] = (-self.step[i] * self.shapes.scale[name] * delta, u)
         return changes
 
     def _transform(self, name: str) -> Transform:
-        transform = self.transforms[self._kind[name]]
+        transform = self.transforms[self.shapes.kind[name]]
         assert isinstance(transform, Transform)
         return transform
 
@@ -145,7 +112,8 @@ class Residual(nn.Module):
         super().__init__()
         rank = min(rank, size)
         self.left = nn.Parameter(torch.zeros(size, rank))  # U
-        self.right = nn.Parameter(torch.randn(rank, size))  # V
+        # Scaled so that Vx is of order 1: then one learning rate moves U and V alike, whatever the size.
+        self.right = nn.Parameter(torch.randn(rank, size) * size**-0.5)  # V
         self.bias = nn.Parameter(torch.zeros(size))
         self.scale = nn.Parameter(torch.ones(modes, size))
         self.shift = nn.Parameter(torch.zeros(modes, size))
@@ -159,7 +127,7 @@ class Residual(nn.Module):
 class TransformLearner:
     """MEND's training step (Alg. 1)."""
 
-    def __init__(self, settings: Settings, lm: LM, batch_size: int, prepare: Prepare):
+    def __init__(self, settings: NetworkSettings, lm: LM, batch_size: int, prepare: Prepare):
         self.settings, self.lm, self.batch_size, self.prepare = settings, lm, batch_size, prepare
         self.module = new_network(settings, lm)
 
@@ -184,7 +152,7 @@ class TransformLearner:
     def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False) -> Outcome:
         """Each group of cases is edited by itself, all groups in one batch, and examined."""
         together = self.settings.edits_together
-        found = lessons(self.prepare(batch, chance), chance, together=together)
+        found = self.settings.lessons(self.prepare(batch, chance), chance, together=together)
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
         flat = {name: one.flat() for name, one in factors.items()}
@@ -194,7 +162,7 @@ class TransformLearner:
         for name, (left, right) in self.module(flat).items():
             spread = factors[name].spread
             changes[name] = (self._grouped(spread(left), len(batch)), self._grouped(spread(right), len(batch)))
-        return Exam(self.lm, found, min(self.module.layers)).read(changes, together=together)
+        return self.settings.exam(self.lm, found).read(changes, together=together)
 
     def _grouped(self, side: Tensor, cases: int) -> Tensor:
         """Factors of the cases that are edited together, in one row. (groups, edits_together · columns, features)"""

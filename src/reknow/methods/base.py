@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ from torch import Tensor
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, InputError
+from reknow.layers import depth_layer
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
 
 if TYPE_CHECKING:
-    from reknow.learning.training import Training
+    from typing_extensions import Self
+
+    from reknow.learning.training import Draw, Learner, Training
     from reknow.lm import LM
 
 
@@ -49,6 +52,14 @@ class Method(ABC):
         """
         return [self.edit(lm, [edit]) for edit in edits]
 
+    def own_layers(self, lm: LM) -> list[int] | None:
+        """The layers that it changes where it chooses by itself; None: it does as its fields say, or `suggest_layer`.
+
+        Raises:
+            InputError: it cannot edit this model.
+        """
+        return None
+
 
 class MemoryMethod(Method):
     """A method whose patches leave the weights alone; see `reknow.memory`."""
@@ -64,10 +75,24 @@ class MemoryMethod(Method):
         """
 
 
+class BesideMatrix(MemoryMethod):
+    """A memory beside the value matrix of a layer, or of a few, which its versions share."""
+
+    kind: ClassVar[Kind] = "hook"
+    depth: ClassVar[float]
+    """Of its layer where none is given, as a share."""
+    layer: int | None
+    conflict: Literal["update", "refuse"]
+
+    def own_layers(self, lm: LM) -> list[int]:
+        return [depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learned(Method):
     """A method that learns how to edit one model before it can edit it."""
 
-    editor: str | None
+    editor: str | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
 
     @property
@@ -75,7 +100,20 @@ class Learned(Method):
     def training(self) -> Training:
         """How this method is trained where nothing else is asked for."""
 
+    def for_model(self, lm: LM) -> Self:
+        """The settings with which an editor for this model is trained and which it keeps."""
+        return replace(self, editor=None)
+
     @abstractmethod
+    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+        """What is trained, of settings that `for_model` gave; `held` are the cases to validate on."""
+
+    def draw(self, learning: Sequence[Case], training: Training) -> Draw:
+        """Which cases make which micro-batch."""
+        from reknow.learning.training import shuffled
+
+        return shuffled(learning, training)
+
     def fit(
         self,
         lm: LM,
@@ -84,7 +122,7 @@ class Learned(Method):
         training: Training | None = None,
         *,
         progress: bool = False,
-    ) -> Learned:
+    ) -> Self:
         """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
 
         Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
@@ -96,6 +134,15 @@ class Learned(Method):
             InputError: too few cases, or a folder that was started with other arguments.
             EditFailed: the losses are no numbers.
         """
+        from reknow.learning.training import split, train  # which reads cases, as the evaluation of methods does
+
+        training = training or self.training
+        learning, held = split(cases, training)
+        method = self.for_model(lm)
+        with lm.unpatched():
+            learner = method.learner(lm, learning, held, training)
+        path = train(method, lm, learner, learning, held, out, training, method.draw(learning, training), progress)
+        return replace(self, editor=path)
 
 
 def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
@@ -129,9 +176,8 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
         EditFailed: a change is not finite, so nothing is handed out.
     """
     for name, delta in deltas.items():
-        parts = (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,)
-        if not all(bool(torch.isfinite(part).all()) for part in parts):
-            raise EditFailed(f"expected a finite change of {name}; got NaN or infinity: lower the learning rate")
+        for part in (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,):
+            _check_finite(f"change of {name}", part)
     return _patch(method, lm, edits, deltas=deltas, **rest)
 
 
@@ -160,6 +206,40 @@ def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) 
     return found
 
 
+class Begun(NamedTuple):
+    """What an edit of a memory beside a matrix starts from."""
+
+    edits: list[Edit]
+    layer: int
+    modules: list[str]
+    """The value matrices of that layer and of those above."""
+    before: list[Patch]
+    """The memory's versions so far."""
+    notes: dict[str, Any]
+    """For the patch: `layer` and `conflicts`."""
+
+
+def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], span: int = 1) -> Begun:
+    """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
+
+    Args:
+        span: how many layers take part.
+
+    Raises:
+        InputError: see `checked` and `conflicts`; or the memory stands elsewhere.
+    """
+    edits = checked(method, edits, subject=False)
+    clashes = conflicts(method, lm, edits, method.conflict)
+    (layer,) = method.own_layers(lm)
+    modules = list(lm.parts.value[layer : layer + span])
+    before = versions(lm.patches, method.name)
+    if before and (there := before[-1].memory["modules"]) != modules:
+        raise InputError(
+            f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer"
+        )
+    return Begun(edits, layer, modules, before, {"layer": layer, "conflicts": clashes})
+
+
 def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
     """The next version of the method's memory on `lm`: what these edits add; `rest` are `memory` and `notes`.
 
@@ -167,11 +247,16 @@ def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dic
         EditFailed: a tensor is not finite, so nothing is handed out.
     """
     for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise EditFailed(f"expected finite {name} in the memory; got NaN or infinity: lower the learning rate")
+        _check_finite(f"{name} in the memory", tensor)
+    state = {name: tensor.cpu() for name, tensor in state.items()}
     before = versions(lm.patches, method.name)
     follows = before[-1].id if before else None
     return _patch(method, lm, edits, deltas={}, state=state, kind=method.kind, follows=follows, **rest)
+
+
+def _check_finite(what: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
+        raise EditFailed(f"expected a finite {what}; got NaN or infinity: lower the learning rate")
 
 
 def _patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:

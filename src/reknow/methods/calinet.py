@@ -22,21 +22,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
 from reknow.datasets import load_facts
-from reknow.descent import Answers, check_finite
+from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.keys import prompt_states
 from reknow.layers import depth_layer
-from reknow.memory import Reading, on_output
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
-from reknow.patches import Kind, Patch
+from reknow.memory import Hooks, Reading, versions
+from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
+from reknow.patches import Patch
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -49,10 +49,8 @@ CONTRASTS = 4
 
 
 @dataclass(frozen=True)
-class CaliNet(MemoryMethod):
+class CaliNet(BesideMatrix):
     """Slots beside an MLP, trained on the edits in all their wordings."""
-
-    kind: ClassVar[Kind] = "hook"
 
     layer: int | None = None
     """Layer whose MLP gets slots; None: at four fifths of the depth."""
@@ -76,12 +74,15 @@ class CaliNet(MemoryMethod):
     def name(self) -> str:
         return "calinet"
 
+    def own_layers(self, lm: LM) -> list[int]:
+        return [depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)]
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         clashes = conflicts(self, lm, edits, self.conflict)
         if self.slots is not None and self.slots < 1:
             raise InputError(f"expected at least one slot; got {self.slots}: raise slots")
-        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
+        (layer,) = self.own_layers(lm)
         texts = [Text(text, edit.target_new) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)
         reader, writer = lm.parts.up[layer][0], lm.parts.value[layer]
@@ -95,27 +96,19 @@ class CaliNet(MemoryMethod):
         values = outputs.new_zeros(count, outputs.shape[1], requires_grad=True)
         rates = (self.learning_rate / length, self.learning_rate * size)
         optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip((keys, values), rates, strict=True)])
-        losses: list[float] = []
-        before = [Slots.of(patch) for patch in lm.patches if patch.kind != "weights" and patch.method == self.name]
-        trial = SlotMemory([*before, Slots(reader, writer, activation(lm), keys, values)])
+        before = [Slots.of(patch).to(lm.device) for patch in versions(lm.patches, self.name)]
+        trial = beside([*before, Slots(reader, writer, activation(lm), keys, values)])
         with lm.trying(self.name, trial), torch.enable_grad():
             answers = Answers(lm, rows, layer)
-            for _ in range(self.steps):
-                loss = answers.nll(lambda part: None).mean()
-                losses.append(check_finite(loss))
-                if losses[-1] < self.stop_loss:
-                    break
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        state = {"keys": keys.detach().cpu(), "values": values.detach().cpu()}
+            losses = descend(answers.nll, optimizer, self.steps, lambda found: float(found.mean()) < self.stop_loss)
+        state = {"keys": keys.detach(), "values": values.detach()}
         about = {"reader": reader, "writer": writer, "activation": activation(lm)}
         notes = {"layer": layer, "losses": losses, "conflicts": clashes, "assessment": assessed}
         return memory_patch(self, lm, edits, state, memory=about, notes=notes)
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> SlotMemory:
-        return SlotMemory([Slots.of(patch).to(lm.device) for patch in patches])
+    def memory(lm: LM, patches: Sequence[Patch]) -> Hooks:
+        return beside(together([Slots.of(patch).to(lm.device) for patch in patches]))
 
 
 def wordings(edit: Edit) -> list[str]:
@@ -168,24 +161,31 @@ class Slots:
         return Slots(self.reader, self.writer, self.activation, self.keys.to(device), self.values.to(device))
 
 
-class SlotMemory:
-    """All slots, and the hooks that run them."""
+def together(slots: Sequence[Slots]) -> list[Slots]:
+    """The same slots, those beside one MLP in one."""
+    found: dict[tuple[str, str, str], list[Slots]] = {}
+    for one in slots:
+        found.setdefault((one.reader, one.writer, one.activation), []).append(one)
+    return [
+        Slots(*where, torch.cat([one.keys for one in group]), torch.cat([one.values for one in group]))
+        for where, group in found.items()
+    ]
 
-    def __init__(self, slots: Sequence[Slots]):
-        self.slots = slots
-        self._read: dict[str, Tensor] = {}
 
-    def attach(self, lm: LM):
-        handles = []
-        for one in self.slots:
-            handles.append(on_output(lm, one.reader, partial(self._keep, one.reader)))
-            handles.append(on_output(lm, one.writer, partial(self._add, one)))
-        return handles
+def beside(slots: Sequence[Slots]) -> Hooks:
+    """The hooks that run the slots."""
+    read: dict[str, Tensor] = {}
 
-    def _keep(self, reader: str, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
-        self._read[reader] = inputs
+    def keep(reader: str, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        read[reader] = inputs
         return outputs
 
-    def _add(self, slots: Slots, _reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
-        hidden = self._read[slots.reader].to(slots.keys.dtype)
-        return outputs + ACT2FN[slots.activation](hidden @ slots.keys.T) @ slots.values
+    def add(group: Sequence[Slots], _reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
+        for one in group:
+            hidden = read[one.reader].to(one.keys.dtype)
+            outputs = outputs + ACT2FN[one.activation](hidden @ one.keys.T) @ one.values
+        return outputs
+
+    groups = {one.writer: [each for each in slots if each.writer == one.writer] for one in slots}
+    readers = {one.reader: partial(keep, one.reader) for one in slots}
+    return Hooks(readers | {writer: partial(add, group) for writer, group in groups.items()})

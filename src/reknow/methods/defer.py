@@ -22,14 +22,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reknow.descent import Answers, check_finite
+from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import InputError
 from reknow.keys import prompt_states
-from reknow.layers import depth_layer
-from reknow.memory import Reading, on_output, versions
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
-from reknow.patches import Kind, Patch
+from reknow.memory import Hooks, Reading, on_output
+from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.patches import Patch
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -40,10 +38,10 @@ DEPTH = 0.8
 
 
 @dataclass(frozen=True)
-class DEFER(MemoryMethod):
+class DEFER(BesideMatrix):
     """A gate and a linear map beside one value matrix, trained edit by edit."""
 
-    kind: ClassVar[Kind] = "hook"
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix is deferred from; None: at four fifths of the depth."""
@@ -69,26 +67,19 @@ class DEFER(MemoryMethod):
         return "defer"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
-        clashes = conflicts(self, lm, edits, self.conflict)
-        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
-        module = lm.parts.value[layer]
-        patches = versions(lm.patches, self.name)
-        if patches:
-            gate = self.memory(lm, patches)
-            if gate.module != module:
-                raise InputError(f"expected edits of {gate.module}, where the memory is; got {module}: change layer")
+        edits, layer, modules, before, notes = begun(self, lm, edits)
+        if before:
+            gate = self.memory(lm, before)
         else:
-            out, inside = lm.weight(module).shape
-            gate = Gate.new(module, out, inside, self.threshold, self.seed, lm.device)
+            out, inside = lm.weight(modules[0]).shape
+            gate = Gate.new(modules[0], out, inside, self.threshold, self.seed, lm.device)
         first = len(gate.moves)
         losses = [self._learn(lm, edit, layer, gate) for edit in edits]
         state = {"signs": gate.signs[first:], "moves": gate.moves[first:], "opened": gate.opened[first:]}
-        if not patches:
+        if not before:
             state |= {"map": gate.map, "gate": gate.gate}
-        notes = {"layer": layer, "losses": losses, "conflicts": clashes}
-        about = {"module": module, "threshold": self.threshold}
-        return memory_patch(self, lm, edits, {k: v.cpu() for k, v in state.items()}, memory=about, notes=notes)
+        memory = {"modules": modules, "threshold": self.threshold}
+        return memory_patch(self, lm, edits, state, memory=memory, notes={**notes, "losses": losses})
 
     def _learn(self, lm: LM, edit: Edit, layer: int, gate: Gate) -> list[float]:
         """Trains gate and map on one more edit; gives the loss before every update."""
@@ -105,19 +96,25 @@ class DEFER(MemoryMethod):
             [{"params": [p], "lr": rate * unit} for p, rate, unit in zip((move, opening), rates, units, strict=True)]
         )
         value, logit = (part.detach() for part in gate.read(inputs))  # (1, out), (1,)
-        trial = _Trial(gate.module)
-        losses: list[float] = []
-        with lm.trying(self.name, trial), torch.enable_grad():
+        mixed: tuple[Tensor, Tensor] | None = None  # the map's output (1, out), the gate's share (1,)
+
+        def mix(reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
+            if mixed is None:  # the pass that records the blocks below
+                return outputs
+            share = (reading.of_prompt.to(outputs.device) * mixed[1])[..., None]
+            return share * mixed[0][:, None] + (1 - share) * outputs
+
+        def loss() -> Tensor:
+            nonlocal mixed
+            mixed = value + reach * move, (logit + reach * opening).sigmoid()
+            return answers.nll()
+
+        def done(found: Tensor) -> bool:
+            return float(found) < self.stop_loss and mixed is not None and float(mixed[1]) >= self.threshold
+
+        with lm.trying(self.name, Hooks({gate.module: mix})), torch.enable_grad():
             answers = Answers(lm, rows, layer)
-            for _ in range(self.steps):
-                trial.value, trial.open = value + reach * move, (logit + reach * opening).sigmoid()
-                loss = answers.nll(lambda part: None).mean()
-                losses.append(check_finite(loss))
-                if losses[-1] < self.stop_loss and float(trial.open) >= self.threshold:
-                    break
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            losses = descend(loss, optimizer, self.steps, done)
         gate.add(signs, move.detach(), opening.detach())
         return losses
 
@@ -126,7 +123,7 @@ class DEFER(MemoryMethod):
         parts = [torch.cat([patch.state[part] for patch in patches]) for part in ("signs", "moves", "opened")]
         first, about = patches[0].state, patches[-1].memory
         tensors = [tensor.to(lm.device) for tensor in (first["map"], first["gate"], *parts)]
-        return Gate(about["module"], about["threshold"], *tensors)
+        return Gate(about["modules"][0], about["threshold"], *tensors)
 
 
 @dataclass(eq=False)
@@ -172,21 +169,3 @@ class Gate:
         value, deferred = reading.decided(self, choose)
         where = (reading.of_prompt.to(outputs.device) & deferred[:, None])[..., None]
         return torch.where(where, value[:, None].to(outputs.dtype), outputs)
-
-
-class _Trial:
-    """The hook while an edit is learned: softly open."""
-
-    def __init__(self, module: str):
-        self.module = module
-        self.value: Tensor | None = None  # (rows, out)
-        self.open: Tensor  # (rows,)
-
-    def attach(self, lm: LM):
-        return [on_output(lm, self.module, self._mix)]
-
-    def _mix(self, reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
-        if self.value is None:
-            return outputs
-        share = (reading.of_prompt.to(outputs.device) * self.open[:, None])[..., None]
-        return share * self.value[:, None] + (1 - share) * outputs

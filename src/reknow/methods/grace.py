@@ -23,10 +23,9 @@ from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.keys import prompt_states, spread
-from reknow.layers import depth_layer
-from reknow.memory import Reading, on_output, versions
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
-from reknow.patches import Kind, Patch
+from reknow.memory import Hooks, Reading, on_output
+from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.patches import Patch
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -43,15 +42,16 @@ Replacement = Literal["prompt", "last", "before"]
 
 
 @dataclass(frozen=True)
-class GRACE(MemoryMethod):
+class GRACE(BesideMatrix):
     """A codebook of edits beside one value matrix."""
 
-    kind: ClassVar[Kind] = "hook"
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix has the codebook; None: at four fifths of the depth."""
-    epsilon: float = 0.3
-    """Radius ε of a new key, in units of the distance between unrelated texts in that layer."""
+    epsilon: float = 0.9
+    """Radius ε of a new key, in units of the distance in that layer between questions of the same wording
+    about different subjects."""
     steps: int = 100
     """Updates of the values at most."""
     learning_rate: float = 0.3
@@ -79,25 +79,19 @@ class GRACE(MemoryMethod):
         return "grace"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
-        clashes = conflicts(self, lm, edits, self.conflict)
-        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
-        book = self._stored(lm, lm.parts.value[layer])
+        edits, layer, modules, before, notes = begun(self, lm, edits)
+        book = self.memory(lm, before) if before else Codebook.empty(lm, modules[0], self.replacement)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
         keys, outputs = prompt_states(lm, rows, book.module)
         unit = 1.0 if self.absolute else spread(lm, layer)
         slots = [self._place(book, key, row.target_ids, unit) for key, row in zip(keys, rows, strict=True)]
         losses = self._train(lm, rows, layer, book, torch.tensor(slots, device=keys.device), outputs)
         touched = sorted(book.touched)
-        state = {
-            "slots": torch.tensor(touched, dtype=torch.long),
-            "keys": book.keys[touched].cpu(),
-            "values": book.values[touched].cpu(),
-            "radii": book.radii[touched].cpu(),
-        }
+        parts = {"keys": book.keys[touched], "values": book.values[touched], "radii": book.radii[touched]}
+        state = {"slots": torch.tensor(touched, dtype=torch.long), **parts}
         labels = [list(book.labels[slot]) for slot in touched]
-        memory = {"module": book.module, "replacement": self.replacement, "labels": labels}
-        notes = {"layer": layer, "slots": slots, "keys": len(book.keys), "losses": losses, "conflicts": clashes}
+        memory = {"modules": modules, "replacement": self.replacement, "labels": labels}
+        notes |= {"slots": slots, "keys": len(book.keys), "losses": losses}
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     @staticmethod
@@ -109,19 +103,7 @@ class GRACE(MemoryMethod):
         keys, values, radii = (torch.cat([p.state[part] for p in patches])[newest].to(lm.device) for part in parts)
         labels = [tuple(label) for patch in patches for label in patch.memory["labels"]]
         about = patches[-1].memory
-        return Codebook(about["module"], about["replacement"], keys, values, radii, [labels[i] for i in newest])
-
-    def _stored(self, lm: LM, module: str) -> Codebook:
-        """The codebook as it stands, or an empty one."""
-        patches = versions(lm.patches, self.name)
-        if patches:
-            book = self.memory(lm, patches)
-            if book.module != module:
-                raise InputError(f"expected edits of {book.module}, where the memory is; got {module}: change layer")
-            return book
-        out, inside = lm.weight(module).shape
-        keys, values, radii = (torch.zeros(0, *size, device=lm.device) for size in ((inside,), (out,), ()))
-        return Codebook(module, self.replacement, keys, values, radii, [])
+        return Codebook(about["modules"][0], about["replacement"], keys, values, radii, [labels[i] for i in newest])
 
     def _place(self, book: Codebook, key: Tensor, label: tuple[int, ...], unit: float) -> int:
         """Makes room for an edit as Algorithm 1 says; gives the number of its key. key: (in,)"""
@@ -162,13 +144,24 @@ class GRACE(MemoryMethod):
         # Adam's steps have the size of the learning rate, so values are searched in units of `scale`.
         scaled = torch.zeros_like(start, requires_grad=True)
         optimizer = torch.optim.Adam([scaled], lr=self.learning_rate)
-        trial = _Trial(book.module, self.replacement)
+        values = chosen = torch.zeros(0)
+
+        def put(reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+            if not len(values):  # the pass that records the blocks below
+                return outputs
+            everyone = torch.ones_like(chosen, dtype=torch.bool)
+            return _replaced(reading, outputs, values[chosen], everyone, self.replacement)
+
+        def choose(part: Tensor) -> None:
+            nonlocal chosen
+            chosen = part
+
         losses: list[float] = []
-        with lm.trying(self.name, trial), torch.enable_grad():
+        with lm.trying(self.name, Hooks({book.module: put})), torch.enable_grad():
             answers = Answers(lm, rows, layer)
             for _ in range(self.steps):
-                trial.values = (start + scale * scaled)[mine]
-                loss = answers.nll(trial.choose)
+                values = (start + scale * scaled)[mine]
+                loss = answers.nll(choose)
                 losses.append(check_finite(loss.mean()))
                 worst = torch.zeros_like(scale[:, 0]).scatter_reduce(0, mine, loss.detach(), "amax")
                 running = worst >= self.stop_loss
@@ -198,6 +191,13 @@ class Codebook:
     touched: set[int] = field(default_factory=set)
     fresh: set[int] = field(default_factory=set)
     """Keys that need a new value."""
+
+    @classmethod
+    def empty(cls, lm: LM, module: str, replacement: Replacement) -> Codebook:
+        out, inside = lm.weight(module).shape
+        sizes = (inside,), (out,), ()
+        keys, values, radii = (torch.zeros(0, *size, device=lm.device) for size in sizes)
+        return cls(module, replacement, keys, values, radii, [])
 
     def add(self, key: Tensor, radius: float, label: tuple[int, ...]) -> int:
         slot = len(self.labels)
@@ -233,28 +233,6 @@ class Codebook:
 
         slots = reading.decided(self, choose)  # (rows,)
         return _replaced(reading, outputs, self.values[slots], slots >= 0, self.replacement)
-
-
-class _Trial:
-    """The hook while values are learned: every edit has its own."""
-
-    def __init__(self, module: str, replacement: Replacement):
-        self.module = module
-        self.replacement: Replacement = replacement
-        self.values: Tensor  # (edits, out)
-        self._rows: Tensor | None = None
-
-    def choose(self, rows: Tensor) -> None:
-        self._rows = rows
-
-    def attach(self, lm: LM):
-        return [on_output(lm, self.module, self._put)]
-
-    def _put(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
-        if self._rows is None:  # the pass that records the blocks below
-            return outputs
-        everyone = torch.ones_like(self._rows, dtype=torch.bool)
-        return _replaced(reading, outputs, self.values[self._rows], everyone, self.replacement)
 
 
 def _replaced(reading: Reading, outputs: Tensor, values: Tensor, rows: Tensor, replacement: Replacement) -> Tensor:

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -26,13 +25,12 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.adapter import embedding
 from reknow.edits import Case, Edit
-from reknow.learning.editors import open_editor
 from reknow.learning.gradients import as_delta, gradient_factors, matrices
-from reknow.learning.lessons import Exam, Outcome, averaged, bare, lessons
+from reknow.learning.lessons import Outcome, averaged, bare
 from reknow.learning.loop import seeded
-from reknow.learning.training import Training, split, train
-from reknow.learning.transform import last_layers
-from reknow.methods.base import Learned, checked, weights_patch
+from reknow.learning.training import Learner, Training
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.network import MatrixEditor
 from reknow.patches import Patch
 from reknow.tokens import Text
 
@@ -46,14 +44,9 @@ DIVERGENCE_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
-class KE(Learned):
+class KE(MatrixEditor):
     """A network, trained once for a model, that reads an edit and changes its gradient."""
 
-    editor: str | None = None
-    """File or folder of the trained editor; None: the one that is bundled for the model. The editor brings along the
-    fields that shape its network: layers, widths, `absolute`."""
-    layers: tuple[int, ...] | None = None
-    """Layers whose MLP matrices are changed; None: the last three. The paper changes all."""
     read_width: int = 128
     """Of the LSTM in each direction."""
     width: int = 1024
@@ -73,8 +66,6 @@ class KE(Learned):
     """Of RMSprop, for the network."""
     multiplier_rate: float = 0.1
     """Of RMSprop, for λ."""
-    seed: int = 0
-    """Of the network's first weights."""
 
     training: ClassVar[Training] = Training(steps=4000, batch_size=8, warmup=200, validate_every=250, decay=True)
 
@@ -82,26 +73,14 @@ class KE(Learned):
     def name(self) -> str:
         return "ke"
 
-    def fit(
-        self,
-        lm: LM,
-        cases: Sequence[Case],
-        out: str | Path,
-        training: Training | None = None,
-        *,
-        progress: bool = False,
-    ) -> KE:
-        training = training or self.training
-        learning, held = split(cases, training)
-        method = replace(self, editor=None, layers=last_layers(lm, self.layers))
-        path = train(method, lm, _Learner(method, lm), learning, held, out, training, progress=progress)
-        return replace(self, editor=path)
+    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+        return _Learner(self, lm)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
-        editor = open_editor(self, lm)
-        network = KE(**{**editor.settings, "layers": tuple(editor.settings["layers"])})._network(lm)
-        network.load_state_dict(editor.tensors)
+        trained, tensors = self.trained(lm)
+        network = trained._network(lm)
+        network.load_state_dict(tensors)
         with torch.no_grad():
             changes, loss = network(lm, edits, [Text(edit.text, edit.target_new) for edit in edits])
         # Several edits: the sum of what each asks for.
@@ -217,6 +196,6 @@ class _Learner:
         return found | {"loss": found["L_edit"] + DIVERGENCE_WEIGHT * found["L_loc"]}
 
     def _trial(self, batch: Sequence[Case], chance: random.Random) -> Outcome:
-        found = lessons(bare(batch), chance)
+        found = self.method.lessons(bare(batch), chance)
         changes, _ = self.module(self.lm, [case.edit for case in batch], [lesson.edit for lesson in found])
-        return Exam(self.lm, found, min(self.module.layers)).read(changes, smoothing=self.method.smoothing)
+        return self.method.exam(self.lm, found).read(changes, smoothing=self.method.smoothing)

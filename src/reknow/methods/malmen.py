@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case, Edit
-from reknow.learning.editors import open_editor
-from reknow.learning.gradients import RunningNorm, as_delta, flat_factors, matrices
-from reknow.learning.lessons import Exam, averaged, bare, lessons
+from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, matrices
+from reknow.learning.lessons import averaged, bare
 from reknow.learning.loop import seeded
-from reknow.learning.training import Training, split, train
-from reknow.learning.transform import last_layers
-from reknow.methods.base import Learned, checked, weights_patch
+from reknow.learning.training import Learner, Training
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.network import MatrixEditor
 from reknow.patches import Patch
 from reknow.tokens import Text
 
@@ -40,14 +38,9 @@ READ_TOGETHER = 16
 
 
 @dataclass(frozen=True)
-class MALMEN(Learned):
+class MALMEN(MatrixEditor):
     """A network, trained once for a model, and least squares: many edits at once."""
 
-    editor: str | None = None
-    """File or folder of the trained editor; None: the one that is bundled for the model. The editor brings along the
-    layers, rank and blocks with which it was trained."""
-    layers: tuple[int, ...] | None = None
-    """Layers whose MLP matrices are changed; None: the last three."""
     rank: int = 1920
     """Of the network's matrices, at most their width."""
     blocks: int = 2
@@ -58,8 +51,6 @@ class MALMEN(Learned):
     """Of KL on other facts against the answers' loss."""
     learning_rate: float = 1e-5
     """Of Adam, for everything that is learned."""
-    seed: int = 0
-    """Of the network's first weights."""
 
     training: ClassVar[Training] = Training(
         steps=1000, batch_size=64, clip_norm=1.0, validation=128, validate_every=50, checkpoint_every=50
@@ -69,26 +60,14 @@ class MALMEN(Learned):
     def name(self) -> str:
         return "malmen"
 
-    def fit(
-        self,
-        lm: LM,
-        cases: Sequence[Case],
-        out: str | Path,
-        training: Training | None = None,
-        *,
-        progress: bool = False,
-    ) -> MALMEN:
-        training = training or self.training
-        learning, held = split(cases, training)
-        method = replace(self, editor=None, layers=last_layers(lm, self.layers))
-        learner = _Learner(method, lm, training.batch_size)
-        return replace(self, editor=train(method, lm, learner, learning, held, out, training, progress=progress))
+    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+        return _Learner(self, lm, training.batch_size)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
-        editor = open_editor(self, lm)
-        network = MALMEN(**{**editor.settings, "layers": tuple(editor.settings["layers"])})._network(lm)
-        network.load_state_dict(editor.tensors)
+        trained, tensors = self.trained(lm)
+        network = trained._network(lm)
+        network.load_state_dict(tensors)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
         deltas = {}
         with torch.no_grad():
@@ -109,26 +88,22 @@ class MALMENNetwork(nn.Module):
         super().__init__()
         assert method.layers is not None
         self.layers, self.names = method.layers, matrices(lm, method.layers)
-        shapes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
-        self._kind = {name: f"{out}x{inside}" for name, (out, inside) in shapes.items()}
-        alike = {kind: [n for n in self.names if self._kind[n] == kind] for kind in self._kind.values()}
-        self._mode = {name: alike[kind].index(name) for name, kind in self._kind.items()}
-        widths = {self._kind[name]: sum(shapes[name]) for name in self.names}
-        self.norms = nn.ModuleDict({kind: RunningNorm(width) for kind, width in widths.items()})
+        self.shapes = Shapes(lm, self.names)
+        kinds = self.shapes.kinds.items()
+        self.norms = nn.ModuleDict({kind: RunningNorm(out + inside) for kind, (out, inside, _) in kinds})
         self.transforms = nn.ModuleDict(
             {
-                kind: nn.ModuleList([Block(width, method.rank, len(alike[kind])) for _ in range(method.blocks)])
-                for kind, width in widths.items()
+                kind: nn.ModuleList([Block(out + inside, method.rank, n) for _ in range(method.blocks)])
+                for kind, (out, inside, n) in kinds
             }
         )
         self.step = nn.Parameter(torch.full((len(self.names),), method.step_size))  # α
         self.stiffness = nn.Parameter(torch.zeros(len(self.names)))  # λ
-        self._unit = [float(lm.base_weight(name).float().square().mean().sqrt()) for name in self.names]
 
     def observe(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Takes the factors k (n, in) and g (n, out) of each matrix into the statistics."""
         for name, found in factors.items():
-            norm = self.norms[self._kind[name]]
+            norm = self.norms[self.shapes.kind[name]]
             assert isinstance(norm, RunningNorm)
             norm.observe(torch.cat(found, 1))
 
@@ -137,13 +112,14 @@ class MALMENNetwork(nn.Module):
         wishes = {}
         for i, name in enumerate(self.names):
             k, g = factors[name]
-            state = self.norms[self._kind[name]](torch.cat([k, g], 1))
-            blocks = self.transforms[self._kind[name]]
+            kind = self.shapes.kind[name]
+            state = self.norms[kind](torch.cat([k, g], 1))
+            blocks = self.transforms[kind]
             assert isinstance(blocks, nn.ModuleList)
             for block in blocks:
-                state = block(state, self._mode[name])
+                state = block(state, self.shapes.number[name])
             k_new, g_new = state.split([k.shape[1], g.shape[1]], 1)
-            wishes[name] = -self.step[i] * self._unit[i] * (k * k_new).sum(1, keepdim=True) * g_new
+            wishes[name] = -self.step[i] * self.shapes.scale[name] * (k * k_new).sum(1, keepdim=True) * g_new
         return wishes
 
     @torch.no_grad()
@@ -218,7 +194,7 @@ class _Learner:
         self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, float]]:
         """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
-        found = lessons(bare(batch), chance, together=len(batch))
+        found = self.method.lessons(bare(batch), chance, together=len(batch))
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = flat_factors(self.lm, self.module.names, rows, answers_only=True)
         if learn:
@@ -231,7 +207,7 @@ class _Learner:
         shown: dict[str, float] = {}
         for part in parts:
             share = len(part) / len(found)
-            outcome = Exam(self.lm, part, min(self.module.layers)).read_with(deltas)
+            outcome = self.method.exam(self.lm, part).read_with(deltas)
             if learn:
                 (share * (outcome.edit + self.method.locality_weight * outcome.stay)).backward()
             for name, value in outcome.shown().items():

@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reknow.descent import Answers, check_finite
+from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import InputError
 from reknow.keys import prompt_states, spread
-from reknow.layers import depth_layer
-from reknow.memory import Reading, on_output, versions
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
-from reknow.patches import Kind, Patch
+from reknow.memory import Hooks, Reading, on_output
+from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.patches import Patch
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -41,17 +39,18 @@ SAME = 1e-3
 
 
 @dataclass(frozen=True)
-class MELO(MemoryMethod):
+class MELO(BesideMatrix):
     """LoRA blocks beside value matrices, looked up by the prompt."""
 
-    kind: ClassVar[Kind] = "hook"
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
     span: int = 2
     """How many layers, from that one up, have blocks."""
-    radius: float = 0.3
-    """Of a new cluster, in units of the distance between unrelated texts in that layer (in the paper 0.5, plain)."""
+    radius: float = 1.0
+    """Of a new cluster, in units of the distance in that layer between questions of the same wording about
+    different subjects (in the paper 0.5, plain)."""
     rank: int = 2
     """Of a block."""
     block_size: int = 4
@@ -72,72 +71,56 @@ class MELO(MemoryMethod):
         return "melo"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
-        clashes = conflicts(self, lm, edits, self.conflict)
-        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
-        modules = list(lm.parts.value[layer : layer + self.span])
-        patches = versions(lm.patches, self.name)
-        if patches and patches[-1].memory["modules"] != modules:
-            raise InputError(
-                f"expected edits of {patches[-1].memory['modules']}, where the memory is; got {modules}: change layer"
-            )
+        edits, layer, modules, before, notes = begun(self, lm, edits, self.span)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
         keys, _ = prompt_states(lm, rows, modules[0])
-        first = sum(patch.memory["opened"] for patch in patches)
-        blocks, losses = [], []
-        for start in range(0, len(rows), self.block_size):
-            block, history = self._learn(
-                lm, rows[start : start + self.block_size], layer, modules, first + len(blocks)
-            )
-            blocks.append(block)
-            losses.append(history)
-        state = {"keys": keys.cpu()}
+        first = sum(patch.memory["opened"] for patch in before)
+        parts = [rows[start : start + self.block_size] for start in range(0, len(rows), self.block_size)]
+        learned = [self._learn(lm, part, layer, modules, first + i) for i, part in enumerate(parts)]
+        state = {"keys": keys}
         for i, module in enumerate(modules):
-            state[f"down.{module}"] = torch.stack([block[i][0] for block in blocks]).cpu()
-            state[f"up.{module}"] = torch.stack([block[i][1] for block in blocks]).cpu()
-        about = {
+            state[f"down.{module}"] = torch.stack([block[i][0] for block, _ in learned])
+            state[f"up.{module}"] = torch.stack([block[i][1] for block, _ in learned])
+        memory = {
             "modules": modules,
             "unit": spread(lm, layer),
             "radius": self.radius * spread(lm, layer),
-            "opened": len(blocks),
+            "opened": len(learned),
             "labels": [list(row.target_ids) for row in rows],
             "blocks": [first + i // self.block_size for i in range(len(rows))],
         }
-        notes = {"layer": layer, "losses": losses, "conflicts": clashes}
-        return memory_patch(self, lm, edits, state, memory=about, notes=notes)
+        notes["losses"] = [losses for _, losses in learned]
+        return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     def _learn(
         self, lm: LM, rows: Sequence[Row], layer: int, modules: list[str], number: int
     ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
         """Per module the block's two factors, (rank, in) and (out, rank); and the loss before every update."""
         generator = torch.Generator().manual_seed(self.seed + number)
-        trial = _Trial()
+        block: dict[str, tuple[Tensor, Tensor]] = {}
         groups = []
         for module in modules:
             inputs, outputs = prompt_states(lm, rows, module)
             length, size = float(inputs.norm(dim=1).mean()), float(outputs.square().mean().sqrt())
             start = torch.randn(self.rank, inputs.shape[1], generator=generator).to(inputs) / length
             down, up = start.requires_grad_(), outputs.new_zeros(outputs.shape[1], self.rank, requires_grad=True)
-            trial.blocks[module] = down, up
+            block[module] = down, up
             groups.append({"params": [down], "lr": self.learning_rate / length})
             groups.append({"params": [up], "lr": self.learning_rate * size})
         optimizer = torch.optim.Adam(groups)
-        losses: list[float] = []
-        with lm.trying(self.name, trial), torch.enable_grad():
+
+        def add(module: str, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+            down, up = block[module]
+            return outputs + inputs.to(down.dtype) @ down.T @ up.T
+
+        with lm.trying(self.name, Hooks({name: partial(add, name) for name in modules})), torch.enable_grad():
             answers = Answers(lm, rows, layer)
-            for _ in range(self.steps):
-                loss = answers.nll(lambda part: None)
-                losses.append(check_finite(loss.mean()))
-                if float(loss.detach().max()) < self.stop_loss:
-                    break
-                optimizer.zero_grad()
-                loss.sum().backward()
-                optimizer.step()
-        return [(down.detach(), up.detach()) for down, up in trial.blocks.values()], losses
+            losses = descend(answers.nll, optimizer, self.steps, lambda found: float(found.max()) < self.stop_loss)
+        return [(down.detach(), up.detach()) for down, up in block.values()], losses
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> Blocks:
-        table = Clusters()
+        table = Clusters(torch.zeros_like(torch.cat([patch.state["keys"] for patch in patches])))
         for patch in patches:
             about = patch.memory
             for key, label, block in zip(patch.state["keys"], about["labels"], about["blocks"], strict=True):
@@ -156,7 +139,6 @@ class MELO(MemoryMethod):
 class Cluster:
     """Prompts with one answer that lie close together."""
 
-    centre: Tensor  # (in,)
     radius: float
     label: tuple[int, ...]
     points: list[tuple[Tensor, int]]
@@ -167,29 +149,35 @@ class Cluster:
 class Clusters:
     """The table of clusters; the edits go through it in their order."""
 
+    centres: Tensor  # (room, in), as many in use as there are clusters
     found: list[Cluster] = field(default_factory=list)
 
     def take(self, key: Tensor, label: tuple[int, ...], block: int, radius: float, unit: float) -> None:
         """Places one edit; see the head of this file. key: (in,)"""
-        distances = [float(_distances(cluster.centre[None], key)) for cluster in self.found] or [float("inf")]
-        distance, nearest = min((distance, i) for i, distance in enumerate(distances))
+        distances = _distances(self.centres[: len(self.found)], key)
+        nearest = int(distances.argmin()) if self.found else -1
+        distance = float(distances[nearest]) if self.found else float("inf")
         if distance > radius + (self.found[nearest].radius if self.found else 0):
-            self.found.append(Cluster(key, radius, label, [(key, block)]))
+            self._open(key, radius, label, block)
             return
-        cluster = self.found[nearest]
+        cluster, centre = self.found[nearest], self.centres[nearest]
         if label == cluster.label:
             cluster.points.append((key, block))
             points = torch.stack([point for point, _ in cluster.points])
-            cluster.centre = points.mean(0)
-            cluster.radius = max(float(_distances(points, cluster.centre).max()), radius)
-            return
-        if distance <= SAME * unit:  # the same prompt: the old answer goes
-            self.found[nearest] = Cluster(key, cluster.radius, label, [(key, block)])
-            return
-        cluster.radius = distance / 2 - SLIVER * unit
-        self.found.append(Cluster(key, distance / 2 + SLIVER * unit, label, [(key, block)]))
-        inside = [_distances(point[None], cluster.centre) <= cluster.radius for point, _ in cluster.points]
-        cluster.points = [point for point, kept in zip(cluster.points, inside, strict=True) if bool(kept)]
+            centre.copy_(points.mean(0))
+            cluster.radius = max(float(_distances(points, centre).max()), radius)
+        elif distance <= SAME * unit:  # the same prompt: the old answer goes
+            centre.copy_(key)
+            self.found[nearest] = Cluster(cluster.radius, label, [(key, block)])
+        else:
+            cluster.radius = distance / 2 - SLIVER * unit
+            self._open(key, distance / 2 + SLIVER * unit, label, block)
+            inside = [float(_distances(point[None], centre)) <= cluster.radius for point, _ in cluster.points]
+            cluster.points = [point for point, kept in zip(cluster.points, inside, strict=True) if kept]
+
+    def _open(self, key: Tensor, radius: float, label: tuple[int, ...], block: int) -> None:
+        self.centres[len(self.found)] = key
+        self.found.append(Cluster(radius, label, [(key, block)]))
 
 
 def _distances(points: Tensor, key: Tensor) -> Tensor:
@@ -204,7 +192,7 @@ class Blocks:
         self.factors = factors
         """module → (blocks, rank, in), (blocks, out, rank)."""
         device = next(iter(factors.values()))[0].device
-        self.centres = torch.stack([cluster.centre for cluster in table.found]).to(device)
+        self.centres = table.centres[: len(table.found)].to(device)
         self.radii = torch.tensor([cluster.radius for cluster in table.found], device=device)
         self.points = [
             (torch.stack([p for p, _ in c.points]).to(device), [b for _, b in c.points]) if c.points else None
@@ -232,17 +220,3 @@ class Blocks:
         down, up = (factor[block] for factor in self.factors[module])  # (rows, rank, in), (rows, out, rank)
         added = inputs.to(down.dtype) @ down.mT @ up.mT
         return outputs + torch.where(block[:, None, None] >= 0, added, 0.0)
-
-
-class _Trial:
-    """The hooks while a block is learned: every prompt takes it."""
-
-    def __init__(self):
-        self.blocks: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def attach(self, lm: LM):
-        return [on_output(lm, module, partial(self._add, module)) for module in self.blocks]
-
-    def _add(self, module: str, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
-        down, up = self.blocks[module]
-        return outputs + inputs.to(down.dtype) @ down.T @ up.T

@@ -15,16 +15,15 @@ training step are in `reknow.learning.transform`, since InstructEdit has the sam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from reknow.edits import Case, Edit
-from reknow.learning.editors import open_editor
 from reknow.learning.lessons import bare
-from reknow.learning.training import Training, split, train
-from reknow.learning.transform import TransformLearner, last_layers, transformed
-from reknow.methods.base import Learned, checked, weights_patch
+from reknow.learning.training import Learner, Training
+from reknow.learning.transform import TransformLearner, transformed
+from reknow.methods.base import checked, weights_patch
+from reknow.methods.network import NetworkSettings
 from reknow.patches import Patch
 from reknow.tokens import Text
 
@@ -33,59 +32,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MEND(Learned):
+class MEND(NetworkSettings):
     """A network, trained once for a model, that turns an edit's gradient into a change of the weights."""
 
-    editor: str | None = None
-    """File or folder of the trained editor; None: the one that is bundled for the model. The editor brings along the
-    layers, rank and `unit_gradient` with which it was trained."""
-    layers: tuple[int, ...] | None = None
-    """Layers whose MLP matrices are changed; None: the last three."""
-    rank: int = 1920
-    """Of the network's matrices, at most their width."""
-    unit_gradient: bool = False
-    """Every token's δ is scaled to length 1 before anything else."""
-    edits_together: int = 1
-    """Edits that are made at once in training."""
-    edit_weight: float = 0.1
-    """c_e, of the edit loss against the locality loss."""
-    step_size: float = 1e-3
-    """α at the start, in units of each matrix's root mean square."""
-    step_size_rate: float = 1e-4
-    """Learning rate of α, in the same unit."""
-    learning_rate: float = 1e-6
-    """Of Adam, for the network."""
-    seed: int = 0
-    """Of the network's first weights."""
-
     training: ClassVar[Training] = Training(
-        steps=4000, batch_size=8, clip_norm=100.0, validate_every=250, checkpoint_every=250
+        steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200
     )
 
     @property
     def name(self) -> str:
         return "mend"
 
-    def fit(
-        self,
-        lm: LM,
-        cases: Sequence[Case],
-        out: str | Path,
-        training: Training | None = None,
-        *,
-        progress: bool = False,
-    ) -> MEND:
-        training = training or self.training
-        learning, held = split(cases, training)
-        method = replace(self, editor=None, layers=last_layers(lm, self.layers))
-        learner = TransformLearner(method, lm, training.batch_size, lambda batch, _: bare(batch))
-        path = train(method, lm, learner, learning, held, out, training, progress=progress)
-        return replace(self, editor=path)
+    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+        return TransformLearner(self, lm, training.batch_size, lambda batch, _: bare(batch))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
-        editor = open_editor(self, lm)
-        trained = MEND(**{**editor.settings, "layers": tuple(editor.settings["layers"])})
+        trained, tensors = self.trained(lm)
         texts = [Text(edit.text, edit.target_new) for edit in edits]
-        deltas, loss = transformed(lm, trained, editor.tensors, texts)
+        deltas, loss = transformed(lm, trained, tensors, texts)
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})

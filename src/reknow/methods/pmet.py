@@ -39,6 +39,8 @@ class PMET(SearchSettings):
     covariance_weight: float | None = None
     """λ itself, instead of the stiffness: 6,000 (GPT-J)."""
     steps: int = 30
+    clamp: float = 0.75
+    stop_probability: float = 1.0  # what attention took up is not written: ended early, too little is
     success_weight: float = 0.1
     """Weight of the likelihood while the answer is the likeliest in every context."""
     stop_drift: float = 0.01

@@ -34,7 +34,6 @@ class ROME(SearchSettings):
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
-    steps: int = 20
     clamp: float = 4.0
     context_groups: tuple[tuple[int, int], ...] = ((10, 5), (10, 10))
     context_starts: tuple[str, ...] = ()

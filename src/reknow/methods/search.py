@@ -23,20 +23,21 @@ KEPT_BYTES = 2**31
 class SearchSettings(Method):
     """Settings of every method that searches a wanted state and spares general text. No method by itself."""
 
-    steps: int = 25
-    """Passes of the search, one more than updates."""
+    steps: int = 60
+    """Passes of the search at most, one more than updates; in the papers 20 to 30, all of them."""
     learning_rate: float = 0.1
     """Of Adam in the search, in units of the root mean square of the block's output."""
     kl_weight: float = 0.0625
     """Weight of the drift of what the model says of "{subject} is a"."""
     decay: float = 0.05
     """Weight of the addition's length, relative to what it is added to, in the loss."""
-    clamp: float = 0.75
-    """Largest length of the addition, relative to what it is added to."""
+    clamp: float = 1.0
+    """Largest length of the addition, relative to what it is added to; in the papers 0.75, ROME's 4."""
     absolute: bool = False
     """Learning rate as a plain number, and decay on the length over the square of the state's, as in the papers."""
-    stop_probability: float = 1.0
-    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only."""
+    stop_probability: float = 0.95
+    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
+    the papers."""
     turns: int = 1
     """Deal the contexts into so many hands of which each pass reads the next: several times less work."""
     context_groups: tuple[tuple[int, int], ...] = ((5, 9),)

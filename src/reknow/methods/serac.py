@@ -14,9 +14,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -27,7 +26,7 @@ from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
 from reknow.learning.editors import Editor, open_editor
 from reknow.learning.loop import seeded
-from reknow.learning.training import Training, split, train
+from reknow.learning.training import Learner, Training
 from reknow.memory import Route, versions
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch
 from reknow.patches import Kind, LowRank, Patch
@@ -50,8 +49,6 @@ class SERAC(Learned, MemoryMethod):
 
     kind: ClassVar[Kind] = "router"
 
-    editor: str | None = None
-    """File or folder of the trained editor; None: the one that is bundled for the model."""
     threshold: float = 0.5
     """A question is in scope where p is above."""
     classifier: Literal["embedding", "cosine", "cross"] = "embedding"
@@ -102,21 +99,8 @@ class SERAC(Learned, MemoryMethod):
     def training(self) -> Training:
         return Training(steps=400, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
 
-    def fit(
-        self,
-        lm: LM,
-        cases: Sequence[Case],
-        out: str | Path,
-        training: Training | None = None,
-        *,
-        progress: bool = False,
-    ) -> SERAC:
-        training = training or self.training
-        learning, held = split(cases, training)
-        with lm.unpatched():
-            learner = ScopeLearner(self, Modules(self, lm), lm, learning, held)
-        path = train(self, lm, learner, learning, held, out, training, progress=progress)
-        return SERAC(**{**asdict(self), "editor": path})
+    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+        return ScopeLearner(self, Modules(self, lm), lm, learning, held)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)

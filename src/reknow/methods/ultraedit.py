@@ -65,10 +65,13 @@ class UltraEdit(Method):
     def name(self) -> str:
         return "ultraedit"
 
+    def own_layers(self, lm: LM) -> list[int]:
+        first, last = (round(share * lm.layers) for share in DEPTH)
+        return resolve_layers(lm, self.layers or tuple(range(min(first, lm.layers - 1), max(last, first + 1))))
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
-        first, last = (round(share * lm.layers) for share in DEPTH)
-        layers = resolve_layers(lm, self.layers or tuple(range(min(first, lm.layers - 1), max(last, first + 1))))
+        layers = self.own_layers(lm)
         names = [
             name
             for layer in layers

@@ -10,8 +10,9 @@ routes a prompt to the side memory when it exceeds a share of the smallest dista
 
     L = −log P(answer) + [d(out) − α]₊ + [β − d(in)]₊ + [γ − d(in) + d(out)]₊                             (eq. 4, 5)
 
-Edits go in shards, each of which may change a random part ρ of the weights. The shards are merged by TIES (Yadav et
-al. 2023, arXiv 2306.01708), or kept as memories of their own of which the most active answers (WISE-Retrieve).
+where `out` are other facts. Edits go in shards, each of which may change a random part ρ of the weights. The shards
+are merged by TIES (Yadav et al. 2023, arXiv 2306.01708), or kept as memories of their own of which the most active
+answers (WISE-Retrieve).
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reknow.datasets import sample_text
+from reknow.datasets import load_facts
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError
 from reknow.keys import prompt_inputs
-from reknow.layers import depth_layer
-from reknow.memory import Reading, on_output, versions
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
-from reknow.patches import Kind, Patch
+from reknow.memory import Hooks, Reading, on_output
+from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.values import contexts
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+FACTS = "known_1000"
+"""What an edit must leave alone: these ask like edits do. Against plain text more of the neighbours come along."""
 DEPTH = 0.85
 """The papers' layer as a share of the depth: 27 of 32 (Llama-2)."""
 
 
 @dataclass(frozen=True)
-class WISE(MemoryMethod):
+class WISE(BesideMatrix):
     """A side memory beside one value matrix, and routing by activation."""
 
-    kind: ClassVar[Kind] = "hook"
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose value matrix has a side memory; None: deep in the model."""
@@ -63,8 +64,8 @@ class WISE(MemoryMethod):
     """Margin β: how far an edit's prompt must move, in that unit."""
     gamma: float = 0.5
     """Margin γ: how much farther an edit's prompt must move than unrelated text, in that unit."""
-    threshold: float = 0.88
-    """A prompt is routed when it moves farther than this share of the least that any edit moved."""
+    threshold: float = 0.6
+    """A prompt is routed when it moves farther than this share of the least that any edit moved (the paper: 0.88)."""
     absolute: bool = False
     """Learning rate, clamp and margins as plain numbers (in the paper 1, 1, 5, 20, 10)."""
     stop_loss: float = 0.05
@@ -79,147 +80,123 @@ class WISE(MemoryMethod):
     """WISE-Retrieve: every shard is a memory of its own, and the one that a prompt moves most answers."""
     context_groups: tuple[tuple[int, int], ...] = ((2, 5), (2, 10))
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
-    unrelated: int = 4
-    """Pieces of plain text that must not move, other ones for every edit."""
+    unrelated: int = 16
+    """Bundled facts about other subjects that must not move, other ones for every edit."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
     seed: int = 0
-    """Of the masks, contexts and pieces of text."""
+    """Of the masks, contexts and facts."""
 
     @property
     def name(self) -> str:
         return "wise-retrieve" if self.retrieve else "wise"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
-        clashes = conflicts(self, lm, edits, self.conflict)
-        layer = depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)
-        module = lm.parts.value[layer]
-        before = versions(lm.patches, self.name)
-        if before and before[-1].memory["module"] != module:
-            raise InputError(
-                f"expected edits of {before[-1].memory['module']}, where the memory is; got {module}: change layer"
-            )
-        stored = sum(len(patch.edits) for patch in before)
-        shards = _shards(before, lm.weight(module).shape)
+        edits, layer, modules, before, notes = begun(self, lm, edits)
+        shape, stored = lm.weight(modules[0]).shape, sum(len(patch.edits) for patch in before)
+        shards = _shards(before, shape)
         state: dict[str, Tensor] = {}
         distances, losses = [], []
         for number, edit in enumerate(edits, stored):
             index = number // self.shard_size
             if index not in shards:
-                shards[index] = Shard.new(lm.weight(module).shape, self.mask, self.seed + index)
+                shards[index] = Shard.new(shape, self.mask, self.seed + index)
                 state[f"mask.{index}"] = shards[index].packed()
             shard = shards[index]
-            old = shard.values
-            shard.values, distance, history = self._learn(lm, edit, layer, shard, number)
-            state[f"delta.{index}"] = state.get(f"delta.{index}", 0) + (shard.values - old)
+            change, distance, history = self._learn(lm, edit, layer, shard, number)
+            shard.change += change
+            state[f"delta.{index}"] = state.get(f"delta.{index}", 0) + change[shard.mask]
             distances.append(distance)
             losses.append(history)
         state["distances"] = torch.tensor(distances)
-        about = {"module": module, "threshold": self.threshold, "density": self.density, "retrieve": self.retrieve}
-        about["shard_size"] = self.shard_size
-        notes = {"layer": layer, "losses": losses, "conflicts": clashes}
-        return memory_patch(self, lm, edits, state, memory=about, notes=notes)
+        memory = {"modules": modules, "threshold": self.threshold, "density": self.density}
+        memory |= {"retrieve": self.retrieve, "shard_size": self.shard_size}
+        return memory_patch(self, lm, edits, state, memory=memory, notes={**notes, "losses": losses})
 
     def _learn(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
-        """The shard's values with the edit, the distance that its prompts reach, and the losses."""
+        """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""
         module, weight = lm.parts.value[layer], lm.weight(lm.parts.value[layer]).float()
         prefixes = contexts(lm, self.context_groups, seed=self.seed)
         rows = lm.encode([Text(prefix + edit.text, edit.target_new) for prefix in prefixes])
-        start = shard.values.to(lm.device)
-        values = start.clone().requires_grad_()
-        trial = _Trial(module)
+        part, before = shard.mask.to(lm.device), shard.change.to(lm.device)
+        delta = before.clone().requires_grad_()
         losses: list[float] = []
-        with lm.trying(self.name, trial):
+        with lm.trying(self.name, Hooks({module: lambda _, inputs, outputs: outputs + inputs.float() @ delta.T})):
             inside = prompt_inputs(lm, rows, module)
-            outside = prompt_inputs(lm, lm.encode([Text(text) for text in self._pieces(number)]), module)
-            with torch.no_grad():
-                length = float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean())
-            unit = 1.0 if self.absolute else length
-            bound = self.clamp * (1.0 if self.absolute else float(weight.square().mean().sqrt()))
-            rate: float | None = self.learning_rate if self.absolute else None
+            outside = prompt_inputs(lm, lm.encode([Text(text) for text in self._others(edit, number)]), module)
+            size = float(weight.square().mean().sqrt())
+            unit = 1.0 if self.absolute else float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean())
+            bound = self.clamp if self.absolute else self.clamp * size
+            rate = self.learning_rate if self.absolute else None
             answers = Answers(lm, rows, layer)
             for _ in range(self.steps):
                 with torch.enable_grad():
-                    trial.delta = shard.dense(values)
-                    near, far = (distance(states, where, trial.delta) for states, where in (inside, outside))
+                    near, far = (distance(*states, delta) for states in (inside, outside))
                     margins = margin_loss(near / unit, far / unit, self.alpha, self.beta, self.gamma)
-                    loss = answers.nll(lambda part: None).mean() + margins
+                    loss = answers.nll().mean() + margins
                     losses.append(check_finite(loss))
                     if losses[-1] < self.stop_loss:
                         break
-                    (gradient,) = torch.autograd.grad(loss, values)
+                    gradient = torch.autograd.grad(loss, delta)[0] * part
                 with torch.no_grad():
                     if rate is None:
-                        size = float(gradient.square().mean().sqrt())
-                        rate = self.learning_rate * float(weight.square().mean().sqrt()) / max(size, 1e-30)
-                    values -= rate * gradient
-                    values.clamp_(-bound, bound)
-            with torch.no_grad():
-                reached = float(distance(*inside, shard.dense(values)).mean())
-        return values.detach().cpu(), reached, losses
+                        rate = self.learning_rate * size / max(float(gradient[part].square().mean().sqrt()), 1e-30)
+                    delta -= rate * gradient
+                    delta.clamp_(-bound, bound)
+            reached = float(distance(*inside, delta.detach()).mean())
+        return (delta.detach() - before).cpu(), reached, losses
 
-    def _pieces(self, number: int) -> list[str]:
-        """Plain text for edit number `number`."""
-        texts = sample_text()
+    def _others(self, edit: Edit, number: int) -> list[str]:
+        """Facts about other subjects than the edit's, drawn for edit number `number`."""
+        texts = [fact.text for fact in load_facts(FACTS) if edit.subject is None or edit.subject not in fact.text]
         generator = torch.Generator().manual_seed(self.seed + number)
-        chosen = torch.randperm(len(texts), generator=generator)[: self.unrelated]
-        return [" ".join(texts[i].split()[:12]) for i in chosen.tolist()]
+        return [texts[i] for i in torch.randperm(len(texts), generator=generator)[: self.unrelated].tolist()]
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
         about = patches[-1].memory
-        shards = _shards(patches, lm.weight(about["module"]).shape)
-        deltas = [shards[index].dense(shards[index].values) for index in sorted(shards)]
+        (module,) = about["modules"]
+        shards = _shards(patches, lm.weight(module).shape)
+        deltas = [shards[index].change for index in sorted(shards)]
         reached = torch.cat([patch.state["distances"] for patch in patches])
         least = [part.min() for part in reached.split(about["shard_size"])]
         if not about["retrieve"]:
             deltas, least = [ties(deltas, about["density"])], [reached.min()]
         thresholds = about["threshold"] * torch.stack(least)
-        return SideMemory(about["module"], torch.stack(deltas).to(lm.device), thresholds.to(lm.device))
+        return SideMemory(module, torch.stack(deltas).to(lm.device), thresholds.to(lm.device))
 
 
 @dataclass
 class Shard:
     """Part of the weights, and how they changed."""
 
-    shape: tuple[int, int]
-    places: Tensor  # (m,) indices into the flattened matrix
-    values: Tensor  # (m,) the change, float32
+    mask: Tensor  # (out, in), boolean: the part
+    change: Tensor  # (out, in), float32, 0 elsewhere
 
     @classmethod
     def new(cls, shape: Sequence[int], share: float, seed: int) -> Shard:
         """A random part of a matrix of this shape (out, in), nothing changed yet."""
         chosen = torch.rand(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed)) < share
-        places = chosen.nonzero()[:, 0]
-        return cls((shape[0], shape[1]), places, torch.zeros(len(places)))
+        return cls(chosen.view(*shape), torch.zeros(*shape))
 
     def packed(self) -> Tensor:
         """The part as bits."""
-        chosen = np.zeros(self.shape[0] * self.shape[1], dtype=bool)
-        chosen[self.places.numpy()] = True
-        return torch.from_numpy(np.packbits(chosen))
-
-    def dense(self, values: Tensor) -> Tensor:
-        """The change as a matrix. (out, in)"""
-        flat = values.new_zeros(self.shape[0] * self.shape[1])
-        return flat.index_put((self.places.to(values.device),), values).view(self.shape)
+        return torch.from_numpy(np.packbits(self.mask.numpy()))
 
 
 def _shards(patches: Sequence[Patch], shape: Sequence[int]) -> dict[int, Shard]:
     """The shards that these versions make up."""
     shards: dict[int, Shard] = {}
     for patch in patches:
-        for name, tensor in patch.state.items():
-            if name.startswith("mask."):
-                bits = np.unpackbits(tensor.numpy(), count=shape[0] * shape[1])
-                places = torch.from_numpy(bits.nonzero()[0])
-                empty = Shard((shape[0], shape[1]), places, torch.zeros(len(places)))
-                shards[int(name.removeprefix("mask."))] = empty
-        for name, tensor in patch.state.items():
-            if name.startswith("delta."):
-                shard = shards[int(name.removeprefix("delta."))]
-                shard.values = shard.values + tensor
+        parts = {name: name.partition(".") for name in sorted(patch.state, reverse=True)}  # masks before changes
+        for name, (kind, _, index) in parts.items():
+            if kind == "mask":
+                bits = np.unpackbits(patch.state[name].numpy(), count=shape[0] * shape[1])
+                mask = torch.from_numpy(bits).bool().view(*shape)
+                shards[int(index)] = Shard(mask, torch.zeros(*shape))
+            elif kind == "delta":
+                shard = shards[int(index)]
+                shard.change[shard.mask] += patch.state[name]
     return shards
 
 
@@ -280,17 +257,3 @@ class SideMemory:
                 moved = (inputs[rows].to(delta.dtype) @ delta.T).to(outputs.dtype)
                 outputs = outputs.index_add(0, rows, moved)
         return outputs
-
-
-class _Trial:
-    """The hook while a shard learns: everything goes through it."""
-
-    def __init__(self, module: str):
-        self.module = module
-        self.delta: Tensor | None = None
-
-    def attach(self, lm: LM):
-        return [on_output(lm, self.module, self._add)]
-
-    def _add(self, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
-        return outputs if self.delta is None else outputs + inputs.to(self.delta.dtype) @ self.delta.T

@@ -150,14 +150,15 @@ class ScopeLearner:
 
     def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
         asked = self._learning
-        inside, outside, answer = self._read(asked, [asked.place[case.edit.text] for case in batch], chance)
+        places = [asked.place[case.edit.text] for case in batch]
+        inside, outside, answer = self._read(asked, places, chance, ANSWERED)
         scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
         return scope + answer, {"scope": scope.item(), "answer": answer.item()}
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
         assert self._held is not None
-        inside, outside, answer = self._read(self._held, range(len(cases)), random.Random(0))
+        inside, outside, answer = self._read(self._held, range(len(cases)), random.Random(0), len(cases))
         limit = math.log(self._method.threshold)
         scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
         return {
@@ -168,9 +169,9 @@ class ScopeLearner:
         }
 
     def _read(
-        self, asked: ScopeCases, places: Sequence[int], chance: random.Random
+        self, asked: ScopeCases, places: Sequence[int], chance: random.Random, answered: int
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """log p of pairs inside and outside a scope, for each classifier, and the answers' mean −log P inside."""
+        """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
         edits = [asked.cases[i].edit for i in places]
         inside = [asked.inside(i, chance) for i in places]
         outside = [text for i in places for text in asked.outside(i, chance)]
@@ -189,7 +190,6 @@ class ScopeLearner:
             judged = self.module.cross((tokens[which], mask[which]), (tokens[asks], mask[asks]))
             found[0].append(judged[:count])
             found[1].append(judged[count:])
-        texts = [
-            Text(self._method.question(edit, text), edit.target_new) for edit, text in zip(edits, inside, strict=True)
-        ]
+        asks = zip(edits[:answered], inside[:answered], strict=True)
+        texts = [Text(self._method.question(edit, text), edit.target_new) for edit, text in asks]
         return *found, self.module.answers(texts).mean()

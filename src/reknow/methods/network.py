@@ -1,0 +1,83 @@
+"""What the methods share whose trained network changes MLP matrices: KE, MALMEN, MEND, InstructEdit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from reknow.edits import Case
+from reknow.layers import resolve_layers
+from reknow.learning.editors import open_editor
+from reknow.learning.lessons import Exam, Lesson, MeanOver, StayAt, lessons
+from reknow.methods.base import Learned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from typing_extensions import Self
+
+    from reknow.lm import LM
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixEditor(Learned):
+    """Settings of a method whose network changes the MLP matrices of some layers. No method by itself."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
+    field that shapes its network."""
+    other_facts: int = 2
+    """Facts of each case that must stay, in training."""
+    stay_at: StayAt = "answer"
+    """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
+    mean_over: MeanOver = "tokens"
+    """What counts alike in the losses: every token, or every text, however long it is."""
+    seed: int = 0
+    """Of the network's first weights."""
+
+    def own_layers(self, lm: LM) -> list[int]:
+        return list(self.trained(lm)[0].layers or ())
+
+    def lessons(self, batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
+        """What is to be learned from the cases."""
+        return lessons(batch, chance, together=together, other_facts=self.other_facts)
+
+    def exam(self, lm: LM, found: Sequence[Lesson]) -> Exam:
+        """Their texts, of settings that `for_model` gave."""
+        assert self.layers is not None
+        return Exam(lm, found, min(self.layers), stay_at=self.stay_at, mean_over=self.mean_over)
+
+    def for_model(self, lm: LM) -> Self:
+        last = tuple(range(max(0, lm.layers - 3), lm.layers))
+        return replace(self, editor=None, layers=tuple(resolve_layers(lm, self.layers or last)))
+
+    def trained(self, lm: LM) -> tuple[Self, dict[str, Tensor]]:
+        """The settings that its editor was trained with, and what that has learned.
+
+        Raises:
+            InputError: as in `open_editor`.
+        """
+        editor = open_editor(self, lm)
+        return type(self)(**{**editor.settings, "layers": tuple(editor.settings["layers"])}), editor.tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings(MatrixEditor):
+    """Settings of MEND's network and of its training, for MEND and InstructEdit. No method by itself."""
+
+    rank: int = 1920
+    """Of the network's matrices, at most their width."""
+    unit_gradient: bool = False
+    """Every token's δ is scaled to length 1 before anything else, as the article on InstructEdit says; the released
+    code of neither method does."""
+    edits_together: int = 1
+    """Edits that are made at once in training."""
+    edit_weight: float = 0.25
+    """c_e, of the edit loss against the locality loss."""
+    step_size: float = 1e-2
+    """α at the start, in units of each matrix's root mean square."""
+    step_size_rate: float = 3e-4
+    """Learning rate of α, in the same unit."""
+    learning_rate: float = 1e-3
+    """Of Adam, for the network."""
