@@ -137,7 +137,7 @@ def test_two_edits_in_one_call(models, name):
 
 
 def test_edits_made_side_by_side_are_those_made_alone(models, name):
-    """`edit_each` gives a patch per edit, each what `edit` makes of it; edits that contradict each other may do so."""
+    """`edit_each` gives a patch per edit, each what `edit` makes of it; they may contradict each other."""
     lm, other = models["llama"], replace(EDIT, target_new="in")
     if (edited := quick(name, lm)).together == 1:
         pytest.skip("computes one edit at a time")
