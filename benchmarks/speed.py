@@ -6,9 +6,10 @@
 
 Parts: `rome`, `memit`, `evaluation`, `tuning`, `scaling` (reknow alone), `work` (operations and rates per phase).
 Each writes a JSON file under `--out`; one that is there is not run again. Both sides take turns, fact by fact, in one
-process. Not timed on either side, since both do it once per model: covariances, prefixes, layer. Our default settings
-hold on both: as EasyEdit takes learning rate and decay as plain numbers, it gets those that ours amount to for each
-fact. Reliability, generalization and locality of both are read by reknow: teacher-forced, every token right.
+process and on one thread; seconds are processor time, so that other work on the machine counts little. Not timed on
+either side, since both do it once per model: covariances, prefixes, layer. Our settings hold on both: as EasyEdit
+takes learning rate and decay as plain numbers, it gets those that ours amount to for each fact. Reliability,
+generalization and locality of both are read by reknow: teacher-forced, every token right.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 import transformers
@@ -33,13 +35,15 @@ from reknow.descent import sample
 from reknow.edits import Case
 from reknow.effect import known_cases
 from reknow.evaluation.metrics import case_metrics
-from reknow.evaluation.reading import SAMPLED_TOKENS, SAMPLED_TOP_K, read
+from reknow.evaluation.reading import read
 from reknow.layers import band
+from reknow.methods.search import SearchSettings
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.values import contexts
+from speed_reading import evaluation
 from speed_report import report
-from speed_work import matmul_rate, phases, total_flops
+from speed_work import matmul_rate, phases, timed, total_flops
 
 FACTS = {"demo": {"rome": 20, "memit": 100, "tuning": 100}, "124M": {"rome": 5, "memit": 5, "tuning": 4}}
 """Facts that EasyEdit runs. Its time is proportional to their number, so on the large shape a few are enough."""
@@ -50,8 +54,8 @@ LAYER = {"demo": 0, "124M": 4}
 COVARIANCE_TOKENS = 20_000
 RATE = 5e-4
 """The published learning rate of fine-tuning."""
-STOP = 0.9
-"""Early stop: the answer's mean probability in every context."""
+UNTIL = "reknow, until found"
+"""Our default: at most 60 passes, ended when every context gives the answer a probability of 0.95."""
 KINDS = ("reliability", "generalization", "locality")
 
 
@@ -61,13 +65,6 @@ def opened(shape: str) -> LM:
         return demo
     torch.manual_seed(0)
     return LM((GPT2LMHeadModel(GPT2Config()).eval(), demo.tokenizer))
-
-
-def timed(run: Callable):
-    """(what it gives, seconds)."""
-    start = time.perf_counter()
-    found = run()
-    return found, time.perf_counter() - start
 
 
 class Quality:
@@ -101,9 +98,16 @@ def plain(lm: LM, case: Case, layer: int, site: str, rate: float = 0.1, decay: f
     return {"v_lr": rate * float(scale), "v_weight_decay": decay * float(found[names[site]].norm())}
 
 
+def variants(same: SearchSettings, turns: int) -> dict[str, Any]:
+    """Our ways to search: as many passes as the paper, or until the answer is found; and with a part of the contexts
+    in each pass."""
+    until = replace(same, steps=ROME.steps, stop_probability=ROME.stop_probability)
+    return {"reknow": same, UNTIL: until, f"{UNTIL}, {turns} turns": replace(until, turns=turns)}
+
+
 def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
-    ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS)
-    early = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, stop_probability=STOP)
+    ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, steps=20, stop_probability=1.0)
+    methods = variants(ours, 3)
     prefixes = contexts(lm, ours.context_groups)
     numbers = [plain(lm, case, layer, "value") for case in cases]
 
@@ -115,42 +119,47 @@ def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     their(0, steps=2)
     quality, rows = Quality(lm, cases), []
     for i, case in enumerate(cases):
-        patch, seconds = timed(lambda case=case: ours.edit(lm, [case.edit]))
-        stopped, less = timed(lambda case=case: early.edit(lm, [case.edit]))
+        row: dict = {"steps": {}}
+        for label, method in methods.items():
+            patch, row[label] = timed(lambda method=method, case=case: method.edit(lm, [case.edit]))
+            row["steps"][label] = len(patch.notes["losses"])
+            quality.add(label, patch, [case])
         made = their(i)
-        for label, found in (("reknow", patch), ("reknow, early stop", stopped), ("EasyEdit", made.patch)):
-            quality.add(label, found, [case])
-        counts = {"reknow": patch.notes["losses"], "reknow, early stop": stopped.notes["losses"]}
-        steps = {label: len(losses) for label, losses in counts.items()} | {"EasyEdit": made.steps[0]}
-        rows.append({"reknow": seconds, "reknow, early stop": less, "EasyEdit": made.seconds, "steps": steps})
+        quality.add("EasyEdit", made.patch, [case])
+        row["EasyEdit"], row["steps"]["EasyEdit"] = made.seconds, made.steps[0]
+        rows.append(row)
+    edits = [case.edit for case in cases]
+    for label, method in methods.items():
+        patches, seconds = timed(lambda method=method: method.edit_each(lm, edits))
+        for row, patch, case in zip(rows, patches, cases, strict=True):
+            row[f"{label}, together"] = seconds / len(edits)
+            row["steps"][f"{label}, together"] = len(patch.notes["losses"])
+            quality.add(f"{label}, together", patch, [case])
     return {"layer": layer, "facts": rows, "quality": quality.table()}
 
 
 def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     layers = band(lm, layer)
-    ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS)
+    ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, stop_probability=1.0)
     prefixes = contexts(lm, ours.context_groups, starts=ours.context_starts)
     numbers = [plain(lm, case, layers[-1], "block") for case in cases]
     same = {key: fmean(one[key] for one in numbers) for key in numbers[0]}
     weight = effective_weight(lm, ours, cases, layers[0])
-    ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, covariance_weight=weight)
+    ours = replace(ours, covariance_weight=weight)
     settings = {"mom2_update_weight": weight, "clamp_norm_factor": ours.clamp, **same}
     edits = [case.edit for case in cases]
     ours.edit(lm, edits[:1])
     theirs.memit(edits[:1], layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=2, **settings)
-    early = replace(ours, stop_probability=STOP)
-    patch, seconds = timed(lambda: ours.edit(lm, edits))
-    stopped, less = timed(lambda: early.edit(lm, edits))
-    made = theirs.memit(edits, layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=ours.steps, **settings)
     quality = Quality(lm, cases)
-    quality.add("reknow", patch, cases)
-    quality.add("reknow, early stop", stopped, cases)
+    found: dict = {"layers": layers, "weight": weight, "facts": len(cases), "steps": {}}
+    for label, method in variants(ours, 2).items():
+        patch, found[label] = timed(lambda method=method: method.edit(lm, edits))
+        found["steps"][label] = fmean(map(len, patch.notes["losses"]))
+        quality.add(label, patch, cases)
+    made = theirs.memit(edits, layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=ours.steps, **settings)
     quality.add("EasyEdit", made.patch, cases)
-    found = {"layers": layers, "weight": weight, "facts": len(cases), "quality": quality.table()}
-    counts = {"reknow": patch.notes["losses"], "reknow, early stop": stopped.notes["losses"]}
-    steps = {label: fmean(len(one) for one in losses) for label, losses in counts.items()}
-    steps["EasyEdit"] = fmean(made.steps)
-    found |= {"reknow": seconds, "reknow, early stop": less, "EasyEdit": made.seconds, "steps": steps}
+    found |= {"EasyEdit": made.seconds, "quality": quality.table()}
+    found["steps"]["EasyEdit"] = fmean(made.steps)
     if len(edits) < MANY:
         many = [case.edit for case in load_cases("counterfact", limit=MANY)]
         found[f"reknow, {MANY} facts"] = timed(lambda: ours.edit(lm, many))[1]
@@ -166,51 +175,6 @@ def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -
     keys = subject_keys(lm, [case.edit for case in cases], layer, [""])
     white = keys @ whitening(covariance(lm, layer, tokens=method.covariance_tokens))
     return float(method.stiffness * white.square().sum(1).mean())
-
-
-def evaluation(lm: LM, theirs: EasyEdit, count: int = 100) -> dict:
-    """Reading cases on one model, as after mass editing: the same questions on both sides."""
-    cases = load_cases("counterfact", limit=count)
-    asked = [(probe.prompt, probe.answers[0]) for case in cases for probe in asked_of(case)]
-    prompts, answers = [prompt for prompt, _ in asked], [answer for _, answer in asked]
-    heads = [case.edit.text for case in cases]
-    room = SAMPLED_TOKENS - min(len(row.ids) for row in lm.encode([Text(head) for head in heads]))
-    theirs.quality(cases[:2])
-    theirs.fluency(cases[:1])
-    lm.score(prompts[:20], answers[:20])
-    lm.generate(heads[:2], 4, top_k=SAMPLED_TOP_K)
-
-    scores, ours = timed(lambda: lm.score(prompts, answers))
-    found, their = theirs.quality(cases)
-    one_by_one = sum(timed(lambda case=case: score(lm, case))[1] for case in cases)
-    _, sampled = timed(lambda: lm.generate(heads, room, top_k=SAMPLED_TOP_K))
-    their_sampled = theirs.fluency(cases)
-    _, everything = timed(lambda: read(lm, cases, fluency=False))
-    hits = iter(scores)
-    differ = 0.0
-    for case, one in zip(cases, found, strict=True):
-        own, rephrased, *_ = [next(hits) for _ in asked_of(case)]
-        for mine, other in ((own, one["rewrite_acc"]), (rephrased, one["rephrase_acc"])):
-            differ = max(differ, abs(fmean(mine.hits) - float(other[0])))
-    return {
-        "cases": count,
-        "questions": len(asked),
-        "largest difference": differ,
-        "teacher-forced": {"reknow": ours, "reknow, case by case": one_by_one, "EasyEdit": their},
-        "fluency": {"reknow": sampled, "EasyEdit": their_sampled},
-        "all that reknow reads": everything,
-    }
-
-
-def score(lm: LM, case: Case):
-    return lm.score([p.prompt for p in asked_of(case)], [p.answers[0] for p in asked_of(case)])
-
-
-def asked_of(case: Case):
-    """The questions that EasyEdit asks: the request, one rephrasing, all neighbours."""
-    own, *rest = case.questions
-    first = next(probe for probe in rest if probe.kind == "generalization")
-    return [own, first, *(probe for probe in rest if probe.kind == "locality")]
 
 
 def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
@@ -238,6 +202,13 @@ def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
         rows.append(row)
     edits = [case.edit for case in cases]
     together = {}
+    patches, seconds = timed(lambda: plain_ft.edit_each(lm, edits))
+    together["reknow FT-M, side by side"] = {
+        "seconds": seconds,
+        "steps": fmean(len(p.notes["losses"]) for p in patches),
+    }
+    for patch, case in zip(patches, cases, strict=True):
+        quality.add("reknow FT-M, side by side, together", patch, [case])
     patch, seconds = timed(lambda: plain_ft.edit(lm, edits))
     together["reknow FT-M"] = {"seconds": seconds, "steps": len(patch.notes["losses"])}
     quality.add("reknow FT-M, together", patch, cases)
@@ -272,8 +243,9 @@ def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int]) -> dict:
 
 def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     """Operations of one ROME edit and of MEMIT on some facts, and how fast each phase of ours runs."""
-    one = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS)
-    many = MEMIT(layers=tuple(band(lm, layer)), covariance_tokens=COVARIANCE_TOKENS)
+    exact = {"covariance_tokens": COVARIANCE_TOKENS, "stop_probability": 1.0}
+    one = ROME(layer=layer, steps=20, **exact)
+    many = MEMIT(layers=tuple(band(lm, layer)), steps=25, **exact)
     edits = [case.edit for case in cases]
     prefixes = contexts(lm, one.context_groups)
     number = plain(lm, cases[0], layer, "value")
@@ -313,6 +285,7 @@ def main() -> None:
     parser.add_argument("--method", choices=["ROME", "MEMIT"], default="MEMIT", help="of `scaling`")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000], help="of `scaling`")
     options = parser.parse_args()
+    torch.set_num_threads(1)
     if options.part == "report":
         print(report(options.out))
         return

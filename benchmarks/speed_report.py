@@ -44,7 +44,8 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]
 
 
 def _rome(found: Mapping) -> list[str]:
-    facts, labels = found["facts"], ["EasyEdit", "reknow", "reknow, early stop"]
+    facts = found["facts"]
+    labels = ["EasyEdit", *(label for label in facts[0] if label not in ("EasyEdit", "steps"))]
     seconds = {label: fmean(fact[label] for fact in facts) for label in labels}
     rows = []
     for label in labels:
@@ -57,7 +58,7 @@ def _rome(found: Mapping) -> list[str]:
 
 def _memit(found: Mapping) -> list[str]:
     rows = []
-    for label in ("EasyEdit", "reknow", "reknow, early stop"):
+    for label in found["steps"]:
         each = found[label] / found["facts"]
         ratio = found["EasyEdit"] / found[label]
         passes = f"{found['steps'][label]:.1f}"
@@ -112,7 +113,13 @@ def _tuning(found: Mapping) -> list[str]:
         each, best = one["seconds"] / len(facts), found["together"]["EasyEdit FT-M, batches of 1"]["seconds"]
         ratio = best / one["seconds"]
         rows.append(
-            [f"{label}, together", one["steps"], f"{each:.3f}", f"{ratio:.2f}", *_scores(found, f"{label}, together")]
+            [
+                f"{label}, together",
+                f"{one['steps']:.1f}",
+                f"{each:.3f}",
+                f"{ratio:.2f}",
+                *_scores(found, f"{label}, together"),
+            ]
         )
     header = ["", "passes", "seconds per edit", "ratio to EasyEdit", *KINDS]
     return [

@@ -25,6 +25,13 @@ PHASES = {
 """Functions whose time and operations are shown by themselves; what they call of one another is not counted twice."""
 
 
+def timed(run: Callable):
+    """(what it gives, seconds of processor time)."""
+    start = time.process_time()
+    found = run()
+    return found, time.process_time() - start
+
+
 def total_flops(run: Callable):
     """(what it gives, floating-point operations of its matrix products). Attention's own two products are left out,
     which torch's counter does not know on a CPU: some per cent at these lengths."""
@@ -37,15 +44,15 @@ def matmul_rate(size: int = 2048, repeats: int = 10) -> float:
     """FLOP/s of a large float32 matrix product."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     a @ b
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(repeats):
         a @ b
-    return 2 * size**3 * repeats / (time.perf_counter() - start)
+    return 2 * size**3 * repeats / (time.process_time() - start)
 
 
 def phases(run: Callable) -> dict[str, dict[str, float]]:
     """Per phase, and in `all`, the seconds of one run and the operations of another."""
-    seconds = _by_phase(run, time.perf_counter)
+    seconds = _by_phase(run, time.process_time)
     with FlopCounterMode(display=False) as counter:
         flops = _by_phase(run, counter.get_total_flops)
     return {name: {"seconds": seconds[name], "flops": flops[name]} for name in seconds}

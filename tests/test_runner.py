@@ -230,18 +230,19 @@ def test_other_settings_are_refused_and_named(tmp_path):
 
 
 def test_an_interrupted_run_goes_on_and_drops_a_torn_line(tmp_path, monkeypatch):
+    """With edits that are made two at a time: what is left of a pair is made with the pair again, bit for bit."""
+    monkeypatch.setattr(FT, "together", 2)
     bench(make_lm(), make_cases(), [METHOD], tmp_path / "whole")
-    edit = FT.edit
+    edit_each = FT.edit_each
 
     def third_fails(self, lm, edits):
         if edits[0].subject == "Apple":
             raise KeyboardInterrupt
-        return edit(self, lm, edits)
+        return edit_each(self, lm, edits)
 
-    monkeypatch.setattr(FT, "edit", third_fails)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(FT, "edit_each", third_fails)
         bench(make_lm(), make_cases(), [METHOD], tmp_path / "cut")
-    monkeypatch.undo()
     assert len(lines(tmp_path / "cut")) == 2
     with open(tmp_path / "cut" / "cases.jsonl", "r+b") as file:
         file.truncate(len(file.read()) - 9)

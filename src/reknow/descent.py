@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,39 +26,44 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How fast and how far weights move."""
+
+    learning_rate: float
+    """Of Adam, in units of each matrix's root mean square: how far a weight moves in a step."""
+    learning_rate_absolute: float | None = None
+    """The same as a number, which then holds."""
+    clamp: float | None = None
+    """Largest change of a single weight, in the same unit; None: no bound."""
+    clamp_absolute: float | None = None
+    """The same as a number; where both are given the smaller bound holds."""
+
+    def of(self, weight: Tensor) -> tuple[float, float]:
+        """(learning rate, largest change) of this matrix, as numbers."""
+        unit = float(weight.square().mean().sqrt())
+        bounds = [self.clamp_absolute, None if self.clamp is None else self.clamp * unit]
+        rate = self.learning_rate * unit if self.learning_rate_absolute is None else self.learning_rate_absolute
+        return rate, min((b for b in bounds if b is not None), default=float("inf"))
+
+
 class Matrices:
     """Copies of some matrices in float32, and the optimizer that moves them.
 
     Args:
         names: modules of `lm`.
-        learning_rate: of Adam, in units of each matrix's root mean square: how far a weight moves in a step.
-        learning_rate_absolute: the same as a number, which then holds.
-        clamp: largest change of a single weight, in the same unit; None: no bound.
-        clamp_absolute: the same as a number; where both are given the smaller bound holds.
     """
 
-    def __init__(
-        self,
-        lm: LM,
-        names: Sequence[str],
-        learning_rate: float,
-        *,
-        learning_rate_absolute: float | None = None,
-        clamp: float | None = None,
-        clamp_absolute: float | None = None,
-    ):
+    def __init__(self, lm: LM, names: Sequence[str], pace: Pace):
         self._lm = lm
         self._start = {name: lm.weight(name).detach().float().clone() for name in names}  # (out, in)
         self._weight = {name: start.clone().requires_grad_() for name, start in self._start.items()}
         self._bound: dict[str, float] = {}
         groups = []
         for name, start in self._start.items():
-            unit = float(start.square().mean().sqrt())
-            bounds = [clamp_absolute, None if clamp is None else clamp * unit]
-            self._bound[name] = min((b for b in bounds if b is not None), default=float("inf"))
-            rate = learning_rate * unit if learning_rate_absolute is None else learning_rate_absolute
+            rate, self._bound[name] = pace.of(start)
             groups.append({"params": [self._weight[name]], "lr": rate})
-        self._optimizer = torch.optim.Adam(groups)
+        self._optimizer = torch.optim.Adam(groups, fused=True)
 
     @contextmanager
     def in_use(self):
@@ -82,6 +88,37 @@ class Matrices:
     def deltas(self) -> dict[str, Delta]:
         """What changed, by matrix."""
         return {name: Dense((weight - self._start[name]).detach()) for name, weight in self._weight.items()}
+
+
+class SideBySide:
+    """Changes of one matrix, a row of tokens each, that know nothing of each other and are trained in one batch.
+
+    The matrix's input is the same whatever the change, so the change is an addition behind it: Δ k for every token.
+
+    Args:
+        weight: the matrix. (out, in)
+        count: how many changes.
+    """
+
+    def __init__(self, weight: Tensor, count: int, pace: Pace):
+        rate, self._bound = pace.of(weight.float())
+        self.changes = [torch.zeros_like(weight, dtype=torch.float32, requires_grad=True) for _ in range(count)]
+        self._optimizer = torch.optim.Adam(self.changes, lr=rate, fused=True)
+
+    def added(self, keys: Tensor, which: Sequence[int]) -> Tensor:
+        """What each row's own change adds to the outputs. (rows, columns, in) → (rows, columns, out)"""
+        return keys.float() @ torch.stack([self.changes[i] for i in which]).mT
+
+    def step(self, losses: Tensor, running: Sequence[int]) -> None:
+        """One update of each `running` change against its own loss; the others stay."""
+        self._optimizer.zero_grad()
+        losses.sum().backward()
+        for i in set(range(len(self.changes))) - set(running):
+            self.changes[i].grad = None
+        self._optimizer.step()
+        with torch.no_grad():
+            for i in running if self._bound < float("inf") else ():
+                self.changes[i].clamp_(-self._bound, self._bound)
 
 
 class Scored:
@@ -116,19 +153,31 @@ class Scored:
         self.places[self.of_row, self._columns] = True
         self._suffix = None if layer is None else Suffix(lm, self._batch, layer, 0)
 
-    def log_probs(self) -> Tensor:
-        """Log-probabilities of all tokens at the scored places, with the weights as they are now. (n, vocabulary)"""
+    @property
+    def keys(self) -> Tensor:
+        """Input of the value matrix of `layer`, which no change of that matrix moves. (rows, columns, in)"""
+        assert self._suffix is not None, "a layer was given"
+        return self._suffix.keys
+
+    def log_probs(self, added: Tensor | None = None) -> Tensor:
+        """Log-probabilities of all tokens at the scored places, with the weights as they are now. (n, vocabulary)
+
+        Args:
+            added: (rows, columns, hidden), added at the output of that value matrix.
+        """
         if self._suffix is not None:
-            return self._suffix.rerun(self.of_row, self._columns).float().log_softmax(-1)
+            places = self.of_row, self._columns
+            logits = self._suffix.rerun(*places) if added is None else self._suffix(added, *places)
+            return logits.float().log_softmax(-1)
         batch, first = self._batch, int(self._columns.min())
         keep = batch.ids.shape[1] - first
         inputs = (batch.ids, batch.mask, batch.positions, None)
         logits = self._lm.forward(*inputs, ends=batch.ends, logits_to_keep=keep).logits
         return logits[:, -keep:][self.of_row, self._columns - first].float().log_softmax(-1)
 
-    def nll(self) -> Tensor:
-        """Negative log-likelihood of each predicted token, in nats. (n,)"""
-        return -self.log_probs().gather(1, self.targets[:, None])[:, 0]
+    def nll(self, added: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of each predicted token, in nats; see `log_probs`. (n,)"""
+        return -self.log_probs(added).gather(1, self.targets[:, None])[:, 0]
 
 
 class Answers:

@@ -21,7 +21,7 @@ from reknow.patches import Patch
 from reknow.scoring import Score, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
 from reknow.tokens import Batch, Row, Text, batches, encode, pad
-from reknow.trace import by_row, recorded
+from reknow.trace import by_row, fused_gelu, recorded
 from reknow.weights import Weights
 
 
@@ -152,9 +152,10 @@ class LM:
             options["position_ids"] = positions
         self._memories.ends = ends
         try:
-            return self.model(
-                input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
-            )
+            with fused_gelu(self.model):
+                return self.model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
+                )
         finally:
             self._memories.ends = None
 
@@ -198,7 +199,7 @@ class LM:
             name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
         """
         found: dict[str, list[Tensor]] = {}
-        for part in batches([len(row.ids) for row in rows]):
+        for part in batches([len(row.ids) for row in rows], cached=self.device.type == "cpu"):
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
             column = max(columns[i] for i in part)
             with recorded(self.model, inputs, outputs, stop=True) as (seen_in, seen_out):
@@ -264,7 +265,7 @@ class LM:
         cut = min(max_tokens, self.max_tokens or max_tokens)
         plain = encode(self.tokenizer, [Text(text) for text in texts])  # text to read is no chat
         rows = [Row(row.ids[:cut], 1) for row in plain if len(row.ids) > 1]
-        for part in batches([len(row.ids) for row in rows]):
+        for part in batches([len(row.ids) for row in rows], cached=self.device.type == "cpu"):
             batch = self.pad([rows[i] for i in part])
             logits = self.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
             nll = torch.nn.functional.cross_entropy(

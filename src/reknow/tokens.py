@@ -16,6 +16,8 @@ from reknow.errors import InputError, ModelError
 
 TOKENS_PER_BATCH = 4096
 """How many tokens, padding included, one forward pass takes."""
+CACHED_TOKENS = 384
+"""The same on a CPU where a pass is read once: what it computes should stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -167,11 +169,13 @@ def even(lengths: Sequence[int]) -> list[list[int]]:
     return [order[:best], order[best:]]
 
 
-def batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens."""
+def batches(lengths: Sequence[int], *, cached: bool = False) -> list[list[int]]:
+    """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens, or
+    CACHED_TOKENS."""
+    limit = min(TOKENS_PER_BATCH, CACHED_TOKENS) if cached else TOKENS_PER_BATCH
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if parts and lengths[i] * (len(parts[-1]) + 1) <= TOKENS_PER_BATCH:
+        if parts and lengths[i] * (len(parts[-1]) + 1) <= limit:
             parts[-1].append(i)
         else:
             parts.append([i])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,22 @@ def fused_gelu(model: nn.Module):
         yield
 
 
+def mlp_only_at(lm: LM, rows: Tensor, columns: Tensor):
+    """While open, the last block's MLP is computed at these places alone, where it is a module that maps states to
+    states; elsewhere it gives 0. What the block gives at other places is read by nobody."""
+    block, name = lm.parts.blocks[-1], lm.parts.value[-1].rpartition(".")[0]
+    module = lm.model.get_submodule(name)
+    own = module.forward
+
+    def forward(states: Tensor, *rest):
+        wanted = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+        wanted[rows, columns] = True  # a place may be asked for twice
+        found = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
+        return states.new_zeros(*states.shape[:2], found.shape[-1]).index_put((wanted,), found)
+
+    return nullcontext() if name == block else swapped(module, forward)
+
+
 def weight_replaced(module: nn.Module, weight: Tensor):
     """While open, the matrix `module` multiplies by `weight` (out, in), in that tensor's dtype; its own stays."""
     with align_module_device(module):  # an offloaded bias is in memory only now
@@ -192,7 +209,8 @@ class Suffix:
     reaches the block's output unchanged (`parts.residual_identity`) the block itself is not run either.
 
     Attributes:
-        key: input of the value matrix at `column`. (rows, in)
+        keys: input of the value matrix at `column` and behind it. (rows, columns, in)
+        key: the same at `column`. (rows, in)
         value: its output before any addition, at `column`. (rows, hidden)
         attention: attention's output in that layer, there. (rows, hidden)
         block: the layer's output, there. (rows, hidden)
@@ -208,6 +226,16 @@ class Suffix:
         self._block_input: Tensor  # (rows, columns, hidden), where the blocks are replayed
         self._cache = self._prefill() if self._start else None
         self._record()
+
+    def keep(self, rows: Tensor) -> Suffix:
+        """The suffix of some of the rows; what lies left of `column` is not run again. rows: (n,)"""
+        twin, batch = copy.copy(self), self.batch
+        twin.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
+        twin._cache, twin._calls = _fresh(self._cache), []
+        for layer in [] if twin._cache is None else twin._cache.layers:
+            layer.batch_select_indices(rows)  # type: ignore[union-attr]
+        twin._record()
+        return twin
 
     def _run(self, columns: slice, cache: Cache | None, **options):
         batch = self.batch
@@ -247,14 +275,15 @@ class Suffix:
         self._reading = self.lm.reading
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
-        here = [by_row(state, rows)[:, self.column - self._start] for state in states]
-        self.key, self.value, self.attention, self.block = here
+        right = [by_row(state, rows)[:, self.column - self._start :] for state in states]
+        self.keys = right[0]
+        self.key, self.value, self.attention, self.block = (state[:, 0] for state in right)
 
     def __call__(self, delta: Tensor, rows: Tensor, columns: Tensor, *, attention: Tensor | None = None) -> Tensor:
         """Logits at (rows[i], columns[i]) with `delta` added at the value matrix's output.
 
         Args:
-            delta: (rows, hidden).
+            delta: (rows, hidden), added in `column`; or (rows, columns, hidden), from there on.
             rows: (n,) row of each wanted position.
             columns: (n,) its column in the batch; none lies left of `column`.
             attention: (rows, hidden), added at attention's output in the same layer and column; None: nothing.
@@ -265,7 +294,7 @@ class Suffix:
         delta = delta.to(self.value.dtype)
         if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
             added = added_at(delta, self.column - self._start)(self._block_output)
-            return head(self.lm, self._replay(added, 1)[rows, columns - self._start])
+            return self._replay(added, 1, rows, columns)
         with ExitStack() as stack:
             for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
                 if addition is not None:
@@ -276,18 +305,21 @@ class Suffix:
     def rerun(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at (rows[i], columns[i]) with the weights of the blocks as they are now. (n, vocabulary)"""
         if self.lm.parts.replayable:
-            return head(self.lm, self._replay(self._block_input, 0)[rows, columns - self._start])
+            return self._replay(self._block_input, 0, rows, columns)
         return self._run(slice(0, self.batch.ids.shape[1]), None).logits[rows, columns]
 
-    def _replay(self, hidden: Tensor, skip: int) -> Tensor:
-        """Runs the blocks from `layer + skip` on. hidden and result: (rows, columns, hidden)"""
+    def _replay(self, hidden: Tensor, skip: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
         cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
+        columns = columns - self._start
         self.lm.reading = self._reading  # another text may have been read since
-        for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
-            args = (cache if isinstance(a, Cache) else a for a in args)
-            kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
-            hidden = first(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
-        return hidden
+        last = self.layer == self.lm.layers - 1  # hooks on the layer itself want to see whole rows, as memories do
+        with nullcontext() if last or self.lm.hooked else mlp_only_at(self.lm, rows, columns):
+            for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
+                args = (cache if isinstance(a, Cache) else a for a in args)
+                kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
+                hidden = first(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
+        return head(self.lm, hidden[rows, columns])
 
 
 def by_row(states: Tensor, rows: int) -> Tensor:
@@ -296,11 +328,13 @@ def by_row(states: Tensor, rows: int) -> Tensor:
 
 
 def added_at(delta: Tensor, column: int) -> Callable[[Tensor], Tensor]:
-    """A function that adds `delta` (rows, features) to states in one column and keeps their shape."""
+    """A function that adds `delta` to states and keeps their shape: (rows, features) in one column, (rows, columns,
+    features) from that column on."""
+    wide = delta if delta.dim() == 3 else delta[:, None]
 
     def add(states: Tensor) -> Tensor:
-        rows = by_row(states, len(delta))
-        left, here, right = rows[:, :column], rows[:, column] + delta, rows[:, column + 1 :]
-        return torch.cat([left, here[:, None], right], dim=1).reshape(states.shape)
+        rows = by_row(states, len(wide))
+        end = column + wide.shape[1]
+        return torch.cat([rows[:, :column], rows[:, column:end] + wide, rows[:, end:]], dim=1).reshape(states.shape)
 
     return add

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -12,14 +10,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import reknow
 from reknow.descent import watched
-from reknow.edits import Case, Edit
-from reknow.errors import EditFailed, InputError
+from reknow.edits import Case
+from reknow.errors import InputError
+from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.reading import perplexity, read, with_divergence, with_perplexity
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.rows import (
@@ -30,11 +28,9 @@ from reknow.evaluation.rows import (
     Rows,
     cases_digest,
     open_manifest,
-    write_json,
 )
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
-from reknow.patches import Patch
 
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""
@@ -183,12 +179,16 @@ class _Run:
             self.score(UNEDITED[0], self.plan.seeds[0], IN_CONTEXT, nothing, fluency=False)
 
     def single(self, label: str, method: Any, seed: int) -> None:
-        """Every case by itself; the patch comes off before the next."""
-        for name, case in self.cases.items():
-            stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
-            if not all(self.done(label, seed, stage, [name]) for stage in stages):
-                with watched(lambda text, name=name: self.tell(f"{label}, {name}: {text}")):
-                    patch, cost = _edit(self.lm, method, [case.edit])
+        """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
+        time."""
+        stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
+        for names in _blocks(list(self.cases), method.together):
+            if all(self.done(label, seed, stage, names) for stage in stages):
+                continue
+            about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            with watched(lambda text, about=about: self.tell(f"{label}, {about}: {text}")):
+                made = edit_each(self.lm, method, [self.cases[name].edit for name in names])
+            for name, (patch, cost) in zip(names, made, strict=True):
                 with self.lm.patched(*filter(None, [patch])):
                     for stage in stages:
                         self.score(label, seed, stage, {name: cost}, fluency=self.plan.fluency)
@@ -206,7 +206,7 @@ class _Run:
                 chunk = names[start : start + size]
                 file = None if folder is None else folder / f"{start:06d}.patch"
                 with watched(lambda text, number=start: self.tell(f"{label}, from edit {number + 1}: {text}")):
-                    patch, cost = _edit_once(self.lm, method, [self.cases[name].edit for name in chunk], file)
+                    patch, cost = edit_once(self.lm, method, [self.cases[name].edit for name in chunk], file)
                 if patch is not None:
                     self.lm.apply(patch)
                 costs |= dict.fromkeys(chunk, cost)
@@ -250,58 +250,6 @@ class _Run:
         return [[one.to_json() for one in case] for case in readings], held_out
 
 
-def _edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None) -> tuple[Patch | None, dict]:
-    """`_edit`, kept under `file`; a patch that an earlier run kept is loaded instead."""
-    if file is None:
-        return _edit(lm, method, edits)
-    note = file.with_suffix(".json")
-    if note.exists():  # written last: the patch is whole
-        cost = json.loads(note.read_text(encoding="utf-8"))
-        return (None if cost["error"] else Patch.load(file)), cost
-    patch, cost = _edit(lm, method, edits)
-    if patch is not None:
-        patch.save(file)
-    write_json(note, cost)
-    return patch, cost
-
-
-def _edit(lm: LM, method: Any, edits: list[Edit]) -> tuple[Patch | None, dict]:
-    """The patch, or None where the computation broke down; and what it cost, per edit."""
-    peak = _peak_memory(lm.device)
-    started = time.perf_counter()
-    try:
-        patch, error = method.edit(lm, edits), None
-    except EditFailed as failure:
-        patch, error = None, str(failure)
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)
-    seconds = (time.perf_counter() - started) / len(edits)
-    return patch, {"seconds": round(seconds, 4), "peak_memory_mb": peak(), "error": error, **_told(patch)}
-
-
-def _told(patch: Patch | None) -> dict:
-    """What the method noted about a single descent: its steps, the last loss, repetitions where it samples."""
-    notes = {} if patch is None else patch.notes
-    losses, repetitions = notes.get("losses"), notes.get("repetitions")
-    if not losses or not all(isinstance(loss, float) for loss in losses):
-        return {}
-    found = {"steps": len(losses), "loss": losses[-1]}
-    return found if repetitions is None else {**found, "repetitions": sum(repetitions)}
-
-
-def _peak_memory(device: torch.device) -> Callable[[], float | None]:
-    """Starts to watch; the function returned gives the peak since then in MB, model included: of the GPU's
-    memory, or of the process's. None where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return lambda: round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    except OSError:
-        return lambda: None
-    return lambda: round(int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024, 1)
-
-
 def _named(cases: Sequence[Case]) -> dict[str, Case]:
     """Cases by the id of their edit, or by their number."""
     named = {case.edit.id or str(number): case for number, case in enumerate(cases)}
@@ -331,8 +279,8 @@ def _about(lm: LM) -> dict:
     return {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
 
 
-def _blocks(names: list[str]) -> list[list[str]]:
-    return [names[start : start + BLOCK] for start in range(0, len(names), BLOCK)]
+def _blocks(names: list[str], size: int = BLOCK) -> list[list[str]]:
+    return [names[start : start + size] for start in range(0, len(names), size)]
 
 
 @contextmanager

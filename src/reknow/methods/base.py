@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 class Method(ABC):
     """A frozen dataclass of settings that turns edits into a patch. Concrete methods are final."""
 
+    together: ClassVar[int] = 1
+    """How many edits `edit_each` is given at a time."""
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -41,6 +44,13 @@ class Method(ABC):
             InputError: no edits, or edits that this method cannot make.
             EditFailed: the computation broke down.
         """
+
+    def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        """A patch for every edit by itself, each on `lm` as it is now; what `edit` gives for them one by one.
+
+        Methods that can compute many at a time do.
+        """
+        return [self.edit(lm, [edit]) for edit in edits]
 
     def own_layers(self, lm: LM) -> list[int] | None:
         """The layers that it changes where it chooses by itself; None: it does as its fields say, or `suggest_layer`.

@@ -15,24 +15,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from reknow.descent import Matrices, Scored, check_finite, predicted, told
+from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted, told
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layer, resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
-from reknow.patches import Patch
+from reknow.patches import Dense, Patch
 from reknow.tokens import Row, Text
+from reknow.trace import fused_gelu
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 Loss = Literal["last_token", "target", "text"]
 NAMES: dict[str, str] = {"last_token": "ft-l", "target": "ft-m", "text": "ft-t"}
+
+TRAINED_WEIGHTS = 2**26
+"""How many weights edits that are trained side by side may have in all; Adam and gradients hold as many thrice."""
 
 REUSED_TOKENS = 200_000
 """Up to how many tokens the states below the trained layers are kept for the next pass, since they take memory."""
@@ -69,34 +74,78 @@ class FT(Method):
         if self.loss not in NAMES:
             raise InputError(f"expected loss among {', '.join(NAMES)}; got {self.loss!r}: choose one")
 
+    together = 32
+
     @property
     def name(self) -> str:
         return "locft-bf" if self.breadth_first else NAMES[self.loss]
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
-        if self.layer is None or isinstance(self.layer, int):
-            layers = [resolve_layer(lm, self.layer)]
-        else:
-            layers = resolve_layers(lm, self.layer)
-        matrices = Matrices(
-            lm,
-            [lm.parts.value[layer] for layer in layers],
-            self.learning_rate,
-            learning_rate_absolute=self.learning_rate_absolute,
-            clamp=self.clamp,
-            clamp_absolute=self.clamp_absolute,
-        )
+        edits, layers = checked(self, edits, subject=False), self._layers(lm)
+        if len(edits) == 1 and _addable(lm, layers):
+            return self.edit_each(lm, edits)[0]
+        matrices = Matrices(lm, [lm.parts.value[layer] for layer in layers], self._pace)
         batches = self._batches(lm, edits, layers[0])
         with matrices.in_use(), torch.enable_grad():
             losses = self._descend(batches, matrices)
         notes = {"layer": layers[0] if len(layers) == 1 else layers, "losses": losses}
         return weights_patch(self, lm, edits, matrices.deltas(), notes=notes)
 
-    def _batches(self, lm: LM, edits: Sequence[Edit], lowest: int) -> list[_Batch]:
+    def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        edits, layers = [one for edit in edits for one in checked(self, edit, subject=False)], self._layers(lm)
+        if not _addable(lm, layers):
+            return super().edit_each(lm, edits)
+        rows, name = self._rows(lm, edits), lm.parts.value[layers[0]]
+        order = sorted(range(len(edits)), key=lambda i: len(rows[i].ids))
+        count = max(1, min(self.batch_size, TRAINED_WEIGHTS // lm.weight(name).numel()))
+        patches: dict[int, Patch] = {}
+        for part in (order[i : i + count] for i in range(0, len(order), count)):
+            changes, losses = self._apart(lm, [rows[i] for i in part], layers[0])
+            for i, change, course in zip(part, changes, losses, strict=True):
+                notes = {"layer": layers[0], "losses": course}
+                patches[i] = weights_patch(self, lm, [edits[i]], {name: Dense(change.detach())}, notes=notes)
+        return [patches[i] for i in range(len(edits))]
+
+    def _apart(self, lm: LM, rows: Sequence[Row], layer: int) -> tuple[list[Tensor], list[list[float]]]:
+        """A change of the layer's value matrix for every row by itself, and the row's losses."""
+        side = SideBySide(lm.weight(lm.parts.value[layer]), len(rows), self._pace)
+        losses: list[list[float]] = [[] for _ in rows]
+        running = inside = list(range(len(rows)))
+        batch = _Batch(lm, rows, self.loss, layer)
+        for step in range(self.steps):
+            if 2 * len(running) <= len(inside):  # finished rows leave
+                inside = running
+                batch = _Batch(lm, [rows[i] for i in inside], self.loss, layer)
+            with fused_gelu(lm.model), torch.enable_grad():
+                found = batch.losses(side.added(batch.keys, inside))
+                check_finite(found.sum())
+                values = dict(zip(inside, found.tolist(), strict=True))
+                for i in running:
+                    losses[i].append(values[i])
+                running = [i for i in running if values[i] >= self.stop_loss]
+                told(step, self.steps, fmean(values.values()))
+                if not running:
+                    break
+                side.step(found, running)
+        return side.changes, losses
+
+    @property
+    def _pace(self) -> Pace:
+        return Pace(self.learning_rate, self.learning_rate_absolute, self.clamp, self.clamp_absolute)
+
+    def _layers(self, lm: LM) -> list[int]:
+        if self.layer is None or isinstance(self.layer, int):
+            return [resolve_layer(lm, self.layer)]
+        return resolve_layers(lm, self.layer)
+
+    def _rows(self, lm: LM, edits: Sequence[Edit]) -> list[Row]:
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
         if self.breadth_first and lm.tokenizer.eos_token_id is not None:
             rows = [Row((*row.ids, lm.tokenizer.eos_token_id), row.prompt_length) for row in rows]
+        return rows
+
+    def _batches(self, lm: LM, edits: Sequence[Edit], lowest: int) -> list[_Batch]:
+        rows = self._rows(lm, edits)
         rows.sort(key=lambda row: len(row.ids))
         kept = lowest if sum(len(row.ids) for row in rows) <= REUSED_TOKENS else None
         return [
@@ -132,11 +181,26 @@ class _Batch:
         self.size = len(rows)
         self._scored = Scored(lm, rows, pairs, layer)
         lengths = torch.tensor([len(scored) for scored in pairs], device=lm.device)
-        self._weights = 1 / lengths[self._scored.of_row] / len(rows)  # (n,)
+        self._weights = 1 / lengths[self._scored.of_row]  # (n,)
+
+    @property
+    def keys(self) -> Tensor:
+        """Input of the layer's value matrix. (edits, columns, in)"""
+        return self._scored.keys
 
     def loss(self) -> Tensor:
         """Mean over edits of the mean NLL of their scored tokens, with the weights as they are now."""
-        return (self._scored.nll() * self._weights).sum()
+        return self.losses().mean()
+
+    def losses(self, added: Tensor | None = None) -> Tensor:
+        """The same per edit, with what is `added` at the output of the layer's value matrix. (edits,)"""
+        nll = self._scored.nll(added) * self._weights
+        return nll.new_zeros(self.size).index_add(0, self._scored.of_row, nll)
+
+
+def _addable(lm: LM, layers: Sequence[int]) -> bool:
+    """Whether a change of the one value matrix is an addition to its block's output."""
+    return len(layers) == 1 and lm.parts.replayable and lm.parts.residual_identity and not lm.hooked
 
 
 def _scored(row: Row, loss: Loss) -> list[tuple[int, int]]:

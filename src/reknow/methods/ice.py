@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from reknow.descent import Matrices, Scored, check_finite, predicted, sample, told
+from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, sample, told
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layers
@@ -136,14 +136,8 @@ class ICE(Method):
         edits = checked(self, edits, subject=False)
         layers = resolve_layers(lm, self.layers, LAYERS)
         names = [lm.parts.value[layer] for layer in layers]
-        matrices = Matrices(
-            lm,
-            names,
-            self.learning_rate,
-            learning_rate_absolute=self.learning_rate_absolute,
-            clamp=self.clamp,
-            clamp_absolute=self.clamp_absolute,
-        )
+        pace = Pace(self.learning_rate, self.learning_rate_absolute, self.clamp, self.clamp_absolute)
+        matrices = Matrices(lm, names, pace)
         generator = torch.Generator().manual_seed(self.seed)
         size = self.batch_size
         batches = [_Batch(lm, self, edits[i : i + size], layers[0], generator) for i in range(0, len(edits), size)]

@@ -42,28 +42,34 @@ class ROME(SearchSettings):
     average_keys: bool = False
     """R-ROME: the mean key and the mean value everywhere."""
 
+    together = 16
+
     @property
     def name(self) -> str:
         return "r-rome" if self.average_keys else "rome"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=True)
-        layer = resolve_layer(lm, self.layer)
         patches = []
         with lm.patched():
             for edit in edits:
-                patches.append(self._edit_one(lm, edit, layer))
+                patches += self.edit_each(lm, [edit])
                 lm.apply(patches[-1])
         return patches[0] if len(patches) == 1 else merge(patches)
 
-    def _edit_one(self, lm: LM, edit: Edit, layer: int) -> Patch:
-        found = find_values(lm, [edit], layer, self.contexts(lm), self.search())
-        mean_key = found.mean_key.double()  # (1, in)
+    def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        edits = [one for edit in edits for one in checked(self, edit, subject=True)]
+        layer = resolve_layer(lm, self.layer)
+        found = find_values(lm, edits, layer, self.contexts(lm), self.search())
+        mean_key = found.mean_key.double()  # (edits, in)
         u = mean_key
         if self.covariance_tokens:
             u = solve(self.from_covariance(lm, layer, cholesky), mean_key)
         key, value = (mean_key, found.mean_value) if self.average_keys else (found.key.double(), found.value)
-        residual = found.value.double() + found.delta.double() - value.double()  # v* − W k*, (1, hidden)
-        delta = rank_one(u[0], key[0], residual[0])
-        notes = {"layer": layer, "losses": found.losses[0]}
-        return weights_patch(self, lm, [edit], {lm.parts.value[layer]: delta}, notes=notes)
+        residual = found.value.double() + found.delta.double() - value.double()  # v* − W k*, (edits, hidden)
+        patches = []
+        for i, edit in enumerate(edits):
+            notes = {"layer": layer, "losses": found.losses[i]}
+            delta = rank_one(u[i], key[i], residual[i])
+            patches.append(weights_patch(self, lm, [edit], {lm.parts.value[layer]: delta}, notes=notes))
+        return patches
