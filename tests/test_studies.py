@@ -85,13 +85,22 @@ def test_a_study_is_one_page_over_its_runs(tmp_path):
     tables = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
     after = [f"{name}, right after the edit" for name in ("one", "two", "all sets")]
     context = [f"{name}, with the edit in front of the question" for name in ("one", "two", "all sets")]
-    assert tables == ["The sets.", *after, *context]
+    gains = "Differences on the same cases of all sets"
+    assert tables == ["The sets.", *after, *context, gains]
     cells = runs["one"].cells
     fine, weak = (re.search(rf"^\| {name} \| 2 \|.*$", text, re.M)[0].split(" | ") for name in ("fine", "weak"))
     assert fine[2].startswith(cells["fine", "after_edit", "reliability@teacher_forced_tokens"].number())
     assert fine[3].startswith(cells["fine", "after_edit", "reliability@generated"].number())
     fluency = cells["fine", "after_edit", "fluency@sampled"].mean
     assert f"{100 * fluency:.1f}" in fine[6]
+    values = [runs[name].case_values for name in ("one", "two")]
+    pairs = [
+        (each["fine", "after_edit"][case]["locality@teacher_forced_tokens"], other["locality@teacher_forced_tokens"])
+        for each in values
+        for case, other in each["weak", "after_edit"].items()
+    ]
+    gain = 100 * sum(one - two for one, two in pairs) / len(pairs)
+    assert f"{gain:+.1f} [" in text.partition(gains)[2].partition("| weak |")[2].splitlines()[0].split(" | ")[-1]
     assert "†" not in "".join(fine) and "†" in "".join(weak)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, when
+from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, summarise, when
 from reknow.patches import write_aside
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
@@ -28,6 +28,7 @@ COLUMNS = {
 }
 """What the papers' tables show, and how it was read: the protocol of EasyEdit, whose tables these are. Beside it
 success where the model writes by itself, which falls where teacher forcing sees nothing: tokens said twice."""
+SHARES = ("success", "written", "rewordings", "portability", "locality")
 POOLED = "all sets"
 ENOUGH = 0.8
 """Share of successful edits from which PPL_r says something."""
@@ -54,6 +55,9 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
             lines = study_table(results, stage)
             if len(lines) > 1:
                 parts.append(f"**{name}, {stage_label(stage)}**\n\n{markdown(lines)}")
+    gains = difference_table(pooled(sets), next(iter(runs.values())).last_stage)
+    if len(gains) > 1:
+        parts.append(f"**Differences on the same cases of {POOLED}**\n\n{markdown(gains)}")
     parts += [NOTE, "![Portability and locality](study.png)"]
     write_aside(folder / "study.png", lambda aside: save_png(trade_off(sets), Path(aside)))
     page = folder / "study.md"
@@ -104,6 +108,28 @@ def study_table(results: Results, stage: str) -> list[list[str]]:
             texts.append("–" if cell is None else f"{cell.number()}{mark} {cell.interval()}".strip())
         lines.append([method, str(success.cases if success else 0), *texts])
     return lines
+
+
+def difference_table(results: Results, stage: str) -> list[list[str]]:
+    """Header and a line per method but the first: what the first has more, in points, over the cases of both."""
+    first, *others = results.manifest["settings"]["methods"]
+    mine = results.case_values.get((first, stage), {})
+    names = [name for name in SHARES if any(COLUMNS[name] in values for values in mine.values())]
+    keys = [COLUMNS[name] for name in names]
+    lines = [[f"`{first}` over", *names]]
+    for method in others:
+        theirs = results.case_values.get((method, stage), {})
+        pairs = [(values, theirs[case]) for case, values in mine.items() if case in theirs]
+        gains = [{key: one[key] - two[key] for key in keys if key in one and key in two} for one, two in pairs]
+        found = summarise(gains) if gains else {}
+        cells = [found.get(key) for key in keys]
+        lines.append([method, *("–" if cell is None else _points(*cell) for cell in cells)])
+    return lines
+
+
+def _points(mean: float, low: float | None, high: float | None, cases: int) -> str:
+    bounds = "" if low is None or high is None else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"{100 * mean:+.1f}{bounds}"
 
 
 def _times(bound: float | None) -> float | None:
