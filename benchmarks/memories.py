@@ -146,17 +146,20 @@ def figure(points) -> Figure:
     panels = picture.subplots(2, 3)
     costs = {"seconds": "CPU seconds per edit", "milliseconds": "CPU ms added to a query", "kilobytes": "KB per edit"}
     names = list(dict.fromkeys(p["method"] for p in points))
+    sizes = sorted({p["edits"] for p in points})
     for panel, key in zip(panels.flat, (*KINDS, *costs), strict=True):
         for name, colour in zip(names, COLOURS, strict=False):
             mine = sorted((p["edits"], p[key]) for p in points if p["method"] == name)
             panel.plot(*zip(*mine, strict=True), "o-", color=colour, label=name, markersize=4, linewidth=1.4)
         panel.set_xscale("log")
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.minorticks_off()
         panel.set_title(costs.get(key, f"{key}, %"), fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
         if key in KINDS:
             panel.set_ylim(-3, 103)
         else:
-            panel.set_yscale("symlog" if key == "milliseconds" else "log")
+            panel.set_yscale("linear" if key == "milliseconds" else "log")
             panel.set_xlabel("edits")
     handles = {line.get_label(): line for line in panels[0, 0].get_lines()}
     picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=8, frameon=False)

@@ -11,8 +11,9 @@ from torch import nn
 
 from conftest import make_lm
 from reknow import DEFER, LM, MELO, CaliNet, Edit
+from reknow.datasets import load_facts
 from reknow.errors import InputError
-from reknow.keys import prompt_states
+from reknow.keys import prompt_states, spread
 from reknow.methods.calinet import Slots, assessment, together
 from reknow.methods.defer import Gate
 from reknow.methods.melo import Clusters
@@ -68,6 +69,18 @@ def test_clusters_join_split_and_forget():
     assert split.points == [], "both of its points lie 0.9 from the centre, and are forgotten"
     table.take(torch.tensor([0.9, 1.0]), a, 4, radius=1.0, unit=1.0)
     assert other is not table.found[2] and table.found[2].label == a and table.found[2].points[0][1] == 4
+
+
+def test_distances_are_in_units_of_questions_alike():
+    lm = make_lm()
+    alike = [fact.text for fact in load_facts("pararel") if fact.prompt == load_facts("pararel")[0].prompt][:8]
+    rows = lm.encode([Text(text) for text in alike])
+    keys, _ = prompt_states(lm, rows, lm.parts.value[1])
+    unit = spread(lm, 1)
+    assert 0 < unit < 10 * float(torch.cdist(keys, keys).max())
+    with lm.patched(DEFER(layer=0, steps=2).edit(lm, [edit(PROMPTS[0])])):
+        lm.memo.clear()
+        assert spread(lm, 1) == unit, "of the base model, whatever is applied"
 
 
 def test_melo_has_a_block_for_every_few_edits():
