@@ -22,7 +22,7 @@ from reknow import KE, LM, MEND, Case, Edit, Patch, Probe, evaluate
 from reknow.cli import app
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.learning.editors import Editor, case_keys, open_editor
-from reknow.learning.lessons import Exam, Lesson, lessons
+from reknow.learning.lessons import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
 from reknow.learning.training import Training, shuffled, split
 from reknow.methods.base import Learned
 from reknow.tokens import Text, even
@@ -86,10 +86,12 @@ def test_what_counts_alike_in_an_exam():
     found = [Lesson(long, (long,), (long,)), Lesson(long, (Text("I", "of"),), (Text("I am", "in"),))]
     deltas = {lm.parts.value[layer]: 0.3 * torch.randn(lm.base_weight(lm.parts.value[layer]).shape)}
 
-    def read(lessons, stay_at, mean_over):
+    def read(lessons: list[Lesson], stay_at: StayAt, mean_over: MeanOver) -> Outcome:
         return Exam(lm, lessons, layer, stay_at=stay_at, mean_over=mean_over).read_with(deltas)
 
-    for stay_at in ("all", "answer"):
+    kinds: tuple[StayAt, ...] = ("all", "answer")
+    alone: list[Outcome] = []
+    for stay_at in kinds:
         alone = [read([lesson], stay_at, "tokens") for lesson in found]
         texts = read(found, stay_at, "texts")
         assert texts.edit.item() == pytest.approx(sum(one.edit.item() for one in alone) / 2, rel=1e-4)
