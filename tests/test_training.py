@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from reknow import KE, LM, MEND, Case, Edit, Patch, Probe, evaluate
 from reknow.cli import app
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.learning.editors import Editor, case_keys, open_editor
+from reknow.learning.lessons import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
 from reknow.learning.training import Training, shuffled, split
 from reknow.methods.base import Learned
+from reknow.tokens import Text, even
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
 METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3)
@@ -66,6 +69,38 @@ def test_training_leaves_the_model_and_learns(tmp_path):
     assert log[-1]["L_edit"] < log[0]["L_edit"], log
     assert editor.notes["validation"]["loss"] == min(row["validation loss"] for row in log)
     assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_lesson_holds_as_many_other_facts_as_are_asked_for():
+    edit = Edit("The capital of {} is", subject="Peru", target_new="Paris")
+    probes = tuple(Probe(f"The capital of Land {i} is", ("Lima",), "locality", "other") for i in range(3))
+    for count, expected in ((1, 1), (2, 2), (9, 3)):
+        (lesson,) = lessons([Case(edit, probes)], random.Random(0), other_facts=count)
+        assert len({text.prompt for text in lesson.outside}) == expected
+
+
+def test_what_counts_alike_in_an_exam():
+    """Long and short texts, in batches of their own: means over tokens and texts, against the rows read alone."""
+    lm, layer = make_lm(), 1
+    long = Text("The capital of Peru and of all that is in Peru is", "Lima and Paris")
+    found = [Lesson(long, (long,), (long,)), Lesson(long, (Text("I", "of"),), (Text("I am", "in"),))]
+    deltas = {lm.parts.value[layer]: 0.3 * torch.randn(lm.base_weight(lm.parts.value[layer]).shape)}
+
+    def read(lessons: list[Lesson], stay_at: StayAt, mean_over: MeanOver) -> Outcome:
+        return Exam(lm, lessons, layer, stay_at=stay_at, mean_over=mean_over).read_with(deltas)
+
+    kinds: tuple[StayAt, ...] = ("all", "answer")
+    alone: list[Outcome] = []
+    for stay_at in kinds:
+        alone = [read([lesson], stay_at, "tokens") for lesson in found]
+        texts = read(found, stay_at, "texts")
+        assert texts.edit.item() == pytest.approx(sum(one.edit.item() for one in alone) / 2, rel=1e-4)
+        assert texts.stay.item() == pytest.approx(sum(one.stay.item() for one in alone) / 2, rel=1e-4)
+    sizes = [len(row.target_ids) for row in lm.encode([lesson.inside[0] for lesson in found])]
+    tokens = read(found, "answer", "tokens")
+    weighted = sum(n * one.edit.item() for n, one in zip(sizes, alone, strict=True)) / sum(sizes)
+    assert sizes[0] > sizes[1] and tokens.edit.item() == pytest.approx(weighted, rel=1e-4)
+    assert even([9, 2, 2, 2]) == [[1, 2, 3], [0]] and even([5, 4, 5]) == [[1, 0, 2]] and even([3]) == [[0]]
 
 
 SCRIPT = """
