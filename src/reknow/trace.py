@@ -128,7 +128,8 @@ def mlp_only_at(lm: LM, rows: Tensor, columns: Tensor):
         found = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
         return states.new_zeros(*states.shape[:2], found.shape[-1]).index_put((wanted,), found)
 
-    return nullcontext() if name == block else swapped(module, forward)
+    # A memory wants to see whole rows.
+    return nullcontext() if name == block or lm.hooked else swapped(module, forward)
 
 
 def weight_replaced(module: nn.Module, weight: Tensor):
@@ -294,7 +295,8 @@ class Suffix:
         delta = delta.to(self.value.dtype)
         if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
             added = added_at(delta, self.column - self._start)(self._block_output)
-            return self._replay(added, 1, rows, columns)
+            with mlp_only_at(self.lm, rows, columns - self._start):
+                return self._replay(added, 1, rows, columns)
         with ExitStack() as stack:
             for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
                 if addition is not None:
@@ -313,12 +315,10 @@ class Suffix:
         cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
         columns = columns - self._start
         self.lm.reading = self._reading  # another text may have been read since
-        last = self.layer == self.lm.layers - 1  # hooks on the layer itself want to see whole rows, as memories do
-        with nullcontext() if last or self.lm.hooked else mlp_only_at(self.lm, rows, columns):
-            for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
-                args = (cache if isinstance(a, Cache) else a for a in args)
-                kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
-                hidden = first(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
+        for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
+            args = (cache if isinstance(a, Cache) else a for a in args)
+            kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
+            hidden = first(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
         return head(self.lm, hidden[rows, columns])
 
 
