@@ -86,14 +86,11 @@ class SERAC(Learned, MemoryMethod):
             raise InputError(
                 f"expected classifier among embedding, cosine, cross; got {self.classifier!r}: choose one"
             )
-        if (
-            not 0 < self.threshold < 1
-            or min(self.candidates, self.rank, self.answered) < 1
-            or self.size % self.queries
-        ):
+        counts = self.candidates, self.rank, self.answered
+        if not 0 < self.threshold < 1 or min(counts) < 1 or self.size % self.queries:
             raise InputError(
-                "expected 0 < threshold < 1, candidates, rank and answered ≥ 1, and a size that the queries share out; got "
-                f"{self.threshold}, {self.candidates}, {self.rank}, {self.answered}, {self.size} and {self.queries}: correct them"
+                "expected 0 < threshold < 1, candidates, rank and answered ≥ 1, and a size that the queries share out; "
+                f"got {self.threshold}, {counts}, {self.size} and {self.queries}: correct them"
             )
 
     @property
