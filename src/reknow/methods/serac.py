@@ -89,8 +89,8 @@ class SERAC(Learned, MemoryMethod):
         counts = self.candidates, self.rank, self.answered
         if not 0 < self.threshold < 1 or min(counts) < 1 or self.size % self.queries:
             raise InputError(
-                "expected 0 < threshold < 1, candidates, rank and answered ≥ 1, and a size that the queries share out; "
-                f"got {self.threshold}, {counts}, {self.size} and {self.queries}: correct them"
+                "expected 0 < threshold < 1, candidates, rank and answered ≥ 1, and a size that the queries share "
+                f"out; got {self.threshold}, {counts}, {self.size} and {self.queries}: correct them"
             )
 
     @property
