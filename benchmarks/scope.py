@@ -20,7 +20,7 @@ from reknow.retrieval.embedding import embed
 from reknow.retrieval.scope import calibration
 from reknow.retrieval.scope_training import ScopeCases
 
-FIRST, CASES, HARD, CROSSED = 200, 200, 5, 3
+CASES, HARD, CROSSED = 200, 5, 3
 
 
 def questions(lm, cases):
@@ -41,11 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo:gpt2")
     parser.add_argument("--editor")
+    parser.add_argument("--first", type=int, default=200, help="the first record")
     parser.add_argument("--figure")
     args = parser.parse_args()
     lm = LM(args.model)
     serac = SERAC(editor=args.editor)
-    cases = load_cases("counterfact", offset=FIRST, limit=CASES)
+    cases = load_cases("counterfact", offset=args.first, limit=CASES)
     patch = serac.edit(lm, [case.edit for case in cases])
     memory = serac.memory(lm, [patch])
     limit, alone = math.log(serac.threshold), {}
@@ -78,14 +79,14 @@ def draw(table, other, threshold: float, file: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
     x = [row["threshold"] for row in table]
     axes.plot(x, [100 * row["in_scope"] for row in table], label="paraphrases, in scope")
     axes.plot(x, [100 * row["out_of_scope"] for row in table], "--", label="hard negatives, out of scope")
     axes.plot(x, [100 * row["out_of_scope"] for row in other], ":", label="same subject, out of scope")
     axes.axvline(threshold, color="grey", linewidth=0.8)
-    axes.set(xlabel="threshold on p", ylabel="told rightly, %", ylim=(70, 101))
-    axes.legend(loc="lower left")
+    axes.set(xlabel="threshold on p", ylabel="told rightly, %", ylim=(50, 101))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.savefig(file, dpi=150)
 
 
