@@ -76,6 +76,8 @@ class SERAC(Learned, MemoryMethod):
     """Of the counterfactual model's change of every value matrix."""
     learning_rate: float = 2e-3
     """Of Adam."""
+    answered: int = 32
+    """Questions of a batch, at most, that the counterfactual model learns to answer; fewer make a step cheaper."""
 
     def __post_init__(self):
         if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")):
@@ -84,10 +86,11 @@ class SERAC(Learned, MemoryMethod):
             raise InputError(
                 f"expected classifier among embedding, cosine, cross; got {self.classifier!r}: choose one"
             )
-        if not 0 < self.threshold < 1 or self.candidates < 1 or self.rank < 1 or self.size % self.queries:
+        counts = self.candidates, self.rank, self.answered
+        if not 0 < self.threshold < 1 or min(counts) < 1 or self.size % self.queries:
             raise InputError(
-                "expected 0 < threshold < 1, candidates and rank ≥ 1, and a size that the queries share out; got "
-                f"{self.threshold}, {self.candidates}, {self.rank}, {self.size} and {self.queries}: correct them"
+                "expected 0 < threshold < 1, candidates, rank and answered ≥ 1, and a size that the queries share "
+                f"out; got {self.threshold}, {counts}, {self.size} and {self.queries}: correct them"
             )
 
     @property

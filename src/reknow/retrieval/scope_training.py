@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.methods.serac import SERAC, Modules
 
-ANSWERED = 8
-"""Questions of a batch that the counterfactual model answers too: it learns faster, and a pass costs more."""
 PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
 TRIES = 10
@@ -151,7 +149,7 @@ class ScopeLearner:
     def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
         asked = self._learning
         places = [asked.place[case.edit.text] for case in batch]
-        inside, outside, answer = self._read(asked, places, chance, ANSWERED)
+        inside, outside, answer = self._read(asked, places, chance, self._method.answered)
         scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
         return scope + answer, {"scope": scope.item(), "answer": answer.item()}
 
