@@ -6,8 +6,8 @@ They learn from three kinds of cases, none of which has a subject or a prompt of
 are measured: facts that the demo model knows, in several of their wordings, with other known facts of the relation
 that must stay, first those of the same old answer, half of them in the wording of the edit; CounterFact in EasyEdit's
 form, whose rewording is often none and is replaced by one of the relation; and zsRE, from MEND's files and from
-KnowEdit. The neighbours in the first records of CounterFact are left out too, so that their locality is that of facts
-which no lesson protected. DATA is the folder that scripts/train_demo_model.py takes.
+KnowEdit. Known facts that are neighbours in the first records of CounterFact are left out too, so that their locality
+is that of facts which hardly any lesson protected. DATA is the folder that scripts/train_demo_model.py takes.
 """
 
 import argparse

@@ -18,7 +18,7 @@ from reknow.cli import app
 from reknow.errors import InputError
 from reknow.instructions import load_families
 from reknow.instructions.gradients import gradient_study
-from reknow.instructions.studies import Size, gain, run_study
+from reknow.instructions.studies import Size, as_trained, gain, run_study
 from reknow.instructions.trial import Material
 from reknow.learning.editors import Editor
 from reknow.learning.gradients import flat_factors
@@ -157,6 +157,13 @@ def test_the_gain_is_paired_and_a_mean_over_tasks():
     assert (mean, tasks) == (pytest.approx((0.5 + 0.25) / 2), 2)
     assert 0.125 <= low < mean < high <= 0.625
     assert gain(values, "a", "b", "nothing") is None
+
+
+def test_an_editor_is_compared_as_it_was_trained():
+    found = {"c": {"reliability@teacher_forced_tokens": 0.25, "instructed@teacher_forced_tokens": 1.0}, "d": {}}
+    key = "as_trained@teacher_forced_tokens"
+    assert as_trained(found, True)["c"][key] == 1.0 and as_trained(found, False)["c"][key] == 0.25
+    assert as_trained(found, True)["d"] == {}
 
 
 @pytest.mark.slow

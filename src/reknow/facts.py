@@ -128,9 +128,8 @@ class Run:
     def keep(self, which: Sequence[int]) -> Run:
         """The run of some of the facts."""
         twin, each = copy.copy(self), len(self.weights)
-        asked = torch.tensor([i * each + j for i in which for j in range(each)], device=self.weights.device)
-        essence = torch.tensor(which, device=self.weights.device)
-        groups = [asked, essence] if len(self._suffixes) == 2 else [torch.cat([asked, essence + len(self._owners)])]
+        asked, essence = torch.tensor([i * each + j for i in which for j in range(each)]), torch.tensor(which)
+        groups = [asked, essence] if len(self._suffixes) == 2 else [torch.cat([asked, essence + self.facts * each])]
         twin._suffixes = [suffix.keep(rows) for suffix, rows in zip(self._suffixes, groups, strict=True)]
         twin._rows_of = [self._rows_of[i] for i in which]
         twin._place()
@@ -143,7 +142,8 @@ class Run:
 
     def mean(self, name: str) -> Tensor:
         """The share of these contexts in the mean over all of them. (facts, features)"""
-        return torch.einsum("fcn,c->fn", self.by_fact(name), self.weights)
+        states = self.by_fact(name)
+        return torch.einsum("fcn,c->fn", states, self.weights.to(states.device))
 
     def score(self, delta: Tensor) -> Scores:
         """delta: (sites, facts, hidden); the value matrix's last."""

@@ -37,6 +37,10 @@ METRICS = (
         "instructed@teacher_forced_tokens",
         "Reliability, share of tokens, asked behind the instruction as the authors do, %",
     ),
+    (
+        "as_trained@teacher_forced_tokens",
+        "Reliability, share of tokens, each asked as it was trained: behind the instruction or plainly, %",
+    ),
     ("generalization@teacher_forced_tokens", "Generalization, share of tokens, %"),
     ("locality@teacher_forced_tokens", "Locality, share of tokens as before, %"),
     ("portability@teacher_forced_tokens", "Portability, share of tokens, %"),
@@ -153,12 +157,14 @@ def run_study(
         parts = {unseen: [e for e in study.entrants if e.unseen == unseen] for unseen in (False, True)}
         for unseen, entrants in parts.items():
             editors: dict[str, Method] = {} if unseen else {base: method(base) for base in size.baselines}
+            told = set()
             for entrant in entrants:
                 if entrant.own_tasks and task not in entrant.tasks:
                     continue
                 tasks = (task,) if entrant.own_tasks else entrant.tasks
                 for seed in size.seeds:
                     label = f"{entrant.label}#{seed}"
+                    told |= {label} if entrant.settings.get("instructed", True) else set()
                     editors[label] = editor_of(lm, entrant, tasks, known, families, size, seed, folder, say)
             if editors:
                 cases = reading_cases(known[task], size.test, unseen)
@@ -168,7 +174,8 @@ def run_study(
                 results = bench(lm, cases, editors, run, dataset=task, plan=plan)
                 for label in editors:
                     of = values.setdefault((label.partition("#")[0], task), {})
-                    _merge(of, results.case_values[label, "after_edit"], len(size.seeds) if "#" in label else 1)
+                    found = results.case_values[label, "after_edit"]
+                    _merge(of, as_trained(found, label in told), len(size.seeds) if "#" in label else 1)
     text = _tables(study, values)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text(text, encoding="utf-8")
@@ -213,6 +220,16 @@ def reading_cases(family: Family, count: int, unseen: bool) -> list[Case]:
     texts = family.texts(seen=not unseen)
     cases = Material.of(family, count).test
     return [few_probes(family.instruct(case, texts[i % len(texts)])) for i, case in enumerate(cases)]
+
+
+def as_trained(found: Mapping[str, Mapping[str, float]], told: bool) -> dict[str, dict[str, float]]:
+    """The values of each case with the reliability where the editor is asked as it was trained."""
+    kind = "instructed" if told else "reliability"
+    key = f"{kind}@teacher_forced_tokens"
+    return {
+        case: {**of, **({"as_trained@teacher_forced_tokens": of[key]} if key in of else {})}
+        for case, of in found.items()
+    }
 
 
 def _merge(into: dict[str, dict[str, float]], found: Mapping[str, Mapping[str, float]], seeds: int) -> None:

@@ -23,22 +23,50 @@ from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
 from reknow.patches import Delta, Patch
 from reknow.solvers import least_squares, outer, whitening
-from reknow.values import find_values
+from reknow.values import Site, Values, find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEMIT(SearchSettings):
-    """Mass editing over a band of layers."""
+class Band(SearchSettings):
+    """Settings of a method that spreads what is missing over a band of layers: MEMIT, PMET. No method by itself."""
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: `suggest_layers`."""
     stiffness: float = 0.1
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + stiffness) of its change in a layer."""
     covariance_weight: float | None = None
-    """λ itself, instead of the stiffness: 15,000 (GPT-J), 20,000 (GPT-2 XL)."""
+    """λ itself, instead of the stiffness: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
+
+    def spread(
+        self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values, site: Site, power: float
+    ) -> Patch:
+        """From layer to layer what is missing of z at `site` of the last one, over layers left to the `power`."""
+        z, prefixes = found.z.double(), self.contexts(lm)  # (facts, hidden)
+        deltas: dict[str, Delta] = {}
+        with lm.patched():
+            for i, layer in enumerate(layers):
+                keys = subject_keys(lm, edits, layer, prefixes)  # (facts, in)
+                missing = z - subject_states(lm, edits, layers[-1], site)  # (facts, hidden)
+                right = least_squares(
+                    self.from_covariance(lm, layer, whitening),
+                    keys,
+                    stiffness=self.stiffness,
+                    weight=self.covariance_weight,
+                    names=[edit.text for edit in edits],
+                )  # (facts, in)
+                change = {lm.parts.value[layer]: outer(missing / (len(layers) - i) ** power, right)}
+                lm.apply(weights_patch(self, lm, edits, change))
+                deltas |= change
+        return weights_patch(self, lm, edits, deltas, notes={"layers": list(layers), "losses": found.losses})
+
+
+@dataclass(frozen=True, kw_only=True)
+class MEMIT(Band):
+    """Mass editing over a band of layers."""
+
     merge_subjects: bool = False
     """MEMIT-Merge: one δ for all edits of a subject."""
 
@@ -49,22 +77,5 @@ class MEMIT(SearchSettings):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=True)
         layers = resolve_layers(lm, self.layers)
-        prefixes = self.contexts(lm)
-        found = find_values(lm, edits, layers[-1], prefixes, self.search(site="block"))
-        z = found.z.double()  # (facts, hidden)
-        deltas: dict[str, Delta] = {}
-        with lm.patched():
-            for i, layer in enumerate(layers):
-                keys = subject_keys(lm, edits, layer, prefixes)  # (facts, in)
-                missing = z - subject_states(lm, edits, layers[-1], "block")  # (facts, hidden)
-                right = least_squares(
-                    self.from_covariance(lm, layer, whitening),
-                    keys,
-                    stiffness=self.stiffness,
-                    weight=self.covariance_weight,
-                    names=[edit.text for edit in edits],
-                )  # (facts, in)
-                change = {lm.parts.value[layer]: outer(missing / (len(layers) - i), right)}
-                lm.apply(weights_patch(self, lm, edits, change))
-                deltas |= change
-        return weights_patch(self, lm, edits, deltas, notes={"layers": list(layers), "losses": found.losses})
+        found = find_values(lm, edits, layers[-1], self.contexts(lm), self.search(site="block"))
+        return self.spread(lm, edits, layers, found, "block", 1.0)

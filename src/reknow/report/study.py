@@ -27,7 +27,7 @@ COLUMNS = {
     "seconds": "seconds@edit",
 }
 """What the papers' tables show, and how it was read: the protocol of EasyEdit, whose tables these are. Beside it
-success where the model writes by itself, which falls where teacher forcing sees nothing: tokens said twice."""
+success where the model writes by itself, which sees what teacher forcing does not: a last word that goes on."""
 SHARES = ("success", "written", "rewordings", "portability", "locality")
 POOLED = "all sets"
 ENOUGH = 0.8
