@@ -84,6 +84,23 @@ def test_finished_facts_leave_and_stay_as_they_are(gpt2, monkeypatch):
         assert torch.allclose(early.delta[i], alone.delta[0], atol=1e-4)
 
 
+def test_contexts_read_in_turns_give_the_same_means_and_end_when_all_are_satisfied(gpt2):
+    whole = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12))
+    dealt = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12, turns=2))
+    assert torch.allclose(dealt.mean_key, whole.mean_key, atol=1e-5)
+    assert torch.allclose(dealt.key, whole.key, atol=1e-5)
+    assert all(losses[-1] < losses[1] for losses in dealt.losses)  # both of the second hand
+    loose = max(loss for losses in dealt.losses for loss in losses) + 1
+    ended = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12, turns=2, stop_loss=loose))
+    assert [len(losses) for losses in ended.losses] == [2, 2, 2]  # a pass for each hand
+
+
+def test_a_context_that_comes_twice_counts_twice(gpt2):
+    twice = find_values(gpt2, EDITS, 1, (*CONTEXTS, CONTEXTS[1]), ValueSearch(steps=1))
+    once = [find_values(gpt2, EDITS, 1, (context,), ValueSearch(steps=1)).key for context in CONTEXTS]
+    assert torch.allclose(twice.mean_key, (once[0] + 2 * once[1] + once[2]) / 4, atol=1e-5)
+
+
 def test_merged_subjects_share_one_addition(gpt2):
     edits = [EDITS[0], EDITS[1], Edit("{} lives in", subject="Danielle Darrieux", target_new="Rome")]
     found = find_values(gpt2, edits, 1, CONTEXTS, ValueSearch(steps=6, merge_subjects=True))
