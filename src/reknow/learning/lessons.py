@@ -150,7 +150,8 @@ class Exam:
     """
 
     def __init__(self, lm: LM, found: Sequence[Lesson], layer: int, *, stay_at: StayAt, mean_over: MeanOver):
-        self._lm, self._over = lm, mean_over
+        self._lm = lm
+        self._over: MeanOver = mean_over
         inside = [(i, text) for i, lesson in enumerate(found) for text in lesson.inside]
         outside = [(i, text) for i, lesson in enumerate(found) for text in lesson.outside]
         self._inside = Asked(lm, inside, None, answers_only=True)
