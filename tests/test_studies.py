@@ -85,7 +85,7 @@ def test_a_study_is_one_page_over_its_runs(tmp_path):
     tables = re.findall(r"^\*\*(.*)\*\*$", text, re.M)
     after = [f"{name}, right after the edit" for name in ("one", "two", "all sets")]
     context = [f"{name}, with the edit in front of the question" for name in ("one", "two", "all sets")]
-    gains = "Differences on the same cases of all sets"
+    gains = "Differences on the same cases of all sets, right after the edit"
     assert tables == ["The sets.", *after, *context, gains]
     cells = runs["one"].cells
     fine, weak = (re.search(rf"^\| {name} \| 2 \|.*$", text, re.M)[0].split(" | ") for name in ("fine", "weak"))

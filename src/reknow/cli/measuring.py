@@ -219,5 +219,6 @@ def methods(
 
 def _fields(method: type) -> list[str]:
     """Names of a method's settings, its own before those that it shares with others."""
-    own = inspect.get_annotations(method)
-    return sorted((field.name for field in fields(method)), key=lambda name: name not in own)  # type: ignore[arg-type]
+    names = {field.name for field in fields(method)}  # type: ignore[arg-type]
+    declared = (name for cls in method.__mro__ for name in inspect.get_annotations(cls) if name in names)
+    return list(dict.fromkeys(declared))

@@ -55,9 +55,10 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
             lines = study_table(results, stage)
             if len(lines) > 1:
                 parts.append(f"**{name}, {stage_label(stage)}**\n\n{markdown(lines)}")
-    gains = difference_table(pooled(sets), next(iter(runs.values())).last_stage)
+    last = next(iter(runs.values())).last_stage
+    gains = difference_table(pooled(sets), last)
     if len(gains) > 1:
-        parts.append(f"**Differences on the same cases of {POOLED}**\n\n{markdown(gains)}")
+        parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{markdown(gains)}")
     parts += [NOTE, "![Portability and locality](study.png)"]
     write_aside(folder / "study.png", lambda aside: save_png(trade_off(sets), Path(aside)))
     page = folder / "study.md"
