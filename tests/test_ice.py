@@ -11,7 +11,7 @@ import torch
 from conftest import make_lm
 from families import CORE_FAMILIES
 from reknow import FT, ICE, LM, Patch, method
-from reknow.descent import Matrices, Scored, predicted, sample
+from reknow.descent import Matrices, Pace, Scored, predicted, sample
 from reknow.errors import EditFailed, InputError
 from reknow.methods import ice
 from reknow.methods.ice import consistency, divergence, informed, likeliest
@@ -253,7 +253,7 @@ def test_scored_places_are_those_of_one_row_alone(lm, edit, layer):
 
 def test_matrices_are_used_only_while_open(lm, edit):
     name = lm.parts.value[0]
-    matrices = Matrices(lm, [name], 0.1)
+    matrices = Matrices(lm, [name], Pace(0.1))
     rows = lm.encode([Text(edit.text, "English")])
     scored = Scored(lm, rows, [predicted(rows[0], rows[0].prompt_length)], None)
     with matrices.in_use():
