@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -17,6 +17,7 @@ from reknow.export import export_checkpoint, export_lora
 from reknow.memory import on_output, versions
 from reknow.methods import Entry
 from reknow.methods.base import MemoryMethod, checked, memory_patch
+from reknow.scoring import Score
 from reknow.stack import save_stack
 from reknow.tokens import Text
 from reknow.trace import Suffix, added_at, output_edited
@@ -258,6 +259,11 @@ def test_rebuild_makes_the_later_edits_again():
     assert [p.edits for p in lm.patches] == [third.edits]
 
 
+def alike(one: Score, other: Score) -> bool:
+    """Equal but for the rounding of another batch."""
+    return replace(one, nll=0) == replace(other, nll=0) and one.nll == pytest.approx(other.nll, rel=1e-5)
+
+
 def test_prompts_and_routers():
     lm, Elsewhere.other = make_lm(), make_lm(seed=1)
     plain = lm.generate(PROMPTS, 6)
@@ -270,8 +276,8 @@ def test_prompts_and_routers():
         with lm.patched(elsewhere):
             assert lm.generate(PROMPTS, 6) == [prefaced[0], sent, prefaced[2]]
             scores = lm.score(PROMPTS, ["of", "in", "of"])
-            assert scores[1] == Elsewhere.other.score([PROMPTS[1] + " !"], ["in"])[0]
-    assert scores[0] == lm.score([f"Peru is of . {PROMPTS[0]}"], ["of"])[0]
+            assert alike(scores[1], Elsewhere.other.score([PROMPTS[1] + " !"], ["in"])[0])
+    assert alike(scores[0], lm.score([f"Peru is of . {PROMPTS[0]}"], ["of"])[0])
     with lm.patched(elsewhere):
         assert lm.generate(PROMPTS, 6) == [plain[0], sent, plain[2]]
         assert lm.generate([], 6) == [] == lm.score([], [])
