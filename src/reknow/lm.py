@@ -199,7 +199,7 @@ class LM:
             name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
         """
         found: dict[str, list[Tensor]] = {}
-        for part in batches([len(row.ids) for row in rows], cached=self.device.type == "cpu"):
+        for part in batches([len(row.ids) for row in rows], self.device):
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
             column = max(columns[i] for i in part)
             with recorded(self.model, inputs, outputs, stop=True) as (seen_in, seen_out):
@@ -265,7 +265,7 @@ class LM:
         cut = min(max_tokens, self.max_tokens or max_tokens)
         plain = encode(self.tokenizer, [Text(text) for text in texts])  # text to read is no chat
         rows = [Row(row.ids[:cut], 1) for row in plain if len(row.ids) > 1]
-        for part in batches([len(row.ids) for row in rows], cached=self.device.type == "cpu"):
+        for part in batches([len(row.ids) for row in rows], self.device):
             batch = self.pad([rows[i] for i in part])
             logits = self.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
             nll = torch.nn.functional.cross_entropy(

@@ -42,7 +42,7 @@ def scores(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Score
         sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
     texts = list(sharing)
     found: dict[Row, Score] = {}
-    for part in batches([len(text.ids) for text in texts], cached=lm.device.type == "cpu"):
+    for part in batches([len(text.ids) for text in texts], lm.device):
         found |= _batch(lm, {texts[i]: list(sharing[texts[i]]) for i in part})
     return [found[row] for row in rows]
 

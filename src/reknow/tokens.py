@@ -169,10 +169,11 @@ def even(lengths: Sequence[int]) -> list[list[int]]:
     return [order[:best], order[best:]]
 
 
-def batches(lengths: Sequence[int], *, cached: bool = False) -> list[list[int]]:
+def batches(lengths: Sequence[int], device: torch.device | None = None) -> list[list[int]]:
     """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens, or
-    CACHED_TOKENS."""
-    limit = min(TOKENS_PER_BATCH, CACHED_TOKENS) if cached else TOKENS_PER_BATCH
+    CACHED_TOKENS where the `device` of passes that are read once is a CPU."""
+    on_cpu = device is not None and device.type == "cpu"
+    limit = min(TOKENS_PER_BATCH, CACHED_TOKENS) if on_cpu else TOKENS_PER_BATCH
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if parts and lengths[i] * (len(parts[-1]) + 1) <= limit:

@@ -47,6 +47,8 @@ REUSED_TOKENS = 200_000
 class FT(Method):
     """Fine-tuning of one or more value matrices, several edits at once."""
 
+    together = 32
+
     loss: Loss = "target"
     """What is predicted: the answer from the prompt's last token alone, the answer token by token, or all text."""
     layer: int | tuple[int, ...] | None = None
@@ -73,8 +75,6 @@ class FT(Method):
     def __post_init__(self):
         if self.loss not in NAMES:
             raise InputError(f"expected loss among {', '.join(NAMES)}; got {self.loss!r}: choose one")
-
-    together = 32
 
     @property
     def name(self) -> str:
