@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from reknow.errors import InputError
 from reknow.methods.base import Method
 from reknow.stats import covariance
 from reknow.values import ValueSearch, contexts
@@ -50,6 +51,12 @@ class SearchSettings(Method):
     """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
     seed: int = 0
     """Of the sampled contexts."""
+
+    def __post_init__(self):
+        if self.steps < 1 or self.turns < 1:
+            raise InputError(
+                f"expected steps and turns of at least 1; got steps {self.steps} and turns {self.turns}: raise them"
+            )
 
     def search(self, **rest) -> ValueSearch:
         """The search with these settings; `rest` are its fields that this method does not leave to the user."""
