@@ -69,7 +69,7 @@ class CaliNet(BesideMatrix):
     """Trained keys of one call; None: four per edit (64 to 256 for 10 to 1,000 facts in the paper)."""
     steps: int = 200
     """Updates at most."""
-    learning_rate: float = 0.02
+    learning_rate: float = 0.06
     """Of Adam: values in root mean squares of the MLP's output, trained keys in units in which a step moves a slot's
     input by this much."""
     stop_loss: float = 0.05

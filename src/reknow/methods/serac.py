@@ -75,7 +75,7 @@ class SERAC(Learned, MemoryMethod):
     """Learned queries that gather it, each a share of the numbers."""
     rank: int = 8
     """Of the counterfactual model's change of every value matrix."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     """Of Adam."""
     answered: int = 32
     """Questions of a batch, at most, that the counterfactual model learns to answer; fewer make a step cheaper."""
