@@ -75,7 +75,7 @@ class WISE(BesideMatrix):
     stop_loss: float = 0.05
     """An edit is finished when its whole loss is below."""
     mask: float | None = None
-    """Share ρ of the weights that a shard may change; None: what leaves its edits 18,000 weights each, 0.2 at least."""
+    """Share ρ of the weights that a shard may change; None: what leaves an edit 18,000 weights, 0.2 at least."""
     shard_size: int | None = None
     """Edits per shard; None: those for which a fifth of the weights is enough, 10 at least."""
     density: float = 0.53
