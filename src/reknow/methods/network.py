@@ -39,6 +39,11 @@ class MatrixEditor(Learned):
     def own_layers(self, lm: LM) -> list[int]:
         return list(self.trained(lm)[0].layers or ())
 
+    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
+        # Matrices of one shape share a network, so each token meets all networks once for each layer.
+        trained, tensors = self.trained(lm)
+        return tokens * len(trained.layers or ()) * sum(t.numel() for t in tensors.values())
+
     def lessons(self, batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
         """What is to be learned from the cases."""
         return lessons(batch, chance, together=together, other_facts=self.other_facts)
