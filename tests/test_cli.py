@@ -156,6 +156,10 @@ def test_plan_writes_nothing(model, empty_folder):
     for method in (UltraEdit(), GRACE()):  # which choose by themselves
         cost = json.loads(done("edit", PROMPT, "English", *plan, method.name))
         assert cost["layers"] == method.own_layers(lm) and not cost["guessed"]
+    assert [step["what"] for step in json.loads(done("edit", PROMPT, "English", *plan, "ultraedit"))["steps"]] == [
+        "gradient of the edits",
+        "its transform",
+    ]
     assert_refused(reknow("edit", PROMPT, "English", *plan, "mend"), "needs an editor")
     assert list(empty_folder.iterdir()) == []
 

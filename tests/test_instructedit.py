@@ -17,8 +17,9 @@ from reknow import LM, Case, Edit, InstructEdit, Patch, Probe
 from reknow.cli import app
 from reknow.errors import InputError
 from reknow.instructions import load_families
+from reknow.instructions.domains import domain_cases, domain_study
 from reknow.instructions.gradients import gradient_study
-from reknow.instructions.studies import Size, as_trained, gain, run_study
+from reknow.instructions.studies import STUDIES, Size, as_trained, gain, run_study
 from reknow.instructions.trial import Material
 from reknow.learning.editors import Editor
 from reknow.learning.gradients import flat_factors
@@ -164,6 +165,24 @@ def test_an_editor_is_compared_as_it_was_trained():
     key = "as_trained@teacher_forced_tokens"
     assert as_trained(found, True)["c"][key] == 1.0 and as_trained(found, False)["c"][key] == 0.25
     assert as_trained(found, True)["d"] == {}
+
+
+def test_domains_are_apart_and_large_enough():
+    parts = domain_cases()
+    found = [case.edit.id for cases in parts.values() for case in cases]
+    assert len(found) == len(set(found)) and min(len(cases) for cases in parts.values()) > 150
+    assert "counterfact/0" in {case.edit.id for case in parts["language"]}, "a mother tongue"
+
+
+@pytest.mark.slow
+def test_a_study_of_other_methods_and_one_of_domains(tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDIES, "baselines", STUDIES["baselines"]._replace(beside=("ft-l", "ke")))
+    lm, size = LM.demo("gpt2"), Size(steps=1, batch_size=3, rank=4, test=2)
+    text = run_study(lm, "baselines", tmp_path, size)
+    assert all(f"| {name} |" in text for name in ("InstructEdit", "ft-l", "ke"))
+    assert (tmp_path / "editors" / "counterfact-recent-convsent-ke-0" / "editor.safetensors").exists()
+    text = domain_study(lm, tmp_path, size)
+    assert "| all domains |" in text and "(4 domains)" in text and text == domain_study(lm, tmp_path, size)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from conftest import bits, make_lm, same
 from reknow import KE, LM, MEND, Case, Edit, Patch, Probe, evaluate
 from reknow.cli import app
+from reknow.cost import estimate
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.learning.editors import Editor, case_keys, open_editor
 from reknow.learning.lessons import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
@@ -242,6 +243,14 @@ def test_an_editor_belongs_to_its_model(whole, tmp_path):
         MEND(editor=str(tmp_path / "none")).edit(make_lm(), [edit])
     half = LM((make_lm().model.to(torch.bfloat16), make_lm().tokenizer))
     assert whole.edit(half, [edit]).deltas, "the same model in another dtype is the same model"
+
+
+def test_the_cost_of_an_edit_is_a_gradient_and_its_transform(whole, tmp_path):
+    reader = run(tmp_path, replace(QUICK, steps=1), method=READER)
+    for method in (whole, reader):
+        (one, two) = (estimate(make_lm(), method, [cases(1)[0].edit for _ in range(count)]).steps for count in (1, 2))
+        assert [step.what for step in one] == ["gradient of the edits", "its transform"]
+        assert [step.flops for step in two] == pytest.approx([2 * step.flops for step in one])
 
 
 def test_an_editor_is_a_file(whole, tmp_path):

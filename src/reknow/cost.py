@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.methods.base import Method
 
-FORWARD, TRAIN = 2, 6
-"""Floating-point operations per weight and token: of a forward pass; of one with its backward pass."""
+FORWARD, BACKWARD, TRAIN = 2, 2, 6
+"""Floating-point operations per weight and token: of a forward pass; of the gradient by what flows; of a forward pass
+with its whole backward pass."""
 ACTIVATIONS = 16
 """Rough number of hidden-sized tensors that a block keeps for the backward pass."""
 
@@ -56,8 +57,8 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
     """The cost of making the edits with a method.
 
     Reads its fields by the names that methods share: `layer` or `layers`, `steps`, `context_groups`,
-    `covariance_tokens`, `batch_size`. Sampled contexts and covariances are kept, so that later edits of the same
-    model cost less.
+    `covariance_tokens`, `batch_size`; those that transform a gradient say how large their network is. Sampled
+    contexts and covariances are kept, so that later edits of the same model cost less.
 
     Raises:
         InputError: the method cannot edit this model, for want of a trained editor.
@@ -89,6 +90,10 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
     if passes := settings.get("steps", 0):
         flops = TRAIN * (block * above + head) * passes * tokens
         steps.append(Step("gradient descent", passes, passes * tokens, flops))
+    if (weights := method.transform_weights(lm, len(edits), tokens)) is not None:
+        flops = (FORWARD * (block * lm.layers + head) + BACKWARD * (block * above + head)) * tokens
+        steps.append(Step("gradient of the edits", 1, tokens, flops))
+        steps.append(Step("its transform", 0, tokens, FORWARD * weights))
     longest = max(len(row.ids) for row in rows) + max((length for _, length in groups), default=0)
     together = 1 + contexts if groups else min(len(edits), settings.get("batch_size", len(edits)))
     kept = together * longest * (ACTIVATIONS * lm.parts.hidden_size * above + 2 * vocabulary)  # numbers

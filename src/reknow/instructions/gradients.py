@@ -12,7 +12,7 @@ from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.evaluation.rows import write_json
 from reknow.instructions.families import load_families
-from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Size, editor_of, reading_cases
+from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases
 from reknow.learning.gradients import flat_factors
 from reknow.learning.transform import new_network
 from reknow.lm import LM
@@ -53,7 +53,7 @@ def gradient_study(
     panels: dict[str, np.ndarray] = {}
     scores: dict[str, float] = {}
     for entrant in (MULTI, INSTRUCT):
-        editor = editor_of(lm, entrant, entrant.tasks, known, families, size, seed, folder, say)
+        editor = Editors(lm, folder, size, families, known, say).of(entrant, entrant.tasks, seed)
         points = edit_gradients(lm, editor, [case for found in cases.values() for case in found])
         scores[entrant.label] = float(silhouette_score(points, labels))
         perplexity = min(30.0, (len(points) - 1) / 3)

@@ -2,7 +2,8 @@
 
 All are of one class, InstructEdit, with and without instructions, so nothing else differs: without, it is MEND on one
 task, and on several the article's multi-task editor. Every task is seen equally often by every editor that learns it;
-an editor of three tasks is trained for three times as many updates.
+an editor of three tasks is trained for three times as many updates. Other methods can stand beside them; one that
+learns is trained on the three tasks as long.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,8 +26,10 @@ from reknow.instructions.families import Family, load_families
 from reknow.instructions.trial import Material, few_probes
 from reknow.lm import LM
 from reknow.methods import method
-from reknow.methods.base import Method
+from reknow.methods.base import Learned, Method
 from reknow.methods.instructedit import InstructEdit
+
+AnyLearned = TypeVar("AnyLearned", bound=Learned)
 
 LEARNED, HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
 TASKS = (*LEARNED, HELD_OUT)
@@ -49,6 +52,10 @@ METRICS = (
 )
 
 
+Values = Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
+"""(editor, task) → case → metric → value."""
+
+
 class Entrant(NamedTuple):
     """An editor of a study."""
 
@@ -69,6 +76,8 @@ class Study(NamedTuple):
     entrants: tuple[Entrant, ...]
     baseline: str
     """Label against which the gains are counted."""
+    beside: tuple[str, ...] = ()
+    """Methods to read beside the editors."""
 
 
 PLAIN = {"instructed": False}
@@ -98,15 +107,21 @@ STUDIES: dict[str, Study] = {
     "lengths": Study(
         "Every text alike in the loss, or every token: ConvSent's texts are long.",
         (
-            Entrant("every text", settings={"mean_over": "texts"}),
-            Entrant("every token", settings={"mean_over": "tokens"}),
+            Entrant("InstructEdit, every token"),
+            Entrant("InstructEdit, every text", settings={"mean_over": "texts"}),
         ),
-        "every token",
+        "InstructEdit, every token",
     ),
     "scale": Study(
         "Gradients as they are, or every token's scaled to length 1.",
         (INSTRUCT, Entrant("InstructEdit, unit gradients", settings={"unit_gradient": True})),
         "InstructEdit",
+    ),
+    "baselines": Study(
+        "Methods that learn nothing, and KE after as many updates on the same tasks, beside InstructEdit.",
+        (INSTRUCT,),
+        "InstructEdit",
+        ("ft-l", "calinet", "grace", "ke"),
     ),
 }
 
@@ -123,8 +138,6 @@ class Size:
     test: int = 50
     """Cases of each task to read."""
     seeds: tuple[int, ...] = (0,)
-    baselines: tuple[str, ...] = ()
-    """Names of methods that need no training."""
 
 
 SMALL = Size()
@@ -152,11 +165,12 @@ def run_study(
     if name not in STUDIES:
         raise did_you_mean("study", name, STUDIES)
     study, folder, known = STUDIES[name], Path(out), load_families(families)
+    trained = Editors(lm, folder, size, families, known, say)
     values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for task in TASKS:
         parts = {unseen: [e for e in study.entrants if e.unseen == unseen] for unseen in (False, True)}
         for unseen, entrants in parts.items():
-            editors: dict[str, Method] = {} if unseen else {base: method(base) for base in size.baselines}
+            editors = {} if unseen else {each: trained.beside(each) for each in study.beside}
             told = set()
             for entrant in entrants:
                 if entrant.own_tasks and task not in entrant.tasks:
@@ -165,7 +179,7 @@ def run_study(
                 for seed in size.seeds:
                     label = f"{entrant.label}#{seed}"
                     told |= {label} if entrant.settings.get("instructed", True) else set()
-                    editors[label] = editor_of(lm, entrant, tasks, known, families, size, seed, folder, say)
+                    editors[label] = trained.of(entrant, tasks, seed)
             if editors:
                 cases = reading_cases(known[task], size.test, unseen)
                 run = folder / name / f"{task}{'-unseen' if unseen else ''}"
@@ -176,43 +190,54 @@ def run_study(
                     of = values.setdefault((label.partition("#")[0], task), {})
                     found = results.case_values[label, "after_edit"]
                     _merge(of, as_trained(found, label in told), len(size.seeds) if "#" in label else 1)
-    text = _tables(study, values)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{name}.csv").write_text(_csv(values), encoding="utf-8")
-    write_json(folder / f"{name}.json", {f"{label} | {task}": found for (label, task), found in values.items()})
-    return text
+    return written(folder, name, study.question, values, study.baseline)
 
 
-def editor_of(
-    lm: LM,
-    entrant: Entrant,
-    tasks: Sequence[str],
-    known: Mapping[str, Family],
-    families: str | None,
-    size: Size,
-    seed: int,
-    folder: Path,
-    say: Callable[[str], object],
-) -> InstructEdit:
-    """The trained editor of an entrant, trained now where that was not done."""
-    marks = [f"{key}={value}" for key, value in entrant.settings.items()]
-    place = folder / "editors" / "-".join([*tasks, *marks, str(seed)])
-    learner = InstructEdit(**{"rank": size.rank, "families": families, "seed": seed, **entrant.settings})
-    cases = [case for task in tasks for case in Material.of(known[task], size.test).training]
-    steps = size.steps * len(tasks)
-    training = replace(
-        learner.training,
-        steps=steps,
-        batch_size=size.batch_size,
-        warmup=steps // 10,
-        validation=0,
-        validate_every=steps,
-        checkpoint_every=50,
-        seed=seed,
-    )
-    say(f"training {place.name}: {steps} updates")
-    return learner.fit(lm, cases, place, training, progress=True)
+class Editors(NamedTuple):
+    """Trains what a study needs, or takes what an earlier one has left in the folder."""
+
+    lm: LM
+    folder: Path
+    size: Size
+    families: str | None
+    """File of the task families."""
+    known: Mapping[str, Family]
+    """What is in it."""
+    say: Callable[[str], object]
+
+    def of(self, entrant: Entrant, tasks: Sequence[str], seed: int) -> InstructEdit:
+        marks = [f"{key}={value}" for key, value in entrant.settings.items()]
+        fields = {"rank": self.size.rank, "families": self.families, "seed": seed, **entrant.settings}
+        return self.trained(InstructEdit(**fields), self.material(tasks), [*tasks, *marks], len(tasks), seed)
+
+    def beside(self, name: str) -> Method:
+        """Another method; one that learns is trained on all three tasks."""
+        other = method(name)
+        if not isinstance(other, Learned):
+            return other
+        return self.trained(other, self.material(LEARNED), [*LEARNED, name], len(LEARNED), 0)
+
+    def material(self, tasks: Sequence[str]) -> list[Case]:
+        return [case for task in tasks for case in Material.of(self.known[task], self.size.test).training]
+
+    def trained(
+        self, learner: AnyLearned, cases: Sequence[Case], marks: Sequence[str], parts: int, seed: int
+    ) -> AnyLearned:
+        """Trained on cases of so many parts, for as many updates each."""
+        place = self.folder / "editors" / "-".join([*marks, str(seed)])
+        steps = self.size.steps * parts
+        training = replace(
+            learner.training,
+            steps=steps,
+            batch_size=self.size.batch_size,
+            warmup=steps // 10,
+            validation=0,
+            validate_every=steps,
+            checkpoint_every=50,
+            seed=seed,
+        )
+        self.say(f"training {place.name}: {steps} updates")
+        return learner.fit(self.lm, cases, place, training, progress=True)
 
 
 def reading_cases(family: Family, count: int, unseen: bool) -> list[Case]:
@@ -241,11 +266,11 @@ def _merge(into: dict[str, dict[str, float]], found: Mapping[str, Mapping[str, f
 
 
 def gain(
-    values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]], label: str, baseline: str, metric: str
+    values: Values, label: str, baseline: str, metric: str, tasks: Sequence[str] = TASKS
 ) -> tuple[float, float, float, int] | None:
     """Mean over tasks of a metric's paired difference, its 95 % bootstrap interval over cases, and how many tasks."""
     draws = []
-    for task in TASKS:
+    for task in tasks:
         ours, theirs = values.get((label, task), {}), values.get((baseline, task), {})
         both = [case for case in ours if case in theirs and metric in ours[case]]
         pairs = [ours[case][metric] - theirs[case][metric] for case in both]
@@ -260,20 +285,38 @@ def gain(
     return float(means[0]), float(low), float(high), len(draws)
 
 
-def _tables(study: Study, values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]) -> str:
+def written(
+    folder: Path,
+    name: str,
+    question: str,
+    values: Values,
+    baseline: str,
+    tasks: Sequence[str] = TASKS,
+    unit: str = "tasks",
+) -> str:
+    """Writes `NAME.md`, `NAME.csv` and `NAME.json`; gives the tables."""
+    text = _tables(question, values, baseline, tasks, unit)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    (folder / f"{name}.csv").write_text(_csv(values), encoding="utf-8")
+    write_json(folder / f"{name}.json", {f"{label} | {task}": found for (label, task), found in values.items()})
+    return text
+
+
+def _tables(question: str, values: Values, baseline: str, tasks: Sequence[str], unit: str) -> str:
     """Markdown: a table for each metric; rows are editors, columns tasks and the gain on the baseline."""
-    lines = [study.question, ""]
+    lines = [question, ""]
     labels = list(dict.fromkeys(label for label, _ in values))
     for metric, title in METRICS:
         rows = []
         for label in labels:
-            cells = [_cell(values.get((label, task), {}), metric) for task in TASKS]
+            cells = [_cell(values.get((label, task), {}), metric) for task in tasks]
             if any(cell != "–" for cell in cells):
-                found = None if label == study.baseline else gain(values, label, study.baseline, metric)
-                rows.append([label, *cells, "–" if found is None else _gained(*found)])
+                found = None if label == baseline else gain(values, label, baseline, metric, tasks)
+                rows.append([label, *cells, "–" if found is None else _gained(*found, unit)])
         if rows:
             lines += [f"**{title}** (`{metric}`)", ""]
-            lines += [f"| editor | {' | '.join(TASKS)} | gain on {study.baseline} |", "|---" * (len(TASKS) + 2) + "|"]
+            lines += [f"| editor | {' | '.join(tasks)} | gain on {baseline} |", "|---" * (len(tasks) + 2) + "|"]
             lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
     return "\n".join(lines)
 
@@ -286,11 +329,11 @@ def _cell(cases: Mapping[str, Mapping[str, float]], metric: str) -> str:
     return f"{100 * value:.1f}" + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
-def _gained(value: float, low: float, high: float, tasks: int) -> str:
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({tasks} tasks)"
+def _gained(value: float, low: float, high: float, count: int, unit: str) -> str:
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({count} {unit})"
 
 
-def _csv(values: Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]) -> str:
+def _csv(values: Values) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["editor", "task", "metric", "mean", "low", "high", "cases"])

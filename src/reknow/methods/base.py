@@ -60,6 +60,11 @@ class Method(ABC):
         """
         return None
 
+    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int | None:
+        """For `reknow.cost`: how often weights of its own are multiplied where it takes the edits' gradient once and
+        transforms it; None: it works otherwise."""
+        return None
+
 
 class MemoryMethod(Method):
     """A method whose patches leave the weights alone; see `reknow.memory`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from reknow.edits import Case, Edit
 from reknow.instructions.families import Family, family_of, load_families
@@ -42,10 +42,6 @@ class InstructEdit(NetworkSettings):
     editor brings its own."""
     balanced: bool = True
     """The tasks take turns in training; False: they come as often as they have cases."""
-
-    training: ClassVar[Training] = Training(
-        steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200
-    )
 
     @property
     def name(self) -> str:

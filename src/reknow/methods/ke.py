@@ -87,6 +87,11 @@ class KE(MatrixEditor):
         deltas = {name: as_delta(left.flatten(0, 1), right.flatten(0, 1)) for name, (left, right) in changes.items()}
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
 
+    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
+        # The reader meets every token, the rest every edit.
+        tensors = self.trained(lm)[1]
+        return sum((tokens if n.startswith("reader.") else edits) * t.numel() for n, t in tensors.items())
+
     def _network(self, lm: LM) -> KENetwork:
         with seeded(self.seed, "ke"):
             return KENetwork(self, lm).to(lm.device)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from reknow.edits import Case, Edit
 from reknow.learning.lessons import bare
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MEND(NetworkSettings):
     """A network, trained once for a model, that turns an edit's gradient into a change of the weights."""
-
-    training: ClassVar[Training] = Training(
-        steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200
-    )
 
     @property
     def name(self) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from reknow.edits import Case
 from reknow.layers import resolve_layers
 from reknow.learning.editors import open_editor
 from reknow.learning.lessons import Exam, Lesson, MeanOver, StayAt, lessons
+from reknow.learning.training import Training
 from reknow.methods.base import Learned
 
 if TYPE_CHECKING:
@@ -38,6 +39,11 @@ class MatrixEditor(Learned):
 
     def own_layers(self, lm: LM) -> list[int]:
         return list(self.trained(lm)[0].layers or ())
+
+    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
+        # Matrices of one shape share a network, so each token meets all networks once for each layer.
+        trained, tensors = self.trained(lm)
+        return tokens * len(trained.layers or ()) * sum(t.numel() for t in tensors.values())
 
     def lessons(self, batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
         """What is to be learned from the cases."""
@@ -81,3 +87,7 @@ class NetworkSettings(MatrixEditor):
     """Learning rate of α, in the same unit."""
     learning_rate: float = 1e-3
     """Of Adam, for the network."""
+
+    training: ClassVar[Training] = Training(
+        steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200
+    )

@@ -69,6 +69,9 @@ class UltraEdit(Method):
         first, last = (round(share * lm.layers) for share in DEPTH)
         return resolve_layers(lm, self.layers or tuple(range(min(first, lm.layers - 1), max(last, first + 1))))
 
+    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
+        return 0
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         layers = self.own_layers(lm)

@@ -1,0 +1,66 @@
+"""Knowledge by domain: an editor for each domain of CounterFact, and one for all (Tian et al. 2024, §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+
+from reknow.datasets import load_cases
+from reknow.datasets.reading import read_records
+from reknow.edits import Case
+from reknow.evaluation import Plan, bench
+from reknow.instructions.families import load_families
+from reknow.instructions.studies import SMALL, Editors, Size, written
+from reknow.instructions.trial import few_probes
+from reknow.lm import LM
+from reknow.methods.instructedit import InstructEdit
+
+DOMAINS = {
+    "geography": ("P17", "P30", "P36", "P131", "P190", "P276"),
+    "language": ("P37", "P103", "P364", "P407", "P1412"),
+    "occupation": ("P39", "P101", "P106", "P108", "P136", "P413", "P641", "P1303"),
+    "company": ("P127", "P159", "P176", "P178", "P449", "P740"),
+}
+"""Relations of Wikidata that belong to one domain without doubt; CounterFact has none of law or medicine."""
+QUESTION = "One editor for all domains of CounterFact, or one for each, after as many updates for each."
+ONE, ALL = "one domain", "all domains"
+
+
+def domain_cases() -> dict[str, list[Case]]:
+    """The bundled cases of CounterFact by domain, in the order of the file."""
+    name = "counterfact.jsonl"
+    records = read_records(files("reknow") / "assets" / "data" / name, name)
+    relations = [record.record("requested_rewrite").text("relation_id") for record in records]
+    pairs = list(zip(relations, load_cases("counterfact"), strict=True))
+    return {domain: [case for relation, case in pairs if relation in of] for domain, of in DOMAINS.items()}
+
+
+def domain_study(
+    lm: LM, out: str | Path, size: Size = SMALL, *, say: Callable[[str], object] = lambda text: None
+) -> str:
+    """Trains the editors, which read no instructions, and reads each domain with its own and with that of all.
+
+    Returns:
+        The tables as text; `domains.md`, `.csv` and `.json` are in the folder.
+
+    Raises:
+        InputError: a folder with other settings.
+    """
+    folder, seed = Path(out), size.seeds[0]
+    trained = Editors(lm, folder, size, None, load_families(), say)
+    learner = InstructEdit(rank=size.rank, seed=seed, instructed=False)
+    parts = domain_cases()
+    training = {domain: cases[size.test :] for domain, cases in parts.items()}
+    pooled = [case for cases in training.values() for case in cases]
+    general = trained.trained(learner, pooled, ["domains"], len(parts), seed)
+    values = {}
+    for domain, cases in parts.items():
+        own = trained.trained(learner, training[domain], ["domains", domain], 1, seed)
+        say(f"reading {domain}")
+        read = [few_probes(case) for case in cases[: size.test]]
+        plan = Plan(fluency=False, generate=False)
+        results = bench(lm, read, {ONE: own, ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)
+        for label in (ONE, ALL):
+            values[label, domain] = results.case_values[label, "after_edit"]
+    return written(folder, "domains", QUESTION, values, ONE, tuple(DOMAINS), "domains")
