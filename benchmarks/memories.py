@@ -41,7 +41,7 @@ class Study:
         known = known_cases(self.lm, apart)
         others = [case for case in apart if case not in known]
         self.readable = len(apart)
-        self.cases = [*known, *others, *([] if args.tuned else records[TUNED:])][: max(args.sizes)]
+        self.cases = [*known, *others, *([] if args.tuned else records[TUNED:])][: max(*args.sizes, args.read)]
         self.sizes = sorted({min(size, len(self.cases)) for size in args.sizes} - {1})
         self.places = {size: self._spread(min(size, self.readable)) for size in self.sizes}
         wanted = sorted({i for places in self.places.values() for i in places} | set(range(args.read)))
@@ -181,7 +181,8 @@ def main():
     torch.set_num_threads(1)
     Path(args.out).mkdir(parents=True, exist_ok=True)
     study = Study(args)
-    print(f"the first {study.known} of {len(study.cases)} facts are known to the model")
+    known = min(study.known, len(study.cases))
+    print(f"the first {known} of {len(study.cases)} facts are known to the model")
     study.run()
     print(table(study.points))
     if args.figure:
