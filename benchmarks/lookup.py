@@ -3,7 +3,8 @@
     python benchmarks/lookup.py [--edits 100000] [--features 64] [--threads 1]
 
 Vectors lie in clusters, as those of edits of one relation do; a question lies close to one of them. Times are CPU
-time of a single question, minimum, median and 95th percentile over 200, without the pass that makes its vector.
+time of a single question, minimum, median and 95th percentile over 200. Besides, SERAC's classifiers on the demo
+model: the pass that makes the question's vector, and the cross classifier, which reads 8 edits with the question.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import time
 
 import torch
 
+from reknow import LM, SERAC, load_cases
+from reknow.methods.serac import Modules
 from reknow.retrieval.nearest import Nearest
 
 QUESTIONS, RELATIONS, SPREAD, DISTANCE = 200, 34, 0.7, 0.1
@@ -39,6 +42,23 @@ def measured(index: Nearest, questions: torch.Tensor, asked: torch.Tensor) -> tu
     return min(times), statistics.median(times), statistics.quantiles(times, n=20)[-1], right / len(asked)
 
 
+def classifiers():
+    """(name, CPU milliseconds of each question) of what comes before and behind the look-up, not trained."""
+    modules = Modules(SERAC(classifier="cross"), LM.demo("gpt2"))
+    texts = [case.edit.text for case in load_cases("counterfact", limit=48)]
+    reads = {
+        "vector of the question": lambda i: modules.embed([texts[i]]),
+        "cross classifier, 8 edits": lambda i: modules.judge(texts[i + 1 : i + 9], [texts[i]] * 8),
+    }
+    for name, read in reads.items():
+        times = []
+        for i in range(40):
+            started = time.process_time()
+            read(i)
+            times.append(1000 * (time.process_time() - started))
+        yield name, times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--edits", type=int, default=100_000)
@@ -57,6 +77,9 @@ def main() -> None:
         built = time.process_time() - started
         least, median, slow, right = measured(index, questions, asked)
         print(f"| {name} | {built:.1f} | {least:.2f} | {median:.2f} | {slow:.2f} | {right:.1%} |", flush=True)
+    for name, times in classifiers():
+        median, slow = statistics.median(times), statistics.quantiles(times, n=20)[-1]
+        print(f"| {name} | | {min(times):.2f} | {median:.2f} | {slow:.2f} | |")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ COVARIANCE_TOKENS = 20_000
 RATE = 5e-4
 """The published learning rate of fine-tuning."""
 UNTIL = "reknow, until found"
-"""Our default: at most 60 passes, ended when every context gives the answer a probability of 0.95."""
+"""Our default: at most 60 passes, each of which reads a third of the contexts (MEMIT: half), ended when every context
+gives the answer a probability of 0.95."""
 KINDS = ("reliability", "generalization", "locality")
 
 
@@ -99,15 +100,15 @@ def plain(lm: LM, case: Case, layer: int, site: str, rate: float = 0.1, decay: f
 
 
 def variants(same: SearchSettings, turns: int) -> dict[str, Any]:
-    """Our ways to search: as many passes as the paper, or until the answer is found; and with a part of the contexts
-    in each pass."""
-    until = replace(same, steps=ROME.steps, stop_probability=ROME.stop_probability)
-    return {"reknow": same, UNTIL: until, f"{UNTIL}, {turns} turns": replace(until, turns=turns)}
+    """Our ways to search: as many passes as the paper, the same with a part of the contexts in each, and ours."""
+    own = type(same)
+    until = replace(same, steps=own.steps, stop_probability=own.stop_probability, turns=own.turns)
+    return {"reknow": same, f"reknow, {turns} turns": replace(same, turns=turns), UNTIL: until}
 
 
 def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
-    ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, steps=20, stop_probability=1.0)
-    methods = variants(ours, 3)
+    ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, steps=20, stop_probability=1.0, turns=1)
+    methods = variants(ours, 7)
     prefixes = contexts(lm, ours.context_groups)
     numbers = [plain(lm, case, layer, "value") for case in cases]
 
@@ -140,7 +141,7 @@ def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     layers = band(lm, layer)
-    ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, stop_probability=1.0)
+    ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, stop_probability=1.0, turns=1)
     prefixes = contexts(lm, ours.context_groups, starts=ours.context_starts)
     numbers = [plain(lm, case, layers[-1], "block") for case in cases]
     same = {key: fmean(one[key] for one in numbers) for key in numbers[0]}
@@ -243,7 +244,7 @@ def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int]) -> dict:
 
 def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     """Operations of one ROME edit and of MEMIT on some facts, and how fast each phase of ours runs."""
-    exact = {"covariance_tokens": COVARIANCE_TOKENS, "stop_probability": 1.0}
+    exact = {"covariance_tokens": COVARIANCE_TOKENS, "stop_probability": 1.0, "turns": 1}
     one = ROME(layer=layer, steps=20, **exact)
     many = MEMIT(layers=tuple(band(lm, layer)), steps=25, **exact)
     edits = [case.edit for case in cases]
@@ -255,9 +256,10 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     made, flops = total_flops(lambda: theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings))
     seconds = theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
     found["EasyEdit ROME"] = {"all": {"seconds": seconds, "flops": flops}}
-    for label, method, some in (("reknow ROME", one, edits[:1]), ("reknow MEMIT", many, edits)):
-        method.edit(lm, some[:1])
-        found[label] = phases(lambda method=method, some=some: method.edit(lm, some))
+    for label, method, some in (("ROME", one, edits[:1]), ("MEMIT", many, edits)):
+        for way, searched in variants(method, {"ROME": 7, "MEMIT": 3}[label]).items():
+            searched.edit(lm, some[:1])
+            found[f"{label}, {way}"] = phases(lambda searched=searched, some=some: searched.edit(lm, some))
     return {**found, "facts of MEMIT": len(edits), "steps": made.steps}
 
 

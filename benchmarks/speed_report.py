@@ -142,9 +142,11 @@ def _scaling(found: Mapping) -> list[str]:
 def _work(found: Mapping) -> list[str]:
     rate = found["matmul GFLOP/s"]
     rows = []
-    for label in ("EasyEdit ROME", "reknow ROME", "reknow MEMIT"):
-        facts = found["facts of MEMIT"] if label == "reknow MEMIT" else 1
-        for phase, one in found[label].items():
+    for label, parts in found.items():
+        if not isinstance(parts, Mapping):
+            continue
+        facts = found["facts of MEMIT"] if label.startswith("MEMIT") else 1
+        for phase, one in parts.items():
             if one["seconds"] < 1e-3:
                 continue
             work, seconds = one["flops"] / 1e9 / facts, one["seconds"] / facts

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import reknow.tokens
 from conftest import close, make_lm
@@ -150,6 +151,20 @@ def test_generating_leaves_the_random_state(gpt2, top_k):
     before = torch.get_rng_state()
     gpt2.generate("Paris", 3, top_k=top_k)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text", "bloom"])
+@pytest.mark.parametrize("sampled", [{}, {"top_k": 20, "temperature": 0.7}])
+def test_texts_are_those_of_transformers(family, sampled):
+    lm = make_lm(family)
+    prompts = sorted(PROMPTS, key=lambda prompt: len(lm.encode([Text(prompt)])[0].ids))
+    batch = lm.pad(lm.encode([Text(prompt) for prompt in prompts]))
+    lm.tokenizer.eos_token, lm.model.generation_config = None, GenerationConfig()
+    settings = GenerationConfig(max_new_tokens=12, do_sample=bool(sampled), pad_token_id=0, **sampled)
+    torch.manual_seed(3)
+    ids = lm.model.generate(batch.ids, attention_mask=batch.mask, generation_config=settings)
+    wanted = lm.tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True)
+    assert lm.generate(prompts, 12, **sampled, seed=3) == wanted
 
 
 def test_samples_come_from_the_likeliest(gpt2):

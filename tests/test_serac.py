@@ -18,7 +18,15 @@ from reknow.errors import InputError, PatchError
 from reknow.learning.editors import Editor
 from reknow.learning.training import Training
 from reknow.methods.serac import Modules
-from reknow.retrieval.scope import Cross, Embedding, calibration, log_in_scope, scope_loss, token_states
+from reknow.retrieval.scope import (
+    Cross,
+    Embedding,
+    Remembered,
+    calibration,
+    log_in_scope,
+    scope_loss,
+    token_states,
+)
 from reknow.retrieval.scope_training import ScopeCases
 from reknow.tokens import Text
 
@@ -106,6 +114,18 @@ def test_token_states_are_those_of_the_base(setting):
     expected = read([QUESTION])[0]
     with lm.patched(some_patch(lm, size=1.0, layers=(0,))):
         assert torch.equal(read([QUESTION])[0], expected)
+
+
+@pytest.mark.parametrize("limit", [2**20, 1])
+def test_states_are_read_once_while_there_is_room(limit):
+    read, asked = token_states(make_lm(), None), []
+    remembered = Remembered(lambda texts: (asked.append(list(texts)), read(texts))[1], limit)
+    texts = [QUESTION, "Lima", QUESTION]
+    for _ in range(2):
+        (found, real), (expected, mask) = remembered(texts), read(texts)
+        assert torch.equal(real, mask)
+        torch.testing.assert_close(found[real], expected[mask], rtol=1e-3, atol=2e-3)
+    assert asked == [[QUESTION, "Lima"]] if limit > 1 else len(asked) == 2
 
 
 def test_calibration_counts_both_sides():

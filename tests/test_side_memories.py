@@ -14,7 +14,7 @@ from reknow import DEFER, LM, MELO, CaliNet, Edit
 from reknow.datasets import load_facts
 from reknow.errors import InputError
 from reknow.keys import prompt_states, spread
-from reknow.methods.calinet import Slots, assessment, together
+from reknow.methods.calinet import Slots, assessment, other_inputs, together
 from reknow.methods.defer import Gate
 from reknow.methods.melo import Clusters
 from reknow.tokens import Text
@@ -99,7 +99,7 @@ def test_melo_has_a_block_for_every_few_edits():
 
 def test_slots_add_to_the_mlp_what_the_equation_says():
     lm = make_lm()
-    patch = CaliNet(layer=1, slots=5, steps=3).edit(lm, [edit(PROMPTS[0])])
+    patch = CaliNet(layer=1, trained_keys=True, slots=5, steps=3).edit(lm, [edit(PROMPTS[0])])
     assert patch.state["keys"].shape == (5, 32) == patch.state["values"].shape
     (row,) = lm.encode([Text(PROMPTS[0])])
     mlp_input, _ = prompt_states(lm, [row], lm.parts.up[1][0])
@@ -119,9 +119,20 @@ def test_slots_learn_all_wordings_and_stand_beside_earlier_ones():
     assert lm.score(["Who is Zoë Übel"], ["in"])[0].hits == (True,)
     lm.apply(CaliNet(layer=2).edit(lm, [edit("Beats Music is", "of")]))
     slots = together([Slots.of(patch) for patch in lm.patches])
-    assert [len(one.keys) for one in slots] == [4, 8], "those beside one MLP run as one"
+    assert [len(one.keys) for one in slots] == [2, 2], "those beside one MLP run as one"
     with pytest.raises(InputError, match="at least one slot"):
         CaliNet(slots=0).edit(lm, [reworded])
+
+
+def test_a_slot_answers_to_its_own_fact_more_than_to_others():
+    lm = make_lm()
+    patch = CaliNet(layer=1).edit(lm, [edit(PROMPTS[0])])
+    (row,) = lm.encode([Text(PROMPTS[0])])
+    reader = lm.parts.up[1][0]
+    own, _ = prompt_states(lm, [row], reader)
+    others = other_inputs(lm, reader)
+    assert float(own @ patch.state["keys"].T) == pytest.approx(3, abs=1e-3)
+    assert float((others @ patch.state["keys"].T).square().mean()) < 1
 
 
 def test_the_assessment_rises_when_a_fact_is_learned():

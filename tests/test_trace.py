@@ -87,6 +87,22 @@ def test_a_replay_is_the_full_pass(built, name, where):
         assert close(suffix.value, plain)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_some_rows_are_replayed_as_among_all(built, name, monkeypatch):
+    lm = built(name)
+    assert lm.parts.rowwise == (name not in ("bloom", "mpt")), "their biases have an entry per head"
+    batch, rows, columns = batch_of(lm, (9, 2, 4))
+    delta = torch.randn(3, lm.parts.hidden_size, generator=torch.Generator().manual_seed(2))
+    suffix = Suffix(lm, batch, 1, 9)
+    wanted = suffix(delta, rows, columns)
+    if lm.parts.rowwise:
+        monkeypatch.setattr(lm, "forward", None)  # nothing is run
+    kept, mine = torch.tensor([2, 0]), rows != 1
+    twin = suffix.keep(kept)
+    assert close(twin(delta[kept], (rows[mine] == 0).long(), columns[mine]), wanted[mine])
+    assert close(twin.keys, suffix.keys[kept]) and close(twin.block, suffix.block[kept])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "bloom"])
 def test_without_replay_the_full_pass_gives_the_same(built, name, monkeypatch):
     lm = built(name)

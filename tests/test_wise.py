@@ -93,3 +93,11 @@ def test_one_memory_has_one_place(tmp_path):
     with pytest.raises(InputError, match="stored as 'of', got 'in'"):
         WISE(**QUICK, conflict="refuse").edit(lm, [edit("I know", "in")])
     assert WISE(**QUICK).edit(lm, [edit("I know", "in")]).notes["conflicts"][0]["old"] == "of"
+
+
+def test_a_shard_has_as_much_room_for_each_edit_as_in_the_paper():
+    assert WISE()._room(4096 * 11008) == (500, 0.2)  # Llama-2 7B
+    size, share = WISE()._room(256 * 1024)
+    assert size == 10 and share * 256 * 1024 == pytest.approx(10 * 18_000)
+    assert WISE()._room(32 * 128) == (10, 1.0)  # as much as there is
+    assert WISE(shard_size=3, mask=0.5)._room(256 * 1024) == (3, 0.5)

@@ -46,6 +46,8 @@ class Parts:
     """
     replayable: bool = True
     """Whether the blocks above a layer can be run by themselves (`trace.Suffix`)."""
+    rowwise: bool = False
+    """Whether some rows can be, with what was kept of all (not with BLOOM's biases, which mix rows and heads)."""
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -214,7 +216,7 @@ def verify(lm: LM) -> Parts:
 
 
 def _measure(lm: LM, batch: Batch, column: int, scored: tuple[Tensor, Tensor], tolerance: float, generator) -> Parts:
-    """The parts with `residual_identity` and `replayable` as an addition at a middle layer shows them."""
+    """The parts with `residual_identity`, `replayable` and `rowwise` as an addition at a middle layer shows them."""
     parts, layer = lm.parts, len(lm.parts.blocks) // 2
     block = parts.blocks[layer]
     with recorded(lm.model, outputs=[block]) as (_, before):
@@ -227,15 +229,19 @@ def _measure(lm: LM, batch: Batch, column: int, scored: tuple[Tensor, Tensor], t
     ):
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[scored].float()
     moved = (after[block] - before[block])[:, column].float()
-    lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance))
+    lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance), rowwise=True)
+    same = rowwise = False
     try:
-        same = _close(Suffix(lm, batch, layer, column)(delta, *scored).float(), wanted, tolerance)
+        suffix = Suffix(lm, batch, layer, column)
+        same = _close(suffix(delta, *scored).float(), wanted, tolerance)
+        some = torch.arange(1, len(batch.ids), device=lm.device)
+        found = suffix.keep(some)(delta[some], some - 1, scored[1][some]).float()
+        rowwise = suffix.rowwise and _close(found, wanted[some], tolerance)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
-        same = False
     if not same:
         log.warning("%s: blocks cannot be replayed; full passes are run instead, which is slower", lm.name)
-    return replace(lm.parts, replayable=same)
+    return replace(lm.parts, replayable=same, rowwise=rowwise)
 
 
 def _logits(lm: LM, row: Row) -> Tensor:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from reknow.errors import EditFailed, InputError
+from reknow.generation import decoded
 from reknow.patches import Delta, Dense
 from reknow.tokens import Row, batches
 from reknow.trace import Suffix, fused_gelu, weight_replaced
@@ -275,7 +275,6 @@ def told(step: int, steps: int, loss: float) -> None:
         tell(f"step {step + 1} of {steps}, loss {loss:.3g}")
 
 
-@torch.no_grad()
 def sample(
     lm: LM, rows: Sequence[Row], count: int, *, temperature: float, top_k: int | None, generator: torch.Generator
 ) -> list[tuple[int, ...]]:
@@ -290,21 +289,14 @@ def sample(
         EditFailed: the model's logits are not finite.
     """
     check_length(lm, rows, count)
-    batch = lm.pad(rows)
-    mask, positions, ids = batch.mask, batch.positions, batch.ids
-    cache = DynamicCache(config=lm.model.config) if lm.parts.replayable else None
     end = lm.tokenizer.eos_token_id
-    drawn = torch.empty(len(rows), 0, dtype=torch.long, device=ids.device)
-    for step in range(count):
-        new = slice(-1, None) if cache is not None and step else slice(None)
-        logits = lm.forward(ids[:, new], mask, positions[:, new], cache, logits_to_keep=1).logits[:, -1].float()
+
+    def choose(logits: Tensor) -> Tensor:
         check_finite(logits.sum())
         if end is not None:
             logits[:, end] = -torch.inf
         kept, tokens = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))
         chosen = torch.multinomial((kept / temperature).softmax(-1).cpu(), 1, generator=generator)
-        token = tokens.gather(1, chosen.to(tokens.device))  # (rows, 1)
-        drawn, ids = torch.cat([drawn, token], 1), torch.cat([ids, token], 1)
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
-    return [tuple(tokens) for tokens in drawn.tolist()]
+        return tokens.gather(1, chosen.to(tokens.device))[:, 0]
+
+    return [tuple(tokens) for tokens in decoded(lm, rows, count, choose).tolist()]

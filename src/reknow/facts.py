@@ -125,13 +125,16 @@ class Run:
             rows, columns = zip(groups[0], (here + len(asked), groups[1][1]), strict=True)
             self._deltas, self._places = [torch.cat(self._deltas)], [(torch.cat(rows), torch.cat(columns))]
 
-    def keep(self, which: Sequence[int]) -> Run:
-        """The run of some of the facts."""
-        twin, each = copy.copy(self), len(self.weights)
-        asked, essence = torch.tensor([i * each + j for i in which for j in range(each)]), torch.tensor(which)
-        groups = [asked, essence] if len(self._suffixes) == 2 else [torch.cat([asked, essence + self.facts * each])]
+    def keep(self, which: Sequence[int], hand: slice = slice(None)) -> Run:
+        """The run of some of the facts, with a hand of their contexts."""
+        twin, each = copy.copy(self), range(len(self.weights))
+        asked = torch.tensor([i * len(each) + j for i in which for j in each[hand]])
+        essence = torch.tensor(which)
+        both = torch.cat([asked, essence + self.facts * len(each)])
+        groups = [asked, essence] if len(self._suffixes) == 2 else [both]
         twin._suffixes = [suffix.keep(rows) for suffix, rows in zip(self._suffixes, groups, strict=True)]
-        twin._rows_of = [self._rows_of[i] for i in which]
+        twin._rows_of = [[*self._rows_of[i][:-1][hand], self._rows_of[i][-1]] for i in which]
+        twin.weights = self.weights[hand]
         twin._place()
         return twin
 
@@ -173,7 +176,5 @@ def _predictions(row: Row) -> list[tuple[int, int, float]]:
 
 def dealt(lm: LM, facts: list[list[Row]], weights: Tensor, layer: int, turns: int) -> list[Run]:
     """The facts with every `turns`-th context, from the first on, from the second on …"""
-    turns = min(turns, len(weights))
-    return [
-        Run(lm, [[*fact[:-1][i::turns], fact[-1]] for fact in facts], weights[i::turns], layer) for i in range(turns)
-    ]
+    whole, turns = Run(lm, facts, weights, layer), min(turns, len(weights))
+    return [whole] if turns == 1 else [whole.keep(range(len(facts)), slice(i, None, turns)) for i in range(turns)]

@@ -2,57 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
-from reknow.errors import EditFailed
 from reknow.tokens import Row, batches
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-@torch.no_grad()
 def continuations(
     lm: LM, rows: Sequence[Row], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
 ) -> list[str]:
     """What follows the rows; see `LM.generate`."""
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=top_k is not None,
-        top_k=top_k,
-        temperature=temperature if top_k is not None else None,
-        eos_token_id=_ends(lm) or None,
-        remove_invalid_values=True,  # a model that edits have wrecked still says something
-        pad_token_id=lm.tokenizer.pad_token_id or 0,
-    )
+
+    def choose(logits: Tensor) -> Tensor:
+        if not bool(logits.sum().isfinite()):  # a model that edits have wrecked still says something
+            logits = logits.nan_to_num()
+        if top_k is None:
+            return logits.argmax(-1)
+        kept, tokens = (logits / temperature).topk(min(top_k, logits.shape[1]))
+        # As torch.multinomial draws from the whole vocabulary, so that these are the samples of transformers.
+        chance = torch.empty_like(logits).exponential_().gather(1, tokens)
+        return tokens.gather(1, (kept.softmax(-1) / chance).argmax(-1, keepdim=True))[:, 0]
+
+    ends = torch.tensor(_ends(lm), device=lm.device)
     texts = [""] * len(rows)
-    own = lm.model.generation_config
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        try:
-            # Its penalties, beams and limits would fill the gaps of ours.
-            lm.model.generation_config = GenerationConfig()
-            for part in batches([len(row.ids) + max_new_tokens for row in rows]):
-                batch = lm.pad([rows[i] for i in part])
-                ids = lm.model.generate(  # type: ignore[operator]
-                    batch.ids, attention_mask=batch.mask, generation_config=config
-                )
-                new = lm.tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True)
-                for i, text in zip(part, new, strict=True):
-                    texts[i] = text
-        except RuntimeError as error:
-            if "probability tensor" not in str(error):
-                raise
-            raise EditFailed(
-                f"expected logits that are numbers; {lm.name} gives NaN or infinity: revert the last patch"
-            ) from error
-        finally:
-            lm.model.generation_config = own
+        for part in batches([len(row.ids) + max_new_tokens for row in rows]):
+            drawn = decoded(lm, [rows[i] for i in part], max_new_tokens, choose, ends)
+            for i, tokens in zip(part, drawn, strict=True):
+                ended = torch.isin(tokens, ends).nonzero()
+                kept = tokens[: int(ended[0]) + 1] if len(ended) else tokens
+                texts[i] = lm.tokenizer.decode(kept, skip_special_tokens=True)
     return texts
+
+
+@torch.no_grad()
+def decoded(
+    lm: LM, rows: Sequence[Row], count: int, choose: Callable[[Tensor], Tensor], ends: Tensor | None = None
+) -> Tensor:
+    """`count` tokens behind each row; fewer if every row has come to one of the tokens `ends`. (rows, tokens)
+
+    Args:
+        choose: the next token of each row, (rows,), of logits (rows, vocabulary) in float32.
+    """
+    batch = lm.pad(rows)
+    ids, mask, positions = batch.ids, batch.mask, batch.positions
+    cache = DynamicCache(config=lm.model.config) if lm.parts.replayable else None
+    running = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+    for step in range(count):
+        new = slice(-1, None) if cache is not None and step else slice(None)
+        read = lm.forward(ids[:, new], mask, positions[:, new], cache, ends=batch.ends, logits_to_keep=1)
+        token = choose(read.logits[:, -1].float()).to(ids.device)[:, None]  # (rows, 1)
+        ids = torch.cat([ids, token], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        positions = torch.cat([positions, positions[:, -1:] + 1], 1)
+        running &= ~torch.isin(token[:, 0], ids.new_empty(0) if ends is None else ends)
+        if not bool(running.any()):
+            break
+    return ids[:, batch.ids.shape[1] :]
 
 
 def _ends(lm: LM) -> list[int]:

@@ -42,7 +42,9 @@ CANDIDATES = 6
 """Layers tried at most."""
 WORDINGS = 3
 """Other wordings and other subjects that one trial edit is asked."""
-TRIAL: dict[str, Any] = dict(steps=20, stop_probability=0.9, context_groups=((4, 5),), covariance_tokens=20_000)
+TRIAL: dict[str, Any] = dict(
+    steps=20, stop_probability=0.9, turns=1, context_groups=((4, 5),), covariance_tokens=20_000
+)
 """Settings of ROME in trials."""
 
 FILE = "layers.json"

@@ -7,7 +7,7 @@ replays the blocks above a layer, and the columns from the subject's last token 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import fields
 from functools import partial
@@ -202,6 +202,25 @@ def block_calls(lm: LM, run: Callable[[], object], trailing: Sequence[tuple | No
     return calls
 
 
+def tensors(value) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors(each)
+
+
+def of_rows(value, rows: Tensor, count: int):
+    """The same nest with tensors that have an entry for each of the `count` rows cut to these rows; a vector has
+    none."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 1 and len(value) == count else value
+    if isinstance(value, dict):
+        return {key: of_rows(each, rows, count) for key, each in value.items()}
+    return type(value)(of_rows(each, rows, count) for each in value) if isinstance(value, (tuple, list)) else value
+
+
 class Suffix:
     """A batch run once, of which the blocks above `layer` can be replayed from column `column` on.
 
@@ -229,14 +248,25 @@ class Suffix:
         self._record()
 
     def keep(self, rows: Tensor) -> Suffix:
-        """The suffix of some of the rows; what lies left of `column` is not run again. rows: (n,)"""
+        """The suffix of some of the rows; what lies left of `column` is not run again, and nothing where the blocks'
+        arguments are told apart by row (`parts.rowwise`). rows: (n,)"""
         twin, batch = copy.copy(self), self.batch
         twin.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
         twin._cache, twin._calls = _fresh(self._cache), []
         for layer in [] if twin._cache is None else twin._cache.layers:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
-        twin._record()
+        if self.lm.parts.rowwise and not self.lm.hooked:
+            twin._calls = of_rows(self._calls, rows, len(batch.ids))
+            for name in ("_block_input", "_block_output", "keys", "key", "value", "attention", "block"):
+                setattr(twin, name, getattr(self, name)[rows])
+        else:
+            twin._record()
         return twin
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether every tensor among the blocks' arguments has an entry per row, or is the same for all rows."""
+        return all(each.dim() < 2 or len(each) in (1, len(self.batch.ids)) for each in tensors(self._calls))
 
     def _run(self, columns: slice, cache: Cache | None, **options):
         batch = self.batch

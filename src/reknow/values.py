@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from reknow.descent import check_finite
 from reknow.edits import Edit
-from reknow.errors import EditFailed
-from reknow.facts import Run, dealt, encode_facts, parts_of
+from reknow.facts import Run, Scores, dealt, encode_facts, parts_of
 from reknow.tokens import Row
 from reknow.trace import fused_gelu
 
@@ -163,17 +163,12 @@ def _descend(hands: list[Run], start: Tensor, owners: Tensor, search: ValueSearc
         drift = search.kl_weight * (new.exp() * (new - old)).sum(-1)  # KL(new ‖ old), as in the authors' code
         size = (mine.norm(dim=2) / sizes[:, active] ** (2 if search.absolute else 1)).sum(0)
         loss = weight[active] * scores.nll + drift + search.decay * size
-        if not bool(loss.isfinite().all()):
-            raise EditFailed(
-                "expected a finite loss while searching the value; got NaN or infinity: lower learning_rate"
-            )
+        check_finite(loss.sum())
         for i, value in zip(active.tolist(), loss.tolist(), strict=True):
             if running[i]:
                 losses[i].append(value)
         weight[active] = torch.where(scores.hit, search.success_weight, 1.0)
-        done = (loss.detach() < search.stop_loss) | (scores.lowest >= search.stop_probability)
-        if search.stop_drift is not None:
-            done |= scores.hit & (drift.detach() <= search.stop_drift)
+        done = _satisfied(search, loss.detach(), drift.detach(), scores)
         calm[active] = torch.where(done, calm[active] + 1, 0)
         done = calm[active] >= len(hands)
         unfinished = torch.zeros(count, dtype=torch.bool, device=start.device).index_fill(
@@ -193,6 +188,14 @@ def _descend(hands: list[Run], start: Tensor, owners: Tensor, search: ValueSearc
             finished = owners[~running]
             scaled[:, finished] = before[:, finished]
     return (scale * scaled).detach()[-1, owners], losses
+
+
+def _satisfied(search: ValueSearch, loss: Tensor, drift: Tensor, scores: Scores) -> Tensor:
+    """Which facts of a pass have what the search is for. (facts,)"""
+    done = (loss < search.stop_loss) | (scores.lowest >= search.stop_probability)
+    if search.stop_drift is not None:
+        done |= scores.hit & (drift <= search.stop_drift)
+    return done
 
 
 def _smallest(sizes: Tensor, owners: Tensor, count: int) -> Tensor:

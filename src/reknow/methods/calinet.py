@@ -5,7 +5,11 @@ An MLP is a memory of keys and values. Some more slots beside it correct what it
     FFN′(H) = FFN(H) + act(H K̃ᵀ) Ṽ                                                                        (eq. 5)
 
 with the MLP's own input H and activation. The slots learn the edits in all wordings that are at hand. Nothing routes:
-every text passes through them.
+every text passes through them, so that other facts stay only as far as the keys do not answer to them. Random keys
+that are trained, as in the paper, answer to everything. Here each wording has a slot, whose key tells the input h at
+the end of the prompt from what other facts put there, and stays:
+
+    k̃ = 3 C⁻¹h / hᵀC⁻¹h,   C = E[h′h′ᵀ] over the tokens of other facts
 
 Before, a score says whether the model knows a fact at all: how much likelier the answer is behind the prompt and its
 rewordings than behind prompts of other relations about the same subject,
@@ -32,7 +36,7 @@ from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.errors import InputError
-from reknow.keys import prompt_states
+from reknow.keys import prompt_inputs, prompt_states
 from reknow.layers import depth_layer
 from reknow.memory import Hooks, Reading, versions
 from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
@@ -42,8 +46,13 @@ from reknow.tokens import Text
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-DEPTH = 0.8
+DEPTH = 0.6
 """Deep in the model, as in the paper, but with layers above that later tokens of an answer can read."""
+OTHERS = "known_1000", 128
+"""Facts that the slots shall not answer to: bundled set, how many."""
+REACH, RIDGE = 3.0, 0.01
+"""Input of a slot at its own fact, where the activation is nearly linear; added to the moment of the other facts'
+inputs, as a share of its mean diagonal."""
 CONTRASTS = 4
 """Prompts of other relations that the score compares with."""
 
@@ -53,14 +62,16 @@ class CaliNet(BesideMatrix):
     """Slots beside an MLP, trained on the edits in all their wordings."""
 
     layer: int | None = None
-    """Layer whose MLP gets slots; None: at four fifths of the depth."""
+    """Layer whose MLP gets slots; None: at three fifths of the depth."""
+    trained_keys: bool = False
+    """As in the paper: keys start at random and are trained with the values."""
     slots: int | None = None
-    """Slots of one call; None: four per edit (64 to 256 for 10 to 1,000 facts in the paper)."""
+    """Trained keys of one call; None: four per edit (64 to 256 for 10 to 1,000 facts in the paper)."""
     steps: int = 200
     """Updates at most."""
-    learning_rate: float = 0.02
-    """Of Adam: keys in units in which a step moves a slot's input by this much, values in root mean squares of the
-    MLP's output."""
+    learning_rate: float = 0.06
+    """Of Adam: values in root mean squares of the MLP's output, trained keys in units in which a step moves a slot's
+    input by this much."""
     stop_loss: float = 0.05
     """Finished when the mean loss (nats a token) is below."""
     smoothing: float = 1e-3
@@ -89,13 +100,17 @@ class CaliNet(BesideMatrix):
         inputs, _ = prompt_states(lm, rows, reader)  # (rows, hidden)
         _, outputs = prompt_states(lm, rows, writer)
         assessed = [[assessment(lm, edit, answer, self.smoothing) for answer in _answers(edit)] for edit in edits]
-        count = self.slots or 4 * len(edits)
-        generator = torch.Generator().manual_seed(self.seed)
         length, size = float(inputs.norm(dim=1).mean()), float(outputs.square().mean().sqrt())
-        keys = (torch.randn(count, inputs.shape[1], generator=generator) / length).to(inputs).requires_grad_()
-        values = outputs.new_zeros(count, outputs.shape[1], requires_grad=True)
-        rates = (self.learning_rate / length, self.learning_rate * size)
-        optimizer = torch.optim.Adam([{"params": [p], "lr": r} for p, r in zip((keys, values), rates, strict=True)])
+        if self.trained_keys:
+            generator, count = torch.Generator().manual_seed(self.seed), self.slots or 4 * len(edits)
+            keys = (torch.randn(count, inputs.shape[1], generator=generator) / length).to(inputs).requires_grad_()
+        else:
+            keys = own_keys(inputs, other_inputs(lm, reader))
+        values = outputs.new_zeros(len(keys), outputs.shape[1], requires_grad=True)
+        groups = [{"params": [values], "lr": self.learning_rate * size}]
+        if self.trained_keys:
+            groups.append({"params": [keys], "lr": self.learning_rate / length})
+        optimizer = torch.optim.Adam(groups)
         before = [Slots.of(patch).to(lm.device) for patch in versions(lm.patches, self.name)]
         trial = beside([*before, Slots(reader, writer, activation(lm), keys, values)])
         with lm.trying(self.name, trial), torch.enable_grad():
@@ -114,6 +129,32 @@ class CaliNet(BesideMatrix):
 def wordings(edit: Edit) -> list[str]:
     """The edit's prompt and its rewordings, the subject filled in."""
     return [edit.text, *(edit.fill(wording) for wording in edit.rephrasings)]
+
+
+def other_inputs(lm: LM, reader: str) -> Tensor:
+    """What the tokens of bundled facts put into the module, in the base model. (tokens, hidden)"""
+    memo = ("calinet", reader)
+    if memo not in lm.memo:
+        name, count = OTHERS
+        rows = lm.encode([Text(fact.text) for fact in load_facts(name)[:count]])
+        with lm.unpatched():
+            states, real = prompt_inputs(lm, rows, reader)
+        lm.memo[memo] = (states[real],)
+    return lm.memo[memo][0]
+
+
+def own_keys(inputs: Tensor, others: Tensor) -> Tensor:
+    """Keys that answer to their own input and as little as can be to the others'. (facts, hidden)
+
+    Args:
+        inputs: (facts, hidden).
+        others: (tokens, hidden).
+    """
+    seen = others.double()
+    moment = seen.T @ seen / len(seen)
+    moment.diagonal().add_(RIDGE * moment.diagonal().mean())
+    keys = torch.linalg.solve(moment, inputs.double().T).T
+    return (REACH * keys / (inputs * keys).sum(1, keepdim=True)).to(inputs)
 
 
 def activation(lm: LM) -> str:

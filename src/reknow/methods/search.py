@@ -39,8 +39,9 @@ class SearchSettings(Method):
     stop_probability: float = 0.95
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""
-    turns: int = 1
-    """Deal the contexts into so many hands of which each pass reads the next: several times less work."""
+    turns: int = 2
+    """Deal the contexts into so many hands of which each pass reads the next: several times less work; 1: all of them
+    in every pass, as in the papers."""
     context_groups: tuple[tuple[int, int], ...] = ((5, 9),)
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
     context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -34,7 +34,8 @@ from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.retrieval.scope_training import ScopeLearner
 from reknow.tokens import Text
-from reknow.trace import weight_replaced
+from reknow.trace import swapped
+from reknow.weights import beside
 
 if TYPE_CHECKING:
     from reknow.lm import LM, Score
@@ -74,7 +75,7 @@ class SERAC(Learned, MemoryMethod):
     """Learned queries that gather it, each a share of the numbers."""
     rank: int = 8
     """Of the counterfactual model's change of every value matrix."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     """Of Adam."""
     answered: int = 32
     """Questions of a batch, at most, that the counterfactual model learns to answer; fewer make a step cheaper."""
@@ -148,7 +149,7 @@ class SERAC(Learned, MemoryMethod):
 
 
 class Modules(nn.Module):
-    """What is trained: the classifier, and the counterfactual model's change."""
+    """What is trained: the classifier, and the counterfactual model's change; answers in scope."""
 
     def __init__(self, method: SERAC, lm: LM, tensors: dict[str, Tensor] | None = None):
         super().__init__()
@@ -187,35 +188,28 @@ class Modules(nn.Module):
         parts = [(edits[at : at + TEXTS], inputs[at : at + TEXTS]) for at in starts]
         return torch.cat([self.cross(self.states(first), self.states(second)) for first, second in parts])
 
+    @contextmanager
+    def counterfactual(self):
+        """While open, the counterfactual model, its change computed beside its matrices: they stay as they are."""
+        with self._reader.unpatched(), ExitStack() as stack:
+            for name, left, right in zip(self._names, self.left, self.right, strict=True):
+                module = self._reader.model.get_submodule(name)
+                stack.enter_context(swapped(module, beside(module.forward, LowRank(left, right))))
+            yield self._reader
+
     def answers(self, questions: Sequence[Text]) -> Tensor:
         """−log P of the answers' tokens under the counterfactual model, with gradients. (tokens,)"""
-        rows = self._reader.encode(questions)
-        scored = Scored(self._reader, rows, [predicted(row, row.prompt_length) for row in rows], None)
-        with ExitStack() as stack:
-            for name, left, right in zip(self._names, self.left, self.right, strict=True):
-                weight = self._reader.base_weight(name).float() + (left @ right).to(self._reader.weight(name).device)
-                stack.enter_context(weight_replaced(self._reader.model.get_submodule(name), weight))
-            return scored.nll()
-
-    def answerer(self) -> Counterfactual:
-        factors = zip(self._names, self.left, self.right, strict=True)
-        deltas = {name: LowRank(left.detach().cpu(), right.detach().cpu()) for name, left, right in factors}
-        return Counterfactual(self._reader, Patch("serac", {}, (), dict(deltas), self._reader.fingerprint))
-
-
-class Counterfactual:
-    """A decoder that answers with a low-rank change, which it has only while it answers."""
-
-    def __init__(self, reader: LM, patch: Patch):
-        self._reader, self._patch = reader, patch
+        with self.counterfactual() as reader:
+            rows = reader.encode(questions)
+            return Scored(reader, rows, [predicted(row, row.prompt_length) for row in rows], None).nll()
 
     def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
-        with self._reader.stacked((self._patch,)):
-            return self._reader.score(prompts, targets)
+        with self.counterfactual() as reader:
+            return reader.score(prompts, targets)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **sampling: Any) -> list[str]:
-        with self._reader.stacked((self._patch,)):
-            return list(self._reader.generate(list(prompts), max_new_tokens, **sampling))
+        with self.counterfactual() as reader:
+            return list(reader.generate(list(prompts), max_new_tokens, **sampling))
 
 
 class EditMemory:
@@ -245,15 +239,11 @@ class EditMemory:
     def _nearest(self) -> Nearest:
         return Nearest(self._keys, approximate=self._method.approximate)
 
-    @cached_property
-    def _answerer(self) -> Counterfactual:
-        return self._modules.answerer()
-
     def route(self, lm: LM, prompts: Sequence[str]) -> list[Route | None]:
         routes: list[Route | None] = []
         for place, log_p, prompt in zip(*self.scopes(prompts), prompts, strict=True):
             inside = log_p > math.log(self._method.threshold)
-            routes.append((self._answerer, self._method.question(self.edits[place], prompt)) if inside else None)
+            routes.append((self._modules, self._method.question(self.edits[place], prompt)) if inside else None)
         return routes
 
     def scopes(self, prompts: Sequence[str]) -> tuple[list[int], list[float]]:

@@ -42,6 +42,10 @@ FACTS = "known_1000"
 """What an edit must leave alone: these ask like edits do. Against plain text more of the neighbours come along."""
 DEPTH = 0.85
 """The papers' layer as a share of the depth: 27 of 32 (Llama-2)."""
+ROOM = 18_000
+"""Weights of its part that a shard has for each edit: a fifth of Llama-2's 4096 × 11008 for 500 edits."""
+SHARE, SHARD = 0.2, 10
+"""The paper's ρ; a shard's fewest edits, where a matrix is so small that the part has to be larger."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class WISE(BesideMatrix):
     """Layer whose value matrix has a side memory; None: deep in the model."""
     steps: int = 70
     """Updates of one edit at most."""
-    learning_rate: float = 1.0
+    learning_rate: float = 0.3
     """Of gradient descent, such that the first step moves the weights by this many times their root mean square."""
     clamp: float = 50.0
     """Largest change of a weight, in units of their root mean square."""
@@ -70,10 +74,10 @@ class WISE(BesideMatrix):
     """Learning rate, clamp and margins as plain numbers (in the paper 1, 1, 5, 20, 10)."""
     stop_loss: float = 0.05
     """An edit is finished when its whole loss is below."""
-    mask: float = 0.2
-    """Share ρ of the weights that a shard may change."""
-    shard_size: int = 100
-    """Edits per shard."""
+    mask: float | None = None
+    """Share ρ of the weights that a shard may change; None: what leaves an edit 18,000 weights, 0.2 at least."""
+    shard_size: int | None = None
+    """Edits per shard; None: those for which a fifth of the weights is enough, 10 at least."""
     density: float = 0.53
     """Share of each shard's largest changes that TIES keeps."""
     retrieve: bool = False
@@ -94,13 +98,14 @@ class WISE(BesideMatrix):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, before, notes = begun(self, lm, edits)
         shape, stored = lm.weight(modules[0]).shape, sum(len(patch.edits) for patch in before)
+        shard_size, share = self._room(shape.numel())
         shards = _shards(before, shape)
         state: dict[str, Tensor] = {}
         distances, losses = [], []
         for number, edit in enumerate(edits, stored):
-            index = number // self.shard_size
+            index = number // shard_size
             if index not in shards:
-                shards[index] = Shard.new(shape, self.mask, self.seed + index)
+                shards[index] = Shard.new(shape, share, self.seed + index)
                 state[f"mask.{index}"] = shards[index].packed()
             shard = shards[index]
             change, distance, history = self._learn(lm, edit, layer, shard, number)
@@ -110,8 +115,13 @@ class WISE(BesideMatrix):
             losses.append(history)
         state["distances"] = torch.tensor(distances)
         memory = {"modules": modules, "threshold": self.threshold, "density": self.density}
-        memory |= {"retrieve": self.retrieve, "shard_size": self.shard_size}
+        memory |= {"retrieve": self.retrieve, "shard_size": shard_size}
         return memory_patch(self, lm, edits, state, memory=memory, notes={**notes, "losses": losses})
+
+    def _room(self, weights: int) -> tuple[int, float]:
+        """(edits of a shard, share of the weights that it may change) for a matrix of so many weights."""
+        size = self.shard_size or max(SHARD, int(SHARE * weights / ROOM))
+        return size, self.mask or min(1.0, max(SHARE, size * ROOM / weights))
 
     def _learn(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
         """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""

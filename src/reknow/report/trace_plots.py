@@ -28,8 +28,8 @@ NAMES: dict[Kind, str] = {
     "hidden": "hidden state",
     "mlp": "MLP",
     "attention": "attention",
-    "mlp_severed": "hidden state, MLP severed",
-    "attention_severed": "hidden state, attention severed",
+    "mlp_severed": "hidden state,\nMLP severed",
+    "attention_severed": "hidden state,\nattention severed",
 }
 
 _STYLE: Any = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "reknow", "savefig.dpi": 130}
@@ -89,8 +89,11 @@ def effect_bars(
                 width,
                 yerr=(100 * average.errors[kind][row]).nan_to_num(0.0).tolist(),
                 color=COLORS[kind][1],
+                hatch="////" if "severed" in kind else None,
+                edgecolor="white",
+                linewidth=0.0,
                 error_kw={"elinewidth": 0.8, "ecolor": "#333334"},
-                label=_label(kind, average.window),
+                label=_label(kind, average.window).replace("\n", " "),
             )
         axes.axhline(0, color="#333334", linewidth=0.6)
         axes.set_xlabel("layer")

@@ -8,7 +8,7 @@ Both read the states of a text's tokens, from a frozen encoder, and learn what t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -53,13 +53,13 @@ def token_states(lm: LM, encoder: str | None) -> TokenStates:
 
 
 class OwnStates:
-    """States of the base model, whatever is applied to it: what enters its first block and the one in the middle."""
+    """States of the base model, whatever is applied to it: what enters the first block of each third."""
 
     digest = None
 
     def __init__(self, lm: LM):
         self._lm, blocks = lm, lm.parts.blocks
-        self._names = list(dict.fromkeys((blocks[0], blocks[len(blocks) // 2])))
+        self._names = list(dict.fromkeys(blocks[len(blocks) * third // 3] for third in range(3)))
         self.features = len(self._names) * lm.model.config.get_text_config(decoder=True).hidden_size
 
     @torch.no_grad()
@@ -78,6 +78,27 @@ class OwnStates:
                 states[part, : batch.ids.shape[1]] = torch.cat(normed, -1)
         columns = torch.arange(max(lengths), device=lm.device)
         return states, columns[None] < torch.tensor(lengths, device=lm.device)[:, None]
+
+
+class Remembered:
+    """Reads every text once: its states are kept in half precision until they fill `limit` bytes."""
+
+    def __init__(self, read: Callable[[Sequence[str]], States], limit: int = 2**31):
+        self._read, self._left = read, limit
+        self._kept: dict[str, Tensor] = {}
+
+    def __call__(self, texts: Sequence[str]) -> States:
+        found = {text: self._kept[text] for text in texts if text in self._kept}
+        new = [text for text in dict.fromkeys(texts) if text not in found]
+        if new:
+            for text, tokens, mask in zip(new, *self._read(new), strict=True):
+                found[text] = tokens[mask].half()  # (tokens, features)
+                self._left -= found[text].nbytes
+                if self._left > 0:
+                    self._kept[text] = found[text]
+        lengths = torch.tensor([len(found[text]) for text in texts], device=found[texts[0]].device)
+        states = nn.utils.rnn.pad_sequence([found[text] for text in texts], batch_first=True).float()
+        return states, torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]
 
 
 class EncoderStates:

@@ -20,7 +20,7 @@ from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
-from reknow.retrieval.scope import log_in_scope, scope_loss
+from reknow.retrieval.scope import Remembered, log_in_scope, scope_loss
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
+DRAWS = 4
+"""Sets of questions about a case, one of which is asked at a time: so few that each need be read only once."""
 TRIES = 10
 """Draws of another case before one is given up."""
 
@@ -140,6 +142,7 @@ class ScopeLearner:
 
     def __init__(self, method: SERAC, module: Modules, lm: LM, learning: Sequence[Case], held: Sequence[Case]):
         self._method, self.module = method, module
+        self._states = Remembered(module.states)
         self._learning = ScopeCases(lm, learning)
         self._held = ScopeCases(lm, held) if held else None
 
@@ -171,10 +174,11 @@ class ScopeLearner:
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
         edits = [asked.cases[i].edit for i in places]
-        inside = [asked.inside(i, chance) for i in places]
-        outside = [text for i in places for text in asked.outside(i, chance)]
+        drawn = [random.Random(f"{i}/{chance.randrange(DRAWS)}") for i in places]
+        inside = [asked.inside(i, one) for i, one in zip(places, drawn, strict=True)]
+        outside = [text for i, one in zip(places, drawn, strict=True) for text in asked.outside(i, one)]
         count, hard = len(edits), len(outside) // len(edits)
-        tokens, mask = self.module.states([*(edit.text for edit in edits), *inside, *outside])
+        tokens, mask = self._states([*(edit.text for edit in edits), *inside, *outside])
         vectors = self.module.scope((tokens, mask))
         log_p = log_in_scope(vectors[count:], vectors[:count], cosine=self.module.cosine)  # (questions, edits)
         own = torch.arange(count, device=log_p.device)
