@@ -63,4 +63,4 @@ def domain_study(
         results = bench(lm, read, {ONE: own, ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)
         for label in (ONE, ALL):
             values[label, domain] = results.case_values[label, "after_edit"]
-    return written(folder, "domains", QUESTION, values, ONE, tuple(DOMAINS), "domains")
+    return written(folder, "domains", QUESTION, values, ONE, tuple(DOMAINS), "domain")

@@ -292,7 +292,7 @@ def written(
     values: Values,
     baseline: str,
     tasks: Sequence[str] = TASKS,
-    unit: str = "tasks",
+    unit: str = "task",
 ) -> str:
     """Writes `NAME.md`, `NAME.csv` and `NAME.json`; gives the tables."""
     text = _tables(question, values, baseline, tasks, unit)
@@ -330,7 +330,7 @@ def _cell(cases: Mapping[str, Mapping[str, float]], metric: str) -> str:
 
 
 def _gained(value: float, low: float, high: float, count: int, unit: str) -> str:
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({count} {unit})"
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({count} {unit}{'s' * (count > 1)})"
 
 
 def _csv(values: Values) -> str:
