@@ -163,7 +163,7 @@ def figure(points) -> Figure:
             panel.set_yscale("linear" if key == "milliseconds" else "log")
             panel.set_xlabel("edits")
     handles = {line.get_label(): line for line in panels[0, 0].get_lines()}
-    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=10, frameon=False)
+    picture.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, frameon=False)
     return picture
 
 
