@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 
 PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
-DRAWS = 4
-"""Sets of questions about a case, one of which is asked at a time: so few that each need be read only once."""
+SETS, DRAWS = 16384, 4
+"""Sets of questions about all cases, and about one at least; one is asked at a time. So few that their states can be
+kept and each is read only once."""
 TRIES = 10
 """Draws of another case before one is given up."""
 
@@ -174,7 +175,8 @@ class ScopeLearner:
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
         edits = [asked.cases[i].edit for i in places]
-        drawn = [random.Random(f"{i}/{chance.randrange(DRAWS)}") for i in places]
+        sets = max(DRAWS, SETS // len(asked.cases))
+        drawn = [random.Random(f"{i}/{chance.randrange(sets)}") for i in places]
         inside = [asked.inside(i, one) for i, one in zip(places, drawn, strict=True)]
         outside = [text for i, one in zip(places, drawn, strict=True) for text in asked.outside(i, one)]
         count, hard = len(edits), len(outside) // len(edits)
