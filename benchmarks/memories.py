@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from exam import KINDS, Exam
@@ -27,7 +28,7 @@ TUNED = 850
 QUERIES, REPEATS = 40, 5
 """Questions whose scoring is timed, and how often; the quickest counts."""
 METHODS = ("grace", "melo", "defer", "wise", "wise-retrieve", "calinet", "serac", "ike", "ike-easyedit", "ike-zero")
-COLOURS = "#0072B2 #E69F00 #009E73 #CC79A7 #882255 #D55E00 #56B4E9 #000000 #999999 #B8A000".split()
+COLOURS = colormaps["tab10"].colors
 
 
 class Study:

@@ -47,10 +47,10 @@ class KN(Method):
     """Attribution that a neuron needs, as a share of the largest one."""
     share: float = 0.7
     """Share of the wordings (the prompt and the edit's rephrasings) in which a neuron must have it."""
-    old_weight: float = 1.0
-    """How much of the old answer's embedding is taken from a slot (λ₁)."""
-    new_weight: float = 8.0
-    """How much of the new answer's is added (λ₂)."""
+    old_weight: float = 0.04
+    """How much of the old answer's embedding is taken from a slot (λ₁; the paper, not scaled: 1)."""
+    new_weight: float = 0.3
+    """How much of the new answer's is added (λ₂; the paper, not scaled: 8)."""
     scaled: bool = True
     """Embeddings are brought to the norm of the slot first, so that the weights mean the same in any model."""
     signed: bool = True
