@@ -110,7 +110,7 @@ class DEFER(BesideMatrix):
             return answers.nll()
 
         def done(found: Tensor) -> bool:
-            return float(found) < self.stop_loss and mixed is not None and float(mixed[1]) >= self.threshold
+            return float(found) < self.stop_loss and mixed is not None and float(mixed[1].detach()) >= self.threshold
 
         with lm.trying(self.name, Hooks({gate.module: mix})), torch.enable_grad():
             answers = Answers(lm, rows, layer)
