@@ -82,9 +82,10 @@ def test_other_answers_share_the_room_between_two_keys():
 def test_a_prompt_that_is_stored_with_another_answer(together):
     lm = make_lm()
     method = GRACE(layer=2, steps=60)
-    first = [edit("The capital of Peru is", "of"), edit("Who is Zoë Übel", "of")]
+    first = [edit("The capital of Peru is", "of"), edit("Who is Zoë Übel", "in")]
     lm.apply(method.edit(lm, first))
     before = lm.generate("Who is Zoë Übel", 3)
+    assert before.startswith(" in")
     with pytest.raises(InputError, match="stored as 'of', got 'in': rebuild without"):
         GRACE(layer=2, conflict="refuse").edit(lm, [edit("The capital of Peru is", "in")])
     more = [edit("Beats Music is", "of")] if together else []
@@ -117,3 +118,13 @@ def test_one_memory_has_one_place():
     for wrong in (dict(replacement="all"), dict(conflict="ask")):
         with pytest.raises(InputError, match=r"expected .*: choose one"):
             GRACE(**wrong).edit(lm, [edit("I know")])  # type: ignore[arg-type]
+
+
+def test_a_prompt_for_which_a_key_was_widened_is_inside_whatever_the_rounding():
+    lm = make_lm()
+    method = GRACE(layer=2, steps=60)
+    lm.apply(method.edit(lm, [edit("The capital of Peru is", "of"), edit("Who is Zoë Übel", "of")]))
+    assert len(lm.patches[0].state["slots"]) == 1
+    ids = torch.tensor([lm.encode([Text("Who is Zoë Übel")])[0].ids])
+    plain = lm.model(ids).logits[0, -1].argmax()  # transformers' own activation function, not the fused one
+    assert lm.generate("Who is Zoë Übel", 1) == lm.tokenizer.decode([plain]) == " of"

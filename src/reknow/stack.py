@@ -66,7 +66,7 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
         )
     later = [p.label for p in stack if wanted in p.made_on]
     if later:
-        warnings.warn(f"made on top of {wanted}, their effect may differ: {', '.join(later)}", stacklevel=3)
+        warnings.warn(f"{', '.join(later)}: made on top of {wanted}, the effect may differ", stacklevel=3)
     return tuple(p for p in stack if p.id != wanted)
 
 

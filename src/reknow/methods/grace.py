@@ -115,7 +115,8 @@ class GRACE(BesideMatrix):
         if distance > radius + float(book.radii[slot]):
             return book.add(key, radius, label)
         if label == book.labels[slot]:
-            book.change(slot, max(distance, float(book.radii[slot])))
+            # Rounding must not put the prompt outside of what was widened for it.
+            book.change(slot, max(distance + SLIVER * unit, float(book.radii[slot])))
         elif distance <= SAME * unit:  # the same prompt: the old answer goes
             book.change(slot, float(book.radii[slot]), label)
         else:
