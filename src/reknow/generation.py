@@ -63,9 +63,10 @@ def decoded(
         ids = torch.cat([ids, token], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = torch.cat([positions, positions[:, -1:] + 1], 1)
-        running &= ~torch.isin(token[:, 0], ids.new_empty(0) if ends is None else ends)
-        if not bool(running.any()):
-            break
+        if ends is not None:
+            running &= ~torch.isin(token[:, 0], ends)
+            if not bool(running.any()):
+                break
     return ids[:, batch.ids.shape[1] :]
 
 

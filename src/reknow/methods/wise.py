@@ -28,6 +28,7 @@ from torch import Tensor
 from reknow.datasets import load_facts
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
+from reknow.errors import InputError
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
@@ -90,6 +91,13 @@ class WISE(BesideMatrix):
     """What becomes of an edit whose prompt is stored with another answer."""
     seed: int = 0
     """Of the masks, contexts and facts."""
+
+    def __post_init__(self):
+        mask, size = 1 if self.mask is None else self.mask, 1 if self.shard_size is None else self.shard_size
+        if not 0 < mask <= 1 or size < 1:
+            raise InputError(
+                f"expected 0 < mask ≤ 1 and a shard_size of at least 1; got {mask} and {size}: correct them"
+            )
 
     @property
     def name(self) -> str:
