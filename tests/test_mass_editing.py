@@ -118,7 +118,8 @@ def test_merged_subjects_share_one_addition(gpt2):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "granite"])
 def test_an_addition_at_attention_is_what_a_full_pass_computes(family):
-    from reknow.trace import Suffix, added_at, output_edited
+    from reknow.replay import Suffix
+    from reknow.trace import added_at, output_edited
 
     lm = make_lm(family)
     (row,) = lm.encode([Text.of("The capital of {} is", "Peru", "Lima")])

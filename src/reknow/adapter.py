@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
+from reknow.replay import Suffix
 from reknow.tokens import Batch, Row, pad
-from reknow.trace import Suffix, added_at, first, output_edited, recorded
+from reknow.trace import added_at, first, output_edited, recorded
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -45,7 +46,7 @@ class Parts:
     False where a norm or a multiplier follows the MLP (Gemma 2 and 3, OLMo 2, GLM-4, Granite).
     """
     replayable: bool = True
-    """Whether the blocks above a layer can be run by themselves (`trace.Suffix`)."""
+    """Whether the blocks above a layer can be run by themselves (`replay.Suffix`)."""
     rowwise: bool = False
     """Whether some rows can be, with what was kept of all (not with BLOOM's biases, which mix rows and heads)."""
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from reknow.errors import EditFailed, InputError
 from reknow.generation import decoded
 from reknow.patches import Delta, Dense
+from reknow.replay import Suffix
 from reknow.tokens import Row, batches
-from reknow.trace import Suffix, fused_gelu, weight_replaced
+from reknow.trace import fused_gelu, weight_replaced
 
 if TYPE_CHECKING:
     from reknow.lm import LM

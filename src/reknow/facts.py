@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from reknow.edits import Edit
+from reknow.replay import Suffix
 from reknow.tokens import TOKENS_PER_BATCH, Row, Text
-from reknow.trace import Suffix
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -18,7 +18,7 @@ from reknow.generation import continuations
 from reknow.loading import as_dtype, check_tokenizer, load, place
 from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
-from reknow.scoring import Score, scores
+from reknow.scoring import Score, perplexity, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
 from reknow.tokens import Batch, Row, Text, batches, encode, pad
 from reknow.trace import by_row, fused_gelu, recorded
@@ -258,25 +258,13 @@ class LM:
 
         return self._memories.answered(prompts, answer)
 
-    @torch.no_grad()
     def perplexity(self, texts: Sequence[str], max_tokens: int = 256) -> float:
-        """exp of the mean token NLL over the texts, each cut at `max_tokens`; a text's first token is not scored."""
-        total, count = 0.0, 0
-        cut = min(max_tokens, self.max_tokens or max_tokens)
-        plain = encode(self.tokenizer, [Text(text) for text in texts])  # text to read is no chat
-        rows = [Row(row.ids[:cut], 1) for row in plain if len(row.ids) > 1]
-        for part in batches([len(row.ids) for row in rows], self.device):
-            batch = self.pad([rows[i] for i in part])
-            logits = self.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
-            nll = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none"
-            )
-            scored = (batch.mask[:, :-1] * batch.mask[:, 1:]).flatten()  # a token behind padding has no context
-            total += float((nll * scored).sum())
-            count += int(scored.sum())
-        if not count:
-            raise InputError("expected texts of at least two tokens; got none: give longer texts")
-        return float(torch.tensor(total / count).exp())
+        """exp of the mean token NLL over the texts, each cut at `max_tokens`; a text's first token is not scored.
+
+        Raises:
+            InputError: no text has two tokens.
+        """
+        return perplexity(self, texts, max_tokens)
 
     # --- the stack of patches ----------------------------------------------------------------------------
 

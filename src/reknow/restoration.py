@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from reknow.replay import Call, block_calls, head, widened
 from reknow.tokens import Row
-from reknow.trace import Call, block_calls, by_row, first, head, output_edited, widened
+from reknow.trace import by_row, first, output_edited
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -1,4 +1,4 @@
-"""How a model reads given answers, teacher-forced."""
+"""How a model reads given answers and texts, teacher-forced."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from reknow.errors import InputError
-from reknow.tokens import Row, Text, batches
+from reknow.tokens import Row, Text, batches, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -63,3 +63,22 @@ def _batch(lm: LM, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
             hits = tuple((best == wanted).tolist())
             scored[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
     return scored
+
+
+@torch.no_grad()
+def perplexity(lm: LM, texts: Sequence[str], max_tokens: int) -> float:
+    """See `LM.perplexity`."""
+    total, count = 0.0, 0
+    cut = min(max_tokens, lm.max_tokens or max_tokens)
+    plain = encode(lm.tokenizer, [Text(text) for text in texts])  # text to read is no chat
+    rows = [Row(row.ids[:cut], 1) for row in plain if len(row.ids) > 1]
+    for part in batches([len(row.ids) for row in rows], lm.device):
+        batch = lm.pad([rows[i] for i in part])
+        logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
+        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
+        scored = (batch.mask[:, :-1] * batch.mask[:, 1:]).flatten()  # a token behind padding has no context
+        total += float((nll * scored).sum())
+        count += int(scored.sum())
+    if not count:
+        raise InputError("expected texts of at least two tokens; got none: give longer texts")
+    return float(torch.tensor(total / count).exp())

@@ -25,8 +25,8 @@ from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError, ModelError
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
+from reknow.replay import Suffix
 from reknow.tokens import Row, Text
-from reknow.trace import Suffix
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -1,0 +1,231 @@
+"""Running only the blocks that matter.
+
+Every decoder calls its blocks as `block(hidden, …)`. `Suffix` records the arguments of each call once and then
+replays the blocks above a layer, and the columns from the subject's last token on, with no code for any family.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from reknow.tokens import Batch
+from reknow.trace import Stop, added_at, by_row, first, mlp_only_at, output_edited, recorded, swapped
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+
+def head(lm: LM, hidden: Tensor) -> Tensor:
+    """Logits (n, vocabulary) of the last block's output (n, hidden): final norm, head, and any scale or cap.
+
+    The model's own `forward` does it, around a decoder stack that is replaced by the given states.
+    """
+    for name in lm.parts.tail:
+        hidden = lm.model.get_submodule(name)(hidden)
+    states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
+    with swapped(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
+        dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+        return lm.model(input_ids=dummy, use_cache=False).logits[0]
+
+
+def _fresh(cache: Cache | None) -> Cache | None:
+    """A cache that may grow without touching the original: layers are copied, their tensors shared."""
+    if cache is None:
+        return None
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    return twin
+
+
+def widened(cache: Cache | None, layer: int, rows: Tensor) -> Cache | None:
+    """A fresh cache whose layer `layer` holds the given rows, repeated at will; its other layers are unchanged."""
+    twin = _fresh(cache)
+    if twin is not None:
+        twin.layers[layer].batch_select_indices(rows)  # type: ignore[union-attr]
+    return twin
+
+
+Call = tuple[tuple, dict]
+"""The arguments of one call of a block; the hidden states are the first."""
+
+
+def block_calls(lm: LM, run: Callable[[], object], trailing: Sequence[tuple | None]) -> list[Call]:
+    """What the model calls its blocks with during `run()`, found without running any of them.
+
+    Args:
+        trailing: per block, what its output holds behind the hidden states; None where it is no tuple.
+    """
+    calls: list[Call] = []
+
+    def keep(*args, **kwargs):
+        rest = trailing[len(calls)]
+        calls.append((args, kwargs))
+        if len(calls) == len(trailing):
+            raise Stop
+        return args[0] if rest is None else (args[0], *rest)
+
+    with ExitStack() as stack:
+        for name in lm.parts.blocks:
+            stack.enter_context(swapped(lm.model.get_submodule(name), keep))
+        with suppress(Stop):
+            run()
+    return calls
+
+
+def tensors(value) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from tensors(each)
+
+
+def of_rows(value, rows: Tensor, count: int):
+    """The same nest with tensors that have an entry for each of the `count` rows cut to these rows; a vector has
+    none."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 1 and len(value) == count else value
+    if isinstance(value, dict):
+        return {key: of_rows(each, rows, count) for key, each in value.items()}
+    return type(value)(of_rows(each, rows, count) for each in value) if isinstance(value, (tuple, list)) else value
+
+
+class Suffix:
+    """A batch run once, of which the blocks above `layer` can be replayed from column `column` on.
+
+    An addition δ that enters at the output of layer `layer`'s value matrix in column `column` changes nothing
+    to its left in any layer and nothing in the layers below, so neither is computed again. Where the addition
+    reaches the block's output unchanged (`parts.residual_identity`) the block itself is not run either.
+
+    Attributes:
+        keys: input of the value matrix at `column` and behind it. (rows, columns, in)
+        key: the same at `column`. (rows, in)
+        value: its output before any addition, at `column`. (rows, hidden)
+        attention: attention's output in that layer, there. (rows, hidden)
+        block: the layer's output, there. (rows, hidden)
+    """
+
+    def __init__(self, lm: LM, batch: Batch, layer: int, column: int):
+        self.lm, self.batch, self.layer, self.column = lm, batch, layer, column
+        self.name = lm.parts.value[layer]
+        # A memory decides at the prompt's last token, and what it decides may change every column before.
+        self._start = column if lm.parts.replayable and not lm.hooked else 0
+        """First column that is run again."""
+        self._calls: list[tuple[tuple, dict]] = []
+        self._block_input: Tensor  # (rows, columns, hidden), where the blocks are replayed
+        self._cache = self._prefill() if self._start else None
+        self._record()
+
+    def keep(self, rows: Tensor) -> Suffix:
+        """The suffix of some of the rows; what lies left of `column` is not run again, and nothing where the blocks'
+        arguments are told apart by row (`parts.rowwise`). rows: (n,)"""
+        twin, batch = copy.copy(self), self.batch
+        twin.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
+        twin._cache, twin._calls = _fresh(self._cache), []
+        for layer in [] if twin._cache is None else twin._cache.layers:
+            layer.batch_select_indices(rows)  # type: ignore[union-attr]
+        if self.lm.parts.rowwise and not self.lm.hooked:
+            twin._calls = of_rows(self._calls, rows, len(batch.ids))
+            for name in ("_block_input", "_block_output", "keys", "key", "value", "attention", "block"):
+                setattr(twin, name, getattr(self, name)[rows])
+        else:
+            twin._record()
+        return twin
+
+    @property
+    def rowwise(self) -> bool:
+        """Whether every tensor among the blocks' arguments has an entry per row, or is the same for all rows."""
+        return all(each.dim() < 2 or len(each) in (1, len(self.batch.ids)) for each in tensors(self._calls))
+
+    def _run(self, columns: slice, cache: Cache | None, **options):
+        batch = self.batch
+        return self.lm.forward(
+            batch.ids[:, columns],
+            batch.mask[:, : columns.stop],
+            batch.positions[:, columns],
+            cache=cache,
+            ends=batch.ends,
+            **options,
+        )
+
+    @torch.no_grad()
+    def _prefill(self) -> Cache:
+        cache = DynamicCache(config=self.lm.model.config)
+        self._run(slice(0, self._start), cache, logits_to_keep=1)
+        return cache
+
+    @torch.no_grad()
+    def _record(self) -> None:
+        """One pass over the right-hand columns, keeping what every block from `layer` on was called with."""
+        rows, width = self.batch.ids.shape
+        model, blocks = self.lm.model, self.lm.parts.blocks
+
+        def keep(_module, args, kwargs):
+            if not self._calls:
+                self._block_input = args[0]
+            self._calls.append((args[1:], kwargs))
+
+        with ExitStack() as stack:
+            for name in blocks[self.layer :] if self.lm.parts.replayable else ():
+                hook = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
+                stack.callback(hook.remove)
+            outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
+            seen_in, seen_out = stack.enter_context(recorded(model, [self.name], outputs))
+            self._run(slice(self._start, width), _fresh(self._cache), logits_to_keep=1)
+        self._reading = self.lm.reading
+        self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
+        states = (seen_in[self.name], *(seen_out[name] for name in outputs))
+        right = [by_row(state, rows)[:, self.column - self._start :] for state in states]
+        self.keys = right[0]
+        self.key, self.value, self.attention, self.block = (state[:, 0] for state in right)
+
+    def __call__(self, delta: Tensor, rows: Tensor, columns: Tensor, *, attention: Tensor | None = None) -> Tensor:
+        """Logits at (rows[i], columns[i]) with `delta` added at the value matrix's output.
+
+        Args:
+            delta: (rows, hidden), added in `column`; or (rows, columns, hidden), from there on.
+            rows: (n,) row of each wanted position.
+            columns: (n,) its column in the batch; none lies left of `column`.
+            attention: (rows, hidden), added at attention's output in the same layer and column; None: nothing.
+
+        Returns:
+            (n, vocabulary).
+        """
+        delta = delta.to(self.value.dtype)
+        if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
+            added = added_at(delta, self.column - self._start)(self._block_output)
+            with mlp_only_at(self.lm, rows, columns - self._start):
+                return self._replay(added, 1, rows, columns)
+        with ExitStack() as stack:
+            for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
+                if addition is not None:
+                    edit = added_at(addition.to(self.value.dtype), self.column - self._start)
+                    stack.enter_context(output_edited(self.lm.model.get_submodule(name), edit))
+            return self.rerun(rows, columns)
+
+    def rerun(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits at (rows[i], columns[i]) with the weights of the blocks as they are now. (n, vocabulary)"""
+        if self.lm.parts.replayable:
+            return self._replay(self._block_input, 0, rows, columns)
+        return self._run(slice(0, self.batch.ids.shape[1]), None).logits[rows, columns]
+
+    def _replay(self, hidden: Tensor, skip: int, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
+        cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
+        columns = columns - self._start
+        self.lm.reading = self._reading  # another text may have been read since
+        for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
+            args = (cache if isinstance(a, Cache) else a for a in args)
+            kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
+            hidden = first(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
+        return head(self.lm, hidden[rows, columns])
