@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 
 from conftest import make_lm
-from reknow import FT, ICE, Case, Edit, Probe
-from reknow.cli.measuring import _methods
+from reknow import FT, ICE, LM, Case, Edit, Probe
+from reknow.cli.measuring import _methods, _ready
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
@@ -29,6 +29,14 @@ def test_a_preset_names_what_there_is(name):
         sets = preset.data.split(",")
         assert set(sets) <= set(DATASETS) and set(preset.limits) <= set(sets)
         assert set(preset.plan.get("in_context", ())) <= set(methods)
+
+
+def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
+    chosen = _methods(PRESETS["zsre-table"].methods, [])
+    assert list(_ready(LM.demo(), chosen)) == list(chosen)
+    assert set(chosen) - set(_ready(make_lm(), chosen)) == {"serac", "mend"}
+    said = capsys.readouterr().out
+    assert "left out: serac learns to edit" in said and "left out: mend learns to edit" in said
 
 
 def test_labels_part_the_variants_of_a_method():

@@ -71,6 +71,8 @@ def bench(
     sets = _sets(study, offset, shuffle, lm)
     lm = lm or open_lm(model, dtype, device, chat)
     lm.computes_statistics = not no_stats
+    if names is None:
+        chosen = _ready(lm, chosen)
     suffix = "" if model == DEMO else f"-{Path(model.rpartition(':')[2]).name}"
     out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
     if study.part == "convergence":
@@ -114,6 +116,22 @@ def _chosen(study: Preset, names: str | None, settings: list[str]) -> dict[str, 
     labels = {name.partition("=")[0].strip() for name in wanted}
     kept = [s for s in study.settings if s.partition("=")[0].rpartition(".")[0] in ("", *labels)]
     return _methods(wanted, [*kept, *settings])
+
+
+def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
+    """A study's methods but for those that learn to edit and have no editor for this model; says which."""
+    from reknow.learning.editors import open_editor
+    from reknow.methods.base import Learned
+
+    ready = dict(chosen)
+    for label, method in chosen.items():
+        if isinstance(method, Learned):
+            try:
+                open_editor(method, lm)
+            except InputError as error:
+                del ready[label]
+                say(f"left out: {error}")
+    return ready
 
 
 def _sets(study: Preset, offset: int, shuffle: int | None, knowing: LM | None) -> dict[str, list[Case]]:

@@ -46,6 +46,8 @@ ICE_PAPER = "Qi et al. 2024, arXiv 2406.11194"
 SAME_LAYERS = ("same-layers.consistency_weight=0",)
 """Plain fine-tuning on the layers of ICE, with its bound: what λ = 0 leaves of it."""
 
+ZSRE_METHODS = ("ft-l", "ft-m", "rome", "memit", "serac", "ike", "mend", "kn")
+
 PRESETS: dict[str, Preset] = {
     "rome": Preset(
         "Single edits of CounterFact: ROME against fine-tuning. Meng et al. 2022, arXiv 2202.05262, Table 4",
@@ -125,12 +127,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "zsre-table": Preset(
         "Single edits of ZsRE in KnowEdit's form: editing against fine-tuning. Zhang et al. 2024, arXiv 2401.01286",
-        ("ft-l", "ft-m", "rome", "memit"),
+        ZSRE_METHODS,
         data="knowedit-zsre",
     ),
     "zsre-table-batch": Preset(
         "The same, 500 edits in one patch; give the whole file: --data knowedit-zsre:FILE",
-        ("ft-l", "ft-m", "rome", "memit"),
+        ZSRE_METHODS,
         data="knowedit-zsre",
         limit=500,
         plan={"mode": "batch"},
