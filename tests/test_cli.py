@@ -82,6 +82,12 @@ def test_edit_apply_revert_export(model, empty_folder):
     assert torch.equal(LM("mine").model(IDS).logits, LM(model).model(IDS).logits)
 
 
+def test_braces_and_a_subject_by_itself_are_the_same_edit(model):
+    edit(model, "--subject", "Danielle Darrieux")
+    (made,) = Patch.load("danielle-darrieux.patch").edits
+    assert made.text == "The mother tongue of Danielle Darrieux is"
+
+
 def test_a_second_patch_is_made_on_the_stack_and_the_first_comes_off(model):
     edit(model, "--out", "first.patch")
     done("apply", "first.patch", "--stack", "mine", "--model", model)

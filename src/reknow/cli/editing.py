@@ -91,10 +91,11 @@ def _edits(prompt, target, subject, true, file) -> list[Edit]:
         return load_edits(file)
     if prompt is None or target is None:
         raise InputError(
-            "expected a prompt and a new answer, or --file; got neither: "
+            "expected a prompt and a new answer, or --file; got less: "
             'for example reknow edit "The mother tongue of {Danielle Darrieux} is" English'
         )
     if subject is not None:
+        prompt = prompt.replace("{" + subject + "}", "{}")
         return [Edit(prompt, subject=subject, target_new=target, target_true=true)]
     if "{" in prompt:
         return [Edit.parse(prompt, target, target_true=true)]
