@@ -208,6 +208,12 @@ BAD = {
     "no patch": (["apply", "broken.json", "--stack", "s"], ["broken.json"]),
     "no stack": (["revert", "abc", "--stack", "nowhere"], ["stack folder"]),
     "unknown format": (["export", "x", "y", "--to", "gguf"], ["hf"]),
+    "no seed": (["bench", "--seeds", "", "--limit", "1"], ["at least one seed"]),
+    "a seed twice": (["bench", "--seeds", "0,0", "--limit", "1"], ["each once"]),
+    "a seed of a study twice": (["study", "tasks", "--seeds", "1,1"], ["each once"]),
+    "unknown study": (["study", "domain"], ["Did you mean 'domains'", "gradients"]),
+    "families where none are read": (["study", "domains", "--families", "broken.json"], ["--families"]),
+    "a family missing": (["study", "tasks", "--families", "families.json"], ["families.json", "no counterfact"]),
     "unknown method to explain": (["methods", "mendd"], ["method 'mendd'"]),
 }
 
@@ -217,6 +223,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, model, empty_folder)
     command, words = BAD[name]
     (empty_folder / "broken.json").write_text('[{"prompt": "a",\n "target_new" "b"}]')
     (empty_folder / "missing.json").write_text('[{"prompt": "The capital of {Peru} is"}]')
+    (empty_folder / "families.json").write_text('{"families": {}}')
     before = sorted(empty_folder.iterdir())
     takes_model = command[0] in ("edit", "apply")
     assert_refused(reknow(*command, *(["--model", model] if takes_model else [])), *words)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table, whole_numbers
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def _plan(study: Preset, checkpoints: str | None, seeds: str | None, **given: An
     """The study's plan with what is given, not None, in its place."""
     from reknow.evaluation import Plan
 
-    given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
+    given |= {"checkpoints": whole_numbers("--checkpoints", checkpoints), "seeds": whole_numbers("--seeds", seeds)}
     return Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
 
 
@@ -179,13 +179,6 @@ def _methods(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[st
         for name in names
     }
     return {name: chosen_method(kinds[name], pairs) for name, pairs in fields_of.items()}
-
-
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise InputError(f"expected {option} as whole numbers with commas; got {text!r}: correct it") from None
 
 
 def report(

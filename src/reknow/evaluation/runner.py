@@ -66,6 +66,8 @@ class Plan:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.mode not in get_args(Mode):
             raise InputError(f"expected a mode among {', '.join(get_args(Mode))}; got {self.mode!r}: name one")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise InputError(f"expected at least one seed, each once; got {list(self.seeds)}: correct them")
         wrong = [at for at in self.checkpoints if at < 1 or at % self.batch_size]
         if self.batch_size < 1 or wrong or (self.checkpoints and self.mode != "sequential"):
             raise InputError(
