@@ -12,7 +12,7 @@ from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
-from reknow.report import write_report
+from reknow.report import plots, write_report
 
 METHODS = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak <b>": FT(layer=2, steps=1)}
 
@@ -70,6 +70,17 @@ def test_an_unfinished_run_says_so(run, tmp_path):
     assert "0 of 6 cases have been read to the end" in write_report(tmp_path).read_text()
     (tmp_path / "cases.jsonl").unlink()
     assert "0 of 6" in write_report(tmp_path).read_text()
+
+
+def test_curves_are_drawn_of_what_was_read(run, tmp_path):
+    """Free answers were not asked for, and the second method was killed before its first checkpoint."""
+    cases, plan = make_cases(), Plan("sequential", checkpoints=(1, 2), generate=False)
+    results = bench(make_lm(), cases, METHODS, tmp_path, plan=plan)
+    assert plots.over_time(results, "generated") is None and plots.retention(results, "generated") is None
+    results = Results.load(run)
+    rows = {key: row for key, row in results.rows.items() if row["method"] == "fine" or row["stage"] == "after_edit"}
+    picture = plots.over_time(Results(results.manifest, results.before, rows), "generated")
+    assert [line.get_label() for line in picture.axes[0].lines] == ["fine, reliability", "fine, locality"]
 
 
 def test_failures_are_listed(run, tmp_path):

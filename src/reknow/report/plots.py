@@ -128,10 +128,11 @@ def over_time(results: Results, protocol: str) -> Figure | None:
         for kind, line in (("reliability", "-"), ("locality", "--")):
             cells = [(at, results.cells.get((method, stage, f"{kind}@{protocol}"))) for stage, at in made.items()]
             points = sorted((at, 100 * cell.mean) for at, cell in cells if cell is not None)
-            color = PALETTE[number % len(PALETTE)]
-            axes.plot(
-                *zip(*points, strict=True), line, color=color, marker="o", markersize=3, label=f"{method}, {kind}"
-            )
+            if points:
+                style = {"color": PALETTE[number % len(PALETTE)], "marker": "o", "markersize": 3}
+                axes.plot(*zip(*points, strict=True), line, **style, label=f"{method}, {kind}")
+    if not axes.lines:
+        return None
     axes.legend(frameon=False, fontsize=8)
     return figure
 
