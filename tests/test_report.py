@@ -12,7 +12,9 @@ from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
+from reknow.evaluation.results import TABLES
 from reknow.report import plots, write_report
+from reknow.report.page import READ
 
 METHODS = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak <b>": FT(layer=2, steps=1)}
 
@@ -45,6 +47,10 @@ def test_the_page_needs_nothing_else_and_escapes_what_models_say(run):
     for protocol in ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast"):
         assert f"<code>{protocol}</code>" in page
     assert "not finished" not in page
+
+
+def test_every_protocol_is_explained():
+    assert set(READ) == {protocol for protocol, *_ in TABLES}
 
 
 def test_csv_and_markdown_hold_the_numbers_of_the_results(run, tmp_path):
