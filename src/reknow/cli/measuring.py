@@ -194,11 +194,11 @@ def report(
     from reknow.report.study import by_set, write_study
 
     if (run / ROWS_FILE).exists():
-        return say(f"report: {write_convergence(run)}")
+        return say(f"report: {write_convergence(run, out)}")
     whole = (run / MANIFEST_FILE).exists()
     parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
     for part in parts or [run]:
-        page = write_report(part, out if part == run else None)
+        page = write_report(part, out and out / part.relative_to(run))
         say(f"report: {page} (also report.md, report.csv and figures)")
     runs = {part.name: Results.load(part) for part in parts}
     if len(by_set(runs)) > 1:

@@ -1,4 +1,4 @@
-"""The page of `evaluate.convergence`: the curves of the losses, the likeliest tokens, the consistency condition."""
+"""The page of `evaluation.convergence`: the curves of the losses, the likeliest tokens, the consistency condition."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ Curve = list[tuple[float, float, float]]
 """(mean, low, high) step by step."""
 
 
-def write_convergence(folder: Path) -> Path:
-    """Writes `convergence.md` and `convergence.png` of what `inside` measured, finished or not; gives the page."""
-    manifest, rows = read_manifest(folder), Rows.reading(folder / ROWS_FILE, KEY)
+def write_convergence(run_folder: Path, out: Path | None = None) -> Path:
+    """Writes `convergence.md` and `convergence.png` of what `inside` measured, finished or not; gives the page.
+
+    Args:
+        out: another folder for them.
+    """
+    manifest, rows = read_manifest(run_folder), Rows.reading(run_folder / ROWS_FILE, KEY)
+    folder = out or run_folder
     write_aside(folder / "convergence.png", lambda aside: save_png(losses_figure(loss_curves(rows)), Path(aside)))
     text, answer = manifest["settings"]["edits"][0]
     count = len(manifest["settings"]["edits"])
@@ -54,7 +59,7 @@ def loss_curves(rows: Mapping[tuple, dict]) -> dict[str, Curve]:
     for label, found in _measured(rows, "losses", "losses").items():
         columns = zip(*(row["losses"] for row in found), strict=True)
         steps = [summarise([{"loss": value} for value in step])["loss"] for step in columns]
-        curves[label] = [(mean, mean if low is None else low, high or mean) for mean, low, high, _ in steps]
+        curves[label] = [(mean, *(mean if end is None else end for end in ends)) for mean, *ends, _ in steps]
     return curves
 
 

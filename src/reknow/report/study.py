@@ -180,10 +180,12 @@ def trade_off(sets: Mapping[str, Results]) -> Figure:
             axes.title.set_fontsize(9)
             axes.grid(color=FAINT, linewidth=0.4)
         panels[0].set_ylabel("locality, %", color=INK)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False, fontsize=8
-        )
+        shown = {
+            label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if shown:
+            place = {"loc": "outside lower center", "ncols": min(7, len(shown))}
+            figure.legend(shown.values(), shown.keys(), **place, frameon=False, fontsize=8)
     return figure
 
 
