@@ -199,6 +199,7 @@ BAD = {
     "unknown method": (["edit", PROMPT, "English", "--method", "rom"], ["Did you mean 'rome'"]),
     "unknown setting": (["edit", PROMPT, "English", "--set", "stepz=3"], ["Did you mean 'steps'"]),
     "a setting of another type": (["edit", PROMPT, "English", "--set", "steps=many"], ["steps as int"]),
+    "a setting that is no number": (["edit", PROMPT, "English", "--set", "learning_rate=NaN"], ["got 'NaN'"]),
     "a setting without value": (["edit", PROMPT, "English", "--set", "steps"], ["FIELD=VALUE"]),
     "no such layer": (["edit", PROMPT, "English", "--layer", "9"], ["0 to 2"]),
     "unknown dtype": (["edit", PROMPT, "English", "--dtype", "float23"], ["Did you mean"]),
@@ -331,6 +332,7 @@ def test_settings_are_read_by_their_type():
     assert isinstance(method.learning_rate, float)
     assert chosen_method("ft-m", ["clamp=none"]).clamp is None
     assert read_value("name", "12", str) == "12"
+    assert chosen_method("rome", ["average_keys=True"]).average_keys
 
 
 def test_the_layer_goes_to_whichever_field_a_method_has():
