@@ -19,6 +19,7 @@ from conftest import make_lm
 from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, field_docs, read_value
+from reknow.cli.terminal import run_folder
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]
@@ -91,10 +92,12 @@ def test_braces_and_a_subject_by_itself_are_the_same_edit(model):
 def test_a_second_patch_is_made_on_the_stack_and_the_first_comes_off(model):
     edit(model, "--out", "first.patch")
     done("apply", "first.patch", "--stack", "mine", "--model", model)
-    edit("mine", "--out", "second.patch", prompt="The capital of {Peru} is", target="Paris")
+    hint = edit("mine", "--out", "second.patch", prompt="The capital of {Peru} is", target="Paris")
+    assert "apply it with: reknow apply second.patch --stack mine\n" in hint
     first, second = Patch.load("first.patch"), Patch.load("second.patch")
     assert second.made_on == (first.id,)
-    done("apply", "second.patch", "--stack", "mine")
+    assert_refused(reknow("apply", "second.patch", "--stack", "mine", "--model", "demo:gpt2"), model)
+    done("apply", "second.patch", "--stack", "mine", "--model", os.path.relpath(model))
     result = reknow("revert", "first.patch", "--stack", "mine")
     assert result.exit_code == 0 and "made on top of" in result.stderr
     found = json.loads(done("show", "mine", "--json"))
@@ -360,3 +363,11 @@ def test_statistics_are_read_ahead_and_then_found(model, empty_folder, monkeypat
     for wrong, complaint in (("x", "whole numbers"), ("7", "layer from 0 to 2")):
         result = reknow("stats", "--model", model, "--layers", wrong)
         assert result.exit_code == 2 and complaint in " ".join(result.stderr.split())
+
+
+def test_models_have_run_folders_of_their_own():
+    assert [str(run_folder("demo", model)) for model in ("demo:gpt2", "demo:llama", "me/small/")] == [
+        "runs/demo",
+        "runs/demo-llama",
+        "runs/demo-small",
+    ]

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table, whole_numbers
+from reknow.cli.terminal import (
+    DEMO,
+    Chat,
+    Device,
+    Dtype,
+    Model,
+    NoStats,
+    open_lm,
+    run_folder,
+    say,
+    say_table,
+    whole_numbers,
+)
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -73,8 +85,7 @@ def bench(
     lm.computes_statistics = not no_stats
     if names is None:
         chosen = _ready(lm, chosen)
-    suffix = "" if model == DEMO else f"-{Path(model.rpartition(':')[2]).name}"
-    out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
+    out = out or run_folder(preset or "+".join(sets), model)
     if study.part == "convergence":
         inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out, progress=True)
         return report(out)

@@ -45,8 +45,7 @@ def chosen_method(name: str, pairs: Iterable[str] = (), *, layer: str | None = N
 
 
 def read_value(name: str, text: str, hint: Any) -> Any:
-    """The text as a value of the type `hint`: JSON where it is that, else the text itself; `none` for None, and `True`
-    as well as `true`.
+    """The text as a value of the type `hint`: JSON where it is that, else the text itself; `none` for None.
 
     Raises:
         InputError: the text is nothing of that type.

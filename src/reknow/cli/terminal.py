@@ -62,6 +62,11 @@ def open_lm(model: str, dtype: str | None = None, device: str | None = None, cha
     )
 
 
+def run_folder(name: str, model: str) -> Path:
+    """Where a run goes that names no folder: models other than the demo model have their own."""
+    return Path("runs") / (name if model == DEMO else f"{name}-{Path(model.rpartition(':')[2]).name}")
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Raises InputError where the path exists and may not be overwritten."""
     if path.exists() and not force:
