@@ -6,9 +6,9 @@
 Facts of CounterFact that the model knows are edited at the layer that is suggested for it: 1, 10, 100 … in one patch
 of the unedited model; and in turns of `--turn` facts, each turn a patch on those before. ROME writes one fact
 after the other in both. Read are up to `--read` of the facts edited so far, spread evenly, early ones included: every
-token of the answer right, teacher-forced; and the perplexity of a few paragraphs of WikiText. CPU seconds of a batch say
-little: methods with the same search share it, and the first one pays. The folder keeps a line per point, and the same
-command goes on where it was.
+token of the answer right, teacher-forced; and the perplexity of a few paragraphs of WikiText. CPU seconds of a batch
+say little: methods with the same search share it, and the first one pays. The folder keeps a line per point, and the
+same command goes on where it was.
 """
 
 import argparse
