@@ -46,7 +46,7 @@ def test_the_page_needs_nothing_else_and_escapes_what_models_say(run):
     assert page.count("<svg") == 6  # reliability, locality, and two of retention and of time
     for protocol in ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast"):
         assert f"<code>{protocol}</code>" in page
-    assert "not finished" not in page
+    assert "not finished" not in page and 'id="answers"' in page and "generated freely" in page
 
 
 def test_every_protocol_is_explained():
@@ -83,6 +83,8 @@ def test_curves_are_drawn_of_what_was_read(run, tmp_path):
     cases, plan = make_cases(), Plan("sequential", checkpoints=(1, 2), generate=False)
     results = bench(make_lm(), cases, METHODS, tmp_path, plan=plan)
     assert plots.over_time(results, "generated") is None and plots.retention(results, "generated") is None
+    page = write_report(tmp_path).read_text()
+    assert 'id="answers"' not in page and "<details" not in page and "generated freely" not in page
     results = Results.load(run)
     rows = {key: row for key, row in results.rows.items() if row["method"] == "fine" or row["stage"] == "after_edit"}
     picture = plots.over_time(Results(results.manifest, results.before, rows), "generated")

@@ -71,7 +71,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
         headline=tables.headline(results),
         facts=tables.facts(results),
         figures={caption: Markup(plots.to_svg(figure)) for caption, figure in figures.items()},
-        protocol_names=dict(zip(plots.PROTOCOL_NAMES.values(), plots.PALETTE, strict=False)),
+        protocol_names=plots.colours(results),
         stage=stage_label(results.last_stage),
         stage_label=stage_label,
         cards=shown[:CARDS],
