@@ -50,7 +50,7 @@ class Card(NamedTuple):
 
 
 def cards(results: Results) -> Iterator[Card]:
-    """Every case of which the model wrote something as a card, with the answers of the first seed at the last stage."""
+    """Cases of which the model wrote something as cards, with the answers of the first seed at the last stage."""
     settings = results.manifest["settings"]
     for (case,), row in results.before.items():
         keys = {m: (m, settings["seeds"][0], settings["mode"], results.last_stage, case) for m in settings["methods"]}
