@@ -162,7 +162,7 @@ def read_text(source: Any, name: str) -> str:
 
 
 def refuse_repeated(ids: Iterable[str | None], name: str) -> None:
-    """InputError if an id (other than None) occurs twice: results and journals are kept under it."""
+    """InputError if an id (other than None) occurs twice: results are kept under it."""
     twice = [id for id, times in Counter(ids).items() if times > 1 and id is not None]
     if twice:
         raise InputError(f"expected a different id for every edit in {name}; got {twice[0]!r} twice: rename one")
