@@ -22,6 +22,7 @@ from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.results import RESAMPLES, summarise
 from reknow.evaluation.rows import write_json
+from reknow.files import write_text
 from reknow.instructions.families import Family, load_families
 from reknow.instructions.trial import Material, few_probes
 from reknow.lm import LM
@@ -308,9 +309,8 @@ def written(
 ) -> str:
     """Writes `NAME.md`, `NAME.csv` and `NAME.json`; gives the tables."""
     text = _tables(question, values, baseline, tasks, unit)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{name}.csv").write_text(_csv(values), encoding="utf-8")
+    write_text(folder / f"{name}.md", text)
+    write_text(folder / f"{name}.csv", _csv(values))
     write_json(folder / f"{name}.json", {f"{label} | {task}": found for (label, task), found in values.items()})
     return text
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from reknow.evaluation.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 from reknow.evaluation.results import Cell, markdown, summarise
 from reknow.evaluation.rows import Rows, read_manifest
-from reknow.patches import write_aside
+from reknow.files import write_aside, write_text
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 
 Curve = list[tuple[float, float, float]]
@@ -38,9 +38,7 @@ def write_convergence(run_folder: Path, out: Path | None = None) -> Path:
         f"**Likeliest tokens behind the new answer**, “{text}” → “{answer}”, dynamic targets, temperature "
         f"{TEMPERATURES[-1]:g}.\n\n{markdown(likeliest_table(rows))}",
     ]
-    page = folder / "convergence.md"
-    write_aside(page, lambda aside: Path(aside).write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
-    return page
+    return write_text(folder / "convergence.md", "\n\n".join(parts) + "\n")
 
 
 CONDITION = (
@@ -59,7 +57,9 @@ def loss_curves(rows: Mapping[tuple, dict]) -> dict[str, Curve]:
     for label, found in _measured(rows, "losses", "losses").items():
         columns = zip(*(row["losses"] for row in found), strict=True)
         steps = [summarise([{"loss": value} for value in step])["loss"] for step in columns]
-        curves[label] = [(mean, *(mean if end is None else end for end in ends)) for mean, *ends, _ in steps]
+        curves[label] = [
+            (mean, mean if low is None else low, mean if high is None else high) for mean, low, high, _ in steps
+        ]
     return curves
 
 

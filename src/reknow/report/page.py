@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from reknow.evaluation.results import Results, stage_label
-from reknow.patches import write_aside
+from reknow.files import write_aside, write_text
 from reknow.report import plots, tables
 
 CARDS = 5
@@ -82,9 +82,9 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
         marks=MARKS,
         kinds=KINDS,
     )
-    _write(folder / "report.html", page)
-    _write(folder / "report.csv", results.to_csv())
-    _write(folder / "report.md", _markdown(results, list(figures)))
+    write_text(folder / "report.html", page)
+    write_text(folder / "report.csv", results.to_csv())
+    write_text(folder / "report.md", _markdown(results, list(figures)))
     for number, figure in enumerate(figures.values(), 1):
         write_aside(folder / f"figure{number}.png", lambda aside, figure=figure: plots.save_png(figure, Path(aside)))
     return folder / "report.html"
@@ -103,7 +103,3 @@ def _markdown(results: Results, captions: list[str]) -> str:
     read = "\n".join(f"- `{protocol}`: {READ[protocol]}" for protocol in protocols)
     failed = f"Failed edits: {len(tables.failures(results))}; they count as no success."
     return f"# {_title(results)}\n\n{said}\n\n{facts}\n\n{results.to_markdown()}\n{failed}\n\n{pictures}\n\n{read}\n"
-
-
-def _write(path: Path, text: str) -> None:
-    write_aside(path, lambda aside: Path(aside).write_text(text, encoding="utf-8"))

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, summarise, when
-from reknow.patches import write_aside
+from reknow.files import write_aside, write_text
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
 
@@ -61,9 +61,7 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
         parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{markdown(gains)}")
     parts += [NOTE, "![Portability and locality](study.png)"]
     write_aside(folder / "study.png", lambda aside: save_png(trade_off(sets), Path(aside)))
-    page = folder / "study.md"
-    write_aside(page, lambda aside: Path(aside).write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
-    return page
+    return write_text(folder / "study.md", "\n\n".join(parts) + "\n")
 
 
 def by_set(runs: Mapping[str, Results]) -> dict[str, Results]:
