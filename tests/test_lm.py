@@ -13,6 +13,7 @@ from conftest import close, make_lm
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM
 from reknow.errors import InputError, ModelError
+from reknow.generation import draw
 from reknow.tokens import Text
 
 SHAPES = {
@@ -154,17 +155,24 @@ def test_generating_leaves_the_random_state(gpt2, top_k):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text", "bloom"])
-@pytest.mark.parametrize("sampled", [{}, {"top_k": 20, "temperature": 0.7}])
-def test_texts_are_those_of_transformers(family, sampled):
+def test_texts_are_those_of_transformers(family):
     lm = make_lm(family)
     prompts = sorted(PROMPTS, key=lambda prompt: len(lm.encode([Text(prompt)])[0].ids))
     batch = lm.pad(lm.encode([Text(prompt) for prompt in prompts]))
     lm.tokenizer.eos_token, lm.model.generation_config = None, GenerationConfig()
-    settings = GenerationConfig(max_new_tokens=12, do_sample=bool(sampled), pad_token_id=0, **sampled)
-    torch.manual_seed(3)
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
     ids = lm.model.generate(batch.ids, attention_mask=batch.mask, generation_config=settings)
     wanted = lm.tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True)
-    assert lm.generate(prompts, 12, **sampled, seed=3) == wanted
+    assert lm.generate(prompts, 12) == wanted
+
+
+def test_samples_follow_the_probabilities():
+    logits, count = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9]), 20_000
+    chances = (logits[[1, 3, 4]] / 0.7).softmax(-1)
+    drawn = draw(logits.repeat(count, 1), 3, 0.7, torch.Generator().manual_seed(0)).bincount(minlength=5)
+    assert drawn[[0, 2]].tolist() == [0, 0]
+    deviation = (count * chances * (1 - chances)).sqrt()
+    assert bool(((drawn[[1, 3, 4]] - count * chances).abs() < 3 * deviation).all())
 
 
 def test_samples_come_from_the_likeliest(gpt2):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import EditFailed, InputError
-from reknow.generation import decoded
+from reknow.generation import decoded, draw
 from reknow.patches import Delta, Dense
 from reknow.replay import Suffix
 from reknow.tokens import Row, batches
@@ -296,8 +296,6 @@ def sample(
         check_finite(logits.sum())
         if end is not None:
             logits[:, end] = -torch.inf
-        kept, tokens = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))
-        chosen = torch.multinomial((kept / temperature).softmax(-1).cpu(), 1, generator=generator)
-        return tokens.gather(1, chosen.to(tokens.device))[:, 0]
+        return draw(logits, top_k or logits.shape[1], temperature, generator)
 
     return [tuple(tokens) for tokens in decoded(lm, rows, count, choose).tolist()]

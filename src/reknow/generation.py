@@ -23,12 +23,7 @@ def continuations(
     def choose(logits: Tensor) -> Tensor:
         if not bool(logits.sum().isfinite()):  # a model that edits have wrecked still says something
             logits = logits.nan_to_num()
-        if top_k is None:
-            return logits.argmax(-1)
-        kept, tokens = (logits / temperature).topk(min(top_k, logits.shape[1]))
-        # As torch.multinomial draws from the whole vocabulary, so that these are the samples of transformers.
-        chance = torch.empty_like(logits).exponential_().gather(1, tokens)
-        return tokens.gather(1, (kept.softmax(-1) / chance).argmax(-1, keepdim=True))[:, 0]
+        return logits.argmax(-1) if top_k is None else draw(logits, top_k, temperature)
 
     ends = torch.tensor(_ends(lm), device=lm.device)
     texts = [""] * len(rows)
@@ -41,6 +36,18 @@ def continuations(
                 kept = tokens[: int(ended[0]) + 1] if len(ended) else tokens
                 texts[i] = lm.tokenizer.decode(kept, skip_special_tokens=True)
     return texts
+
+
+def draw(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+    """A token for each row of logits (rows, vocabulary), drawn among its `top_k` likeliest. (rows,)
+
+    Args:
+        generator: on the CPU; None: torch's own randomness.
+    """
+    kept, tokens = logits.topk(min(top_k, logits.shape[1]))
+    chances = (kept / temperature).softmax(-1)
+    chosen = torch.multinomial(chances if generator is None else chances.cpu(), 1, generator=generator)
+    return tokens.gather(1, chosen.to(tokens.device))[:, 0]
 
 
 @torch.no_grad()
