@@ -30,6 +30,11 @@ def test_a_preset_names_what_there_is(name):
         assert set(preset.plan.get("in_context", ())) <= set(methods)
 
 
+def test_a_method_without_a_label_is_refused():
+    with pytest.raises(InputError, match="got an empty label"):
+        _methods(["=rome"], [])
+
+
 def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
     chosen = _methods(PRESETS["zsre-table"].methods, [])
     assert list(_ready(LM.demo(), chosen)) == list(chosen)

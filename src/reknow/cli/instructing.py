@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, run_folder, say, say_table
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def instruct(
     settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
     writer: Proposer = Rewriter(seed) if proposer is None else Writer(LLM(proposer, server))
     lm = open_lm(model, dtype, device)
-    out = out or Path("runs") / "instruct"
+    out = out or run_folder("instruct", model)
     started = time.perf_counter()
     method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
     trial = Trial(lm, method, {family.name: Material.of(family).trial for family in chosen})

@@ -181,6 +181,8 @@ def _methods(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[st
     names = list(kinds)
     if len(names) < len(pairs):
         raise InputError(f"expected different labels; got {', '.join(label for label, _ in pairs)}: rename one")
+    if "" in names:
+        raise InputError("expected NAME or LABEL=NAME with commas between; got an empty label: fill it in or drop it")
     owners = [setting.partition("=")[0].rpartition(".")[0] for setting in settings]
     for owner in owners:
         if owner and owner not in names:

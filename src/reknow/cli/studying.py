@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, say, say_table, whole_numbers
+from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, run_folder, say, say_table, whole_numbers
 from reknow.errors import InputError, did_you_mean
 
 GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
@@ -49,7 +49,7 @@ def study(
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
     size = Size(**{**(FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
     lm = open_lm(model, dtype, device)
-    out = out or Path("runs") / "instructedit"
+    out = out or run_folder("instructedit", model)
     chosen = None if families is None else str(families)
     if name == "gradients":
         return say(*gradient_study(lm, out, size, families=chosen, say=say))

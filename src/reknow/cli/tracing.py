@@ -106,6 +106,7 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
         for number, fact in enumerate(known, 1):
             if fact.text in done:
                 continue
+            done.add(fact.text)
             traces.append(trace_prompt(lm, fact.prompt, fact.subject, spread, settings))
             file.write(json.dumps(traces[-1].as_json()) + "\n")
             file.flush()
@@ -127,7 +128,7 @@ def _read(path: Path, header: dict, force: bool) -> list[Trace]:
 
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and not force else []
     whole = [line for line in lines if line.endswith("\n")]
-    if whole and json.loads(whole[0]) != header:
+    if whole and whole[0] != json.dumps(header) + "\n":
         raise InputError(
             f"expected traces of this model, these facts and settings; {path} has others: change --out or --force"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, run_folder, say, say_table
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def train(
     chosen, training = settled(method, settings)
     cases = _cases(data or ["counterfact"], limit, offset, without)
     lm = open_lm(model, dtype, device or _own_gpu(), chat)
-    out = out or Path("runs") / f"train-{method}"
+    out = out or run_folder(f"train-{method}", model)
     trained = chosen.fit(lm, cases, out, training, progress=True)
     _say_result(trained, out)
 

@@ -101,9 +101,12 @@ def _identity(file: Path) -> tuple[int, int]:
 def _file_digest(file: Path, size: int, changed: int) -> str:
     """Hash of the content; size and time of the last change are there to read a file again that was rewritten."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
+    try:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f"expected a text file at {file}; got '{error.strerror}': make it readable") from error
     return digest.hexdigest()
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from reknow.edits import Edit
 from reknow.errors import EditFailed
 from reknow.evaluation.rows import Rows, open_manifest
-from reknow.evaluation.runner import progress_bar
 from reknow.methods.ice import ICE, consistency
+from reknow.progress import progress_bar
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import quote
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
 
 import reknow
 from reknow.descent import watched
@@ -32,6 +26,7 @@ from reknow.evaluation.rows import (
 )
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
+from reknow.progress import progress_bar
 
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""
@@ -284,17 +279,3 @@ def _about(lm: LM) -> dict:
 
 def _blocks(names: list[str], size: int = BLOCK) -> list[list[str]]:
     return [names[start : start + size] for start in range(0, len(names), size)]
-
-
-@contextmanager
-def progress_bar(shown: bool, what: str, total: int, done: int):
-    """Gives two functions: one moves the progress bar on stderr, if it is shown; one puts text beside it."""
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()),
-        # A long text is cut, so that the numbers beside it stay.
-        TextColumn("{task.fields[now]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
-    )
-    with Progress(*columns, console=Console(file=sys.stderr), expand=True, disable=not shown) as progress:
-        task = progress.add_task(what, total=total, completed=done, now="")
-        yield lambda: progress.advance(task), lambda text: progress.update(task, now=text)
-        progress.update(task, now="")

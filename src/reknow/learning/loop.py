@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -23,8 +22,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, broadcast_object_list
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +30,7 @@ from reknow.edits import Case
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.rows import Rows
 from reknow.files import write_aside
+from reknow.progress import progress_bar
 
 if TYPE_CHECKING:
     from reknow.learning.training import Draw, Learner, Training
@@ -250,16 +248,14 @@ def _share(step: int, training: Training) -> float:
 
 @contextmanager
 def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Gives the function that moves the progress bar on stderr by one step and shows the losses."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(file=sys.stderr), disable=not shown) as progress:
-        task = progress.add_task("training", total=total, completed=done)
+    """Gives the function that moves the progress bar by one step and shows the losses, smoothed."""
+    with progress_bar(shown, "training", total, done) as (move, tell):
         smooth: dict[str, float] = {}
 
         def advance(losses: Mapping[str, float]) -> None:
             for name, value in losses.items():
                 smooth[name] = 0.95 * smooth.get(name, value) + 0.05 * value
-            text = "  ".join(f"{name} {value:.3f}" for name, value in smooth.items())
-            progress.update(task, advance=1, description=text)
+            move()
+            tell("  ".join(f"{name} {value:.3f}" for name, value in smooth.items()))
 
         yield advance
