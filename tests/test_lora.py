@@ -137,3 +137,18 @@ def test_the_saved_patch_is_the_folder_that_peft_loads(lm, edit, name, tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(PatchError, match="broken"):
         Patch.load(folder)
+
+
+def test_a_folder_of_other_things_is_not_overwritten(lm, edit, tmp_path):
+    patch = method("lora", layers=(1,), steps=2).edit(lm, [edit])
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "table.csv").write_text("years of work")
+    with pytest.raises(InputError, match="holds something else"):
+        patch.save(tmp_path / "results")
+    assert (tmp_path / "results" / "table.csv").read_text() == "years of work"
+    for name in ("empty", "patch"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "patch").write_text("a file")
+        for _ in range(2):
+            assert Patch.load(patch.save(tmp_path / name)).id == patch.id
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "patch", "results"]
