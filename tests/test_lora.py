@@ -10,7 +10,7 @@ import torch
 
 from conftest import make_lm
 from families import CORE_FAMILIES
-from reknow import Patch, method
+from reknow import Edit, Patch, method
 from reknow.errors import InputError, MissingExtra, PatchError
 from reknow.export import export_lora
 from reknow.methods import lora
@@ -73,6 +73,19 @@ def test_the_patch_is_an_adapter_folder_of_peft(lm, edit, tmp_path):
     tuned = PeftModel.from_pretrained(lm.model, str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.allclose(tuned(ids).logits, edited, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora"])
+def test_a_memory_answers_in_training_as_it_will(name, lm, edit):
+    settings = dict(layers=(1,), steps=3, rank=2)
+    alone = method(name, **settings).edit(lm, [edit]).notes["losses"]
+    lm.apply(method("grace", layer=2, steps=3, epsilon=1e-6).edit(lm, [Edit("What is", target_new="Lima")]))
+    assert method(name, **settings).edit(lm, [edit]).notes["losses"] == pytest.approx(alone, rel=1e-5)
+    lm.apply(method("grace", layer=2, steps=3).edit(lm, [edit]))
+    first = method(name, **settings).edit(lm, [edit]).notes["losses"][0]
+    if name == "lora":  # AdaLoRA's losses have a term of their own
+        assert first == pytest.approx(lm.score([edit.text], [edit.target_new])[0].nll, rel=1e-5)
+    assert alone[0] - first > 0.1
 
 
 def test_several_edits_share_one_adapter(lm, edit):

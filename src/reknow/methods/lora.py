@@ -29,7 +29,7 @@ from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import LowRank, Patch
 from reknow.peft_folder import base_of
 from reknow.tokens import Row, Text
-from reknow.trace import weight_replaced
+from reknow.trace import swapped, weight_replaced
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -176,7 +176,10 @@ def _loss(lm: LM, tuner: nn.Module, rows: Sequence[Row]) -> Tensor:
     labels = torch.full_like(batch.ids, -100)
     for i, row in enumerate(rows):
         labels[i, row.prompt_length : len(row.ids)] = batch.ids[i, row.prompt_length : len(row.ids)]
-    return tuner(input_ids=batch.ids, attention_mask=batch.mask, labels=labels, use_cache=False).loss
+    found = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, labels=labels)
+    # AdaLoRA's would call the model past its hooks, by which memories know what is read.
+    with swapped(lm.model, lambda **_: found):
+        return tuner(input_ids=batch.ids).loss
 
 
 @torch.no_grad()
