@@ -106,7 +106,7 @@ class WISE(BesideMatrix):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, before, notes = begun(self, lm, edits)
         shape, stored = lm.weight(modules[0]).shape, sum(len(patch.edits) for patch in before)
-        shard_size, share = self._room(shape.numel())
+        shard_size, share = self._room(shape.numel(), before[-1].memory["shard_size"] if before else None)
         shards = _shards(before, shape)
         state: dict[str, Tensor] = {}
         distances, losses = [], []
@@ -126,9 +126,21 @@ class WISE(BesideMatrix):
         memory |= {"retrieve": self.retrieve, "shard_size": shard_size}
         return memory_patch(self, lm, edits, state, memory=memory, notes={**notes, "losses": losses})
 
-    def _room(self, weights: int) -> tuple[int, float]:
-        """(edits of a shard, share of the weights that it may change) for a matrix of so many weights."""
-        size = self.shard_size or max(SHARD, int(SHARE * weights / ROOM))
+    def _room(self, weights: int, stored: int | None = None) -> tuple[int, float]:
+        """(edits of a shard, share of the weights that it may change) for a matrix of so many weights.
+
+        Args:
+            stored: edits of the memory's shards so far, which tell by an edit's number where it lies.
+
+        Raises:
+            InputError: others are asked for.
+        """
+        size = self.shard_size or stored or max(SHARD, int(SHARE * weights / ROOM))
+        if stored not in (None, size):
+            raise InputError(
+                f"expected the shards that the memory was begun with; got shard_size {size}: set it to {stored}, or "
+                "take the memory off first"
+            )
         return size, self.mask or min(1.0, max(SHARE, size * ROOM / weights))
 
     def _learn(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
