@@ -15,12 +15,12 @@ from reknow import adapter
 from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
 from reknow.generation import continuations
-from reknow.loading import as_dtype, check_tokenizer, load, place
+from reknow.loading import as_dtype, as_pair, check_tokenizer, load, place
 from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
 from reknow.scoring import Score, perplexity, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
-from reknow.tokens import Batch, Row, Text, batches, encode, pad
+from reknow.tokens import Batch, Row, Text, as_list, batches, encode, pad, paired
 from reknow.trace import by_row, fused_gelu, recorded
 from reknow.weights import Weights
 
@@ -44,6 +44,7 @@ class LM:
 
     Raises:
         ModelError: the model cannot be loaded, or is of a kind that is not handled.
+        InputError: the source is none of these.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class LM:
             self.name = str(source)
             self.model, self.tokenizer = load(self.name, dtype, device, device_map, trust_remote_code)
         else:
-            self.model, self.tokenizer = source
+            self.model, self.tokenizer = as_pair(source)
             self.name = self.model.config._name_or_path or type(self.model).__name__
             place(self.model, device, dtype)
         check_tokenizer(self.tokenizer, self.name, chat=chat)
@@ -216,9 +217,9 @@ class LM:
         """How the model reads each target behind its prompt, teacher-forced. Order is kept.
 
         Raises:
-            InputError: a target is empty, or nothing stands before it.
+            InputError: a target is empty, or nothing stands before it; or there are more of one than of the other.
         """
-        targets = [target for _, target in zip(prompts, targets, strict=True)]
+        prompts, targets = paired(prompts, targets)
 
         def answer(who, which: list[int], texts: list[str]) -> list[Score]:
             wanted = [targets[i] for i in which]
@@ -243,10 +244,16 @@ class LM:
         random state as it was.
 
         Raises:
-            InputError: a prompt and `max_new_tokens` together are longer than what the model has positions for.
+            InputError: a prompt and `max_new_tokens` together are longer than what the model has positions for; or
+                there is nothing to draw from.
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)[0]
+        if top_k is not None and not (top_k >= 1 and 0 < temperature < float("inf")):
+            raise InputError(
+                f"expected top_k of at least 1 and a temperature above 0; got {top_k} and {temperature}: raise them, "
+                "or leave top_k out for the likeliest tokens"
+            )
 
         def answer(who, _which, texts: list[str]) -> list[str]:
             if who is not None:
@@ -264,7 +271,7 @@ class LM:
         Raises:
             InputError: no text has two tokens.
         """
-        return perplexity(self, texts, max_tokens)
+        return perplexity(self, as_list(texts, "texts"), max_tokens)
 
     # --- the stack of patches ----------------------------------------------------------------------------
 
