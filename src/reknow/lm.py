@@ -175,16 +175,18 @@ class LM:
         Raises:
             InputError: a row is longer than what the model has positions for.
         """
-        self._check_length(max(len(row.ids) for row in rows), "texts")
+        self.check_length(rows)
         pad_id = self.tokenizer.pad_token_id
         # Any token pads, since padding is masked.
         return pad(rows, 0 if pad_id is None else pad_id, anchors=anchors, device=self.device)
 
-    def _check_length(self, tokens: int, what: str) -> None:
-        if self.max_tokens is not None and tokens > self.max_tokens:
+    def check_length(self, rows: Sequence[Row], extra: int = 0) -> None:
+        """Raises InputError where a row and `extra` tokens behind it do not fit into the model's positions."""
+        longest = max((len(row.ids) for row in rows), default=0) + extra
+        if self.max_tokens is not None and longest > self.max_tokens:
             raise InputError(
-                f"expected {what} of at most {self.max_tokens} tokens, for which {self.name} has positions; "
-                f"got {tokens}: shorten them"
+                f"expected texts of at most {self.max_tokens} tokens, for which {self.name} has positions; got "
+                f"{longest}{' with what is to be written' if extra else ''}: shorten them"
             )
 
     @torch.no_grad()
@@ -259,8 +261,7 @@ class LM:
             if who is not None:
                 return who.generate(texts, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
             rows = self.encode([Text(text) for text in texts])
-            longest = max((len(row.ids) for row in rows), default=0) + max_new_tokens - 1
-            self._check_length(longest, "prompts and continuations")
+            self.check_length(rows, max_new_tokens - 1)
             return continuations(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
 
         return self._memories.answered(prompts, answer)

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from reknow.datasets import load_cases
-from reknow.descent import check_length
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import InputError
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
@@ -89,7 +88,7 @@ class IKE(MemoryMethod):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         replaced = conflicts(self, lm, edits, self.conflict)
-        check_length(lm, lm.encode([Text(_tail(edit) + edit.text, edit.target_new) for edit in edits]))
+        lm.check_length(lm.encode([Text(_tail(edit) + edit.text, edit.target_new) for edit in edits]))
         facts = [edit.text for edit in edits]
         shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]
         kept = [

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
-from reknow.descent import check_finite, check_length, told
+from reknow.descent import check_finite, told
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra
 from reknow.layers import resolve_layers
@@ -83,7 +83,7 @@ class LoRA(Method):
         edits = checked(self, edits, subject=False)
         layers = resolve_layers(lm, self.layers)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
-        check_length(lm, rows)
+        lm.check_length(rows)
         rows.sort(key=lambda row: len(row.ids))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         names = [name for layer in layers for name in self._matrices(lm, layer)]
