@@ -35,11 +35,10 @@ from transformers.activations import ACT2FN
 from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import InputError
 from reknow.keys import prompt_inputs, prompt_states
 from reknow.layers import depth_layer
 from reknow.memory import Hooks, Reading, versions
-from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
+from reknow.methods.base import BesideMatrix, at_least_one, checked, conflicts, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 
@@ -81,6 +80,9 @@ class CaliNet(BesideMatrix):
     seed: int = 0
     """Of the slots at the start."""
 
+    def __post_init__(self):
+        at_least_one(self, "slots", "steps")
+
     @property
     def name(self) -> str:
         return "calinet"
@@ -91,8 +93,6 @@ class CaliNet(BesideMatrix):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         clashes = conflicts(self, lm, edits, self.conflict)
-        if self.slots is not None and self.slots < 1:
-            raise InputError(f"expected at least one slot; got {self.slots}: raise slots")
         (layer,) = self.own_layers(lm)
         texts = [Text(text, edit.target_new) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)

@@ -23,7 +23,7 @@ import torch
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import InputError
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
+from reknow.methods.base import MemoryMethod, at_least_one, checked, conflicts, memory_patch
 from reknow.patches import Kind, Patch, write_aside
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
@@ -61,11 +61,11 @@ class IKE(MemoryMethod):
     """Of which demonstration is of which kind, and which rephrasing it shows."""
 
     def __post_init__(self):
-        if self.demonstrations < 0 or self.room < 1 or (self.shares is not None and sum(self.shares) < 1):
-            raise InputError(
-                "expected demonstrations ≥ 0, room ≥ 1 and shares that are not all 0; got "
-                f"{self.demonstrations}, {self.room} and {self.shares}: correct them"
-            )
+        at_least_one(self, "room")
+        if self.demonstrations < 0:
+            raise InputError(f"expected demonstrations of at least 0; got {self.demonstrations}: raise it")
+        if self.shares is not None and (len(self.shares) != 3 or min(self.shares) < 0 or not any(self.shares)):
+            raise InputError(f"expected three shares that are not all 0; got {self.shares}: correct them")
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from reknow.descent import check_finite, told
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra
 from reknow.layers import resolve_layers
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import Method, at_least_one, checked, weights_patch
 from reknow.patches import LowRank, Patch
 from reknow.peft_folder import base_of
 from reknow.tokens import Row, Text
@@ -72,8 +72,7 @@ class LoRA(Method):
             raise InputError(
                 f"expected places among {', '.join(get_args(Place))}; got {self.places}: choose from these"
             )
-        if self.rank < 1 or self.steps < 1:
-            raise InputError(f"expected rank and steps of at least 1; got {self.rank} and {self.steps}: raise them")
+        at_least_one(self, "rank", "steps", "batch_size")
 
     @property
     def name(self) -> str:

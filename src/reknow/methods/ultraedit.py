@@ -23,7 +23,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import Method, at_least_one, checked, weights_patch
 from reknow.patches import Delta, Dense, LowRank, Patch
 from reknow.solvers import cholesky, solve
 from reknow.tokens import Text
@@ -58,8 +58,7 @@ class UltraEdit(Method):
     def __post_init__(self):
         if self.matrices not in ("value", "up"):
             raise InputError(f"expected matrices among value, up; got {self.matrices!r}: choose one")
-        if self.turn < 1:
-            raise InputError(f"expected a turn of at least one edit; got {self.turn}: raise it")
+        at_least_one(self, "turn")
 
     @property
     def name(self) -> str:

@@ -31,7 +31,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
-from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.values import contexts
@@ -93,11 +93,11 @@ class WISE(BesideMatrix):
     """Of the masks, contexts and facts."""
 
     def __post_init__(self):
-        mask, size = 1 if self.mask is None else self.mask, 1 if self.shard_size is None else self.shard_size
-        if not 0 < mask <= 1 or size < 1:
-            raise InputError(
-                f"expected 0 < mask ≤ 1 and a shard_size of at least 1; got {mask} and {size}: correct them"
-            )
+        at_least_one(self, "steps", "shard_size", "unrelated")
+        for name in ("mask", "density"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise InputError(f"expected 0 < {name} ≤ 1; got {share}: correct it")
 
     @property
     def name(self) -> str:
