@@ -77,8 +77,10 @@ class IKE(MemoryMethod):
         """Keeps the cases as demonstrations in the file `out`, and gives the method that shows them.
 
         Raises:
-            InputError: a case has no old answer, rephrasing or locality probe to show, or the file cannot be written.
+            InputError: there are no cases, one lacks a rephrasing or another fact, or the file cannot be written.
         """
+        if not cases:
+            raise InputError("expected cases to show; got none: give some, or edit without to show the bundled ones")
         for case in cases:
             _wordings(case)
         lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases)
@@ -95,7 +97,7 @@ class IKE(MemoryMethod):
             _fitting(lm, each, _tail(edit), edit.text, self.room) for each, edit in zip(shown, edits, strict=True)
         ]
         notes = {"demonstrations": [len(each) for each in kept], "conflicts": replaced}
-        if min(notes["demonstrations"]) < self.demonstrations:
+        if any(len(some) < len(each) for some, each in zip(kept, shown, strict=True)):
             notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"
         keys = embed(lm, facts, self.encoder).cpu()
         return memory_patch(self, lm, edits, {"keys": keys}, memory={"demonstrations": kept}, notes=notes)
@@ -238,6 +240,8 @@ def _read(path: str) -> list[Case]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
+        if not lines:
+            raise ValueError("it is empty")
         return [_case(json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
