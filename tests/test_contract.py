@@ -230,6 +230,9 @@ def test_layers_that_are_not_there_are_refused(models, name, layer):
     changes = dict(layer=layer, layers=(layer,), context_groups=())
     with pytest.raises(InputError, match="layer from 0 to 2"):
         quick(name, lm, **changes).edit(lm, [EDIT])
+    for layers, wrong in ((1, "put it in brackets"), ((), "empty list")) if "layers" in known else ():
+        with pytest.raises(InputError, match=wrong):
+            quick(name, lm, layers=layers).edit(lm, [EDIT])
 
 
 COUNTS = {"steps", "turns", "turn", "batch_size", "block_size", "shard_size", "span", "slots", "unrelated", "room",

@@ -66,7 +66,8 @@ class UltraEdit(Method):
 
     def own_layers(self, lm: LM) -> list[int]:
         first, last = (round(share * lm.layers) for share in DEPTH)
-        return resolve_layers(lm, self.layers or tuple(range(min(first, lm.layers - 1), max(last, first + 1))))
+        own = range(min(first, lm.layers - 1), max(last, first + 1))
+        return resolve_layers(lm, own if self.layers is None else self.layers)
 
     def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
         return 0
