@@ -71,6 +71,8 @@ def test_a_higher_rank_is_refused_or_truncated(edit, tmp_path):
     lm.apply(FT(layer=1, steps=3).edit(lm, [edit]))
     with pytest.raises(PatchError, match="rank 4 at most"):
         export_lora(lm, tmp_path / "adapter", max_rank=4)
+    with pytest.raises(InputError, match="max_rank of at least 1"):
+        export_lora(lm, tmp_path / "adapter", max_rank=0, truncate=True)
     assert not (tmp_path / "adapter").exists()
     report = export_lora(lm, tmp_path / "adapter", max_rank=4, truncate=True)
     assert set(report.ranks.values()) == {4}
