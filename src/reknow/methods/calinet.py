@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,6 @@ from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.keys import prompt_inputs, prompt_states
-from reknow.layers import depth_layer
 from reknow.memory import Hooks, Reading, versions
 from reknow.methods.base import BesideMatrix, at_least_one, checked, conflicts, memory_patch
 from reknow.patches import Patch
@@ -59,6 +58,8 @@ CONTRASTS = 4
 @dataclass(frozen=True)
 class CaliNet(BesideMatrix):
     """Slots beside an MLP, trained on the edits in all their wordings."""
+
+    depth: ClassVar[float] = DEPTH
 
     layer: int | None = None
     """Layer whose MLP gets slots; None: at three fifths of the depth."""
@@ -86,9 +87,6 @@ class CaliNet(BesideMatrix):
     @property
     def name(self) -> str:
         return "calinet"
-
-    def own_layers(self, lm: LM) -> list[int]:
-        return [depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)]
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
