@@ -97,7 +97,7 @@ class KN(Method):
                 (row,) = lm.encode([Text(edit.text)])
                 activation = lm.read([row], [len(row.ids) - 1], inputs=[name])[name][0]  # (in,)
                 change *= activation[mine].sign()
-            rows = torch.eye(weight.shape[1], device=weight.device)[mine]  # (neurons, in)
+            rows = torch.nn.functional.one_hot(mine, weight.shape[1]).float()  # (neurons, in)
             deltas[name] = LowRank(change.float(), rows)
         notes = {"neurons": [list(neuron) for neuron in neurons], "old_answer": old}
         return weights_patch(self, lm, [edit], deltas, notes=notes)
