@@ -46,7 +46,7 @@ class LoRA(Method):
     kind: Kind = "lora"
     """Fixed rank, rank shared out among the matrices, or fixed rank against a base in four bits."""
     layers: tuple[int, ...] | None = None
-    """Layers that get adapters; None: a sixth of the model around `suggest_layer`."""
+    """Layers that get adapters; None: a sixth of the model, five at most, around `suggest_layer`."""
     places: tuple[Place, ...] = ("value",)
     """Which matrices of a layer: the value matrix, the MLP's input, attention's output."""
     rank: int = 8
