@@ -60,8 +60,8 @@ def export_lora(
 
     Raises:
         PatchError: no patch is applied, one is a memory, or a change has a higher rank than `max_rank`.
-        InputError: `max_rank` is below 1, the folder exists and `overwrite` is off, or the disk is full (an old folder
-            stays).
+        InputError: `max_rank` is below 1, the folder exists and `overwrite` is off, or the disk is full (an old
+            folder stays).
     """
     if not lm.patches:
         raise PatchError("expected at least one applied patch to export; got none: apply a patch first")
