@@ -203,7 +203,7 @@ class Blocks:
         ]
 
     def attach(self, lm: LM):
-        return [on_output(lm, module, partial(self._add, module)) for module in self.factors]
+        return (on_output(lm, module, partial(self._add, module)) for module in self.factors)
 
     def _block(self, query: Tensor) -> int:
         """The block of a prompt whose key is `query` (in,), or −1."""
