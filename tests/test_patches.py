@@ -10,7 +10,7 @@ import torch
 
 from conftest import bits, make_lm, same, some_patch
 from families import tiny_model, tiny_tokenizer
-from reknow import LM
+from reknow import LM, weights
 from reknow.errors import InputError, PatchError
 from reknow.fingerprint import Fingerprint
 from reknow.patches import LowRank, diff, merge
@@ -90,6 +90,25 @@ def test_the_order_of_patches_matters_to_no_bit_that_counts(lm):
         forth = lm.weight(name).clone()
     with lm.patched(*patches[::-1]):
         assert torch.allclose(lm.weight(name), forth, rtol=0, atol=1e-6)
+
+
+def test_a_tall_stack_has_the_same_bits_however_it_was_built(lm, monkeypatch):
+    monkeypatch.setattr(weights, "BLOCK", 3)
+    patches = [some_patch(lm, seed=seed) for seed in range(10)]
+    base = bits(lm)
+    with lm.stacked(patches):
+        at_once = bits(lm)
+    with lm.patched():
+        for patch in patches:
+            lm.apply(patch)
+        one_by_one = bits(lm)
+        assert same(one_by_one, at_once)
+        for taken in (patches[4], patches[9], patches[0]):
+            lm.revert(taken)
+        left = bits(lm)
+    with lm.stacked([patch for i, patch in enumerate(patches) if i not in (0, 4, 9)]):
+        assert same(bits(lm), left)
+    assert same(bits(lm), base) and not lm._weights._sums
 
 
 def test_contexts_restore_the_stack_on_errors(lm):

@@ -257,9 +257,8 @@ def merge(patches: Sequence[Patch]) -> Patch:
     head = patches[0]
     for patch in patches[1:]:
         head.base.check(patch.base, head.label)
-    deltas = {
-        name: summed([p.deltas[name] for p in patches if name in p.deltas]) for p in patches for name in p.deltas
-    }
+    names = dict.fromkeys(name for patch in patches for name in patch.deltas)
+    deltas = {name: summed([p.deltas[name] for p in patches if name in p.deltas]) for name in names}
     merged = {patch.id for patch in patches}
     return Patch(
         method=head.method if len({p.method for p in patches}) == 1 else "merged",

@@ -20,6 +20,9 @@ from reknow.errors import ModelError, PatchError
 from reknow.patches import Delta, LowRank, Patch, summed, total
 from reknow.trace import swapped
 
+BLOCK = 64
+"""Changes of a matrix whose sum is kept, so that a patch on top of thousands costs no more than on a few."""
+
 
 class Weights:
     """Reads and changes the matrices of `model` by module name."""
@@ -29,6 +32,8 @@ class Weights:
         self._base: dict[str, Tensor] = {}
         """Untouched copies of the changed weights, the way round the model stores them."""
         self._changes: dict[str, tuple[Delta, ...]] = {}
+        self._sums: dict[str, tuple[tuple[Delta, ...], Tensor]] = {}
+        """The first changes of a matrix, whole blocks of them, and base + their sum in float64."""
         self._beside: dict[str, tuple[Callable, ExitStack]] = {}
         """Of each matrix whose change is beside it: its own `forward`, and what brings that back."""
 
@@ -79,16 +84,23 @@ class Weights:
         Raises:
             PatchError: a patch names a matrix that is not there or has another shape, or a sum overflows the dtype.
         """
-        wanted: dict[str, tuple[Delta, ...]] = {}
+        wanted: dict[str, list[Delta]] = {}
+        shapes: dict[str, tuple[int, int] | None] = {}
         for patch in patches:
             for name, delta in patch.deltas.items():
-                self._check(name, delta, patch)
-                wanted[name] = (*wanted.get(name, ()), delta)
+                found = shapes[name] if name in shapes else shapes.setdefault(name, self._shape(name))
+                if found != delta.shape:
+                    got = f"has {found[0]} x {found[1]}" if found else "is not there"
+                    raise PatchError(
+                        f"expected a matrix {name} of {delta.shape[0]} x {delta.shape[1]} for {patch.label}; "
+                        f"in this model it {got}: load the model on which the patch was made"
+                    )
+                wanted.setdefault(name, []).append(delta)
         before = dict(self._changes)
         names = dict.fromkeys((*before, *wanted))
         try:
             for name in names:
-                self._write(name, wanted.get(name, ()))
+                self._write(name, tuple(wanted.get(name, ())))
         except BaseException:
             for name in names:
                 self._write(name, before.get(name, ()))
@@ -104,13 +116,26 @@ class Weights:
         if name not in self._base:
             self._base[name] = _oriented(module, weight).detach().clone()
         base = self.base(name)
-        changed = total(base.double(), deltas).to(weight.dtype) if deltas else base
+        changed = self._sum(name, base, deltas).to(weight.dtype) if deltas else base
         if deltas and not bool(changed.isfinite().all()):
             raise PatchError(f"expected a sum that {weight.dtype} can hold; {name} overflows: use another dtype")
         self._changes[name] = deltas  # before the copy, so that an interrupted one is undone
         weight.copy_(changed)
         if not deltas:
             del self._base[name], self._changes[name]
+            self._sums.pop(name, None)
+
+    def _sum(self, name: str, base: Tensor, deltas: tuple[Delta, ...]) -> Tensor:
+        """base + Σ ΔW in float64. Its bits depend on the changes and their order alone, not on what was kept."""
+        known, value = self._sums.get(name, ((), base))
+        if deltas[: len(known)] != known:
+            known, value = (), base
+        value = value.double()
+        for start in range(len(known), len(deltas) - BLOCK + 1, BLOCK):
+            known = deltas[: start + BLOCK]
+            value = total(value, known[start:])
+            self._sums[name] = known, value
+        return total(value, deltas[len(known) :])
 
     def _put_beside(self, name: str, module: nn.Module, deltas: tuple[Delta, ...]) -> None:
         if name in self._beside:
@@ -121,18 +146,13 @@ class Weights:
             stack.enter_context(swapped(module, beside(own, summed(deltas))))
             self._beside[name], self._changes[name] = (own, stack), deltas
 
-    def _check(self, name: str, delta: Delta, patch: Patch) -> None:
+    def _shape(self, name: str) -> tuple[int, int] | None:
+        """(out, in) of the matrix; None: it is not there."""
         try:
             module = self._model.get_submodule(name)
         except AttributeError:
-            module = None
-        found = shape(module) if module is not None and is_matrix(module) else None
-        if found != delta.shape:
-            got = f"has {found[0]} x {found[1]}" if found else "is not there"
-            raise PatchError(
-                f"expected a matrix {name} of {delta.shape[0]} x {delta.shape[1]} for {patch.label}; "
-                f"in this model it {got}: load the model on which the patch was made"
-            )
+            return None
+        return shape(module) if is_matrix(module) else None
 
 
 def takes_changes(module: nn.Module) -> bool:
