@@ -6,8 +6,9 @@
 Facts of CounterFact that the model knows are edited at the layer that is suggested for it: 1, 10, 100 … in one patch
 of the unedited model; and in turns of `--turn` facts, each turn a patch on those before. ROME writes one fact
 after the other in both. Read are up to `--read` of the facts edited so far, spread evenly, early ones included: every
-token of the answer right, teacher-forced; and the perplexity of a few paragraphs of WikiText. The folder keeps a line
-per point, and the same command goes on where it was.
+token of the answer right, teacher-forced; and the perplexity of a few paragraphs of WikiText. CPU seconds of a batch
+say little: methods with the same search share it, and the first one pays. The folder keeps a line per point, and the
+same command goes on where it was.
 """
 
 import argparse
@@ -24,8 +25,8 @@ from reknow import LM, load_cases, method
 from reknow.datasets import sample_text
 from reknow.effect import known_cases
 from reknow.errors import EditFailed
+from reknow.files import write_text
 from reknow.layers import suggest_layer
-from reknow.patches import write_aside
 
 COLOURS = {"memit": "#0072B2", "emmet": "#E69F00", "pmet": "#009E73", "alphaedit": "#CC79A7", "rome": "#D55E00"}
 PLAIN, TOKENS = 8, 128
@@ -63,7 +64,7 @@ class Study:
         point = {"method": name, "mode": mode, "facts": facts, **rates, "perplexity": perplexity, "seconds": seconds}
         self.points.append(point)
         text = "".join(json.dumps(each) + "\n" for each in self.points)
-        write_aside(self.file, lambda aside: Path(aside).write_text(text, encoding="utf-8"))
+        write_text(self.file, text)
         print(json.dumps(point), flush=True)
 
     def batches(self, name):

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 PHASES = {
-    "lower blocks, left columns": [("reknow.trace", "Suffix.__init__")],
+    "lower blocks, left columns": [("reknow.replay", "Suffix.__init__")],
     "search of δ": [("reknow.values", "_descend")],
     "keys and states": [("reknow.methods.memit", "subject_keys"), ("reknow.methods.memit", "subject_states")],
     "least squares": [

@@ -19,6 +19,7 @@ from conftest import make_lm
 from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, field_docs, read_value
+from reknow.cli.terminal import run_folder
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]
@@ -82,13 +83,21 @@ def test_edit_apply_revert_export(model, empty_folder):
     assert torch.equal(LM("mine").model(IDS).logits, LM(model).model(IDS).logits)
 
 
+def test_braces_and_a_subject_by_itself_are_the_same_edit(model):
+    edit(model, "--subject", "Danielle Darrieux")
+    (made,) = Patch.load("danielle-darrieux.patch").edits
+    assert made.text == "The mother tongue of Danielle Darrieux is"
+
+
 def test_a_second_patch_is_made_on_the_stack_and_the_first_comes_off(model):
     edit(model, "--out", "first.patch")
     done("apply", "first.patch", "--stack", "mine", "--model", model)
-    edit("mine", "--out", "second.patch", prompt="The capital of {Peru} is", target="Paris")
+    hint = edit("mine", "--out", "second.patch", prompt="The capital of {Peru} is", target="Paris")
+    assert "apply it with: reknow apply second.patch --stack mine\n" in hint
     first, second = Patch.load("first.patch"), Patch.load("second.patch")
     assert second.made_on == (first.id,)
-    done("apply", "second.patch", "--stack", "mine")
+    assert_refused(reknow("apply", "second.patch", "--stack", "mine", "--model", "demo:gpt2"), model)
+    done("apply", "second.patch", "--stack", "mine", "--model", os.path.relpath(model))
     result = reknow("revert", "first.patch", "--stack", "mine")
     assert result.exit_code == 0 and "made on top of" in result.stderr
     found = json.loads(done("show", "mine", "--json"))
@@ -193,6 +202,7 @@ BAD = {
     "unknown method": (["edit", PROMPT, "English", "--method", "rom"], ["Did you mean 'rome'"]),
     "unknown setting": (["edit", PROMPT, "English", "--set", "stepz=3"], ["Did you mean 'steps'"]),
     "a setting of another type": (["edit", PROMPT, "English", "--set", "steps=many"], ["steps as int"]),
+    "a setting that is no number": (["edit", PROMPT, "English", "--set", "learning_rate=NaN"], ["got 'NaN'"]),
     "a setting without value": (["edit", PROMPT, "English", "--set", "steps"], ["FIELD=VALUE"]),
     "no such layer": (["edit", PROMPT, "English", "--layer", "9"], ["0 to 2"]),
     "unknown dtype": (["edit", PROMPT, "English", "--dtype", "float23"], ["Did you mean"]),
@@ -202,6 +212,12 @@ BAD = {
     "no patch": (["apply", "broken.json", "--stack", "s"], ["broken.json"]),
     "no stack": (["revert", "abc", "--stack", "nowhere"], ["stack folder"]),
     "unknown format": (["export", "x", "y", "--to", "gguf"], ["hf"]),
+    "no seed": (["bench", "--seeds", "", "--limit", "1"], ["at least one seed"]),
+    "a seed twice": (["bench", "--seeds", "0,0", "--limit", "1"], ["each once"]),
+    "a seed of a study twice": (["study", "tasks", "--seeds", "1,1"], ["each once"]),
+    "unknown study": (["study", "domain"], ["Did you mean 'domains'", "gradients"]),
+    "families where none are read": (["study", "domains", "--families", "broken.json"], ["--families"]),
+    "a family missing": (["study", "tasks", "--families", "families.json"], ["families.json", "no counterfact"]),
     "unknown method to explain": (["methods", "mendd"], ["method 'mendd'"]),
 }
 
@@ -211,6 +227,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(name, model, empty_folder)
     command, words = BAD[name]
     (empty_folder / "broken.json").write_text('[{"prompt": "a",\n "target_new" "b"}]')
     (empty_folder / "missing.json").write_text('[{"prompt": "The capital of {Peru} is"}]')
+    (empty_folder / "families.json").write_text('{"families": {}}')
     before = sorted(empty_folder.iterdir())
     takes_model = command[0] in ("edit", "apply")
     assert_refused(reknow(*command, *(["--model", model] if takes_model else [])), *words)
@@ -318,6 +335,7 @@ def test_settings_are_read_by_their_type():
     assert isinstance(method.learning_rate, float)
     assert chosen_method("ft-m", ["clamp=none"]).clamp is None
     assert read_value("name", "12", str) == "12"
+    assert chosen_method("rome", ["average_keys=True"]).average_keys
 
 
 def test_the_layer_goes_to_whichever_field_a_method_has():
@@ -345,3 +363,11 @@ def test_statistics_are_read_ahead_and_then_found(model, empty_folder, monkeypat
     for wrong, complaint in (("x", "whole numbers"), ("7", "layer from 0 to 2")):
         result = reknow("stats", "--model", model, "--layers", wrong)
         assert result.exit_code == 2 and complaint in " ".join(result.stderr.split())
+
+
+def test_models_have_run_folders_of_their_own():
+    assert [str(run_folder("demo", model)) for model in ("demo:gpt2", "demo:llama", "me/small/")] == [
+        "runs/demo",
+        "runs/demo-llama",
+        "runs/demo-small",
+    ]

@@ -1,6 +1,7 @@
 """The loaders on their bundled samples, and on files with every kind of fault."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -380,7 +381,7 @@ def test_hub_addresses(tmp_path, monkeypatch):
 
 
 def test_hub_without_the_extra(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"reknow\[hub\]"):
         reading.hub_file("hub:me/set:a.json")
 
@@ -429,7 +430,10 @@ def test_a_subject_may_be_marked_and_given(tmp_path):
         ("prompt,subject,target_new\nA is,B,c\n", "line 2: expected the subject 'B' in the prompt"),
         ("prompt,target_new\nA {} is,c\n", "line 2: expected one subject in braces"),
         ("id,prompt,target_new\n1,a,b\n1,c,d\n", "expected a different id for every edit"),
+        ('prompt,target_new\na,"b\nc,d\n', "line 3: expected a CSV row"),  # the rest would be one answer
+        (f'prompt,target_new\na,"b{"x" * 200_000}"\n', "line 2: expected a CSV row"),
     ],
+    ids=lambda text: text[:30],
 )
 def test_faults_of_csv_edits(tmp_path, content, complaint):
     assert complaint in refusal(load_edits, write(tmp_path, "mine.csv", content))
@@ -496,6 +500,15 @@ def test_a_text_source_that_cannot_be_read_is_refused(tmp_path, name, content, c
         list(text_source(tmp_path / name).texts())
     with pytest.raises(InputError, match="there is none"):
         text_source(tmp_path / "nowhere")
+
+
+def test_an_error_of_the_hub_without_words_is_named(monkeypatch):
+    def fails(name):
+        raise TimeoutError
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(dataset_info=fails))
+    assert "got 'TimeoutError'" in refusal(text_source, "hub:me/set")
 
 
 def test_a_data_set_is_streamed_by_datasets(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ def test_the_demo_measures_reports_and_takes_back(shell):
     result = shell("reknow demo --quick --out run")
     assert result.returncode == 0, result.stderr
     assert "tensors have the bits they had before" in result.stdout
+    assert "\n\nEdwin of Northumbria" in result.stdout, "a blank line between the tables"
     rows = [json.loads(line) for line in (shell.folder / "run" / "cases.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"rome", "ft-m"} and all(row["error"] is None for row in rows)
     page = (shell.folder / "run" / "report.html").read_text(encoding="utf-8")

@@ -86,6 +86,11 @@ def test_score_is_the_harmonic_mean_of_the_means_over_cases():
     ]
     assert summarise(cases)["S@contrast"][0] == pytest.approx(3 / (1 / 1 + 1 / 0.5 + 1 / 0.5))
     assert metrics.harmonic_mean([1, 1, 0]) == 0.0
+    right = {"ES@contrast": 1.0, "PS@contrast": 1.0, "NS@contrast": 1.0}
+    without = {"ES@contrast": 1.0, "PS@contrast": 1.0}
+    assert summarise([right, right, without])["S@contrast"] == (1.0, 1.0, 1.0, 2), (
+        "a draw without neighbours has no S"
+    )
 
 
 def test_a_mean_is_over_the_cases_that_have_the_metric():

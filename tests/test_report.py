@@ -12,7 +12,9 @@ from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
-from reknow.report import write_report
+from reknow.evaluation.results import TABLES
+from reknow.report import plots, write_report
+from reknow.report.page import READ
 
 METHODS = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak <b>": FT(layer=2, steps=1)}
 
@@ -44,7 +46,11 @@ def test_the_page_needs_nothing_else_and_escapes_what_models_say(run):
     assert page.count("<svg") == 6  # reliability, locality, and two of retention and of time
     for protocol in ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast"):
         assert f"<code>{protocol}</code>" in page
-    assert "not finished" not in page
+    assert "not finished" not in page and 'id="answers"' in page and "generated freely" in page
+
+
+def test_every_protocol_is_explained():
+    assert set(READ) == {protocol for protocol, *_ in TABLES}
 
 
 def test_csv_and_markdown_hold_the_numbers_of_the_results(run, tmp_path):
@@ -70,6 +76,19 @@ def test_an_unfinished_run_says_so(run, tmp_path):
     assert "0 of 6 cases have been read to the end" in write_report(tmp_path).read_text()
     (tmp_path / "cases.jsonl").unlink()
     assert "0 of 6" in write_report(tmp_path).read_text()
+
+
+def test_curves_are_drawn_of_what_was_read(run, tmp_path):
+    """Free answers were not asked for, and the second method was killed before its first checkpoint."""
+    cases, plan = make_cases(), Plan("sequential", checkpoints=(1, 2), generate=False)
+    results = bench(make_lm(), cases, METHODS, tmp_path, plan=plan)
+    assert plots.over_time(results, "generated") is None and plots.retention(results, "generated") is None
+    page = write_report(tmp_path).read_text()
+    assert 'id="answers"' not in page and "<details" not in page and "generated freely" not in page
+    results = Results.load(run)
+    rows = {key: row for key, row in results.rows.items() if row["method"] == "fine" or row["stage"] == "after_edit"}
+    picture = plots.over_time(Results(results.manifest, results.before, rows), "generated")
+    assert [line.get_label() for line in picture.axes[0].lines] == ["fine, reliability", "fine, locality"]
 
 
 def test_failures_are_listed(run, tmp_path):

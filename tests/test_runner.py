@@ -20,7 +20,7 @@ from reknow.errors import EditFailed, InputError
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.metrics import PROTOCOLS, Reading, case_metrics
 from reknow.evaluation.rows import BEFORE_KEY, ROW_KEY, Rows
-from reknow.evaluation.runner import _named, _Run
+from reknow.evaluation.runner import _named, _Run, progress_bar
 from reknow.methods.base import Method, weights_patch
 from reknow.patches import Dense
 
@@ -329,3 +329,12 @@ def test_without_written_answers_the_rest_is_the_same():
     kept = {key: cell for key, cell in whole.cells.items() if cell.protocol not in ("generated", "edit")}
     assert {key: cell for key, cell in quick.cells.items() if cell.protocol != "edit"} == kept
     assert "generated" in str(whole) and "generated" not in str(quick)
+
+
+def test_the_progress_keeps_its_numbers_beside_a_long_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(KeyboardInterrupt), progress_bar(True, "cases read", 12, 2) as (advance, tell):
+        tell("rome, counterfact/0 to counterfact/5: step 6 of 25, loss 0.00896")
+        advance()
+        raise KeyboardInterrupt
+    assert "3/12" in capsys.readouterr().err

@@ -9,14 +9,13 @@ import pytest
 
 from conftest import make_lm
 from reknow import FT, ICE, LM, Case, Edit, Probe
-from reknow.cli.measuring import _methods, _ready
+from reknow.cli.measuring import _methods, _ready, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
-from reknow.evaluation import Plan, bench
+from reknow.evaluation import Plan, Results, bench
 from reknow.evaluation.convergence import SHOWN, TARGETS, TEMPERATURES, inside
 from reknow.evaluation.presets import PRESETS, in_turn, thinned
 from reknow.methods.ice import consistency
-from reknow.report.convergence import write_convergence
 from reknow.report.study import by_set, write_study
 
 
@@ -112,6 +111,27 @@ def test_a_study_is_one_page_over_its_runs(tmp_path):
     assert "†" not in "".join(fine) and "†" in "".join(weak)
 
 
+def test_a_study_that_has_just_begun_has_a_page_and_another_folder_for_it(tmp_path):
+    methods = {"fine": FT(layer=2, steps=1)}
+    results = bench(make_lm(), in_turn([make_cases("one"), make_cases("two")]), methods, tmp_path / "run")
+    assert "2" in write_study("begun", {"run": Results(results.manifest, results.before, {})}, tmp_path).read_text()
+    (tmp_path / "run" / "cases.jsonl").unlink()
+    before = sorted((tmp_path / "run").iterdir())
+    report(tmp_path / "run", tmp_path / "pages")
+    assert sorted((tmp_path / "run").iterdir()) == before
+    assert {"report.html", "study.md"} <= {path.name for path in (tmp_path / "pages").iterdir()}
+
+
+def test_the_reports_of_several_sets_go_where_they_are_wanted(tmp_path):
+    for name in ("one", "two"):
+        bench(make_lm(), make_cases(name), {"fine": FT(layer=2, steps=1)}, tmp_path / "run" / name)
+    before = sorted((tmp_path / "run").rglob("*"))
+    report(tmp_path / "run", tmp_path / "pages")
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    pages = {str(path.relative_to(tmp_path / "pages")) for path in (tmp_path / "pages").rglob("*.*")}
+    assert {"one/report.html", "two/report.html", "study.md"} <= pages
+
+
 def test_a_run_over_all_sets_is_taken_apart_again(tmp_path):
     cases = in_turn([make_cases("one"), make_cases("two")])
     assert [case.edit.id for case in cases] == ["one/0", "two/0", "one/1", "two/1"]
@@ -140,7 +160,9 @@ def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
     content = (tmp_path / "inside.jsonl").read_bytes()
     inside(make_lm(), edits, {"ice": method}, tmp_path)
     assert (tmp_path / "inside.jsonl").read_bytes() == content
-    page = write_convergence(tmp_path).read_text()
-    assert "dynamic, T = 100" in page and "| ice | 2 |" in page and (tmp_path / "convergence.png").exists()
+    report(tmp_path, tmp_path / "pages")
+    page = (tmp_path / "pages" / "convergence.md").read_text()
+    assert "dynamic, T = 100" in page and "| ice | 2 |" in page and (tmp_path / "pages/convergence.png").exists()
+    assert not (tmp_path / "convergence.md").exists()
     with pytest.raises(InputError, match="steps is 4 and was 3"):
         inside(lm, edits, {"ice": replace(method, steps=4)}, tmp_path)

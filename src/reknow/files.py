@@ -39,6 +39,11 @@ def write_aside(path: str | Path, write: Callable[[str], object]) -> Path:
     return path
 
 
+def write_text(path: str | Path, text: str) -> Path:
+    """Writes a UTF-8 text as in `write_aside`."""
+    return write_aside(path, lambda aside: Path(aside).write_text(text, encoding="utf-8"))
+
+
 def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
     """Fills a temporary folder beside and renames it, so that a folder is old or whole: what was there is moved away
     before and deleted behind, or comes back."""

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from itertools import zip_longest
-from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
 from reknow.datasets import Fact, load_facts
 from reknow.edits import Edit
 from reknow.errors import InputError
+from reknow.files import write_text
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
-from reknow.patches import write_aside
 from reknow.stats import cache_folder
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def _looked_up(lm: LM) -> int:
         log.warning("layer %d of %s is a guess by depth: it knows too few trial facts", entry["layer"], lm.name)
     cache = cache_folder() / FILE
     text = json.dumps({**_read(cache), _key(lm, relations): entry}, indent=1)
-    write_aside(cache, lambda aside: Path(aside).write_text(text, encoding="utf-8"))
+    write_text(cache, text)
     return entry["layer"]
 
 

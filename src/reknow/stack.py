@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reknow.errors import PatchError
+from reknow.files import write_text
 from reknow.fingerprint import Fingerprint
-from reknow.patches import Patch, write_aside
+from reknow.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -101,9 +102,13 @@ def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
     for name, patch in zip(names, patches, strict=True):
         if not (folder / name).exists():
             patch.save(folder / name)
-    base = str(Path(base).resolve()) if Path(base).exists() else base
-    text = json.dumps({"format": FORMAT, "base": base, "patches": names}, indent=1)
-    return write_aside(folder / STACK_FILE, lambda aside: Path(aside).write_text(text, encoding="utf-8")).parent
+    text = json.dumps({"format": FORMAT, "base": base_name(base), "patches": names}, indent=1)
+    return write_text(folder / STACK_FILE, text).parent
+
+
+def base_name(base: str) -> str:
+    """How a stack folder names its base: a folder by its whole path, anything else as it is."""
+    return str(Path(base).resolve()) if Path(base).exists() else base
 
 
 def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from reknow.adapter import device_of, shape
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
-from reknow.patches import write_aside
+from reknow.files import write_aside
 from reknow.tokens import Row, Text, encode
 from reknow.trace import by_row, recorded
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Model, open_lm, say, say_table
+from reknow.cli.terminal import DEMO, Model, open_lm, run_folder, say, say_table
 from reknow.errors import EditFailed
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def demo(
     cases = (known or candidates)[: 6 if quick else 20]
 
     patches = _show(lm, cases[: 2 if quick else 4])
-    out = out or Path("runs") / ("demo-quick" if quick else "demo")
+    out = out or run_folder("demo-quick" if quick else "demo", model)
     _measure(lm, cases, out, quick)
     _take_back(lm, patches, bits)
     say(f"{time.perf_counter() - started:.0f} s in all")
@@ -74,7 +74,7 @@ def _show(lm: LM, cases: list[Case]) -> list[Patch]:
         rows = [[name, f"{prompt} …", a, b] for (name, prompt), a, b in zip(asked, before, after, strict=True)]
         title = f"{case.edit.subject}: {case.edit.target_true} → {case.edit.target_new}"
         say_table(["", "prompt", "before", "after"], rows, title)
-        say()
+        say("")
     return patches
 
 
@@ -98,7 +98,7 @@ def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
         if table.protocol in SHOWN:
             header, *rows = table.lines()
             say_table(header, rows, table.title)
-            say()
+            say("")
     say("[in brackets: 95 % interval over the cases]", f"report with pictures: {write_report(out)}\n")
 
 

@@ -77,7 +77,8 @@ def edit(
     if plan:
         cost = estimate(lm, chosen, edits)
         return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
-    _edit(lm, chosen, edits, out, as_json)
+    stack = model if lm.patches else f"FOLDER --model {lm.name}"
+    _edit(lm, chosen, edits, out, stack, as_json)
 
 
 def _edits(prompt, target, subject, true, file) -> list[Edit]:
@@ -91,10 +92,11 @@ def _edits(prompt, target, subject, true, file) -> list[Edit]:
         return load_edits(file)
     if prompt is None or target is None:
         raise InputError(
-            "expected a prompt and a new answer, or --file; got neither: "
+            "expected a prompt and a new answer, or --file; got less: "
             'for example reknow edit "The mother tongue of {Danielle Darrieux} is" English'
         )
     if subject is not None:
+        prompt = prompt.replace("{" + subject + "}", "{}")
         return [Edit(prompt, subject=subject, target_new=target, target_true=true)]
     if "{" in prompt:
         return [Edit.parse(prompt, target, target_true=true)]
@@ -106,7 +108,8 @@ def _slug(edits: list[Edit]) -> str:
     return name if len(edits) == 1 else f"{name}-and-{len(edits) - 1}-more"
 
 
-def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, as_json: bool) -> None:
+def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_json: bool) -> None:
+    """Makes the edits, shows what they changed, and writes the patch; `stack` is what to apply it to."""
     from reknow.cli.stacks import say_replaced
     from reknow.cost import estimate
     from reknow.effect import control_facts, observe, weight_bits
@@ -135,7 +138,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, as_json: bool) -
     say_replaced(patch.notes)
     numbers = sum(p.numel() for p in lm.model.parameters())
     say(f"base model after taking the patch off: {len(bits)} tensors, {numbers:,} numbers, every bit as before")
-    say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack FOLDER --model {lm.name}")
+    say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack {stack}")
 
 
 def _as_json(

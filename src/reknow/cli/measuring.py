@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, NoStats, open_lm, say, say_table
+from reknow.cli.terminal import (
+    DEMO,
+    Chat,
+    Device,
+    Dtype,
+    Model,
+    NoStats,
+    open_lm,
+    run_folder,
+    say,
+    say_table,
+    whole_numbers,
+)
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -73,8 +85,7 @@ def bench(
     lm.computes_statistics = not no_stats
     if names is None:
         chosen = _ready(lm, chosen)
-    suffix = "" if model == DEMO else f"-{Path(model.rpartition(':')[2]).name}"
-    out = out or Path("runs") / ((preset or "+".join(sets)) + suffix)
+    out = out or run_folder(preset or "+".join(sets), model)
     if study.part == "convergence":
         inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out, progress=True)
         return report(out)
@@ -105,7 +116,7 @@ def _plan(study: Preset, checkpoints: str | None, seeds: str | None, **given: An
     """The study's plan with what is given, not None, in its place."""
     from reknow.evaluation import Plan
 
-    given |= {"checkpoints": _numbers("--checkpoints", checkpoints), "seeds": _numbers("--seeds", seeds)}
+    given |= {"checkpoints": whole_numbers("--checkpoints", checkpoints), "seeds": whole_numbers("--seeds", seeds)}
     return Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
 
 
@@ -181,13 +192,6 @@ def _methods(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[st
     return {name: chosen_method(kinds[name], pairs) for name, pairs in fields_of.items()}
 
 
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise InputError(f"expected {option} as whole numbers with commas; got {text!r}: correct it") from None
-
-
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="Another folder for the report.")] = None,
@@ -201,11 +205,11 @@ def report(
     from reknow.report.study import by_set, write_study
 
     if (run / ROWS_FILE).exists():
-        return say(f"report: {write_convergence(run)}")
+        return say(f"report: {write_convergence(run, out)}")
     whole = (run / MANIFEST_FILE).exists()
     parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
     for part in parts or [run]:
-        page = write_report(part, out if part == run else None)
+        page = write_report(part, out and out / part.relative_to(run))
         say(f"report: {page} (also report.md, report.csv and figures)")
     runs = {part.name: Results.load(part) for part in parts}
     if len(by_set(runs)) > 1:

@@ -51,7 +51,8 @@ def read_value(name: str, text: str, hint: Any) -> Any:
         InputError: the text is nothing of that type.
     """
     try:
-        value = None if text.lower() in ("none", "auto") else json.loads(text)
+        words = {"none": None, "auto": None, "true": True, "false": False}
+        value = words[text.lower()] if text.lower() in words else json.loads(text, parse_constant=_refused)
     except ValueError:
         value = text
     for candidate in (value, text):
@@ -60,6 +61,11 @@ def read_value(name: str, text: str, hint: Any) -> Any:
         except TypeError:
             continue
     raise InputError(f"expected {name} as {shown_type(hint)}; got {text!r}: give a value of that form")
+
+
+def _refused(constant: str):
+    """NaN and infinities, which JSON as Python reads it would have, are no value of any setting."""
+    raise ValueError(constant)
 
 
 def _fitted(value: Any, hint: Any) -> Any:

@@ -43,13 +43,13 @@ def apply(
     The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands.
     """
     from reknow.patches import Patch
-    from reknow.stack import read_stack, save_stack, with_patch
+    from reknow.stack import base_name, read_stack, save_stack, with_patch
 
     loaded = [Patch.load(path) for path in patches]
     base, active = read_stack(stack)
     if base == stack and model is None:
         raise InputError(f"expected --model for the new stack {stack}; got none: name the base model")
-    if base != stack and model not in (None, base):
+    if base != stack and model is not None and base_name(model) != base:
         raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
     base = model if base == stack else base
     found = active[0].base if active else open_lm(str(base), dtype, device).fingerprint

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, say, say_table
-from reknow.errors import InputError
+from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, say, say_table, whole_numbers
+from reknow.errors import InputError, did_you_mean
 
 GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
 FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
@@ -22,7 +22,9 @@ def study(
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Updates for each task of an editor.")] = None,
     test: Annotated[int | None, typer.Option("--test", min=2, help="Cases of each task to read.")] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="Numbers, with commas between. [0]")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", help="With commas between; domains and gradients take the first. [0]")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="500 updates a task, 100 cases, three seeds.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The folder; studies share its editors.")] = None,
     dtype: Dtype = None,
@@ -36,15 +38,15 @@ def study(
     from reknow.instructions.gradients import gradient_study
     from reknow.instructions.studies import STUDIES, Size, run_study
 
+    questions = {key: each.question for key, each in STUDIES.items()}
+    questions |= {"domains": QUESTION, "gradients": GRADIENTS}
     if name is None:
-        rows = [*([key, each.question] for key, each in STUDIES.items()), ["domains", QUESTION]]
-        rows += [["gradients", GRADIENTS]]
-        return say_table(["study", "question"], rows)
-    try:
-        numbers = None if seeds is None else tuple(int(part) for part in seeds.split(","))
-    except ValueError:
-        raise InputError(f"expected --seeds as whole numbers with commas; got {seeds!r}: correct it") from None
-    given = {"steps": steps, "test": test, "seeds": numbers}
+        return say_table(["study", "question"], [list(row) for row in questions.items()])
+    if name not in questions:
+        raise did_you_mean("study", name, questions)
+    if name == "domains" and families is not None:
+        raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
+    given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
     size = Size(**{**(FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
     lm = open_lm(model, dtype, device)
     out = out or Path("runs") / "instructedit"

@@ -62,10 +62,27 @@ def open_lm(model: str, dtype: str | None = None, device: str | None = None, cha
     )
 
 
+def run_folder(name: str, model: str) -> Path:
+    """Where a run goes that names no folder: models other than the demo model have their own."""
+    return Path("runs") / (name if model == DEMO else f"{name}-{Path(model.rpartition(':')[2]).name}")
+
+
 def refuse_existing(path: Path, force: bool) -> None:
     """Raises InputError where the path exists and may not be overwritten."""
     if path.exists() and not force:
-        raise InputError(f"expected a new name; {path} exists: choose another with --out, or give --force")
+        raise InputError(f"expected a new name; {path} exists: choose another, or give --force")
+
+
+def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    """The numbers of an option, with commas between; None where it is not given.
+
+    Raises:
+        InputError: something else.
+    """
+    try:
+        return None if text is None else tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"expected {option} as whole numbers with commas; got {text!r}: correct it") from None
 
 
 def say(*lines: str) -> None:

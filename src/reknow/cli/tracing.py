@@ -122,8 +122,8 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
 
 def _read(path: Path, header: dict, force: bool) -> list[Trace]:
     """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped."""
+    from reknow.files import write_text
     from reknow.locate import Trace
-    from reknow.patches import write_aside
 
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and not force else []
     whole = [line for line in lines if line.endswith("\n")]
@@ -132,7 +132,7 @@ def _read(path: Path, header: dict, force: bool) -> list[Trace]:
             f"expected traces of this model, these facts and settings; {path} has others: change --out or --force"
         )
     text = "".join(whole) or json.dumps(header) + "\n"
-    write_aside(path, lambda aside: Path(aside).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return [Trace.from_json(json.loads(line)) for line in whole[1:]]
 
 

@@ -131,19 +131,22 @@ def read_table(source: Any, name: str) -> list[Record]:
     """The rows of a CSV file with a header; commas, semicolons or tabs; empty cells are left out.
 
     Raises:
-        InputError: file missing or not UTF-8; a row longer than the header (line named).
+        InputError: file missing or not UTF-8; a row longer than the header, or a quotation without end (line named).
     """
     text = read_text(source, name)
     header = text.split("\n", 1)[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-    columns = [column.strip() for column in next(rows, [])]
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
     records = []
-    for row in filter(None, rows):
-        where = f"{name}, line {rows.line_num}"
-        if len(row) > len(columns):
-            raise InputError(f"{where}: expected {len(columns)} cells; got {len(row)}: quote texts with commas")
-        fields = {column: cell for column, cell in zip(columns, row, strict=False) if cell.strip()}
-        records.append(Record(fields, where, len(records)))
+    try:
+        columns = [column.strip() for column in next(rows, [])]
+        for row in filter(None, rows):
+            where = f"{name}, line {rows.line_num}"
+            if len(row) > len(columns):
+                raise InputError(f"{where}: expected {len(columns)} cells; got {len(row)}: quote texts with commas")
+            fields = {column: cell for column, cell in zip(columns, row, strict=False) if cell.strip()}
+            records.append(Record(fields, where, len(records)))
+    except csv.Error as error:
+        raise InputError(f"{name}, line {rows.line_num}: expected a CSV row; got '{error}': correct it") from error
     return records
 
 
@@ -159,7 +162,7 @@ def read_text(source: Any, name: str) -> str:
 
 
 def refuse_repeated(ids: Iterable[str | None], name: str) -> None:
-    """InputError if an id (other than None) occurs twice: results and journals are kept under it."""
+    """InputError if an id (other than None) occurs twice: results are kept under it."""
     twice = [id for id, times in Counter(ids).items() if times > 1 and id is not None]
     if twice:
         raise InputError(f"expected a different id for every edit in {name}; got {twice[0]!r} twice: rename one")

@@ -149,8 +149,9 @@ def _hub_source(address: str) -> TextSource:
         split = split or "train"
         stream = datasets.load_dataset(name, configuration or None, split=split, revision=revision, streaming=True)
     except Exception as error:  # the classes of network and name errors differ from version to version
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise InputError(
-            f"expected a data set at {address}; got '{str(error).splitlines()[0]}': check name, configuration, split "
+            f"expected a data set at {address}; got '{reason}': check name, configuration, split "
             "and network, or give a local file"
         ) from error
     return TextSource(

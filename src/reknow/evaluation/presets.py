@@ -36,7 +36,7 @@ class Preset(NamedTuple):
     plan: Mapping[str, Any] = NONE
     """Fields of `Plan`."""
     part: str = "bench"
-    """`convergence`: not a comparison of answers but what happens inside, see `evaluate.convergence`."""
+    """`convergence`: not a comparison of answers but what happens inside, see `evaluation.convergence`."""
     full: Mapping[str, Any] = NONE
     """Fields of this preset in its full size."""
 

@@ -250,7 +250,8 @@ def summarise(
         means[key] = np.exp(found) if logarithmic else found, len(values)
     parts = [means[key] for key in ("ES@contrast", "PS@contrast", "NS@contrast") if key in means]
     if len(parts) == 3:
-        score = np.array([harmonic_mean(row) for row in np.stack([found for found, _ in parts], 1)])
+        rows = np.stack([found for found, _ in parts], 1)  # (1 + resamples, 3)
+        score = np.array([np.nan if np.isnan(row).any() else harmonic_mean(row) for row in rows])
         means["S@contrast"] = score, min(count for _, count in parts)
     return {key: (*_interval(found, count), count) for key, (found, count) in means.items()}
 

@@ -16,7 +16,7 @@ import torch
 
 from reknow.edits import Case
 from reknow.errors import InputError
-from reknow.patches import write_aside
+from reknow.files import write_text
 
 BEFORE_FILE, ROWS_FILE, MANIFEST_FILE = "before.jsonl", "cases.jsonl", "manifest.json"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
@@ -75,7 +75,7 @@ def _whole_lines(path: Path) -> bytes:
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file aside and renames it."""
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-    write_aside(path, lambda aside: Path(aside).write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 def cases_digest(cases: Iterable[Case]) -> str:

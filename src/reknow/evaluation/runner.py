@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 import reknow
 from reknow.descent import watched
@@ -66,6 +67,8 @@ class Plan:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.mode not in get_args(Mode):
             raise InputError(f"expected a mode among {', '.join(get_args(Mode))}; got {self.mode!r}: name one")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise InputError(f"expected at least one seed, each once; got {list(self.seeds)}: correct them")
         wrong = [at for at in self.checkpoints if at < 1 or at % self.batch_size]
         if self.batch_size < 1 or wrong or (self.checkpoints and self.mode != "sequential"):
             raise InputError(
@@ -287,9 +290,11 @@ def _blocks(names: list[str], size: int = BLOCK) -> list[list[str]]:
 def progress_bar(shown: bool, what: str, total: int, done: int):
     """Gives two functions: one moves the progress bar on stderr, if it is shown; one puts text beside it."""
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()),
-        TextColumn("{task.fields[now]}"),
+        *(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()),
+        # A long text is cut, so that the numbers beside it stay.
+        TextColumn("{task.fields[now]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=Console(file=sys.stderr), disable=not shown) as progress:
+    with Progress(*columns, console=Console(file=sys.stderr), expand=True, disable=not shown) as progress:
         task = progress.add_task(what, total=total, completed=done, now="")
         yield lambda: progress.advance(task), lambda text: progress.update(task, now=text)
+        progress.update(task, now="")

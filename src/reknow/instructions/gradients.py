@@ -12,7 +12,7 @@ from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.evaluation.rows import write_json
 from reknow.instructions.families import load_families
-from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases
+from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases, task_families
 from reknow.learning.gradients import flat_factors
 from reknow.learning.transform import new_network
 from reknow.lm import LM
@@ -47,7 +47,7 @@ def gradient_study(
         raise MissingExtra("scikit-learn", "analysis", "t-SNE of the gradients") from None
     from reknow.report.gradient_plots import gradient_figure
 
-    known, folder, seed = load_families(families), Path(out), size.seeds[0]
+    known, folder, seed = task_families(families), Path(out), size.seeds[0]
     cases = {task: reading_cases(known[task], min(CASES, size.test), unseen=False) for task in TASKS}
     labels = [task for task, found in cases.items() for _ in found]
     panels: dict[str, np.ndarray] = {}

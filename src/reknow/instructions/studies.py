@@ -18,10 +18,11 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from reknow.edits import Case
-from reknow.errors import did_you_mean
+from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.results import RESAMPLES, summarise
 from reknow.evaluation.rows import write_json
+from reknow.files import write_text
 from reknow.instructions.families import Family, load_families
 from reknow.instructions.trial import Material, few_probes
 from reknow.lm import LM
@@ -139,6 +140,10 @@ class Size:
     """Cases of each task to read."""
     seeds: tuple[int, ...] = (0,)
 
+    def __post_init__(self):
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
+            raise InputError(f"expected at least one seed, each once; got {list(self.seeds)}: correct them")
+
 
 SMALL = Size()
 
@@ -164,7 +169,7 @@ def run_study(
     """
     if name not in STUDIES:
         raise did_you_mean("study", name, STUDIES)
-    study, folder, known = STUDIES[name], Path(out), load_families(families)
+    study, folder, known = STUDIES[name], Path(out), task_families(families)
     trained = Editors(lm, folder, size, families, known, say)
     values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for task in TASKS:
@@ -191,6 +196,14 @@ def run_study(
                     found = results.case_values[label, "after_edit"]
                     _merge(of, as_trained(found, label in told), len(size.seeds) if "#" in label else 1)
     return written(folder, name, study.question, values, study.baseline)
+
+
+def task_families(path: str | None) -> dict[str, Family]:
+    """The families of a file; raises InputError where a task of the studies is missing."""
+    known = load_families(path)
+    if missing := [task for task in TASKS if task not in known]:
+        raise InputError(f"expected families {', '.join(TASKS)} in {path}; got no {', '.join(missing)}: add them")
+    return known
 
 
 class Editors(NamedTuple):
@@ -296,9 +309,8 @@ def written(
 ) -> str:
     """Writes `NAME.md`, `NAME.csv` and `NAME.json`; gives the tables."""
     text = _tables(question, values, baseline, tasks, unit)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    (folder / f"{name}.csv").write_text(_csv(values), encoding="utf-8")
+    write_text(folder / f"{name}.md", text)
+    write_text(folder / f"{name}.csv", _csv(values))
     write_json(folder / f"{name}.json", {f"{label} | {task}": found for (label, task), found in values.items()})
     return text
 

@@ -18,8 +18,8 @@ from torch import Tensor
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
+from reknow.files import write_aside
 from reknow.fingerprint import Fingerprint
-from reknow.patches import write_aside
 
 if TYPE_CHECKING:
     from reknow.lm import LM

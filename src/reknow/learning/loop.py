@@ -32,7 +32,7 @@ from torch import Tensor
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.rows import Rows
-from reknow.patches import write_aside
+from reknow.files import write_aside
 
 if TYPE_CHECKING:
     from reknow.learning.training import Draw, Learner, Training

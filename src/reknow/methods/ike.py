@@ -23,8 +23,9 @@ import torch
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import InputError
+from reknow.files import write_text
 from reknow.methods.base import MemoryMethod, at_least_one, checked, conflicts, memory_patch
-from reknow.patches import Kind, Patch, write_aside
+from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
 from reknow.tokens import Text
@@ -84,7 +85,7 @@ class IKE(MemoryMethod):
         for case in cases:
             _wordings(case)
         lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases)
-        path = write_aside(out, lambda aside: Path(aside).write_text(lines, encoding="utf-8"))
+        path = write_text(out, lines)
         return IKE(**{**asdict(self), "cases": str(path)})
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:

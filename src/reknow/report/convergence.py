@@ -1,4 +1,4 @@
-"""The page of `evaluate.convergence`: the curves of the losses, the likeliest tokens, the consistency condition."""
+"""The page of `evaluation.convergence`: the curves of the losses, the likeliest tokens, the consistency condition."""
 
 from __future__ import annotations
 
@@ -12,16 +12,21 @@ from matplotlib.figure import Figure
 from reknow.evaluation.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 from reknow.evaluation.results import Cell, markdown, summarise
 from reknow.evaluation.rows import Rows, read_manifest
-from reknow.patches import write_aside
+from reknow.files import write_aside, write_text
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 
 Curve = list[tuple[float, float, float]]
 """(mean, low, high) step by step."""
 
 
-def write_convergence(folder: Path) -> Path:
-    """Writes `convergence.md` and `convergence.png` of what `inside` measured, finished or not; gives the page."""
-    manifest, rows = read_manifest(folder), Rows.reading(folder / ROWS_FILE, KEY)
+def write_convergence(run_folder: Path, out: Path | None = None) -> Path:
+    """Writes `convergence.md` and `convergence.png` of what `inside` measured, finished or not; gives the page.
+
+    Args:
+        out: another folder for them.
+    """
+    manifest, rows = read_manifest(run_folder), Rows.reading(run_folder / ROWS_FILE, KEY)
+    folder = out or run_folder
     write_aside(folder / "convergence.png", lambda aside: save_png(losses_figure(loss_curves(rows)), Path(aside)))
     text, answer = manifest["settings"]["edits"][0]
     count = len(manifest["settings"]["edits"])
@@ -33,9 +38,7 @@ def write_convergence(folder: Path) -> Path:
         f"**Likeliest tokens behind the new answer**, “{text}” → “{answer}”, dynamic targets, temperature "
         f"{TEMPERATURES[-1]:g}.\n\n{markdown(likeliest_table(rows))}",
     ]
-    page = folder / "convergence.md"
-    write_aside(page, lambda aside: Path(aside).write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
-    return page
+    return write_text(folder / "convergence.md", "\n\n".join(parts) + "\n")
 
 
 CONDITION = (
@@ -54,7 +57,9 @@ def loss_curves(rows: Mapping[tuple, dict]) -> dict[str, Curve]:
     for label, found in _measured(rows, "losses", "losses").items():
         columns = zip(*(row["losses"] for row in found), strict=True)
         steps = [summarise([{"loss": value} for value in step])["loss"] for step in columns]
-        curves[label] = [(mean, mean if low is None else low, high or mean) for mean, low, high, _ in steps]
+        curves[label] = [
+            (mean, mean if low is None else low, mean if high is None else high) for mean, low, high, _ in steps
+        ]
     return curves
 
 

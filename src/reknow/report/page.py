@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from reknow.evaluation.results import Results, stage_label
-from reknow.patches import write_aside
+from reknow.files import write_aside, write_text
 from reknow.report import plots, tables
 
 CARDS = 5
@@ -21,8 +21,14 @@ READ = {
     "accepted answer, letter case, punctuation and articles aside.",
     "contrast": "ES: on the request the new answer is likelier per token than the true one. PS: so on rephrasings. "
     "NS: on neighbours the true one stays likelier. S: harmonic mean of the three. EM, PM, NM: by how much.",
+    "likelihood": "z_sentiment: the texts of the wanted sentiment against as many of the other. z_topic: how likely "
+    "they still are, at most 1. Sentiment: the product of both, the edit's success.",
+    "divergence": "KL(unedited ‖ edited) per token of the texts about another topic: what the edit changed besides.",
+    "written": "What the model writes against a long answer: F1 of the words, ROUGE-L; reworded: to other wordings.",
     "sampled": "100 tokens, top-k 5. Fluency: entropy of word pairs and triples in bits (papers print it × 100; "
-    "words by our own tokenizer, close to nltk's), low where text repeats itself. Perplexity: to the unedited model.",
+    "words by our own tokenizer, close to nltk's), low where text repeats itself. Perplexity: to the unedited model. "
+    "PPL_r: that perplexity behind the request over that of the edit itself.",
+    "sampled_unshifted": "PPL_r as the script of its authors computes it, where a token has been seen already.",
     "held_out": "Perplexity of given texts under the edited model: it rises when an edit does general harm.",
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
     "counted where it happens. Failed: share of edits that broke down.",
@@ -65,7 +71,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
         headline=tables.headline(results),
         facts=tables.facts(results),
         figures={caption: Markup(plots.to_svg(figure)) for caption, figure in figures.items()},
-        protocol_names=dict(zip(plots.PROTOCOL_NAMES.values(), plots.PALETTE, strict=False)),
+        protocol_names=plots.colours(results),
         stage=stage_label(results.last_stage),
         stage_label=stage_label,
         cards=shown[:CARDS],
@@ -76,9 +82,9 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
         marks=MARKS,
         kinds=KINDS,
     )
-    _write(folder / "report.html", page)
-    _write(folder / "report.csv", results.to_csv())
-    _write(folder / "report.md", _markdown(results, list(figures)))
+    write_text(folder / "report.html", page)
+    write_text(folder / "report.csv", results.to_csv())
+    write_text(folder / "report.md", _markdown(results, list(figures)))
     for number, figure in enumerate(figures.values(), 1):
         write_aside(folder / f"figure{number}.png", lambda aside, figure=figure: plots.save_png(figure, Path(aside)))
     return folder / "report.html"
@@ -93,10 +99,7 @@ def _markdown(results: Results, captions: list[str]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in tables.facts(results).items())
     said = "\n\n".join(tables.headline(results))
     pictures = "\n\n".join(f"![{caption}](figure{number}.png)" for number, caption in enumerate(captions, 1))
-    read = "\n".join(f"- `{protocol}`: {text}" for protocol, text in READ.items())
+    protocols = dict.fromkeys(table.protocol for table in results.tables())
+    read = "\n".join(f"- `{protocol}`: {READ[protocol]}" for protocol in protocols)
     failed = f"Failed edits: {len(tables.failures(results))}; they count as no success."
     return f"# {_title(results)}\n\n{said}\n\n{facts}\n\n{results.to_markdown()}\n{failed}\n\n{pictures}\n\n{read}\n"
-
-
-def _write(path: Path, text: str) -> None:
-    write_aside(path, lambda aside: Path(aside).write_text(text, encoding="utf-8"))

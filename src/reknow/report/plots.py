@@ -50,6 +50,12 @@ def figures(results: Results) -> dict[str, Figure]:
     return {caption: figure for caption, figure in found.items() if figure is not None}
 
 
+def colours(results: Results) -> dict[str, str]:
+    """Protocol in words → colour of its bars, for those that were read."""
+    read = {key.partition("@")[2] for *_, key in results.cells}
+    return {name: color for (key, name), color in zip(PROTOCOL_NAMES.items(), PALETTE, strict=False) if key in read}
+
+
 def bars(results: Results, kind: str) -> Figure | None:
     """Mean and 95 % interval of one kind of probe: a group of bars per method, a bar per protocol."""
     groups = [UNEDITED, *((method, results.last_stage) for method in results.manifest["settings"]["methods"])]
@@ -128,10 +134,11 @@ def over_time(results: Results, protocol: str) -> Figure | None:
         for kind, line in (("reliability", "-"), ("locality", "--")):
             cells = [(at, results.cells.get((method, stage, f"{kind}@{protocol}"))) for stage, at in made.items()]
             points = sorted((at, 100 * cell.mean) for at, cell in cells if cell is not None)
-            color = PALETTE[number % len(PALETTE)]
-            axes.plot(
-                *zip(*points, strict=True), line, color=color, marker="o", markersize=3, label=f"{method}, {kind}"
-            )
+            if points:
+                style = {"color": PALETTE[number % len(PALETTE)], "marker": "o", "markersize": 3}
+                axes.plot(*zip(*points, strict=True), line, **style, label=f"{method}, {kind}")
+    if not axes.lines:
+        return None
     axes.legend(frameon=False, fontsize=8)
     return figure
 

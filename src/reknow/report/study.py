@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, summarise, when
-from reknow.patches import write_aside
+from reknow.files import write_aside, write_text
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
 
@@ -61,9 +61,7 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
         parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{markdown(gains)}")
     parts += [NOTE, "![Portability and locality](study.png)"]
     write_aside(folder / "study.png", lambda aside: save_png(trade_off(sets), Path(aside)))
-    page = folder / "study.md"
-    write_aside(page, lambda aside: Path(aside).write_text("\n\n".join(parts) + "\n", encoding="utf-8"))
-    return page
+    return write_text(folder / "study.md", "\n\n".join(parts) + "\n")
 
 
 def by_set(runs: Mapping[str, Results]) -> dict[str, Results]:
@@ -180,10 +178,12 @@ def trade_off(sets: Mapping[str, Results]) -> Figure:
             axes.title.set_fontsize(9)
             axes.grid(color=FAINT, linewidth=0.4)
         panels[0].set_ylabel("locality, %", color=INK)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(7, len(labels)), frameon=False, fontsize=8
-        )
+        shown = {
+            label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        if shown:
+            place = {"loc": "outside lower center", "ncols": min(7, len(shown))}
+            figure.legend(shown.values(), shown.keys(), **place, frameon=False, fontsize=8)
     return figure
 
 

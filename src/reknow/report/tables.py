@@ -50,7 +50,7 @@ class Card(NamedTuple):
 
 
 def cards(results: Results) -> Iterator[Card]:
-    """Every case as a card, with the answers of the first seed at the last stage."""
+    """Cases of which the model wrote something as cards, with the answers of the first seed at the last stage."""
     settings = results.manifest["settings"]
     for (case,), row in results.before.items():
         keys = {m: (m, settings["seeds"][0], settings["mode"], results.last_stage, case) for m in settings["methods"]}
@@ -66,7 +66,8 @@ def cards(results: Results) -> Iterator[Card]:
             )
             head, _, tail = row["edit"]["prompt"].partition("{}")
             request = (head, row["edit"].get("subject", ""), tail)
-            yield Card(request, row["edit"], _selected(questions), missed)
+            if shown := _selected(questions):
+                yield Card(request, row["edit"], shown, missed)
 
 
 def _question(then: Reading, after: Mapping[str, Reading]) -> Question:
