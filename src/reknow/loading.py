@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return getattr(torch, dtype)
 
 
-def as_pair(source):
+def as_pair(source) -> tuple[Any, Any]:
     """The pair (model, tokenizer) itself; raises InputError where it is none."""
     if isinstance(source, (tuple, list)) and len(source) == 2:
         model, tokenizer = source
