@@ -230,6 +230,19 @@ def test_layers_that_are_not_there_are_refused(models, name, layer):
     changes = dict(layer=layer, layers=(layer,), context_groups=())
     with pytest.raises(InputError, match="layer from 0 to 2"):
         quick(name, lm, **changes).edit(lm, [EDIT])
+    for layers, wrong in ((1, "put it in brackets"), ((), "empty list")) if "layers" in known else ():
+        with pytest.raises(InputError, match=wrong):
+            quick(name, lm, layers=layers).edit(lm, [EDIT])
+
+
+COUNTS = {"steps", "turns", "turn", "batch_size", "block_size", "shard_size", "span", "slots", "unrelated", "room",
+          "samples", "sample_tokens", "update_interval", "top_k", "candidates", "queries", "answered"}  # fmt: skip
+
+
+def test_counts_below_one_are_refused(name):
+    for count in COUNTS & {field.name for field in fields(METHODS[name].method)}:  # type: ignore[arg-type]
+        with pytest.raises(InputError, match=f"expected {count} of at least 1; got 0"):
+            method(name, **{count: 0})
 
 
 def test_weights_that_broke_give_no_patch(name):

@@ -11,7 +11,7 @@ import reknow.datasets.reading as reading
 from reknow.datasets import DATASETS, FACTS, Fact, load_cases, load_edits, load_facts, sample_text
 from reknow.datasets.reading import place_subject
 from reknow.datasets.text import text_source
-from reknow.edits import Probe
+from reknow.edits import Edit, Probe
 from reknow.errors import InputError, MissingExtra
 
 BUNDLED = [name for name, source in DATASETS.items() if source.sample is not None]
@@ -524,3 +524,12 @@ def test_a_data_set_is_streamed_by_datasets(tmp_path, monkeypatch):
     assert list(source.texts()) == ["first", "second"] == list(source.texts())
     monkeypatch.setattr(hub, "dataset_info", lambda name: SimpleNamespace(sha="def"))
     assert text_source(f"hub:{tmp_path}").digest != source.digest
+
+
+def test_a_text_is_no_list_of_texts():
+    """Its characters would be five answers."""
+    with pytest.raises(InputError, match="'answers' must be a list of texts; got 'Paris'"):
+        Probe("The capital of France is", "Paris", "locality", "neighborhood")  # type: ignore[arg-type]
+    for wrong in ("Lima", 5, [5]):
+        with pytest.raises(InputError, match="'rephrasings' must be a list of texts"):
+            Edit("The capital of {} is", subject="Peru", target_new="Lima", rephrasings=wrong)  # type: ignore[arg-type]

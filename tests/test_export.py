@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from conftest import make_lm
 from reknow import FT, ROME, Edit
 from reknow.errors import InputError, PatchError
 from reknow.export import export_checkpoint, export_lora
+from reknow.files import folder_aside
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
 METHOD = ROME(layer=1, steps=5, context_groups=(), covariance_tokens=0)
@@ -68,6 +71,8 @@ def test_a_higher_rank_is_refused_or_truncated(edit, tmp_path):
     lm.apply(FT(layer=1, steps=3).edit(lm, [edit]))
     with pytest.raises(PatchError, match="rank 4 at most"):
         export_lora(lm, tmp_path / "adapter", max_rank=4)
+    with pytest.raises(InputError, match="max_rank of at least 1"):
+        export_lora(lm, tmp_path / "adapter", max_rank=0, truncate=True)
     assert not (tmp_path / "adapter").exists()
     report = export_lora(lm, tmp_path / "adapter", max_rank=4, truncate=True)
     assert set(report.ranks.values()) == {4}
@@ -93,6 +98,23 @@ def test_nothing_is_overwritten_or_half_written(edit, tmp_path, monkeypatch):
         export_lora(lm, tmp_path / "adapter", overwrite=True)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) == before
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    old = tmp_path / "adapter"
+    old.mkdir()
+    (old / "file").write_text("old")
+    rename = os.replace
+
+    def interrupted(source, target):
+        if Path(target) == old and Path(source).name == "new":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        folder_aside(old, lambda new: None, overwrite=True)
+    assert (old / "file").read_text() == "old" and list(tmp_path.iterdir()) == [old]
 
 
 def test_an_unedited_model_has_no_adapter(tmp_path):

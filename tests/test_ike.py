@@ -148,7 +148,9 @@ def test_what_does_not_fit_is_left_out_and_noted(tmp_path):
 def test_a_case_about_the_same_subject_is_not_shown(roomy, tmp_path):
     cases = [*made_cases(3), Case(Edit("{} is in", subject="Peru", target_new="Asia"), made_cases(1)[0].probes)]
     ike = IKE(demonstrations=8).fit(roomy, cases, tmp_path / "cases.jsonl")
-    *others, _own = shown(ike.edit(roomy, [EDIT]))
+    patch = ike.edit(roomy, [EDIT])
+    assert "left_out" not in patch.notes, "fewer were there, not left out"
+    *others, _own = shown(patch)
     assert len(others) == 3 and not any("Asia" in text for text in others)
 
 
@@ -229,12 +231,18 @@ def test_contract(family, tmp_path):
 def test_bad_settings_and_files(roomy, tmp_path):
     with pytest.raises(InputError, match="update or refuse"):
         IKE(conflict="ask").edit(roomy, [EDIT])  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="expected demonstrations ≥ 0"):
+    with pytest.raises(InputError, match="demonstrations of at least 0"):
         IKE(demonstrations=-1)
+    for shares in ((0, 0, 0), (1, 2), (1, 2, 3, 4)):
+        with pytest.raises(InputError, match="expected three shares"):
+            IKE(shares=shares)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="has no generalization probe"):
         IKE().fit(roomy, [Case(EDIT)], tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="expected cases to show; got none"):
+        IKE().fit(roomy, [], tmp_path / "none.jsonl")
     (tmp_path / "broken.jsonl").write_text("{}\n")
-    for path in ("broken.jsonl", "missing.jsonl"):
+    (tmp_path / "empty.jsonl").write_text("")
+    for path in ("broken.jsonl", "empty.jsonl", "missing.jsonl"):
         with pytest.raises(InputError, match="expected a file of demonstrations"):
             IKE(cases=str(tmp_path / path)).edit(roomy, [EDIT])
 

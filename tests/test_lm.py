@@ -321,3 +321,23 @@ def test_a_slow_tokenizer_is_refused(monkeypatch):
 def test_an_unknown_demo_model_is_refused():
     with pytest.raises(InputError, match="unknown demo model"):
         LM.demo("gpt5")
+
+
+def test_what_is_no_model_is_refused(lm):
+    for source, got in ((None, "NoneType"), (lm.model, "LM"), ((lm.model, None), "NoneType")):
+        with pytest.raises(InputError, match=rf"pair \(model, tokenizer\) of transformers; got .*{got}"):
+            LM(source)
+
+
+def test_a_text_is_no_list_of_texts(lm):
+    for read in (lambda: lm.score("What", "is"), lambda: lm.perplexity("The capital of Peru")):
+        with pytest.raises(InputError, match="got one text"):
+            read()
+    with pytest.raises(InputError, match="got 1 prompts and 2 targets"):
+        lm.score(["What"], ["is", "was"])
+
+
+@pytest.mark.parametrize("wrong", [dict(top_k=0), dict(top_k=5, temperature=0.0), dict(top_k=5, temperature=-1.0)])
+def test_nothing_to_draw_from_is_refused(lm, wrong):
+    with pytest.raises(InputError, match="expected top_k of at least 1 and a temperature above 0"):
+        lm.generate("What", 2, **wrong)

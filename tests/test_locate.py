@@ -13,7 +13,7 @@ import torch
 
 from conftest import make_lm
 from families import CORE_FAMILIES
-from reknow import LM
+from reknow import LM, method
 from reknow.datasets import Fact
 from reknow.errors import InputError
 from reknow.locate import (
@@ -64,6 +64,20 @@ def test_a_model_whose_blocks_cannot_be_replayed_is_traced_by_full_passes(lm):
     lm.parts = type(lm.parts)(**{**vars(lm.parts), "replayable": False})
     ((column, slow),) = a_prompt(lm).restored([fast.subject[0]], runs)
     assert quick == [(column, pytest.approx(slow, rel=1e-5))]
+
+
+@pytest.mark.parametrize("settings", [dict(name="grace", epsilon=1e3), dict(name="melo", radius=1e3, span=1)])
+def test_a_memory_is_traced_as_it_answers(lm, edit, settings):
+    lm.apply(method(**settings, layer=1, steps=3).edit(lm, [edit]))
+    prompt = a_prompt(lm)
+    runs = restorations("hidden", lm.layers, 1)
+    ((column, found),) = prompt.restored([prompt.subject[0]], runs)
+    assert found == pytest.approx([prompt.full_pass(column, run) for run in runs], rel=1e-5)
+
+
+def test_embeddings_may_be_narrower_than_states():
+    lm = make_lm("opt", word_embed_proj_dim=16)
+    assert trace_prompt(lm, "{} is", "Peru", 1.0, Tracing(samples=2, kinds=KINDS)).clean > 0
 
 
 def test_restored_states_mean_what_they_say(lm):

@@ -10,7 +10,7 @@ import torch
 
 from conftest import make_lm
 from families import CORE_FAMILIES
-from reknow import Patch, method
+from reknow import Edit, Patch, method
 from reknow.errors import InputError, MissingExtra, PatchError
 from reknow.export import export_lora
 from reknow.methods import lora
@@ -75,6 +75,19 @@ def test_the_patch_is_an_adapter_folder_of_peft(lm, edit, tmp_path):
         assert torch.allclose(tuned(ids).logits, edited, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["lora", "adalora"])
+def test_a_memory_answers_in_training_as_it_will(name, lm, edit):
+    settings = dict(layers=(1,), steps=3, rank=2)
+    alone = method(name, **settings).edit(lm, [edit]).notes["losses"]
+    lm.apply(method("grace", layer=2, steps=3, epsilon=1e-6).edit(lm, [Edit("What is", target_new="Lima")]))
+    assert method(name, **settings).edit(lm, [edit]).notes["losses"] == pytest.approx(alone, rel=1e-5)
+    lm.apply(method("grace", layer=2, steps=3).edit(lm, [edit]))
+    first = method(name, **settings).edit(lm, [edit]).notes["losses"][0]
+    if name == "lora":  # AdaLoRA's losses have a term of their own
+        assert first == pytest.approx(lm.score([edit.text], [edit.target_new])[0].nll, rel=1e-5)
+    assert alone[0] - first > 0.1
+
+
 def test_several_edits_share_one_adapter(lm, edit):
     other = type(edit)("The capital of {} is", subject="Peru", target_new="Paris")
     patch = method("lora", learning_rate=3e-2, places=PLACES, layers=(0, 1, 2), steps=60).edit(lm, [edit, other])
@@ -137,3 +150,18 @@ def test_the_saved_patch_is_the_folder_that_peft_loads(lm, edit, name, tmp_path)
     (folder / "adapter_model.safetensors").write_bytes(b"torn")
     with pytest.raises(PatchError, match="broken"):
         Patch.load(folder)
+
+
+def test_a_folder_of_other_things_is_not_overwritten(lm, edit, tmp_path):
+    patch = method("lora", layers=(1,), steps=2).edit(lm, [edit])
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "table.csv").write_text("years of work")
+    with pytest.raises(InputError, match="holds something else"):
+        patch.save(tmp_path / "results")
+    assert (tmp_path / "results" / "table.csv").read_text() == "years of work"
+    for name in ("empty", "patch"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "patch").write_text("a file")
+        for _ in range(2):
+            assert Patch.load(patch.save(tmp_path / name)).id == patch.id
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "patch", "results"]

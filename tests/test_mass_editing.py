@@ -52,12 +52,6 @@ def nll(lm, edits):
 # --- the search for δ ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"turns": 0}])
-def test_a_search_without_passes_is_refused(wrong):
-    with pytest.raises(InputError, match="at least 1"):
-        MEMIT(**wrong)
-
-
 def test_facts_in_one_batch_are_searched_as_if_alone(gpt2):
     search = ValueSearch(steps=8, site="block")
     together = find_values(gpt2, EDITS, 1, CONTEXTS, search)

@@ -11,7 +11,7 @@ import torch
 
 from conftest import alone, bits, make_lm, same, some_patch
 from families import CORE_FAMILIES
-from reknow import FT, LM, METHODS, ROME, Edit, Patch, diff, merge
+from reknow import FT, LM, MELO, METHODS, ROME, Edit, Patch, diff, merge
 from reknow.errors import PatchError
 from reknow.export import export_checkpoint, export_lora
 from reknow.memory import on_output, versions
@@ -345,6 +345,19 @@ def test_a_memory_that_does_not_fit_changes_nothing():
     assert len(lm.patches) == 1 and same(bits(lm), edited) and lm.generate(PROMPTS[0], 4) == text and not lm.hooked
     lm.revert(lm.patches[0])
     assert same(bits(lm), before) and same(bits(odd), before)
+
+
+def test_a_memory_that_fits_in_part_leaves_no_hook():
+    """As one that was forced on a model with fewer layers."""
+    lm = make_lm()
+    patch = MELO(layer=1, steps=2).edit(lm, edits(PROMPTS[0]))
+    good, bad = patch.memory["modules"][0], "transformer.h.9.mlp.c_proj"
+    state = {name.replace(patch.memory["modules"][1], bad): tensor for name, tensor in patch.state.items()}
+    text = lm.generate(PROMPTS[0], 4)
+    with pytest.raises(PatchError, match="fits"):
+        lm.apply(replace(patch, state=state, memory={**patch.memory, "modules": [good, bad]}))
+    assert lm.generate(PROMPTS[0], 4) == text
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in lm.model.modules())
 
 
 def test_a_cache_from_before_the_memory_is_refused(hooked):

@@ -236,6 +236,9 @@ def test_what_is_no_number_is_not_kept():
     assert not cache_folder().exists()
     with pytest.raises(InputError, match="at least one word"):
         covariance(make_lm("gpt2"), 1, text=[])
+    for none in (0, -5):
+        with pytest.raises(InputError, match="at least one token"):
+            covariance(make_lm("gpt2"), 1, tokens=none, text=TEXTS)
 
 
 def test_solving_inverts():

@@ -253,6 +253,13 @@ def test_the_cost_of_an_edit_is_a_gradient_and_its_transform(whole, tmp_path):
         assert [step.flops for step in two] == pytest.approx([2 * step.flops for step in one])
 
 
+def test_ke_reads_embeddings_that_are_narrower_than_states(edit):
+    lm = make_lm("opt", word_embed_proj_dim=16)
+    network = KE(read_width=4, width=8, hidden=4).for_model(lm)._network(lm)
+    assert network.reader.input_size == 16  # torch does not always notice
+    assert network.read(lm, [edit, edit]).shape == (2, 8)
+
+
 def test_an_editor_is_a_file(whole, tmp_path):
     editor = Editor.load(Path(whole.editor).parent)
     path = editor.halved().save(tmp_path / "small.safetensors")

@@ -95,6 +95,15 @@ def test_one_memory_has_one_place(tmp_path):
     assert WISE(**QUICK).edit(lm, [edit("I know", "in")]).notes["conflicts"][0]["old"] == "of"
 
 
+def test_one_memory_has_one_size_of_shards():
+    """An edit's number and that size say in which shard it lies."""
+    lm, quick = make_lm(), QUICK | dict(steps=2, retrieve=True)
+    lm.apply(WISE(**quick, shard_size=4).edit(lm, [edit(f"The capital of Peru is {i}") for i in range(3)]))
+    with pytest.raises(InputError, match="got shard_size 1: set it to 4"):
+        WISE(**quick, shard_size=1).edit(lm, [edit("I know")])
+    assert WISE(**quick).edit(lm, [edit("I know")]).memory["shard_size"] == 4
+
+
 def test_a_shard_has_as_much_room_for_each_edit_as_in_the_paper():
     assert WISE()._room(4096 * 11008) == (500, 0.2)  # Llama-2 7B
     size, share = WISE()._room(256 * 1024)
@@ -103,7 +112,7 @@ def test_a_shard_has_as_much_room_for_each_edit_as_in_the_paper():
     assert WISE(shard_size=3, mask=0.5)._room(256 * 1024) == (3, 0.5)
 
 
-@pytest.mark.parametrize("wrong", [{"mask": 0.0}, {"mask": 2.0}, {"shard_size": 0}, {"shard_size": -1}])
+@pytest.mark.parametrize("wrong", [{"mask": 0.0}, {"mask": 2.0}, {"density": 0.0}])
 def test_shards_without_room_are_refused(wrong):
-    with pytest.raises(InputError, match="expected 0 < mask ≤ 1 and a shard_size"):
+    with pytest.raises(InputError, match=f"expected 0 < {next(iter(wrong))} ≤ 1"):
         WISE(**wrong)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.errors import EditFailed, InputError
+from reknow.errors import EditFailed
 from reknow.generation import decoded, draw
 from reknow.patches import Delta, Dense
 from reknow.replay import Suffix
@@ -141,7 +141,6 @@ class Scored:
     """
 
     def __init__(self, lm: LM, rows: Sequence[Row], pairs: Sequence[Sequence[tuple[int, int]]], layer: int | None):
-        check_length(lm, rows)
         ends = [max(column for column, _ in scored) + 1 for scored in pairs]
         rows = [Row(row.ids[:end], min(row.prompt_length, end)) for row, end in zip(rows, ends, strict=True)]
         self._lm, self._batch = lm, lm.pad(rows)
@@ -238,17 +237,6 @@ def predicted(row: Row, first: int) -> list[tuple[int, int]]:
     return [(i - 1, row.ids[i]) for i in range(first, len(row.ids))]
 
 
-def check_length(lm: LM, rows: Sequence[Row], extra: int = 0) -> None:
-    """Raises InputError where a row and `extra` more tokens do not fit into the model's positions."""
-    limit = getattr(lm.model.config, "max_position_embeddings", None)
-    longest = max(len(row.ids) for row in rows) + extra
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"expected texts of at most {limit} tokens, which is what {lm.name} can read; got one of {longest}: "
-            "shorten the target or the context"
-        )
-
-
 def check_finite(value: Tensor) -> float:
     """A loss, or a sum that is checked, as a number; raises EditFailed where it is none."""
     number = float(value.detach())
@@ -289,7 +277,7 @@ def sample(
         InputError: a row and its sample do not fit into the model's positions.
         EditFailed: the model's logits are not finite.
     """
-    check_length(lm, rows, count)
+    lm.check_length(rows, count - 1)
     end = lm.tokenizer.eos_token_id
 
     def choose(logits: Tensor) -> Tensor:

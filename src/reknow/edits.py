@@ -5,6 +5,7 @@ A method sees `Edit`s only. Probes are for the evaluation, so no method can lear
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
@@ -53,9 +54,7 @@ class Edit:
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"an edit needs a non-empty text as '{name}'; got {value!r}: fill it in")
         for name in ("context", "rephrasings"):
-            if isinstance(getattr(self, name), str):
-                raise InputError(f"'{name}' must be a list of texts; got one text: put it in brackets")
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
         if self.subject is not None:
             object.__setattr__(self, "prompt", _templated(self.prompt, self.subject))
 
@@ -97,6 +96,14 @@ class Edit:
         return cls(f"{head}{{}}{tail}", subject=subject, target_new=target_new, **fields)
 
 
+def _texts(name: str, value) -> tuple[str, ...]:
+    """The value as a tuple; raises InputError where it is no list of texts, above all where it is one text."""
+    texts = None if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"'{name}' must be a list of texts; got {value!r}: put texts in brackets")
+    return texts
+
+
 def _templated(prompt: str, subject: str) -> str:
     """The prompt with exactly one `{}`; raises InputError where the place is missing or ambiguous."""
     places = prompt.count("{}")
@@ -125,7 +132,7 @@ class Probe:
     def __post_init__(self):
         if self.kind not in get_args(Kind):
             raise InputError(f"expected a probe kind among {', '.join(get_args(Kind))}; got {self.kind!r}")
-        object.__setattr__(self, "answers", tuple(self.answers))
+        object.__setattr__(self, "answers", _texts("answers", self.answers))
         if self.kind != "fluency" and not any(answer.strip() for answer in self.answers):
             raise InputError(f"a {self.kind} probe needs an answer; got none for {self.prompt!r}")
 

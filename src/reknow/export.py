@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reknow.adapter import Conv1D
-from reknow.errors import PatchError
+from reknow.errors import InputError, PatchError
 from reknow.files import folder_aside
 from reknow.patches import LowRank, check_weights, factored, merge
 from reknow.peft_folder import base_of, write_adapter
@@ -60,11 +60,14 @@ def export_lora(
 
     Raises:
         PatchError: no patch is applied, one is a memory, or a change has a higher rank than `max_rank`.
-        InputError: the folder exists and `overwrite` is off, or the disk is full (an old folder stays).
+        InputError: `max_rank` is below 1, the folder exists and `overwrite` is off, or the disk is full (an old
+            folder stays).
     """
     if not lm.patches:
         raise PatchError("expected at least one applied patch to export; got none: apply a patch first")
     limit = 64 if max_rank is None else max_rank
+    if limit < 1:
+        raise InputError(f"expected a max_rank of at least 1; got {limit}: raise it")
     factors: dict[str, LowRank] = {}
     error = 0.0
     for name, delta in merge(lm.patches).deltas.items():

@@ -45,23 +45,28 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
-    """Fills a temporary folder beside and renames it, so that a folder is old or whole."""
+    """Fills a temporary folder beside and renames it, so that a folder is old or whole: what was there is moved away
+    before and deleted behind, or comes back."""
     folder = Path(folder)
     if folder.exists() and not overwrite:
         raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        new, old = aside / "new", aside / "old"
         try:
-            write(aside)
-            os.chmod(aside, 0o755)  # mkdtemp's folders are private
+            new.mkdir()
+            write(new)
             if folder.exists():
-                shutil.rmtree(folder)
-            os.replace(aside, folder)
+                os.replace(folder, old)
+            os.replace(new, folder)
         finally:
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise InputError(
-            f"{folder} could not be written ({error.strerror or error}): free space and retry"
+            f"{folder} could not be written ({error.strerror or error}); what was there is intact: free space or "
+            "choose another place"
         ) from error
     return folder

@@ -217,8 +217,10 @@ def resolve_layers(lm: LM, layers: Sequence[int] | None, count: int | None = Non
     """The layers asked for, checked and in order; or the range of `count` around the one suggested for this model.
 
     Raises:
-        InputError: the list is empty, or the model does not have one of them.
+        InputError: it is no list, or empty, or the model does not have one of them.
     """
+    if isinstance(layers, int):
+        raise InputError(f"expected layers as a list; got {layers}: put it in brackets")
     if layers is not None and not layers:
         raise InputError("expected at least one layer; got an empty list: name one, or leave it to the library")
     if layers is not None:

@@ -15,12 +15,12 @@ from reknow import adapter
 from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
 from reknow.generation import continuations
-from reknow.loading import as_dtype, check_tokenizer, load, place
+from reknow.loading import as_dtype, as_pair, check_tokenizer, load, place
 from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
 from reknow.scoring import Score, perplexity, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
-from reknow.tokens import Batch, Row, Text, batches, encode, pad
+from reknow.tokens import Batch, Row, Text, as_list, batches, encode, pad, paired
 from reknow.trace import by_row, fused_gelu, recorded
 from reknow.weights import Weights
 
@@ -44,6 +44,7 @@ class LM:
 
     Raises:
         ModelError: the model cannot be loaded, or is of a kind that is not handled.
+        InputError: the source is none of these.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class LM:
             self.name = str(source)
             self.model, self.tokenizer = load(self.name, dtype, device, device_map, trust_remote_code)
         else:
-            self.model, self.tokenizer = source
+            self.model, self.tokenizer = as_pair(source)
             self.name = self.model.config._name_or_path or type(self.model).__name__
             place(self.model, device, dtype)
         check_tokenizer(self.tokenizer, self.name, chat=chat)
@@ -174,16 +175,18 @@ class LM:
         Raises:
             InputError: a row is longer than what the model has positions for.
         """
-        self._check_length(max(len(row.ids) for row in rows), "texts")
+        self.check_length(rows)
         pad_id = self.tokenizer.pad_token_id
         # Any token pads, since padding is masked.
         return pad(rows, 0 if pad_id is None else pad_id, anchors=anchors, device=self.device)
 
-    def _check_length(self, tokens: int, what: str) -> None:
-        if self.max_tokens is not None and tokens > self.max_tokens:
+    def check_length(self, rows: Sequence[Row], extra: int = 0) -> None:
+        """Raises InputError where a row and `extra` tokens behind it do not fit into the model's positions."""
+        longest = max((len(row.ids) for row in rows), default=0) + extra
+        if self.max_tokens is not None and longest > self.max_tokens:
             raise InputError(
-                f"expected {what} of at most {self.max_tokens} tokens, for which {self.name} has positions; "
-                f"got {tokens}: shorten them"
+                f"expected texts of at most {self.max_tokens} tokens, for which {self.name} has positions; got "
+                f"{longest}{' with what is to be written' if extra else ''}: shorten them"
             )
 
     @torch.no_grad()
@@ -216,9 +219,9 @@ class LM:
         """How the model reads each target behind its prompt, teacher-forced. Order is kept.
 
         Raises:
-            InputError: a target is empty, or nothing stands before it.
+            InputError: a target is empty, or nothing stands before it; or there are more of one than of the other.
         """
-        targets = [target for _, target in zip(prompts, targets, strict=True)]
+        prompts, targets = paired(prompts, targets)
 
         def answer(who, which: list[int], texts: list[str]) -> list[Score]:
             wanted = [targets[i] for i in which]
@@ -243,17 +246,22 @@ class LM:
         random state as it was.
 
         Raises:
-            InputError: a prompt and `max_new_tokens` together are longer than what the model has positions for.
+            InputError: a prompt and `max_new_tokens` together are longer than what the model has positions for; or
+                there is nothing to draw from.
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)[0]
+        if top_k is not None and not (top_k >= 1 and 0 < temperature < float("inf")):
+            raise InputError(
+                f"expected top_k of at least 1 and a temperature above 0; got {top_k} and {temperature}: raise them, "
+                "or leave top_k out for the likeliest tokens"
+            )
 
         def answer(who, _which, texts: list[str]) -> list[str]:
             if who is not None:
                 return who.generate(texts, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
             rows = self.encode([Text(text) for text in texts])
-            longest = max((len(row.ids) for row in rows), default=0) + max_new_tokens - 1
-            self._check_length(longest, "prompts and continuations")
+            self.check_length(rows, max_new_tokens - 1)
             return continuations(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
 
         return self._memories.answered(prompts, answer)
@@ -264,7 +272,7 @@ class LM:
         Raises:
             InputError: no text has two tokens.
         """
-        return perplexity(self, texts, max_tokens)
+        return perplexity(self, as_list(texts, "texts"), max_tokens)
 
     # --- the stack of patches ----------------------------------------------------------------------------
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from reknow.errors import InputError, ModelError, did_you_mean
 
@@ -20,6 +22,19 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype not in DTYPES:
         raise did_you_mean("dtype", dtype, DTYPES)
     return getattr(torch, dtype)
+
+
+def as_pair(source) -> tuple[Any, Any]:
+    """The pair (model, tokenizer) itself; raises InputError where it is none."""
+    if isinstance(source, (tuple, list)) and len(source) == 2:
+        model, tokenizer = source
+        if isinstance(model, nn.Module) and isinstance(tokenizer, PreTrainedTokenizerBase):
+            return model, tokenizer
+    got = ", ".join(type(part).__name__ for part in (source if isinstance(source, (tuple, list)) else [source]))
+    raise InputError(
+        "expected the name or the folder of a model, or a pair (model, tokenizer) of transformers; "
+        f"got {got}: give one of these"
+    )
 
 
 def load(name: str, dtype, device, device_map, trust_remote_code: bool):

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+from reknow.adapter import embedding
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
 from reknow.restoration import Kind, Prompt, restorations
@@ -165,7 +166,7 @@ def _trace_row(lm: LM, text: str, row: Row, spread: float, settings: Tracing) ->
     assert row.subject_first is not None and row.subject_last is not None
     subject = (row.subject_first, row.subject_last + 1)
     generator = torch.Generator().manual_seed(settings.seed)
-    size = (settings.samples, subject[1] - subject[0], lm.parts.hidden_size)
+    size = (settings.samples, subject[1] - subject[0], embedding(lm.model).shape[1])
     prompt = Prompt(lm, row, torch.randn(size, generator=generator) * spread * settings.noise)
     window = settings.window_of(lm.layers)
     columns = range(len(row.ids)) if settings.tokens == "all" else [row.subject_last]

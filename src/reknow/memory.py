@@ -11,7 +11,7 @@ is the prompt (plain text, or the raw Hugging Face model), all of it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -37,7 +37,7 @@ REMEMBERED = 4
 class HookMemory(Protocol):
     """Changes what modules of the model compute; see `on_output`."""
 
-    def attach(self, lm: LM) -> Sequence[RemovableHandle]: ...
+    def attach(self, lm: LM) -> Iterable[RemovableHandle]: ...
 
 
 class PromptMemory(Protocol):
@@ -158,8 +158,8 @@ class Hooks:
     def __init__(self, changes: Mapping[str, Change]):
         self._changes = changes
 
-    def attach(self, lm: LM) -> list[RemovableHandle]:
-        return [on_output(lm, name, change) for name, change in self._changes.items()]
+    def attach(self, lm: LM) -> Iterator[RemovableHandle]:
+        return (on_output(lm, name, change) for name, change in self._changes.items())
 
 
 def versions(patches: Sequence[Patch], method: str) -> list[Patch]:
@@ -195,8 +195,10 @@ class Memories:
         before = self._active
         try:
             self._attach(wanted)
-        except (AttributeError, RuntimeError) as error:
+        except BaseException as error:
             self._attach(before)
+            if not isinstance(error, (AttributeError, RuntimeError)):
+                raise
             raise PatchError(
                 f"expected a memory that fits {self._lm.name}; got one of another model ({error}): load that model"
             ) from error
@@ -218,7 +220,8 @@ class Memories:
             opening = self._lm.model.register_forward_pre_hook(self._open, with_kwargs=True)
             self._handles = [opening]
         for memory in hooks:
-            self._handles += memory.attach(self._lm)
+            for handle in memory.attach(self._lm):  # one by one, so that those before a failure come off
+                self._handles.append(handle)
         self._active = memories
 
     def _detach(self) -> None:

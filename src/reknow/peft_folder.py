@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from reknow.errors import PatchError
+from reknow.errors import InputError, PatchError
 from reknow.files import folder_aside
 from reknow.patches import Delta, LowRank, Patch
 
@@ -55,7 +55,16 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -
 
 
 def save(patch: Patch, folder: str | Path) -> Path:
-    """Writes a patch whose notes name its base for `peft` as such a folder; an old one stays until this is whole."""
+    """Writes a patch whose notes name its base for `peft` as such a folder; an old one stays until this is whole.
+
+    Raises:
+        InputError: the folder holds something else, which would be lost; or it cannot be written.
+    """
+    if Path(folder).is_dir() and not is_adapter(folder) and any(Path(folder).iterdir()):
+        raise InputError(
+            "expected a new folder, or one with an adapter that reknow saved, since its contents are replaced; "
+            f"{folder} holds something else: choose another name"
+        )
     factors = {name: delta for name, delta in patch.deltas.items() if isinstance(delta, LowRank)}
 
     def write(aside: Path) -> None:

@@ -135,13 +135,15 @@ class Prompt:
         """For every column in ascending order: (column, mean probability of the answer in each run)."""
         first_changed, done = self.subject[0], 0
         cache = DynamicCache(config=self.lm.model.config)
-        starts: set[tuple[Kind, int]] = {(run.kind, run.first) for run in runs if self.lm.parts.replayable}
+        # A memory decides at the prompt's last token, which blocks by themselves do not show it.
+        climbs = self.lm.parts.replayable and not self.lm.hooked
+        starts: set[tuple[Kind, int]] = {(run.kind, run.first) for run in runs if climbs}
         entries = {start: self._entry(*start) for start in starts}
         for column in sorted(columns):
             if column < first_changed:  # nothing was corrupted there
                 yield column, [self.corrupted_probability] * len(runs)
                 continue
-            if not self.lm.parts.replayable:
+            if not climbs:
                 yield column, [self.full_pass(column, run) for run in runs]
                 continue
             if column > done:

@@ -89,9 +89,12 @@ def statistics(
         state: Accelerate's, where several processes call this together: each reads its share.
 
     Raises:
-        InputError: no such layer; the text is empty; they are not kept and `lm.computes_statistics` is off.
+        InputError: no such layer; no tokens are to be read; the text is empty; they are not kept and
+            `lm.computes_statistics` is off.
         EditFailed: the keys are not finite.
     """
+    if tokens < 1:
+        raise InputError(f"expected at least one token to read for statistics; got {tokens}: raise it")
     source = text_source(text)
     names = {layer: lm.parts.value[lm.check_layer(layer)] for layer in dict.fromkeys(layers)}
     keys = {layer: _key(lm, name, source, tokens) for layer, name in names.items()}

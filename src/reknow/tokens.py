@@ -38,6 +38,23 @@ class Text:
         return cls(prompt, target, (start, start + len(name)))
 
 
+def as_list(texts: Sequence[str], what: str) -> list[str]:
+    """The texts as a list; raises InputError for a single one, which would be taken for a list of characters."""
+    if isinstance(texts, str):
+        raise InputError(f"expected a list of {what}; got one text {texts[:80]!r}: put it in brackets")
+    return list(texts)
+
+
+def paired(prompts: Sequence[str], targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Both as lists; raises InputError where they are not as many, or one is a single text."""
+    prompts, targets = as_list(prompts, "prompts"), as_list(targets, "targets")
+    if len(prompts) != len(targets):
+        raise InputError(
+            f"expected a target for every prompt; got {len(prompts)} prompts and {len(targets)} targets: pair them"
+        )
+    return prompts, targets
+
+
 @dataclass(frozen=True)
 class Row:
     """A text as tokens, special tokens included."""

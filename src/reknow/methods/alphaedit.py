@@ -44,7 +44,7 @@ class AlphaEdit(SearchSettings):
     """Mass editing in the null space of general text, made for edit after edit."""
 
     layers: tuple[int, ...] | None = None
-    """Layers whose value matrices are changed; None: `suggest_layers`."""
+    """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
     null_share: float = 0.1
     """Weakest directions of general text that may change: those that carry this share of the trace of C."""
     null_threshold: float | None = None

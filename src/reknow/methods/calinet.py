@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,11 +35,9 @@ from transformers.activations import ACT2FN
 from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import InputError
 from reknow.keys import prompt_inputs, prompt_states
-from reknow.layers import depth_layer
 from reknow.memory import Hooks, Reading, versions
-from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
+from reknow.methods.base import BesideMatrix, at_least_one, checked, conflicts, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 
@@ -61,6 +59,8 @@ CONTRASTS = 4
 class CaliNet(BesideMatrix):
     """Slots beside an MLP, trained on the edits in all their wordings."""
 
+    depth: ClassVar[float] = DEPTH
+
     layer: int | None = None
     """Layer whose MLP gets slots; None: at three fifths of the depth."""
     trained_keys: bool = False
@@ -81,18 +81,16 @@ class CaliNet(BesideMatrix):
     seed: int = 0
     """Of the slots at the start."""
 
+    def __post_init__(self):
+        at_least_one(self, "slots", "steps")
+
     @property
     def name(self) -> str:
         return "calinet"
 
-    def own_layers(self, lm: LM) -> list[int]:
-        return [depth_layer(lm, DEPTH) if self.layer is None else lm.check_layer(self.layer)]
-
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         clashes = conflicts(self, lm, edits, self.conflict)
-        if self.slots is not None and self.slots < 1:
-            raise InputError(f"expected at least one slot; got {self.slots}: raise slots")
         (layer,) = self.own_layers(lm)
         texts = [Text(text, edit.target_new) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)

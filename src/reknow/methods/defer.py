@@ -26,7 +26,7 @@ from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.keys import prompt_states
 from reknow.memory import Hooks, Reading, on_output
-from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 
@@ -61,6 +61,9 @@ class DEFER(BesideMatrix):
     """What becomes of an edit whose prompt is stored with another answer."""
     seed: int = 0
     """Of the weights at the start."""
+
+    def __post_init__(self):
+        at_least_one(self, "steps")
 
     @property
     def name(self) -> str:

@@ -25,7 +25,7 @@ from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, pre
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layer, resolve_layers
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import Method, at_least_one, checked, weights_patch
 from reknow.patches import Dense, Patch
 from reknow.tokens import Row, Text
 from reknow.trace import fused_gelu
@@ -75,6 +75,7 @@ class FT(Method):
     def __post_init__(self):
         if self.loss not in NAMES:
             raise InputError(f"expected loss among {', '.join(NAMES)}; got {self.loss!r}: choose one")
+        at_least_one(self, "steps", "batch_size")
 
     @property
     def name(self) -> str:

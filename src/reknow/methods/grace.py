@@ -24,7 +24,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.keys import prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
-from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Row, Text
 
@@ -73,6 +73,7 @@ class GRACE(BesideMatrix):
         if self.replacement not in get_args(Replacement):
             known = ", ".join(get_args(Replacement))
             raise InputError(f"expected replacement among {known}; got {self.replacement!r}: choose one")
+        at_least_one(self, "steps")
 
     @property
     def name(self) -> str:

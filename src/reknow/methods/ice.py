@@ -25,7 +25,7 @@ from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, samp
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layers
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import Method, at_least_one, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Row, Text
 
@@ -117,9 +117,7 @@ class ICE(Method):
             )
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"expected a temperature above 0; got {self.temperature}: the paper's is 100")
-        for name in ("sample_tokens", "samples", "update_interval", "batch_size", "steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}: raise it")
+        at_least_one(self, "steps", "batch_size", "sample_tokens", "samples", "update_interval", "top_k")
         if not self.lead_ins:
             raise InputError('expected at least one lead-in; got none: give "" for a bare context')
         if self.variant == "code" and not (self.with_context and self.sample_target and self.consistency_weight):

@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from reknow.datasets import load_cases
-from reknow.descent import check_length
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import InputError
 from reknow.files import write_text
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
+from reknow.methods.base import MemoryMethod, at_least_one, checked, conflicts, memory_patch
 from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
@@ -63,11 +62,11 @@ class IKE(MemoryMethod):
     """Of which demonstration is of which kind, and which rephrasing it shows."""
 
     def __post_init__(self):
-        if self.demonstrations < 0 or self.room < 1 or (self.shares is not None and sum(self.shares) < 1):
-            raise InputError(
-                "expected demonstrations ≥ 0, room ≥ 1 and shares that are not all 0; got "
-                f"{self.demonstrations}, {self.room} and {self.shares}: correct them"
-            )
+        at_least_one(self, "room")
+        if self.demonstrations < 0:
+            raise InputError(f"expected demonstrations of at least 0; got {self.demonstrations}: raise it")
+        if self.shares is not None and (len(self.shares) != 3 or min(self.shares) < 0 or not any(self.shares)):
+            raise InputError(f"expected three shares that are not all 0; got {self.shares}: correct them")
 
     @property
     def name(self) -> str:
@@ -79,8 +78,10 @@ class IKE(MemoryMethod):
         """Keeps the cases as demonstrations in the file `out`, and gives the method that shows them.
 
         Raises:
-            InputError: a case has no old answer, rephrasing or locality probe to show, or the file cannot be written.
+            InputError: there are no cases, one lacks a rephrasing or another fact, or the file cannot be written.
         """
+        if not cases:
+            raise InputError("expected cases to show; got none: give some, or edit without to show the bundled ones")
         for case in cases:
             _wordings(case)
         lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases)
@@ -90,14 +91,14 @@ class IKE(MemoryMethod):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         replaced = conflicts(self, lm, edits, self.conflict)
-        check_length(lm, lm.encode([Text(_tail(edit) + edit.text, edit.target_new) for edit in edits]))
+        lm.check_length(lm.encode([Text(_tail(edit) + edit.text, edit.target_new) for edit in edits]))
         facts = [edit.text for edit in edits]
         shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]
         kept = [
             _fitting(lm, each, _tail(edit), edit.text, self.room) for each, edit in zip(shown, edits, strict=True)
         ]
         notes = {"demonstrations": [len(each) for each in kept], "conflicts": replaced}
-        if min(notes["demonstrations"]) < self.demonstrations:
+        if any(len(some) < len(each) for some, each in zip(kept, shown, strict=True)):
             notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"
         keys = embed(lm, facts, self.encoder).cpu()
         return memory_patch(self, lm, edits, {"keys": keys}, memory={"demonstrations": kept}, notes=notes)
@@ -240,6 +241,8 @@ def _read(path: str) -> list[Case]:
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
+        if not lines:
+            raise ValueError("it is empty")
         return [_case(json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(

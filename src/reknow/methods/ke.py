@@ -106,7 +106,7 @@ class KENetwork(nn.Module):
         super().__init__()
         assert method.layers is not None
         self.layers, self.names, self.absolute = method.layers, matrices(lm, method.layers), method.absolute
-        self.reader = nn.LSTM(lm.parts.hidden_size, method.read_width, bidirectional=True, batch_first=True)
+        self.reader = nn.LSTM(embedding(lm.model).shape[1], method.read_width, bidirectional=True, batch_first=True)
         self.summary = nn.Linear(2 * method.read_width, method.width)
         self.sizes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
         self.norms = {name: float(lm.base_weight(name).float().norm()) for name in self.names}
@@ -149,7 +149,7 @@ class KENetwork(nn.Module):
         ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
         for row, one in zip(ids, rows, strict=True):
             row[: len(one)] = torch.tensor(one)
-        words = embedding(lm.model)[ids.to(lm.device)].detach().float()  # (edits, columns, hidden)
+        words = embedding(lm.model)[ids.to(lm.device)].detach().float()  # (edits, columns, embedding)
         packed = nn.utils.rnn.pack_padded_sequence(
             words, torch.tensor(lengths), batch_first=True, enforce_sorted=False
         )

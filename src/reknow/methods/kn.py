@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError, ModelError
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import Method, at_least_one, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
 from reknow.replay import Suffix
 from reknow.tokens import Row, Text
@@ -55,6 +55,9 @@ class KN(Method):
     """Embeddings are brought to the norm of the slot first, so that the weights mean the same in any model."""
     signed: bool = True
     """Turn the change round for a neuron that is negative on the prompt, as half of a gated MLP's are."""
+
+    def __post_init__(self):
+        at_least_one(self, "steps")
 
     @property
     def name(self) -> str:
@@ -94,7 +97,7 @@ class KN(Method):
                 (row,) = lm.encode([Text(edit.text)])
                 activation = lm.read([row], [len(row.ids) - 1], inputs=[name])[name][0]  # (in,)
                 change *= activation[mine].sign()
-            rows = torch.eye(weight.shape[1], device=weight.device)[mine]  # (neurons, in)
+            rows = torch.nn.functional.one_hot(mine, weight.shape[1]).float()  # (neurons, in)
             deltas[name] = LowRank(change.float(), rows)
         notes = {"neurons": [list(neuron) for neuron in neurons], "old_answer": old}
         return weights_patch(self, lm, [edit], deltas, notes=notes)

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
-from reknow.descent import check_finite, check_length, told
+from reknow.descent import check_finite, told
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra
 from reknow.layers import resolve_layers
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import Method, at_least_one, checked, weights_patch
 from reknow.patches import LowRank, Patch
 from reknow.peft_folder import base_of
 from reknow.tokens import Row, Text
-from reknow.trace import weight_replaced
+from reknow.trace import swapped, weight_replaced
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -46,7 +46,7 @@ class LoRA(Method):
     kind: Kind = "lora"
     """Fixed rank, rank shared out among the matrices, or fixed rank against a base in four bits."""
     layers: tuple[int, ...] | None = None
-    """Layers that get adapters; None: a sixth of the model around `suggest_layer`."""
+    """Layers that get adapters; None: a sixth of the model, five at most, around `suggest_layer`."""
     places: tuple[Place, ...] = ("value",)
     """Which matrices of a layer: the value matrix, the MLP's input, attention's output."""
     rank: int = 8
@@ -72,8 +72,7 @@ class LoRA(Method):
             raise InputError(
                 f"expected places among {', '.join(get_args(Place))}; got {self.places}: choose from these"
             )
-        if self.rank < 1 or self.steps < 1:
-            raise InputError(f"expected rank and steps of at least 1; got {self.rank} and {self.steps}: raise them")
+        at_least_one(self, "rank", "steps", "batch_size")
 
     @property
     def name(self) -> str:
@@ -83,7 +82,7 @@ class LoRA(Method):
         edits = checked(self, edits, subject=False)
         layers = resolve_layers(lm, self.layers)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
-        check_length(lm, rows)
+        lm.check_length(rows)
         rows.sort(key=lambda row: len(row.ids))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         names = [name for layer in layers for name in self._matrices(lm, layer)]
@@ -176,7 +175,10 @@ def _loss(lm: LM, tuner: nn.Module, rows: Sequence[Row]) -> Tensor:
     labels = torch.full_like(batch.ids, -100)
     for i, row in enumerate(rows):
         labels[i, row.prompt_length : len(row.ids)] = batch.ids[i, row.prompt_length : len(row.ids)]
-    return tuner(input_ids=batch.ids, attention_mask=batch.mask, labels=labels, use_cache=False).loss
+    found = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, labels=labels)
+    # AdaLoRA's would call the model past its hooks, by which memories know what is read.
+    with swapped(lm.model, lambda **_: found):
+        return tuner(input_ids=batch.ids).loss
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.keys import prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
-from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Row, Text
 
@@ -65,6 +65,9 @@ class MELO(BesideMatrix):
     """What becomes of an edit whose prompt is stored with another answer."""
     seed: int = 0
     """Of the blocks at the start."""
+
+    def __post_init__(self):
+        at_least_one(self, "span", "rank", "block_size", "steps")
 
     @property
     def name(self) -> str:
@@ -200,7 +203,7 @@ class Blocks:
         ]
 
     def attach(self, lm: LM):
-        return [on_output(lm, module, partial(self._add, module)) for module in self.factors]
+        return (on_output(lm, module, partial(self._add, module)) for module in self.factors)
 
     def _block(self, query: Tensor) -> int:
         """The block of a prompt whose key is `query` (in,), or −1."""

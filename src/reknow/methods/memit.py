@@ -34,7 +34,7 @@ class Band(SearchSettings):
     """Settings of a method that spreads what is missing over a band of layers: MEMIT, PMET. No method by itself."""
 
     layers: tuple[int, ...] | None = None
-    """Layers whose value matrices are changed; None: `suggest_layers`."""
+    """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
     stiffness: float = 0.1
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + stiffness) of its change in a layer."""
     covariance_weight: float | None = None

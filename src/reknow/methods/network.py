@@ -55,8 +55,8 @@ class MatrixEditor(Learned):
         return Exam(lm, found, min(self.layers), stay_at=self.stay_at, mean_over=self.mean_over)
 
     def for_model(self, lm: LM) -> Self:
-        last = tuple(range(max(0, lm.layers - 3), lm.layers))
-        return replace(self, editor=None, layers=tuple(resolve_layers(lm, self.layers or last)))
+        layers = range(max(0, lm.layers - 3), lm.layers) if self.layers is None else self.layers
+        return replace(self, editor=None, layers=tuple(resolve_layers(lm, layers)))
 
     def trained(self, lm: LM) -> tuple[Self, dict[str, Tensor]]:
         """The settings that its editor was trained with, and what that has learned.

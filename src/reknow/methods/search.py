@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from reknow.errors import InputError
-from reknow.methods.base import Method
+from reknow.methods.base import Method, at_least_one
 from reknow.stats import covariance
 from reknow.values import ValueSearch, contexts
 
@@ -54,10 +53,7 @@ class SearchSettings(Method):
     """Of the sampled contexts."""
 
     def __post_init__(self):
-        if self.steps < 1 or self.turns < 1:
-            raise InputError(
-                f"expected steps and turns of at least 1; got steps {self.steps} and turns {self.turns}: raise them"
-            )
+        at_least_one(self, "steps", "turns")
 
     def search(self, **rest) -> ValueSearch:
         """The search with these settings; `rest` are its fields that this method does not leave to the user."""

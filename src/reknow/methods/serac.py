@@ -28,7 +28,7 @@ from reknow.learning.editors import Editor, open_editor
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.memory import Route, versions
-from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch, settled
+from reknow.methods.base import Learned, MemoryMethod, at_least_one, checked, memory_patch, settled
 from reknow.patches import Kind, LowRank, Patch
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
@@ -87,11 +87,11 @@ class SERAC(Learned, MemoryMethod):
             raise InputError(
                 f"expected classifier among embedding, cosine, cross; got {self.classifier!r}: choose one"
             )
-        counts = self.candidates, self.rank, self.answered
-        if not 0 < self.threshold < 1 or min(counts) < 1 or self.size % self.queries:
+        at_least_one(self, "candidates", "size", "queries", "rank", "answered")
+        if not 0 < self.threshold < 1 or self.size % self.queries:
             raise InputError(
-                "expected 0 < threshold < 1, candidates, rank and answered ≥ 1, and a size that the queries share "
-                f"out; got {self.threshold}, {counts}, {self.size} and {self.queries}: correct them"
+                "expected 0 < threshold < 1 and a size that the queries share out; "
+                f"got {self.threshold}, {self.size} and {self.queries}: correct them"
             )
 
     @property

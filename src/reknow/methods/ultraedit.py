@@ -23,7 +23,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
-from reknow.methods.base import Method, checked, weights_patch
+from reknow.methods.base import Method, at_least_one, checked, weights_patch
 from reknow.patches import Delta, Dense, LowRank, Patch
 from reknow.solvers import cholesky, solve
 from reknow.tokens import Text
@@ -58,8 +58,7 @@ class UltraEdit(Method):
     def __post_init__(self):
         if self.matrices not in ("value", "up"):
             raise InputError(f"expected matrices among value, up; got {self.matrices!r}: choose one")
-        if self.turn < 1:
-            raise InputError(f"expected a turn of at least one edit; got {self.turn}: raise it")
+        at_least_one(self, "turn")
 
     @property
     def name(self) -> str:
@@ -67,7 +66,8 @@ class UltraEdit(Method):
 
     def own_layers(self, lm: LM) -> list[int]:
         first, last = (round(share * lm.layers) for share in DEPTH)
-        return resolve_layers(lm, self.layers or tuple(range(min(first, lm.layers - 1), max(last, first + 1))))
+        own = range(min(first, lm.layers - 1), max(last, first + 1))
+        return resolve_layers(lm, own if self.layers is None else self.layers)
 
     def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
         return 0

@@ -31,7 +31,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
-from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.values import contexts
@@ -93,11 +93,11 @@ class WISE(BesideMatrix):
     """Of the masks, contexts and facts."""
 
     def __post_init__(self):
-        mask, size = 1 if self.mask is None else self.mask, 1 if self.shard_size is None else self.shard_size
-        if not 0 < mask <= 1 or size < 1:
-            raise InputError(
-                f"expected 0 < mask ≤ 1 and a shard_size of at least 1; got {mask} and {size}: correct them"
-            )
+        at_least_one(self, "steps", "shard_size", "unrelated")
+        for name in ("mask", "density"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise InputError(f"expected 0 < {name} ≤ 1; got {share}: correct it")
 
     @property
     def name(self) -> str:
@@ -106,7 +106,7 @@ class WISE(BesideMatrix):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, before, notes = begun(self, lm, edits)
         shape, stored = lm.weight(modules[0]).shape, sum(len(patch.edits) for patch in before)
-        shard_size, share = self._room(shape.numel())
+        shard_size, share = self._room(shape.numel(), before[-1].memory["shard_size"] if before else None)
         shards = _shards(before, shape)
         state: dict[str, Tensor] = {}
         distances, losses = [], []
@@ -126,9 +126,21 @@ class WISE(BesideMatrix):
         memory |= {"retrieve": self.retrieve, "shard_size": shard_size}
         return memory_patch(self, lm, edits, state, memory=memory, notes={**notes, "losses": losses})
 
-    def _room(self, weights: int) -> tuple[int, float]:
-        """(edits of a shard, share of the weights that it may change) for a matrix of so many weights."""
-        size = self.shard_size or max(SHARD, int(SHARE * weights / ROOM))
+    def _room(self, weights: int, stored: int | None = None) -> tuple[int, float]:
+        """(edits of a shard, share of the weights that it may change) for a matrix of so many weights.
+
+        Args:
+            stored: edits of the memory's shards so far, which tell by an edit's number where it lies.
+
+        Raises:
+            InputError: others are asked for.
+        """
+        size = self.shard_size or stored or max(SHARD, int(SHARE * weights / ROOM))
+        if stored not in (None, size):
+            raise InputError(
+                f"expected the shards that the memory was begun with; got shard_size {size}: set it to {stored}, or "
+                "take the memory off first"
+            )
         return size, self.mask or min(1.0, max(SHARE, size * ROOM / weights))
 
     def _learn(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
