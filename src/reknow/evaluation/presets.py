@@ -46,8 +46,6 @@ ICE_PAPER = "Qi et al. 2024, arXiv 2406.11194"
 SAME_LAYERS = ("same-layers.consistency_weight=0",)
 """Plain fine-tuning on the layers of ICE, with its bound: what λ = 0 leaves of it."""
 
-ZSRE_METHODS = ("ft-l", "ft-m", "rome", "memit", "serac", "ike", "mend", "kn")
-
 PRESETS: dict[str, Preset] = {
     "rome": Preset(
         "Single edits of CounterFact: ROME against fine-tuning. Meng et al. 2022, arXiv 2202.05262, Table 4",
@@ -127,12 +125,12 @@ PRESETS: dict[str, Preset] = {
     ),
     "zsre-table": Preset(
         "Single edits of ZsRE in KnowEdit's form: editing against fine-tuning. Zhang et al. 2024, arXiv 2401.01286",
-        ZSRE_METHODS,
+        ("ft-l", "ft-m", "rome", "memit", "ike", "kn", "serac", "mend"),
         data="knowedit-zsre",
     ),
     "zsre-table-batch": Preset(
         "The same, 500 edits in one patch; give the whole file: --data knowedit-zsre:FILE",
-        ZSRE_METHODS,
+        ("ft-l", "ft-m", "rome", "memit", "ike", "kn"),  # the bundled editors have learned from a part of that file
         data="knowedit-zsre",
         limit=500,
         plan={"mode": "batch"},
