@@ -261,7 +261,7 @@ def watched(tell: Callable[[str], object]):
 def told(step: int, steps: int, loss: float) -> None:
     """Says to whoever watches that `step` (from 0) of `steps` is done, and the loss before it."""
     if (tell := _watcher.get()) is not None:
-        tell(f"step {step + 1} of {steps}, loss {loss:.3g}")
+        tell(f"loss {loss:.3g}, step {step + 1} of {steps}")
 
 
 def sample(

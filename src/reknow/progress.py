@@ -14,7 +14,7 @@ from rich.table import Column
 def progress_bar(shown: bool, what: str, total: int, done: int):
     """Gives two functions: one moves the progress bar on stderr, if it is shown; one puts text beside it."""
     columns = (
-        *(TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()),
+        *(TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()),
         # A long text is cut, so that the numbers beside it stay.
         TextColumn("{task.fields[now]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
