@@ -14,7 +14,7 @@ from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
 from reknow.evaluation.convergence import SHOWN, TARGETS, TEMPERATURES, inside
-from reknow.evaluation.presets import PRESETS, in_turn, thinned
+from reknow.evaluation.presets import PRESETS, agreeing, in_turn, thinned
 from reknow.methods.ice import consistency
 from reknow.report.study import by_set, write_study
 
@@ -28,6 +28,13 @@ def test_a_preset_names_what_there_is(name):
         sets = preset.data.split(",")
         assert set(sets) <= set(DATASETS) and set(preset.limits) <= set(sets)
         assert set(preset.plan.get("in_context", ())) <= set(methods)
+
+
+def test_cases_that_contradict_each_other_are_not_put_into_one_patch():
+    made = [
+        Case(Edit("{} lies in", subject=s, target_new=a)) for s, a in (("A", "x"), ("B", "y"), ("A", "z"), ("A", "x"))
+    ]
+    assert agreeing(made) == [made[0], made[1], made[3]]
 
 
 def test_a_method_without_a_label_is_refused():

@@ -80,7 +80,7 @@ def bench(
     plan = _plan(study, checkpoints, seeds, mode=mode, batch_size=batch_size, fluency=fluency, generate=generate)
     chosen = _chosen(study, names, settings)
     lm = open_lm(model, dtype, device, chat) if known else None
-    sets = _sets(study, offset, shuffle, lm)
+    sets = _sets(study, offset, shuffle, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
     lm = lm or open_lm(model, dtype, device, chat)
     lm.computes_statistics = not no_stats
     if names is None:
@@ -145,31 +145,38 @@ def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
     return ready
 
 
-def _sets(study: Preset, offset: int, shuffle: int | None, knowing: LM | None) -> dict[str, list[Case]]:
-    """Name of each run → its cases; only those that the model `knowing` knows, if there is one."""
+def _sets(
+    study: Preset, offset: int, shuffle: int | None, knowing: LM | None, *, one_patch: bool
+) -> dict[str, list[Case]]:
+    """Name of each run → its cases; only those that the model `knowing` knows, if there is one; and only those that
+    agree where several make one patch."""
     from reknow.datasets import load_cases
-    from reknow.evaluation.presets import in_turn, thinned
+    from reknow.evaluation.presets import agreeing, in_turn, thinned
 
     sets = {}
     for source in study.data.split(","):
         name, _, path = source.strip().partition(":")
         wanted = study.limits.get(name, study.limit)
-        limit = None if knowing else wanted
+        limit = None if knowing or one_patch else wanted
         cases = load_cases(name, path=path or None, limit=limit, offset=offset, seed=shuffle)
-        cases = _known(knowing, cases, wanted) if knowing else cases
+        cases = _known(knowing, cases) if knowing else cases
+        if one_patch and len(kept := agreeing(cases)) < len(cases):
+            say(f"left out: {len(cases) - len(kept)} cases of {name} that contradict an earlier one")
+            cases = kept
+        cases = cases[:wanted]
         if name in sets:
             raise InputError(f"expected every set once; got {name} twice: join the files, or run them one by one")
         sets[name] = thinned(cases, study.keep)
     return {"+".join(sets): in_turn(list(sets.values()))} if study.together else sets
 
 
-def _known(lm: LM, cases: list[Case], limit: int | None) -> list[Case]:
+def _known(lm: LM, cases: list[Case]) -> list[Case]:
     from reknow.effect import known_cases
 
     found = known_cases(lm, cases)
     if not found:
         raise InputError(f"expected facts that {lm.name} knows; got none among {len(cases)}: leave --known out")
-    return found[:limit]
+    return found
 
 
 def _methods(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[str, Method]:

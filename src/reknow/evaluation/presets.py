@@ -150,6 +150,12 @@ def thinned(cases: list[Case], keep: int | None) -> list[Case]:
     return result
 
 
+def agreeing(cases: list[Case]) -> list[Case]:
+    """The cases without those that ask for another answer to an earlier one's prompt: no patch can make both."""
+    answers: dict[str, str] = {}
+    return [c for c in cases if answers.setdefault(c.edit.text, c.edit.target_new) == c.edit.target_new]
+
+
 def in_turn(sets: list[list[Case]]) -> list[Case]:
     """One list of all cases, taken from the sets in turn, in proportion to their sizes."""
     placed = [
