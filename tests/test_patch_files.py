@@ -189,6 +189,12 @@ def test_a_stack_is_replaced_whole(lm, tmp_path):
     assert read_stack("some/model") == ("some/model", [])
 
 
+def test_a_stack_folder_of_a_newer_format_is_refused(tmp_path):
+    (tmp_path / STACK_FILE).write_text('{"format": 99, "base": "demo:gpt2", "patches": []}')
+    with pytest.raises(PatchError, match="has 99: upgrade"):
+        read_stack(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"base": "x"}', '{"base": "x", "patches": ["gone.patch"]}'])
 def test_a_broken_stack_folder_is_refused(tmp_path, text):
     (tmp_path / STACK_FILE).write_text(text)

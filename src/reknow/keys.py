@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 ALIKE = 8
 """Facts of one wording that tell how far apart such questions lie."""
 
+SLIVER = 1e-5
+"""What keeps two radii that meet apart, in the unit of distances."""
+SAME = 1e-3
+"""Keys that are closer, in the unit of distances, are the same prompt in another batch."""
+
 
 def subject_keys(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str]) -> Tensor:
     """Input of layer `layer`'s value matrix: the mean of the bare prompt's and of the prefixed prompts' mean.

@@ -118,6 +118,8 @@ def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
         return source, []
     try:
         stack = json.loads(file.read_text(encoding="utf-8"))
+        if stack["format"] > FORMAT:
+            raise PatchError(f"expected stack format {FORMAT}; {source} has {stack['format']}: upgrade reknow")
         return stack["base"], [Patch.load(Path(source) / name) for name in stack["patches"]]
     except (ValueError, KeyError, TypeError) as error:
         raise PatchError(

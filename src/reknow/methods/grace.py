@@ -22,7 +22,7 @@ from torch import Tensor
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
 from reknow.errors import InputError
-from reknow.keys import prompt_states, spread
+from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
 from reknow.patches import Patch
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 DEPTH = 0.8
 """The papers' layers as a share of the depth: 35 of 48 (GPT-2 XL), 27 of 32 (Llama-2)."""
-SLIVER = 1e-5
-"""What keeps two radii that meet apart, in the unit of distances."""
-SAME = 1e-3
-"""Keys that are closer, in the unit of distances, are the same prompt in another batch."""
 
 Replacement = Literal["prompt", "last", "before"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.keys import prompt_states, spread
+from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
 from reknow.patches import Patch
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
 
 DEPTH = 0.75
 """The papers' layers as a share of the depth: keys at 35 of 48, blocks right above (GPT-2 XL)."""
-SLIVER = 1e-5
-"""What keeps two radii that meet apart, in the unit of distances."""
-SAME = 1e-3
-"""Keys that are closer, in the unit of distances, are the same prompt in another batch."""
 
 
 @dataclass(frozen=True)
