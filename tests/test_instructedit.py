@@ -19,7 +19,8 @@ from reknow.errors import InputError
 from reknow.instructions import load_families
 from reknow.instructions.domains import domain_cases, domain_study
 from reknow.instructions.gradients import gradient_study
-from reknow.instructions.studies import STUDIES, Size, as_trained, gain, run_study
+from reknow.instructions.studies import STUDIES, TASKS, Size, as_trained, run_study
+from reknow.instructions.tables import gain
 from reknow.instructions.trial import Material
 from reknow.learning.editors import Editor
 from reknow.learning.gradients import flat_factors
@@ -154,10 +155,10 @@ def test_the_gain_is_paired_and_a_mean_over_tasks():
         ("b", "zsre"): {"0": {key: 0.25}, "1": {key: 0.25}},
         ("a", "convsent"): {"0": {"other": 1.0}},
     }
-    mean, low, high, tasks = gain(values, "a", "b", key)
+    mean, low, high, tasks = gain(values, "a", "b", key, TASKS)
     assert (mean, tasks) == (pytest.approx((0.5 + 0.25) / 2), 2)
     assert 0.125 <= low < mean < high <= 0.625
-    assert gain(values, "a", "b", "nothing") is None
+    assert gain(values, "a", "b", "nothing", TASKS) is None
 
 
 def test_an_editor_is_compared_as_it_was_trained():

@@ -35,6 +35,12 @@ BLOCK = 32
 """Cases that are read together. Fixed, so that a resumed run asks the same questions in the same batches."""
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raises InputError where there is none, or one twice."""
+    if len(set(seeds)) != len(seeds) or not seeds:
+        raise InputError(f"expected at least one seed, each once; got {list(seeds)}: correct them")
+
+
 @dataclass(frozen=True)
 class Plan:
     """How the cases are edited and read, whatever the method."""
@@ -62,8 +68,7 @@ class Plan:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.mode not in get_args(Mode):
             raise InputError(f"expected a mode among {', '.join(get_args(Mode))}; got {self.mode!r}: name one")
-        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
-            raise InputError(f"expected at least one seed, each once; got {list(self.seeds)}: correct them")
+        check_seeds(self.seeds)
         wrong = [at for at in self.checkpoints if at < 1 or at % self.batch_size]
         if self.batch_size < 1 or wrong or (self.checkpoints and self.mode != "sequential"):
             raise InputError(

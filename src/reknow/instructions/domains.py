@@ -11,7 +11,8 @@ from reknow.datasets.reading import read_records
 from reknow.edits import Case
 from reknow.evaluation import Plan, bench
 from reknow.instructions.families import load_families
-from reknow.instructions.studies import SMALL, Editors, Size, written
+from reknow.instructions.studies import SMALL, Editors, Size
+from reknow.instructions.tables import written
 from reknow.instructions.trial import few_probes
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reknow.errors import InputError
+from reknow.errors import InputError, at_least_one
 from reknow.evaluation.rows import Rows, open_manifest
 from reknow.instructions.families import Family, Instruction
 from reknow.instructions.propose import Proposer, usable
@@ -44,9 +44,7 @@ class Search:
     """Of the choice of the unseen instruction."""
 
     def __post_init__(self):
-        for name in ("proposals", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"expected {name} of at least 1; got {getattr(self, name)}: raise it")
+        at_least_one(self, "proposals", "rounds")
         if self.count < 2:
             raise InputError(f"expected a count of at least 2, one seen and one unseen; got {self.count}: raise it")
 

@@ -150,14 +150,6 @@ class Learned(Method):
         return replace(self, editor=path)
 
 
-def at_least_one(method: Method, *names: str) -> None:
-    """Raises InputError where one of these settings of the method is a number below 1."""
-    for name in names:
-        value = getattr(method, name)
-        if value is not None and value < 1:
-            raise InputError(f"expected {name} of at least 1; got {value}: raise it")
-
-
 def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
     """The edits as a list.
 

@@ -35,9 +35,10 @@ from transformers.activations import ACT2FN
 from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
+from reknow.errors import at_least_one
 from reknow.keys import prompt_inputs, prompt_states
 from reknow.memory import Hooks, Reading, versions
-from reknow.methods.base import BesideMatrix, at_least_one, checked, conflicts, memory_patch
+from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
+from reknow.errors import at_least_one
 from reknow.keys import prompt_states
 from reknow.memory import Hooks, Reading, on_output
-from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
+from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted, told
 from reknow.edits import Edit
-from reknow.errors import InputError
+from reknow.errors import InputError, at_least_one
 from reknow.layers import resolve_layer, resolve_layers
-from reknow.methods.base import Method, at_least_one, checked, weights_patch
+from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Dense, Patch
 from reknow.tokens import Row, Text
 from reknow.trace import fused_gelu

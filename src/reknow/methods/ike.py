@@ -22,9 +22,9 @@ import torch
 
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe
-from reknow.errors import InputError
+from reknow.errors import InputError, at_least_one
 from reknow.files import write_text
-from reknow.methods.base import MemoryMethod, at_least_one, checked, conflicts, memory_patch
+from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from reknow.edits import Edit
-from reknow.errors import EditFailed, InputError, ModelError
-from reknow.methods.base import Method, at_least_one, checked, weights_patch
+from reknow.errors import EditFailed, InputError, ModelError, at_least_one
+from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
 from reknow.replay import Suffix
 from reknow.tokens import Row, Text

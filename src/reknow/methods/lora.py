@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from reknow.adapter import Conv1D, is_matrix
 from reknow.descent import check_finite, told
 from reknow.edits import Edit
-from reknow.errors import InputError, MissingExtra
+from reknow.errors import InputError, MissingExtra, at_least_one
 from reknow.layers import resolve_layers
-from reknow.methods.base import Method, at_least_one, checked, weights_patch
+from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import LowRank, Patch
 from reknow.peft_folder import base_of
 from reknow.tokens import Row, Text

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from reknow.methods.base import Method, at_least_one
+from reknow.errors import at_least_one
+from reknow.methods.base import Method
 from reknow.stats import covariance
 from reknow.values import ValueSearch, contexts
 

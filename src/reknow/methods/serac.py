@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
-from reknow.errors import InputError, PatchError
+from reknow.errors import InputError, PatchError, at_least_one
 from reknow.learning.editors import Editor, open_editor
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.memory import Route, versions
-from reknow.methods.base import Learned, MemoryMethod, at_least_one, checked, memory_patch, settled
+from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch, settled
 from reknow.patches import Kind, LowRank, Patch
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from reknow.edits import Edit
-from reknow.errors import InputError
+from reknow.errors import InputError, at_least_one
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
-from reknow.methods.base import Method, at_least_one, checked, weights_patch
+from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, Dense, LowRank, Patch
 from reknow.solvers import cholesky, solve
 from reknow.tokens import Text

@@ -28,10 +28,10 @@ from torch import Tensor
 from reknow.datasets import load_facts
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError
+from reknow.errors import InputError, at_least_one
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
-from reknow.methods.base import BesideMatrix, at_least_one, begun, memory_patch
+from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
 from reknow.tokens import Text
 from reknow.values import contexts
