@@ -105,7 +105,12 @@ def _texts(name: str, value) -> tuple[str, ...]:
 
 
 def _templated(prompt: str, subject: str) -> str:
-    """The prompt with exactly one `{}`; raises InputError where the place is missing or ambiguous."""
+    """The prompt with exactly one `{}`, also where the subject itself stands in braces.
+
+    Raises:
+        InputError: the place is missing or ambiguous.
+    """
+    prompt = prompt.replace("{" + subject + "}", "{}")
     places = prompt.count("{}")
     if places == 1:
         return prompt

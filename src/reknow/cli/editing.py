@@ -95,12 +95,9 @@ def _edits(prompt, target, subject, true, file) -> list[Edit]:
             "expected a prompt and a new answer, or --file; got less: "
             'for example reknow edit "The mother tongue of {Danielle Darrieux} is" English'
         )
-    if subject is not None:
-        prompt = prompt.replace("{" + subject + "}", "{}")
-        return [Edit(prompt, subject=subject, target_new=target, target_true=true)]
-    if "{" in prompt:
+    if "{" in prompt and subject is None:
         return [Edit.parse(prompt, target, target_true=true)]
-    return [Edit(prompt, target_new=target, target_true=true)]
+    return [Edit(prompt, subject=subject, target_new=target, target_true=true)]
 
 
 def _slug(edits: list[Edit]) -> str:

@@ -49,8 +49,8 @@ def _edit(record: Record, table: bool) -> Edit:
     record.text("target_new")
     del values["prompt"]
     try:
-        if "subject" in values:
-            return Edit(prompt.replace("{" + values["subject"] + "}", "{}"), **values)
-        return Edit.parse(prompt, **values) if "{" in prompt else Edit(prompt, **values)
+        if "{" in prompt and "subject" not in values:
+            return Edit.parse(prompt, **values)
+        return Edit(prompt, **values)
     except InputError as error:
         raise InputError(f"{record.where}: {error}") from None
