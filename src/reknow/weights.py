@@ -88,8 +88,9 @@ class Weights:
         shapes: dict[str, tuple[int, int] | None] = {}
         for patch in patches:
             for name, delta in patch.deltas.items():
-                found = shapes[name] if name in shapes else shapes.setdefault(name, self._shape(name))
-                if found != delta.shape:
+                if name not in shapes:
+                    shapes[name] = self._shape(name)
+                if (found := shapes[name]) != delta.shape:
                     got = f"has {found[0]} x {found[1]}" if found else "is not there"
                     raise PatchError(
                         f"expected a matrix {name} of {delta.shape[0]} x {delta.shape[1]} for {patch.label}; "
