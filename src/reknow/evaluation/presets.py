@@ -78,13 +78,13 @@ PRESETS: dict[str, Preset] = {
         f"What ICE is made of: target, context, what is sampled, temperature, lead-ins. {ICE_PAPER}, Tables 2 and 4",
         (
             *("ice", "static=ice", "no-context=ice", "static-no-context=ice", "same-layers=ice", "no-answer=ice"),
-            *("t0.1=ice", "t1=ice", "t10=ice", "bare-context=ice", "no-now=ice", "script=ice"),
+            *("t0.1=ice", "t10=ice", "t100=ice", "bare-context=ice", "no-now=ice", "script=ice"),
         ),
         (
             *SAME_LAYERS,
             *("static.targets=static", "no-context.with_context=false", "no-answer.sample_target=false"),
             *("static-no-context.targets=static", "static-no-context.with_context=false"),
-            *("t0.1.temperature=0.1", "t1.temperature=1", "t10.temperature=10"),
+            *("t0.1.temperature=0.1", "t10.temperature=10", "t100.temperature=100"),
             *('bare-context.lead_ins=[""]', 'no-now.link=" "', "script.variant=code"),
         ),
         data="wiki_recent,wiki_counterfact",

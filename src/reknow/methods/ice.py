@@ -64,7 +64,7 @@ class ICE(Method):
     """Of Adam, in units of the matrix's root mean square, so that it means the same in every model."""
     learning_rate_absolute: float | None = None
     """The same as a number, as the papers give it (7e-4); then it holds."""
-    clamp: float | None = 0.05
+    clamp: float | None = 0.12
     """Largest change of a single weight, in units of the matrix's root mean square; None: none, harming others."""
     clamp_absolute: float | None = None
     """The same as a number (paper: 5e-4)."""
@@ -82,8 +82,8 @@ class ICE(Method):
     """Length of a sample."""
     samples: int = 1
     """Samples per context."""
-    temperature: float = 100.0
-    """Of the sampling; 100 is nearly uniform over the `top_k` tokens."""
+    temperature: float = 1.0
+    """Of the sampling; 1 is that of the equations, 100 of the experiments: nearly uniform over the `top_k` tokens."""
     top_k: int | None = 50
     """Likeliest tokens to sample from; None: all. (The authors' 50 is a default of their library.)"""
     update_interval: int = 1
