@@ -266,3 +266,9 @@ def test_matrices_are_used_only_while_open(lm, edit):
             assert torch.allclose(scored.nll(), inside, atol=1e-5)
     assert not torch.allclose(inside, outside)
     assert isinstance(rows[0], Row)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "learning_rate_absolute", "clamp", "clamp_absolute"])
+def test_a_rate_or_bound_below_nothing_is_refused(lm, edit, name):
+    with pytest.raises(InputError, match=f"expected {name} of at least 0; got -1.0"):
+        ICE(layers=(1,), **{name: -1.0}).edit(lm, [edit])

@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reknow.errors import EditFailed
+from reknow.errors import EditFailed, InputError
 from reknow.generation import decoded, draw
 from reknow.patches import Delta, Dense
 from reknow.replay import Suffix
@@ -39,6 +39,12 @@ class Pace:
     """Largest change of a single weight, in the same unit; None: no bound."""
     clamp_absolute: float | None = None
     """The same as a number; where both are given the smaller bound holds."""
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value >= 0:
+                raise InputError(f"expected {field.name} of at least 0; got {value}: raise it")
 
     def of(self, weight: Tensor) -> tuple[float, float]:
         """(learning rate, largest change) of this matrix, as numbers."""
