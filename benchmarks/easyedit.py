@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import io
 import sys
-import time
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,22 +22,15 @@ from pathlib import Path
 import torch
 
 from reknow import LM, Edit
+from reknow.adapter import Conv1D
 from reknow.edits import Case
 from reknow.evaluation.reading import SAMPLED_TOKENS
 from reknow.patches import Dense, Patch
 from reknow.stats import covariance
+from speed_work import now
 
 UNUSED = ("datasets", "nltk", "openai", "sklearn.metrics", "regex", "scipy", "matplotlib.style")
 """What its modules import and the parts run here never call."""
-MODULES = {
-    "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj",
-    "layer_module_tmp": "transformer.h.{}",
-    "mlp_module_tmp": "transformer.h.{}.mlp",
-    "attn_module_tmp": "transformer.h.{}.attn",
-    "ln_f_module": "transformer.ln_f",
-    "lm_head_module": "transformer.wte",
-}
-"""Of its settings for GPT-2."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,8 @@ class EasyEdit:
         self.tokenizer.padding_side = "right"  # as its editor sets it for these methods
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self._name, self._device = lm.model.config.model_type, str(lm.device)
+        self._modules = _modules(lm)
 
     def rome(self, edit: Edit, layer: int, prefixes: Sequence[str], tokens: int, **settings) -> Made:
         """Its ROME on one fact; `settings` are fields of its ROMEHyperParams."""
@@ -68,7 +62,10 @@ class EasyEdit:
         main.__dict__["CONTEXT_TEMPLATES_CACHE"] = ["{}", *(_template(text) for text in prefixes[1:])]
         self._give_statistics(importlib.import_module("easyeditor.models.rome.compute_u"), tokens)
         hparams = main.ROMEHyperParams(
-            **MODULES | self._common("ROME") | {"layers": [layer], "context_template_length_params": []} | settings
+            **self._modules
+            | self._common("ROME")
+            | {"layers": [layer], "context_template_length_params": []}
+            | settings
         )
         return self._edited([edit], main.apply_rome_to_model, [_request(edit)], hparams)
 
@@ -78,7 +75,7 @@ class EasyEdit:
         main.__dict__["CONTEXT_TEMPLATES_CACHE"] = [["{}"], [_template(text) for text in prefixes[1:]]]
         self._give_statistics(main, tokens)
         hparams = main.MEMITHyperParams(
-            **MODULES | self._common("MEMIT") | {"layers": list(layers), "layer_selection": "all"} | settings
+            **self._modules | self._common("MEMIT") | {"layers": list(layers), "layer_selection": "all"} | settings
         )
         return self._edited(edits, main.apply_memit_to_model, [_request(edit) for edit in edits], hparams)
 
@@ -86,16 +83,16 @@ class EasyEdit:
         """Its fine-tuning with the teacher-forced loss (FT-M)."""
         main = importlib.import_module("easyeditor.models.ft.ft_main")
         hparams = main.FTHyperParams(
-            **MODULES,
+            **self._modules,
             layers=[layer],
             num_steps=steps,
             lr=rate,
             weight_decay=0,
             kl_factor=0,
             norm_constraint=False,  # type: ignore[arg-type]
-            device="cpu",  # type: ignore[arg-type]
+            device=self._device,  # type: ignore[arg-type]
             alg_name="FT",
-            model_name="gpt2",
+            model_name=self._name,
             objective_optimization="target_new",
             batch_size=batch_size,
         )
@@ -109,20 +106,21 @@ class EasyEdit:
         evaluate = importlib.import_module("easyeditor.evaluate.evaluate")
         hparams = types.SimpleNamespace(alg_name="ROME", max_length=40)
         records = [_record(case) for case in cases]
-        start = time.process_time()
+        name, device = self._name, self._device
+        start = now()
         found = [
-            evaluate.compute_edit_quality(self.lm.model, "gpt2", hparams, self.tokenizer, record, "cpu")
+            evaluate.compute_edit_quality(self.lm.model, name, hparams, self.tokenizer, record, device)
             for record in records
         ]
-        return found, time.process_time() - start
+        return found, now() - start
 
     def fluency(self, cases: Sequence[Case]) -> float:
         """Seconds of sampling its text of 100 tokens, prompt included, behind every request, case by case."""
         generate = importlib.import_module("easyeditor.util.generate").generate_fast
-        start = time.process_time()
+        start = now()
         for case in cases:
             generate(self.lm.model, self.tokenizer, [case.edit.text], max_out_len=SAMPLED_TOKENS)
-        return time.process_time() - start
+        return now() - start
 
     def _common(self, name: str) -> dict:
         return {
@@ -134,8 +132,8 @@ class EasyEdit:
             "mom2_n_samples": 0,
             "mom2_dtype": "float32",
             "alg_name": name,
-            "device": "cpu",
-            "model_name": "gpt2",
+            "device": self._device,
+            "model_name": self._name,
             "stats_dir": "",
         }
 
@@ -152,16 +150,18 @@ class EasyEdit:
         """Runs an editor, takes its change off the model again and gives it as a patch."""
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            start = time.process_time()
+            start = now()
             model, before = apply(self.lm.model, self.tokenizer, requests, hparams, return_orig_weights=True)
-            seconds = time.process_time() - start
+            seconds = now() - start
         deltas = {}
         weights = dict(model.named_parameters())
         with torch.no_grad():
             for name, old in before.items():
                 matrix = name.removesuffix(".weight")
                 if matrix in self.lm.parts.value:  # its fine-tuning trains the bias too
-                    deltas[matrix] = Dense((weights[name] - old).T.float().clone())
+                    change = (weights[name] - old).float()
+                    turned = isinstance(model.get_submodule(matrix), Conv1D)
+                    deltas[matrix] = Dense((change.T if turned else change).clone())
                 weights[name].copy_(old)
         patch = Patch(hparams.alg_name.lower(), {}, tuple(edits), deltas, self.lm.fingerprint)
         return Made(patch, seconds, _passes(printed.getvalue(), counted))
@@ -176,6 +176,20 @@ def _passes(printed: str, counted: str) -> list[int]:
         elif line.startswith(counted):
             steps[-1] += 1
     return steps
+
+
+def _modules(lm: LM) -> dict[str, str]:
+    """The names of a decoder's parts, as its settings give them."""
+    head, value = lm.model.get_output_embeddings(), lm.parts.value[0]
+    names = {
+        "rewrite_module_tmp": value,
+        "layer_module_tmp": lm.parts.blocks[0],
+        "mlp_module_tmp": value.rpartition(".")[0],
+        "attn_module_tmp": lm.parts.attention_out[0].rpartition(".")[0],
+    }
+    every = {key: f"{name}.".replace(".0.", ".{}.", 1)[:-1] for key, name in names.items()}
+    found = next(name for name, module in lm.model.named_modules() if module is head)
+    return every | {"ln_f_module": lm.parts.tail[-1], "lm_head_module": found}
 
 
 def _template(prefix: str) -> str:

@@ -2,14 +2,15 @@
 
     python benchmarks/speed.py rome --easyedit PATH                  # on the bundled GPT-2-shaped model
     python benchmarks/speed.py rome --easyedit PATH --shape 124M     # on GPT-2's size, random weights
+    python benchmarks/speed.py rome --easyedit PATH --shape 7B       # on Llama's size, random, bf16, on a GPU
     python benchmarks/speed.py report                                # the tables of everything that was run
 
 Parts: `rome`, `memit`, `evaluation`, `tuning`, `scaling` (reknow alone), `work` (operations and rates per phase).
 Each writes a JSON file under `--out`; one that is there is not run again. Both sides take turns, fact by fact, in one
-process and on one thread; seconds are processor time, so that other work on the machine counts little. Not timed on
-either side, since both do it once per model: covariances, prefixes, layer. Our settings hold on both: as EasyEdit
-takes learning rate and decay as plain numbers, it gets those that ours amount to for each fact. Reliability,
-generalization and locality of both are read by reknow: teacher-forced, every token right.
+process and on one thread; seconds are processor time, so that other work on the machine counts little, and those of
+the clock on a GPU. Not timed on either side, since both do it once per model: covariances, prefixes, layer. Our
+settings hold on both: as EasyEdit takes learning rate and decay as plain numbers, it gets those that ours amount to
+for each fact. Reliability, generalization and locality of both are read by reknow: teacher-forced, every token right.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
@@ -45,12 +46,16 @@ from speed_reading import evaluation
 from speed_report import report
 from speed_work import matmul_rate, phases, timed, total_flops
 
-FACTS = {"demo": {"rome": 20, "memit": 100, "tuning": 100}, "124M": {"rome": 5, "memit": 5, "tuning": 4}}
-"""Facts that EasyEdit runs. Its time is proportional to their number, so on the large shape a few are enough."""
+FACTS = {
+    "demo": {"rome": 20, "memit": 100, "tuning": 100},
+    "124M": {"rome": 5, "memit": 5, "tuning": 4},
+    "7B": {"rome": 5, "memit": 5, "work": 50},
+}
+"""Facts that EasyEdit runs. Its time is proportional to their number, so on the large shapes a few are enough."""
 MANY = 20
 """Where EasyEdit runs fewer facts of MEMIT, reknow runs this many besides."""
-LAYER = {"demo": 0, "124M": 4}
-"""The demo's is the one that `suggest_layer` finds; the other is at the depth at which the papers edit."""
+LAYER = {"demo": 0, "124M": 4, "7B": 5}
+"""The demo's is the one that `suggest_layer` finds; the others are at the depth at which the papers edit."""
 COVARIANCE_TOKENS = 20_000
 RATE = 5e-4
 """The published learning rate of fine-tuning."""
@@ -64,11 +69,17 @@ KINDS = ("reliability", "generalization", "locality")
 
 
 def opened(shape: str) -> LM:
-    demo = LM.demo("gpt2")
+    demo = LM.demo("llama" if shape == "7B" else "gpt2")
     if shape == "demo":
         return demo
     torch.manual_seed(0)
-    return LM((GPT2LMHeadModel(GPT2Config()).eval(), demo.tokenizer))
+    if shape == "124M":
+        return LM((GPT2LMHeadModel(GPT2Config()).eval(), demo.tokenizer))
+    # Tokens that this tokenizer does not have could not be read in sampled contexts.
+    config = LlamaConfig(vocab_size=len(demo.tokenizer), bos_token_id=0, eos_token_id=1)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return LM((model, demo.tokenizer))
 
 
 class Quality:
@@ -176,11 +187,11 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -> float:
     """The λ that the scale-free stiffness amounts to in the first layer, since EasyEdit takes a number."""
-    from reknow.keys import subject_keys
+    from reknow.keys import Subjects
     from reknow.solvers import whitening
     from reknow.stats import covariance
 
-    keys = subject_keys(lm, [case.edit for case in cases], layer, [""])
+    keys = Subjects(lm, [case.edit for case in cases], [""]).keys(layer)
     white = keys @ whitening(covariance(lm, layer, tokens=method.covariance_tokens))
     return float(method.stiffness * white.square().sum(1).mean())
 
@@ -236,17 +247,34 @@ def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     return {"layer": layer, "facts": rows, "together": together, "sampling": sampling, "quality": quality.table()}
 
 
-def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int]) -> dict:
+def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int], data: Sequence[Path], **changes: int) -> dict:
     """Seconds of reknow alone for more and more facts: ROME one after the other, MEMIT all at once.
 
-    ROME takes 20 passes for each: until found it takes more and more on a model that it has wrecked.
+    ROME takes 20 passes for each: until found it takes more and more on a model that it has wrecked. So does MEMIT,
+    25, where weights are random and nothing can be found.
+
+    Args:
+        data: EasyEdit's files of CounterFact; none: the bundled sample of 1,000.
+        changes: other fields of the method.
     """
-    edits = list({case.edit.text: case.edit for case in load_cases("counterfact", limit=1000)}.values())
+    cases = [case for file in data for case in load_cases("counterfact-easyedit", path=file)]
+    edits = list({case.edit.text: case.edit for case in cases or load_cases("counterfact", limit=1000)}.values())
     rome = ROME(layer=layer, steps=20, stop_probability=1.0, covariance_tokens=COVARIANCE_TOKENS)
     memit = MEMIT(layers=tuple(band(lm, layer)), covariance_tokens=COVARIANCE_TOKENS)
-    method = {"ROME": rome, "MEMIT": memit}[name]
+    if not lm.name.startswith("demo"):
+        memit = replace(memit, steps=25, stop_probability=1.0)
+    method = replace({"ROME": rome, "MEMIT": memit}[name], **changes)
     method.edit(lm, edits[:1])
-    return {name: {min(n, len(edits)): timed(lambda n=n: method.edit(lm, edits[:n]))[1] for n in sizes}}
+    rows = []
+    for n in sizes:
+        some = edits[:n]
+        if lm.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        rows.append({"facts": len(some), "seconds": timed(lambda some=some: method.edit(lm, some))[1]})
+        if lm.device.type == "cuda":
+            rows[-1]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+        print(rows[-1], flush=True)
+    return {f"{name}, {method.steps} passes at most, {method.turns} turns": rows}
 
 
 def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
@@ -259,7 +287,7 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     number = plain(lm, cases[0], layer, "value")
     settings = {"v_num_grad_steps": one.steps, "clamp_norm_factor": one.clamp, **number}
     theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **{**settings, "v_num_grad_steps": 2})
-    found: dict = {"matmul GFLOP/s": matmul_rate() / 1e9}
+    found: dict = {"matmul GFLOP/s": matmul_rate(lm.weight(lm.parts.value[0])) / 1e9}
     made, flops = total_flops(lambda: theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings))
     seconds = theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
     found["EasyEdit ROME"] = {"all": {"seconds": seconds, "flops": flops}}
@@ -278,6 +306,7 @@ def machine() -> dict:
         "processor": names[0] if names else platform.processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_initialized() else {}),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
@@ -292,6 +321,11 @@ def main() -> None:
     parser.add_argument("--layer", type=int, help="another layer than usual")
     parser.add_argument("--facts", type=int, help="fewer facts than usual")
     parser.add_argument("--method", choices=["ROME", "MEMIT"], default="MEMIT", help="of `scaling`")
+    parser.add_argument("--turns", type=int, help="of `scaling`: other than the method's")
+    parser.add_argument("--steps", type=int, help="of `scaling`: other than usual")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", default=[], help="of `scaling`: EasyEdit's counterfact-*.json"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000], help="of `scaling`")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -299,7 +333,9 @@ def main() -> None:
         print(report(options.out))
         return
     where = "" if options.layer is None else f"-layer{options.layer}"
-    where += f"-{options.method}" if options.part == "scaling" else ""
+    changes = {key: value for key in ("turns", "steps") if (value := getattr(options, key))}
+    if options.part == "scaling":
+        where += "-".join(["", options.method, *map(str, options.sizes), *(f"{v}{k}" for k, v in changes.items())])
     file = options.out / f"{options.shape}-{options.part}{where}.json"
     if file.exists():
         print(f"{file} is there already: delete it to run this part again")
@@ -310,7 +346,7 @@ def main() -> None:
     candidates = load_cases("counterfact", limit=300)
     cases = (known_cases(lm, candidates) if options.shape == "demo" else candidates)[:count]
     if options.part == "scaling":
-        found = scaling(lm, options.method, layer, options.sizes)
+        found = scaling(lm, options.method, layer, options.sizes, options.data, **changes)
     else:
         if options.easyedit is None:
             parser.error("this part needs --easyedit, the folder of a checkout of EasyEdit")

@@ -134,9 +134,12 @@ def _tuning(found: Mapping) -> list[str]:
 
 
 def _scaling(found: Mapping) -> list[str]:
-    sizes = list(next(iter(found.values())))
-    rows = [[label, *(f"{times[n]:.1f} ({times[n] / int(n):.3f})" for n in sizes)] for label, times in found.items()]
-    return ["Seconds in all (per fact):", "", *_table(["", *(f"{n} facts" for n in sizes)], rows)]
+    ((label, rows),) = found.items()
+    cells = [
+        [row["facts"], f"{row['seconds']:.1f}", f"{row['seconds'] / row['facts']:.4f}", f"{row.get('GiB', 0):.0f}"]
+        for row in rows
+    ]
+    return [f"{label}:", "", *_table(["facts", "seconds", "per fact", "peak of the GPU's memory, GiB"], cells)]
 
 
 def _work(found: Mapping) -> list[str]:
@@ -153,8 +156,8 @@ def _work(found: Mapping) -> list[str]:
             speed = work / seconds
             rows.append([label, phase, f"{work:.2f}", f"{1000 * seconds:.0f}", f"{speed:.0f}", f"{speed / rate:.0%}"])
     return [
-        f"Per fact ({found['facts of MEMIT']} facts of MEMIT in one call). A large float32 matrix product runs at "
-        f"{rate:.0f} GFLOP/s here. The counter sees matrix products alone; those inside attention are not in it.",
+        f"Per fact ({found['facts of MEMIT']} facts of MEMIT in one call). A large matrix product runs at {rate:.0f} "
+        "GFLOP/s here. The counter sees matrix products alone; those inside attention are not in it on a CPU.",
         "",
         *_table(["", "phase", "GFLOP", "ms", "GFLOP/s", "of the machine's"], rows),
     ]

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 PHASES = {
     "lower blocks, left columns": [("reknow.replay", "Suffix.__init__")],
     "search of δ": [("reknow.values", "_descend")],
-    "keys and states": [("reknow.methods.memit", "subject_keys"), ("reknow.methods.memit", "subject_states")],
+    "keys and states": [("reknow.keys", "Subjects.keys"), ("reknow.keys", "Subjects.states")],
     "least squares": [
         ("reknow.methods.memit", "least_squares"),
         ("reknow.methods.memit", "outer"),
@@ -25,11 +25,19 @@ PHASES = {
 """Functions whose time and operations are shown by themselves; what they call of one another is not counted twice."""
 
 
+def now() -> float:
+    """Seconds of processor time; once a GPU is used, of the clock, when that has done what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
 def timed(run: Callable):
-    """(what it gives, seconds of processor time)."""
-    start = time.process_time()
+    """(what it gives, seconds)."""
+    start = now()
     found = run()
-    return found, time.process_time() - start
+    return found, now() - start
 
 
 def total_flops(run: Callable):
@@ -40,19 +48,17 @@ def total_flops(run: Callable):
     return found, counter.get_total_flops()
 
 
-def matmul_rate(size: int = 2048, repeats: int = 10) -> float:
-    """FLOP/s of a large float32 matrix product."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
+def matmul_rate(like: torch.Tensor, repeats: int = 10) -> float:
+    """FLOP/s of a large matrix product of the dtype and on the device of a weight."""
+    size = 2048 if like.device.type == "cpu" else 8192
+    a, b = (torch.randn(size, size).to(like) for _ in range(2))
     a @ b
-    start = time.process_time()
-    for _ in range(repeats):
-        a @ b
-    return 2 * size**3 * repeats / (time.process_time() - start)
+    return 2 * size**3 * repeats / timed(lambda: [a @ b for _ in range(repeats)])[1]
 
 
 def phases(run: Callable) -> dict[str, dict[str, float]]:
     """Per phase, and in `all`, the seconds of one run and the operations of another."""
-    seconds = _by_phase(run, time.process_time)
+    seconds = _by_phase(run, now)
     with FlopCounterMode(display=False) as counter:
         flops = _by_phase(run, counter.get_total_flops)
     return {name: {"seconds": seconds[name], "flops": flops[name]} for name in seconds}

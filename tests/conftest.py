@@ -31,8 +31,9 @@ def edit() -> Edit:
 
 
 def make_lm(family: str = "gpt2", **changes) -> LM:
-    """A tiny random LM of a family."""
-    return LM((tiny_model(family, **changes), tiny_tokenizer(bos=family == "llama")))
+    """A tiny random LM of a family, on the device that REKNOW_TEST_DEVICE names."""
+    device = os.environ.get("REKNOW_TEST_DEVICE")
+    return LM((tiny_model(family, **changes), tiny_tokenizer(bos=family == "llama")), device=device)
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -73,7 +74,8 @@ def alone(lm: LM, prompt: str, tokens: int) -> list[int]:
     (row,) = lm.encode([Text(prompt)])
     ids = list(row.ids)
     while len(ids) < len(row.ids) + tokens and ids[-1] != lm.tokenizer.eos_token_id:
-        text, end = torch.tensor([ids]), torch.tensor([len(row.ids)])
-        logits = lm.forward(text, torch.ones_like(text), torch.arange(len(ids))[None], None, ends=end).logits
+        text, end = torch.tensor([ids], device=lm.device), torch.tensor([len(row.ids)], device=lm.device)
+        places = torch.arange(len(ids), device=lm.device)[None]
+        logits = lm.forward(text, torch.ones_like(text), places, None, ends=end).logits
         ids.append(int(logits[0, -1].argmax()))
     return ids[len(row.ids) :]

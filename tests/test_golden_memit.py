@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from reknow import LM, Edit
-from reknow.keys import subject_keys
+from reknow.keys import Subjects
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN, attributions
@@ -98,7 +98,7 @@ def test_wanted_states_and_keys_are_the_authors(models):
     lm, case = models["gpt2"], CASES["memit"]
     edits = [Edit(f["prompt"], subject=f["subject"], target_new=f["target_new"]) for f in case["facts"]]
     prefixes = [template.removesuffix("{}") for template in HEAD["templates"]]
-    assert close(subject_keys(lm, edits, 0, prefixes), TENSORS["memit/keys"])
+    assert close(Subjects(lm, edits, prefixes).keys(0), TENSORS["memit/keys"])
     search = ValueSearch(steps=case["hparams"]["v_num_grad_steps"], clamp=0.75, site="block")
     assert close(find_values(lm, edits, 1, prefixes, search).z, TENSORS["memit/z"])
 

@@ -10,7 +10,7 @@ from families import CORE_FAMILIES
 from reknow import facts as batches_of_facts
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
-from reknow.keys import subject_keys, subject_states
+from reknow.keys import Subjects
 from reknow.methods import method, search
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
@@ -180,7 +180,7 @@ def test_memit_without_stiffness_reaches_z_in_one_layer(gpt2):
     search = ValueSearch(steps=6, clamp=MEMIT.clamp, site="block", **settings)
     wanted = find_values(gpt2, EDITS, 1, ("",), search).z.double()
     with gpt2.patched(patch):
-        assert torch.allclose(subject_states(gpt2, EDITS, 1, "block"), wanted, atol=1e-4)
+        assert torch.allclose(Subjects(gpt2, EDITS, [""]).states(1, "block"), wanted, atol=1e-4)
 
 
 def test_memit_spreads_what_is_missing_over_its_layers(gpt2):
@@ -190,8 +190,8 @@ def test_memit_spreads_what_is_missing_over_its_layers(gpt2):
 
 
 def test_keys_are_half_bare_prompt_and_half_prefixed(gpt2):
-    bare, one, two = (subject_keys(gpt2, EDITS, 1, [context]) for context in CONTEXTS)
-    assert torch.allclose(subject_keys(gpt2, EDITS, 1, CONTEXTS), bare / 2 + one / 4 + two / 4, atol=1e-6)
+    bare, one, two = (Subjects(gpt2, EDITS, [context]).keys(1) for context in CONTEXTS)
+    assert torch.allclose(Subjects(gpt2, EDITS, CONTEXTS).keys(1), bare / 2 + one / 4 + two / 4, atol=1e-6)
 
 
 def test_emmet_names_facts_with_one_key(gpt2):
@@ -307,7 +307,7 @@ def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
     prompts = ["{} is", "{} is a city in", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 9]
     facts = batches_of_facts.encode_facts(gpt2, edits, CONTEXTS, "subject")
-    parts = batches_of_facts.parts_of(facts, list(range(len(edits))))
+    parts = batches_of_facts.parts_of(facts, list(range(len(edits))), *batches_of_facts.room(gpt2))
     assert sorted(i for part in parts for i in part) == list(range(len(edits)))
     widths = [max(batches_of_facts._replayed(row) for row in fact) for fact in facts]
     for part in parts:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from reknow.adapter import embedding
 from reknow.edits import Edit
 from reknow.replay import Suffix
 from reknow.tokens import TOKENS_PER_BATCH, Row, Text
@@ -23,6 +24,22 @@ ESSENCE = "{} is a"
 
 SMALL = 32
 """Tokens that a step of the search hardly notices."""
+SMALL_ON_GPU = 2048
+"""The same on a GPU, which does not run so many as long as it takes to tell it what to do."""
+LARGE = 65536
+"""Tokens of a batch beyond which no GPU is faster."""
+
+
+def room(lm: LM) -> tuple[int, int]:
+    """(how many tokens a batch of facts may have, how many of one step cost nothing), for `parts_of`."""
+    if lm.device.type != "cuda":
+        return TOKENS_PER_BATCH, SMALL
+    taken = sum(p.nbytes for p in lm.model.parameters() if p.device == lm.device)
+    free = torch.cuda.get_device_properties(lm.device).total_memory - taken
+    vocabulary = embedding(lm.model).shape[0]
+    # Keys and values, twice while contexts are dealt; of a step's few tokens what the gradient needs, and logits.
+    each = 8 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize + vocabulary
+    return min(max(free // 2 // each, TOKENS_PER_BATCH // 8), LARGE), SMALL_ON_GPU
 
 
 def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[Row]]:
@@ -50,11 +67,11 @@ def _replayed(row: Row) -> int:
     return len(row.ids) - bool(row.target_ids) - row.subject_last
 
 
-def parts_of(facts: list[list[Row]], owners: list[int]) -> list[list[int]]:
-    """Indices of facts in batches of at most TOKENS_PER_BATCH tokens, one δ in one batch.
+def parts_of(facts: list[list[Row]], owners: list[int], limit: int, small: int) -> list[list[int]]:
+    """Indices of facts in batches of at most `limit` tokens, one δ in one batch.
 
     What is run at every step is as wide as the widest fact of a batch, so other widths open another batch, unless
-    the one at hand is so small that its passes cost more than their tokens.
+    the one at hand has fewer than `small` tokens in a step, so that its passes cost more than their tokens.
     """
     together: dict[int, list[int]] = {}
     for i, owner in enumerate(owners):
@@ -67,8 +84,8 @@ def parts_of(facts: list[list[Row]], owners: list[int]) -> list[list[int]]:
     step, width = 0, 0
     for owner in sorted(together, key=lambda owner: sizes[owner]):
         mine, wider = together[owner], max(width, sizes[owner][1])
-        open_still = parts and (sizes[owner][0] == step or len(parts[-1]) * len(facts[0]) * step < SMALL)
-        if open_still and (len(parts[-1]) + len(mine)) * len(facts[0]) * wider <= TOKENS_PER_BATCH:
+        open_still = parts and (sizes[owner][0] == step or len(parts[-1]) * len(facts[0]) * step < small)
+        if open_still and (len(parts[-1]) + len(mine)) * len(facts[0]) * wider <= limit:
             parts[-1] += mine
             step, width = sizes[owner][0], wider
         else:

@@ -26,32 +26,47 @@ SAME = 1e-3
 """Keys that are closer, in the unit of distances, are the same prompt in another batch."""
 
 
-def subject_keys(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str]) -> Tensor:
-    """Input of layer `layer`'s value matrix: the mean of the bare prompt's and of the prefixed prompts' mean.
+class Subjects:
+    """The last token of the subject in the prompts of some edits, by themselves and behind other texts.
 
     Args:
         contexts: texts to put before the prompt; the first must be "" (the bare prompt).
-
-    Returns:
-        (facts, in), float64.
     """
-    name = lm.parts.value[layer]
-    states = lm.read(*_places(lm, edits, contexts), inputs=[name])[name].double()
-    states = states.view(len(edits), len(contexts), -1)  # (facts, contexts, in)
-    if len(contexts) == 1:
-        return states[:, 0]
-    return (states[:, 0] + states[:, 1:].mean(1)) / 2
 
+    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Sequence[str]):
+        texts = []
+        for edit in edits:
+            assert edit.subject is not None, "methods check that every edit has a subject"
+            texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in contexts]
+        self._lm, self._contexts, self._last = lm, len(contexts), list[int]()
+        self._rows: list[Row] = []
+        for row in lm.encode(texts):
+            assert row.subject_last is not None, "the text names its subject"
+            self._last.append(row.subject_last)
+            # What follows cannot change the states of the subject.
+            self._rows.append(Row(row.ids[: row.subject_last + 1], row.subject_last + 1))
 
-def subject_states(lm: LM, edits: Sequence[Edit], layer: int, site: Site) -> Tensor:
-    """Output of layer `layer`'s block or value matrix at the bare prompt, as `values.find_values` measures it.
+    def keys(self, layer: int) -> Tensor:
+        """Input of layer `layer`'s value matrix: the mean of the bare prompt's and of the prefixed prompts' mean.
 
-    Returns:
-        (facts, hidden), float64.
-    """
-    block = site == "block" and lm.parts.residual_identity
-    name = lm.parts.blocks[layer] if block else lm.parts.value[layer]
-    return lm.read(*_places(lm, edits, [""]), outputs=[name])[name].double()
+        Returns:
+            (facts, in), float64.
+        """
+        name = self._lm.parts.value[layer]
+        states = self._lm.read(self._rows, self._last, inputs=[name])[name]
+        states = states.view(-1, self._contexts, states.shape[1])  # (facts, contexts, in)
+        bare = states[:, 0].double()
+        return bare if self._contexts == 1 else (bare + states[:, 1:].mean(1, dtype=torch.float64)) / 2
+
+    def states(self, layer: int, site: Site) -> Tensor:
+        """Output of layer `layer`'s block or value matrix at the bare prompt, as `values.find_values` measures it.
+
+        Returns:
+            (facts, hidden), float64.
+        """
+        parts, bare = self._lm.parts, slice(None, None, self._contexts)
+        name = parts.blocks[layer] if site == "block" and parts.residual_identity else parts.value[layer]
+        return self._lm.read(self._rows[bare], self._last[bare], outputs=[name])[name].double()
 
 
 def spread(lm: LM, layer: int) -> float:
@@ -93,17 +108,3 @@ def prompt_inputs(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Ten
         lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
     columns = torch.arange(batch.ids.shape[1], device=lm.device)
     return by_row(seen[module], len(rows)).float(), (columns < batch.ends[:, None]) & batch.mask.bool()
-
-
-def _places(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> tuple[list[Row], list[int]]:
-    """Rows that end with the subject, and the index of its last token: what follows cannot change its states."""
-    texts = []
-    for edit in edits:
-        assert edit.subject is not None, "methods check that every edit has a subject"
-        texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in contexts]
-    rows, last = [], []
-    for row in lm.encode(texts):
-        assert row.subject_last is not None, "the text names its subject"
-        last.append(row.subject_last)
-        rows.append(Row(row.ids[: last[-1] + 1], last[-1] + 1))
-    return rows, last

@@ -202,17 +202,18 @@ class LM:
             name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
         """
         found: dict[str, list[Tensor]] = {}
-        for part in batches([len(row.ids) for row in rows], self.device):
+        parts = batches([len(row.ids) for row in rows], self.device)
+        for part in parts:
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
             column = max(columns[i] for i in part)
             with recorded(self.model, inputs, outputs, stop=True) as (seen_in, seen_out):
                 self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
             named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
             for name, states in named.items():
-                found.setdefault(name, [states.new_empty(0)] * len(rows))
-                for i, state in zip(part, by_row(states, len(part))[:, column], strict=True):
-                    found[name][i] = state
-        return {name: torch.stack(states) for name, states in found.items()}
+                # A view would hold the states of all columns.
+                found.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
+        order = torch.tensor([i for part in parts for i in part]).argsort()
+        return {name: torch.cat(states)[order.to(states[0].device)] for name, states in found.items()}
 
     @torch.no_grad()
     def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:

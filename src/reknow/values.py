@@ -15,7 +15,7 @@ from torch import Tensor
 
 from reknow.descent import check_finite
 from reknow.edits import Edit
-from reknow.facts import Run, Scores, dealt, encode_facts, parts_of
+from reknow.facts import Run, Scores, dealt, encode_facts, parts_of, room
 from reknow.tokens import Row
 from reknow.trace import fused_gelu
 
@@ -97,7 +97,7 @@ def find_values(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[st
     facts = encode_facts(lm, edits, list(distinct), search.kl_position)
     weights = torch.tensor(list(distinct.values()), device=lm.device)
     owners = _owners(edits, search.merge_subjects)
-    parts = parts_of(facts, owners)
+    parts = parts_of(facts, owners, *room(lm))
     found = []
     for part in parts:
         numbers = {owner: i for i, owner in enumerate(dict.fromkeys(owners[i] for i in part))}

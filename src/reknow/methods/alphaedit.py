@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from reknow.edits import Edit
-from reknow.keys import subject_keys, subject_states
+from reknow.keys import Subjects
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
@@ -68,6 +68,7 @@ class AlphaEdit(SearchSettings):
         if self.boundary_layers:
             layers = sorted({layers[0], layers[-1]})
         prefixes = self.contexts(lm)
+        subjects = Subjects(lm, edits, prefixes)
         deltas: dict[str, Delta] = {}
         state: dict[str, Tensor] = {}
         found, z = None, None
@@ -77,14 +78,14 @@ class AlphaEdit(SearchSettings):
                     target = layer if self.boundary_layers else layers[-1]
                     found = find_values(lm, edits, target, prefixes, self.search(site="block"))
                     z = self._anchored(lm, found, target, state)  # (facts, hidden)
-                missing = z - subject_states(lm, edits, target, "block")  # (facts, hidden)
+                missing = z - subjects.states(target, "block")  # (facts, hidden)
                 shares = 1 if self.boundary_layers else len(layers) - i
-                right = self._right(lm, edits, layer, subject_keys(lm, edits, layer, prefixes))  # (facts, in)
+                right = self._right(lm, edits, layer, subjects.keys(layer))  # (facts, in)
                 change = {lm.parts.value[layer]: outer(missing / shares, right)}
                 lm.apply(weights_patch(self, lm, edits, change))
                 deltas |= change
             for layer in layers:
-                state[f"keys.{lm.parts.value[layer]}"] = subject_keys(lm, edits, layer, prefixes).float()
+                state[f"keys.{lm.parts.value[layer]}"] = subjects.keys(layer).float()
         notes = {"layers": list(layers), "losses": found.losses if found else []}
         return weights_patch(self, lm, edits, deltas, state=state, notes=notes)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.edits import Edit
-from reknow.keys import subject_keys
+from reknow.keys import Subjects
 from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
@@ -53,7 +53,7 @@ class EMMET(SearchSettings):
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
             self.from_covariance(lm, layer, whitening),
-            subject_keys(lm, edits, layer, prefixes),
+            Subjects(lm, edits, prefixes).keys(layer),
             stiffness=self.stiffness,
             weight=0.0 if len(edits) == 1 else ridge,
             names=[edit.text for edit in edits],

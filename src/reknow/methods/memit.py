@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.edits import Edit
-from reknow.keys import subject_keys, subject_states
+from reknow.keys import Subjects
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
@@ -44,12 +44,12 @@ class Band(SearchSettings):
         self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values, site: Site, power: float
     ) -> Patch:
         """From layer to layer what is missing of z at `site` of the last one, over layers left to the `power`."""
-        z, prefixes = found.z.double(), self.contexts(lm)  # (facts, hidden)
+        z, subjects = found.z.double(), Subjects(lm, edits, self.contexts(lm))  # (facts, hidden)
         deltas: dict[str, Delta] = {}
         with lm.patched():
             for i, layer in enumerate(layers):
-                keys = subject_keys(lm, edits, layer, prefixes)  # (facts, in)
-                missing = z - subject_states(lm, edits, layers[-1], site)  # (facts, hidden)
+                keys = subjects.keys(layer)  # (facts, in)
+                missing = z - subjects.states(layers[-1], site)  # (facts, hidden)
                 right = least_squares(
                     self.from_covariance(lm, layer, whitening),
                     keys,

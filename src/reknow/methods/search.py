@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from reknow.errors import at_least_one
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 KEPT_BYTES = 2**31
 """How much memory matrices made of covariances may take between two edits."""
+GPU_SHARE = 16
+"""Which part of a GPU's memory they may take, where that is more: one of a 7B model is 1 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,9 @@ class SearchSettings(Method):
             return lm.memo[memo][0]
         found = make(self.covariance(lm, layer), *settings)
         lm.memo[memo] = (found,)
-        kept = [key for key in lm.memo if key[0] == "covariance"]
-        while sum(lm.memo[key][0].nbytes for key in kept) > KEPT_BYTES:
+        kept, room = [key for key in lm.memo if key[0] == "covariance"], KEPT_BYTES
+        if found.is_cuda:
+            room = max(room, torch.cuda.get_device_properties(found.device).total_memory // GPU_SHARE)
+        while sum(lm.memo[key][0].nbytes for key in kept) > room:
             del lm.memo[kept.pop(0)]
         return found
