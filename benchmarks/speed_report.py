@@ -135,11 +135,12 @@ def _tuning(found: Mapping) -> list[str]:
 
 def _scaling(found: Mapping) -> list[str]:
     ((label, rows),) = found.items()
-    cells = [
-        [row["facts"], f"{row['seconds']:.1f}", f"{row['seconds'] / row['facts']:.4f}", f"{row.get('GiB', 0):.0f}"]
-        for row in rows
-    ]
-    return [f"{label}:", "", *_table(["facts", "seconds", "per fact", "peak of the GPU's memory, GiB"], cells)]
+    head = ["facts", "seconds", "per fact"]
+    cells = [[row["facts"], f"{row['seconds']:.1f}", f"{row['seconds'] / row['facts']:.4f}"] for row in rows]
+    if "GiB" in rows[0]:
+        head.append("peak of the GPU's memory, GiB")
+        cells = [[*cell, f"{row['GiB']:.1f}"] for cell, row in zip(cells, rows, strict=True)]
+    return [f"{label}:", "", *_table(head, cells)]
 
 
 def _work(found: Mapping) -> list[str]:
