@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 import reknow.tokens
 from conftest import close, make_lm
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
-from reknow import LM
+from reknow import LM, generation
 from reknow.errors import InputError, ModelError
 from reknow.generation import draw
 from reknow.tokens import Text
@@ -144,6 +144,7 @@ def test_sampling_depends_on_the_seed_alone(gpt2):
 
 def test_samples_of_one_prompt_differ_between_batches(gpt2, monkeypatch):
     monkeypatch.setattr(reknow.tokens, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(generation, "CACHE_BYTES", 1)
     assert len(set(gpt2.generate(["Paris"] * 8, 8, top_k=50, seed=1))) == 8
 
 
@@ -255,6 +256,7 @@ def test_one_long_text_is_a_batch_by_itself():
     assert sorted(i for part in parts for i in part) == list(range(1000))
     assert all(7 * len(part) <= reknow.tokens.TOKENS_PER_BATCH for part in parts)
     assert batches([]) == []
+    assert [len(part) for part in batches([7] * 1000, at_least=7 * 900)] == [900, 100]
 
 
 def test_chat_prompts_go_through_the_template():

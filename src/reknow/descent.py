@@ -109,23 +109,41 @@ class SideBySide:
 
     def __init__(self, weight: Tensor, count: int, pace: Pace):
         rate, self._bound = pace.of(weight.float())
-        self.changes = [torch.zeros_like(weight, dtype=torch.float32, requires_grad=True) for _ in range(count)]
+        self.changes = [torch.zeros_like(weight, dtype=torch.float32) for _ in range(count)]
         self._optimizer = torch.optim.Adam(self.changes, lr=rate, fused=True)
+        self._rows: list[int] = []
+        self._block: Tensor  # the changes of these rows, (rows, out, in)
+        self._slopes: Tensor  # their gradients; memory that is new in every step would take longer than the product
 
     def added(self, keys: Tensor, which: Sequence[int]) -> Tensor:
         """What each row's own change adds to the outputs. (rows, columns, in) → (rows, columns, out)"""
-        return keys.float() @ torch.stack([self.changes[i] for i in which]).mT
+        if self._rows != which:
+            self._gather(which)
+        self._keys = keys.float()
+        self._added = (self._keys @ self._block.mT).requires_grad_()
+        return self._added
 
     def step(self, losses: Tensor, running: Sequence[int]) -> None:
-        """One update of each `running` change against its own loss; the others stay."""
-        self._optimizer.zero_grad()
-        losses.sum().backward()
-        for i in set(range(len(self.changes))) - set(running):
-            self.changes[i].grad = None
+        """One update of each `running` change against its own loss, which was read with what was added; the others
+        stay."""
+        (slope,) = torch.autograd.grad(losses.sum(), self._added)  # (rows, columns, out)
+        torch.bmm(slope.mT, self._keys, out=self._slopes)
+        going = set(running)
+        for i, own in zip(self._rows, self._slopes, strict=True):
+            self.changes[i].grad = own if i in going else None
         self._optimizer.step()
-        with torch.no_grad():
-            for i in running if self._bound < float("inf") else ():
-                self.changes[i].clamp_(-self._bound, self._bound)
+        for i in running if self._bound < float("inf") else ():
+            self.changes[i].clamp_(-self._bound, self._bound)
+
+    def _gather(self, which: Sequence[int]) -> None:
+        """Lays these changes side by side in memory, where products read all of them and the optimizer each."""
+        for i in self._rows:
+            self.changes[i].grad = None
+            self.changes[i].data = self.changes[i].clone()  # those that leave would hold the memory of all
+        self._rows, self._block = list(which), torch.stack([self.changes[i] for i in which])
+        self._slopes = torch.empty_like(self._block)
+        for i, change in zip(which, self._block, strict=True):
+            self.changes[i].data = change
 
 
 class Scored:

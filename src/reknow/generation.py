@@ -14,6 +14,12 @@ from reknow.tokens import Row, batches
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+CACHE_BYTES = 2**30
+"""What keys and values of texts that are sampled together may take: one token of many rows is read at a time, and the
+more rows, the less each costs."""
+ROWS_SUFFICE = 16384
+"""Tokens of such texts beyond which more rows cost no less."""
+
 
 def continuations(
     lm: LM, rows: Sequence[Row], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
@@ -29,7 +35,7 @@ def continuations(
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for part in batches([len(row.ids) + max_new_tokens for row in rows]):
+        for part in batches([len(row.ids) + max_new_tokens for row in rows], at_least=_room(lm)):
             drawn = decoded(lm, [rows[i] for i in part], max_new_tokens, choose, ends)
             for i, tokens in zip(part, drawn, strict=True):
                 ended = torch.isin(tokens, ends).nonzero()
@@ -75,6 +81,11 @@ def decoded(
             if not bool(running.any()):
                 break
     return ids[:, batch.ids.shape[1] :]
+
+
+def _room(lm: LM) -> int:
+    """How many tokens of keys and values fit."""
+    return min(CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize), ROWS_SUFFICE)
 
 
 def _ends(lm: LM) -> list[int]:

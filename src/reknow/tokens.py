@@ -186,11 +186,11 @@ def even(lengths: Sequence[int]) -> list[list[int]]:
     return [order[:best], order[best:]]
 
 
-def batches(lengths: Sequence[int], device: torch.device | None = None) -> list[list[int]]:
+def batches(lengths: Sequence[int], device: torch.device | None = None, *, at_least: int = 0) -> list[list[int]]:
     """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens, or
-    CACHED_TOKENS where the `device` of passes that are read once is a CPU."""
+    `at_least` where that is more, or CACHED_TOKENS where the `device` of passes that are read once is a CPU."""
     on_cpu = device is not None and device.type == "cpu"
-    limit = min(TOKENS_PER_BATCH, CACHED_TOKENS) if on_cpu else TOKENS_PER_BATCH
+    limit = min(TOKENS_PER_BATCH, CACHED_TOKENS) if on_cpu else max(TOKENS_PER_BATCH, at_least)
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if parts and lengths[i] * (len(parts[-1]) + 1) <= limit:

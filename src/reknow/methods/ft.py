@@ -104,7 +104,7 @@ class FT(Method):
             changes, losses = self._apart(lm, [rows[i] for i in part], layers[0])
             for i, change, course in zip(part, changes, losses, strict=True):
                 notes = {"layer": layers[0], "losses": course}
-                patches[i] = weights_patch(self, lm, [edits[i]], {name: Dense(change.detach())}, notes=notes)
+                patches[i] = weights_patch(self, lm, [edits[i]], {name: Dense(change.clone())}, notes=notes)
         return [patches[i] for i in range(len(edits))]
 
     def _apart(self, lm: LM, rows: Sequence[Row], layer: int) -> tuple[list[Tensor], list[list[float]]]:
@@ -114,7 +114,7 @@ class FT(Method):
         running = inside = list(range(len(rows)))
         batch = _Batch(lm, rows, self.loss, layer)
         for step in range(self.steps):
-            if 2 * len(running) <= len(inside):  # finished rows leave
+            if 4 * len(running) <= 3 * len(inside):  # finished rows leave
                 inside = running
                 batch = _Batch(lm, [rows[i] for i in inside], self.loss, layer)
             with fused_gelu(lm.model), torch.enable_grad():
