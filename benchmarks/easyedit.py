@@ -188,8 +188,9 @@ def _modules(lm: LM) -> dict[str, str]:
         "attn_module_tmp": lm.parts.attention_out[0].rpartition(".")[0],
     }
     every = {key: f"{name}.".replace(".0.", ".{}.", 1)[:-1] for key, name in names.items()}
-    found = next(name for name, module in lm.model.named_modules() if module is head)
-    return every | {"ln_f_module": lm.parts.tail[-1], "lm_head_module": found}
+    # It looks the matrix up among the parameters, where one that is tied to the embedding has that name.
+    matrix = next(name for name, weight in lm.model.named_parameters() if weight is head.weight)
+    return every | {"ln_f_module": lm.parts.tail[-1], "lm_head_module": matrix.removesuffix(".weight")}
 
 
 def _template(prefix: str) -> str:
