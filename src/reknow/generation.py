@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 CACHE_BYTES = 2**30
-"""What keys and values of texts that are sampled together may take: one token of many rows is read at a time, and the
-more rows, the less each costs."""
-ROWS_SUFFICE = 16384
-"""Tokens of such texts beyond which more rows cost no less."""
+"""What keys and values of texts that are written together may take: a pass reads one token of each, and the more
+texts, the less each costs."""
+ROWS = 100
+"""Texts beyond which more cost no less, and short ones more, as their prompts leave the processor's cache."""
 
 
 def continuations(
@@ -35,7 +35,7 @@ def continuations(
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for part in batches([len(row.ids) + max_new_tokens for row in rows], at_least=_room(lm)):
+        for part in _parts(lm, [len(row.ids) + max_new_tokens for row in rows]):
             drawn = decoded(lm, [rows[i] for i in part], max_new_tokens, choose, ends)
             for i, tokens in zip(part, drawn, strict=True):
                 ended = torch.isin(tokens, ends).nonzero()
@@ -83,9 +83,14 @@ def decoded(
     return ids[:, batch.ids.shape[1] :]
 
 
-def _room(lm: LM) -> int:
-    """How many tokens of keys and values fit."""
-    return min(CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize), ROWS_SUFFICE)
+def _parts(lm: LM, lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of texts in batches of like length."""
+    room = CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
+    parts = []
+    for part in batches(lengths, at_least=room):
+        size = -(-len(part) // -(-len(part) // ROWS))
+        parts += [part[i : i + size] for i in range(0, len(part), size)]
+    return parts
 
 
 def _ends(lm: LM) -> list[int]:
