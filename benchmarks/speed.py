@@ -123,6 +123,7 @@ def variants(same: SearchSettings, turns: int) -> dict[str, Any]:
 def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, steps=20, stop_probability=1.0, turns=1)
     methods = variants(ours, 7)
+    methods[f"{UNTIL}, 7 turns"] = replace(methods[UNTIL], turns=7)
     prefixes = contexts(lm, ours.context_groups)
     numbers = [plain(lm, case, layer, "value") for case in cases]
 
