@@ -8,6 +8,7 @@ import torch
 from conftest import make_lm
 from families import CORE_FAMILIES
 from reknow import facts as batches_of_facts
+from reknow import values
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
 from reknow.keys import Subjects
@@ -314,3 +315,19 @@ def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
         narrow = [i for i in part if widths[i] < max(widths[i] for i in part)]
         assert len(narrow) * len(facts[0]) * max([widths[i] for i in narrow], default=0) < 2 * batches_of_facts.SMALL
     assert len(parts) > 1
+
+
+def test_a_gpus_batches_of_unlike_width_find_the_same(gpt2, monkeypatch):
+    """Of as many tokens as a large GPU takes, where a step of few costs nothing; the numbers are those of a CPU."""
+    prompts = ["{} is", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
+    edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 6]
+    large = batches_of_facts.LARGE, batches_of_facts.SMALL_ON_GPU
+    facts = batches_of_facts.encode_facts(gpt2, edits, CONTEXTS, "subject")
+    assert len(batches_of_facts.parts_of(facts, list(range(len(edits))), *large)) == 1
+    search = ValueSearch(steps=6, site="block")
+    apart = find_values(gpt2, edits, 1, CONTEXTS, search)
+    monkeypatch.setattr(values, "room", lambda lm: large)
+    together = find_values(gpt2, edits, 1, CONTEXTS, search)
+    assert torch.allclose(together.z, apart.z, atol=1e-4)
+    for one, other in zip(together.losses, apart.losses, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
