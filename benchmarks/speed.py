@@ -333,8 +333,10 @@ def main() -> None:
     if options.part == "report":
         print(report(options.out))
         return
+    if options.shape == "7B" and not torch.cuda.is_available():
+        parser.error("expected a GPU for --shape 7B; got none: run it where torch.cuda.is_available()")
     where = "" if options.layer is None else f"-layer{options.layer}"
-    changes = {key: value for key in ("turns", "steps") if (value := getattr(options, key))}
+    changes = {key: value for key in ("turns", "steps") if (value := getattr(options, key)) is not None}
     if options.part == "scaling":
         where += "-".join(["", options.method, *map(str, options.sizes), *(f"{v}{k}" for k, v in changes.items())])
     file = options.out / f"{options.shape}-{options.part}{where}.json"
