@@ -116,7 +116,7 @@ class ICE(Method):
                 f"{self.consistency_weight} and target_weight {self.target_weight}: raise one"
             )
         if not 0 < self.temperature < float("inf"):
-            raise InputError(f"expected a temperature above 0; got {self.temperature}: the paper's is 100")
+            raise InputError(f"expected a temperature above 0; got {self.temperature}: 1 is the equations'")
         at_least_one(self, "steps", "batch_size", "sample_tokens", "samples", "update_interval", "top_k")
         if not self.lead_ins:
             raise InputError('expected at least one lead-in; got none: give "" for a bare context')
