@@ -88,6 +88,7 @@ def test_rome_changes_the_logits_as_the_authors_code(models):
         decay=0.5,
         steps=20,
         stop_probability=1.0,
+        stop_gain=0.0,
         turns=1,
         context_groups=groups,
         covariance_tokens=0,

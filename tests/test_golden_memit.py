@@ -54,6 +54,7 @@ def built(case):
         decay=given["v_weight_decay"],
         clamp=given["clamp_norm_factor"],
         stop_probability=1.0,
+        stop_gain=0.0,
         turns=1,
     )
     layers = tuple(given["layers"])

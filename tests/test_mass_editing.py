@@ -7,8 +7,8 @@ import torch
 
 from conftest import make_lm
 from families import CORE_FAMILIES
+from reknow import LM, load_cases, values
 from reknow import facts as batches_of_facts
-from reknow import values
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
 from reknow.keys import Subjects
@@ -94,6 +94,30 @@ def test_contexts_read_in_turns_give_the_same_means_and_end_when_all_are_satisfi
     loose = max(loss for losses in dealt.losses for loss in losses) + 1
     ended = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12, turns=2, stop_loss=loose))
     assert [len(losses) for losses in ended.losses] == [2, 2, 2]  # a pass for each hand
+
+
+def test_a_search_that_gains_little_ends_once_the_answer_is_the_likeliest():
+    lm = LM.demo("gpt2")
+    edits = [case.edit for case in load_cases("counterfact", limit=12)]
+    plain = dict(steps=40, turns=2, learning_rate=0.1, absolute=False, stop_probability=1.0, stop_loss=0.0, clamp=1.0)
+
+    def lengths(**stop):
+        found = find_values(lm, edits, 0, CONTEXTS, ValueSearch(**plain, **stop, site="block"))
+        return [len(losses) for losses in found.losses]
+
+    hit = lengths(stop_drift=torch.inf)  # ended as soon as every context in turn has the answer
+    assert min(hit) < 9 < max(hit)
+    assert lengths(stop_gain=torch.inf) == [max(passes, 9) for passes in hit]  # 8 passes show what one gains
+    slower = lengths(stop_gain=0.02)
+    assert all(first <= passes for first, passes in zip(lengths(stop_gain=torch.inf), slower, strict=True))
+    assert any(9 < passes < 40 for passes in slower)
+
+
+def test_what_a_pass_gains_is_read_off_whole_rounds_of_the_hands():
+    falling = [10.0 - 0.5 * i + (3.0 if i % 3 == 0 else 0.0) for i in range(12)]  # one hand of three is harder
+    assert values._gain(falling, 3) == pytest.approx(0.5)
+    assert values._gain(falling[:11], 3) == torch.inf
+    assert values._gain([1.0] * 8, 1) == 0
 
 
 def test_a_context_that_comes_twice_counts_twice(gpt2):

@@ -42,7 +42,7 @@ CANDIDATES = 6
 WORDINGS = 3
 """Other wordings and other subjects that one trial edit is asked."""
 TRIAL: dict[str, Any] = dict(
-    steps=20, stop_probability=0.9, turns=1, context_groups=((4, 5),), covariance_tokens=20_000
+    steps=20, stop_probability=0.9, stop_gain=0, turns=1, context_groups=((4, 5),), covariance_tokens=20_000
 )
 """Settings of ROME in trials."""
 

@@ -6,6 +6,7 @@ Shared by every locate-then-edit method (ROME, arXiv 2202.05262, eq. 4; MEMIT, a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
+
+HALF = 4
+"""A loss falls when its last passes, at least so many, have a lower mean than as many before."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class ValueSearch:
     """A fact is finished when its whole loss is below."""
     stop_probability: float = 1.0
     """A fact is finished when its target's tokens have at least this mean probability in every context; 1: never."""
+    stop_gain: float = 0.0
+    """A fact whose target is the likeliest is finished when its loss falls by less than this per pass; 0: never."""
     site: Site = "value"
     """What δ is added to, and measured against: the value matrix's output (ROME) or the block's (MEMIT)."""
     attention: bool = False
@@ -169,6 +175,9 @@ def _descend(hands: list[Run], start: Tensor, owners: Tensor, search: ValueSearc
                 losses[i].append(value)
         weight[active] = torch.where(scores.hit, search.success_weight, 1.0)
         done = _satisfied(search, loss.detach(), drift.detach(), scores)
+        if search.stop_gain > 0:
+            slow = [_gain(losses[i], len(hands)) < search.stop_gain for i in active.tolist()]
+            done |= scores.hit & torch.tensor(slow, device=done.device)
         calm[active] = torch.where(done, calm[active] + 1, 0)
         done = calm[active] >= len(hands)
         unfinished = torch.zeros(count, dtype=torch.bool, device=start.device).index_fill(
@@ -196,6 +205,16 @@ def _satisfied(search: ValueSearch, loss: Tensor, drift: Tensor, scores: Scores)
     if search.stop_drift is not None:
         done |= scores.hit & (drift <= search.stop_drift)
     return done
+
+
+def _gain(losses: list[float], hands: int) -> float:
+    """By how much a fact's loss falls from pass to pass, read off its last passes; infinite while they are too few.
+
+    Hands differ, so both halves of what is read are whole rounds of them.
+    """
+    half = hands * math.ceil(HALF / hands)
+    before, last = losses[-2 * half : -half], losses[-half:]
+    return (sum(before) - sum(last)) / half**2 if len(before) == half else math.inf
 
 
 def _smallest(sizes: Tensor, owners: Tensor, count: int) -> Tensor:

@@ -34,6 +34,7 @@ class PMET(Band):
     steps: int = 30
     clamp: float = 0.75
     stop_probability: float = 1.0  # what attention took up is not written: ended early, too little is
+    stop_gain: float = 0.0
     success_weight: float = 0.1
     """Weight of the likelihood while the answer is the likeliest in every context."""
     stop_drift: float = 0.01

@@ -35,7 +35,7 @@ class ROME(SearchSettings):
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
     clamp: float = 4.0
-    turns: int = 3
+    turns: int = 5
     context_groups: tuple[tuple[int, int], ...] = ((10, 5), (10, 10))
     context_starts: tuple[str, ...] = ()
     covariance_tokens: int = 100_000
