@@ -183,7 +183,9 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     found["quality"] = quality.table()
     if len(edits) < MANY:
         many = [case.edit for case in load_cases("counterfact", limit=MANY)]
-        found[f"reknow, {MANY} facts"] = timed(lambda: ours.edit(lm, many))[1]
+        for label, method in variants(ours).items():
+            if label != UNTIL:
+                found[f"{label}, {MANY} facts"] = timed(lambda method=method: method.edit(lm, many))[1]
     return found
 
 

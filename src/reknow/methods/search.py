@@ -42,7 +42,7 @@ class SearchSettings(Method):
     stop_probability: float = 0.95
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""
-    stop_gain: float = 0.01
+    stop_gain: float = 0.005
     """End it too once the new answer is the likeliest in every context and the loss falls by less than this per pass;
     0: never, as in the papers."""
     turns: int = 2
