@@ -27,7 +27,7 @@ Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
 
 HALF = 4
-"""A loss falls when its last passes, at least so many, have a lower mean than as many before."""
+"""Passes, at least, whose mean loss is set against that of as many before, to read off what a pass gains."""
 
 
 @dataclass(frozen=True)
