@@ -62,7 +62,8 @@ RATE = 5e-4
 UNTIL = "reknow, until found"
 """Our default: at most 60 passes, each of which reads a fifth of the contexts (MEMIT: half), ended when every context
 gives the answer a probability of 0.95, or has it as the likeliest and the loss hardly falls any more."""
-EXACT: dict[str, Any] = {"stop_probability": 1.0, "stop_gain": 0.0, "turns": 1}
+ALL_PASSES: dict[str, Any] = {"stop_probability": 1.0, "stop_gain": 0.0}
+EXACT: dict[str, Any] = {**ALL_PASSES, "turns": 1}
 """As in the papers: all passes, with all contexts in each."""
 LARGER = 0.3
 """A learning rate of MEMIT's search that needs fewer passes than its default of 0.1, for more generalization and less
@@ -263,11 +264,10 @@ def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int], data: Sequence[
     """
     cases = [case for file in data for case in load_cases("counterfact-easyedit", path=file)]
     edits = list({case.edit.text: case.edit for case in cases or load_cases("counterfact", limit=1000)}.values())
-    never = {"stop_probability": 1.0, "stop_gain": 0.0}
-    rome = ROME(layer=layer, steps=20, covariance_tokens=COVARIANCE_TOKENS, **never)
+    rome = ROME(layer=layer, steps=20, covariance_tokens=COVARIANCE_TOKENS, **ALL_PASSES)
     memit = MEMIT(layers=tuple(band(lm, layer)), covariance_tokens=COVARIANCE_TOKENS)
     if not lm.name.startswith("demo"):
-        memit = replace(memit, steps=25, **never)
+        memit = replace(memit, steps=25, **ALL_PASSES)
     method = replace({"ROME": rome, "MEMIT": memit}[name], **changes)
     method.edit(lm, edits[:1])
     rows = []

@@ -174,8 +174,8 @@ def _descend(hands: list[Run], start: Tensor, owners: Tensor, search: ValueSearc
             if running[i]:
                 losses[i].append(value)
         weight[active] = torch.where(scores.hit, search.success_weight, 1.0)
-        gain = loss.new_tensor([_gain(losses[i], len(hands)) for i in active.tolist()])
-        done = _satisfied(search, loss.detach(), drift.detach(), gain, scores)
+        so_far = [losses[i] for i in active.tolist()]
+        done = _satisfied(search, loss.detach(), drift.detach(), scores, so_far, len(hands))
         calm[active] = torch.where(done, calm[active] + 1, 0)
         done = calm[active] >= len(hands)
         unfinished = torch.zeros(count, dtype=torch.bool, device=start.device).index_fill(
@@ -197,12 +197,15 @@ def _descend(hands: list[Run], start: Tensor, owners: Tensor, search: ValueSearc
     return (scale * scaled).detach()[-1, owners], losses
 
 
-def _satisfied(search: ValueSearch, loss: Tensor, drift: Tensor, gain: Tensor, scores: Scores) -> Tensor:
-    """Which facts of a pass have what the search is for. (facts,)"""
+def _satisfied(
+    search: ValueSearch, loss: Tensor, drift: Tensor, scores: Scores, so_far: list[list[float]], hands: int
+) -> Tensor:
+    """Which facts of a pass have what the search is for; `so_far`: each one's losses, this pass's too. (facts,)"""
     done = (loss < search.stop_loss) | (scores.lowest >= search.stop_probability)
     if search.stop_drift is not None:
         done |= scores.hit & (drift <= search.stop_drift)
     if search.stop_gain > 0:
+        gain = loss.new_tensor([_gain(losses, hands) for losses in so_far])
         done |= scores.hit & (gain < search.stop_gain)
     return done
 
