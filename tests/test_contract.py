@@ -20,6 +20,7 @@ from reknow import IKE, LM, METHODS, Case, Edit, Patch, Probe, method
 from reknow.errors import EditFailed, InputError, ReknowError
 from reknow.methods import Method
 from reknow.methods.base import MemoryMethod
+from reknow.methods.search import SearchSettings
 
 FAMILIES = (*CORE_FAMILIES, "gemma2")  # where additions do not reach the block's output as they are
 RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
@@ -243,6 +244,18 @@ def test_counts_below_one_are_refused(name):
     for count in COUNTS & {field.name for field in fields(METHODS[name].method)}:  # type: ignore[arg-type]
         with pytest.raises(InputError, match=f"expected {count} of at least 1; got 0"):
             method(name, **{count: 0})
+
+
+def test_searches_refuse_rates_below_zero_and_what_is_no_probability():
+    searches = [name for name, entry in METHODS.items() if issubclass(entry.method, SearchSettings)]
+    assert {"rome", "memit", "emmet", "pmet", "alphaedit"} <= set(searches)
+    for name in searches:
+        for field in ("learning_rate", "kl_weight", "decay", "clamp", "stop_gain", "covariance_tokens"):
+            with pytest.raises(InputError, match=f"expected {field} of at least 0; got -1"):
+                method(name, **{field: -1})
+        for wrong in (-0.1, 2.0, torch.nan):
+            with pytest.raises(InputError, match="expected stop_probability from 0 to 1; got"):
+                method(name, stop_probability=wrong)
 
 
 def test_weights_that_broke_give_no_patch(name):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.errors import EditFailed, InputError
+from reknow.errors import EditFailed, at_least
 from reknow.generation import decoded, draw
 from reknow.patches import Delta, Dense
 from reknow.replay import Suffix
@@ -41,10 +41,7 @@ class Pace:
     """The same as a number; where both are given the smaller bound holds."""
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is not None and not value >= 0:
-                raise InputError(f"expected {field.name} of at least 0; got {value}: raise it")
+        at_least(self, 0, *(field.name for field in fields(self)))
 
     def of(self, weight: Tensor) -> tuple[float, float]:
         """(learning rate, largest change) of this matrix, as numbers."""

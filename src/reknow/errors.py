@@ -47,9 +47,9 @@ def did_you_mean(kind: str, name: str, known: Iterable[str]) -> InputError:
     return InputError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}")
 
 
-def at_least_one(settings: object, *names: str) -> None:
-    """Raises InputError where one of these fields is a number below 1."""
+def at_least(settings: object, least: int, *names: str) -> None:
+    """Raises InputError where one of these fields is a number below `least`, or none at all (NaN)."""
     for name in names:
         value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise InputError(f"expected {name} of at least 1; got {value}: raise it")
+        if value is not None and not value >= least:
+            raise InputError(f"expected {name} of at least {least}; got {value}: raise it")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reknow.errors import InputError, at_least_one
+from reknow.errors import InputError, at_least
 from reknow.evaluation.rows import Rows, open_manifest
 from reknow.instructions.families import Family, Instruction
 from reknow.instructions.propose import Proposer, usable
@@ -44,7 +44,7 @@ class Search:
     """Of the choice of the unseen instruction."""
 
     def __post_init__(self):
-        at_least_one(self, "proposals", "rounds")
+        at_least(self, 1, "proposals", "rounds")
         if self.count < 2:
             raise InputError(f"expected a count of at least 2, one seen and one unseen; got {self.count}: raise it")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import reknow
 from reknow.edits import Case
-from reknow.errors import EditFailed, InputError, at_least_one
+from reknow.errors import EditFailed, InputError, at_least
 from reknow.evaluation.rows import cases_digest, open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
@@ -57,7 +57,7 @@ class Training:
     """Also write the losses for TensorBoard."""
 
     def __post_init__(self):
-        at_least_one(self, "steps", "batch_size", "micro_batches", "validate_every", "patience", "checkpoint_every")
+        at_least(self, 1, "steps", "batch_size", "micro_batches", "validate_every", "patience", "checkpoint_every")
         if self.validation < 0 or self.warmup < 0:
             raise InputError("expected warmup and validation of at least 0; got a negative number: raise it")
         if self.precision not in ("no", "fp16", "bf16"):

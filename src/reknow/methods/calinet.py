@@ -35,7 +35,7 @@ from transformers.activations import ACT2FN
 from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import at_least_one
+from reknow.errors import at_least
 from reknow.keys import prompt_inputs, prompt_states
 from reknow.memory import Hooks, Reading, versions
 from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
@@ -83,7 +83,7 @@ class CaliNet(BesideMatrix):
     """Of the slots at the start."""
 
     def __post_init__(self):
-        at_least_one(self, "slots", "steps")
+        at_least(self, 1, "slots", "steps")
 
     @property
     def name(self) -> str:

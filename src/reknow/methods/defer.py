@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import at_least_one
+from reknow.errors import at_least
 from reknow.keys import prompt_states
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
@@ -64,7 +64,7 @@ class DEFER(BesideMatrix):
     """Of the weights at the start."""
 
     def __post_init__(self):
-        at_least_one(self, "steps")
+        at_least(self, 1, "steps")
 
     @property
     def name(self) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted, told
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least_one
+from reknow.errors import InputError, at_least
 from reknow.layers import resolve_layer, resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Dense, Patch
@@ -75,7 +75,7 @@ class FT(Method):
     def __post_init__(self):
         if self.loss not in NAMES:
             raise InputError(f"expected loss among {', '.join(NAMES)}; got {self.loss!r}: choose one")
-        at_least_one(self, "steps", "batch_size")
+        at_least(self, 1, "steps", "batch_size")
 
     @property
     def name(self) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least_one
+from reknow.errors import InputError, at_least
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
@@ -69,7 +69,7 @@ class GRACE(BesideMatrix):
         if self.replacement not in get_args(Replacement):
             known = ", ".join(get_args(Replacement))
             raise InputError(f"expected replacement among {known}; got {self.replacement!r}: choose one")
-        at_least_one(self, "steps")
+        at_least(self, 1, "steps")
 
     @property
     def name(self) -> str:

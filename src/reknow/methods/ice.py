@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, sample, told
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least_one
+from reknow.errors import InputError, at_least
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Patch
@@ -117,7 +117,7 @@ class ICE(Method):
             )
         if not 0 < self.temperature < float("inf"):
             raise InputError(f"expected a temperature above 0; got {self.temperature}: 1 is the equations'")
-        at_least_one(self, "steps", "batch_size", "sample_tokens", "samples", "update_interval", "top_k")
+        at_least(self, 1, "steps", "batch_size", "sample_tokens", "samples", "update_interval", "top_k")
         if not self.lead_ins:
             raise InputError('expected at least one lead-in; got none: give "" for a bare context')
         if self.variant == "code" and not (self.with_context and self.sample_target and self.consistency_weight):

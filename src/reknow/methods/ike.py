@@ -22,7 +22,7 @@ import torch
 
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe
-from reknow.errors import InputError, at_least_one
+from reknow.errors import InputError, at_least
 from reknow.files import write_text
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.patches import Kind, Patch
@@ -62,9 +62,8 @@ class IKE(MemoryMethod):
     """Of which demonstration is of which kind, and which rephrasing it shows."""
 
     def __post_init__(self):
-        at_least_one(self, "room")
-        if self.demonstrations < 0:
-            raise InputError(f"expected demonstrations of at least 0; got {self.demonstrations}: raise it")
+        at_least(self, 1, "room")
+        at_least(self, 0, "demonstrations")
         if self.shares is not None and (len(self.shares) != 3 or min(self.shares) < 0 or not any(self.shares)):
             raise InputError(f"expected three shares that are not all 0; got {self.shares}: correct them")
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reknow.edits import Edit
-from reknow.errors import EditFailed, InputError, ModelError, at_least_one
+from reknow.errors import EditFailed, InputError, ModelError, at_least
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
 from reknow.replay import Suffix
@@ -57,7 +57,7 @@ class KN(Method):
     """Turn the change round for a neuron that is negative on the prompt, as half of a gated MLP's are."""
 
     def __post_init__(self):
-        at_least_one(self, "steps")
+        at_least(self, 1, "steps")
 
     @property
     def name(self) -> str:

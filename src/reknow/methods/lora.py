@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from reknow.adapter import Conv1D, is_matrix
 from reknow.descent import check_finite, told
 from reknow.edits import Edit
-from reknow.errors import InputError, MissingExtra, at_least_one
+from reknow.errors import InputError, MissingExtra, at_least
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import LowRank, Patch
@@ -72,7 +72,7 @@ class LoRA(Method):
             raise InputError(
                 f"expected places among {', '.join(get_args(Place))}; got {self.places}: choose from these"
             )
-        at_least_one(self, "rank", "steps", "batch_size")
+        at_least(self, 1, "rank", "steps", "batch_size")
 
     @property
     def name(self) -> str:

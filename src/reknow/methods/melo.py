@@ -21,7 +21,7 @@ from torch import Tensor
 
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import at_least_one
+from reknow.errors import at_least
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
@@ -64,7 +64,7 @@ class MELO(BesideMatrix):
     """Of the blocks at the start."""
 
     def __post_init__(self):
-        at_least_one(self, "span", "rank", "block_size", "steps")
+        at_least(self, 1, "span", "rank", "block_size", "steps")
 
     @property
     def name(self) -> str:

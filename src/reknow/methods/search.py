@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.errors import at_least_one
+from reknow.errors import InputError, at_least
 from reknow.methods.base import Method
 from reknow.stats import covariance
 from reknow.values import ValueSearch, contexts
@@ -60,7 +60,10 @@ class SearchSettings(Method):
     """Of the sampled contexts."""
 
     def __post_init__(self):
-        at_least_one(self, "steps", "turns")
+        at_least(self, 1, "steps", "turns")
+        at_least(self, 0, "learning_rate", "kl_weight", "decay", "clamp", "stop_gain", "covariance_tokens")
+        if not 0 <= self.stop_probability <= 1:
+            raise InputError(f"expected stop_probability from 0 to 1; got {self.stop_probability}: correct it")
 
     def search(self, **rest) -> ValueSearch:
         """The search with these settings; `rest` are its fields that this method does not leave to the user."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
-from reknow.errors import InputError, PatchError, at_least_one
+from reknow.errors import InputError, PatchError, at_least
 from reknow.learning.editors import Editor, open_editor
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
@@ -87,7 +87,7 @@ class SERAC(Learned, MemoryMethod):
             raise InputError(
                 f"expected classifier among embedding, cosine, cross; got {self.classifier!r}: choose one"
             )
-        at_least_one(self, "candidates", "size", "queries", "rank", "answered")
+        at_least(self, 1, "candidates", "size", "queries", "rank", "answered")
         if not 0 < self.threshold < 1 or self.size % self.queries:
             raise InputError(
                 "expected 0 < threshold < 1 and a size that the queries share out; "

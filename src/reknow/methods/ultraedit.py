@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least_one
+from reknow.errors import InputError, at_least
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.methods.base import Method, checked, weights_patch
@@ -58,7 +58,7 @@ class UltraEdit(Method):
     def __post_init__(self):
         if self.matrices not in ("value", "up"):
             raise InputError(f"expected matrices among value, up; got {self.matrices!r}: choose one")
-        at_least_one(self, "turn")
+        at_least(self, 1, "turn")
 
     @property
     def name(self) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 from reknow.datasets import load_facts
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least_one
+from reknow.errors import InputError, at_least
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
@@ -93,7 +93,7 @@ class WISE(BesideMatrix):
     """Of the masks, contexts and facts."""
 
     def __post_init__(self):
-        at_least_one(self, "steps", "shard_size", "unrelated")
+        at_least(self, 1, "steps", "shard_size", "unrelated")
         for name in ("mask", "density"):
             share = getattr(self, name)
             if share is not None and not 0 < share <= 1:
