@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from reknow.errors import InputError, PatchError
 from reknow.files import folder_aside
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, REST = "adapter_config.json", "adapter_model.safetensors", "reknow.patch"
 """The two files of `peft`, and what a patch has besides: edits, settings, the base's fingerprint."""
 PREFIX, RIGHT, LEFT = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+RANKS = "reknow.ranks"
+"""Metadata of the weights: the rank of each change before it was padded."""
 
 
 def base_of(lm: LM, conv: bool) -> dict:
@@ -30,28 +33,32 @@ def base_of(lm: LM, conv: bool) -> dict:
 
 
 def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -> None:
-    """Puts the adapter's two files into the folder; alpha equals the rank, so that `peft` scales the product by 1."""
+    """Puts the adapter's two files into the folder.
+
+    All factors get the largest rank, padded with zeros, and alpha equals it: `peft` divides alpha by the rank that the
+    configuration names, llama.cpp by each tensor's own, and so both scale every product by 1.
+    """
+    rank = max(factor.rank for factor in factors.values())
     tensors: dict[str, Tensor] = {}
     for name, factor in factors.items():
-        tensors[f"{PREFIX}{name}{RIGHT}"] = factor.right.contiguous()  # (rank, in)
-        tensors[f"{PREFIX}{name}{LEFT}"] = factor.left.contiguous()  # (out, rank)
-    ranks = {name: factor.rank for name, factor in factors.items()}
+        missing = rank - factor.rank
+        tensors[f"{PREFIX}{name}{RIGHT}"] = pad(factor.right, (0, 0, 0, missing)).contiguous()  # (rank, in)
+        tensors[f"{PREFIX}{name}{LEFT}"] = pad(factor.left, (0, missing)).contiguous()  # (out, rank)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base["base_model_name_or_path"],
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "target_modules": sorted(ranks),
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": sorted(factors),
         "fan_in_fan_out": base["fan_in_fan_out"],
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    ranks = json.dumps({name: factor.rank for name, factor in factors.items()})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", RANKS: ranks})
 
 
 def save(patch: Patch, folder: str | Path) -> Path:
@@ -88,11 +95,16 @@ def load(folder: str | Path) -> Patch:
     folder = Path(folder)
     rest = Patch.load(folder / REST)
     try:
-        tensors = load_file(folder / WEIGHTS)
-        names = [key.removeprefix(PREFIX).removesuffix(RIGHT) for key in tensors if key.endswith(RIGHT)]
-        deltas: dict[str, Delta] = {
-            name: LowRank(tensors[f"{PREFIX}{name}{LEFT}"], tensors[f"{PREFIX}{name}{RIGHT}"]) for name in names
-        }
-    except (OSError, SafetensorError, KeyError) as error:
+        with safe_open(str(folder / WEIGHTS), "pt") as file:
+            ranks = json.loads((file.metadata() or {}).get(RANKS, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        deltas: dict[str, Delta] = {}
+        for key in (key for key in tensors if key.endswith(RIGHT)):
+            name = key.removeprefix(PREFIX).removesuffix(RIGHT)
+            rank = ranks.get(name)  # None: a folder from before ranks were padded
+            deltas[name] = LowRank(
+                tensors[f"{PREFIX}{name}{LEFT}"][:, :rank].contiguous(), tensors[key][:rank].contiguous()
+            )
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise PatchError(f"expected an adapter in {folder}; {WEIGHTS} is broken ({error}): restore it") from error
     return replace(rest, deltas=deltas)
