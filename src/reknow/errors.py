@@ -30,6 +30,10 @@ class EditFailed(ReknowError):
     """The computation broke down (NaN, singular system); the model and the disk are as before."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: what runs ends as after Ctrl-C."""
+
+
 class MissingExtra(ReknowError):
     """An optional dependency is not installed: the message names the pip command."""
 

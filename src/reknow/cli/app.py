@@ -13,9 +13,9 @@ from reknow import __version__
 from reknow.cli import editing, instructing, measuring, stacks, statistics, studying, tracing, training
 from reknow.cli.demo import demo
 from reknow.cli.terminal import warn
-from reknow.errors import ReknowError
+from reknow.errors import ReknowError, Terminated
 
-FAILED, INTERRUPTED = 2, 130
+FAILED, INTERRUPTED, TERMINATED = 2, 130, 143
 
 
 class _Group(TyperGroup):
@@ -33,11 +33,12 @@ class _Group(TyperGroup):
                 raise
             warn(error, "error")
             raise typer.Exit(FAILED) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if ctx.params["debug"]:
                 raise
-            warn("interrupted; files that were written are whole", "stopped")
-            raise typer.Exit(INTERRUPTED) from None
+            how, status = ("terminated", TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
+            warn(f"{how}; files that were written are whole", "stopped")
+            raise typer.Exit(status) from None
 
 
 app = typer.Typer(

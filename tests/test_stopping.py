@@ -1,0 +1,46 @@
+"""Ctrl-C and SIGTERM: one sentence and the customary status, whenever they come."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+STATUS = {"SIGINT": 130, "SIGTERM": 143}
+
+
+def stopped(signal: str, where: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The program, to which the signal comes as it begins to import the module `where`."""
+    code = (
+        "import importlib.abc, os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
+        "class Kill(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {where!r}:\n"
+        f"            os.kill(os.getpid(), signal.{signal})\n"
+        "sys.meta_path.insert(0, Kill())\n"
+        "from reknow.__main__ import main; main()"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("where", ["typer", "reknow.cli.editing", "torch._C"])
+@pytest.mark.parametrize("signal", STATUS)
+def test_a_signal_while_modules_are_imported_is_one_line(signal, where):
+    result = stopped(signal, where, "show", "nowhere.patch")
+    assert result.returncode == STATUS[signal] and result.stdout == ""
+    assert result.stderr.startswith("stopped: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_program_that_is_told_to_ignore_sigterm_does():
+    code = (
+        "import os, signal\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "from reknow.__main__ import main\n"
+        "os.kill(os.getpid(), signal.SIGTERM); main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.startswith("reknow ")
