@@ -1,6 +1,8 @@
-"""The least-squares core: normal equations, protected directions, limits, and independence of the keys' unit."""
+"""The least-squares core: normal equations, protected directions, limits, memory, independence of the keys' unit."""
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 import pytest
 import torch
@@ -125,3 +127,49 @@ def test_dead_units_do_not_stop_the_solver(problem):
     right = least_squares(whitening(covariance), keys, stiffness=0.1)
     assert torch.isfinite(right).all()
     assert float(right[:, 3].abs().max()) == 0
+
+
+def test_the_metric_is_never_written_out_but_multiplies_as_if_it_were(problem):
+    covariance, keys, _ = problem
+    basis = whitening(covariance)
+    written = torch.linalg.inv(cholesky(covariance)).T  # B = L⁻ᵀ, (in, in)
+    assert torch.allclose(written @ written.T @ covariance, torch.eye(IN, dtype=torch.float64), atol=1e-8)
+    assert torch.allclose(keys @ basis, keys @ written, rtol=1e-9)
+    assert torch.allclose(keys @ basis.T, keys @ written.T, rtol=1e-9)
+    assert torch.allclose(solve(basis.factor, keys), keys @ written @ written.T, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_covariance_is_left_as_it_is(problem, dtype):
+    """Both work in place, on a copy; also where the first try fails."""
+    covariance = problem[0].to(dtype)
+    singular = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=dtype))
+    for matrix in (covariance, singular):
+        before = matrix.clone()
+        factor, basis = cholesky(matrix), null_space(matrix, 0.5)
+        assert torch.equal(matrix, before) and factor.dtype == basis.dtype == torch.float64
+        assert torch.allclose(factor @ factor.T, matrix.double(), atol=1e-6)
+        assert torch.allclose(basis.T @ basis, torch.eye(basis.shape[1], dtype=torch.float64))
+
+
+def peak(work) -> float:
+    """The most memory that the work holds at once, LAPACK's room included, in matrices of (WIDTH, WIDTH) float64."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events)) / (8 * WIDTH**2)
+
+
+WIDTH = 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_matrix_beside_the_covariance_is_all_that_solving_takes(dtype):
+    covariance, keys = torch.diag(torch.rand(WIDTH) + 0.5).to(dtype), torch.randn(8, WIDTH)
+    singular = covariance.clone()
+    singular[3] = 0
+    assert 1 <= peak(lambda: solve(cholesky(covariance), keys)) < 1.1
+    assert 1 <= peak(lambda: least_squares(whitening(singular), keys, stiffness=0.1)) < 1.1
+    # Two for LAPACK to find eigenvectors in; then those that are kept.
+    assert 3 <= peak(lambda: least_squares(null_space(covariance, 0.9), keys, stiffness=0.1)) < 3.1

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,11 +31,17 @@ log = logging.getLogger(__name__)
 
 
 def cholesky(covariance: Tensor) -> Tensor:
-    """Lower L with L Lᵀ = C, float64; a singular C (dead units) gets the smallest ridge that helps. (in, in)"""
-    identity = torch.eye(len(covariance), dtype=torch.float64, device=covariance.device)
-    scale = covariance.diagonal().mean()
+    """Lower L with L Lᵀ = C, float64; a singular C (dead units) gets the smallest ridge that helps. (in, in)
+
+    C itself is left as it is, and L is the only other matrix in memory.
+    """
+    factor, failed = _columns(covariance), torch.empty((), dtype=torch.int32, device=covariance.device)
+    scale = factor.diagonal().mean()
     for ridge in (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2):
-        factor, failed = torch.linalg.cholesky_ex(covariance.double() + ridge * scale * identity)
+        if ridge:
+            factor.copy_(covariance)
+            factor.diagonal().add_(ridge * scale)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
             if ridge:
                 log.warning("the covariance is singular: solved with a ridge of %g of its mean diagonal", ridge)
@@ -42,21 +49,44 @@ def cholesky(covariance: Tensor) -> Tensor:
     raise InputError("expected a positive covariance matrix; got one that is not: compute it again from more text")
 
 
+def _columns(matrix: Tensor) -> Tensor:
+    """A copy in float64, column after column in memory, as LAPACK works in place."""
+    return torch.empty_like(matrix, dtype=torch.float64, memory_format=torch.contiguous_format).mT.copy_(matrix)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """B = L⁻ᵀ for L of `cholesky(C)`, so that B Bᵀ = C⁻¹ and |Bᵀk|² says how unusual a key is: in on average over
+    general text. It is never written out: keys @ B and rows @ Bᵀ are solved for, from L alone.
+    """
+
+    factor: Tensor
+    """Lower (in, in) for B, its transpose for Bᵀ."""
+    upper: bool = False
+
+    @property
+    def T(self) -> Whitening:
+        return Whitening(self.factor.T, not self.upper)
+
+    def __rmatmul__(self, rows: Tensor) -> Tensor:
+        """rows @ B. rows and result: (any, in), float64"""
+        return torch.linalg.solve_triangular(self.factor, rows.T, upper=self.upper).T
+
+
+def whitening(covariance: Tensor) -> Whitening:
+    """B with B Bᵀ = C⁻¹. (in, in)"""
+    return Whitening(cholesky(covariance))
+
+
 def solve(factor: Tensor, keys: Tensor) -> Tensor:
     """C⁻¹ k for every key, from `cholesky(C)`. keys: (facts, in); result: (facts, in), float64."""
-    return torch.cholesky_solve(keys.double().T, factor).T
+    basis = Whitening(factor)
+    return keys.double() @ basis @ basis.T
 
 
 def rank_one(u: Tensor, key: Tensor, residual: Tensor) -> LowRank:
     """residual uᵀ / (uᵀ key): the change along u that maps `key` to `residual`. u, key: (in,); residual: (out,)."""
     return LowRank((residual / (u @ key))[:, None].float(), u[None].float())
-
-
-def whitening(covariance: Tensor) -> Tensor:
-    """B with B Bᵀ = C⁻¹, so that |Bᵀk|² is how unusual a key is: in on average over general text. (in, in)"""
-    factor = cholesky(covariance)
-    identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor.T, identity, upper=True)
 
 
 def null_space(covariance: Tensor, share: float, threshold: float | None = None) -> Tensor:
@@ -69,8 +99,9 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
     Raises:
         InputError: no direction qualifies.
     """
-    values, vectors = torch.linalg.eigh(covariance.double())  # ascending
-    values = values.clamp(min=0)
+    vectors, values = _columns(covariance), torch.empty(len(covariance), dtype=torch.float64, device=covariance.device)
+    torch.linalg.eigh(vectors, out=(values, vectors))  # ascending
+    values.clamp_(min=0)
     weak = values < threshold if threshold is not None else values.cumsum(0) <= share * values.sum()
     if not bool(weak.any()):
         rule = f"an eigenvalue below {threshold}" if threshold is not None else f"{share:g} of the trace"
@@ -82,7 +113,7 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
 
 
 def least_squares(
-    basis: Tensor,
+    basis: Tensor | Whitening,
     keys: Tensor,
     *,
     stiffness: float,

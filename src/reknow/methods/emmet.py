@@ -21,7 +21,7 @@ from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
 from reknow.patches import Patch
-from reknow.solvers import least_squares, outer, whitening
+from reknow.solvers import Whitening, cholesky, least_squares, outer
 from reknow.values import find_values
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class EMMET(SearchSettings):
         found = find_values(lm, edits, layer, prefixes, self.search(site="block"))
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
-            self.from_covariance(lm, layer, whitening),
+            Whitening(self.from_covariance(lm, layer, cholesky)),
             Subjects(lm, edits, prefixes).keys(layer),
             stiffness=self.stiffness,
             weight=0.0 if len(edits) == 1 else ridge,

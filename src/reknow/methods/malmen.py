@@ -128,10 +128,16 @@ class MALMENNetwork(nn.Module):
         k64 = k.double()
         ridge = self.stiffness[self.names.index(name)].double().exp()
         if len(k) <= k.shape[1]:  # the same by the smaller of the two systems
-            gram = k64 @ k64.T + ridge * torch.eye(len(k), dtype=k64.dtype, device=k.device)
+            gram = _ridged(k64 @ k64.T, ridge)
             return torch.linalg.solve(gram, k64).to(k.dtype)
-        gram = k64.T @ k64 + ridge * torch.eye(k.shape[1], dtype=k64.dtype, device=k.device)
+        gram = _ridged(k64.T @ k64, ridge)
         return torch.linalg.solve(gram, k64.T).T.to(k.dtype)
+
+
+def _ridged(gram: Tensor, ridge: Tensor) -> Tensor:
+    """gram + ridge · I, in its place: such a matrix is as large as a layer."""
+    gram.diagonal().add_(ridge)
+    return gram
 
 
 class Block(nn.Module):
@@ -165,7 +171,7 @@ def surrogate(network: MALMENNetwork, factors: dict[str, tuple[Tensor, Tensor]],
         assert gradient is not None
         total = total + ((network.solved(name, k) @ gradient.T) * wishes[name]).sum()
         ridge = network.stiffness[i].detach().double().exp()
-        gram = k.double().T @ k.double() + ridge * torch.eye(k.shape[1], dtype=torch.float64, device=k.device)
+        gram = _ridged(k.double().T @ k.double(), ridge)
         m = torch.linalg.solve(gram, gradient.double().T).T  # (out, in)
         total = total - (ridge * (m * deltas[name].detach().double()).sum()).float() * network.stiffness[i]
     return total

@@ -22,7 +22,7 @@ from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
 from reknow.patches import Delta, Patch
-from reknow.solvers import least_squares, outer, whitening
+from reknow.solvers import Whitening, cholesky, least_squares, outer
 from reknow.values import Site, Values, find_values
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Band(SearchSettings):
                 keys = subjects.keys(layer)  # (facts, in)
                 missing = z - subjects.states(layers[-1], site)  # (facts, hidden)
                 right = least_squares(
-                    self.from_covariance(lm, layer, whitening),
+                    Whitening(self.from_covariance(lm, layer, cholesky)),
                     keys,
                     stiffness=self.stiffness,
                     weight=self.covariance_weight,

@@ -121,7 +121,8 @@ class UltraEdit(Method):
                 output = lm.base_weight(name).float().square().mean().sqrt() * h.norm(dim=1).mean()
                 rate = self.learning_rate * float(output) / h.shape[1]
             v = -rate * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
-            gram = h.double() @ h.double().T + self.ridge * torch.eye(len(h), dtype=torch.float64, device=h.device)
+            gram = h.double() @ h.double().T  # (n, n)
+            gram.diagonal().add_(self.ridge)
             right = solve(cholesky(gram), h.double().T).T  # (n, in)
             changes[name] = LowRank(v.T.contiguous(), right.float())
         return changes
