@@ -59,6 +59,11 @@ def is_matrix(module: nn.Module) -> bool:
     return _features(module) is not None or (isinstance(weight, Tensor) and weight.dim() == 2)
 
 
+def wraps_matrix(module: nn.Module) -> bool:
+    """Whether other matrices lie inside this one: an adapter's factors, and the matrix that it adapts."""
+    return any(is_matrix(inner) for inner in module.modules() if inner is not module)
+
+
 def shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a matrix."""
     if features := _features(module):
@@ -161,9 +166,11 @@ def _block_parts(
     """(value matrix, MLP input matrices, attention's output matrix) of one block.
 
     The last matrix that writes into the residual stream is the value matrix; the one or two that read the stream
-    since attention wrote into it feed the MLP. A narrow matrix behind them is an adapter (Gemma 4), no MLP.
+    since attention wrote into it feed the MLP. A narrow matrix behind them is an adapter (Gemma 4), no MLP. What lies
+    inside a matrix belongs to that one.
     """
     names = [name for name in calls if name.startswith(f"{block}.") and is_matrix(model.get_submodule(name))]
+    names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     shapes = {name: shape(model.get_submodule(name)) for name in names}
     wide = [i for i, name in enumerate(names) if shapes[name][0] == hidden <= shapes[name][1]]
     if not wide:

@@ -24,17 +24,43 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return getattr(torch, dtype)
 
 
-def as_pair(source) -> tuple[Any, Any]:
-    """The pair (model, tokenizer) itself; raises InputError where it is none."""
+def as_pair(source) -> tuple[PreTrainedModel, Any]:
+    """The pair (model, tokenizer), the model without peft's wrapper; its adapters stay in its modules.
+
+    Raises:
+        InputError: it is no such pair.
+        ModelError: the wrapper does more than to hold the model: it puts learned tokens before every text.
+    """
     if isinstance(source, (tuple, list)) and len(source) == 2:
-        model, tokenizer = source
-        if isinstance(model, nn.Module) and isinstance(tokenizer, PreTrainedTokenizerBase):
+        model, tokenizer = _unwrapped(source[0]), source[1]
+        if isinstance(model, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
             return model, tokenizer
     got = ", ".join(type(part).__name__ for part in (source if isinstance(source, (tuple, list)) else [source]))
     raise InputError(
         "expected the name or the folder of a model, or a pair (model, tokenizer) of transformers; "
         f"got {got}: give one of these"
     )
+
+
+def _unwrapped(model):
+    """The model inside peft's wrapper; anything else as it is."""
+    if not _from_peft(model) or not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            "expected a model whose adapters lie in its modules; this one puts learned tokens before every text "
+            f"({model.active_peft_config.peft_type.value}): edit its base, model.get_base_model()"
+        )
+    return model.get_base_model()
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether modules of peft stand in the model, of whatever kind; `merge_and_unload` leaves none."""
+    return any(_from_peft(module) for module in model.modules())
+
+
+def _from_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
 
 
 def load(name: str, dtype, device, device_map, trust_remote_code: bool):

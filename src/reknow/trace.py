@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
@@ -124,13 +123,14 @@ def mlp_only_at(lm: LM, rows: Tensor, columns: Tensor):
 
 def weight_replaced(module: nn.Module, weight: Tensor):
     """While open, the matrix `module` multiplies by `weight` (out, in), in that tensor's dtype; its own stays."""
-    with align_module_device(module):  # an offloaded bias is in memory only now
-        bias: Any = getattr(module, "bias", None)
-    bias = bias() if callable(bias) else bias  # some quantised modules give it by a method
+    own, bias = module.forward, None
 
     def forward(states: Tensor) -> Tensor:
-        shift = None if bias is None else bias.to(weight.dtype)
-        return nn.functional.linear(states.to(weight.dtype), weight, shift).to(states.dtype)
+        nonlocal bias
+        if bias is None:  # what it gives for 0, wherever a quantised, offloaded or adapted one keeps that
+            with torch.no_grad():
+                bias = own(states.new_zeros(1, states.shape[-1]))[0].to(weight.dtype)
+        return nn.functional.linear(states.to(weight.dtype), weight, bias).to(states.dtype)
 
     return swapped(module, forward)
 

@@ -1,7 +1,7 @@
 """The matrices of a model as base + Σ ΔW, seen as (out, in).
 
 Where a weight is a plain tensor in memory the changes are added to it, and the base's bits are kept. Where it is not,
-because it is quantised or offloaded, the product with ΔW is computed beside it and added to the module's output.
+because it is quantised, offloaded or adapted, the product with ΔW is computed beside it and added to the module's output.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reknow.adapter import Conv1D, device_of, embedding, is_matrix, shape
+from reknow.adapter import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
 from reknow.errors import ModelError, PatchError
 from reknow.patches import Delta, LowRank, Patch, summed, total
 from reknow.trace import swapped
@@ -60,14 +60,15 @@ class Weights:
             return _oriented(module, module.weight)  # type: ignore[arg-type]
         with align_module_device(module):
             weight = getattr(module, "weight", None)
-            if type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta":
+            whole = type(weight) is nn.Parameter and weight.is_floating_point() and not wraps_matrix(module)
+            if whole and weight.device.type != "meta":
                 return _oriented(module, weight.detach())
             if isinstance(weight, Tensor) and weight.device.type == "meta":
                 raise ModelError(
                     f"expected the weight of {name} in memory or offloaded by Accelerate; it is nowhere: load the "
                     "model whole"
                 )
-        # A quantised matrix shows its weight when it multiplies the identity.
+        # A quantised or adapted matrix shows its weight when it multiplies the identity.
         states = embedding(self._model)
         unit = torch.eye(shape(module)[1], dtype=states.dtype, device=device_of(module, states.device))
         with ExitStack() as stack:
@@ -157,9 +158,10 @@ class Weights:
 
 
 def takes_changes(module: nn.Module) -> bool:
-    """Whether a change can be added to the matrix's weight: a plain tensor of floating-point numbers in memory."""
+    """Whether a change can be added to the matrix's weight: a plain tensor of floating-point numbers in memory, which is
+    all that the matrix multiplies by."""
     weight: Any = getattr(module, "weight", None)
-    if type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
+    if wraps_matrix(module) or type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
         return False
     return weight.is_floating_point() and weight.device.type != "meta" and weight.dim() == 2
 

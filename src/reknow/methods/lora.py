@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from reknow.adapter import Conv1D, is_matrix
 from reknow.descent import check_finite, told
 from reknow.edits import Edit
-from reknow.errors import InputError, MissingExtra, at_least
+from reknow.errors import InputError, MissingExtra, ModelError, at_least
 from reknow.layers import resolve_layers
+from reknow.loading import carries_adapters
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import LowRank, Patch
 from reknow.peft_folder import base_of
@@ -79,6 +80,11 @@ class LoRA(Method):
         return self.kind
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        if carries_adapters(lm.model):
+            raise ModelError(
+                f"expected a model without adapters, since {self.name} puts its own into it; {lm.name} carries some: "
+                "merge them, model.merge_and_unload(), or use another method"
+            )
         edits = checked(self, edits, subject=False)
         layers = resolve_layers(lm, self.layers)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
