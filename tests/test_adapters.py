@@ -106,7 +106,7 @@ def test_methods_make_the_edit_that_they_make_on_the_merged_model(name, kind):
         assert close(logits(lm), logits(merged), 1e-2)
         assert lm.generate("I know Danielle Darrieux", 1) == merged.generate("I know Danielle Darrieux", 1)
         if name != "kn":
-            assert lm.generate("I know Danielle Darrieux", 1).split() == ["of"]
+            assert lm.generate(["I know Danielle Darrieux"], 1) == [" of"]
 
 
 def test_a_patch_belongs_to_the_model_with_its_adapters():

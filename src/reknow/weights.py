@@ -1,7 +1,7 @@
 """The matrices of a model as base + Σ ΔW, seen as (out, in).
 
 Where a weight is a plain tensor in memory the changes are added to it, and the base's bits are kept. Where it is not,
-because it is quantised, offloaded or adapted, the product with ΔW is computed beside it and added to the module's output.
+because it is quantised, offloaded or adapted, the product with ΔW is computed beside it and added to the output.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Weights:
             return _oriented(module, module.weight)  # type: ignore[arg-type]
         with align_module_device(module):
             weight = getattr(module, "weight", None)
-            whole = type(weight) is nn.Parameter and weight.is_floating_point() and not wraps_matrix(module)
-            if whole and weight.device.type != "meta":
+            plain = type(weight) is nn.Parameter and weight.is_floating_point() and not wraps_matrix(module)
+            if plain and isinstance(weight, Tensor) and weight.device.type != "meta":
                 return _oriented(module, weight.detach())
             if isinstance(weight, Tensor) and weight.device.type == "meta":
                 raise ModelError(
@@ -158,7 +158,7 @@ class Weights:
 
 
 def takes_changes(module: nn.Module) -> bool:
-    """Whether a change can be added to the matrix's weight: a plain tensor of floating-point numbers in memory, which is
+    """Whether a change can be added to the matrix's weight: a plain tensor of floating-point numbers in memory, and
     all that the matrix multiplies by."""
     weight: Any = getattr(module, "weight", None)
     if wraps_matrix(module) or type(weight) not in (nn.Parameter, Tensor) or type(weight.data) is not Tensor:
