@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import reknow.datasets.reading as reading
 from reknow.datasets import DATASETS, FACTS, Fact, load_cases, load_edits, load_facts, sample_text
 from reknow.datasets.reading import place_subject
+from reknow.datasets.sources import hub_file
 from reknow.datasets.text import text_source
 from reknow.edits import Edit, Probe
 from reknow.errors import InputError, MissingExtra
@@ -256,7 +256,7 @@ def test_broken_json_names_file_and_line(tmp_path):
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        ({"subject": 3}, "record 1, field 'subject': expected a non-empty text; got 3"),
+        ({"subject": True}, "record 1, field 'subject': expected a non-empty text; got true: put it in quotes"),
         ({"prompt": "  "}, "record 1, field 'prompt': expected a non-empty text"),
         ({"target_new": None}, "record 1, field 'target_new': expected a non-empty text; got null"),
         ({"case_id": 7}, "expected a different id for every edit"),
@@ -383,7 +383,7 @@ def test_hub_addresses(tmp_path, monkeypatch):
 def test_hub_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"reknow\[hub\]"):
-        reading.hub_file("hub:me/set:a.json")
+        hub_file("hub:me/set:a.json")
 
 
 # --- users' edit files --------------------------------------------------------------------------------
@@ -440,9 +440,11 @@ def test_faults_of_csv_edits(tmp_path, content, complaint):
 
 
 def test_faults_of_json_edits(tmp_path):
-    path = write(tmp_path, "mine.json", [{"prompt": "a", "target_new": 1998}])
-    assert "mine.json, record 0, field 'target_new': expected a non-empty text; got 1998" in refusal(load_edits, path)
-    path = write(tmp_path, "more.json", [{"prompt": "a", "target_new": "b", "rephrasings": [1]}])
+    path = write(tmp_path, "mine.json", [{"prompt": "a", "target_new": False}])
+    assert "mine.json, record 0, field 'target_new': expected a non-empty text; got false" in refusal(
+        load_edits, path
+    )
+    path = write(tmp_path, "more.json", [{"prompt": "a", "target_new": "b", "rephrasings": [{}]}])
     assert "field 'rephrasings': expected a text or a list of texts" in refusal(load_edits, path)
 
 

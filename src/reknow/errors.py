@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from reknow.edits import Edit
 
 
 class ReknowError(Exception):
@@ -16,6 +20,19 @@ class ReknowError(Exception):
 
 class InputError(ReknowError):
     """The request, file or option is wrong: correct it and call again."""
+
+
+class TextRefused(InputError):
+    """A text that the model cannot read: too long, or without tokens. A run of many cases counts the one that it
+    belongs to as failed and goes on with the others."""
+
+
+class EditRefused(InputError):
+    """One edit that cannot be made. A run of many counts it as failed and goes on with the others."""
+
+    def __init__(self, message: str, edit: Edit):
+        super().__init__(message)
+        self.edit = edit
 
 
 class ModelError(ReknowError):
@@ -27,7 +44,14 @@ class PatchError(ReknowError):
 
 
 class EditFailed(ReknowError):
-    """The computation broke down (NaN, singular system); the model and the disk are as before."""
+    """The computation broke down (NaN, singular system); the model and the disk are as before.
+
+    `edit` is the one it broke down for, where the others are not concerned.
+    """
+
+    def __init__(self, message: str, edit: Edit | None = None):
+        super().__init__(message)
+        self.edit = edit
 
 
 class Terminated(KeyboardInterrupt):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reknow import adapter
-from reknow.errors import InputError
+from reknow.errors import InputError, TextRefused
 from reknow.fingerprint import Fingerprint
 from reknow.generation import continuations
 from reknow.loading import as_dtype, as_pair, check_tokenizer, load, place
@@ -173,7 +173,7 @@ class LM:
         """The rows as one rectangle on the model's device; see `tokens.pad`.
 
         Raises:
-            InputError: a row is longer than what the model has positions for.
+            TextRefused: a row is longer than what the model has positions for.
         """
         self.check_length(rows)
         pad_id = self.tokenizer.pad_token_id
@@ -181,10 +181,10 @@ class LM:
         return pad(rows, 0 if pad_id is None else pad_id, anchors=anchors, device=self.device)
 
     def check_length(self, rows: Sequence[Row], extra: int = 0) -> None:
-        """Raises InputError where a row and `extra` tokens behind it do not fit into the model's positions."""
+        """Raises TextRefused where a row and `extra` tokens behind it do not fit into the model's positions."""
         longest = max((len(row.ids) for row in rows), default=0) + extra
         if self.max_tokens is not None and longest > self.max_tokens:
-            raise InputError(
+            raise TextRefused(
                 f"expected texts of at most {self.max_tokens} tokens, for which {self.name} has positions; got "
                 f"{longest}{' with what is to be written' if extra else ''}: shorten them"
             )

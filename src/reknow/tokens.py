@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reknow.errors import InputError, ModelError
+from reknow.errors import InputError, ModelError, TextRefused
 
 TOKENS_PER_BATCH = 4096
 """How many tokens, padding included, one forward pass takes."""
@@ -79,7 +79,7 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool = False) -> list[Row]
     tokenizer's template and the target opens the answer. An empty prompt is the token that begins a text.
 
     Raises:
-        InputError: a target has no tokens of its own, or nothing stands before it.
+        TextRefused: a target has no tokens of its own, or nothing stands before it.
         ModelError: the chat template changes the prompt.
     """
     if not texts:
@@ -118,7 +118,7 @@ def _begin(tokenizer) -> list[int]:
     """The token to continue from where there is no text: the one that begins texts, or the one that ends them."""
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if begin is None:
-        raise InputError("expected a prompt; got an empty one and a tokenizer without a first token: write a prompt")
+        raise TextRefused("expected a prompt; got an empty one and a tokenizer without a first token: write a prompt")
     return [begin]
 
 
@@ -128,7 +128,7 @@ def _row(ids: Sequence[int], spans, boundary: int, shift: int, text: Text) -> Ro
         # Special tokens span (0, 0); a token that is a space alone may have no width, but lies behind the prompt.
         prompt_length = next((i for i, (_, end) in enumerate(spans) if end > boundary), 0)
         if not prompt_length:
-            raise InputError(
+            raise TextRefused(
                 f"expected a prompt and an answer of at least one token each; got {text.prompt!r} and "
                 f"{text.target!r}: write a prompt before the answer"
             )
@@ -137,7 +137,7 @@ def _row(ids: Sequence[int], spans, boundary: int, shift: int, text: Text) -> Ro
         start, end = (character + shift for character in text.subject)
         inside = [i for i, (begin, behind) in enumerate(spans) if begin < end and behind > start]
         if not inside:
-            raise InputError(f"expected the subject among the tokens of {text.prompt!r}; got none: check it")
+            raise TextRefused(f"expected the subject among the tokens of {text.prompt!r}; got none: check it")
         first, last = inside[0], inside[-1]
     return Row(tuple(ids), prompt_length, last, first)
 

@@ -15,6 +15,7 @@ from reknow.cli.terminal import (
     Chat,
     Device,
     Dtype,
+    Encoding,
     Force,
     Json,
     Model,
@@ -49,6 +50,7 @@ def edit(
     subject: Annotated[str | None, typer.Option("--subject", help="Instead of braces in the prompt.")] = None,
     true: Annotated[str | None, typer.Option("--true", help="The present answer, to follow its probability.")] = None,
     file: Annotated[Path | None, typer.Option("--file", help="JSON, JSON lines or CSV file of edits.")] = None,
+    encoding: Encoding = None,
     layer: Annotated[str | None, typer.Option("--layer", help="A layer, or auto.")] = None,
     settings: Annotated[list[str], typer.Option("--set", help="FIELD=VALUE of the method; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", help="The patch file; else named after the subject.")] = None,
@@ -64,7 +66,7 @@ def edit(
 
     reknow edit "The mother tongue of {Danielle Darrieux} is" English
     """
-    edits = _edits(prompt, target, subject, true, file)
+    edits = _edits(prompt, target, subject, true, file, encoding)
     out = out or Path(_slug(edits) + ".patch")
     from reknow.cli.settings import chosen_method
     from reknow.cost import estimate
@@ -81,7 +83,7 @@ def edit(
     _edit(lm, chosen, edits, out, stack, as_json)
 
 
-def _edits(prompt, target, subject, true, file) -> list[Edit]:
+def _edits(prompt, target, subject, true, file, encoding) -> list[Edit]:
     """The edits of the command line; raises InputError where it names none, or both one and a file."""
     from reknow.datasets.edits_file import load_edits
     from reknow.edits import Edit
@@ -89,7 +91,7 @@ def _edits(prompt, target, subject, true, file) -> list[Edit]:
     if file is not None:
         if any(value is not None for value in (prompt, target, subject, true)):
             raise InputError(f"expected either --file or one edit; got both {file} and an edit: leave one out")
-        return load_edits(file)
+        return load_edits(file, encoding=encoding)
     if prompt is None or target is None:
         raise InputError(
             "expected a prompt and a new answer, or --file; got less: "

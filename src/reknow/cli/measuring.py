@@ -14,12 +14,14 @@ from reknow.cli.terminal import (
     Chat,
     Device,
     Dtype,
+    Encoding,
     Model,
     NoStats,
     open_lm,
     run_folder,
     say,
     say_table,
+    warn,
     whole_numbers,
 )
 from reknow.errors import InputError, did_you_mean
@@ -49,6 +51,7 @@ def bench(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"How many cases of a set. [{LIMIT}]")] = None,
     offset: Annotated[int, typer.Option("--offset", min=0, help="How many cases to pass over.")] = 0,
     shuffle: Annotated[int | None, typer.Option("--shuffle", help="Seed to shuffle the cases with.")] = None,
+    encoding: Encoding = None,
     known: Annotated[bool, typer.Option("--known", help="Only facts that the model knows.")] = False,
     mode: Annotated[str | None, typer.Option("--mode", help="single, batch or sequential. [single]")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Edits per patch.")] = None,
@@ -80,7 +83,9 @@ def bench(
     plan = _plan(study, checkpoints, seeds, mode=mode, batch_size=batch_size, fluency=fluency, generate=generate)
     chosen = _chosen(study, names, settings)
     lm = open_lm(model, dtype, device, chat) if known else None
-    sets = _sets(study, offset, shuffle, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
+    refused: dict[str, list[str]] = {}
+    one_patch = plan.mode == "batch" or plan.batch_size > 1
+    sets = _sets(study, offset, shuffle, lm, encoding, refused, one_patch=one_patch)
     lm = lm or open_lm(model, dtype, device, chat)
     lm.computes_statistics = not no_stats
     if names is None:
@@ -89,11 +94,15 @@ def bench(
     if study.part == "convergence":
         inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out, progress=True)
         return report(out)
+    found = []
     for name, cases in sets.items():
         folder = out / name if len(sets) > 1 else out
-        results = run(lm, cases, chosen, folder, dataset=name, plan=plan, progress=True)
-        say(*([f"== {name}"] if len(sets) > 1 else []), str(results), "", f"run folder: {folder}")
+        bad = [sentence for part in name.split("+") for sentence in refused.get(part, [])]
+        found.append(run(lm, cases, chosen, folder, dataset=name, plan=plan, refused=bad, progress=True))
+        say(*([f"== {name}"] if len(sets) > 1 else []), str(found[-1]), "", f"run folder: {folder}")
     report(out)
+    for results in found:
+        results.refuse_lost()
 
 
 def _study(preset: str | None, full: bool, data: str | None, limit: int | None) -> Preset:
@@ -146,10 +155,17 @@ def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
 
 
 def _sets(
-    study: Preset, offset: int, shuffle: int | None, knowing: LM | None, *, one_patch: bool
+    study: Preset,
+    offset: int,
+    shuffle: int | None,
+    knowing: LM | None,
+    encoding: str | None,
+    refused: dict[str, list[str]],
+    *,
+    one_patch: bool,
 ) -> dict[str, list[Case]]:
     """Name of each run → its cases; only those that the model `knowing` knows, if there is one; and only those that
-    agree where several make one patch."""
+    agree where several make one patch. `refused` takes name of a set → its records that could not be read."""
     from reknow.datasets import load_cases
     from reknow.evaluation.presets import agreeing, in_turn, thinned
 
@@ -158,7 +174,11 @@ def _sets(
         name, _, path = source.strip().partition(":")
         wanted = study.limits.get(name, study.limit)
         limit = None if knowing or one_patch else wanted
-        cases = load_cases(name, path=path or None, limit=limit, offset=offset, seed=shuffle)
+        bad = refused.setdefault(name, [])
+        selected = {"limit": limit, "offset": offset, "seed": shuffle}
+        cases = load_cases(name, path=path or None, encoding=encoding, refused=bad, **selected)
+        for sentence in bad:
+            warn(f"left out: {sentence}")
         cases = _known(knowing, cases) if knowing else cases
         if one_patch and len(kept := agreeing(cases)) < len(cases):
             say(f"left out: {len(cases) - len(kept)} cases of {name} that contradict an earlier one")

@@ -31,6 +31,10 @@ NoStats = Annotated[
     bool, typer.Option("--no-stats", help="Read no text for statistics: refuse methods that need some not kept yet.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
+Encoding = Annotated[
+    str | None,
+    typer.Option("--encoding", help="Of the file, such as cp1252 or gb18030. [utf-8, or as its mark says]"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 

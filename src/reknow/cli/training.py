@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Model, open_lm, run_folder, say, say_table
+from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Encoding, Model, open_lm, run_folder, say, say_table, warn
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def train(
     without: Annotated[
         list[str], typer.Option("--without", help="NAME or NAME:FILE whose facts are left out; repeatable.")
     ] = [],  # noqa: B006
+    encoding: Encoding = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="How many cases of each set.")] = None,
     offset: Annotated[int, typer.Option("--offset", min=0, help="How many cases of each set to pass over.")] = 0,
     settings: Annotated[
@@ -41,7 +42,7 @@ def train(
     reknow train mend --data counterfact --data zsre --out runs/mend
     """
     chosen, training = settled(method, settings)
-    cases = _cases(data or ["counterfact"], limit, offset, without)
+    cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
     lm = open_lm(model, dtype, device or _own_gpu(), chat)
     out = out or run_folder(f"train-{method}", model)
     trained = chosen.fit(lm, cases, out, training, progress=True)
@@ -78,13 +79,18 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
     return method, replace(method.training, **values)
 
 
-def _cases(data: list[str], limit: int | None, offset: int, without: list[str]) -> list[Case]:
+def _cases(data: list[str], limit: int | None, offset: int, without: list[str], encoding: str | None) -> list[Case]:
+    """The cases to learn from; records that cannot be read are named and left out."""
     from reknow.datasets import load_cases
     from reknow.learning.editors import case_keys
 
     def load(address: str, **part) -> list[Case]:
         name, _, path = address.partition(":")
-        return load_cases(name, path=path or None, **part)
+        bad: list[str] = []
+        cases = load_cases(name, path=path or None, encoding=encoding, refused=bad, **part)
+        for sentence in bad:
+            warn(f"left out: {sentence}")
+        return cases
 
     left_out = {key for address in without for key in case_keys(load(address)).tolist()}
     cases = [case for address in data for case in load(address, limit=limit, offset=offset)]

@@ -15,7 +15,8 @@ from typing import NamedTuple, TypeVar
 from reknow.datasets import convsent, counterfact, knowedit, known, unke, zsre
 from reknow.datasets.edits_file import load_edits
 from reknow.datasets.known import Fact
-from reknow.datasets.reading import Record, hub_file, read_records, refuse_repeated
+from reknow.datasets.reading import Record, read_records
+from reknow.datasets.sources import hub_file
 from reknow.datasets.text import sample_text
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
@@ -71,6 +72,8 @@ def load_cases(
     limit: int | None = None,
     offset: int = 0,
     seed: int | None = None,
+    encoding: str | None = None,
+    refused: list[str] | None = None,
 ) -> list[Case]:
     """Cases of a benchmark, in the order of the file, or shuffled where a `seed` is given.
 
@@ -78,8 +81,13 @@ def load_cases(
     downloaded; without it the bundled sample is read. After shuffling, `offset` cases are passed over and at
     most `limit` kept. Ids are `name/…`, the same whatever was selected.
 
+    Args:
+        encoding: of the file; None: what its byte order mark says, else UTF-8.
+        refused: takes a sentence (file, record, field, complaint) about every selected record that is not of this
+            form, so that a run can go on without it. None: the first one is raised.
+
     Raises:
-        InputError: unknown name, unreadable file, or a record that is not of this form (file, record, field).
+        InputError: unknown name, unreadable file, or no record of this form; see `refused`.
         MissingExtra: a hub address without huggingface_hub.
     """
     if name not in DATASETS:
@@ -89,9 +97,38 @@ def load_cases(
             )
         raise did_you_mean("data set", name, DATASETS)
     source = DATASETS[name]
-    cases = source.link([case for record in _records(source.sample, path) if (case := source.read(name, record))])
-    refuse_repeated((case.edit.id for case in cases), str(path or source.sample))
-    return _select(cases, limit, offset, seed)
+    problems: dict[int, str] = {}
+    records = _records(source.sample, path, encoding, None if refused is None else problems)
+    cases = _cases(name, source, records, problems, str(path or source.sample))
+    chosen = _select(sorted({*cases, *problems}), limit, offset, seed)
+    bad = [problems[index] for index in chosen if index in problems]
+    if bad and (refused is None or len(bad) == len(chosen)):
+        raise InputError(bad[0])
+    if refused is not None:
+        refused += bad
+    return [cases[index] for index in chosen if index in cases]
+
+
+def _cases(
+    name: str, source: CaseSource, records: Sequence[Record], problems: dict[int, str], where: str
+) -> dict[int, Case]:
+    """Index of a record → its case; of one that gives none `problems` says why, unless it is left out on purpose."""
+    cases: dict[int, Case] = {}
+    ids = set()
+    for record in records:
+        try:
+            case = source.read(name, record)
+        except InputError as error:
+            problems[record.index] = str(error)
+            continue
+        if case is not None and case.edit.id in ids:
+            problems[record.index] = (
+                f"expected a different id for every edit in {where}; got {case.edit.id!r} twice: rename one"
+            )
+        elif case is not None:
+            cases[record.index] = case
+            ids.add(case.edit.id)
+    return dict(zip(cases, source.link(list(cases.values())), strict=True))
 
 
 def load_facts(
@@ -110,14 +147,19 @@ def load_facts(
     return _select(facts, limit, offset, seed)
 
 
-def _records(sample: str | None, path: str | Path | None) -> list[Record]:
+def _records(
+    sample: str | None,
+    path: str | Path | None,
+    encoding: str | None = None,
+    refused: dict[int, str] | None = None,
+) -> list[Record]:
     if path is None:
         if sample is None:
             raise InputError("expected a file, since no sample of this data set is bundled; got none: give its path")
         return read_records(files("reknow") / "assets" / "data" / sample, sample)
     if str(path).startswith("hub:"):
-        return read_records(hub_file(str(path)), str(path))
-    return read_records(Path(path), str(path))
+        return read_records(hub_file(str(path)), str(path), encoding=encoding, refused=refused)
+    return read_records(Path(path), str(path), encoding=encoding, refused=refused)
 
 
 def _select(items: list[Item], limit: int | None, offset: int, seed: int | None) -> list[Item]:

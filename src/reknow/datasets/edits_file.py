@@ -13,19 +13,20 @@ FIELDS = tuple(field.name for field in fields(Edit) if field.init)
 LISTS = ("context", "rephrasings")
 
 
-def load_edits(path: str | Path) -> list[Edit]:
+def load_edits(path: str | Path, *, encoding: str | None = None) -> list[Edit]:
     """Read the edits of a file.
 
     Every object or row has `prompt` and `target_new`, and may have the other fields of `Edit`. The subject
     is given as `subject`, or marked in the prompt by braces: `The mother tongue of {Danielle Darrieux} is`.
     In a CSV file (ending `.csv` or `.tsv`) the entries of `context` and `rephrasings` are parted by ` | `.
+    `encoding` is the file's; None: what its byte order mark says, else UTF-8.
 
     Raises:
         InputError: unreadable file, unknown or missing field, two edits with one id, or what `Edit` refuses.
     """
     path = Path(path)
     table = path.suffix.lower() in (".csv", ".tsv")
-    records = (read_table if table else read_records)(path, str(path))
+    records = (read_table if table else read_records)(path, str(path), encoding=encoding)
     if not records:
         raise InputError(f"expected at least one edit in {path}; got none: add one with prompt and target_new")
     edits = [_edit(record, table) for record in records]

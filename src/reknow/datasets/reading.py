@@ -8,18 +8,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
+from reknow.datasets.sources import read_text
 from reknow.edits import Edit
-from reknow.errors import InputError, MissingExtra
+from reknow.errors import InputError
 
 
 class Record:
     """One object of a data file.
 
     `where` is its file and place as shown in errors; `index` its 0-based position in the file. The
-    accessors return text without outer white space and raise InputError naming file, record and field.
+    accessors return text without outer white space and raise InputError naming file, record and field. A number
+    counts as the text that stands in the file.
     """
 
     def __init__(self, fields: Any, where: str, index: int, prefix: str = ""):
@@ -42,7 +43,7 @@ class Record:
         """A text that must be there and not be blank."""
         value = self._required(field)
         if not isinstance(value, str) or not value.strip():
-            self.refuse(field, f"expected a non-empty text; got {_shown(value)}: fill it in")
+            self.refuse(field, f"expected a non-empty text; got {_shown(value)}: {_remedy(value)}")
         return value.strip()
 
     def texts(self, field: str) -> tuple[str, ...]:
@@ -56,7 +57,7 @@ class Record:
             elif isinstance(value, str):
                 flat.append(value.strip())
             else:
-                self.refuse(field, f"expected a text or a list of texts; got {_shown(value)}: put it in quotes")
+                self.refuse(field, f"expected a text or a list of texts; got {_shown(value)}: {_remedy(value)}")
         return tuple(text for text in flat if text)
 
     def record(self, field: str) -> Record:
@@ -81,84 +82,165 @@ class Record:
             raise InputError(f"{self.where}: {error}") from None
 
 
+class Number(str):
+    """A number of a JSON file, as it is written there: an answer such as 1945 or 3.50 is what a model shall say."""
+
+
+def _remedy(value: Any) -> str:
+    return "put it in quotes if it is the answer" if isinstance(value, (bool, dict)) else "fill it in"
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, Number):
+        return value
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
-def read_records(source: Any, name: str) -> list[Record]:
-    """The records of a JSON array, a single JSON object, or JSON lines.
+def read_records(
+    source: Any, name: str, *, encoding: str | None = None, refused: dict[int, str] | None = None
+) -> list[Record]:
+    """The records of a JSON array, a single JSON object, or JSON lines; of lists of one length in a single object, a
+    record of each place.
 
-    `source` is anything with `read_text` (a path, a packaged file); `name` is how errors call it.
+    Args:
+        source: anything with `read_bytes` (a path, a packaged file).
+        name: how errors call it.
+        encoding: see `read_text`.
+        refused: takes index → complaint of every entry or line that is no record; None: the first is raised.
 
     Raises:
-        InputError: file missing or not UTF-8; JSON broken (line named); an entry is no object (record named).
+        InputError: file missing or not in this encoding; JSON broken (line named); an entry is no object (record
+            named).
     """
-    text = read_text(source, name)
+    text = read_text(source, name, encoding)
     try:
-        whole = json.loads(text)
+        whole = _parsed(text)
     except json.JSONDecodeError as error:
-        # A file of JSON lines fails as a whole, right after its first object.
-        if error.msg != "Extra data" or text.lstrip()[:1] != "{":
-            _refuse_json(name, error.lineno, error)
-        return list(_json_lines(text, name))
-    entries = whole if isinstance(whole, list) else [whole]
-    return [Record(entry, f"{name}, record {index}", index) for index, entry in enumerate(entries)]
+        # A file of JSON lines fails as a whole, right after its first object or within a line that is broken.
+        if not _is_json_lines(text, error):
+            raise _broken(text, name, error.lineno, error) from None
+        return list(_json_lines(text, name, refused))
+    except RecursionError:
+        raise InputError(
+            f"expected a JSON array of records in {name}; got brackets nested without end: correct it"
+        ) from None
+    entries = whole if isinstance(whole, list) else _places(whole, name)
+    found = (_record(entry, f"{name}, record {index}", index, refused) for index, entry in enumerate(entries))
+    return [record for record in found if record is not None]
 
 
-def _json_lines(text: str, name: str) -> Iterator[Record]:
-    index = 0
+def _parsed(text: str) -> Any:
+    return json.loads(text, parse_int=Number, parse_float=Number)
+
+
+def _record(fields: Any, where: str, index: int, refused: dict[int, str] | None) -> Record | None:
+    try:
+        return Record(fields, where, index)
+    except InputError as error:
+        if refused is None:
+            raise
+        refused[index] = str(error)
+        return None
+
+
+def _is_json_lines(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether a text that is not one JSON value is one in each line: it goes on behind a first object, or its first
+    line is broken and its second is not."""
+    if text.lstrip()[:1] != "{":
+        return False
+    lines = [line for line in text.split("\n") if line.strip()]
+    return error.msg == "Extra data" or any(_is_object(line) for line in lines[:2])
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(_parsed(line), dict)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+
+
+def _json_lines(text: str, name: str, refused: dict[int, str] | None) -> Iterator[Record]:
     # Not splitlines(): JSON texts may hold U+2028 and other characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    for index, (number, line) in enumerate(lines):
         try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            _refuse_json(name, number, error)
-        yield Record(fields, f"{name}, line {number}", index)
-        index += 1
+            fields = _parsed(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            problem = _broken(line, name, number, error)
+            if refused is None:
+                raise problem from None
+            refused[index] = str(problem)
+            continue
+        if (record := _record(fields, f"{name}, line {number}", index, refused)) is not None:
+            yield record
 
 
-def _refuse_json(name: str, line: int, error: json.JSONDecodeError) -> NoReturn:
-    raise InputError(
-        f"{name}, line {line}, column {error.colno}: expected a JSON array or one JSON object per line; "
-        f"got '{error.msg}': correct the syntax there"
-    ) from None
+def _broken(text: str, name: str, line: int, error: json.JSONDecodeError | RecursionError) -> InputError:
+    column = getattr(error, "colno", 1)
+    at = text.split("\n")[getattr(error, "lineno", 1) - 1] if text else ""
+    what = f"got '{getattr(error, 'msg', 'brackets nested without end')}': correct the syntax there"
+    if re.match(r"\s*(//|/\*|#)", at[column - 1 :]):
+        what = "got a comment, which JSON does not have: take it out"
+    return InputError(
+        f"{name}, line {line}, column {column}: expected a JSON array or one JSON object per line; {what}"
+    )
 
 
-def read_table(source: Any, name: str) -> list[Record]:
+def _places(whole: Any, name: str) -> list[Any]:
+    """The records of one object: itself, or one for each place of the lists that `prompt` and `target_new` are."""
+    first = whole.get("prompts", whole.get("prompt")) if isinstance(whole, dict) else None
+    if not isinstance(first, list):
+        return [whole]
+
+    def at(place: int, value: Any, path: str) -> Any:
+        if isinstance(value, dict):
+            return {key: at(place, inner, f"{path}.{key}") for key, inner in value.items()}
+        if not isinstance(value, list):
+            return value
+        if len(value) != len(first):
+            raise InputError(
+                f"{name}, field {path!r}: expected {len(first)} entries, one per prompt; got {len(value)}: correct it"
+            )
+        return value[place]
+
+    return [{key: at(place, value, key) for key, value in whole.items()} for place in range(len(first))]
+
+
+def read_table(
+    source: Any, name: str, *, encoding: str | None = None, refused: dict[int, str] | None = None
+) -> list[Record]:
     """The rows of a CSV file with a header; commas, semicolons or tabs; empty cells are left out.
 
+    Arguments as in `read_records`. A first line `sep=;`, as Excel writes it, names what parts the cells.
+
     Raises:
-        InputError: file missing or not UTF-8; a row longer than the header, or a quotation without end (line named).
+        InputError: file missing or not in this encoding; a row longer than the header, or a quotation without end
+            (line named).
     """
-    text = read_text(source, name)
-    header = text.split("\n", 1)[0]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
-    records = []
+    text = read_text(source, name, encoding)
+    told = re.match(r"sep=(.)\n", text)
+    header = text[told.end() if told else 0 :].split("\n", 1)[0]
+    parted = told[1] if told else max(",;\t", key=header.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=parted, strict=True)
+    records: list[Record] = []
     try:
+        if told:
+            next(rows)
         columns = [column.strip() for column in next(rows, [])]
-        for row in filter(None, rows):
+        for index, row in enumerate(filter(None, rows)):
             where = f"{name}, line {rows.line_num}"
+            fields: Any = {column: cell for column, cell in zip(columns, row, strict=False) if cell.strip()}
             if len(row) > len(columns):
-                raise InputError(f"{where}: expected {len(columns)} cells; got {len(row)}: quote texts with commas")
-            fields = {column: cell for column, cell in zip(columns, row, strict=False) if cell.strip()}
-            records.append(Record(fields, where, len(records)))
+                problem = f"{where}: expected {len(columns)} cells; got {len(row)}: quote texts with commas"
+                if refused is None:
+                    raise InputError(problem)
+                refused[index] = problem
+                continue
+            records.append(Record(fields, where, index))
     except csv.Error as error:
         raise InputError(f"{name}, line {rows.line_num}: expected a CSV row; got '{error}': correct it") from error
     return records
-
-
-def read_text(source: Any, name: str) -> str:
-    """The text of a UTF-8 file, a byte order mark removed; InputError when that fails."""
-    try:
-        return source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        what = "no such file" if not source.exists() else f"'{error}'"
-        raise InputError(
-            f"expected a readable UTF-8 file at {name}; got {what}: check the path and the encoding"
-        ) from None
 
 
 def refuse_repeated(ids: Iterable[str | None], name: str) -> None:
@@ -181,38 +263,3 @@ def place_subject(prompt: str, subject: str) -> tuple[str, str | None]:
             start, end = found[-1].span()
             return f"{prompt[:start]}{{}}{prompt[end:]}", found[-1].group()
     return prompt, None
-
-
-def hub_file(address: str) -> Path:
-    """Download `hub:owner/name[:file]` from the data sets of the Hugging Face Hub; return its local path.
-
-    Raises:
-        InputError: wrong address, no such data set or file, no network, or several files and none named.
-        MissingExtra: huggingface_hub is not installed.
-    """
-    try:
-        import huggingface_hub as hub
-    except ImportError:
-        raise MissingExtra("huggingface_hub", "hub", "reading a data set from the hub") from None
-    repository, _, file = address.removeprefix("hub:").partition(":")
-    try:
-        file = file or _only_file(address, hub.list_repo_files(repository, repo_type="dataset"))
-        return Path(hub.hf_hub_download(repository, file, repo_type="dataset"))
-    except InputError:
-        raise
-    except Exception as error:  # the classes of network and name errors differ from version to version
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"expected a data set on the hub at {address!r}; got '{reason}': check the name and the network, "
-            "or download the file and give its path"
-        ) from error
-
-
-def _only_file(address: str, files: list[str]) -> str:
-    usable = [file for file in files if file.endswith((".json", ".jsonl"))]
-    if len(usable) != 1:
-        raise InputError(
-            f"expected one JSON file in {address!r}; got {', '.join(usable) or 'none'}: name it, as in "
-            "hub:owner/name:file.json"
-        )
-    return usable[0]

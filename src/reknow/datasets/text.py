@@ -11,7 +11,7 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
-from reknow.datasets.reading import read_text
+from reknow.datasets.sources import read_text
 from reknow.errors import InputError, MissingExtra
 
 LONGEST = 4000

@@ -6,59 +6,86 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from reknow.edits import Edit
-from reknow.errors import EditFailed
+from reknow.errors import EditFailed, EditRefused, ReknowError, TextRefused
 from reknow.evaluation.rows import write_json
 from reknow.lm import LM
 from reknow.patches import Patch
 
 
-def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None) -> tuple[Patch | None, dict]:
-    """`_edit`, kept under `file`; a patch that an earlier run kept is loaded instead."""
-    if file is None:
-        return _edit(lm, method, edits)
-    note = file.with_suffix(".json")
-    if note.exists():  # written last: the patch is whole
-        cost = json.loads(note.read_text(encoding="utf-8"))
-        return (None if cost["error"] else Patch.load(file)), cost
-    patch, cost = _edit(lm, method, edits)
-    if patch is not None:
-        patch.save(file)
-    write_json(note, cost)
-    return patch, cost
+class Made(NamedTuple):
+    """What became of some edits."""
+
+    patch: Patch | None
+    """With those that could be made; None where there are none."""
+    costs: list[dict]
+    """Of each edit what it cost, and under `error` why it was not made, or None."""
 
 
-def _edit(lm: LM, method: Any, edits: list[Edit]) -> tuple[Patch | None, dict]:
-    """The patch, or None where the computation broke down; and what it cost, per edit."""
-    patch, error, cost = _measured(lm, lambda: method.edit(lm, edits), len(edits))
-    return patch, {**cost, "error": error, **_told(patch)}
+def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) -> Made:
+    """One patch of all edits but for those that cannot be made. Kept under `file`; a patch that an earlier run kept
+    is loaded instead."""
+    note = None if file is None else file.with_suffix(".json")
+    if file is not None and note is not None and note.exists():  # written last: the patch is whole
+        costs = _read_costs(note, len(edits))
+        return Made(Patch.load(file) if any(cost["error"] is None for cost in costs) else None, costs)
+    patch, costs = _measured(lm, edits, lambda makeable: method.edit(lm, makeable))
+    made = Made(patch, [{**cost, **_told(patch)} if cost["error"] is None else cost for cost in costs])
+    if file is not None and note is not None:
+        if patch is not None:
+            patch.save(file)
+        write_json(note, made.costs)
+    return made
 
 
-def edit_each(lm: LM, method: Any, edits: list[Edit]) -> list[tuple[Patch | None, dict]]:
-    """`_edit` of each edit by itself; of edits that are computed together the cost is their mean."""
+def edit_each(lm: LM, method: Any, edits: list[Edit]) -> list[Made]:
+    """A patch of each edit by itself; of edits that are computed together the cost is their mean."""
     if len(edits) > 1:
-        patches, error, cost = _measured(lm, lambda: method.edit_each(lm, edits), len(edits))
-        if error is None:
-            return [(patch, {**cost, "error": None, **_told(patch)}) for patch in patches]
-    return [_edit(lm, method, [edit]) for edit in edits]
+        patches, costs = _measured(lm, edits, lambda makeable: method.edit_each(lm, makeable))
+        if patches is not None:  # else what broke down for all of them may do for some of them by themselves
+            made = iter(patches)
+            patch_of = [next(made) if cost["error"] is None else None for cost in costs]
+            return [Made(p, [{**cost, **_told(p)}]) for p, cost in zip(patch_of, costs, strict=True)]
+    return [edit_once(lm, method, [edit]) for edit in edits]
 
 
-def _measured(lm: LM, run: Callable[[], Any], edits: int) -> tuple[Any, str | None, dict]:
-    """(what it gives, None) or (None, why the computation broke down), and what it cost, per edit."""
-    peak = _peak_memory(lm.device)
-    started = time.perf_counter()
-    try:
-        found, error = run(), None
-    except EditFailed as failure:
-        found, error = None, str(failure)
-    if lm.device.type == "cuda":
-        torch.cuda.synchronize(lm.device)
-    seconds = (time.perf_counter() - started) / edits
-    return found, error, {"seconds": round(seconds, 4), "peak_memory_mb": peak()}
+def _read_costs(note: Path, edits: int) -> list[dict]:
+    costs = json.loads(note.read_text(encoding="utf-8"))
+    return costs if isinstance(costs, list) else [costs] * edits  # earlier versions wrote one for all of them
+
+
+def _measured(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tuple[Any, list[dict]]:
+    """What `run` gives for the edits that can be made, None where there are none; and of every edit what it cost and
+    why it was not made. An edit that is refused, or breaks down by itself, does not cost the others their patch."""
+    reasons: dict[int, str] = {}
+    while left := [i for i in range(len(edits)) if i not in reasons]:
+        peak = _peak_memory(lm.device)
+        started = time.perf_counter()
+        makeable = [edits[i] for i in left]
+        try:
+            found, failure = run(makeable), None
+        except (EditFailed, EditRefused, TextRefused) as error:
+            found, failure = None, error
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize(lm.device)
+        seconds = (time.perf_counter() - started) / len(left)
+        cost = {"seconds": round(seconds, 4), "peak_memory_mb": peak()}
+        if failure is None:
+            return found, [{**cost, "error": reasons.get(i)} for i in range(len(edits))]
+        reasons |= {left[i]: str(failure) for i in _concerned(failure, makeable)}
+    return None, [{**cost, "error": reasons[i]} for i in range(len(edits))]
+
+
+def _concerned(failure: ReknowError, edits: list[Edit]) -> list[int]:
+    """Which edits it was: the one that is named, the longest where a text is too long for the model, else all."""
+    named = getattr(failure, "edit", None)
+    if isinstance(failure, TextRefused):
+        named = max(edits, key=lambda edit: len(edit.text) + len(edit.target_new))
+    return [i for i, edit in enumerate(edits) if edit == named][:1] or list(range(len(edits)))
 
 
 def _told(patch: Patch | None) -> dict:

@@ -10,6 +10,7 @@ import torch
 
 from reknow.descent import Scored, predicted
 from reknow.edits import Case, Edit, Probe
+from reknow.errors import TextRefused
 from reknow.evaluation.convsent import OTHER_TOPIC
 from reknow.evaluation.long_text import written_ratios
 from reknow.evaluation.metrics import Reading
@@ -49,7 +50,7 @@ def read(
     """
     asked = [(case.edit, probe) for case in cases for probe in case.questions]
     if in_context:
-        asked = [(edit, replace(one, prompt=f"Fact: {edit.statement} {one.prompt}")) for edit, one in asked]
+        asked = [(edit, replace(one, prompt=_behind(edit, one.prompt))) for edit, one in asked]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
     answers = iter(_answered(lm, questions, generate))
@@ -61,6 +62,30 @@ def read(
         for _, probe in asked
     )
     return [[next(readings) for _ in case.questions] for case in cases]
+
+
+def unreadable(lm: LM, cases: Sequence[Case], *, in_context: bool = False) -> list[str | None]:
+    """Of each case, why the model cannot read one of its questions; None where it can read all.
+
+    Args:
+        in_context: they are also asked with the edit in front.
+    """
+    return [_unread(lm, case, in_context) for case in cases]
+
+
+def _unread(lm: LM, case: Case, in_context: bool) -> str | None:
+    asked = [(one.prompt, text) for one in case.questions for text in _scored(case.edit, one)]
+    if in_context:
+        asked += [(_behind(case.edit, prompt), text) for prompt, text in asked]
+    try:
+        lm.check_length(lm.encode([Text(*pair) for pair in asked]))
+    except TextRefused as error:
+        return str(error)
+
+
+def _behind(edit: Edit, prompt: str) -> str:
+    """The prompt with the edit as a statement in front."""
+    return f"Fact: {edit.statement} {prompt}"
 
 
 def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
@@ -123,11 +148,11 @@ def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -
 
 
 def _scored(edit: Edit, probe: Probe) -> list[str]:
-    """The answers to score: the probe's first; and both targets where CounterFact compares them.
+    """The answers to score: the probe's first, none for fluency; and both targets where CounterFact compares them.
 
     Neighbours are the locality probes whose right answer is the edit's true target.
     """
-    own = probe.answers[0]
+    own = next(iter(probe.answers), "")
     if edit.target_true is None or probe.kind not in ("reliability", "generalization", "locality"):
         return [own]
     if probe.kind == "locality" and edit.target_true not in probe.answers:

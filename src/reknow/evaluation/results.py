@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from reknow.errors import EditFailed
 from reknow.evaluation.metrics import Reading, case_metrics, harmonic_mean
 from reknow.evaluation.rows import BEFORE_FILE, BEFORE_KEY, ROW_KEY, ROWS_FILE, Rows, read_manifest
 
@@ -159,6 +160,38 @@ class Results:
             for key, numbers in summarise(list(cases.values())).items()
         }
 
+    @cached_property
+    def failed(self) -> dict[str, dict[str, str]]:
+        """Method → case → why its edit could not be made, or its questions not be read; of methods that have such."""
+        found: dict[str, dict[str, str]] = {}
+        for row in self.rows.values():
+            if row["error"] is not None:
+                found.setdefault(row["method"], {})[row["case"]] = row["error"]
+        return found
+
+    def refuse_lost(self) -> None:
+        """Raises EditFailed where a method made none of its edits, whose scores say nothing about it."""
+        made = {row["method"] for row in self.rows.values() if row["error"] is None}
+        for method, reasons in self.failed.items():
+            if method not in made:
+                raise EditFailed(
+                    f"expected edits that {method} can make; all {len(reasons)} failed, the first because: "
+                    f"{next(iter(reasons.values()))}"
+                )
+
+    def notes(self) -> list[str]:
+        """What is in no score or counts as no success: records that could not be read, edits that failed."""
+        notes = []
+        if refused := self.manifest.get("refused"):
+            notes.append(f"Records that could not be read, in no score: {len(refused)}. The first: {refused[0]}")
+        if self.failed:
+            counts = ", ".join(
+                f"{method} {len(cases)} of {len(self.before)}" for method, cases in self.failed.items()
+            )
+            case, reason = next(iter(next(iter(self.failed.values())).items()))
+            notes.append(f"Failed edits, which count as no success: {counts}. The first: {case}, {reason}")
+        return notes
+
     def tables(self) -> list[Table]:
         """A table for each protocol that was read; metrics that no case has are left out."""
         tables = []
@@ -199,6 +232,7 @@ class Results:
         parts.append(
             "Means over cases [95 % bootstrap interval]. Locality: the answer is as before the edit, right or wrong."
         )
+        parts += self.notes()
         return "\n\n".join(parts)
 
 

@@ -12,8 +12,8 @@ import reknow
 from reknow.descent import watched
 from reknow.edits import Case
 from reknow.errors import InputError
-from reknow.evaluation.editing import edit_each, edit_once
-from reknow.evaluation.reading import perplexity, read, with_divergence, with_perplexity
+from reknow.evaluation.editing import Made, edit_each, edit_once
+from reknow.evaluation.reading import perplexity, read, unreadable, with_divergence, with_perplexity
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.rows import (
     BEFORE_FILE,
@@ -98,7 +98,8 @@ def evaluate(
 ) -> Results:
     """Edits the cases with a method and reads their probes before and after; nothing is written to disk.
 
-    The model is the same afterwards. See `Plan` for the options, and `bench` for a run that can be resumed.
+    What cannot be made or read counts as failed, as in `bench`. The model is the same afterwards. See `Plan` for the
+    options, and `bench` for a run that can be resumed.
     """
     plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, generate, tuple(held_out))
     methods = {method.name: method}
@@ -115,6 +116,7 @@ def bench(
     *,
     dataset: str = "",
     plan: Plan = Plan(),
+    refused: Sequence[str] = (),
     progress: bool = False,
 ) -> Results:
     """Compares methods on the same cases in a run folder; started again on that folder, it goes on where it was.
@@ -123,9 +125,15 @@ def bench(
     methods and seeds), `cases.jsonl` (a line per method, seed, stage and case) and `patches/` (of sequences and
     batches; a finished run needs them no more).
 
+    An edit that a method cannot make does not stop the run: its row says why under `error`, it counts as no success
+    whatever the unedited model says, and a patch of many is made of the others. So with a case whose questions the
+    model cannot read: it has no readings, and counts among the failed alone. Neither is tried again when the run is
+    taken up. What concerns the whole run, such as a layer that the model does not have, stops it.
+
     Args:
         methods: methods, or label → method to tell two settings of one method apart.
         dataset: what to call the cases in the manifest.
+        refused: why records of the data set could not become cases, for the results to say.
 
     Raises:
         InputError: the folder was started with other settings, two methods or two cases have one name.
@@ -134,7 +142,8 @@ def bench(
     labelled = dict(methods) if isinstance(methods, Mapping) else {method.name: method for method in methods}
     if len(labelled) != len(methods) or not labelled:
         raise InputError("expected methods with different names; got one twice, or none: give label → method")
-    manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), _about(lm))
+    about = {**_about(lm), "refused": list(refused)}
+    manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
     before, rows = Rows(folder / BEFORE_FILE, BEFORE_KEY), Rows(folder / ROWS_FILE, ROW_KEY)
     _Run(lm, named, plan, before, rows, folder).all(labelled, progress)
     return Results(manifest, before, rows)
@@ -149,6 +158,8 @@ class _Run:
         self.lm, self.cases, self.plan = lm, cases, plan
         self.before, self.rows, self.folder = before, rows, folder
         self.unedited = lm.patches
+        found = unreadable(lm, list(cases.values()), in_context=bool(plan.in_context))
+        self.unreadable = {name: reason for name, reason in zip(cases, found, strict=True) if reason is not None}
         self.advance: Callable[[], object] = lambda: None
         self.tell: Callable[[str], object] = lambda text: None
 
@@ -189,12 +200,15 @@ class _Run:
             if all(self.done(label, seed, stage, names) for stage in stages):
                 continue
             about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            makeable = [name for name in names if name not in self.unreadable]
             with watched(lambda text, about=about: self.tell(f"{label}, {about}: {text}")):
-                made = edit_each(self.lm, method, [self.cases[name].edit for name in names])
-            for name, (patch, cost) in zip(names, made, strict=True):
+                found = edit_each(self.lm, method, [self.cases[name].edit for name in makeable])
+            made = dict(zip(makeable, found, strict=True))
+            for name in names:
+                patch, costs = made.get(name) or self.not_made(name)
                 with self.lm.patched(*filter(None, [patch])):
                     for stage in stages:
-                        self.score(label, seed, stage, {name: cost}, fluency=self.plan.fluency)
+                        self.score(label, seed, stage, {name: costs[0]}, fluency=self.plan.fluency)
 
     def sequence(self, label: str, method: Any, seed: int) -> None:
         """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
@@ -209,17 +223,27 @@ class _Run:
                 chunk = names[start : start + size]
                 file = None if folder is None else folder / f"{start:06d}.patch"
                 with watched(lambda text, number=start: self.tell(f"{label}, from edit {number + 1}: {text}")):
-                    patch, cost = edit_once(self.lm, method, [self.cases[name].edit for name in chunk], file)
-                if patch is not None:
-                    self.lm.apply(patch)
-                costs |= dict.fromkeys(chunk, cost)
+                    now = self.made(method, chunk, file)
+                costs |= now
                 if plan.mode == "sequential":
                     sampled = bool(plan.fluency_every) and start // size % plan.fluency_every == 0
-                    now = dict.fromkeys(chunk, cost)
                     self.score(label, seed, "after_edit", now, fluency=plan.fluency and sampled)
                 if len(costs) in plan.checkpoints and len(costs) < len(names):
                     self.score(label, seed, f"at:{len(costs)}", costs, fluency=plan.fluency)
             self.score(label, seed, "end", costs, fluency=plan.fluency)
+
+    def made(self, method: Any, names: list[str], file: Path | None) -> dict[str, dict]:
+        """Puts the patch of these cases on, if there is any; what each cost."""
+        makeable = [name for name in names if name not in self.unreadable]
+        patch, costs = edit_once(self.lm, method, [self.cases[name].edit for name in makeable], file)
+        if patch is not None:
+            self.lm.apply(patch)
+        found = dict(zip(makeable, costs, strict=True))
+        return {name: found.get(name) or self.not_made(name).costs[0] for name in names}
+
+    def not_made(self, name: str) -> Made:
+        """Of a case that the model cannot read."""
+        return Made(None, [{"error": self.unreadable[name]}])
 
     def done(self, label: str, seed: int, stage: str, names: Sequence[str]) -> bool:
         return all((label, seed, self.plan.mode, stage, name) in self.rows for name in names)
@@ -240,7 +264,9 @@ class _Run:
     def read(
         self, names: list[str], *, fluency: bool, seed: int = 0, in_context: bool = False
     ) -> tuple[list[list[dict]], float | None]:
-        """Readings of the cases as JSON, and the perplexity of the held-out texts where fluency is asked too."""
+        """Readings of the cases as JSON, none of those that cannot be read; and the perplexity of the held-out texts
+        where fluency is asked too."""
+        names, wanted = [name for name in names if name not in self.unreadable], names
         cases = [self.cases[name] for name in names]
         asked = {"fluency": fluency, "generate": self.plan.generate, "in_context": in_context}
         readings = read(self.lm, cases, seed=seed, **asked)
@@ -250,7 +276,8 @@ class _Run:
             with self.lm.stacked(self.unedited):
                 readings = with_perplexity(self.lm, cases, readings)
         held_out = perplexity(self.lm, self.plan.held_out) if self.plan.held_out and fluency else None
-        return [[one.to_json() for one in case] for case in readings], held_out
+        found = dict(zip(names, readings, strict=True))
+        return [[one.to_json() for one in found.get(name, [])] for name in wanted], held_out
 
 
 def _named(cases: Sequence[Case]) -> dict[str, Case]:

@@ -16,9 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from reknow.datasets.reading import Record, read_text
+from reknow.datasets.reading import Record
+from reknow.datasets.sources import read_text
 from reknow.edits import Case, Edit
-from reknow.errors import InputError, did_you_mean
+from reknow.errors import EditRefused, InputError, did_you_mean
 from reknow.evaluation.rows import write_json
 
 BUNDLED = "instructions.json"
@@ -85,20 +86,21 @@ def family_of(edit: Edit, families: Mapping[str, Family]) -> Family:
     the only one.
 
     Raises:
-        InputError: the edit names no task, or one that is not there.
+        EditRefused: the edit names no task, or one that is not there.
     """
     if edit.task is None:
         for family in families.values():
             if len(families) == 1 or (edit.id or "").partition("/")[0] == family.data:
                 return family
-        raise InputError(
+        raise EditRefused(
             f"expected an edit with a task, so that its instruction can be found; {edit.text!r} has none: set task "
-            f"to one of {', '.join(families)}, or give the edit an instruction"
+            f"to one of {', '.join(families)}, or give the edit an instruction",
+            edit,
         )
     for family in families.values():
         if edit.task in (family.name, family.title):
             return family
-    raise did_you_mean("task", edit.task, families)
+    raise EditRefused(str(did_you_mean("task", edit.task, families)), edit)
 
 
 def load_families(path: str | Path | None = None) -> dict[str, Family]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import reknow
 from reknow.edits import Case, Edit
-from reknow.errors import EditFailed, InputError
+from reknow.errors import EditFailed, EditRefused, InputError
 from reknow.layers import depth_layer
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
@@ -41,7 +41,8 @@ class Method(ABC):
         """The patch that makes the edits on `lm` as it is now; `lm` is left bit for bit as it was.
 
         Raises:
-            InputError: no edits, or edits that this method cannot make.
+            InputError: no edits, or settings that do not fit the model.
+            EditRefused: an edit that this method cannot make.
             EditFailed: the computation broke down.
         """
 
@@ -154,7 +155,8 @@ def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> l
     """The edits as a list.
 
     Raises:
-        InputError: there are none, one of them lacks the subject that the method needs, or two contradict each other.
+        InputError: there are none.
+        EditRefused: one of them lacks the subject that the method needs, or contradicts an earlier one.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     if not edits:
@@ -162,14 +164,16 @@ def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> l
     answers: dict[str, str] = {}
     for edit in edits:
         if subject and edit.subject is None:
-            raise InputError(
+            raise EditRefused(
                 f"{method.name} edits at the subject's last token and needs a subject; {edit.prompt!r} has none: "
-                "mark it with {} and give subject="
+                "mark it with {} and give subject=",
+                edit,
             )
         if answers.setdefault(edit.text, edit.target_new) != edit.target_new:
-            raise InputError(
+            raise EditRefused(
                 f"expected edits that agree; {edit.text!r} shall be both {answers[edit.text]!r} and "
-                f"{edit.target_new!r}: keep one of them"
+                f"{edit.target_new!r}: keep one of them",
+                edit,
             )
     return edits
 
@@ -190,35 +194,39 @@ def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) 
     """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
 
     Raises:
-        InputError: see `settled`.
+        InputError, EditRefused: see `settled`.
     """
     stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
     found = [
-        {"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}
+        ({"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}, edit)
         for edit in edits
         if stored.get(edit.text, edit.target_new) != edit.target_new
     ]
     return settled(method, found, wanted)
 
 
-def settled(method: MemoryMethod, clashes: list[dict[str, str]], wanted: str) -> list[dict[str, str]]:
+def settled(method: MemoryMethod, clashes: list[tuple[dict[str, str], Edit]], wanted: str) -> list[dict[str, str]]:
     """Stored edits (prompt, old) that get another answer (new), if that is wanted.
 
     Args:
+        clashes: each with the new edit.
         wanted: "update" lets the new edit stand, "refuse" does not.
 
     Raises:
-        InputError: `wanted` is neither, or it is "refuse" and there are some.
+        InputError: `wanted` is neither.
+        EditRefused: it is "refuse" and there are some.
     """
     if wanted not in ("update", "refuse"):
         raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
     if clashes and wanted == "refuse":
-        prompt, old, new = (clashes[0][key] for key in ("prompt", "old", "new"))
-        raise InputError(
+        told, edit = clashes[0]
+        prompt, old, new = (told[key] for key in ("prompt", "old", "new"))
+        raise EditRefused(
             f"expected edits that agree with the {method.name} memory; {prompt!r} is stored as {old!r}, got {new!r}: "
-            "rebuild without the old edit, or set conflict to update"
+            "rebuild without the old edit, or set conflict to update",
+            edit,
         )
-    return clashes
+    return [told for told, _ in clashes]
 
 
 class Begun(NamedTuple):
@@ -242,6 +250,7 @@ def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], span: int = 1) ->
 
     Raises:
         InputError: see `checked` and `conflicts`; or the memory stands elsewhere.
+        EditRefused: see there too.
     """
     edits = checked(method, edits, subject=False)
     clashes = conflicts(method, lm, edits, method.conflict)

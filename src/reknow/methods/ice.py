@@ -23,7 +23,7 @@ from torch import Tensor
 
 from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, sample, told
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least
+from reknow.errors import EditRefused, InputError, at_least
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Patch
@@ -162,10 +162,11 @@ class ICE(Method):
         return steps
 
     def contexts_of(self, edit: Edit) -> tuple[str, ...]:
-        """The statements of the new knowledge; raises InputError where the edit must bring one and has none."""
+        """The statements of the new knowledge; raises EditRefused where the edit must bring one and has none."""
         if self.contexts == "given" and not edit.context:
-            raise InputError(
-                f"expected a context for {edit.text!r}; it has none: give Edit(context=[…]), or use contexts='any'"
+            raise EditRefused(
+                f"expected a context for {edit.text!r}; it has none: give Edit(context=[…]), or use contexts='any'",
+                edit,
             )
         return edit.context if edit.context and self.contexts != "statement" else (edit.statement,)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reknow.edits import Edit
-from reknow.errors import EditFailed, InputError, ModelError, at_least
+from reknow.errors import EditFailed, EditRefused, ModelError, at_least
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
 from reknow.replay import Suffix
@@ -75,16 +75,18 @@ class KN(Method):
     def _edit_one(self, lm: LM, edit: Edit) -> Patch:
         old = edit.target_true or lm.generate([edit.text], 3)[0].strip()
         if not old:
-            raise InputError(
+            raise EditRefused(
                 f"kn looks for the neurons of the old answer; {edit.text!r} has none and the model says nothing: "
-                "give target_true"
+                "give target_true",
+                edit,
             )
         prompts = [edit.text, *(edit.fill(wording) for wording in edit.rephrasings)]
         neurons = self._neurons([attributions(lm, prompt, old, self.steps) for prompt in prompts])
         if not neurons:
             raise EditFailed(
                 f"expected neurons that {len(prompts)} wordings of {edit.text!r} share; got none: "
-                "lower share or threshold"
+                "lower share or threshold",
+                edit,
             )
         deltas: dict[str, Delta] = {}
         for layer in sorted({layer for layer, _ in neurons}):

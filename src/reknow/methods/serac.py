@@ -118,15 +118,15 @@ class SERAC(Learned, MemoryMethod):
         texts, owners = _wordings(edits)
         keys = modules.embed(texts)
         clashes = EditMemory(lm, stored).conflicts(edits) if stored else []
-        told = [{"prompt": edit.text, "old": edit.target_new, "new": new} for _, edit, new in clashes]
-        settled(self, told, self.conflict)
+        told = [({"prompt": old.text, "old": old.target_new, "new": new.target_new}, new) for _, old, new in clashes]
+        replaced = settled(self, told, self.conflict)
         with lm.unpatched(), torch.no_grad():
             asked = [Text(self.question(edit, edit.text), edit.target_new) for edit in edits]
             parts = [modules.answers(asked[start : start + TEXTS]) for start in range(0, len(asked), TEXTS)]
             loss = check_finite(torch.cat(parts).mean())
         state = {"keys": keys.cpu(), "owners": torch.tensor(owners), **{n: t.cpu() for n, t in begun.items()}}
         memory = {"replaces": sorted({i for i, _, _ in clashes}), "digests": modules.digests}
-        notes = {"conflicts": told, "loss": loss}
+        notes = {"conflicts": replaced, "loss": loss}
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     @staticmethod
@@ -271,8 +271,8 @@ class EditMemory:
             [log_in_scope(b[None], a[None], cosine=cosine)[0] for a, b in zip(edits, inputs, strict=True)]
         )
 
-    def conflicts(self, edits: Sequence[Edit]) -> list[tuple[int, Edit, str]]:
-        """(index of a stored edit, that edit, the other answer that a new edit gives it)."""
+    def conflicts(self, edits: Sequence[Edit]) -> list[tuple[int, Edit, Edit]]:
+        """(index of a stored edit, that edit, the new edit that gives it another answer)."""
         found = []
         for edit in edits:
             for i in self._stored:
@@ -281,7 +281,7 @@ class EditMemory:
                 if other.target_new == edit.target_new or not (same or other.text == edit.text):
                     continue
                 if other.text == edit.text or float(self.pairs([(i, edit.text)])) > math.log(self._method.threshold):
-                    found.append((i, other, edit.target_new))
+                    found.append((i, other, edit))
         return found
 
 

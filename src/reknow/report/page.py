@@ -101,5 +101,5 @@ def _markdown(results: Results, captions: list[str]) -> str:
     pictures = "\n\n".join(f"![{caption}](figure{number}.png)" for number, caption in enumerate(captions, 1))
     protocols = dict.fromkeys(table.protocol for table in results.tables())
     read = "\n".join(f"- `{protocol}`: {READ[protocol]}" for protocol in protocols)
-    failed = f"Failed edits: {len(tables.failures(results))}; they count as no success."
+    failed = "\n\n".join(results.notes() or ["Failed edits: none."])
     return f"# {_title(results)}\n\n{said}\n\n{facts}\n\n{results.to_markdown()}\n{failed}\n\n{pictures}\n\n{read}\n"

@@ -146,11 +146,13 @@ def facts(results: Results) -> dict[str, str]:
     }
     if settings["patches"]:
         found["Patches applied before"] = ", ".join(settings["patches"])
+    if refused := manifest.get("refused"):
+        found["Records that could not be read"] = f"{len(refused)}, in no score; the first: {refused[0]}"
     return found
 
 
 def failures(results: Results) -> list[dict[str, Any]]:
-    """Edits that broke down: method, case, seed, request and the reason; each once."""
+    """Edits that could not be made or read: method, case, seed, request and the reason; each once."""
     found = {}
     for row in results.rows.values():
         if row["error"] is not None:
