@@ -1,49 +1,79 @@
-"""The table of commands, and what happens to errors: one line on stderr and an exit status."""
+"""The table of commands, and how their words are read."""
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
+from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from reknow import __version__
 from reknow.cli import editing, instructing, measuring, stacks, statistics, studying, tracing, training
 from reknow.cli.demo import demo
+from reknow.cli.failures import FAILED, status_of, stopped
+from reknow.cli.streams import forgiving_streams
 from reknow.cli.terminal import warn
-from reknow.errors import ReknowError, Terminated
+from reknow.errors import InputError
 
-FAILED, INTERRUPTED, TERMINATED = 2, 130, 143
+
+class _Command(TyperCommand):
+    """Says of options and arguments what was given, and refuses empty ones: `Path` would read the current folder."""
+
+    def parse_args(self, ctx, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        for parameter in self.params:
+            value = given.get(parameter.name)
+            if "" in (value if isinstance(value, (list, tuple)) else [value]):
+                hint = parameter.get_error_hint()
+                raise InputError(f"expected {hint} with a value; got an empty one: fill it in, or leave it out")
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            value = error.param and given.get(error.param.name)
+            if error.param is None or value is None:
+                raise  # an argument is missing
+            what = error.message.removeprefix("Input should be ").partition(", ")[0]
+            raise InputError(
+                f"expected {error.param.get_error_hint()} to be {what}; got {value!r}: see `{ctx.command_path} --help`"
+            ) from None
 
 
 class _Group(TyperGroup):
-    """Turns what the library refuses into one line; `--debug`, anywhere in the line, shows the traceback."""
+    """Turns what goes wrong into one line; `--debug`, anywhere in the line, shows the traceback."""
+
+    def main(self, args: Sequence[str] | None = None, **rest):
+        words = list(sys.argv[1:] if args is None else args)
+        run = partial(super().main, words, **{**rest, "prog_name": "reknow", "standalone_mode": False})
+        raise SystemExit(status_of(run, debug="--debug" in words))
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
+        for argument in args:
+            try:
+                argument.encode()
+            except UnicodeEncodeError:
+                raise InputError(
+                    f"expected arguments in UTF-8; got {argument!r}: write it so, or give the file another name"
+                ) from None
         asked = [argument for argument in args if argument == "--debug"]
         return super().parse_args(ctx, asked + [argument for argument in args if argument != "--debug"])
 
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
-        except ReknowError as error:
-            if ctx.params["debug"]:
-                raise
-            warn(error, "error")
-            raise typer.Exit(FAILED) from None
         except KeyboardInterrupt as stop:
             if ctx.params["debug"]:
                 raise
-            how, status = ("terminated", TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
-            warn(f"{how}; files that were written are whole", "stopped")
-            raise typer.Exit(status) from None
+            raise typer.Exit(stopped(stop)) from None
 
 
 app = typer.Typer(
     cls=_Group,
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Change what a language model knows, one fact at a time, and prove what changed and what did not.",
@@ -56,14 +86,18 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Say what is being computed.")] = False,
 ) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(format="%(levelname)s: %(message)s", level=level, force=True)
     warnings.showwarning = lambda message, *_: warn(message)
@@ -87,9 +121,19 @@ for command in (
     measuring.report,
     measuring.methods,
 ):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 
 def main() -> None:
     """The program `reknow`."""
-    app()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait do not spin; read when torch is loaded
+    with forgiving_streams() as cut_short:
+        try:
+            app()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        if reason := cut_short():
+            warn(f"expected to write to standard output; got {reason}: give it room; files are written", "error")
+            status = FAILED
+    sys.exit(status)
