@@ -212,7 +212,7 @@ BAD = {
     "no patch": (["apply", "broken.json", "--stack", "s"], ["broken.json"]),
     "no stack": (["revert", "abc", "--stack", "nowhere"], ["stack folder"]),
     "unknown format": (["export", "x", "y", "--to", "gguf"], ["hf"]),
-    "no seed": (["bench", "--seeds", "", "--limit", "1"], ["at least one seed"]),
+    "no seed": (["bench", "--seeds", ",", "--limit", "1"], ["at least one seed"]),
     "a seed twice": (["bench", "--seeds", "0,0", "--limit", "1"], ["each once"]),
     "a seed of a study twice": (["study", "tasks", "--seeds", "1,1"], ["each once"]),
     "unknown study": (["study", "domain"], ["Did you mean 'domains'", "gradients"]),

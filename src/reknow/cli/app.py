@@ -39,9 +39,8 @@ class _Command(TyperCommand):
             if error.param is None or value is None:
                 raise  # an argument is missing
             what = error.message.removeprefix("Input should be ").partition(", ")[0]
-            raise InputError(
-                f"expected {error.param.get_error_hint()} to be {what}; got {value!r}: see `{ctx.command_path} --help`"
-            ) from None
+            hint, command = error.param.get_error_hint(), ctx.command_path
+            raise InputError(f"expected {hint} to be {what}; got {value!r}: see `{command} --help`") from None
 
 
 class _Group(TyperGroup):

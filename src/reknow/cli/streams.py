@@ -44,8 +44,10 @@ def _stream(raw: _Raw, before: TextIO | None) -> TextIO:
 
 @contextmanager
 def forgiving_streams():
-    """While open, `sys.stdout` and `sys.stderr` take every text, and writing to them never fails; gives a function that
-    says why standard output was cut short: None where it was not, or where its reader has left."""
+    """While open, `sys.stdout` and `sys.stderr` take every text, and writing to them never fails.
+
+    Gives a function that says why standard output was cut short: None where it was not, or where its reader has left.
+    """
     for number in range(3):
         try:
             os.fstat(number)

@@ -96,7 +96,9 @@ def say(*lines: str) -> None:
 
 
 def say_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
+    """Prints JSON, with its own escapes where the output has not all of Unicode."""
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, indent=1, ensure_ascii=not unicode))
 
 
 def warn(message: object, what: str = "warning") -> None:

@@ -1,0 +1,198 @@
+"""Command lines of every kind: status 0 or 2, one line for what is wrong, and output that is anything or nowhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import make_lm, some_patch
+from reknow import cli
+from reknow.cli import app, failures, terminal
+from reknow.cli.app import app as commands
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Commands run in an empty folder, so that a test sees everything they write."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def refused(*arguments: str) -> str:
+    """The one line of a command that must be refused, without `error: `."""
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 2, (arguments, result.output, result.exception)
+    assert result.stdout == "" and result.stderr.count("\n") == 1, (arguments, result.output)
+    assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+    return result.stderr.removeprefix("error: ").rstrip("\n")
+
+
+USAGE = {
+    "edlt": "No such command 'edlt'. Did you mean 'edit'? (see `reknow --help`)",
+    "Bench": "No such command 'Bench'. Did you mean 'bench'? (see `reknow --help`)",
+    "xyz": "No such command 'xyz' (see `reknow --help`)",
+    "--verbos edit": "No such option: --verbos",
+    "edit --modle x": "No such option: --modle (Possible options: ",
+    "edit a b c": "Got unexpected extra argument(s) (c) (see `reknow edit --help`)",
+    "edit --out": "Option '--out' requires an argument",
+    "edit --force=yes a b": "Option '--force' does not take a value",
+    "train": "Missing argument 'method' (see `reknow train --help`)",
+    "apply x.patch": "Missing option '--stack'",
+    "bench --limit many": "expected '--limit' to be a valid integer; got 'many': see `reknow bench --help`",
+    "bench --limit 0": "expected '--limit' to be greater than or equal to 1; got '0'",
+    "bench --limit -1": "expected '--limit' to be greater than or equal to 1; got '-1'",
+    "bench --limit 1.5": "expected '--limit' to be a valid integer; got '1.5'",
+    "study tasks --test 1": "expected '--test' to be greater than or equal to 2; got '1'",
+    "export a b --to lora --max-rank 0": "expected '--max-rank' to be greater than or equal to 1; got '0'",
+    "trace --samples ten": "expected '--samples' to be a valid integer; got 'ten'",
+}
+
+
+@pytest.mark.parametrize("line", USAGE)
+def test_wrong_words_are_one_line_with_a_remedy(line):
+    assert refused(*line.split()).startswith(USAGE[line])
+
+
+EMPTY = {
+    "stats --text": "'--text'",
+    "stats --layers": "'--layers'",
+    "edit --out": "'--out'",
+    "edit --file": "'--file'",
+    "edit a b --set": "'--set'",
+    "edit a b --layer": "'--layer'",
+    "bench --data": "'--data'",
+    "bench --seeds": "'--seeds'",
+    "bench --out": "'--out'",
+    "train mend --without": "'--without'",
+    "trace --out": "'--out'",
+    "instruct --families": "'--families'",
+    "show": "'source'",
+    "report": "'run'",
+    "revert --stack s": "'patches'",
+    "merge --out m.patch a.patch": "'patches'",
+    "methods": "'name'",
+}
+
+
+@pytest.mark.parametrize("line", EMPTY)
+def test_an_empty_value_is_not_the_current_folder(line, empty_folder):
+    said = refused(*line.split(), "")
+    assert said == f"expected {EMPTY[line]} with a value; got an empty one: fill it in, or leave it out"
+    assert list(empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["show {}", "edit {} b", "edit a b --out {}", "{}", "stats --text {}"])
+@pytest.mark.parametrize("text", ["\udcff.patch", "caf\udce9", "\ud83d", "a\udc80\udc81b"])
+def test_arguments_that_are_no_text_are_refused(place, text):
+    assert refused(*place.format(text).split()).startswith(f"expected arguments in UTF-8; got {text!r}: ")
+
+
+def test_without_words_the_help_is_shown():
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 0 and "Usage: reknow" in result.stdout and "trace" in result.stdout
+
+
+# --- what nobody foresaw -------------------------------------------------------------------------------------
+
+
+FAILURES = {
+    "a fault": (ZeroDivisionError("division by zero"), "got ZeroDivisionError: division by zero: where is in "),
+    "without words": (KeyError(), "got KeyError: where is in "),
+    "several lines": (RuntimeError("one\ntwo\n"), "got RuntimeError: one two : where is in "),
+    "too deep": (RecursionError("maximum recursion depth"), "got RecursionError: maximum recursion depth"),
+    "a file": (PermissionError(13, "Permission denied", "/x"), "got Permission denied at /x: make room"),
+    "no room": (OSError(28, "No space left on device"), "got No space left on device: make room"),
+    "memory": (MemoryError(), "expected enough memory"),
+    "no text": (UnicodeEncodeError("utf-8", "\udc80", 0, 1, "no"), "got UnicodeEncodeError: "),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_whatever_escapes_is_one_sentence_and_its_traceback_is_kept(name, monkeypatch, tmp_path):
+    error, words = FAILURES[name]
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr("reknow.patches.Patch.load", broken)
+    monkeypatch.setattr(failures.tempfile, "tempdir", str(tmp_path))
+    said = refused("show", "a.patch")
+    assert words in said
+    kept = [file.read_text() for file in tmp_path.glob("reknow-*.txt")]
+    assert len(kept) == ("where is in" in said)
+    for text in kept:
+        assert "in broken" in text and "Traceback" in text
+    with pytest.raises(type(error)):
+        CliRunner().invoke(app, ["show", "a.patch", "--debug"], catch_exceptions=False)
+
+
+def test_a_traceback_that_cannot_be_kept_is_still_one_sentence(monkeypatch):
+    monkeypatch.setattr("reknow.patches.Patch.load", lambda path: 1 / 0)
+    monkeypatch.setattr(failures.tempfile, "tempdir", "/nowhere")
+    assert refused("show", "a.patch").endswith("division by zero: give --debug to see where, and report it")
+
+
+# --- standard output -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def patch(tmp_path_factory) -> str:
+    return str(some_patch(make_lm()).save(tmp_path_factory.mktemp("patch") / "a.patch"))
+
+
+def shell(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """A line of bash in which `reknow` is the program."""
+    source = str(Path(cli.__file__).parents[2])
+    given = {**os.environ, "PYTHONPATH": source, **environment}
+    program = f'reknow() {{ "{sys.executable}" -m reknow "$@"; }}; set -o pipefail; '
+    return subprocess.run(["bash", "-c", program + line], capture_output=True, env=given)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_an_output_without_unicode_gets_escapes(encoding, patch):
+    plain = shell(f"reknow show {patch} && reknow show {patch} --json", PYTHONIOENCODING=encoding)
+    assert plain.returncode == 0 and plain.stderr == b""
+    text = plain.stdout.decode(encoding)
+    assert "edit: The capital of Land 0 is \\u2192 Lima" in text
+    assert json.loads(text[text.index("\n{") :])["edits"][0]["target_new"] == "Lima"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_is_json_in_every_encoding(encoding, monkeypatch):
+    written, values = io.BytesIO(), {"é": "→ 😀 \udc80"}
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, "backslashreplace", write_through=True))
+    terminal.say_json(values)
+    assert json.loads(written.getvalue()) == values
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("reknow --help | head -1", 0, b""),
+        ("reknow bench --help | true", 0, b""),
+        ("reknow --help >&-", 0, b""),
+        ("reknow --version >&-", 0, b""),
+        ("reknow --help > /dev/full", 2, b"error: expected to write to standard output; got No space left on device"),
+        ("reknow edlt 2>&-", 2, b""),
+        ("reknow edlt 2>/dev/full", 2, b""),
+        ("reknow edlt <&- >&- 2>&-", 2, b""),
+    ],
+)
+def test_an_output_that_ends_early_does_not_break_a_command(line, status, said):
+    result = shell(line)
+    assert result.returncode == status, result
+    assert result.stderr.startswith(said) and result.stderr.count(b"\n") == bool(said), result
+
+
+def test_every_command_has_help():
+    for name in [command.callback.__name__ for command in commands.registered_commands if command.callback]:
+        result = CliRunner().invoke(app, [name, "--help"])
+        assert result.exit_code == 0 and f"Usage: reknow {name}" in result.stdout
