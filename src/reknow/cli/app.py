@@ -30,7 +30,7 @@ class _Command(TyperCommand):
         for parameter in self.params:
             value = given.get(parameter.name)
             if "" in (value if isinstance(value, (list, tuple)) else [value]):
-                hint = parameter.get_error_hint()
+                hint = parameter.get_error_hint()  # type: ignore[attr-defined]
                 raise InputError(f"expected {hint} with a value; got an empty one: fill it in, or leave it out")
         try:
             return super().parse_args(ctx, args)
