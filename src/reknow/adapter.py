@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
 from reknow.replay import Suffix
-from reknow.tokens import Batch, Row, pad
+from reknow.scoring import are_numbers
+from reknow.tokens import Batch, Row, Text, encode, pad
 from reknow.trace import added_at, first, output_edited, recorded
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ def verify(lm: LM) -> Parts:
     lengths, anchors = (4, 6, 7), (2, 5, 3)
     rows = [Row(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
     plain = [_logits(lm, row) for row in rows]
-    if not all(bool(logits.isfinite().all()) for logits in plain):
-        raise ModelError(f"expected logits that are numbers; {lm.name} gives NaN or infinity: try another dtype")
+    for logits in (*plain, _logits(lm, _sentence(lm))):
+        are_numbers(lm, logits)
     tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
     if not _close(_logits(lm, Row(rows[-1].ids[:4], 4))[-1], plain[-1][3], tolerance):
         raise _refusal(lm.model, "its tokens see later ones")
@@ -257,6 +258,17 @@ def _logits(lm: LM, row: Row) -> Tensor:
     ids = torch.tensor([row.ids], device=lm.device)
     positions = torch.arange(ids.shape[1], device=lm.device)[None]
     return lm.forward(ids, torch.ones_like(ids), positions, None).logits[0].float()
+
+
+def _sentence(lm: LM) -> Row:
+    """A real text with the tokenizer's own special tokens, whose states are the largest: what float16 cannot hold."""
+    (row,) = encode(lm.tokenizer, [Text("The capital of France is Paris, and its river is the Seine.")])
+    if (last := max(row.ids)) >= (rows := len(embedding(lm.model))):
+        raise ModelError(
+            f"expected the tokenizer of {lm.name}; the one given has a token {last}, and the embedding ends at "
+            f"{rows - 1}: give the model's own"
+        )
+    return Row(row.ids[: lm.max_tokens], 1)
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:

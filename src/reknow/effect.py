@@ -18,6 +18,7 @@ import torch
 
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
+from reknow.errors import EditFailed
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -59,12 +60,22 @@ class Observation:
 
 
 def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observation:
-    """How the model, as it is now, answers the edits' prompts and the facts, and how it reads plain text."""
+    """How the model, as it is now, answers the edits' prompts and the facts, and how it reads plain text.
+
+    Raises:
+        ModelError, EditFailed: its logits are no numbers, without a patch or with those applied.
+    """
     prompts = [edit.text for edit in edits] + [fact.text for fact in facts]
     texts = [" ".join(text.split()) for text in lm.generate(prompts, ANSWER_TOKENS)]
     standings = tuple(_standing(lm, edit, text) for edit, text in zip(edits, texts, strict=False))
     plain = sorted(sample_text(), key=len)[-TEXTS:]
-    return Observation(standings, tuple(texts[len(edits) :]), lm.perplexity(plain, TEXT_TOKENS))
+    found = Observation(standings, tuple(texts[len(edits) :]), lm.perplexity(plain, TEXT_TOKENS))
+    if any(map(math.isnan, (found.perplexity, *(standing.probability for standing in standings)))):
+        raise EditFailed(
+            f"expected numbers from {lm.name} with the patch; got NaN: open it with a wider dtype, bfloat16 or "
+            "float32 (--dtype), or take another layer or method"
+        )
+    return found
 
 
 def _standing(lm: LM, edit: Edit, completion: str) -> Standing:

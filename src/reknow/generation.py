@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from reknow.scoring import are_numbers
 from reknow.tokens import Row, batches
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ def continuations(
     """What follows the rows; see `LM.generate`."""
 
     def choose(logits: Tensor) -> Tensor:
-        if not bool(logits.sum().isfinite()):  # a model that edits have wrecked still says something
-            logits = logits.nan_to_num()
-        return logits.argmax(-1) if top_k is None else draw(logits, top_k, temperature)
+        fine = are_numbers(lm, logits)
+        logits = logits.where(fine[:, None], 0.0)
+        token = logits.argmax(-1) if top_k is None else draw(logits, top_k, temperature)
+        return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
     ends = torch.tensor(_ends(lm), device=lm.device)
+    silence = int(ends[0]) if len(ends) else 0
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
+from reknow.errors import InputError
 from reknow.replay import Call, block_calls, head, widened
+from reknow.scoring import are_numbers
 from reknow.tokens import Row
 from reknow.trace import by_row, first, output_edited
 
@@ -126,6 +128,11 @@ class Prompt:
             for name in (*parts.blocks, *parts.value, *parts.attention_out):
                 stack.callback(model.get_submodule(name).register_forward_hook(keep_states(name)).remove)
             logits = self._run(rows, slice(0, self.width), None, noised=noised).logits[:, -1]
+        if not bool(are_numbers(self.lm, logits).all()):
+            raise InputError(
+                "expected a model to trace whose logits are numbers; with the applied patches they are NaN: take "
+                "them off"
+            )
         return seen, logits.float().softmax(-1)
 
     # --- restored runs -----------------------------------------------------------------------------------

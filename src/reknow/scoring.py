@@ -7,26 +7,58 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from reknow.errors import InputError
+from reknow.errors import InputError, ModelError
 from reknow.tokens import Row, Text, batches, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
+NOTHING = -1
+"""In the place of a token where a model that edits have wrecked says none."""
+
+
 @dataclass(frozen=True)
 class Score:
-    """How a model reads an answer behind a prompt, teacher-forced."""
+    """How a model reads an answer behind a prompt, teacher-forced.
+
+    Where patches have wrecked the model so that its logits are no numbers, every answer is wrong, likeliest is
+    `NOTHING` and the rank the last.
+    """
 
     nll: float
-    """Mean negative log-likelihood of the answer's tokens, in nats."""
+    """Mean negative log-likelihood of the answer's tokens, in nats; NaN where logits are no numbers."""
     hits: tuple[bool, ...]
     """Per token of the answer: is it the likeliest one, given the tokens before it?"""
     top: tuple[int, ...]
     """The likeliest token at each of these places."""
     rank: int
     """Place of the answer's first token among all tokens; 1 is what the model says."""
+
+
+def are_numbers(lm: LM, logits: Tensor, asked: Tensor | None = None) -> Tensor:
+    """Where logits can be read: no NaN among them, no infinity that would be the likeliest. (..., vocabulary) → (...)
+
+    All that reads scores asks here. What patches have wrecked is read on, as wrong; a model without any has to be
+    opened otherwise.
+
+    Args:
+        asked: which places count, where padding does not; None: all.
+
+    Raises:
+        ModelError: no patch is applied, and the model gives none.
+    """
+    fine = logits.amax(-1).isfinite()  # the largest of anything with NaN is NaN
+    wanted = fine if asked is None else fine | ~asked
+    if not (lm.patches or lm.hooked) and not bool(wanted.all()):
+        dtype = str(lm.dtype).removeprefix("torch.")
+        raise ModelError(
+            f"expected logits that are numbers; {lm.name} in {dtype} gives NaN or infinity: open it with a wider "
+            "dtype, bfloat16 or float32 (--dtype), and from files that are whole"
+        )
+    return fine
 
 
 @torch.no_grad()
@@ -54,12 +86,13 @@ def _batch(lm: LM, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
     found = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
     scored = {}
     for rows, logits in zip(texts.values(), found.logits, strict=True):
-        log_probs = logits[-len(rows[0].target_ids) :].float().log_softmax(-1)  # (tokens of the target, vocabulary)
-        best = log_probs.argmax(-1)
+        logits = logits[-len(rows[0].target_ids) :].float()  # (tokens of the target, vocabulary)
+        fine, log_probs = are_numbers(lm, logits), logits.log_softmax(-1)
+        best = log_probs.argmax(-1).where(fine, NOTHING)
         for row in rows:
             wanted = torch.tensor(row.target_ids, device=logits.device)
             chosen = log_probs.gather(1, wanted[:, None])[:, 0]
-            rank = 1 + int((log_probs[0] > chosen[0]).sum())
+            rank = 1 + int((log_probs[0] > chosen[0]).sum()) if bool(fine[0]) else log_probs.shape[1]
             hits = tuple((best == wanted).tolist())
             scored[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
     return scored
@@ -76,7 +109,9 @@ def perplexity(lm: LM, texts: Sequence[str], max_tokens: int) -> float:
         batch = lm.pad([rows[i] for i in part])
         logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
-        scored = (batch.mask[:, :-1] * batch.mask[:, 1:]).flatten()  # a token behind padding has no context
+        scored = batch.mask[:, :-1] * batch.mask[:, 1:]  # a token behind padding has no context
+        are_numbers(lm, logits, scored.bool())
+        scored = scored.flatten()
         total += float((nll * scored).sum())
         count += int(scored.sum())
     if not count:

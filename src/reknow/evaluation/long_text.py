@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import MissingExtra
+from reknow.scoring import are_numbers
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def written_ratios(lm: LM, prompt: str, target: str, written: str) -> tuple[floa
     for row in rows:
         batch, ids = lm.pad([row]), torch.tensor(row.ids, device=lm.device)
         logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0]
+        are_numbers(lm, logits)
         found.append([token_nll(logits, ids, shifted=shifted) for shifted in (True, False)])
     first = rows[1].prompt_length
     right, unshifted = (

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from reknow.errors import InputError, MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.long_text import rouge_l, token_f1, words
+from reknow.scoring import NOTHING
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
@@ -126,9 +127,10 @@ def _begins_with(text: str, answer: str) -> bool:
 def unchanged(before: Sequence[int], after: Sequence[int]) -> list[bool]:
     """Per position: is the argmax the one from before the edit? Right or wrong is not asked (EasyEdit locality).
 
-    `teacher_forced_tokens` and `teacher_forced_exact` turn it into a score.
+    `teacher_forced_tokens` and `teacher_forced_exact` turn it into a score. Where either says nothing (`NOTHING`,
+    its logits are no numbers) it is not.
     """
-    return [then == now for then, now in zip(before, after, strict=True)]
+    return [then == now != NOTHING for then, now in zip(before, after, strict=True)]
 
 
 def unchanged_generated(before: str, after: str, answers: Sequence[str]) -> float:
