@@ -35,8 +35,8 @@ def base_of(lm: LM, conv: bool) -> dict:
 def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -> None:
     """Puts the adapter's two files into the folder.
 
-    All factors get the largest rank, padded with zeros, and alpha equals it: `peft` divides alpha by the rank that the
-    configuration names, llama.cpp by each tensor's own, and so both scale every product by 1.
+    All factors get the largest rank, padded with zeros, and alpha equals it: `peft` divides alpha by the rank that
+    the configuration names, llama.cpp by each tensor's own, and so both scale every product by 1.
     """
     rank = max(factor.rank for factor in factors.values())
     tensors: dict[str, Tensor] = {}
