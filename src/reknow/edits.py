@@ -53,8 +53,13 @@ class Edit:
                 continue
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"an edit needs a non-empty text as '{name}'; got {value!r}: fill it in")
+        for name in ("id", "task", "instruction"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise InputError(f"'{name}' of an edit is a text; got {value!r}: put it in quotes")
         for name in ("context", "rephrasings"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        for name, value in vars(self).items():
+            check_encodable(f"'{name}' of an edit", value)
         if self.subject is not None:
             object.__setattr__(self, "prompt", _templated(self.prompt, self.subject))
 
@@ -104,6 +109,19 @@ def _texts(name: str, value) -> tuple[str, ...]:
     return texts
 
 
+def check_encodable(what: str, texts: str | Iterable[str] | None) -> None:
+    """Raises InputError where a text holds half of a surrogate pair, which no file and no tokenizer takes."""
+    for text in (texts,) if isinstance(texts, str) else texts or ():
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"expected {what} as text that can be encoded; {text[:60]!r} has half of a pair at place "
+                    f"{error.start}: correct that character"
+                ) from None
+
+
 def _templated(prompt: str, subject: str) -> str:
     """The prompt with exactly one `{}`, also where the subject itself stands in braces.
 
@@ -138,6 +156,9 @@ class Probe:
         if self.kind not in get_args(Kind):
             raise InputError(f"expected a probe kind among {', '.join(get_args(Kind))}; got {self.kind!r}")
         object.__setattr__(self, "answers", _texts("answers", self.answers))
+        if not isinstance(self.prompt, str):
+            raise InputError(f"expected a probe's prompt as text; got {self.prompt!r}: put it in quotes")
+        check_encodable("a probe", (self.prompt, self.name, *self.answers))
         if self.kind != "fluency" and not any(answer.strip() for answer in self.answers):
             raise InputError(f"a {self.kind} probe needs an answer; got none for {self.prompt!r}")
 

@@ -15,8 +15,8 @@ from reknow.errors import PatchError
 SAMPLES = 4096
 """How many weights are compared."""
 
-ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-"""Largest relative error of a weight cast to this dtype."""
+ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+"""Largest relative error of a weight cast to this dtype, as float32 has it; of others nothing is known."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,13 +62,13 @@ class Fingerprint:
 
     def difference(self, found: Fingerprint) -> str | None:
         """What tells the two models apart, or None."""
-        if found.structure != self.structure:
+        if found.structure != self.structure or found.samples.shape != self.samples.shape:
             return "other layers or sizes"
         if found.tokenizer != self.tokenizer:
             return "another tokenizer"
         rounding = 0.0
         if found.dtype != self.dtype:
-            rounding = sum(ROUNDING.get(getattr(torch, d), 2.0**-7) for d in (found.dtype, self.dtype))
+            rounding = sum(ROUNDING.get(dtype, 0.0) for dtype in (found.dtype, self.dtype))
         # Half precision flushes the smallest weights: an absolute term of the same relative size covers them.
         allowed = rounding * (torch.maximum(self.samples.abs(), found.samples.abs()) + 1e-4)
         if bool(((self.samples - found.samples).abs() <= allowed).all()):

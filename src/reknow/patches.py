@@ -8,16 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
-from reknow.files import write_aside
 from reknow.fingerprint import Fingerprint
 
 FORMAT = 1
@@ -153,16 +150,10 @@ class Patch:
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, or for the LoRA family the folder that `peft` loads; an old one stays until
         the new one is whole."""
-        if "adapter" in self.notes:
-            from reknow.peft_folder import save  # adapters import patches
+        from reknow.patch_files import write_patch  # files know patches
+        from reknow.peft_folder import save
 
-            return save(self, path)
-        return self.save_file(path)
-
-    def save_file(self, path: str | Path) -> Path:
-        """Writes one safetensors file, whose header carries the rest as JSON."""
-        header = {"reknow": json.dumps(self._header())}
-        return write_aside(path, lambda aside: save_file(self._tensors(), aside, metadata=header))
+        return save(self, path) if "adapter" in self.notes else write_patch(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Patch:
@@ -171,36 +162,10 @@ class Patch:
         Raises:
             PatchError: there is no such file, or it is not a patch.
         """
-        if Path(path).is_dir():
-            from reknow.peft_folder import is_adapter, load
+        from reknow.patch_files import read_patch  # files know patches
+        from reknow.peft_folder import is_adapter, load
 
-            if is_adapter(path):
-                return load(path)
-        try:
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {})["reknow"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            if header["format"] > FORMAT:
-                raise PatchError(f"expected patch format {FORMAT}; {path} has {header['format']}: upgrade reknow")
-            if header["kind"] not in get_args(Kind):
-                raise ValueError(f"kind {header['kind']!r}")
-            return cls(
-                method=header["method"],
-                settings=header["settings"],
-                edits=tuple(Edit(**edit) for edit in header["edits"]),
-                deltas=_deltas(tensors),
-                base=Fingerprint(**header["base"], samples=tensors["base.samples"]),
-                made_on=tuple(header["made_on"]),
-                state={n.removeprefix("state."): t for n, t in tensors.items() if n.startswith("state.")},
-                kind=header["kind"],
-                follows=header.get("follows"),
-                memory=header.get("memory", {}),
-                notes=header["notes"],
-                version=header["version"],
-            )
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, InputError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({error})"
-            raise PatchError(f"expected a patch file at {path}; {reason}: give a file that `save` wrote") from error
+        return load(path) if Path(path).is_dir() and is_adapter(path) else read_patch(path)
 
     def truncated(self, rank: int) -> tuple[Patch, float]:
         """The patch with every ΔW cut to `rank` by SVD, and the relative Frobenius error of the worst matrix.
@@ -232,17 +197,6 @@ def factored(delta: Delta, limit: int) -> tuple[LowRank, float]:
     root = s[:rank].sqrt()
     lost = float(s[rank:].norm() / s.norm().clamp(min=1e-300))
     return LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), lost
-
-
-def _deltas(tensors: dict[str, Tensor]) -> dict[str, Delta]:
-    deltas: dict[str, Delta] = {}
-    for key in tensors:
-        name, _, part = key.removeprefix("delta.").rpartition(".")
-        if key.startswith("delta.") and part == "dense":
-            deltas[name] = Dense(tensors[key])
-        elif key.startswith("delta.") and part == "left":
-            deltas[name] = LowRank(tensors[key], tensors[f"delta.{name}.right"])
-    return deltas
 
 
 def merge(patches: Sequence[Patch]) -> Patch:

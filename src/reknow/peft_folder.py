@@ -8,14 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from reknow.errors import InputError, PatchError
 from reknow.files import folder_aside
+from reknow.patch_files import low_rank, read_patch, write_patch
 from reknow.patches import Delta, LowRank, Patch
+from reknow.schema import Broken, Count, parsed, reason
+from reknow.tensor_files import check_finite, check_tensor, digest, read_tensors
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -76,7 +78,9 @@ def save(patch: Patch, folder: str | Path) -> Path:
 
     def write(aside: Path) -> None:
         write_adapter(aside, factors, patch.notes["adapter"])
-        replace(patch, deltas={}).save_file(aside / REST)
+        # Read again, so that the digest is of what lies there, whatever way it was written.
+        sealed = read_tensors(aside / WEIGHTS)
+        write_patch(replace(patch, deltas={}), aside / REST, beside=digest(sealed.metadata, sealed.tensors))
 
     return folder_aside(folder, write, overwrite=True)
 
@@ -93,18 +97,22 @@ def load(folder: str | Path) -> Patch:
         PatchError: its files are missing or broken.
     """
     folder = Path(folder)
-    rest = Patch.load(folder / REST)
     try:
-        with safe_open(str(folder / WEIGHTS), "pt") as file:
-            ranks = json.loads((file.metadata() or {}).get(RANKS, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        sealed = read_tensors(folder / WEIGHTS)
+        check_finite(sealed.tensors)
+        ranks = parsed(dict[str, Count], sealed.metadata.get(RANKS, "{}"), once=True)
         deltas: dict[str, Delta] = {}
-        for key in (key for key in tensors if key.endswith(RIGHT)):
-            name = key.removeprefix(PREFIX).removesuffix(RIGHT)
-            rank = ranks.get(name)  # None: a folder from before ranks were padded
-            deltas[name] = LowRank(
-                tensors[f"{PREFIX}{name}{LEFT}"][:, :rank].contiguous(), tensors[key][:rank].contiguous()
+        for key in sealed.tensors:
+            name = key.removeprefix(PREFIX).removesuffix(RIGHT).removesuffix(LEFT)
+            left, right = (
+                check_tensor(part, sealed.tensors.get(part), "float", 2)
+                for part in (f"{PREFIX}{name}{LEFT}", f"{PREFIX}{name}{RIGHT}")
             )
-    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise PatchError(f"expected an adapter in {folder}; {WEIGHTS} is broken ({error}): restore it") from error
+            rank = ranks.get(name)  # None: a folder from before ranks were padded
+            deltas[name] = low_rank(name, left[:, :rank].contiguous(), right[:rank].contiguous())
+    except (OSError, Broken) as error:
+        raise PatchError(
+            f"expected an adapter in {folder}; {WEIGHTS} is broken ({reason(error)}): restore it"
+        ) from error
+    rest = read_patch(folder / REST, beside=digest(sealed.metadata, sealed.tensors))
     return replace(rest, deltas=deltas)

@@ -6,18 +6,41 @@ import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import AfterValidator, Field
 
 from reknow.errors import PatchError
 from reknow.files import write_text
 from reknow.fingerprint import Fingerprint
 from reknow.patches import Patch
+from reknow.schema import Newer, Strict, read_json, reason
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 FORMAT = 1
 STACK_FILE = "stack.json"
+
+
+def _each_once(names: list[str]) -> list[str]:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"expected every patch once, and {twice[0]} is there twice")
+    return names
+
+
+PatchName = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.patch$", max_length=255)]
+"""A file in the stack's own folder."""
+
+
+class StackFile(Strict):
+    """What is in `stack.json`."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    base: Annotated[str, Field(min_length=1)]
+    """Name or path of the base model."""
+    patches: Annotated[list[PatchName], AfterValidator(_each_once)]
+    """In the order in which they are applied."""
 
 
 def with_patch(
@@ -116,12 +139,11 @@ def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     file = Path(source) / STACK_FILE
     if not file.is_file():
         return source, []
-    try:
-        stack = json.loads(file.read_text(encoding="utf-8"))
-        if stack["format"] > FORMAT:
-            raise PatchError(f"expected stack format {FORMAT}; {source} has {stack['format']}: upgrade reknow")
-        return stack["base"], [Patch.load(Path(source) / name) for name in stack["patches"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PatchError(
-            f"expected a stack folder at {source}; {STACK_FILE} is broken ({error}): restore it"
-        ) from error
+    stack = read_json(file, StackFile, lambda error: _refusal(source, error))
+    return stack.base, [Patch.load(Path(source) / name) for name in stack.patches]
+
+
+def _refusal(source: str | Path, error: Exception) -> PatchError:
+    if isinstance(error, Newer):
+        return PatchError(f"expected stack format {FORMAT}; {source} has {error}: upgrade reknow")
+    return PatchError(f"expected a stack folder at {source}; {STACK_FILE} is broken ({reason(error)}): restore it")

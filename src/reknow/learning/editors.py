@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from pydantic import Field, JsonValue
+from torch import Tensor, nn
 
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
-from reknow.files import write_aside
 from reknow.fingerprint import Fingerprint
+from reknow.patch_files import Base, Name
+from reknow.schema import Broken, Finite, Newer, Strict, check_fields, parsed, reason
+from reknow.tensor_files import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
 FORMAT = 1
 EDITOR_FILE = "editor.safetensors"
 """What an editor is called in the folder where it was trained."""
+
+
+class _Header(Strict):
+    """The JSON text of an editor's file."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    kind: Literal["editor"]
+    method: Name
+    settings: dict[str, Finite]
+    notes: dict[str, JsonValue]
+    version: str
+    base: Base
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +73,8 @@ class Editor:
             "base": {"structure": self.base.structure, "tokenizer": self.base.tokenizer, "dtype": self.base.dtype},
         }
         tensors = {"base.samples": self.base.samples, "seen": self.seen}
-        # Cloned, because safetensors refuses tensors that share memory, such as tied embeddings.
-        tensors |= {f"editor.{name}": t.detach().cpu().contiguous().clone() for name, t in self.tensors.items()}
-        return write_aside(path, lambda aside: save_file(tensors, aside, metadata={"reknow": json.dumps(header)}))
+        tensors |= {f"editor.{name}": tensor for name, tensor in self.tensors.items()}
+        return write_tensors(path, tensors, {HEADER: json.dumps(header)})
 
     @classmethod
     def load(cls, path: str | Path) -> Editor:
@@ -73,27 +85,22 @@ class Editor:
         """
         path = Path(path) / EDITOR_FILE if Path(path).is_dir() else Path(path)
         try:
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {})["reknow"])
-                if header["kind"] != "editor":
-                    raise ValueError(f"its kind is {header['kind']}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            if header["format"] > FORMAT:
-                raise ValueError(f"its format is {header['format']}, which needs a newer reknow")
-            return cls(
-                method=header["method"],
-                settings=header["settings"],
-                tensors={n.removeprefix("editor."): t for n, t in tensors.items() if n.startswith("editor.")},
-                base=Fingerprint(**header["base"], samples=tensors["base.samples"]),
-                seen=tensors["seen"],
-                notes=header["notes"],
-                version=header["version"],
-            )
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({error})"
+            sealed = read_tensors(path)
+            header, tensors = parsed(_Header, sealed.header, once=True), dict(sealed.tensors)
+            check_finite(tensors)
+            base = header.base.fingerprint(tensors)
+            seen = check_tensor("seen", tensors.pop("seen", None), "int64", 1)
+            if others := [name for name in tensors if not name.startswith("editor.")]:
+                raise Broken(f"tensor {others[0]}: an editor has none of this name")
+        except Newer as error:
+            raise InputError(f"expected editor format {FORMAT}; {path} has {error}: upgrade reknow") from error
+        except (OSError, Broken) as error:
+            why = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({reason(error)})"
             raise InputError(
-                f"expected a trained editor at {path}; {reason}: give a file that `reknow train` wrote"
+                f"expected a trained editor at {path}; {why}: give a file that `reknow train` wrote"
             ) from error
+        named = {name.removeprefix("editor."): tensor for name, tensor in tensors.items()}
+        return cls(header.method, header.settings, named, base, seen, header.notes, header.version)
 
     def halved(self) -> Editor:
         """The editor with its matrices in float16, which is half as large; it computes in float32 all the same.
@@ -144,6 +151,59 @@ def _bundled(method: Learned, lm: LM) -> Editor:
         f"{method.name} learns to edit and needs an editor trained for {lm.name}; none is given and none is bundled: "
         f"train one with `reknow train {method.name} --model {lm.name} --data … --out FOLDER` and set editor=FOLDER"
     )
+
+
+AnyLearned = TypeVar("AnyLearned", bound="Learned")
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def trained_settings(kind: type[AnyLearned], editor: Editor) -> AnyLearned:
+    """The method with the settings that its editor was trained with.
+
+    Raises:
+        InputError: they are none of this method.
+    """
+    own = {field.name for field in fields(kind)}
+    try:
+        check_fields(kind, editor.settings, "settings")
+        if odd := editor.settings.keys() - own:
+            raise Broken(f"settings.{min(odd)}: {editor.method} has no such field")
+        return kind(**{name: _tuples(value) for name, value in editor.settings.items()})
+    except (Broken, InputError) as error:
+        raise InputError(
+            f"expected an editor with settings of {editor.method}; got others ({error}): train another with "
+            f"`reknow train {editor.method}`"
+        ) from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def filled(make: Callable[[], Network], tensors: Mapping[str, Tensor]) -> Network:
+    """The network that `make` builds, with what an editor has learned in the place of its first weights.
+
+    It is built without memory, so that settings cannot ask for more of it than the tensors take.
+
+    Raises:
+        InputError: the tensors are not those of this network.
+    """
+    try:
+        with torch.device("meta"):
+            network = make()
+        wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
+        if odd := [name for name in wanted.keys() | tensors.keys() if _shape(tensors, name) != wanted.get(name)]:
+            raise Broken(f"tensor {min(odd)}: expected {wanted.get(min(odd))}, got {_shape(tensors, min(odd))}")
+        network.load_state_dict(dict(tensors), assign=True)
+        return network
+    except (Broken, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"expected an editor whose tensors fit its settings; got another ({error}): train one with `reknow train`"
+        ) from error
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
 
 
 def case_keys(cases: Iterable[Case]) -> Tensor:

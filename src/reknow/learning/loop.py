@@ -22,15 +22,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, broadcast_object_list
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import JsonValue
 from torch import Tensor
 
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.rows import Rows
-from reknow.files import write_aside
 from reknow.progress import progress_bar
+from reknow.schema import Broken, Count, Strict, parsed, reason
+from reknow.tensor_files import HEADER, check_finite, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from reknow.learning.training import Draw, Learner, Training
@@ -53,14 +53,22 @@ def seeded(*parts: object, device: torch.device | str = "cpu"):
 class State:
     """Where a run stands, besides parameters and optimizer."""
 
-    step: int = 0
+    step: Count = 0
     best: float | None = None
-    best_step: int = 0
+    best_step: Count = 0
     best_stats: dict[str, float | None] = field(default_factory=dict)
-    waited: int = 0
+    waited: Count = 0
     """Validations since the best one."""
     sums: dict[str, float] = field(default_factory=dict)
     """Of the losses since the last row of the log."""
+
+
+class _Header(Strict):
+    """The JSON text of a checkpoint; older ones have the optimizer's groups too, which the settings give."""
+
+    state: State
+    scaler: dict[str, float] | None = None
+    groups: list[dict[str, JsonValue]] | None = None
 
 
 class Loop:
@@ -201,14 +209,8 @@ class Loop:
         for i, values in optimizer["state"].items():
             named |= {f"optimizer.{i}.{name}": torch.as_tensor(v) for name, v in values.items() if v is not None}
         scaler = self.accelerator.scaler
-        header = {
-            "state": asdict(self.state),
-            "groups": optimizer["param_groups"],
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
-        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in named.items()}
-        metadata = {"reknow": json.dumps(header)}
-        write_aside(self.folder / CHECKPOINT_FILE, lambda aside: save_file(tensors, aside, metadata=metadata))
+        header = {"state": asdict(self.state), "scaler": scaler.state_dict() if scaler is not None else None}
+        write_tensors(self.folder / CHECKPOINT_FILE, named, {HEADER: json.dumps(header)})
 
     def _resume(self) -> None:
         """Takes up the checkpoint, if there is one."""
@@ -216,23 +218,47 @@ class Loop:
         if not path.exists():
             return
         try:
-            with safe_open(str(path), "pt") as file:
-                header = json.loads((file.metadata() or {})["reknow"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            self.learner.module.load_state_dict(_part(tensors, "module"))
-            self.best = {n: t.to(self.lm.device) for n, t in _part(tensors, "best").items()}
-            state: dict[int, dict[str, Tensor]] = {}
-            for key, tensor in _part(tensors, "optimizer").items():
-                i, _, name = key.partition(".")
-                state.setdefault(int(i), {})[name] = tensor
-            self.optimizer.load_state_dict({"state": state, "param_groups": header["groups"]})
-            if self.accelerator.scaler is not None and header["scaler"] is not None:
-                self.accelerator.scaler.load_state_dict(header["scaler"])
-            self.state = State(**header["state"])
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+            sealed = read_tensors(path)
+            header = parsed(_Header, sealed.header, once=True)
+            module = self.learner.module.state_dict()
+            for part in ("module", "best") if header.state.best_step else ("module",):
+                _check_like(part, _part(sealed.tensors, part), module)
+            optimizer = self._moments(_part(sealed.tensors, "optimizer"))
+        except (OSError, Broken) as error:
             raise InputError(
-                f"expected a checkpoint of this training at {path}; it is none ({error}): delete it to start anew"
+                f"expected a checkpoint of this training at {path}; it is none ({reason(error)}): delete it to start "
+                "anew"
             ) from error
+        self.learner.module.load_state_dict(_part(sealed.tensors, "module"))
+        self.best = {n: t.to(self.lm.device) for n, t in _part(sealed.tensors, "best").items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": optimizer})
+        if self.accelerator.scaler is not None and header.scaler is not None:
+            self.accelerator.scaler.load_state_dict(header.scaler)
+        self.state = header.state
+
+    def _moments(self, tensors: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """What the optimizer keeps of each parameter, by the parameter's number.
+
+        Raises:
+            Broken: there is no such parameter, or it is of another shape.
+        """
+        order = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        numbers = {str(number): number for number in range(len(order))}
+        found: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, name = key.partition(".")
+            if number not in numbers or tensor.shape not in (order[numbers[number]].shape, ()):
+                raise Broken(f"tensor optimizer.{key}: there is no such parameter, or it is of another shape")
+            found.setdefault(numbers[number], {})[name] = tensor
+        return found
+
+
+def _check_like(part: str, tensors: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> None:
+    """Raises Broken where the tensors are not, by name and shape, those of the module."""
+    shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (tensors, module))
+    if odd := [name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)]:
+        raise Broken(f"tensor {part}.{min(odd)}: expected {wanted.get(min(odd))}, got {shapes.get(min(odd))}")
+    check_finite(tensors)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case
+from reknow.learning.editors import filled
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, gradient_factors, matrices
 from reknow.learning.lessons import Outcome, averaged
 from reknow.learning.loop import seeded
@@ -34,11 +35,10 @@ Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
 
 def new_network(settings: NetworkSettings, lm: LM, tensors: Mapping[str, Tensor] | None = None) -> GradientNetwork:
     """The network as it is before training, or with what an editor has learned."""
-    with seeded(settings.seed, "mend"):
-        network = GradientNetwork(settings, lm).to(lm.device)
     if tensors is not None:
-        network.load_state_dict(dict(tensors))
-    return network
+        return filled(lambda: GradientNetwork(settings, lm), tensors)
+    with seeded(settings.seed, "mend"):
+        return GradientNetwork(settings, lm).to(lm.device)
 
 
 def transformed(

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from reknow.edits import Edit
+from reknow.kept import Kept
 from reknow.keys import Subjects
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
@@ -42,6 +43,8 @@ KEPT_NORMS = 0.95
 @dataclass(frozen=True, kw_only=True)
 class AlphaEdit(SearchSettings):
     """Mass editing in the null space of general text, made for edit after edit."""
+
+    kept: ClassVar[Kept] = Kept({"keys.*?": "float32 edits in.*", "anchor.*?": "float32 one"})
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
@@ -92,7 +95,7 @@ class AlphaEdit(SearchSettings):
     def _right(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
         name = f"keys.{lm.parts.value[layer]}"
-        past = [patch.state[name] for patch in lm.patches if name in patch.state]  # each (its facts, in)
+        past = [patch.state[name] for patch in self._before(lm) if name in patch.state]  # each (its facts, in)
         return least_squares(
             self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold),
             keys,
@@ -102,6 +105,11 @@ class AlphaEdit(SearchSettings):
             names=[edit.text for edit in edits],
         )
 
+    @staticmethod
+    def _before(lm: LM) -> list[Patch]:
+        """The applied patches of this method and its variant."""
+        return [patch for patch in lm.patches if patch.method in ("alphaedit", "alphaedit-blue")]
+
     def _anchored(self, lm: LM, found: Values, layer: int, state: dict[str, Tensor]) -> Tensor:
         """z, with NAS if asked for; the reference norm is passed on from patch to patch. (facts, hidden)"""
         z, value = found.z.double(), found.value.double()
@@ -110,7 +118,7 @@ class AlphaEdit(SearchSettings):
         wanted = value + found.delta.double()  # v*, (facts, hidden)
         norms = wanted.norm(dim=1)
         name = f"anchor.{lm.parts.value[layer]}"
-        known = [patch.state[name] for patch in lm.patches if name in patch.state]
+        known = [patch.state[name] for patch in self._before(lm) if name in patch.state]
         kept = norms.sort().values[: max(1, round(KEPT_NORMS * len(norms)))]
         anchor = known[0].to(norms) if known else kept.mean(0, keepdim=True)  # (1,)
         state[name] = anchor.float()

@@ -14,6 +14,7 @@ from torch import Tensor
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
+from reknow.kept import Kept
 from reknow.layers import depth_layer
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
@@ -30,6 +31,8 @@ class Method(ABC):
 
     together: ClassVar[int] = 1
     """How many edits `edit_each` is given at a time."""
+    kept: ClassVar[Kept | None] = None
+    """What its patches keep besides ΔW, which is checked when one is read; None: anything that is finite."""
 
     @property
     @abstractmethod

@@ -35,11 +35,13 @@ from transformers.activations import ACT2FN
 from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import at_least
+from reknow.errors import PatchError, at_least
+from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs, prompt_states
 from reknow.memory import Hooks, Reading, versions
 from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
 from reknow.patches import Patch
+from reknow.schema import Strict
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -56,11 +58,20 @@ CONTRASTS = 4
 """Prompts of other relations that the score compares with."""
 
 
+class Memory(Strict):
+    """What a version knows besides its tensors."""
+
+    reader: str
+    writer: str
+    activation: str
+
+
 @dataclass(frozen=True)
 class CaliNet(BesideMatrix):
     """Slots beside an MLP, trained on the edits in all their wordings."""
 
     depth: ClassVar[float] = DEPTH
+    kept: ClassVar[Kept] = Kept({"keys": "float32 slots in", "values": "float32 slots out"}, Memory)
 
     layer: int | None = None
     """Layer whose MLP gets slots; None: at three fifths of the depth."""
@@ -122,7 +133,16 @@ class CaliNet(BesideMatrix):
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> Hooks:
-        return beside(together([Slots.of(patch).to(lm.device) for patch in patches]))
+        slots = [Slots.of(patch).to(lm.device) for patch in patches]
+        for one in slots:
+            on_matrix(lm, one.writer, {"out": (one.values, 1)})
+            own = lm.parts.up[lm.parts.value.index(one.writer)][0], activation(lm)
+            if (one.reader, one.activation) != own or one.keys.shape[1] != lm.weight(own[0]).shape[1]:
+                raise PatchError(
+                    f"expected slots that read {own[0]} through {own[1]}; got others at {one.reader!r}: load the "
+                    "model on which they were made"
+                )
+        return beside(together(slots))
 
 
 def wordings(edit: Edit) -> list[str]:

@@ -20,15 +20,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import at_least
+from reknow.errors import PatchError, at_least
+from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_states
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
+from reknow.schema import Strict
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -38,11 +41,28 @@ DEPTH = 0.8
 """The layer of GRACE's experiments as a share of the depth."""
 
 
+class Memory(Strict):
+    """What a version knows besides its tensors."""
+
+    modules: list[str] = Field(min_length=1, max_length=1)
+    threshold: float
+
+
 @dataclass(frozen=True)
 class DEFER(BesideMatrix):
     """A gate and a linear map beside one value matrix, trained edit by edit."""
 
     depth: ClassVar[float] = DEPTH
+    kept: ClassVar[Kept] = Kept(
+        {
+            "signs": "int8 edits in",
+            "moves": "float32 edits out",
+            "opened": "float32 edits",
+            "map?": "float32 out in+1",
+            "gate?": "float32 in+1",
+        },
+        Memory,
+    )
 
     layer: int | None = None
     """Layer whose value matrix is deferred from; None: at four fifths of the depth."""
@@ -126,6 +146,11 @@ class DEFER(BesideMatrix):
     def memory(lm: LM, patches: Sequence[Patch]) -> Gate:
         parts = [torch.cat([patch.state[part] for patch in patches]) for part in ("signs", "moves", "opened")]
         first, about = patches[0].state, patches[-1].memory
+        on_matrix(lm, about["modules"][0], {"in": (parts[0], 1), "out": (parts[1], 1)})
+        if first["map"].shape != (parts[1].shape[1], parts[0].shape[1] + 1) or len(first["gate"]) != len(
+            first["map"].T
+        ):
+            raise PatchError(f"expected a map and a gate of one size in {patches[0].label}; got others: edit again")
         tensors = [tensor.to(lm.device) for tensor in (first["map"], first["gate"], *parts)]
         return Gate(about["modules"][0], about["threshold"], *tensors)
 

@@ -14,18 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least
+from reknow.errors import InputError, PatchError, at_least
+from reknow.kept import Kept, Per, on_matrix
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
+from reknow.schema import Count, Strict
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -37,11 +40,24 @@ DEPTH = 0.8
 Replacement = Literal["prompt", "last", "before"]
 
 
+class Memory(Strict):
+    """What a version knows besides its tensors."""
+
+    modules: list[str] = Field(min_length=1, max_length=1)
+    replacement: Replacement
+    labels: Annotated[list[list[Count]], Per("keys")]
+    """Tokens of each key's answer."""
+
+
 @dataclass(frozen=True)
 class GRACE(BesideMatrix):
     """A codebook of edits beside one value matrix."""
 
     depth: ClassVar[float] = DEPTH
+    kept: ClassVar[Kept] = Kept(
+        {"slots": "int64 keys", "keys": "float32 keys in", "values": "float32 keys out", "radii": "float32 keys"},
+        Memory,
+    )
 
     layer: int | None = None
     """Layer whose value matrix has the codebook; None: at four fifths of the depth."""
@@ -93,13 +109,22 @@ class GRACE(BesideMatrix):
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> Codebook:
-        slots = torch.cat([patch.state["slots"] for patch in patches])
+        slots, known = torch.cat([patch.state["slots"] for patch in patches]), 0
+        for patch in patches:
+            own = patch.state["slots"].sort().values
+            new = own[own >= known]
+            if not torch.equal(new, known + torch.arange(len(new))) or bool((own < 0).any()):
+                raise PatchError(
+                    f"expected keys numbered one by one in {patch.label}; got others: make the edit again"
+                )
+            known += len(new)
         newest = torch.zeros(int(slots.max()) + 1, dtype=torch.long)
         newest = newest.scatter_reduce(0, slots, torch.arange(len(slots)), "amax")
         parts = ("keys", "values", "radii")
         keys, values, radii = (torch.cat([p.state[part] for p in patches])[newest].to(lm.device) for part in parts)
         labels = [tuple(label) for patch in patches for label in patch.memory["labels"]]
         about = patches[-1].memory
+        on_matrix(lm, about["modules"][0], {"in": (keys, 1), "out": (values, 1)})
         return Codebook(about["modules"][0], about["replacement"], keys, values, radii, [labels[i] for i in newest])
 
     def _place(self, book: Codebook, key: Tensor, label: tuple[int, ...], unit: float) -> int:

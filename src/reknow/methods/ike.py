@@ -16,18 +16,20 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe
-from reknow.errors import InputError, at_least
+from reknow.errors import InputError, PatchError, at_least
 from reknow.files import write_text
+from reknow.kept import Kept, Per
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
+from reknow.schema import Broken, Strict, content, parsed, reason
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -37,11 +39,19 @@ BUNDLED, OFFSET = "counterfact", 500
 """What is shown without cases of the user's: records from this one on; those before are for evaluation."""
 
 
+class Memory(Strict):
+    """What a version knows besides its tensors."""
+
+    demonstrations: Annotated[list[list[str]], Per("edits")]
+    """Of each edit, in the order in which they stand in the prompt."""
+
+
 @dataclass(frozen=True)
 class IKE(MemoryMethod):
     """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
 
     kind: ClassVar[Kind] = "prompt"
+    kept: ClassVar[Kept] = Kept({"keys": "float32 edits features"}, Memory)
 
     demonstrations: int = 32
     """How many at most; 0: the edit alone stands before the question (zero-shot). Those that do not fit into the
@@ -170,12 +180,18 @@ class Contexts:
         chosen = [0] * len(texts)
         if len(self._edits) > 1:
             keys = Nearest(self._keys.to(lm.device))
-            chosen = keys.search(embed(lm, texts, self._encoder))[1][:, 0].tolist()
-        asked = []
+            asked = embed(lm, texts, self._encoder)
+            if asked.shape[1] != self._keys.shape[1]:
+                raise PatchError(
+                    f"expected facts kept as {asked.shape[1]} numbers, as {self._encoder or lm.name} gives them; got "
+                    f"{self._keys.shape[1]}: make the edits again"
+                )
+            chosen = keys.search(asked)[1][:, 0].tolist()
+        found = []
         for text, place in zip(texts, chosen, strict=True):
             edit, shown = self._edits[place]
-            asked.append("".join(_fitting(lm, shown, _tail(edit), text, self._room)) + _tail(edit) + text)
-        return asked
+            found.append("".join(_fitting(lm, shown, _tail(edit), text, self._room)) + _tail(edit) + text)
+        return found
 
 
 def fact(edit: Edit) -> str:
@@ -239,15 +255,12 @@ def _read(path: str) -> list[Case]:
         InputError: there is no such file, or it is none of these.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): JSON texts may hold U+2028 and other characters that it takes for line ends.
+        lines = [line for line in content(path).split(b"\n") if line.strip()]
         if not lines:
-            raise ValueError("it is empty")
-        return [_case(json.loads(line)) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            raise Broken("it is empty")
+        return [parsed(Case, line) for line in lines]
+    except (OSError, Broken, InputError) as error:
         raise InputError(
-            f"expected a file of demonstrations at {path}; it cannot be read ({error}): write one with IKE().fit"
+            f"expected a file of demonstrations at {path}; {reason(error)}: write one with IKE().fit"
         ) from error
-
-
-def _case(record: dict[str, Any]) -> Case:
-    return Case(Edit(**record["edit"]), tuple(Probe(**probe) for probe in record["probes"]))

@@ -25,6 +25,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.adapter import embedding
 from reknow.edits import Case, Edit
+from reknow.learning.editors import filled
 from reknow.learning.gradients import as_delta, gradient_factors, matrices
 from reknow.learning.lessons import Outcome, averaged, bare
 from reknow.learning.loop import seeded
@@ -79,8 +80,7 @@ class KE(MatrixEditor):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         trained, tensors = self.trained(lm)
-        network = trained._network(lm)
-        network.load_state_dict(tensors)
+        network = filled(lambda: KENetwork(trained, lm), tensors)
         with torch.no_grad():
             changes, loss = network(lm, edits, [Text(edit.text, edit.target_new) for edit in edits])
         # Several edits: the sum of what each asks for.

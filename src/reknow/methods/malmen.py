@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case, Edit
+from reknow.errors import InputError
+from reknow.learning.editors import filled
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, matrices
 from reknow.learning.lessons import averaged, bare
 from reknow.learning.loop import seeded
@@ -66,8 +68,11 @@ class MALMEN(MatrixEditor):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         trained, tensors = self.trained(lm)
-        network = trained._network(lm)
-        network.load_state_dict(tensors)
+        if trained.blocks > len(tensors):
+            raise InputError(
+                f"expected an editor of {trained.blocks} blocks; got {len(tensors)} tensors: train another"
+            )
+        network = filled(lambda: MALMENNetwork(trained, lm), tensors)
         rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
         deltas = {}
         with torch.no_grad():

@@ -14,18 +14,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import at_least
+from reknow.errors import PatchError, at_least
+from reknow.kept import Kept, Per, on_matrix
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
+from reknow.schema import Count, Strict
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -35,11 +38,28 @@ DEPTH = 0.75
 """The papers' layers as a share of the depth: keys at 35 of 48, blocks right above (GPT-2 XL)."""
 
 
+class Memory(Strict):
+    """What a version knows besides its tensors."""
+
+    modules: list[str] = Field(min_length=1)
+    unit: float = Field(ge=0)
+    radius: float = Field(ge=0)
+    opened: Annotated[Count, Per("blocks")]
+    labels: Annotated[list[list[Count]], Per("edits")]
+    """Tokens of each edit's answer."""
+    blocks: Annotated[list[Count], Per("edits")]
+    """The block of each edit, counted over all versions."""
+
+
 @dataclass(frozen=True)
 class MELO(BesideMatrix):
     """LoRA blocks beside value matrices, looked up by the prompt."""
 
     depth: ClassVar[float] = DEPTH
+    kept: ClassVar[Kept] = Kept(
+        {"keys": "float32 edits in", "down.*": "float32 blocks rank in.*", "up.*": "float32 blocks out.* rank"},
+        Memory,
+    )
 
     layer: int | None = None
     """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
@@ -126,12 +146,18 @@ class MELO(BesideMatrix):
             for key, label, block in zip(patch.state["keys"], about["labels"], about["blocks"], strict=True):
                 table.take(key, tuple(label), block, about["radius"], about["unit"])
         modules = patches[-1].memory["modules"]
+        opened = sum(patch.memory["opened"] for patch in patches)
+        if any(block >= opened for patch in patches for block in patch.memory["blocks"]):
+            raise PatchError(f"expected edits in the {opened} blocks of {patches[-1].label}; got others: edit again")
         factors = {
             module: tuple(
                 torch.cat([p.state[f"{part}.{module}"] for p in patches]).to(lm.device) for part in ("down", "up")
             )
             for module in modules
         }
+        for module, (down, up) in factors.items():
+            on_matrix(lm, module, {"in": (down, 2), "out": (up, 1)})
+        on_matrix(lm, modules[0], {"in": (table.centres, 1)})
         return Blocks(table, factors)
 
 

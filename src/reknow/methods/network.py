@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from reknow.edits import Case
+from reknow.errors import InputError
 from reknow.layers import resolve_layers
-from reknow.learning.editors import open_editor
+from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.lessons import Exam, Lesson, MeanOver, StayAt, lessons
 from reknow.learning.training import Training
 from reknow.methods.base import Learned
@@ -65,7 +66,13 @@ class MatrixEditor(Learned):
             InputError: as in `open_editor`.
         """
         editor = open_editor(self, lm)
-        return type(self)(**{**editor.settings, "layers": tuple(editor.settings["layers"])}), editor.tensors
+        trained = trained_settings(type(self), editor)
+        if trained.layers is None:
+            raise InputError(
+                f"expected an editor that names its layers; got one of {editor.method} without: train another with "
+                f"`reknow train {editor.method}`"
+            )
+        return replace(trained, layers=tuple(resolve_layers(lm, trained.layers))), editor.tensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ low-rank change of it, or of another decoder, that is in use only while it answe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from reknow.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError, at_least
-from reknow.learning.editors import Editor, open_editor
+from reknow.kept import Kept
+from reknow.learning.editors import Editor, open_editor, trained_settings
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.memory import Route, versions
@@ -33,6 +35,7 @@ from reknow.patches import Kind, LowRank, Patch
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.retrieval.scope_training import ScopeLearner
+from reknow.schema import Count, Strict
 from reknow.tokens import Text
 from reknow.trace import swapped
 from reknow.weights import beside
@@ -44,11 +47,34 @@ TRAINED = ("classifier", "encoder", "counterfactual", "template", "size", "queri
 """Fields that an editor is trained with, which an edit cannot change."""
 
 
+class Memory(Strict):
+    """What a version knows besides its tensors."""
+
+    replaces: list[Count]
+    """Stored edits, counted over all versions, whose place these take."""
+    digests: list[str | None]
+    """Of the encoder and of the counterfactual model; None where the base model is it."""
+
+
 @dataclass(frozen=True)
 class SERAC(Learned, MemoryMethod):
     """An edit memory with a scope classifier and a counterfactual model, both trained. Needs no subject."""
 
     kind: ClassVar[Kind] = "router"
+    kept: ClassVar[Kept] = Kept(
+        {
+            "keys": "float32 texts size",
+            "owners": "int64 texts",
+            "scope.attention.weight?": "float queries features",
+            "scope.value.weight?": "float size features",
+            "left.*?": "float out.* rank",
+            "right.*?": "float rank in.*",
+            "scope.*?": "float …",
+            "cross.*?": "float …",
+        },
+        Memory,
+        settings=("size", "queries", "rank"),
+    )
 
     threshold: float = 0.5
     """A question is in scope where p is above."""
@@ -81,8 +107,12 @@ class SERAC(Learned, MemoryMethod):
     """Questions of a batch, at most, that the counterfactual model learns to answer; fewer make a step cheaper."""
 
     def __post_init__(self):
-        if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")):
-            raise InputError(f"expected a template with {{edit}}, {{answer}} and {{input}}; got {self.template!r}")
+        rest = re.sub(r"\{(edit|answer|input)\}", "", self.template)  # a format could ask for a gigabyte of spaces
+        if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")) or set("{}") & set(rest):
+            raise InputError(
+                f"expected a template with {{edit}}, {{answer}} and {{input}} and no other braces; got "
+                f"{self.template!r}: correct it"
+            )
         if self.classifier not in ("embedding", "cosine", "cross"):
             raise InputError(
                 f"expected classifier among embedding, cosine, cross; got {self.classifier!r}: choose one"
@@ -139,10 +169,11 @@ class SERAC(Learned, MemoryMethod):
 
     def _trained(self, lm: LM) -> dict[str, Tensor]:
         editor: Editor = open_editor(self, lm)
+        trained_settings(type(self), editor)
         for name in TRAINED:
-            if editor.settings[name] != getattr(self, name):
+            if editor.settings.get(name) != getattr(self, name):
                 raise InputError(
-                    f"expected {name}={editor.settings[name]}, with which the editor was trained; got "
+                    f"expected {name}={editor.settings.get(name)}, with which the editor was trained; got "
                     f"{getattr(self, name)}: change it, or train another with `reknow train serac`"
                 )
         return editor.tensors
@@ -166,6 +197,8 @@ class Modules(nn.Module):
             self.right = nn.ParameterList([torch.randn(method.rank, wide) * wide**-0.5 for _, wide in shapes])
         if tensors is not None:
             own = self.state_dict()
+            if odd := [n for n in own if n not in tensors or tensors[n].shape != own[n].shape]:
+                raise InputError(f"expected what these settings learn; {odd[0]} is of another size: train anew")
             self.load_state_dict({name: tensors[name].float() for name in own})
             self.requires_grad_(False)
         self.to(lm.device)
@@ -217,6 +250,11 @@ class EditMemory:
 
     def __init__(self, lm: LM, patches: Sequence[Patch]):
         self._method = SERAC(**patches[-1].settings)
+        for patch in patches:
+            if any(patch.settings[name] != getattr(self._method, name) for name in TRAINED):
+                raise PatchError(f"expected versions of one memory; {patch.label} has other settings: edit again")
+            if not bool(((patch.state["owners"] >= 0) & (patch.state["owners"] < len(patch.edits))).all()):
+                raise PatchError(f"expected texts of its own edits in {patch.label}; got others: make the edit again")
         self._modules = Modules(self._method, lm, patches[0].state)
         if self._modules.digests != patches[0].memory["digests"]:
             raise PatchError(

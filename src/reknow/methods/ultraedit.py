@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from reknow.edits import Edit
 from reknow.errors import InputError, at_least
+from reknow.kept import Kept
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.methods.base import Method, checked, weights_patch
@@ -38,6 +39,10 @@ DEPTH = (0.64, 0.96)
 @dataclass(frozen=True)
 class UltraEdit(Method):
     """Lifelong editing in one backward pass per turn."""
+
+    kept: ClassVar[Kept] = Kept(
+        {"norm.*.count?": "float32", "norm.*.mean?": "float32 size.*", "norm.*.squares?": "float32 size.*"}
+    )
 
     layers: tuple[int, ...] | None = None
     """Layers that are changed; None: at the paper's depth, two thirds up to the last but one."""
@@ -135,7 +140,7 @@ def _kind(h: Tensor, g: Tensor) -> str:
 def _merged(lm: LM, names: Sequence[str]) -> dict[str, RunningNorm]:
     """The statistics of the patches that are applied, by shape."""
     merged: dict[str, RunningNorm] = {}
-    for patch in lm.patches:
+    for patch in (patch for patch in lm.patches if patch.method == "ultraedit"):
         for key in patch.state:
             if key.startswith("norm.") and key.endswith(".count"):
                 kind = key.split(".")[1]

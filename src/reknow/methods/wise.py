@@ -23,16 +23,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from reknow.datasets import load_facts
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least
+from reknow.errors import InputError, PatchError, at_least
+from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
+from reknow.schema import Strict
 from reknow.tokens import Text
 from reknow.values import contexts
 
@@ -49,11 +52,24 @@ SHARE, SHARD = 0.2, 10
 """The paper's ρ; a shard's fewest edits, where a matrix is so small that the part has to be larger."""
 
 
+class Memory(Strict):
+    """What a version knows besides its tensors."""
+
+    modules: list[str] = Field(min_length=1, max_length=1)
+    threshold: float
+    density: float = Field(gt=0, le=1)
+    retrieve: bool
+    shard_size: int = Field(ge=1, lt=2**31)
+
+
 @dataclass(frozen=True)
 class WISE(BesideMatrix):
     """A side memory beside one value matrix, and routing by activation."""
 
     depth: ClassVar[float] = DEPTH
+    kept: ClassVar[Kept] = Kept(
+        {"distances": "float32 edits", "mask.*": "uint8 bytes.*", "delta.*": "float32 weights.*"}, Memory
+    )
 
     layer: int | None = None
     """Layer whose value matrix has a side memory; None: deep in the model."""
@@ -186,6 +202,7 @@ class WISE(BesideMatrix):
     def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
         about = patches[-1].memory
         (module,) = about["modules"]
+        on_matrix(lm, module, {})
         shards = _shards(patches, lm.weight(module).shape)
         deltas = [shards[index].change for index in sorted(shards)]
         reached = torch.cat([patch.state["distances"] for patch in patches])
@@ -221,6 +238,10 @@ def _shards(patches: Sequence[Patch], shape: Sequence[int]) -> dict[int, Shard]:
         parts = {name: name.partition(".") for name in sorted(patch.state, reverse=True)}  # masks before changes
         for name, (kind, _, index) in parts.items():
             if kind == "mask":
+                if len(patch.state[name]) != -(-shape[0] * shape[1] // 8):
+                    raise PatchError(
+                        f"expected masks of {shape[0]} x {shape[1]} in {patch.label}; got others: edit again"
+                    )
                 bits = np.unpackbits(patch.state[name].numpy(), count=shape[0] * shape[1])
                 mask = torch.from_numpy(bits).bool().view(*shape)
                 shards[int(index)] = Shard(mask, torch.zeros(*shape))

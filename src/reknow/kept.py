@@ -1,0 +1,125 @@
+"""What a method keeps in its patches besides ΔW: names, shapes and kinds of numbers, checked when a file is read.
+
+    Kept({"keys": "float keys in", "down.*": "float blocks rank in.*"}, memory=Memory)
+
+A tensor is described by its kind of number and its dimensions. Dimensions of one name agree, over all tensors and the
+fields of `memory` that are counted by it; `edits` are the patch's edits, `out.NAME` and `in.NAME` the sizes of a
+matrix that it changes. A star stands for a part of the name, in the dimensions too. What a model's matrices must be
+for a memory to fit them is checked by `on_matrix`, when the memory is put in use.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from reknow.errors import PatchError
+from reknow.schema import Broken, Strict, complaint
+from reknow.tensor_files import check_tensor
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+ANY = "…"
+"""Instead of dimensions: any."""
+
+
+class Per(NamedTuple):
+    """Marks a field of a memory that has an entry for each thing of a dimension, or is their number."""
+
+    dimension: str
+
+
+class Nothing(Strict):
+    """A memory that knows nothing besides its tensors."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the patches of a method keep."""
+
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    """Name, with a question mark behind where it may be missing and a star for a part of it → its description."""
+    memory: type[Strict] = Nothing
+    settings: tuple[str, ...] = ()
+    """Fields of the method that are dimensions of that name."""
+
+    def check(
+        self,
+        state: Mapping[str, Tensor],
+        memory: Mapping[str, Any],
+        settings: Mapping[str, Any],
+        sizes: dict[str, int],
+    ) -> None:
+        """Raises Broken where a patch keeps something else.
+
+        Args:
+            sizes: dimensions that are known already.
+        """
+        described = {name.rstrip("?"): text for name, text in self.tensors.items()}
+        for name in (name for name in self.tensors if "*" not in name and "?" not in name):
+            check_tensor(name, state.get(name), *_parts(described[name])[:2])
+        for name, tensor in state.items():
+            pattern, part = _pattern(name, described)
+            kind, count, dimensions = _parts(described[pattern])
+            check_tensor(name, tensor, kind, tensor.dim() if dimensions == [ANY] else count)
+            if dimensions != [ANY]:
+                for dimension, size in zip(dimensions, tensor.shape, strict=True):
+                    _agree(sizes, dimension.replace("*", part), size, f"tensor {name}")
+        try:
+            found = self.memory.model_validate(memory)
+        except ValidationError as error:
+            raise Broken(f"memory: {complaint(error)}") from None
+        for name, about in self.memory.model_fields.items():
+            for mark in (mark for mark in about.metadata if isinstance(mark, Per)):
+                value = getattr(found, name)
+                _agree(sizes, mark.dimension, value if isinstance(value, int) else len(value), f"memory.{name}")
+        for name in self.settings:
+            if name in sizes:
+                _agree(sizes, name, settings.get(name), f"settings.{name}")
+
+
+def _parts(description: str) -> tuple[str, int, list[str]]:
+    kind, *dimensions = description.split()
+    return kind, len(dimensions), dimensions
+
+
+def _pattern(name: str, described: Mapping[str, str]) -> tuple[str, str]:
+    """The pattern that describes a tensor, and what stands for its star."""
+    if name in described:
+        return name, ""
+    for pattern in described:
+        head, star, tail = pattern.partition("*")
+        if star and (found := re.fullmatch(f"{re.escape(head)}(.+){re.escape(tail)}", name, re.DOTALL)):
+            return pattern, found[1]
+    raise Broken(f"tensor {name[:80]}: its method keeps none of this name")
+
+
+def _agree(sizes: dict[str, int], dimension: str, size: Any, where: str) -> None:
+    if sizes.setdefault(dimension, size) != size:
+        raise Broken(f"{where}: expected {sizes[dimension]} ({dimension.partition('.')[0]}), got {size}")
+
+
+def on_matrix(lm: LM, name: str, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
+    """Raises PatchError where `name` is no value matrix of the model, or of other sizes than the tensors.
+
+    Args:
+        tensors: "in" or "out" → a tensor, and which of its dimensions has to be that of the matrix.
+    """
+    if name not in lm.parts.value:
+        raise PatchError(
+            f"expected a memory that fits {lm.name}; got one beside {name!r}, which is no value matrix of it: load "
+            "the model on which it was made"
+        )
+    sizes: dict[str, int] = dict(zip(("out", "in"), lm.weight(name).shape, strict=True))
+    for side, (tensor, dimension) in tensors.items():
+        if tensor.shape[dimension] != sizes[side]:
+            raise PatchError(
+                f"expected a memory for {name} with {sizes[side]} numbers at its {side}put; got one with "
+                f"{tensor.shape[dimension]}: load the model on which it was made"
+            )

@@ -1,0 +1,165 @@
+"""What a file may hold: JSON is checked against a model of its kind when it is read, and a refusal says the place.
+
+A file kind's model stands beside the code that reads it. Nesting is bounded by the parser (200 levels), texts are
+such as can be encoded, numbers are finite, and what the model does not name is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import stat
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+
+from reknow.errors import ReknowError
+
+MOST_BYTES = 2**28
+"""Of a file that is read as a whole and holds no tensors."""
+SHOWN = 60
+"""Characters of a wrong value that a message shows."""
+
+
+class Broken(ValueError):
+    """What is wrong with a file's content, and where in it; who opened the file adds its name and a remedy."""
+
+
+class Newer(Broken):
+    """The file is of the format of that number, which only a later version of the library knows."""
+
+
+class Strict(BaseModel):
+    """JSON of a known form: no other fields, no other types, no NaN."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+def _finite(value: Any) -> Any:
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ValueError(f"expected numbers that are finite; got {one}")
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+    return value
+
+
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+"""A number of things, or the place of one."""
+Finite = Annotated[JsonValue, AfterValidator(_finite)]
+"""Any JSON value without NaN and infinity."""
+
+Read = TypeVar("Read")
+
+
+def parsed(model: type[Read], text: str | bytes, *, once: bool = False) -> Read:
+    """The JSON text as a `model`: a `Strict` class, a dataclass, or any other type that pydantic knows.
+
+    Args:
+        once: no object may name a field twice, of which JSON parsers take the last.
+
+    Raises:
+        Broken: it is no JSON, or of another form; `Newer`, where its field `format` is too high.
+        InputError: a dataclass of the model refuses its values.
+    """
+    try:
+        found = _adapter(model).validate_json(text, strict=True)
+        if once:
+            json.loads(text, object_pairs_hook=_named_once)
+        return found
+    except ValidationError as error:
+        newer = (e["input"] for e in error.errors() if e["loc"] == ("format",) and e["type"] == "less_than_equal")
+        if (number := next(newer, None)) is not None:
+            raise Newer(str(number)) from None
+        raise Broken(complaint(error)) from None
+
+
+@lru_cache
+def _adapter(model: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
+
+
+def check_fields(owner: type, values: Mapping[str, Any], where: str) -> None:
+    """Raises Broken where a value is not of the type of its field in the class `owner`; others are passed over."""
+    hints = get_type_hints(owner)
+    for name in values.keys() & hints:
+        try:
+            parsed(hints[name], json.dumps(values[name]))
+        except Broken as error:
+            raise Broken(f"{where}.{name}: {error}") from None
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Broken(f"the field {twice[:SHOWN]!r} is there twice")
+    return found
+
+
+def complaint(error: ValidationError) -> str:
+    """The first thing that is wrong, with its place, on one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    said = first["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, first["loc"]))
+    if not place:
+        return said
+    return f"field {place}: {said}" + ("" if first["type"] == "missing" else f", got {_shown(first['input'])}")
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value)[: SHOWN + 1].split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def regular(path: str | Path) -> Path:
+    """The path of a regular file; a pipe or a device would be read without end.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        Broken: it is something else.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise Broken("it is no regular file")
+    return path
+
+
+def content(path: str | Path) -> bytes:
+    """All of a regular file that holds no tensors.
+
+    Raises:
+        OSError: it cannot be read.
+        Broken: it is no regular file, or larger than what such a file can be.
+    """
+    if (size := regular(path).stat().st_size) > MOST_BYTES:
+        raise Broken(f"it has {size} bytes, more than {MOST_BYTES}")
+    return Path(path).read_bytes()
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, as a clause of a message."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    if isinstance(error, OSError):
+        return f"it cannot be read ({error.strerror or error})"
+    return str(error)
+
+
+def read_json(
+    path: str | Path, model: type[Read], refuse: Callable[[Exception], ReknowError], *, once: bool = True
+) -> Read:
+    """A JSON file as a `model`; `refuse` makes the error of what is wrong with it, see `reason`.
+
+    Raises:
+        ReknowError: what `refuse` made.
+    """
+    try:
+        return parsed(model, content(path), once=once)
+    except (OSError, Broken, ReknowError) as error:
+        raise refuse(error) from error

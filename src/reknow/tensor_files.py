@@ -1,0 +1,151 @@
+"""Safetensors files that are read once and for all: checked before memory is taken, copied, and sealed by a digest.
+
+Nothing that is read stays a view on its file, so the file may be replaced or cut while its tensors are in use. The
+header of ours is one JSON text in the file's metadata; beside it stands the SHA-256 of that text and of all tensors.
+Files without a digest, as they were written before there was one, are taken as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import torch
+from pydantic import Field
+from safetensors.torch import save_file
+from torch import Tensor
+
+from reknow.files import write_aside
+from reknow.schema import Broken, Strict, parsed, regular
+
+HEADER, DIGEST = "reknow", "sha256"
+MOST_HEADER = 10**8
+"""Bytes of a header, as the format has it."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+Offset = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Place(Strict):
+    """Where a tensor lies in its file."""
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, lt=2**40)]] = Field(max_length=8)
+    data_offsets: tuple[Offset, Offset]
+
+
+class Sealed(NamedTuple):
+    """What a file holds."""
+
+    header: str
+    """JSON text of ours; empty where there is none."""
+    metadata: dict[str, str]
+    """All texts of the file."""
+    tensors: dict[str, Tensor]
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """Writes tensors and texts with their digest; an old file stays until the new one is whole."""
+    # Cloned where memory is shared, as by tied embeddings: safetensors refuses that.
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    owners: dict[int, str] = {}
+    for name, tensor in kept.items():
+        if owners.setdefault(tensor.untyped_storage().data_ptr(), name) != name and tensor.numel():
+            kept[name] = tensor.clone()
+    texts = {**metadata, DIGEST: digest(metadata, kept)}
+    return write_aside(path, lambda aside: save_file(kept, aside, metadata=texts))
+
+
+def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of texts and tensors, whatever the order in which the file has them."""
+    found = hashlib.sha256()
+    for name, text in sorted(metadata.items()):
+        if name != DIGEST:
+            found.update(f"{name}\0{text}\0".encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The memory of a tensor on the CPU as a writable buffer."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_tensors(path: str | Path) -> Sealed:
+    """What a file holds; memory is taken for as many bytes as it has.
+
+    Raises:
+        OSError: it cannot be read.
+        Broken: it is no safetensors file, or not the one that was written.
+    """
+    with open(regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MOST_HEADER):
+            raise Broken("it is no safetensors file, or cut short")
+        found = parsed(dict[str, _Place | dict[str, str]], file.read(length), once=True)
+        metadata = found.pop("__metadata__", {})
+        if isinstance(metadata, _Place) or not all(isinstance(place, _Place) for place in found.values()):
+            raise Broken("its metadata are no texts, or stand where tensors do")
+        places = {name: place for name, place in found.items() if isinstance(place, _Place)}
+        _check_places(places, size - 8 - length)
+        tensors = {}
+        for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
+            tensors[name] = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+            if tensors[name].numel() and file.readinto(_bytes(tensors[name])) != tensors[name].nbytes:
+                raise Broken("it was cut short while it was read")
+    if DIGEST in metadata and digest(metadata, tensors) != metadata[DIGEST]:
+        raise Broken("its content is not what was written: a part of it was changed or damaged")
+    return Sealed(metadata.get(HEADER, ""), metadata, tensors)
+
+
+def _check_places(places: Mapping[str, _Place], size: int) -> None:
+    """Raises Broken where tensors do not lie one behind the other in `size` bytes."""
+    at = 0
+    for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
+        if place.dtype not in DTYPES:
+            raise Broken(f"tensor {name}: its numbers are of the kind {place.dtype[:20]!r}, which is not known")
+        end = at + math.prod(place.shape) * DTYPES[place.dtype].itemsize
+        if place.data_offsets != (at, end):
+            raise Broken(f"tensor {name}: its place in the file does not fit its size")
+        at = end
+    if at != size:
+        raise Broken(f"expected {at} bytes of tensors, got {size}")
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises Broken where a tensor has NaN or infinity."""
+    for name, tensor in tensors.items():
+        numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # of eight bits only few things are asked
+        if tensor.is_floating_point() and not bool(numbers.isfinite().all()):
+            raise Broken(f"tensor {name}: it has NaN or infinity")
+
+
+def check_tensor(name: str, tensor: Tensor | None, kind: str, dimensions: int) -> Tensor:
+    """The tensor itself; raises Broken where it is missing, or of another kind of number or number of dimensions.
+
+    Args:
+        kind: `float` for any with a fraction, or the name of a dtype.
+    """
+    if tensor is None:
+        raise Broken(f"the tensor {name} is missing")
+    if not is_kind(tensor, kind):
+        raise Broken(f"tensor {name}: expected numbers of the kind {kind}, got {tensor.dtype}")
+    if tensor.dim() != dimensions:
+        raise Broken(f"tensor {name}: expected {dimensions} dimensions, got {tensor.dim()}")
+    return tensor
+
+
+def is_kind(tensor: Tensor, kind: str) -> bool:
+    """Whether the tensor's numbers are of that kind; see `check_tensor`."""
+    return tensor.is_floating_point() if kind == "float" else str(tensor.dtype) == f"torch.{kind}"
