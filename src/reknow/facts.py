@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from reknow.adapter import embedding
 from reknow.edits import Edit
 from reknow.replay import Suffix
+from reknow.sinks import contexts_of, warn_of_sink
 from reknow.tokens import TOKENS_PER_BATCH, Row, Text
 
 if TYPE_CHECKING:
@@ -43,12 +44,20 @@ def room(lm: LM) -> tuple[int, int]:
 
 
 def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[Row]]:
-    """Rows of every fact: one per context, then the essence, up to where it is read."""
+    """Rows of every fact: one per context, the bare prompt's first, then the essence's, up to where it is read.
+
+    A subject that is an attention sink (`reknow.sinks`) is read behind other text in all of them, with a warning.
+    """
+    prompts = [(edit.prompt, edit.subject) for edit in edits]
+    before = contexts_of(lm, prompts, contexts)
+    before_essence = contexts_of(lm, [(ESSENCE, subject) for _, subject in prompts], contexts)
     texts = []
-    for edit in edits:
+    for edit, mine, essence in zip(edits, before, before_essence, strict=True):
         assert edit.subject is not None, "methods check that every edit has a subject"
-        texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in contexts]
-        texts.append(Text.of(ESSENCE, edit.subject))
+        texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in mine]
+        texts.append(Text.of(ESSENCE, edit.subject, prefix=essence[0]))
+        if mine is not contexts:
+            warn_of_sink(edit)
     rows = lm.encode(texts)
     each = len(contexts) + 1
     if kl_position == "subject":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reknow.datasets import load_facts
 from reknow.edits import Edit
+from reknow.sinks import contexts_of
 from reknow.tokens import Row, Text
 from reknow.trace import by_row, recorded
 
@@ -29,15 +30,18 @@ SAME = 1e-3
 class Subjects:
     """The last token of the subject in the prompts of some edits, by themselves and behind other texts.
 
+    A subject that is an attention sink (`reknow.sinks`) is never read by itself.
+
     Args:
         contexts: texts to put before the prompt; the first must be "" (the bare prompt).
     """
 
     def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Sequence[str]):
         texts = []
-        for edit in edits:
+        before = contexts_of(lm, [(edit.prompt, edit.subject) for edit in edits], contexts)
+        for edit, mine in zip(edits, before, strict=True):
             assert edit.subject is not None, "methods check that every edit has a subject"
-            texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in contexts]
+            texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in mine]
         self._lm, self._contexts, self._last = lm, len(contexts), list[int]()
         self._rows: list[Row] = []
         for row in lm.encode(texts):

@@ -39,8 +39,9 @@ class ValueSearch:
     learning_rate: float = 0.5
     """Of Adam; the size of a step of one coordinate, in units that `absolute` names."""
     absolute: bool = True
-    """Learning rate and decay as plain numbers, as the papers give them. False: free of the model's scale, the
-    learning rate in units of the root mean square of the block's output, the decay on ‖δ‖ / ‖v‖."""
+    """Learning rate and decay as plain numbers, as the papers give them, ‖v‖ of the bare prompt. False: free of the
+    model's scale, the learning rate in units of the root mean square of the block's output, or of what δ is added to
+    where that does not reach it unchanged; the decay on ‖δ‖ / ‖v‖; all of them medians over the contexts."""
     kl_weight: float = 0.0625
     """Weight of KL(new ‖ old) of the essence prompt."""
     kl_position: Literal["subject", "end"] = "subject"
@@ -131,29 +132,41 @@ def _find(lm: LM, facts: list[list[Row]], weights: Tensor, owners: Tensor, layer
     def mean(name: str) -> Tensor:
         return sum((hand.mean(name) for hand in hands), torch.tensor(0.0))
 
+    def length(name: str) -> Tensor:  # one context that is out of the common does not count
+        return torch.cat([hand.by_fact(name).norm(dim=2) for hand in hands], 1).median(1).values  # (facts,)
+
     with fused_gelu(lm.model):
         hands = dealt(lm, facts, weights, layer, search.turns)
         block = search.site == "block" and lm.parts.residual_identity
         sites = (["attention"] if search.attention else []) + ["block" if block else "value"]
-        start = torch.stack([bare(site) for site in sites])
+        start = torch.stack([bare(site) for site in sites])  # (sites, facts, hidden)
+        sizes, units = start.norm(dim=2), torch.ones_like(start[..., 0])  # (sites, facts)
+        if not search.absolute:
+            # A norm behind the MLP gives δ another size than the block's output has.
+            measured = ["block"] * len(sites) if lm.parts.residual_identity else sites
+            sizes = torch.stack([length(site) for site in sites])
+            units = torch.stack([length(name) for name in measured]) / start.shape[2] ** 0.5
         with torch.enable_grad():
-            delta, losses = _descend(hands, start, owners.to(start.device), search)
+            delta, losses = _descend(hands, sizes, units, start.shape[2], owners.to(start.device), search)
     return Values(delta, start[-1], bare("value"), bare("key"), mean("value"), mean("key"), losses)
 
 
-def _descend(hands: list[Run], start: Tensor, owners: Tensor, search: ValueSearch):
-    """(δ per fact at the last site, losses). start: (sites, facts, hidden); owners: (facts,)."""
+def _descend(hands: list[Run], sizes: Tensor, units: Tensor, width: int, owners: Tensor, search: ValueSearch):
+    """(δ per fact at the last site, losses).
+
+    Args:
+        sizes: ‖v‖, what lengths of δ are relative to. (sites, facts)
+        units: of the learning rate. (sites, facts)
+        width: of δ.
+        owners: (facts,)
+    """
     count = int(owners.max()) + 1
-    sizes = start.norm(dim=2)  # (sites, facts)
     radius = search.clamp * _smallest(sizes, owners, count)  # (sites, δs, 1)
-    scale = start.new_ones(1, count, 1)
-    if not search.absolute:
-        states = hands[0].by_fact("block")[:, 0]  # (facts, hidden)
-        scale = _smallest(states.square().mean(1).sqrt()[None], owners, count)
+    scale = _smallest(units, owners, count)  # (sites, δs, 1)
     # Adam's steps have the size of the learning rate whatever the gradient, so δ is searched in units of `scale`.
-    scaled = start.new_zeros(len(start), count, start.shape[2], requires_grad=True)
+    scaled = sizes.new_zeros(len(sizes), count, width, requires_grad=True)
     optimizer = torch.optim.Adam([scaled], lr=search.learning_rate)
-    active, essence = torch.arange(len(owners), device=start.device), None
+    active, essence = torch.arange(len(owners), device=owners.device), None
     running = torch.ones_like(active, dtype=torch.bool)  # by fact
     weight, calm = torch.ones_like(sizes[0]), torch.zeros_like(active)
     losses: list[list[float]] = [[] for _ in owners]
@@ -178,7 +191,7 @@ def _descend(hands: list[Run], start: Tensor, owners: Tensor, search: ValueSearc
         done = _satisfied(search, loss.detach(), drift.detach(), scores, so_far, len(hands))
         calm[active] = torch.where(done, calm[active] + 1, 0)
         done = calm[active] >= len(hands)
-        unfinished = torch.zeros(count, dtype=torch.bool, device=start.device).index_fill(
+        unfinished = torch.zeros(count, dtype=torch.bool, device=owners.device).index_fill(
             0, owners[active[~done]], True
         )
         running &= unfinished[owners]

@@ -1,0 +1,82 @@
+"""Attention sinks: a first token whose state is huge and the same whatever the token is.
+
+Many models keep such a state at the first position of a text (Sun et al. 2024, arXiv 2402.17762). Most tokenizers put
+a token of their own there; where they do not, a subject of one token that begins the prompt is the sink. The key
+found there is that of every text's first token, so an edit of it changes them all, and its length is no measure of
+anything (Yang et al. 2024, arXiv 2406.11263). Such a subject is edited as it is behind other text.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from reknow.datasets import load_facts
+from reknow.edits import Edit
+from reknow.tokens import Row, Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+ALIKE = 0.8
+"""Mean correlation between keys of different tokens from which on they are one key. SmolLM2 has 0.98 and more at the
+first position and 0.2 behind other tokens; a model without a sink 0.5 and 0.3."""
+TOKENS = 16
+"""Different first tokens that are compared."""
+START = 20
+"""Characters of the texts that they begin."""
+NEUTRAL = "It is said that "
+"""What stands before such a subject where the edit is computed without contexts."""
+
+
+def contexts_of(lm: LM, prompts: Sequence[tuple[str, str | None]], contexts: Sequence[str]) -> list[Sequence[str]]:
+    """Per prompt the texts to put before it: those given, but before an attention sink the second stands in for the
+    first, which is "".
+
+    Args:
+        prompts: (prompt with {}, subject) of each.
+    """
+    first = [row.subject_last == 0 for row in lm.encode([Text.of(*prompt) for prompt in prompts])]
+    if not any(first) or not first_token_is_sink(lm):
+        return [contexts] * len(prompts)
+    behind = [*(contexts[1:2] or [NEUTRAL]), *contexts[1:]]
+    return [behind if sink else contexts for sink in first]
+
+
+def warn_of_sink(edit: Edit) -> None:
+    """Says that the edit is made for its subject behind other text only."""
+    warnings.warn(
+        f"{edit.subject!r} begins {edit.text!r}, and this model's first token has one state whatever it is: the edit "
+        "is made for the subject behind other text, and the prompt by itself may be answered as before; put words "
+        "before the subject if it must not",
+        stacklevel=2,
+    )
+
+
+def first_token_is_sink(lm: LM) -> bool:
+    """Whether some layer of the base model has one key for all tokens that begin a text, and only there."""
+    if ("sink",) not in lm.memo:
+        lm.memo["sink",] = (_has_sink(lm),)
+    return lm.memo["sink",][0]
+
+
+def _has_sink(lm: LM) -> bool:
+    rows = lm.encode([Text(fact.text[:START]) for fact in load_facts("counterfact")])
+    tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:TOKENS]
+    before, names = rows[0].ids, list(lm.parts.value)
+    with lm.unpatched():
+        bare = lm.read([Row((token,), 1) for token in tokens], [0] * len(tokens), inputs=names)
+        behind = lm.read(
+            [Row((*before, token), len(before) + 1) for token in tokens], [len(before)] * len(tokens), inputs=names
+        )
+    return any(_alike(bare[name]) >= ALIKE > _alike(behind[name]) for name in names)
+
+
+def _alike(keys: torch.Tensor) -> float:
+    """Mean correlation between two of the keys; 1 for one key alone. keys: (tokens, in)"""
+    together = torch.corrcoef(keys.double())
+    count = len(keys)
+    return float((together.sum() - count) / (count * (count - 1))) if count > 1 else 1.0

@@ -1,0 +1,169 @@
+"""Where δ is measured and put: first tokens that are attention sinks, and models with a norm behind the MLP."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import make_lm
+from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit
+from reknow.keys import Subjects
+from reknow.sinks import NEUTRAL, contexts_of, first_token_is_sink
+from reknow.solvers import rank_one
+from reknow.tokens import Row, Text
+from reknow.values import ValueSearch, find_values
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "rome_sites.json").read_text())["cases"]
+PARIS = Edit("{} is the capital of", subject="Paris", target_new="English")
+OTHERS = [
+    Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"),
+    Edit("{} is a native of", subject="Toko Yasuda", target_new="Paris"),
+]
+CONTEXTS = ("", "The city. ", "I saw the man in. ")
+
+
+def golden_lm(model: str) -> LM:
+    """A golden model; "sink" is tiny_gpt2 with a first position that outweighs every token."""
+    lm = LM(GOLDEN / f"tiny_{'gpt2' if model == 'sink' else model}", dtype=torch.float32)
+    if model == "sink":
+        with torch.no_grad():
+            lm.model.transformer.wpe.weight[0] *= 64
+        lm = LM((lm.model, lm.tokenizer))
+    return lm
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_the_search_gives_the_authors_vectors(case):
+    """kmeng01/rome where its site or its subject is out of the common (tests/golden/README.md)."""
+    lm = golden_lm(case["model"])
+    tensors = load_file(GOLDEN / "rome_sites.safetensors")
+    u, key = tensors[f"{case['name']}/keys"]
+    value, delta, output, right = tensors[f"{case['name']}/values"]
+    settings = case["hparams"]
+    search = ValueSearch(
+        steps=settings["v_num_grad_steps"],
+        learning_rate=settings["v_lr"],
+        kl_weight=settings["kl_factor"],
+        decay=settings["v_weight_decay"],
+        clamp=settings["clamp_norm_factor"],
+    )
+    edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
+    before = [template.removesuffix("{}") for template in case["templates"]]
+    found = find_values(lm, [edit], case["layer"], ["", *before[1:]], search)
+    theirs = sum(torch.tensor(case["losses"][name]) for name in ("nll", "kl", "weight_decay"))
+    assert torch.allclose(torch.tensor(found.losses[0]), theirs, rtol=1e-4)
+    pairs = [(found.value, value), (found.delta, delta), (found.value, output), (found.key, key)]
+    for ours, wanted in pairs:
+        assert (ours[0] - wanted).norm() <= 1e-3 * wanted.norm()
+    direction = found.mean_key[0].double()
+    assert (direction / direction.norm() - u).norm() <= 1e-4
+    change = rank_one(direction, found.key[0].double(), found.delta[0].double()).dense()
+    assert (change - torch.outer(right, u).double()).norm() <= 1e-3 * right.norm()
+
+
+def test_a_sink_is_found_by_what_keys_say_of_their_tokens():
+    assert first_token_is_sink(golden_lm("sink"))
+    assert not first_token_is_sink(golden_lm("gpt2"))
+    assert not first_token_is_sink(golden_lm("llama"))  # its first token is always the same one, and no subject's
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "stands_alone"),
+    [
+        ("{} is the capital of", "Paris", False),
+        ("{}, London and Berlin are", "Paris", False),
+        ("{} is a native of", "Toko Yasuda", True),  # its last token is not the first
+        ("The capital of {} is", "Paris", True),
+    ],
+)
+def test_only_a_subject_that_is_the_first_token_is_read_behind_other_text(prompt, subject, stands_alone):
+    lm = golden_lm("sink")
+    ((first, *others),) = contexts_of(lm, [(prompt, subject)], CONTEXTS)
+    assert first == ("" if stands_alone else CONTEXTS[1])
+    assert tuple(others) == CONTEXTS[1:]
+    assert contexts_of(golden_lm("gpt2"), [(prompt, subject)], CONTEXTS) == [CONTEXTS]
+
+
+def test_a_sink_has_a_prefix_even_where_there_are_no_contexts():
+    assert contexts_of(golden_lm("sink"), [(PARIS.prompt, PARIS.subject)], [""]) == [[NEUTRAL]]
+
+
+def test_keys_and_states_of_a_sink_are_those_behind_the_stand_in():
+    lm = golden_lm("sink")
+    subjects = Subjects(lm, [PARIS], CONTEXTS)
+    (row,) = lm.encode([Text.of(PARIS.prompt, "Paris", prefix=CONTEXTS[1])])
+    assert row.subject_last
+    name = lm.parts.value[0]
+    wanted = lm.read([row], [row.subject_last], inputs=[name], outputs=[name])
+    assert torch.allclose(subjects.states(0, "value"), wanted[f"{name}:out"].double(), atol=1e-5)
+    (other,) = lm.encode([Text.of(PARIS.prompt, "Paris", prefix=CONTEXTS[2])])
+    assert other.subject_last
+    second = lm.read([other], [other.subject_last], inputs=[name])[name].double()
+    mean = (3 * wanted[name].double() + second) / 4  # (stand-in + mean of both contexts) / 2
+    assert torch.allclose(subjects.keys(0), mean, atol=1e-5)
+
+
+METHODS = {
+    "memit": MEMIT(layers=(0, 1), steps=6, covariance_tokens=3000),
+    "emmet": EMMET(layer=0, steps=6, covariance_tokens=3000),
+    "pmet": PMET(layers=(0,), steps=6, covariance_tokens=3000),
+    "alphaedit": AlphaEdit(layers=(0,), steps=6, covariance_tokens=3000, null_share=0.5),
+    "rome": ROME(layer=0, steps=6, covariance_tokens=3000),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_sink_does_no_harm_to_the_batch(name):
+    """A warning names the edit, and texts that begin with other tokens are read as they are without it."""
+    lm, method = golden_lm("sink"), METHODS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        without = method.edit(lm, OTHERS)
+    with pytest.warns(UserWarning, match="'Paris' begins 'Paris is the capital of'"):
+        together = method.edit(lm, [*OTHERS, PARIS])
+    matrix = lm.parts.value[0]
+    rows = [Row(row.ids[:1], 1) for row in lm.encode([Text("English is"), Text("Berlin is"), Text("Because of")])]
+
+    def sinks() -> torch.Tensor:
+        return lm.read(rows, [0] * len(rows), outputs=[matrix])[matrix]
+
+    before, moved = sinks(), []
+    for patch in (without, together):
+        with lm.patched(patch):
+            moved.append(float((sinks() - before).norm() / before.norm()))
+    assert moved[1] < 2 * moved[0] + 0.01
+    assert together.deltas[matrix].norm() < 1.5 * without.deltas[matrix].norm()
+
+
+def test_the_step_and_the_bound_are_medians_over_the_contexts():
+    """One context whose state is out of the common changes neither."""
+    lm = golden_lm("sink")
+    search = ValueSearch(steps=2, absolute=False, learning_rate=0.1, site="block", decay=0)
+    edit = Edit("{} is a native of", subject="Toko Yasuda", target_new="Paris")
+    found = find_values(lm, [edit], 0, CONTEXTS, search)
+    lengths, block = [], lm.parts.blocks[0]
+    for prefix in CONTEXTS:
+        (row,) = lm.encode([Text.of(edit.prompt, "Toko Yasuda", prefix=prefix)])
+        assert row.subject_last
+        lengths.append(float(lm.read([row], [row.subject_last], outputs=[block])[block].norm()))
+    unit = sorted(lengths)[1] / found.delta.shape[1] ** 0.5
+    # One step of Adam moves every coordinate by the learning rate.
+    assert found.delta[0].abs().median() == pytest.approx(0.1 * unit, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "glm4", "granite"])
+def test_the_step_has_the_unit_of_what_it_is_added_to(family):
+    """Where an addition does not reach the block's output unchanged, the unit is the value matrix's output."""
+    lm = make_lm(family)
+    assert not lm.parts.residual_identity
+    edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
+    search = ValueSearch(steps=2, absolute=False, learning_rate=0.1, decay=0, clamp=100)
+    found = find_values(lm, [edit], 1, [""], search)
+    unit = float(found.value.norm()) / found.value.shape[1] ** 0.5
+    assert found.delta[0].abs().median() == pytest.approx(0.1 * unit, rel=1e-3)
