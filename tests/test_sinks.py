@@ -83,15 +83,15 @@ def test_a_sink_is_found_by_what_keys_say_of_their_tokens():
     ],
 )
 def test_only_a_subject_that_is_the_first_token_is_read_behind_other_text(prompt, subject, stands_alone):
-    lm = golden_lm("sink")
-    ((first, *others),) = contexts_of(lm, [(prompt, subject)], CONTEXTS)
+    lm, edit = golden_lm("sink"), Edit(prompt, subject=subject, target_new="English")
+    ((first, *others),) = contexts_of(lm, [edit], CONTEXTS)
     assert first == ("" if stands_alone else CONTEXTS[1])
     assert tuple(others) == CONTEXTS[1:]
-    assert contexts_of(golden_lm("gpt2"), [(prompt, subject)], CONTEXTS) == [CONTEXTS]
+    assert contexts_of(golden_lm("gpt2"), [edit], CONTEXTS) == [CONTEXTS]
 
 
 def test_a_sink_has_a_prefix_even_where_there_are_no_contexts():
-    assert contexts_of(golden_lm("sink"), [(PARIS.prompt, PARIS.subject)], [""]) == [[NEUTRAL]]
+    assert contexts_of(golden_lm("sink"), [PARIS], [""]) == [[NEUTRAL]]
 
 
 def test_keys_and_states_of_a_sink_are_those_behind_the_stand_in():

@@ -48,10 +48,8 @@ def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_posi
 
     A subject that is an attention sink (`reknow.sinks`) is read behind other text in all of them, with a warning.
     """
-    prompts = [(edit.prompt, edit.subject) for edit in edits]
-    before = contexts_of(lm, prompts, contexts)
-    before_essence = contexts_of(lm, [(ESSENCE, subject) for _, subject in prompts], contexts)
     texts = []
+    before, before_essence = contexts_of(lm, edits, contexts), contexts_of(lm, edits, contexts, ESSENCE)
     for edit, mine, essence in zip(edits, before, before_essence, strict=True):
         assert edit.subject is not None, "methods check that every edit has a subject"
         texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in mine]

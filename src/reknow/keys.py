@@ -38,8 +38,7 @@ class Subjects:
 
     def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Sequence[str]):
         texts = []
-        before = contexts_of(lm, [(edit.prompt, edit.subject) for edit in edits], contexts)
-        for edit, mine in zip(edits, before, strict=True):
+        for edit, mine in zip(edits, contexts_of(lm, edits, contexts), strict=True):
             assert edit.subject is not None, "methods check that every edit has a subject"
             texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in mine]
         self._lm, self._contexts, self._last = lm, len(contexts), list[int]()

@@ -32,16 +32,19 @@ NEUTRAL = "It is said that "
 """What stands before such a subject where the edit is computed without contexts."""
 
 
-def contexts_of(lm: LM, prompts: Sequence[tuple[str, str | None]], contexts: Sequence[str]) -> list[Sequence[str]]:
-    """Per prompt the texts to put before it: those given, but before an attention sink the second stands in for the
-    first, which is "".
+def contexts_of(
+    lm: LM, edits: Sequence[Edit], contexts: Sequence[str], prompt: str | None = None
+) -> list[Sequence[str]]:
+    """Per edit the texts to put before its prompt: those given, but before an attention sink the second stands in for
+    the first, which is "".
 
     Args:
-        prompts: (prompt with {}, subject) of each.
+        prompt: put them before this one, with {}, instead.
     """
-    first = [row.subject_last == 0 for row in lm.encode([Text.of(*prompt) for prompt in prompts])]
+    rows = lm.encode([Text.of(prompt or edit.prompt, str(edit.subject)) for edit in edits])
+    first = [row.subject_last == 0 for row in rows]
     if not any(first) or not first_token_is_sink(lm):
-        return [contexts] * len(prompts)
+        return [contexts] * len(edits)
     behind = [*(contexts[1:2] or [NEUTRAL]), *contexts[1:]]
     return [behind if sink else contexts for sink in first]
 
