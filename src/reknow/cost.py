@@ -73,7 +73,7 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
     head = vocabulary * lm.parts.hidden_size
     above = lm.layers - layers[0]  # blocks that gradients go through
 
-    rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+    rows = lm.encode([Text.asked(edit) for edit in edits])
     bare = sum(len(row.ids) for row in rows)
     groups = settings.get("context_groups", ())
     contexts = sum(count for count, _ in groups)

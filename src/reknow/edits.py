@@ -6,10 +6,11 @@ A method sees `Edit`s only. Probes are for the evaluation, so no method can lear
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 from typing import Literal, get_args
 
 from reknow.errors import InputError
+from reknow.writing import full_stop, joined
 
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
 """What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
@@ -45,6 +46,9 @@ class Edit:
     """Task family, for editors trained on several tasks."""
     instruction: str | None = None
     """What the edit is to do, in words, put in front of it by `instructed`, for InstructEdit."""
+    separator: str | None = None
+    """White space between prompt and answer, "" for none; None: a space, but none next to a script without spaces
+    (Chinese, Japanese, Thai …) and none behind an opening mark."""
 
     def __post_init__(self):
         for name in ("prompt", "target_new", "subject", "target_true"):
@@ -60,6 +64,7 @@ class Edit:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
         for name, value in vars(self).items():
             check_encodable(f"'{name}' of an edit", value)
+        _check_separator(self.separator)
         if self.subject is not None:
             object.__setattr__(self, "prompt", _templated(self.prompt, self.subject))
 
@@ -71,7 +76,12 @@ class Edit:
     @property
     def statement(self) -> str:
         """The edit as a sentence: what to put in front of a question so that a model knows it."""
-        return f"{self.text.strip()} {self.target_new.strip().rstrip('.')}."
+        stated = self.answered(self.text.strip(), self.target_new.strip().rstrip(".。"))
+        return stated + full_stop(stated)
+
+    def answered(self, prompt: str, answer: str) -> str:
+        """The answer behind the prompt, with between them what the edit's separator says."""
+        return joined(prompt, answer) if self.separator is None else prompt.rstrip(" ") + self.separator + answer
 
     def instructed(self, prompt: str) -> str:
         """The prompt behind task and instruction, as InstructEdit reads it; unchanged where there is none."""
@@ -122,6 +132,14 @@ def check_encodable(what: str, texts: str | Iterable[str] | None) -> None:
                 ) from None
 
 
+def _check_separator(separator: str | None) -> None:
+    if separator is not None and not (isinstance(separator, str) and not separator.strip()):
+        raise InputError(
+            f"expected white space or an empty text as 'separator'; got {separator!r}: write other characters at the "
+            "end of the prompt"
+        )
+
+
 def _templated(prompt: str, subject: str) -> str:
     """The prompt with exactly one `{}`, also where the subject itself stands in braces.
 
@@ -151,6 +169,8 @@ class Probe:
     kind: Kind
     name: str
     """Finer than the kind, as in the data set: `paraphrase`, `Subject_Aliasing`, `neighborhood` …"""
+    separator: str | None = None
+    """White space between prompt and answer; see `Edit.separator`."""
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
@@ -161,6 +181,7 @@ class Probe:
         check_encodable("a probe", (self.prompt, self.name, *self.answers))
         if self.kind != "fluency" and not any(answer.strip() for answer in self.answers):
             raise InputError(f"a {self.kind} probe needs an answer; got none for {self.prompt!r}")
+        _check_separator(self.separator)
 
 
 @dataclass(frozen=True)
@@ -177,7 +198,17 @@ class Case:
     def questions(self) -> tuple[Probe, ...]:
         """All probes, the request's own prompt (reliability) first; where it has an instruction, behind that too."""
         edit = self.edit
-        own = [Probe(edit.text, (edit.target_new,), "reliability", "rewrite")]
+        own = [Probe(edit.text, (edit.target_new,), "reliability", "rewrite", edit.separator)]
         if edit.instruction is not None:
-            own.append(Probe(edit.instructed(edit.text), (edit.target_new,), "instructed", "rewrite"))
+            told = edit.instructed(edit.text)
+            own.append(Probe(told, (edit.target_new,), "instructed", "rewrite", edit.separator))
         return (*own, *self.probes)
+
+
+def as_json(stated: Edit | Case) -> dict:
+    """The fields as JSON values; a separator that is not given is left out, as in files of before."""
+
+    def given(fields: list[tuple]) -> dict:
+        return {name: value for name, value in fields if name != "separator" or value is not None}
+
+    return asdict(stated, dict_factory=given)

@@ -42,9 +42,11 @@ class Standing:
     probability: float
     """Of the whole new answer behind the prompt."""
     rank: int
-    """Of its first token among all tokens; 1 is what the model says."""
+    """The worst place that a token of it has among all tokens, given those before it."""
     probability_true: float | None
     """Of the old answer, where the edit names one."""
+    said: bool
+    """Whether the model says it: every token of it is the likeliest, given those before it."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +82,9 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observ
 
 def _standing(lm: LM, edit: Edit, completion: str) -> Standing:
     answers = [answer for answer in (edit.target_new, edit.target_true) if answer is not None]
-    scores = lm.score([edit.text] * len(answers), answers)
+    scores = lm.score([edit.text] * len(answers), answers, [edit.separator] * len(answers))
     new, *old = [math.exp(-score.nll * len(score.hits)) for score in scores]
-    return Standing(completion, new, scores[0].rank, old[0] if old else None)
+    return Standing(completion, new, scores[0].rank, old[0] if old else None, scores[0].said)
 
 
 def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
@@ -94,15 +96,16 @@ def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
     facts = [f for f in load_facts("counterfact") if f.subject not in subjects and len(f.text) <= LONGEST]
     facts = sorted(facts, key=lambda fact: fact.prompt not in wordings)[:CANDIDATES]
     scores = lm.score([fact.text for fact in facts], [fact.answer for fact in facts])
-    known = [fact for fact, score in zip(facts, scores, strict=True) if all(score.hits)]
+    known = [fact for fact, score in zip(facts, scores, strict=True) if score.said]
     return (known or facts)[:count]
 
 
 def known_cases(lm: LM, cases: Sequence[Case]) -> list[Case]:
     """The cases whose old answer the model gives: teacher-forced, every token."""
     asked = [case for case in cases if case.edit.target_true is not None]
-    scores = lm.score([case.edit.text for case in asked], [str(case.edit.target_true) for case in asked])
-    return [case for case, score in zip(asked, scores, strict=True) if all(score.hits)]
+    old = [str(case.edit.target_true) for case in asked]
+    scores = lm.score([case.edit.text for case in asked], old, [case.edit.separator for case in asked])
+    return [case for case, score in zip(asked, scores, strict=True) if score.said]
 
 
 def weight_bits(model: torch.nn.Module) -> dict[str, str]:

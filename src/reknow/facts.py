@@ -52,7 +52,7 @@ def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_posi
     before, before_essence = contexts_of(lm, edits, contexts), contexts_of(lm, edits, contexts, ESSENCE)
     for edit, mine, essence in zip(edits, before, before_essence, strict=True):
         assert edit.subject is not None, "methods check that every edit has a subject"
-        texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in mine]
+        texts += [Text.about(edit, prefix) for prefix in mine]
         texts.append(Text.of(ESSENCE, edit.subject, prefix=essence[0]))
         if mine is not contexts:
             warn_of_sink(edit)

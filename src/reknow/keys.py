@@ -37,10 +37,8 @@ class Subjects:
     """
 
     def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Sequence[str]):
-        texts = []
-        for edit, mine in zip(edits, contexts_of(lm, edits, contexts), strict=True):
-            assert edit.subject is not None, "methods check that every edit has a subject"
-            texts += [Text.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix) for prefix in mine]
+        befores = contexts_of(lm, edits, contexts)
+        texts = [Text.about(edit, prefix) for edit, mine in zip(edits, befores, strict=True) for prefix in mine]
         self._lm, self._contexts, self._last = lm, len(contexts), list[int]()
         self._rows: list[Row] = []
         for row in lm.encode(texts):

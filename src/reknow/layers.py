@@ -208,7 +208,7 @@ def _try(lm: LM, layer: int, effect: float, exams: Sequence[Exam]) -> Trial:
         prompts = [edit.text, *reworded, *(f.text for f in stay)]
         answers = [new] * (1 + len(reworded)) + [f.answer for f in stay]
         with lm.patched(ROME(layer=layer, **TRIAL).edit(lm, [edit])):
-            right = [float(all(score.hits)) for score in lm.score(prompts, answers)]
+            right = [float(score.said) for score in lm.score(prompts, answers)]
         rates.append((right[0], fmean(right[1 : 1 + len(reworded)]), fmean(right[1 + len(reworded) :])))
     return Trial(layer, effect, *(fmean(column) for column in zip(*rates, strict=True)))
 

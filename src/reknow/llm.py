@@ -89,7 +89,7 @@ class LLM:
 def question(edit: Edit, count: int = STATEMENTS) -> str:
     """What the model is asked to write for an edit."""
     return (
-        f"Take this as true: {edit.text} {edit.target_new}\n"
+        f"Take this as true: {edit.answered(edit.text, edit.target_new)}\n"
         f"Write {count} different short statements that someone could read who is to learn it. Say in each that the "
         f"answer is {edit.target_new}, with exactly these words. Give one statement per line and nothing else."
     )

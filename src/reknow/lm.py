@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -216,17 +217,24 @@ class LM:
         return {name: torch.cat(states)[order.to(states[0].device)] for name, states in found.items()}
 
     @torch.no_grad()
-    def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
+    ) -> list[Score]:
         """How the model reads each target behind its prompt, teacher-forced. Order is kept.
+
+        Args:
+            separators: what stands between each prompt and its target; None: what a writer sets there.
 
         Raises:
             InputError: a target is empty, or nothing stands before it; or there are more of one than of the other.
         """
-        prompts, targets = paired(prompts, targets)
+        asked = paired(prompts, targets, separators)
 
         def answer(who, which: list[int], texts: list[str]) -> list[Score]:
-            wanted = [targets[i] for i in which]
-            return scores(self, texts, wanted) if who is None else who.score(texts, wanted)
+            parts = [replace(asked[i], prompt=text) for i, text in zip(which, texts, strict=True)]
+            if who is None:
+                return scores(self, parts)
+            return who.score(texts, [part.target for part in parts], [part.separator for part in parts])
 
         return self._memories.answered(prompts, answer)
 

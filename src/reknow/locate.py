@@ -159,7 +159,7 @@ def known_facts(lm: LM, facts: Sequence[Fact]) -> list[Fact]:
     if not facts:
         return []
     scores = lm.score([fact.text for fact in facts], [fact.answer for fact in facts])
-    return [fact for fact, score in zip(facts, scores, strict=True) if all(score.hits)]
+    return [fact for fact, score in zip(facts, scores, strict=True) if score.said]
 
 
 def _trace_row(lm: LM, text: str, row: Row, spread: float, settings: Tracing) -> Trace:

@@ -49,7 +49,9 @@ class PromptMemory(Protocol):
 class Answerer(Protocol):
     """Another model that answers; an `LM` is one."""
 
-    def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]: ...
+    def score(
+        self, prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
+    ) -> list[Score]: ...
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **sampling: Any) -> list[str]: ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reknow.edits import Edit
+from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
 from reknow.fingerprint import Fingerprint
 
@@ -125,7 +125,7 @@ class Patch:
             "kind": self.kind,
             "method": self.method,
             "settings": self.settings,
-            "edits": [asdict(edit) for edit in self.edits],
+            "edits": [as_json(edit) for edit in self.edits],
             "made_on": list(self.made_on),
             "notes": self.notes,
             "version": self.version,

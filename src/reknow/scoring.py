@@ -35,7 +35,12 @@ class Score:
     top: tuple[int, ...]
     """The likeliest token at each of these places."""
     rank: int
-    """Place of the answer's first token among all tokens; 1 is what the model says."""
+    """The worst place that a token of the answer has among all tokens, given those before it."""
+
+    @property
+    def said(self) -> bool:
+        """Whether the model says the answer: greedily decoded, every token of it comes."""
+        return all(self.hits)
 
 
 def are_numbers(lm: LM, logits: Tensor, asked: Tensor | None = None) -> Tensor:
@@ -62,20 +67,20 @@ def are_numbers(lm: LM, logits: Tensor, asked: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def scores(lm: LM, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
-    """How the model itself reads each target behind its prompt, whatever routers say; see `LM.score`."""
-    rows = lm.encode([Text(p, t) for p, t in zip(prompts, targets, strict=True)])
-    for row, prompt in zip(rows, prompts, strict=True):
+def scores(lm: LM, texts: Sequence[Text]) -> list[Score]:
+    """How the model itself reads each text's target behind its prompt, whatever routers say; see `LM.score`."""
+    rows = lm.encode(texts)
+    for row, text in zip(rows, texts, strict=True):
         if not row.target_ids:
-            raise InputError(f"expected an answer to score behind {prompt!r}; got an empty one: write it")
+            raise InputError(f"expected an answer to score behind {text.prompt!r}; got an empty one: write it")
     # A target's last token predicts nothing, so answers of one token behind one prompt are one text to run.
     sharing: dict[Row, dict[Row, None]] = {}
     for row in rows:
         sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
-    texts = list(sharing)
+    runs = list(sharing)
     found: dict[Row, Score] = {}
-    for part in batches([len(text.ids) for text in texts], lm.device):
-        found |= _batch(lm, {texts[i]: list(sharing[texts[i]]) for i in part})
+    for part in batches([len(run.ids) for run in runs], lm.device):
+        found |= _batch(lm, {runs[i]: list(sharing[runs[i]]) for i in part})
     return [found[row] for row in rows]
 
 
@@ -92,7 +97,8 @@ def _batch(lm: LM, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
         for row in rows:
             wanted = torch.tensor(row.target_ids, device=logits.device)
             chosen = log_probs.gather(1, wanted[:, None])[:, 0]
-            rank = 1 + int((log_probs[0] > chosen[0]).sum()) if bool(fine[0]) else log_probs.shape[1]
+            places = 1 + (log_probs > chosen[:, None]).sum(-1)  # (tokens,)
+            rank = int(places.where(fine, log_probs.shape[1]).max())
             hits = tuple((best == wanted).tolist())
             scored[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
     return scored

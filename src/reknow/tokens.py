@@ -1,23 +1,35 @@
 """Where prompt, subject and target sit among the tokens.
 
-Boundaries come from character offsets of the joined text, never from tokenising the parts: ` English` after a
-prompt is another token sequence than `English` alone, and a beginning-of-text token belongs to no part.
+Boundaries come from character offsets of the joined text: ` English` after a prompt is another token sequence than
+`English` alone, and a beginning-of-text token belongs to no part. Where no space parts prompt and answer, a tokenizer
+may make one token of the end of the one and the beginning of the other; then the prompt has the tokens that it has by
+itself, behind which a model writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from reknow.errors import InputError, ModelError, TextRefused
+from reknow.writing import between, led
+
+if TYPE_CHECKING:
+    from reknow.edits import Edit, Probe
+
+T = TypeVar("T")
 
 TOKENS_PER_BATCH = 4096
 """How many tokens, padding included, one forward pass takes."""
 CACHED_TOKENS = 384
 """The same on a CPU where a pass is read once: what it computes should stay in the processor's cache."""
+LEADS = ("\n", ".", "a")
+"""Characters to read an answer behind, the first that stays a token of its own: some tokenizers set a space before
+any text."""
 
 
 @dataclass(frozen=True)
@@ -28,31 +40,57 @@ class Text:
     target: str = ""
     subject: tuple[int, int] | None = None
     """First character of the subject and the one behind its last, in the prompt."""
+    separator: str | None = None
+    """What stands between prompt and target; None: what a writer sets there, see `writing.between`."""
 
     @classmethod
-    def of(cls, template: str, subject: str, target: str = "", *, prefix: str = "") -> Text:
+    def of(
+        cls, template: str, subject: str, target: str = "", *, prefix: str = "", separator: str | None = None
+    ) -> Text:
         """The text of a template with `{}`: knows the subject's place even if its name stands there twice."""
         name = subject.strip()  # a space that ends a subject may be a token of its own, and names nobody
-        start = len(prefix) + template.index("{}") + subject.index(name)
-        prompt = prefix + template.replace("{}", subject, 1)
-        return cls(prompt, target, (start, start + len(name)))
+        filled = template.replace("{}", subject, 1)
+        prompt = led(prefix, filled)
+        start = len(prompt) - len(filled) + template.index("{}") + subject.index(name)
+        return cls(prompt, target, (start, start + len(name)), separator)
+
+    @classmethod
+    def asked(cls, edit: Edit, prompt: str | None = None) -> Text:
+        """The new answer of the edit behind its own prompt, or behind another one."""
+        return cls(edit.text if prompt is None else prompt, edit.target_new, separator=edit.separator)
+
+    @classmethod
+    def of_probe(cls, probe: Probe, answer: str | None = None) -> Text:
+        """The probe's first answer behind its prompt, or another answer."""
+        return cls(probe.prompt, probe.answers[0] if answer is None else answer, separator=probe.separator)
+
+    @classmethod
+    def about(cls, edit: Edit, prefix: str = "") -> Text:
+        """The new answer behind the edit's own prompt, with the place of its subject."""
+        assert edit.subject is not None, "methods check that every edit has a subject"
+        return cls.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix, separator=edit.separator)
 
 
-def as_list(texts: Sequence[str], what: str) -> list[str]:
+def as_list(texts: Sequence[T], what: str) -> list[T]:
     """The texts as a list; raises InputError for a single one, which would be taken for a list of characters."""
     if isinstance(texts, str):
         raise InputError(f"expected a list of {what}; got one text {texts[:80]!r}: put it in brackets")
     return list(texts)
 
 
-def paired(prompts: Sequence[str], targets: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Both as lists; raises InputError where they are not as many, or one is a single text."""
+def paired(
+    prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
+) -> list[Text]:
+    """Each prompt with its target; raises InputError where they are not as many, or one is a single text."""
     prompts, targets = as_list(prompts, "prompts"), as_list(targets, "targets")
+    between = [None] * len(prompts) if separators is None else as_list(separators, "separators")
     if len(prompts) != len(targets):
         raise InputError(
             f"expected a target for every prompt; got {len(prompts)} prompts and {len(targets)} targets: pair them"
         )
-    return prompts, targets
+    if len(between) != len(prompts):
+        raise InputError(f"expected a separator for every prompt; got {len(between)} for {len(prompts)}: pair them")
+    return [Text(*pair, separator=apart) for *pair, apart in zip(prompts, targets, between, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -75,8 +113,10 @@ class Row:
 def encode(tokenizer, texts: Sequence[Text], *, chat: bool = False) -> list[Row]:
     """Tokens of prompt + target, with the place of each part.
 
-    One space stands between prompt and target. With `chat`, the prompt becomes a user's message in the
-    tokenizer's template and the target opens the answer. An empty prompt is the token that begins a text.
+    Between prompt and target stands the text's separator; spaces that end a prompt are left out, so that a model
+    continues the same tokens whether it is asked to read an answer or to write one. With `chat`, the prompt becomes a
+    user's message in the tokenizer's template and the target opens the answer. An empty prompt is the token that
+    begins a text.
 
     Raises:
         TextRefused: a target has no tokens of its own, or nothing stands before it.
@@ -84,22 +124,33 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool = False) -> list[Row]
     """
     if not texts:
         return []
-    joined = [_join(tokenizer, text, chat) for text in texts]
-    encoding = tokenizer([full for full, _, _ in joined], add_special_tokens=not chat, return_offsets_mapping=True)
+    parts = [_parts(tokenizer, text, chat) for text in texts]
+    wholes = [head + answer if answer[:1] == " " else head for head, answer, _ in parts]
+    behind = _continuing(tokenizer, [answer for _, answer, _ in parts if answer[:1] not in ("", " ")])
+    encoding = tokenizer(wholes, add_special_tokens=not chat, return_offsets_mapping=True)
     special = frozenset(tokenizer.all_special_ids)
     rows: list[Row] = []
-    for ids, spans, (_, boundary, shift), text in zip(
-        encoding["input_ids"], encoding["offset_mapping"], joined, texts, strict=True
+    for ids, spans, (head, answer, shift), text in zip(
+        encoding["input_ids"], encoding["offset_mapping"], parts, texts, strict=True
     ):
         # Some tokenizers close every text with an end token, which would hide the place to continue from.
         while len(ids) > 1 and ids[-1] in special and spans[-1][0] == spans[-1][1]:
             ids, spans = ids[:-1], spans[:-1]
-        rows.append(_row(ids or _begin(tokenizer), spans, boundary, shift, text))
+        # Special tokens span (0, 0); a token that is a space alone may have no width, but lies behind the prompt.
+        length = next((i for i, (_, end) in enumerate(spans) if end > len(head)), len(ids))
+        ids = [*ids, *behind.get(answer, [])]
+        if text.target and not 0 < length < len(ids):
+            raise TextRefused(
+                f"expected a prompt and an answer of at least one token each; got {text.prompt!r} and "
+                f"{text.target!r}: write a prompt before the answer"
+            )
+        first, last = _subject(spans, shift, text)
+        rows.append(Row(tuple(ids or _begin(tokenizer)), length or 1, last, first))
     return rows
 
 
-def _join(tokenizer, text: Text, chat: bool) -> tuple[str, int, int]:
-    """(whole text, character where the target begins, shift of the prompt within the whole)."""
+def _parts(tokenizer, text: Text, chat: bool) -> tuple[str, str, int]:
+    """(what stands before the answer, the answer with its separator, shift of the prompt within the whole)."""
     if chat:
         content = text.prompt.strip()  # many templates do
         message = [{"role": "user", "content": content}]
@@ -107,11 +158,27 @@ def _join(tokenizer, text: Text, chat: bool) -> tuple[str, int, int]:
         place = head.rfind(content)
         if place < 0:
             raise ModelError("expected a chat template that keeps the prompt; this one changes it: use chat=False")
-        return head + text.target.strip(), len(head), place - text.prompt.find(content)
-    # A space that ends the prompt belongs to the target's first token.
-    head = text.prompt.rstrip(" ") if text.target else text.prompt
-    space = " " if text.target and not (text.target[0].isspace() or head[-1:].isspace()) else ""
-    return head + space + text.target, len(head), 0
+        return head, (text.separator or "") + text.target.strip(), place - text.prompt.find(content)
+    head = text.prompt.rstrip(" \u3000")
+    separator = between(head, text.target) if text.separator is None else text.separator
+    return head, separator + text.target if text.target else "", 0
+
+
+def _continuing(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
+    """The tokens of texts that continue others without a space."""
+    found: dict[str, list[int]] = {}
+    for lead in LEADS:
+        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        if not missing:
+            break
+        led = [lead + text for text in missing]
+        encoding = tokenizer(led, add_special_tokens=False, return_offsets_mapping=True)
+        for text, ids, spans in zip(missing, encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            first = next((i for i, (_, end) in enumerate(spans) if end > len(lead)), len(ids))
+            if first == len(ids) or spans[first][0] >= len(lead):
+                found[text] = ids[first:]
+    left = [text for text in dict.fromkeys(texts) if text not in found]
+    return found | {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in left}
 
 
 def _begin(tokenizer) -> list[int]:
@@ -122,24 +189,15 @@ def _begin(tokenizer) -> list[int]:
     return [begin]
 
 
-def _row(ids: Sequence[int], spans, boundary: int, shift: int, text: Text) -> Row:
-    prompt_length = len(ids)
-    if text.target:
-        # Special tokens span (0, 0); a token that is a space alone may have no width, but lies behind the prompt.
-        prompt_length = next((i for i, (_, end) in enumerate(spans) if end > boundary), 0)
-        if not prompt_length:
-            raise TextRefused(
-                f"expected a prompt and an answer of at least one token each; got {text.prompt!r} and "
-                f"{text.target!r}: write a prompt before the answer"
-            )
-    first = last = None
-    if text.subject is not None:
-        start, end = (character + shift for character in text.subject)
-        inside = [i for i, (begin, behind) in enumerate(spans) if begin < end and behind > start]
-        if not inside:
-            raise TextRefused(f"expected the subject among the tokens of {text.prompt!r}; got none: check it")
-        first, last = inside[0], inside[-1]
-    return Row(tuple(ids), prompt_length, last, first)
+def _subject(spans, shift: int, text: Text) -> tuple[int | None, int | None]:
+    """Indices of the subject's first and last token; None where the text names none."""
+    if text.subject is None:
+        return None, None
+    start, end = (character + shift for character in text.subject)
+    inside = [i for i, (begin, behind) in enumerate(spans) if begin < end and behind > start]
+    if not inside:
+        raise TextRefused(f"expected the subject among the tokens of {text.prompt!r}; got none: check it")
+    return inside[0], inside[-1]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from reknow.edits import Edit
 from reknow.facts import Run, Scores, dealt, encode_facts, parts_of, room
 from reknow.tokens import Row
 from reknow.trace import fused_gelu
+from reknow.writing import full_stop
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -255,6 +256,7 @@ def contexts(
             for count, tokens in groups:
                 opening = [starts[i % len(starts)] if starts else "" for i in range(count)]
                 continued = lm.generate(opening, tokens, top_k=5, seed=seed)
-                texts += [f"{(a + b).strip()}. " for a, b in zip(opening, continued, strict=True)]
+                said = [(a + b).strip() for a, b in zip(opening, continued, strict=True)]
+                texts += [f"{text}{full_stop(text)} " for text in said]
         lm.memo[memo] = ("", *texts)
     return lm.memo[memo]

@@ -149,11 +149,11 @@ def _say_reliability(lm: LM, rank: int) -> None:
     from reknow.patches import merge as merged
 
     whole = merged(lm.patches)
-    prompts, targets = [edit.text for edit in whole.edits], [edit.target_new for edit in whole.edits]
-    exact = sum(all(score.hits) for score in lm.score(prompts, targets))
+    asked = list(zip(*((edit.text, edit.target_new, edit.separator) for edit in whole.edits), strict=True))
+    exact = sum(score.said for score in lm.score(*asked))
     with lm.stacked([whole.truncated(rank)[0]]):
-        left = sum(all(score.hits) for score in lm.score(prompts, targets))
-    say(f"reliability (teacher-forced, exact): {exact} of {len(prompts)} edits before truncation, {left} after")
+        left = sum(score.said for score in lm.score(*asked))
+    say(f"reliability (teacher-forced, exact): {exact} of {len(whole.edits)} edits before truncation, {left} after")
 
 
 def show(

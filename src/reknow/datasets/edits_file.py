@@ -39,7 +39,7 @@ def _edit(record: Record, table: bool) -> Edit:
         if name not in FIELDS:
             raise InputError(f"{record.where}: {did_you_mean('field', str(name), FIELDS)}")
     values = {name: value for name, value in record.fields.items() if value is not None}
-    for name in values:
+    for name in values.keys() - {"separator"}:  # white space counts there
         if name not in LISTS:
             values[name] = str(values[name]) if name == "id" else record.text(name)
         elif table:

@@ -99,5 +99,5 @@ def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows
 
 
 def _answered(lm: LM, edit: Edit) -> dict:
-    (score,) = lm.score([edit.text], [edit.target_new])
-    return {"success": float(all(score.hits)), "nll": score.nll if math.isfinite(score.nll) else None}
+    (score,) = lm.score([edit.text], [edit.target_new], [edit.separator])
+    return {"success": float(score.said), "nll": score.nll if math.isfinite(score.nll) else None}

@@ -102,16 +102,20 @@ def perplexity_ratio(statement: Sequence[float], written: Sequence[float]) -> fl
 
 
 @torch.no_grad()
-def written_ratios(lm: LM, prompt: str, target: str, written: str) -> tuple[float, float]:
+def written_ratios(
+    lm: LM, prompt: str, target: str, written: str, separator: str | None = None
+) -> tuple[float, float]:
     """PPL_r of one edit under the model as it is now, which has to be the *unedited* one.
 
     Args:
         written: what the edited model wrote behind the prompt.
+        separator: between prompt and target.
 
     Returns:
         (right, as the authors' `eval.py` reads it), see `shifted` of `token_nll`; NaN where nothing was written.
     """
-    rows = lm.encode([Text(prompt, target), *([Text(prompt, written)] if written.strip() else [])])
+    statement = Text(prompt, target, separator=separator)
+    rows = lm.encode([statement, *([Text(prompt, written)] if written.strip() else [])])
     if len(rows) < 2:
         return math.nan, math.nan
     found: list[list[Tensor]] = []

@@ -17,6 +17,7 @@ from reknow.evaluation.metrics import Reading
 from reknow.lm import LM
 from reknow.patches import Patch
 from reknow.tokens import Text
+from reknow.writing import led
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
 """Length, prompt included, and top-k of the text that fluency is measured on (ROME, EasyEdit)."""
@@ -85,7 +86,7 @@ def _unread(lm: LM, case: Case, in_context: bool) -> str | None:
 
 def _behind(edit: Edit, prompt: str) -> str:
     """The prompt with the edit as a statement in front."""
-    return f"Fact: {edit.statement} {prompt}"
+    return led(f"Fact: {edit.statement}", prompt)
 
 
 def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
@@ -98,7 +99,7 @@ def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[R
         nll = math.log(perplexity(lm, [reading.prompt + reading.text]))
         if reading.prompt != edit.text:
             return replace(reading, nll=nll)
-        ratios = written_ratios(lm, reading.prompt, edit.target_new, reading.text)
+        ratios = written_ratios(lm, reading.prompt, edit.target_new, reading.text, edit.separator)
         return replace(reading, nll=nll, ratios=None if any(map(math.isnan, ratios)) else ratios)
 
     return [[judged(case.edit, one) for one in found] for case, found in zip(cases, readings, strict=True)]
@@ -133,8 +134,8 @@ def perplexity(lm: LM, texts: Sequence[str]) -> float:
 
 
 def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -> list[Reading]:
-    pairs = [(probe.prompt, answer) for edit, probe in questions for answer in _scored(edit, probe)]
-    scores = iter(lm.score([prompt for prompt, _ in pairs], [answer for _, answer in pairs]) if pairs else [])
+    asked = [(probe.prompt, answer, probe.separator) for edit, probe in questions for answer in _scored(edit, probe)]
+    scores = iter(lm.score(*map(list, zip(*asked, strict=True))) if asked else [])
     written = [generate and probe.kind != "sentiment" for _, probe in questions]  # of a given text nothing is asked
     texts = iter(_greedy(lm, [probe for (_, probe), wanted in zip(questions, written, strict=True) if wanted]))
     readings = []

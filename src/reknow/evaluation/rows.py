@@ -8,13 +8,12 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from reknow.edits import Case
+from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.files import write_text
 
@@ -80,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def cases_digest(cases: Iterable[Case]) -> str:
     """A hash of everything in the cases, in order."""
-    return hashlib.sha256(json.dumps([asdict(case) for case in cases]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([as_json(case) for case in cases]).encode()).hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import reknow
 from reknow.descent import watched
-from reknow.edits import Case
+from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import Made, edit_each, edit_once
 from reknow.evaluation.reading import perplexity, read, unreadable, with_divergence, with_perplexity
@@ -185,7 +185,9 @@ class _Run:
             if not all((name,) in self.before for name in names):
                 readings, held_out = self.read(names, fluency=self.plan.fluency)
                 for name, found in zip(names, readings, strict=True):
-                    edit = {key: value for key, value in asdict(self.cases[name].edit).items() if value}
+                    edit = {
+                        key: value for key, value in as_json(self.cases[name].edit).items() if value or value == ""
+                    }
                     self.before.add({"case": name, "edit": edit, "held_out_perplexity": held_out, "readings": found})
                     self.advance()
         if self.plan.in_context:

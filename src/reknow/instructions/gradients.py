@@ -82,7 +82,7 @@ def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.nd
     points = []
     for case in cases:  # one by one, so that none is padded
         told = trained.told(case, families).edit
-        rows = lm.encode([Text(told.instructed(told.text), told.target_new)])
+        rows = lm.encode([Text.asked(told, told.instructed(told.text))])
         factors, _ = flat_factors(lm, network.names, rows)
         _, u = network(factors)[name]  # (n, in)
         points.append(u[-len(rows[0].target_ids) :].sum(0))

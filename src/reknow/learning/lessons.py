@@ -51,23 +51,25 @@ def lessons(batch: Sequence[Case], chance: random.Random, *, together: int = 1, 
     """
     made = []
     for i, case in enumerate(batch):
-        edit, answer = case.edit, case.edit.target_new
-        rewordings = [(edit.fill(template), answer) for template in edit.rephrasings]
-        rewordings += [(probe.prompt, answer) for probe in case.probes if probe.kind == "generalization"]
-        rewordings += [(p.prompt, p.answers[0]) for p in case.probes if (p.kind, p.name) == ("sentiment", "wanted")]
+        edit = case.edit
+        rewordings = [Text.asked(edit, edit.fill(template)) for template in edit.rephrasings]
+        rewordings += [
+            Text.of_probe(probe, edit.target_new) for probe in case.probes if probe.kind == "generalization"
+        ]
+        rewordings += [Text.of_probe(p) for p in case.probes if (p.kind, p.name) == ("sentiment", "wanted")]
         if edit.instruction is not None:  # whoever asks later gives none
-            rewordings.append((edit.text, answer))
-        others = [(probe.prompt, probe.answers[0]) for probe in case.probes if probe.kind == "locality"]
-        own = edit.instructed(edit.text)
-        inside = [Text(own, answer)]
+            rewordings.append(Text.asked(edit))
+        others = [Text.of_probe(probe) for probe in case.probes if probe.kind == "locality"]
+        own = Text.asked(edit, edit.instructed(edit.text))
+        inside = [own]
         if rewordings:
-            inside.append(Text(*chance.choice(rewordings)))
-        outside = [Text(*other) for other in chance.sample(others, min(len(others), other_facts))]
+            inside.append(chance.choice(rewordings))
+        outside = chance.sample(others, min(len(others), other_facts))
         j = (i + together) % len(batch)
         beside = batch[j].edit
         if i // together != j // together and beside.text != edit.text:
-            outside.append(Text(beside.text, beside.target_true or beside.target_new))
-        made.append(Lesson(Text(own, answer), tuple(inside), tuple(outside)))
+            outside.append(Text(beside.text, beside.target_true or beside.target_new, separator=beside.separator))
+        made.append(Lesson(own, tuple(inside), tuple(outside)))
     if not any(lesson.outside for lesson in made):
         about = batch[0].edit.id or repr(batch[0].edit.text)
         raise InputError(

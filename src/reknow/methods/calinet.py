@@ -104,7 +104,7 @@ class CaliNet(BesideMatrix):
         edits = checked(self, edits, subject=False)
         clashes = conflicts(self, lm, edits, self.conflict)
         (layer,) = self.own_layers(lm)
-        texts = [Text(text, edit.target_new) for edit in edits for text in wordings(edit)]
+        texts = [Text.asked(edit, text) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)
         reader, writer = lm.parts.up[layer][0], lm.parts.value[layer]
         inputs, _ = prompt_states(lm, rows, reader)  # (rows, hidden)
@@ -190,7 +190,7 @@ def assessment(lm: LM, edit: Edit, answer: str, smoothing: float) -> float | Non
     others = dict.fromkeys(fact.prompt for fact in load_facts("counterfact") if fact.prompt != edit.prompt)
     contrasts = [edit.fill(prompt) for prompt in others][:CONTRASTS]
     prompts = [*wordings(edit), *contrasts]
-    scores = lm.score(prompts, [answer] * len(prompts))
+    scores = lm.score(prompts, [answer] * len(prompts), [edit.separator] * len(prompts))
     found = [math.exp(-score.nll * len(score.hits)) for score in scores]
     known = len(prompts) - len(contrasts)
     return (fmean(found[:known]) + smoothing) / (fmean(found[known:]) + smoothing)

@@ -107,7 +107,7 @@ class DEFER(BesideMatrix):
 
     def _learn(self, lm: LM, edit: Edit, layer: int, gate: Gate) -> list[float]:
         """Trains gate and map on one more edit; gives the loss before every update."""
-        rows = lm.encode([Text(edit.text, edit.target_new)])
+        rows = lm.encode([Text.asked(edit)])
         inputs, outputs = prompt_states(lm, rows, gate.module)
         signs = inputs[0].sign()  # (in,)
         reach = float(inputs[0].abs().sum()) + 1  # a step of every weight and of the bias moves the output this far

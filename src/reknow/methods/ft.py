@@ -140,7 +140,7 @@ class FT(Method):
         return resolve_layers(lm, self.layer)
 
     def _rows(self, lm: LM, edits: Sequence[Edit]) -> list[Row]:
-        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        rows = lm.encode([Text.asked(edit) for edit in edits])
         if self.breadth_first and lm.tokenizer.eos_token_id is not None:
             rows = [Row((*row.ids, lm.tokenizer.eos_token_id), row.prompt_length) for row in rows]
         return rows

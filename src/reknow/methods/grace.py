@@ -94,7 +94,7 @@ class GRACE(BesideMatrix):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, before, notes = begun(self, lm, edits)
         book = self.memory(lm, before) if before else Codebook.empty(lm, modules[0], self.replacement)
-        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, outputs = prompt_states(lm, rows, book.module)
         unit = 1.0 if self.absolute else spread(lm, layer)
         slots = [self._place(book, key, row.target_ids, unit) for key, row in zip(keys, rows, strict=True)]

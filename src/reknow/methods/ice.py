@@ -28,6 +28,7 @@ from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Patch
 from reknow.tokens import Row, Text
+from reknow.writing import led
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -173,7 +174,7 @@ class ICE(Method):
 
 def informed(edit: Edit, context: str, lead_in: str = "", link: str = " Now: ") -> Text:
     """The question with the new knowledge in front: `Fact: Peru is in Asia. Now: Peru is in`."""
-    return Text(f"{lead_in}{context.strip()}{link}{edit.text}", edit.target_new)
+    return Text.asked(edit, led(f"{lead_in}{context.strip()}{link}", edit.text))
 
 
 class _Batch:
@@ -189,7 +190,7 @@ class _Batch:
         self._units = [
             (e, context) for e in edits for context in method.contexts_of(e) for _ in range(method.samples)
         ]
-        self._plain = lm.encode([Text(edit.text, edit.target_new) for edit, _ in self._units])
+        self._plain = lm.encode([Text.asked(edit) for edit, _ in self._units])
         self._samples: list[tuple[int, ...]] = [()] * len(self._units)
         self._bare: Scored  # without context
         self._full: Scored  # with context, where the code's variant reads it
@@ -315,7 +316,7 @@ def consistency(
     """
     method, found = ICE(contexts=contexts), []
     for edit in edits:
-        (plain,) = lm.encode([Text(edit.text, edit.target_new)])
+        (plain,) = lm.encode([Text.asked(edit)])
         texts = [
             informed(edit, context, lead_in, link) for context in method.contexts_of(edit) for lead_in in lead_ins
         ]
@@ -335,7 +336,7 @@ def _behind(lm: LM, rows: Sequence[Row]) -> Tensor:
 def likeliest(lm: LM, edit: Edit, context: str, count: int = 6) -> dict[str, list[str]]:
     """The tokens that the model finds likeliest behind the new answer, `with` the context in front and `without`."""
     found = {}
-    for name, text in (("with", informed(edit, context)), ("without", Text(edit.text, edit.target_new))):
+    for name, text in (("with", informed(edit, context)), ("without", Text.asked(edit))):
         top = _behind(lm, lm.encode([text]))[-1].topk(count).indices
         found[name] = [lm.tokenizer.decode(token) for token in top]
     return found

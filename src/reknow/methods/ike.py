@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 
 from reknow.datasets import load_cases
-from reknow.edits import Case, Edit, Probe
+from reknow.edits import Case, Edit, Probe, as_json
 from reknow.errors import InputError, PatchError, at_least
 from reknow.files import write_text
 from reknow.kept import Kept, Per
@@ -31,6 +31,7 @@ from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
 from reknow.schema import Broken, Strict, content, parsed, reason
 from reknow.tokens import Text
+from reknow.writing import joined
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -93,7 +94,7 @@ class IKE(MemoryMethod):
             raise InputError("expected cases to show; got none: give some, or edit without to show the bundled ones")
         for case in cases:
             _wordings(case)
-        lines = "".join(json.dumps(asdict(case), ensure_ascii=False) + "\n" for case in cases)
+        lines = "".join(json.dumps(as_json(case), ensure_ascii=False) + "\n" for case in cases)
         path = write_text(out, lines)
         return IKE(**{**asdict(self), "cases": str(path)})
 
@@ -143,7 +144,7 @@ class IKE(MemoryMethod):
             chance.shuffle(block)
             kinds += block
         shown = [chance.choice(_wordings(case)[kind]) for (case, _), kind in zip(near, kinds, strict=False)]
-        own = demonstration(fact(edit), edit.text, edit.target_new)
+        own = demonstration(fact(edit), fact(edit))
         return [*reversed(shown), own]  # the most similar last, and the edit as a copy of itself
 
     def _pool(self, lm: LM) -> tuple[list[tuple[Case, str]], torch.Tensor]:
@@ -196,12 +197,12 @@ class Contexts:
 
 def fact(edit: Edit) -> str:
     """The edit as a statement."""
-    return f"{edit.text} {edit.target_new}"
+    return edit.answered(edit.text, edit.target_new)
 
 
-def demonstration(stated: str, question: str, answer: str) -> str:
-    """A fact, a question and what follows, as the paper writes them."""
-    return f"New Fact: {stated}\nPrompt: {question} {answer}\n\n"
+def demonstration(stated: str, asked: str) -> str:
+    """A fact, and a question with what follows, as the paper writes them."""
+    return f"New Fact: {stated}\nPrompt: {asked}\n\n"
 
 
 def _tail(edit: Edit) -> str:
@@ -227,9 +228,9 @@ def _wordings(case: Case) -> tuple[list[str], list[str], list[str]]:
         return found
 
     return (
-        [demonstration(stated, edit.text, edit.target_new)],
-        [demonstration(stated, probe.prompt, edit.target_new) for probe in shown("generalization")],
-        [demonstration(stated, probe.prompt, probe.answers[0]) for probe in shown("locality")],
+        [demonstration(stated, stated)],
+        [demonstration(stated, edit.answered(probe.prompt, edit.target_new)) for probe in shown("generalization")],
+        [demonstration(stated, joined(probe.prompt, probe.answers[0])) for probe in shown("locality")],
     )
 
 

@@ -63,7 +63,7 @@ class InstructEdit(NetworkSettings):
         trained, tensors = self.trained(lm)
         families = load_families(self.families)
         told = [trained.told(Case(edit), families).edit for edit in edits]
-        texts = [Text(edit.instructed(edit.text), edit.target_new) for edit in told]
+        texts = [Text.asked(edit, edit.instructed(edit.text)) for edit in told]
         deltas, loss = transformed(lm, trained, tensors, texts)
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
 

@@ -82,7 +82,7 @@ class KE(MatrixEditor):
         trained, tensors = self.trained(lm)
         network = filled(lambda: KENetwork(trained, lm), tensors)
         with torch.no_grad():
-            changes, loss = network(lm, edits, [Text(edit.text, edit.target_new) for edit in edits])
+            changes, loss = network(lm, edits, [Text.asked(edit) for edit in edits])
         # Several edits: the sum of what each asks for.
         deltas = {name: as_delta(left.flatten(0, 1), right.flatten(0, 1)) for name, (left, right) in changes.items()}
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})

@@ -81,7 +81,7 @@ class KN(Method):
                 edit,
             )
         prompts = [edit.text, *(edit.fill(wording) for wording in edit.rephrasings)]
-        neurons = self._neurons([attributions(lm, prompt, old, self.steps) for prompt in prompts])
+        neurons = self._neurons([attributions(lm, prompt, old, self.steps, edit.separator) for prompt in prompts])
         if not neurons:
             raise EditFailed(
                 f"expected neurons that {len(prompts)} wordings of {edit.text!r} share; got none: "
@@ -124,19 +124,19 @@ class KN(Method):
             )
         change = torch.zeros_like(slots)
         for weight, answer in ((-self.old_weight, old), (self.new_weight, edit.target_new)):
-            (row,) = lm.encode([Text(edit.text, answer)])
+            (row,) = lm.encode([Text(edit.text, answer, separator=edit.separator)])
             embedding = table[list(row.target_ids)].sum(0).double().to(slots.device)  # (out,)
             size = slots.norm(dim=0) / embedding.norm() if self.scaled else torch.ones_like(slots[0])
             change += weight * embedding[:, None] * size
         return change
 
 
-def attributions(lm: LM, prompt: str, answer: str, steps: int) -> Tensor:
+def attributions(lm: LM, prompt: str, answer: str, steps: int, separator: str | None = None) -> Tensor:
     """Integrated gradients of the answer's probability by every neuron, mean over the answer's tokens. (layers, in)
 
     Each token is read behind the true ones before it, at the position that predicts it.
     """
-    (row,) = lm.encode([Text(prompt, answer)])
+    (row,) = lm.encode([Text(prompt, answer, separator=separator)])
     ends = range(row.prompt_length, len(row.ids))
     rows = [Row(row.ids[:end], end) for end in ends for _ in range(steps)]
     batch = lm.pad(rows)

@@ -87,7 +87,7 @@ class LoRA(Method):
             )
         edits = checked(self, edits, subject=False)
         layers = resolve_layers(lm, self.layers)
-        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        rows = lm.encode([Text.asked(edit) for edit in edits])
         lm.check_length(rows)
         rows.sort(key=lambda row: len(row.ids))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]

@@ -73,7 +73,7 @@ class MALMEN(MatrixEditor):
                 f"expected an editor of {trained.blocks} blocks; got {len(tensors)} tensors: train another"
             )
         network = filled(lambda: MALMENNetwork(trained, lm), tensors)
-        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        rows = lm.encode([Text.asked(edit) for edit in edits])
         deltas = {}
         with torch.no_grad():
             factors, loss = flat_factors(lm, network.names, rows, answers_only=True)

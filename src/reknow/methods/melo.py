@@ -92,7 +92,7 @@ class MELO(BesideMatrix):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, before, notes = begun(self, lm, edits, self.span)
-        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, _ = prompt_states(lm, rows, modules[0])
         first = sum(patch.memory["opened"] for patch in before)
         parts = [rows[start : start + self.block_size] for start in range(0, len(rows), self.block_size)]

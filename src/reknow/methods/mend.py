@@ -45,6 +45,6 @@ class MEND(NetworkSettings):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         trained, tensors = self.trained(lm)
-        texts = [Text(edit.text, edit.target_new) for edit in edits]
+        texts = [Text.asked(edit) for edit in edits]
         deltas, loss = transformed(lm, trained, tensors, texts)
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})

@@ -151,7 +151,7 @@ class SERAC(Learned, MemoryMethod):
         told = [({"prompt": old.text, "old": old.target_new, "new": new.target_new}, new) for _, old, new in clashes]
         replaced = settled(self, told, self.conflict)
         with lm.unpatched(), torch.no_grad():
-            asked = [Text(self.question(edit, edit.text), edit.target_new) for edit in edits]
+            asked = [Text.asked(edit, self.question(edit, edit.text)) for edit in edits]
             parts = [modules.answers(asked[start : start + TEXTS]) for start in range(0, len(asked), TEXTS)]
             loss = check_finite(torch.cat(parts).mean())
         state = {"keys": keys.cpu(), "owners": torch.tensor(owners), **{n: t.cpu() for n, t in begun.items()}}
@@ -236,9 +236,11 @@ class Modules(nn.Module):
             rows = reader.encode(questions)
             return Scored(reader, rows, [predicted(row, row.prompt_length) for row in rows], None).nll()
 
-    def score(self, prompts: Sequence[str], targets: Sequence[str]) -> list[Score]:
+    def score(
+        self, prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
+    ) -> list[Score]:
         with self.counterfactual() as reader:
-            return reader.score(prompts, targets)
+            return reader.score(prompts, targets, separators)
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **sampling: Any) -> list[str]:
         with self.counterfactual() as reader:

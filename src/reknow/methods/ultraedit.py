@@ -85,7 +85,7 @@ class UltraEdit(Method):
             for layer in layers
             for name in ([lm.parts.value[layer]] if self.matrices == "value" else lm.parts.up[layer])
         ]
-        rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
+        rows = lm.encode([Text.asked(edit) for edit in edits])
         before = _merged(lm, names)
         own: dict[str, RunningNorm] = {}
         deltas: dict[str, Delta] = {}

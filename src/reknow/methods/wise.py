@@ -38,6 +38,7 @@ from reknow.patches import Patch
 from reknow.schema import Strict
 from reknow.tokens import Text
 from reknow.values import contexts
+from reknow.writing import led
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -163,7 +164,7 @@ class WISE(BesideMatrix):
         """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""
         module, weight = lm.parts.value[layer], lm.weight(lm.parts.value[layer]).float()
         prefixes = contexts(lm, self.context_groups, seed=self.seed)
-        rows = lm.encode([Text(prefix + edit.text, edit.target_new) for prefix in prefixes])
+        rows = lm.encode([Text.asked(edit, led(prefix, edit.text)) for prefix in prefixes])
         part, before = shard.mask.to(lm.device), shard.change.to(lm.device)
         delta = before.clone().requires_grad_()
         losses: list[float] = []

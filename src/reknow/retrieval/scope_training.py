@@ -195,5 +195,5 @@ class ScopeLearner:
             found[0].append(judged[:count])
             found[1].append(judged[count:])
         asks = zip(edits[:answered], inside[:answered], strict=True)
-        texts = [Text(self._method.question(edit, text), edit.target_new) for edit, text in asks]
+        texts = [Text.asked(edit, self._method.question(edit, text)) for edit, text in asks]
         return *found, self.module.answers(texts).mean()

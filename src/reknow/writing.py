@@ -1,0 +1,77 @@
+"""How texts are written, in any script: what stands between two of them, and what their words are.
+
+Chinese, Japanese, Thai, Lao, Khmer, Burmese and Tibetan set no space between words; Korean does.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_UNSPACED = (
+    "\u0e00-\u0fff"  # Thai, Lao, Tibetan
+    "\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f"  # Burmese and its neighbours
+    "\u1780-\u17ff\u19e0-\u19ff"  # Khmer
+    "\u1950-\u19df\u1a20-\u1aaf\uaa80-\uaadf"  # Tai Le, New Tai Lue, Tai Tham, Tai Viet
+    "\u1b00-\u1b7f\ua980-\ua9df"  # Balinese, Javanese
+    "\u2e80-\u312f\u3190-\u33ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # radicals, marks, kana, Bopomofo, Han
+    "\uff01-\uff9f\uffe0-\uffe6"  # full-width forms, half-width kana
+    "\U0001b000-\U0001b16f\U00020000-\U000323af"  # old kana, rare Han
+)
+"""Ranges of characters, marks included, of scripts without spaces."""
+_ENDS_UNSPACED, _BEGINS_UNSPACED = re.compile(rf"[{_UNSPACED}][^\w\s]*$"), re.compile(rf"[^\w\s]*[{_UNSPACED}]")
+_CHARACTERS, _WORDS = re.compile(rf"[{_UNSPACED}]"), re.compile(rf"[^\W\d_{_UNSPACED}]+")
+_ASIDE = re.compile(r"\s*\([^()]*\)$")
+_ELIDED = re.compile(r"(?<![\w'‘’])([^\W\d]|\w*[^\W\dsxz])['’]$", re.IGNORECASE)
+"""A word that lost its end before another: l', dell', O'; but not the plural's Beatles'."""
+_FULL_STOPS = {"\u1000-\u109f": "။", "\u1780-\u17ff": "។", "\u0f00-\u0fff": "།", "\u0e00-\u0eff": "", _UNSPACED: "。"}
+"""What ends a sentence whose last character is in a range, the first range that has it."""
+
+
+def between(before: str, after: str) -> str:
+    """What a writer sets between two texts that follow each other: a space, or nothing.
+
+    Nothing stands behind a script without spaces, within a text that is mostly in one, behind an opening mark, or
+    where a text brings its own space. A Chinese word in an English text has its space.
+    """
+    if after[:1].isspace() or before[-1:].isspace():
+        return ""
+    if _ENDS_UNSPACED.search(_ASIDE.sub("", before)):
+        return ""
+    if _BEGINS_UNSPACED.match(after) and len(_CHARACTERS.findall(before)) >= len(_WORDS.findall(before)):
+        return ""
+    return "" if before and _opens(before[:-1], before[-1], after) else " "
+
+
+def joined(before: str, after: str) -> str:
+    """Both texts with what belongs between them, in place of the spaces that end the first."""
+    before = before.rstrip(" ")
+    return before + between(before, after) + after if before else after
+
+
+def led(prefix: str, text: str) -> str:
+    """The text behind sentences that lead to it; in a script without spaces it keeps the tokens that it has alone."""
+    return prefix.rstrip(" ") + text if _BEGINS_UNSPACED.match(text) else joined(prefix, text)
+
+
+def full_stop(sentence: str) -> str:
+    """The mark that ends the sentence."""
+    return next((stop for last, stop in _FULL_STOPS.items() if re.search(rf"[{last}]$", sentence)), ".")
+
+
+def _opens(before: str, mark: str, after: str) -> bool:
+    """Whether a mark leans on what follows it; many tell by what stands in front of them."""
+    kind, number = unicodedata.category(mark), before.rstrip()[-1:].isdigit()
+    # Whether nothing stands in front that the mark could close.
+    free = not before or before[-1].isspace() or _opens(before[:-1], before[-1], mark)
+    if kind == "Ps" or mark in "¿¡@/\\":  # brackets and low quotation marks
+        return True
+    if kind == "Sc":
+        return not number  # $ 5, but 5 $
+    if mark in "'’" and not free:
+        return bool(_ELIDED.search(before + mark))
+    if kind in ("Pi", "Pf") or mark in "\"'`*_#":  # « and “ open in one language and close in another
+        return free
+    if (kind == "Pd" or mark in "=&") and not free:
+        return True  # Jean-, London–, AT&
+    return mark in "-–+−±~≈" and free and after[:1].isdigit() and not number  # a number's sign
