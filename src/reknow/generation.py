@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from reknow.errors import InputError
 from reknow.scoring import are_numbers
 from reknow.tokens import Row, batches
 
@@ -20,6 +21,15 @@ CACHE_BYTES = 2**30
 texts, the less each costs."""
 ROWS = 100
 """Texts beyond which more cost no less, and short ones more, as their prompts leave the processor's cache."""
+
+
+def check_sampling(top_k: int | None, temperature: float) -> None:
+    """Raises InputError where there is nothing to draw from."""
+    if top_k is not None and not (top_k >= 1 and 0 < temperature < float("inf")):
+        raise InputError(
+            f"expected top_k of at least 1 and a temperature above 0; got {top_k} and {temperature}: raise them, "
+            "or leave top_k out for the likeliest tokens"
+        )
 
 
 def continuations(

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reknow import adapter
-from reknow.errors import InputError, TextRefused
+from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
-from reknow.generation import continuations
+from reknow.generation import check_sampling, continuations
+from reknow.limits import check_ids, check_length, padding
 from reknow.loading import as_dtype, as_pair, check_tokenizer, load, place
 from reknow.memory import HookMemory, Memories, Reading
 from reknow.patches import Patch
@@ -167,28 +168,25 @@ class LM:
         return self._memories.hooked
 
     def encode(self, texts: Sequence[Text]) -> list[Row]:
-        """Tokens of the texts, each with the place of its target and subject."""
-        return encode(self.tokenizer, texts, chat=self.chat)
+        """Tokens of the texts, each with the place of its parts; ModelError where the embedding lacks one."""
+        rows = encode(self.tokenizer, texts, chat=self.chat)
+        check_ids(self, rows)
+        return rows
 
     def pad(self, rows: Sequence[Row], anchors: Sequence[int] | None = None) -> Batch:
         """The rows as one rectangle on the model's device; see `tokens.pad`.
 
         Raises:
             TextRefused: a row is longer than what the model has positions for.
+            ModelError: it has a token for which the embedding has no row.
         """
-        self.check_length(rows)
-        pad_id = self.tokenizer.pad_token_id
-        # Any token pads, since padding is masked.
-        return pad(rows, 0 if pad_id is None else pad_id, anchors=anchors, device=self.device)
+        check_length(self, rows)
+        check_ids(self, rows)
+        return pad(rows, padding(self), anchors=anchors, device=self.device)
 
     def check_length(self, rows: Sequence[Row], extra: int = 0) -> None:
         """Raises TextRefused where a row and `extra` tokens behind it do not fit into the model's positions."""
-        longest = max((len(row.ids) for row in rows), default=0) + extra
-        if self.max_tokens is not None and longest > self.max_tokens:
-            raise TextRefused(
-                f"expected texts of at most {self.max_tokens} tokens, for which {self.name} has positions; got "
-                f"{longest}{' with what is to be written' if extra else ''}: shorten them"
-            )
+        check_length(self, rows, extra)
 
     @torch.no_grad()
     def read(self, rows: Sequence[Row], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
@@ -220,10 +218,8 @@ class LM:
     def score(
         self, prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
     ) -> list[Score]:
-        """How the model reads each target behind its prompt, teacher-forced. Order is kept.
-
-        Args:
-            separators: what stands between each prompt and its target; None: what a writer sets there.
+        """How the model reads each target behind its prompt, teacher-forced. Order is kept. `separators` say what
+        stands between them; None: what a writer sets there.
 
         Raises:
             InputError: a target is empty, or nothing stands before it; or there are more of one than of the other.
@@ -260,11 +256,7 @@ class LM:
         """
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)[0]
-        if top_k is not None and not (top_k >= 1 and 0 < temperature < float("inf")):
-            raise InputError(
-                f"expected top_k of at least 1 and a temperature above 0; got {top_k} and {temperature}: raise them, "
-                "or leave top_k out for the likeliest tokens"
-            )
+        check_sampling(top_k, temperature)
 
         def answer(who, _which, texts: list[str]) -> list[str]:
             if who is not None:

@@ -83,14 +83,16 @@ def paired(
 ) -> list[Text]:
     """Each prompt with its target; raises InputError where they are not as many, or one is a single text."""
     prompts, targets = as_list(prompts, "prompts"), as_list(targets, "targets")
-    between = [None] * len(prompts) if separators is None else as_list(separators, "separators")
+    separators = [None] * len(prompts) if separators is None else as_list(separators, "separators")
     if len(prompts) != len(targets):
         raise InputError(
             f"expected a target for every prompt; got {len(prompts)} prompts and {len(targets)} targets: pair them"
         )
-    if len(between) != len(prompts):
-        raise InputError(f"expected a separator for every prompt; got {len(between)} for {len(prompts)}: pair them")
-    return [Text(*pair, separator=apart) for *pair, apart in zip(prompts, targets, between, strict=True)]
+    if len(separators) != len(prompts):
+        raise InputError(
+            f"expected a separator for every prompt; got {len(separators)} for {len(prompts)}: pair them"
+        )
+    return [Text(p, t, separator=between) for p, t, between in zip(prompts, targets, separators, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ class IKE(MemoryMethod):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits, subject=False)
         replaced = conflicts(self, lm, edits, self.conflict)
-        lm.check_length(lm.encode([Text(_tail(edit) + edit.text, edit.target_new) for edit in edits]))
+        lm.check_length(lm.encode([Text.asked(edit, _tail(edit) + edit.text) for edit in edits]))
         facts = [edit.text for edit in edits]
         shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]
         kept = [
