@@ -5,15 +5,28 @@ from __future__ import annotations
 import json
 import logging
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from conftest import make_lm
 from reknow import FT, LM, ROME, Edit, layers
 from reknow.datasets import Fact, load_facts
 from reknow.errors import InputError
-from reknow.layers import Trial, best, candidates, resolve_layer, suggest_layer, trial_relations, try_layers
+from reknow.layers import (
+    Trial,
+    band,
+    best,
+    candidates,
+    papers_layers,
+    resolve_layer,
+    suggest_layer,
+    trial_relations,
+    trial_settings,
+    try_layers,
+)
 from reknow.lm import Score
 from reknow.stats import cache_folder
 
@@ -50,6 +63,50 @@ def test_a_deep_model_gets_spaced_candidates_and_the_most_effective_layers():
     effects = [0.0] * 48
     effects[17], effects[18], effects[47] = 0.3, 0.2, 0.9  # the last lies in the upper third
     assert candidates(effects) == [0, 10, 17, 18, 21, 31]
+
+
+def test_the_papers_layers_are_always_tried():
+    effects = [0.0] * 48
+    effects[17], effects[18], effects[30] = 0.3, 0.2, 0.1
+    assert candidates(effects, [17, 8]) == [0, 8, 10, 17, 18, 21, 30, 31]
+    assert candidates([0.0] * 6, [1]) == [0, 1, 2, 3]
+    assert candidates([0.0] * 6, [5]) == [0, 1, 2, 3, 5]
+
+
+SHAPES = [
+    ("gpt2", dict(n_layer=48, n_embd=1600, n_head=25), [17, 8], [13, 14, 15, 16, 17]),
+    ("gpt2", dict(n_layer=36, n_embd=1280, n_head=20), [12, 6], [10, 11, 12, 13, 14]),
+    ("gptj", dict(n_layer=28, n_embd=4096, n_head=16), [5, 5], [3, 4, 5, 6, 7, 8]),
+    ("llama", dict(num_hidden_layers=32, hidden_size=4096), [5, 5], [4, 5, 6, 7, 8]),
+    ("qwen2", dict(num_hidden_layers=28, hidden_size=3584), [5, 5], [4, 5, 6, 7, 8]),
+    ("mistral", dict(num_hidden_layers=32, hidden_size=4096), [5, 5], [4, 5, 6, 7, 8]),
+    ("mistral", dict(num_hidden_layers=40, hidden_size=5120), [7], [5, 6, 7, 8, 9]),  # of no paper
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "wanted", "around"), SHAPES)
+def test_models_that_papers_edited_are_known_by_their_shape(kind, shape, wanted, around):
+    """Their configurations, without the weights."""
+    config = AutoConfig.for_model(kind, **shape)
+    lm = SimpleNamespace(
+        model=SimpleNamespace(config=config),
+        layers=config.num_hidden_layers,
+        parts=SimpleNamespace(hidden_size=config.hidden_size),
+    )
+    assert papers_layers(lm) == wanted  # type: ignore[arg-type]
+    assert band(lm, wanted[0]) == around  # type: ignore[arg-type]
+    assert len(band(lm, 20)) == 5 and 20 in band(lm, 20)  # type: ignore[arg-type], where no paper edited
+
+
+def test_wide_models_get_two_tokens_per_input_in_trials():
+    lm = make_lm("gpt2")
+    width = lm.base_weight(lm.parts.value[1]).shape[1]
+    wanted = {0: 0, width: 2 * width, 20_000: 20_000}
+    for tokens, given in wanted.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(layers.TRIAL, "covariance_tokens", tokens)
+            assert trial_settings(lm, 1) == layers.TRIAL | {"covariance_tokens": given}
+    assert layers.TRIAL["covariance_tokens"] == 20_000
 
 
 def test_the_score_is_the_harmonic_mean():

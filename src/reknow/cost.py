@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from reknow.adapter import embedding, shape
 from reknow.edits import Edit
-from reknow.layers import band, depth_layer, remembered_layer, resolve_layers
+from reknow.layers import band, papers_layers, remembered_layer, resolve_layers
 from reknow.tokens import Text
+from reknow.triangle import kept_bytes
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -20,6 +21,8 @@ FORWARD, BACKWARD, TRAIN = 2, 2, 6
 with its whole backward pass."""
 ACTIVATIONS = 16
 """Rough number of hidden-sized tensors that a block keeps for the backward pass."""
+FACTORED, DECOMPOSED = 4 + 8, 4 + 3 * 8
+"""Bytes per element of a covariance, float32, with its factor; with its eigenvectors and the room to find them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Cost:
 
     layers: tuple[int, ...]
     guessed: bool
-    """The layers are those at the papers' depth; trial edits, which are not counted here, may choose others."""
+    """The layers are those that papers edit; trial edits, which are not counted here, may choose others."""
     matrices: dict[str, tuple[int, int]]
     """(out, in) of the value matrix of each of these layers."""
     parameters: int
@@ -47,6 +50,10 @@ class Cost:
     steps: tuple[Step, ...]
     memory: int
     """Bytes at the peak, model included."""
+    solver: int
+    """Bytes of them that a layer's covariance takes and what is solved with it."""
+    statistics: int
+    """Bytes of the covariances of these layers on disk, read there or written there first."""
 
     @property
     def flops(self) -> float:
@@ -98,9 +105,11 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
     together = 1 + contexts if groups else min(len(edits), settings.get("batch_size", len(edits)))
     kept = together * longest * (ACTIVATIONS * lm.parts.hidden_size * above + 2 * vocabulary)  # numbers
     changed = sum(out * inside for out, inside in matrices.values())
-    keys = max(inside for _, inside in matrices.values()) ** 2 if covered else 0
-    memory = parameters * next(lm.model.parameters()).element_size() + 4 * kept + 8 * (4 * changed + 2 * keys)
-    return Cost(tuple(layers), guessed, matrices, parameters, tuple(steps), memory)
+    widths = [inside for _, inside in matrices.values()] if covered else []
+    solver = max(widths, default=0) ** 2 * (DECOMPOSED if "null_share" in settings else FACTORED)
+    memory = parameters * next(lm.model.parameters()).element_size() + 4 * kept + 8 * 4 * changed + solver
+    statistics = sum(kept_bytes(width) for width in widths)
+    return Cost(tuple(layers), guessed, matrices, parameters, tuple(steps), memory, solver, statistics)
 
 
 def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:
@@ -111,5 +120,5 @@ def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:
     if wanted is not None:
         return resolve_layers(lm, wanted if isinstance(wanted, (tuple, list)) else [wanted]), False
     remembered = remembered_layer(lm)
-    layer = depth_layer(lm) if remembered is None else remembered
+    layer = papers_layers(lm)[0] if remembered is None else remembered
     return band(lm, layer) if "layers" in settings else [layer], remembered is None

@@ -1,7 +1,8 @@
 """Which layer to edit, when the user names none: locate by causal tracing, then try.
 
 Causal tracing shows where facts sit, but does not foretell where edits succeed best (Hase et al. 2023, arXiv
-2301.04213). So it chooses candidates and breaks ties, and trial edits of facts that the model knows decide.
+2301.04213). So it chooses candidates, beside the layers that papers edit, and breaks ties, and trial edits of facts
+that the model knows decide.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from itertools import zip_longest
 from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
+from reknow.adapter import shape
+from reknow.cache import cache_folder
 from reknow.datasets import Fact, load_facts
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files import write_text
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
-from reknow.stats import cache_folder
+from reknow.published import published
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -38,13 +41,15 @@ FEWEST_FACTS = 5
 ASKED_PER_RELATION = 6
 """Facts of one relation of which the model is asked whether it knows them."""
 CANDIDATES = 6
-"""Layers tried at most."""
+"""Layers tried at most, beside those of the papers."""
 WORDINGS = 3
 """Other wordings and other subjects that one trial edit is asked."""
 TRIAL: dict[str, Any] = dict(
     steps=20, stop_probability=0.9, stop_gain=0, turns=1, context_groups=((4, 5),), covariance_tokens=20_000
 )
-"""Settings of ROME in trials."""
+"""Settings of ROME in trials; of a wide model more tokens, see `trial_settings`."""
+TOKENS_PER_INPUT = 2
+"""With fewer tokens per input of the value matrix C is nearly singular: trials find less locality than there is."""
 
 FILE = "layers.json"
 
@@ -77,7 +82,7 @@ def suggest_layer(lm: LM) -> int:
     """The layer whose trial edits score best on the base model, whatever is applied to it.
 
     Kept in `layers.json` in the cache folder under the model's fingerprint, and shipped for the bundled models. A
-    model that knows fewer than five of the trial facts gets the layer at the depth at which the papers edit.
+    model that knows fewer than five of the trial facts gets the first of `papers_layers`.
     """
     if ("layer",) not in lm.memo:
         lm.memo["layer",] = (_looked_up(lm) if lm.layers > 1 else 0,)
@@ -98,13 +103,26 @@ def remembered_layer(lm: LM) -> int | None:
 def _key(lm: LM, relations: Sequence[Sequence[Fact]]) -> str:
     """The name under which the choice is kept: all that it depends on."""
     facts = [asdict(fact) for relation in relations for fact in relation]
-    settings = json.dumps([facts, FACTS, CANDIDATES, WORDINGS, TRIAL])
+    settings = json.dumps([facts, FACTS, CANDIDATES, WORDINGS, trial_settings(lm, 0), papers_layers(lm)])
     return f"{lm.fingerprint.digest}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
 def depth_layer(lm: LM, depth: float = DEPTH) -> int:
     """The layer at that share of the depth; unless told otherwise, where the papers on locating edit."""
     return round(depth * (lm.layers - 1))
+
+
+def papers_layers(lm: LM) -> list[int]:
+    """The layer that a paper edited in models of this shape, if one did, and the one at the papers' depth."""
+    row = published(lm)
+    return [depth_layer(lm)] if row is None else [row.rome, depth_layer(lm)]
+
+
+def trial_settings(lm: LM, layer: int) -> dict[str, Any]:
+    """Settings of ROME in trials at that layer."""
+    tokens = TRIAL["covariance_tokens"]
+    width = shape(lm.model.get_submodule(lm.parts.value[layer]))[1]
+    return TRIAL | {"covariance_tokens": tokens and max(tokens, TOKENS_PER_INPUT * width)}
 
 
 def _looked_up(lm: LM) -> int:
@@ -120,8 +138,10 @@ def _looked_up(lm: LM) -> int:
         scores = ", ".join(f"{trial.layer} ({trial.score:.2f})" for trial in trials)
         log.info("layer %d of %s scores best in trial edits: %s", chosen.layer, lm.name, scores)
     else:
-        entry = {"layer": depth_layer(lm), "model": lm.name, "trials": []}
-        log.warning("layer %d of %s is a guess by depth: it knows too few trial facts", entry["layer"], lm.name)
+        entry = {"layer": papers_layers(lm)[0], "model": lm.name, "trials": []}
+        log.warning(
+            "layer %d of %s is a guess by depth or by papers: it knows too few trial facts", entry["layer"], lm.name
+        )
     cache = cache_folder() / FILE
     text = json.dumps({**_read(cache), _key(lm, relations): entry}, indent=1)
     write_text(cache, text)
@@ -160,7 +180,7 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
         facts = [fact for fact, _, _ in exams]
         traces = list(trace_facts(lm, facts, Tracing(kinds=("mlp",), tokens="subject_last")))
         effects = average(traces).effects["mlp"][TOKEN_CLASSES.index("Last subject token")].tolist()
-        return [_try(lm, layer, effects[layer], exams) for layer in candidates(effects)]
+        return [_try(lm, layer, effects[layer], exams) for layer in candidates(effects, papers_layers(lm))]
 
 
 def best(trials: Sequence[Trial]) -> Trial:
@@ -168,14 +188,15 @@ def best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.score, trial.effect))
 
 
-def candidates(effects: Sequence[float]) -> list[int]:
-    """Layers to try: all of the lower two thirds; of a deep model some evenly spaced and those of largest effect."""
+def candidates(effects: Sequence[float], always: Sequence[int] = ()) -> list[int]:
+    """Layers to try: all of the lower two thirds; of a deep model those of `always`, some evenly spaced and, of the
+    others, those of largest effect."""
     lower = range(-(-2 * len(effects) // 3))
     if len(lower) <= CANDIDATES:
-        return list(lower)
+        return sorted({*lower, *always})
     spaced = {round(i * (len(lower) - 1) / (CANDIDATES - 3)) for i in range(CANDIDATES - 2)}
-    rest = sorted(set(lower) - spaced, key=lambda layer: -effects[layer])
-    return sorted([*spaced, *rest[: CANDIDATES - len(spaced)]])
+    rest = sorted(set(lower) - spaced - set(always), key=lambda layer: -effects[layer])
+    return sorted({*always, *spaced, *rest[: CANDIDATES - len(spaced)]})
 
 
 Exam = tuple[Fact, str, list[Fact]]
@@ -207,7 +228,7 @@ def _try(lm: LM, layer: int, effect: float, exams: Sequence[Exam]) -> Trial:
         reworded = [edit.fill(wording) for wording in fact.wordings[:WORDINGS]]
         prompts = [edit.text, *reworded, *(f.text for f in stay)]
         answers = [new] * (1 + len(reworded)) + [f.answer for f in stay]
-        with lm.patched(ROME(layer=layer, **TRIAL).edit(lm, [edit])):
+        with lm.patched(ROME(layer=layer, **trial_settings(lm, layer)).edit(lm, [edit])):
             right = [float(score.said) for score in lm.score(prompts, answers)]
         rates.append((right[0], fmean(right[1 : 1 + len(reworded)]), fmean(right[1 + len(reworded) :])))
     return Trial(layer, effect, *(fmean(column) for column in zip(*rates, strict=True)))
@@ -229,7 +250,11 @@ def resolve_layers(lm: LM, layers: Sequence[int] | None, count: int | None = Non
 
 
 def band(lm: LM, layer: int, count: int | None = None) -> list[int]:
-    """So many layers around this one; None: a sixth of the model, five at most, as the papers train of 32 and 48."""
+    """So many layers around this one; None: those of a paper that edited this layer among others in models of this
+    shape, or a sixth of the model, five at most, as the papers train of 32 and 48."""
+    row = published(lm)
+    if count is None and row is not None and row.memit is not None and row.memit[0] <= layer <= row.memit[1]:
+        return list(range(row.memit[0], row.memit[1] + 1))
     count = min(1 + 2 * min(2, lm.layers // 12) if count is None else count, lm.layers)
     first = min(max(0, layer - count // 2), lm.layers - count)
     return list(range(first, first + count))

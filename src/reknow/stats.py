@@ -1,7 +1,8 @@
 """The covariance of keys, C = E[k kᵀ], of the unedited model over general text (ROME, arXiv 2202.05262, eq. 2).
 
-The text is read as a stream, every layer that is asked for in one pass, and k kᵀ is summed in float64, so the memory
-needed is one (in, in) matrix per layer. What was summed is written every half minute, and a killed run goes on there.
+The text is read as a stream, every layer that is asked for in one pass, and the lower triangle of k kᵀ is summed in
+float64, which takes 4 · in² bytes per layer. What was summed is written every half minute, and a killed run goes on
+there. The mean is kept in float32.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,18 +24,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reknow.adapter import device_of, shape
+from reknow.cache import bound, cache_folder, make_room, touch
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.files import write_aside
 from reknow.tokens import Row, Text, encode
 from reknow.trace import by_row, recorded
+from reknow.triangle import Triangle, block_shapes
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 """Counts up when the same settings give other statistics."""
 ROW_TOKENS = 128
 """Texts are cut into rows of this many tokens."""
@@ -45,16 +47,11 @@ SAVE_SECONDS = 30.0
 """How often a running sum is written."""
 
 
-def cache_folder() -> Path:
-    """Where statistics are kept: `$REKNOW_CACHE`, or `~/.cache/reknow`."""
-    return Path(os.environ.get("REKNOW_CACHE") or Path.home() / ".cache" / "reknow")
-
-
 @dataclass(frozen=True)
 class Statistics:
     """C of one matrix, and where it is kept."""
 
-    covariance: Tensor  # (in, in), float64, on the device of the matrix
+    covariance: Tensor  # (in, in), float32, on the device of the matrix
     tokens: int
     """How many tokens were read."""
     file: Path
@@ -66,7 +63,7 @@ def covariance(
     """C, the mean of k kᵀ over text tokens at the input of layer `layer`'s value matrix; see `statistics`.
 
     Returns:
-        (in, in), float64, on the device of the matrix.
+        (in, in), float32, on the device of the matrix.
     """
     return statistics(lm, [layer], tokens=tokens, text=text)[layer].covariance
 
@@ -98,7 +95,7 @@ def statistics(
     source = text_source(text)
     names = {layer: lm.parts.value[lm.check_layer(layer)] for layer in dict.fromkeys(layers)}
     keys = {layer: _key(lm, name, source, tokens) for layer, name in names.items()}
-    found = {layer: kept for layer, key in keys.items() if (kept := _load(key, _device(lm, names[layer])))}
+    found = {layer: kept for layer, key in keys.items() if (kept := _load(lm, key))}
     missing = [layer for layer in keys if layer not in found]
     if state is not None:  # another process may have another disk
         missing = sorted(set(gather_object(missing)))
@@ -109,6 +106,7 @@ def statistics(
             f"run reknow stats --layers {numbers} first, or leave --no-stats out"
         )
     if missing:
+        bound()  # a wrong one is refused before the work
         log.info("reading %d tokens of %s for the statistics of layers %s", tokens, source.name, missing)
         found |= _computed(lm, {layer: keys[layer] for layer in missing}, source, tokens, state)
     return {layer: found[layer] for layer in keys}
@@ -139,21 +137,34 @@ def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None
     write_aside(file, lambda aside: save_file(kept, aside, about))
 
 
-def _load(key: dict[str, str], device: torch.device) -> Statistics | None:
+def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
     """The statistics kept under `key`; None where there are none, or where their file is broken or of another key."""
     file = _file("covariance", key)
     if not file.is_file():
         return None
     try:
         with safe_open(str(file), "pt") as kept:
-            about, matrix = kept.metadata() or {}, kept.get_tensor("covariance")
+            about, blocks = kept.metadata() or {}, [kept.get_tensor(name) for name in _blocks(lm, key["matrix"])]
+        about.pop("name")
         count = int(about.pop("read"))
     except (SafetensorError, KeyError, OSError, ValueError):
-        about, matrix, count = {}, None, 0
-    if matrix is None or about != key:
+        about, blocks, count = {}, [], 0
+    shapes = [tuple(block.shape) for block in blocks]
+    if about != key or shapes != list(_blocks(lm, key["matrix"]).values()) or not _finite(blocks):
         log.warning("%s is broken and is made again", file)
         return None
-    return Statistics(matrix.to(device), count, file)
+    touch(file)
+    return Statistics(Triangle(blocks).to(_device(lm, key["matrix"])).full(), count, file)
+
+
+def _blocks(lm: LM, name: str) -> dict[str, tuple[int, int]]:
+    """The tensors in the file of the matrix, with their shapes."""
+    width = shape(lm.model.get_submodule(name))[1]
+    return {f"covariance.{i}": block for i, block in enumerate(block_shapes(width))}
+
+
+def _finite(blocks: Sequence[Tensor]) -> bool:
+    return all(bool(block.isfinite().all()) for block in blocks)
 
 
 def _computed(
@@ -165,7 +176,7 @@ def _computed(
     names = [key["matrix"] for key in keys.values()]
     totals, count = _sums(lm, names, source, tokens, aside, rank, world)
     if world > 1:
-        totals = {name: _summed(total) for name, total in totals.items()}
+        totals = {name: Triangle([_summed(block) for block in total.blocks]) for name, total in totals.items()}
         count = int(_summed(torch.tensor(count, device=lm.device)))
     if not count:
         raise InputError(
@@ -173,16 +184,18 @@ def _computed(
         )
     found = {}
     for layer, key in keys.items():
-        matrix, file = totals.pop(key["matrix"]) / count, _file("covariance", key)
-        if not bool(matrix.isfinite().all()):
+        blocks, file = totals.pop(key["matrix"]).blocks, _file("covariance", key)
+        mean = Triangle([block.div_(count).float() for block in blocks])
+        if not _finite(mean.blocks):
             aside.unlink(missing_ok=True)
             raise EditFailed(
                 f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
             )
         if state is None or state.is_local_main_process:
-            _save({"covariance": matrix}, file, key | {"read": str(count)})
-        found[layer] = Statistics(matrix, count, file)
+            _save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
+        found[layer] = Statistics(mean.full(), count, file)
     aside.unlink(missing_ok=True)
+    make_room(using=[one.file for one in found.values()])
     if state is not None:
         state.wait_for_everyone()
     return found
@@ -198,7 +211,7 @@ def _summed(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _sums(
     lm: LM, names: Sequence[str], source: TextSource, tokens: int, aside: Path, rank: int, world: int
-) -> tuple[dict[str, Tensor], int]:
+) -> tuple[dict[str, Triangle], int]:
     """Σ k kᵀ by matrix name and the number of keys, over every `world`th batch from number `rank` on.
 
     The file `aside` keeps both, with the number of the next batch, and what an earlier run left there is taken up.
@@ -206,7 +219,7 @@ def _sums(
     totals, count, following = _resumed(aside)
     if not totals:
         widths = {name: shape(lm.model.get_submodule(name))[1] for name in names}
-        totals = {name: torch.zeros(width, width, dtype=torch.float64) for name, width in widths.items()}
+        totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(_device(lm, name)) for name, total in totals.items()}
     saved = time.monotonic()
     with lm.unpatched():
@@ -219,24 +232,28 @@ def _sums(
             for name in names:
                 states = by_row(seen[name], len(rows))
                 keys = states[batch.mask.bool().to(states.device)].double()  # (tokens, in)
-                totals[name].addmm_(keys.T, keys)
+                totals[name].add_products(keys)
             count += int(batch.mask.sum())
             if time.monotonic() - saved >= SAVE_SECONDS:
-                _save(totals, aside, {"count": str(count), "following": str(number + 1)})
+                running = {part: block for name in names for part, block in totals[name].named(name).items()}
+                _save(running, aside, {"count": str(count), "following": str(number + 1), "name": lm.name})
                 saved = time.monotonic()
     return totals, count
 
 
-def _resumed(aside: Path) -> tuple[dict[str, Tensor], int, int]:
+def _resumed(aside: Path) -> tuple[dict[str, Triangle], int, int]:
     """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file."""
     if aside.is_file():
         try:
             with safe_open(str(aside), "pt") as kept:
                 about = kept.metadata()
-                totals = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118, not a dict
+                blocks = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118, not a dict
                 count, following = int(about["count"]), int(about["following"])
+            totals: dict[str, list[Tensor]] = {}
+            for part in sorted(blocks, key=lambda part: int(part.rpartition(".")[2])):
+                totals.setdefault(part.rpartition(".")[0], []).append(blocks[part].clone())
             log.info("going on behind %d tokens that an earlier run read", count)
-            return totals, count, following
+            return {name: Triangle(parts) for name, parts in totals.items()}, count, following
         except (SafetensorError, KeyError, TypeError, ValueError, OSError):
             log.warning("%s is broken; the text is read from its beginning", aside)
     return {}, 0, 0

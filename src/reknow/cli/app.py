@@ -114,6 +114,7 @@ for command in (
     tracing.trace,
     training.train,
     statistics.stats,
+    statistics.cache,
     instructing.instruct,
     studying.study,
     measuring.bench,

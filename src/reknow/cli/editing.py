@@ -203,6 +203,9 @@ def _say_cost(cost: Cost, lm: LM, method: Method, edits: list[Edit]) -> None:
     rows = [[s.what, f"{s.passes:,}", f"{s.tokens:,}", f"{s.flops:.2g}"] for s in cost.steps]
     say_table(["work", " forward passes", " tokens", " FLOPs"], [*rows, ["together", "", "", f"{cost.flops:.2g}"]])
     say(f"the model has {cost.parameters:,} parameters; memory at the peak about {cost.memory / 2**20:,.0f} MiB")
+    if cost.statistics:
+        disk, solver = cost.statistics / 2**20, cost.solver / 2**20
+        say(f"of it {solver:,.0f} MiB to solve with a layer's statistics, which take {disk:,.0f} MiB on disk in all")
 
 
 def _number(edits: list[Edit]) -> str:

@@ -1,7 +1,8 @@
-"""`reknow stats`: the covariance of keys, ahead of the edits that need it."""
+"""`reknow stats`: the covariance of keys, ahead of the edits that need it; `reknow cache`: what is kept of it."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,4 +70,28 @@ def _layers(lm: LM, wanted: str) -> list[int]:
 
 def _rank(covariance) -> float:
     """(Σ eigenvalues)² / Σ eigenvalues²."""
-    return round(float(covariance.trace() ** 2 / covariance.square().sum()), 1)
+    return round(float((covariance.trace() / covariance.norm()) ** 2), 1)
+
+
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove them; they are read again when needed.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the statistics that are kept, those used longest ago first, or remove them.
+
+    Together they stay within $REKNOW_CACHE_GB (20): where new ones would not fit, those used longest ago go.
+    """
+    from reknow.cache import bound, cache_folder, clear_kept, kept
+
+    found = clear_kept() if clear else kept()
+    rows = [
+        {"model": each.model, "matrix": each.matrix, "tokens": each.tokens, "bytes": each.size}
+        | {"used": datetime.fromtimestamp(each.used).isoformat(" ", "minutes"), "file": str(each.file)}
+        for each in found
+    ]
+    if as_json:
+        return say_json(rows)
+    columns = ["model", "matrix", " tokens", " bytes", "last used", "file"]
+    say_table(columns, [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows])
+    size, what = sum(each.size for each in found) / 1e9, "removed" if clear else "kept"
+    say(f"{what}: {len(rows)} files, {size:.3g} GB in {cache_folder()}; bound {bound() / 1e9:g} GB (REKNOW_CACHE_GB)")
