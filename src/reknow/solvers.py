@@ -99,10 +99,8 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
     Raises:
         InputError: no direction qualifies.
     """
-    vectors, values = (
-        _columns(covariance),
-        torch.empty(len(covariance), dtype=torch.float64, device=covariance.device),
-    )
+    vectors = _columns(covariance)
+    values = vectors.new_empty(len(vectors))
     torch.linalg.eigh(vectors, out=(values, vectors))  # ascending
     values.clamp_(min=0)
     weak = values < threshold if threshold is not None else values.cumsum(0) <= share * values.sum()
