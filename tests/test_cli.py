@@ -67,7 +67,7 @@ def edit(model: str, *arguments: object, prompt: str = PROMPT, target: str = "En
 
 def test_edit_apply_revert_export(model, empty_folder):
     shown = edit(model, "--true", "French")
-    assert "every bit as before" in shown and "rank of its first token" in shown and "“French”" in shown
+    assert "every bit as before" in shown and "rank of its worst token" in shown and "“French”" in shown
     patch = Patch.load("danielle-darrieux.patch")
     done("apply", "danielle-darrieux.patch", "--stack", "mine", "--model", model)
     lm = LM("mine")

@@ -6,8 +6,10 @@ subject's tokens (corrupted run), then again so with one state put back to its c
     indirect effect of a state = P(answer | restored) − P(answer | corrupted)
     total effect               = P(answer | clean)    − P(answer | corrupted)
 
-`answer` is the first token that the clean run gives; probabilities are means over the noise samples, the same noise
-in every run. σ = 3 × the standard deviation of the embeddings of all subjects' tokens, one number for all dimensions.
+`answer` is the first token that the clean run gives; but a number or a character of several tokens is taken whole:
+the space before it says nothing and its first digit little. Probabilities are means over the noise samples, the same
+noise in every run. σ = 3 × the standard deviation of the embeddings of all subjects' tokens, one number for all
+dimensions.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor
 from reknow.adapter import embedding
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
+from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
 from reknow.tokens import Row, Text
 
@@ -31,6 +35,12 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 log = logging.getLogger(__name__)
+
+UNFINISHED = "\ufffd"
+"""What a tokenizer shows of bytes that are no whole character."""
+
+LONGEST_ANSWER = 16
+"""Tokens that such an answer may have."""
 
 TOKEN_CLASSES = (
     "First subject token",
@@ -87,7 +97,7 @@ class Trace:
     subject: tuple[int, int]
     """The subject's first token and the one behind its last."""
     answer: str
-    """The token whose probability is traced."""
+    """What its probability is traced of: a token, or a number or character of several."""
     clean: float
     """Its probability in the clean run."""
     corrupted: float
@@ -167,19 +177,42 @@ def _trace_row(lm: LM, text: str, row: Row, spread: float, settings: Tracing) ->
     subject = (row.subject_first, row.subject_last + 1)
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.samples, subject[1] - subject[0], embedding(lm.model).shape[1])
-    prompt = Prompt(lm, row, torch.randn(size, generator=generator) * spread * settings.noise)
+    said = said_first(lm, row)
+    prompt = Prompt(lm, row, torch.randn(size, generator=generator) * spread * settings.noise, said)
     window = settings.window_of(lm.layers)
     columns = range(len(row.ids)) if settings.tokens == "all" else [row.subject_last]
     return Trace(
         prompt=text,
         tokens=tuple(lm.tokenizer.decode([token]) for token in row.ids),
         subject=subject,
-        answer=lm.tokenizer.decode([prompt.answer]),
+        answer=lm.tokenizer.decode(said),
         clean=prompt.probability,
         corrupted=prompt.corrupted_probability,
         restored=restored_table(prompt, lm.layers, settings.kinds, window, columns),
         window=window,
     )
+
+
+def said_first(lm: LM, row: Row) -> list[int]:
+    """The tokens with which the model's answer to a prompt begins: one, or as many as say a number or a character."""
+
+    def likeliest(count: int) -> list[int]:
+        return decoded(lm, [row], count, lambda logits: logits.argmax(-1))[0].tolist()
+
+    if _whole(lm.tokenizer.decode(tokens := likeliest(1))):
+        return tokens
+    room = LONGEST_ANSWER if lm.max_tokens is None else min(LONGEST_ANSWER, lm.max_tokens + 1 - len(row.ids))
+    tokens = likeliest(room)
+    shown = [lm.tokenizer.decode(tokens[:end]) for end in range(1, len(tokens) + 1)]
+    for end, (text, longer) in enumerate(pairwise(shown), 1):
+        if _whole(text) or (text.strip().isdigit() and not longer[len(text) :].isdigit()):
+            return tokens[:end]
+    return tokens
+
+
+def _whole(text: str) -> bool:
+    """Whether a text is said, whatever follows: no blank, no part of a character, no number that may go on."""
+    return bool(text.strip()) and not text.endswith(UNFINISHED) and not text.strip().isdigit()
 
 
 def restored_table(

@@ -61,28 +61,32 @@ class Prompt:
     Args:
         row: an encoded prompt without a target, with the places of its subject's tokens.
         noise: what is added to the embeddings of those tokens. (samples, subject tokens, embedding)
+        said: the tokens of the answer whose probability is followed; None: the likeliest one.
 
     Attributes:
+        width: tokens of the prompt.
         clean: output of every block, value matrix and attention projection, by name. (1, columns, hidden)
         corrupted: the same in the corrupted runs. (samples, columns, hidden)
-        answer: the likeliest next token of the clean run.
-        probability, corrupted_probability: of that token; the second is the mean over the samples.
+        answer: the answer's first token.
+        probability, corrupted_probability: of the whole answer; the second is the mean over the samples.
     """
 
     @torch.no_grad()
-    def __init__(self, lm: LM, row: Row, noise: Tensor):
+    def __init__(self, lm: LM, row: Row, noise: Tensor, said: Sequence[int] | None = None):
         assert row.subject_first is not None and row.subject_last is not None, "the caller gives a subject"
         self.lm, self.noise = lm, noise.to(lm.device, lm.dtype)
-        self.ids = torch.tensor([row.ids], device=lm.device)
+        # An answer's last token predicts nothing that is read.
+        self.ids = torch.tensor([[*row.ids, *(said or ())[:-1]]], device=lm.device)
         self.subject = (row.subject_first, row.subject_last + 1)
-        self.samples, self.width = len(noise), len(row.ids)
+        self.samples, self.width, self._columns = len(noise), len(row.ids), self.ids.shape[1]
         self._calls: list[Call] = []
         self._trailing: list[tuple | None] = []
-        self.clean, probabilities = self._record(noised=False)
-        self.answer = int(probabilities[0].argmax())
-        self.probability = float(probabilities[0, self.answer])
-        self.corrupted, probabilities = self._record(noised=True)
-        self.corrupted_probability = float(probabilities[:, self.answer].mean())
+        self.clean, logits = self._record(noised=False)
+        self._said = torch.tensor(said or [int(logits[0, -1].argmax())], device=logits.device)
+        self.answer = int(self._said[0])
+        self.probability = float(self._probability(logits))
+        self.corrupted, logits = self._record(noised=True)
+        self.corrupted_probability = float(self._probability(logits).mean())
 
     def _run(self, rows: int, columns: slice, cache: Cache | None, *, noised: bool):
         """A pass over some columns of the prompt, in `rows` equal rows; with noise, row i gets sample i."""
@@ -101,10 +105,17 @@ class Prompt:
         with ExitStack() as stack:
             if noised:
                 stack.enter_context(output_edited(self.lm.model.get_input_embeddings(), corrupt))
-            return self.lm.forward(ids, mask, positions, cache, logits_to_keep=1)
+            kept, whole = min(self._columns - self.width, columns.stop - columns.start - 1) + 1, columns.start == 0
+            ends = torch.full((rows,), self.width, device=ids.device) if whole and kept > 1 else None
+            return self.lm.forward(ids, mask, positions, cache, ends=ends, logits_to_keep=kept)
+
+    def _probability(self, logits: Tensor) -> Tensor:
+        """Of the answer in each row. logits: (rows, tokens of the answer, vocabulary); result: (rows,)"""
+        wanted = self._said.to(logits.device).expand(len(logits), -1)[..., None]
+        return logits.float().softmax(-1).gather(-1, wanted)[..., 0].prod(-1)
 
     def _record(self, *, noised: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """(states by name, next-token probabilities) of a full run; keeps what its blocks were called with."""
+        """(states by name, the answer's logits) of a full run; keeps what its blocks were called with."""
         rows = self.samples if noised else 1
         model, parts = self.lm.model, self.lm.parts
         self._calls, self._trailing = [], []
@@ -127,13 +138,13 @@ class Prompt:
                 stack.callback(hook.remove)
             for name in (*parts.blocks, *parts.value, *parts.attention_out):
                 stack.callback(model.get_submodule(name).register_forward_hook(keep_states(name)).remove)
-            logits = self._run(rows, slice(0, self.width), None, noised=noised).logits[:, -1]
+            logits = self._run(rows, slice(0, self._columns), None, noised=noised).logits
         if not bool(are_numbers(self.lm, logits).all()):
             raise InputError(
                 "expected a model to trace whose logits are numbers; with the applied patches they are NaN: take "
                 "them off"
             )
-        return seen, logits.float().softmax(-1)
+        return seen, logits
 
     # --- restored runs -----------------------------------------------------------------------------------
 
@@ -156,7 +167,7 @@ class Prompt:
             if column > done:
                 self._run(self.samples, slice(done, column), cache, noised=True)
                 done = column
-            at_once = max(1, TOKENS_PER_PASS // (self.samples * (self.width - column)))
+            at_once = max(1, TOKENS_PER_PASS // (self.samples * (self._columns - column)))
             order = sorted(runs, key=lambda run: run.first)
             found: dict[Restoration, float] = {}
             for i in range(0, len(order), at_once):
@@ -192,7 +203,7 @@ class Prompt:
 
         The batch holds the noise samples of one run side by side and grows by the runs that join behind each block.
         """
-        arguments = self._arguments(len(runs), slice(column, self.width), cache)
+        arguments = self._arguments(len(runs), slice(column, self._columns), cache)
         hidden: Tensor | None = None
         joined = 0
         for layer, block in enumerate(self.lm.parts.blocks):
@@ -208,8 +219,10 @@ class Prompt:
                 joined += 1
             hidden = torch.cat(batch) if batch else None
         assert hidden is not None and joined == len(runs)
-        logits = (head(self.lm, chunk) for chunk in hidden[:, -1].split(ROWS_PER_HEAD))
-        probabilities = torch.cat([chunk.float().softmax(-1)[:, self.answer] for chunk in logits])
+        tokens = len(self._said)
+        chunks = hidden[:, -tokens:].split(max(1, ROWS_PER_HEAD // tokens))  # (rows, tokens of the answer, hidden)
+        logits = (head(self.lm, chunk.flatten(0, 1)).view(len(chunk), tokens, -1) for chunk in chunks)
+        probabilities = torch.cat([self._probability(chunk) for chunk in logits])
         means = probabilities.view(len(runs), self.samples).mean(1)
         return dict(zip(runs, means.tolist(), strict=True))
 
@@ -286,5 +299,5 @@ class Prompt:
             if run.kind in ("mlp_severed", "attention_severed"):
                 for name in self._matrices(run.kind):
                     stack.enter_context(put(name, self.corrupted))
-            logits = self._run(self.samples, slice(0, self.width), None, noised=True).logits[:, -1]
-        return float(logits.float().softmax(-1)[:, self.answer].mean())
+            logits = self._run(self.samples, slice(0, self._columns), None, noised=True).logits
+        return float(self._probability(logits).mean())

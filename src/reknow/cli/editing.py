@@ -162,12 +162,12 @@ def _say_answers(edits: list[Edit], before: Observation, after: Observation) -> 
     for edit, old, new in list(zip(edits, before.standings, after.standings, strict=True))[:SHOWN]:
         rows.append([f"{edit.text} …", old.completion, new.completion])
         rows.append([f"  probability of “{edit.target_new}”", f"{old.probability:.4f}", f"{new.probability:.4f}"])
-        rows.append(["  rank of its first token", f"{old.rank:,}", f"{new.rank:,}"])
+        rows.append(["  rank of its worst token", f"{old.rank:,}", f"{new.rank:,}"])
         if old.probability_true is not None and new.probability_true is not None:
             name = f"  probability of “{edit.target_true}”"
             rows.append([name, f"{old.probability_true:.4f}", f"{new.probability_true:.4f}"])
     say_table(["what changed", "before", "after"], rows)
-    made = sum(standing.rank == 1 for standing in after.standings)
+    made = sum(standing.said for standing in after.standings)
     say(f"the new answer comes first in {made} of {len(edits)} prompts\n")
 
 
