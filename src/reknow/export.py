@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+from torch.nn import Parameter
+from transformers import PROCESSOR_MAPPING, PreTrainedModel
+from transformers.utils import (
+    AUDIO_TOKENIZER_NAME,
+    GENERATION_CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+)
 
 from reknow.adapter import Conv1D
 from reknow.errors import InputError, PatchError
 from reknow.files import folder_aside
 from reknow.patches import LowRank, check_weights, factored, merge
 from reknow.peft_folder import base_of, write_adapter
+from reknow.plain import adapters, cast, checkpoint_casts, rounded, without_adapters
 
 if TYPE_CHECKING:
+    from reknow.edits import Edit
     from reknow.lm import LM
+
+COMPANIONS = (
+    IMAGE_PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    AUDIO_TOKENIZER_NAME,
+    GENERATION_CONFIG_NAME,
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
+)
+"""Files beside a checkpoint that other programs need: processors (`AutoProcessor`, vLLM), the settings of generation,
+chat templates, and the tokenizer as llama.cpp reads it."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +58,31 @@ class LoraReport:
     """Relative Frobenius error of the worst matrix; 0 unless it was truncated."""
 
 
-def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) -> Path:
+@dataclass(frozen=True)
+class CheckpointReport:
+    """What a checkpoint holds, and what rounding to its dtype did to the edits."""
+
+    folder: Path
+    dtype: torch.dtype
+    edits: int
+    """How many edits the applied patches make."""
+    held: tuple[int, int] | None
+    """How many of them the model answers, teacher-forced and exactly, as it is and as it was written; None: it was
+    written bit for bit."""
+
+
+def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) -> CheckpointReport:
     """Writes the model as it is now, patches included, as a folder that `AutoModelForCausalLM` loads.
+
+    Weights get the dtype of the base's checkpoint where the model was opened in a wider one without being asked to.
+    Adapters of `peft` that are active in the model are added to its weights. Files of the base that only a processor
+    reads are copied.
 
     Raises:
         PatchError: a memory is applied, which no checkpoint can hold.
         InputError: the folder exists and `overwrite` is off, or the disk is full (an old folder stays).
-        PatchError: the changes are computed beside the weights, because those are quantised or offloaded.
+        PatchError: the changes are computed beside the weights, because those are quantised or offloaded; or the
+            model has adapters that cannot be added to its weights.
     """
     check_weights(lm.patches, "export")
     if lm.beside:
@@ -41,12 +90,58 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
             f"expected weights that hold the change; {lm.beside[0]} has it beside, being quantised or offloaded: "
             "export an adapter, or load the model whole and in memory"
         )
+    model = without_adapters(lm.model) if adapters(lm.model) else lm.model
+    casts = checkpoint_casts(lm, model)
+    edits = [edit for patch in lm.patches for edit in patch.edits]
+    held = _held(lm, model, casts, edits) if casts or model is not lm.model else None
+    written = cast(model, casts) if casts else model
 
     def write(aside: Path) -> None:
-        lm.model.save_pretrained(aside)
+        written.save_pretrained(aside)
         lm.tokenizer.save_pretrained(aside)
+        _copy_companions(lm, aside)
 
-    return folder_aside(folder, write, overwrite)
+    return CheckpointReport(folder_aside(folder, write, overwrite), written.dtype, len(edits), held)
+
+
+def _held(lm: LM, model: PreTrainedModel, casts: dict[Parameter, Tensor], edits: list[Edit]) -> tuple[int, int]:
+    """How many edits hold in the LM as it is, and in `model` with its weights rounded."""
+    from reknow.lm import LM  # LM imports patches
+
+    prompts, targets = [edit.text for edit in edits], [edit.target_new for edit in edits]
+    before = sum(all(score.hits) for score in lm.score(prompts, targets)) if edits else 0
+    reader = lm if model is lm.model else LM((model, lm.tokenizer), chat=lm.chat)
+    with rounded(casts):
+        return before, sum(all(score.hits) for score in reader.score(prompts, targets)) if edits else 0
+
+
+def _copy_companions(lm: LM, folder: Path) -> None:
+    """Copies what neither model nor tokenizer writes, from the base's folder or the hub's cache; warns where its
+    processor has not been downloaded."""
+    config, base = lm.model.config, lm.model.name_or_path or ""
+    for name in COMPANIONS:
+        for source in dict.fromkeys((lm.name, base)):
+            found = _file_of(source, name, getattr(config, "_commit_hash", None))
+            if found is not None and not (folder / name).exists():
+                shutil.copyfile(found, folder / name)
+    lacks = not any((folder / name).exists() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
+    if lacks and type(config) in PROCESSOR_MAPPING and base and not os.path.isdir(base):
+        warnings.warn(
+            f"{lm.name} may have a processor, whose files are not on this machine: a program that gives it images "
+            f"needs {IMAGE_PROCESSOR_NAME} and {PROCESSOR_NAME} of the base beside the exported files",
+            stacklevel=4,
+        )
+
+
+def _file_of(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a model's folder, or of a model of the hub that is on this machine; None where there is none."""
+    if os.path.isdir(source):
+        return Path(source, name) if Path(source, name).is_file() else None
+    try:
+        found = try_to_load_from_cache(source, name, revision=revision)
+    except ValueError:  # no name of the hub
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def export_lora(
@@ -59,12 +154,19 @@ def export_lora(
         truncate: cut a higher rank by SVD instead of refusing it; the report says what that loses.
 
     Raises:
-        PatchError: no patch is applied, one is a memory, or a change has a higher rank than `max_rank`.
+        PatchError: no patch is applied, one is a memory, the model has adapters of its own, or a change has a higher
+            rank than `max_rank`.
         InputError: `max_rank` is below 1, the folder exists and `overwrite` is off, or the disk is full (an old
             folder stays).
     """
     if not lm.patches:
         raise PatchError("expected at least one applied patch to export; got none: apply a patch first")
+    if names := adapters(lm.model):
+        raise PatchError(
+            f"expected a base without adapters to export one for it; {lm.name} has some, the first at "
+            f"{names[0] or 'its input'}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
+            "holds both"
+        )
     limit = 64 if max_rank is None else max_rank
     if limit < 1:
         raise InputError(f"expected a max_rank of at least 1; got {limit}: raise it")

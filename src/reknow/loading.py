@@ -108,6 +108,8 @@ def place(model: PreTrainedModel, device, dtype: torch.dtype | None) -> None:
     try:
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+        if dtype is not None:
+            model.config.dtype = dtype  # what was asked for is what an export keeps
     except (RuntimeError, AssertionError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"expected a device that is there; got {device!r} ({reason}): choose another") from error

@@ -19,11 +19,13 @@ from reknow.cli.terminal import (
     say,
     say_json,
     say_table,
+    warn,
 )
 from reknow.errors import InputError, PatchError, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
+    from reknow.export import CheckpointReport
     from reknow.lm import LM
     from reknow.patches import Patch
 
@@ -133,15 +135,29 @@ def export(
     if patch is not None:
         lm.apply(patch)
     if to == "hf":
-        export_checkpoint(lm, out, overwrite=force)
+        written = export_checkpoint(lm, out, overwrite=force)
         say(f"wrote {out}: {lm.name} with {_patches(len(lm.patches))}; AutoModelForCausalLM.from_pretrained loads it")
-        return
+        return _say_rounding(written)
     report = export_lora(lm, out, max_rank=max_rank, truncate=truncate, overwrite=force)
     for name, rank in report.ranks.items():
         say(f"{name}: rank {rank}")
     say(f"wrote {out}: relative error {report.error:.2g} at most; peft.PeftModel loads it on {lm.name}")
     if report.error:
         _say_reliability(lm, max_rank)
+
+
+def _say_rounding(written: CheckpointReport) -> None:
+    """The dtype of the checkpoint, and what rounding to it did to the edits."""
+    dtype = str(written.dtype).removeprefix("torch.")
+    if written.held is None:
+        return say(f"{dtype}, bit for bit as in memory")
+    before, after = written.held
+    say(
+        f"{dtype}, as the base; reliability (teacher-forced, exact): {before} of {written.edits} edits in memory, "
+        f"{after} as written"
+    )
+    if after < before:
+        warn(f"rounding to {dtype} loses {before - after} of the edits: --dtype float32 keeps them all")
 
 
 def _say_reliability(lm: LM, rank: int) -> None:

@@ -1,0 +1,164 @@
+"""The model as plain transformers know it: without adapters of `peft`, in the dtype of its checkpoint.
+
+Copies share every tensor with the model but for those that change, so that a copy costs what changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from reknow.adapter import Conv1D
+from reknow.errors import PatchError
+from reknow.patches import total
+from reknow.weights import takes_changes
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """Names of the modules that `peft` has put around others, whose adapters no checkpoint of the model itself holds;
+    the model's own name, "", where it puts something before the text."""
+    if "peft" not in sys.modules:  # nothing can have been made with it
+        return []
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [""] * prompts + [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def without_adapters(model: nn.Module) -> PreTrainedModel:
+    """A copy that computes the same with plain modules: what the active adapters add is added to the weights.
+
+    Raises:
+        PatchError: the base is quantised, or the adapters are of a kind that cannot be added to weights.
+    """
+    plain: Any = _sharing(model)
+    while names := adapters(plain):  # what is within an adapter may have one too
+        if not names[0]:
+            raise _refusal("it puts learned states before the text")
+        parent, _, leaf = names[0].rpartition(".")
+        setattr(plain.get_submodule(parent), leaf, _merged(plain.get_submodule(names[0]), names[0]))
+    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    if getattr(plain, "_hf_peft_config_loaded", False):  # by transformers, which left its names
+        plain._hf_peft_config_loaded, plain._weight_conversions = False, None
+    vars(plain).pop("peft_config", None)
+    _settle_ties(plain)
+    return plain
+
+
+def _merged(module: Any, name: str) -> nn.Module:
+    """The module within `peft`'s, with what the active adapters make of its weights."""
+    for inner in module.modules():  # the copy's own from here on, and tied to nothing
+        for key, parameter in inner._parameters.items():
+            if parameter is not None:
+                inner._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+    active = not module.disable_adapters
+    try:
+        if hasattr(module, "unload_and_optionally_merge_module"):
+            return module.unload_and_optionally_merge_module(merge=active, safe_merge=True, adapter_names=None)
+        if not takes_changes(module.get_base_layer()):
+            raise _refusal(f"{name} is quantised or offloaded")
+        if active and not module.merged:
+            module.merge(safe_merge=True)
+    except (ValueError, NotImplementedError, AttributeError) as error:
+        raise _refusal(f"{name} says: {error}") from error
+    return module.base_layer
+
+
+def _refusal(why: str) -> PatchError:
+    return PatchError(
+        f"expected adapters that can be added to the weights; {why}: export without them, from the base model with "
+        "the patches"
+    )
+
+
+def _settle_ties(model: PreTrainedModel) -> None:
+    """Ties embedding and head where they are equal, and says in the configuration where they are not any more."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        if not getattr(config, "tie_word_embeddings", False) or head is None or head.weight is embedding.weight:
+            continue
+        if torch.equal(head.weight, embedding.weight):  # type: ignore[arg-type]
+            head.weight = embedding.weight
+        else:
+            config.tie_word_embeddings = False
+
+
+def checkpoint_casts(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tensor]:
+    """What to write, in the checkpoint's dtype, of weights that were widened when the checkpoint was opened.
+
+    These are all whose base that dtype holds exactly. Where patches change one, it is summed in float64 and cast
+    once; where adapters were added to it, the sum is cast. `model` is the LM's own or its copy without adapters.
+
+    Raises:
+        PatchError: a sum overflows the dtype.
+    """
+    dtype = getattr(torch, str(lm.model.config.dtype).removeprefix("torch."), lm.dtype)
+    if not dtype.is_floating_point or torch.finfo(dtype).bits >= torch.finfo(lm.dtype).bits:
+        return {}
+    edited = {lm.model.get_submodule(name).weight: name for patch in lm.patches for name in patch.deltas}
+    own = set(lm.model.parameters())
+    casts: dict[nn.Parameter, Tensor] = {}
+    for parameter in model.parameters():
+        if parameter in edited:
+            base = lm.base_weight(edited[parameter])
+            if torch.equal(base.to(dtype).to(base.dtype), base):
+                casts[parameter] = _cast_once(lm, edited[parameter], dtype)
+        else:
+            narrow = parameter.detach().to(dtype)
+            if parameter not in own or torch.equal(narrow.to(parameter.dtype), parameter):
+                casts[parameter] = narrow
+    if not all(bool(narrow.isfinite().all()) for narrow in casts.values()):
+        raise PatchError(
+            f"expected sums that {dtype}, the checkpoint's dtype, can hold; one overflows: open the "
+            "model in another dtype (`--dtype float32`), which the export keeps"
+        )
+    return casts
+
+
+def _cast_once(lm: LM, name: str, dtype: torch.dtype) -> Tensor:
+    """The edited weight in `dtype`, the way round the model stores it."""
+    deltas = [patch.deltas[name] for patch in lm.patches if name in patch.deltas]
+    summed = total(lm.base_weight(name).double(), deltas).to(dtype)  # (out, in)
+    return summed.T if isinstance(lm.model.get_submodule(name), Conv1D) else summed
+
+
+@contextmanager
+def rounded(casts: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+    """While open, the weights have the values of their casts, in the dtype they have in memory."""
+    kept = {parameter: parameter.data for parameter in casts}
+    try:
+        for parameter, narrow in casts.items():
+            parameter.data = narrow.to(parameter.dtype)
+        yield
+    finally:
+        for parameter, own in kept.items():
+            parameter.data = own
+
+
+def cast(model: PreTrainedModel, casts: dict[nn.Parameter, Tensor]) -> PreTrainedModel:
+    """A copy whose weights are the casts."""
+    narrow = {parameter: nn.Parameter(value, requires_grad=False) for parameter, value in casts.items()}
+    plain = _sharing(model)
+    for module in plain.modules():
+        for key, parameter in module._parameters.items():
+            if parameter in narrow:
+                module._parameters[key] = narrow[parameter]
+    return plain
+
+
+def _sharing(model: Any) -> Any:
+    """A copy of all modules, with the same tensors."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
