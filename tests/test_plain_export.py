@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from conftest import bits, make_lm, same, some_patch
+from conftest import bits, same, some_patch
 from families import ROPE, tiny_model, tiny_tokenizer
 from reknow import LM, Edit
 from reknow.cli.stacks import _say_rounding
@@ -64,6 +64,8 @@ ADAPTED = {
     "ia3": lambda model: get_peft_model(
         model, IA3Config(target_modules=["v_proj"], feedforward_modules=[], init_ia3_weights=False)
     ),
+    "on the edited matrix": lambda model: get_peft_model(model, lora("down_proj", "up_proj")),
+    "a copy of the edited matrix": lambda model: get_peft_model(model, lora(modules_to_save=["down_proj"])),
     "two active of three": two_adapters,
     "none active": disabled,
 }
@@ -106,16 +108,6 @@ def test_the_folder_of_an_adapter_is_exported_with_its_base_and_the_edit(tmp_pat
     with pytest.raises(PatchError, match=r"without adapters.*--to hf"):
         export_lora(lm, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_learned_states_before_the_text_are_refused(tmp_path):
-    tuned = get_peft_model(tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    lm = make_lm("llama")
-    lm.apply(some_patch(lm))
-    lm.model = tuned
-    with pytest.raises(PatchError, match="before the text"):
-        export_checkpoint(lm, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_adapters_of_a_quantised_base_are_refused(tmp_path):

@@ -85,12 +85,13 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
             model has adapters that cannot be added to its weights.
     """
     check_weights(lm.patches, "export")
-    if lm.beside:
+    adapted = adapters(lm.model)
+    if left := [name for name in lm.beside if name not in adapted]:
         raise PatchError(
-            f"expected weights that hold the change; {lm.beside[0]} has it beside, being quantised or offloaded: "
+            f"expected weights that hold the change; {left[0]} has it beside, being quantised or offloaded: "
             "export an adapter, or load the model whole and in memory"
         )
-    model = without_adapters(lm.model) if adapters(lm.model) else lm.model
+    model = without_adapters(lm) if adapted else lm.model
     casts = checkpoint_casts(lm, model)
     edits = [edit for patch in lm.patches for edit in patch.edits]
     held = _held(lm, model, casts, edits) if casts or model is not lm.model else None
@@ -164,7 +165,7 @@ def export_lora(
     if names := adapters(lm.model):
         raise PatchError(
             f"expected a base without adapters to export one for it; {lm.name} has some, the first at "
-            f"{names[0] or 'its input'}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
+            f"{names[0]}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
             "holds both"
         )
     limit = 64 if max_rank is None else max_rank

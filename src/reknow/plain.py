@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from reknow.adapter import Conv1D
 from reknow.errors import PatchError
+from reknow.loading import carries_adapters
 from reknow.patches import total
 from reknow.weights import takes_changes
 
@@ -25,32 +26,33 @@ if TYPE_CHECKING:
 
 
 def adapters(model: nn.Module) -> list[str]:
-    """Names of the modules that `peft` has put around others, whose adapters no checkpoint of the model itself holds;
-    the model's own name, "", where it puts something before the text."""
+    """Names of the modules that `peft` has put around others; no checkpoint of the model itself holds them."""
     if "peft" not in sys.modules:  # nothing can have been made with it
         return []
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [""] * prompts + [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def without_adapters(model: nn.Module) -> PreTrainedModel:
-    """A copy that computes the same with plain modules: what the active adapters add is added to the weights.
+def without_adapters(lm: LM) -> PreTrainedModel:
+    """A copy that computes the same with plain modules: what the active adapters and the patches add to a matrix is
+    added to its weight.
 
     Raises:
         PatchError: the base is quantised, or the adapters are of a kind that cannot be added to weights.
     """
-    plain: Any = _sharing(model)
+    plain: Any = _sharing(lm.model)
     while names := adapters(plain):  # what is within an adapter may have one too
-        if not names[0]:
-            raise _refusal("it puts learned states before the text")
         parent, _, leaf = names[0].rpartition(".")
-        setattr(plain.get_submodule(parent), leaf, _merged(plain.get_submodule(names[0]), names[0]))
-    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+        module = _merged(plain.get_submodule(names[0]), names[0])
+        if names[0] in lm.beside:
+            weight: Any = module.weight
+            weight.data = _stored(module, _summed(lm, names[0], _stored(module, weight))).to(weight.dtype)
+        setattr(plain.get_submodule(parent), leaf, module)
+    if carries_adapters(plain):
+        raise _refusal("some of them are no part of a matrix")
     if getattr(plain, "_hf_peft_config_loaded", False):  # by transformers, which left its names
         plain._hf_peft_config_loaded, plain._weight_conversions = False, None
     vars(plain).pop("peft_config", None)
@@ -112,10 +114,11 @@ def checkpoint_casts(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tenso
     own = set(lm.model.parameters())
     casts: dict[nn.Parameter, Tensor] = {}
     for parameter in model.parameters():
-        if parameter in edited:
-            base = lm.base_weight(edited[parameter])
+        if name := edited.get(parameter):
+            base = lm.base_weight(name)
             if torch.equal(base.to(dtype).to(base.dtype), base):
-                casts[parameter] = _cast_once(lm, edited[parameter], dtype)
+                module, summed = lm.model.get_submodule(name), _summed(lm, name, base)
+                casts[parameter] = _stored(module, summed.to(dtype))
         else:
             narrow = parameter.detach().to(dtype)
             if parameter not in own or torch.equal(narrow.to(parameter.dtype), parameter):
@@ -128,11 +131,14 @@ def checkpoint_casts(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tenso
     return casts
 
 
-def _cast_once(lm: LM, name: str, dtype: torch.dtype) -> Tensor:
-    """The edited weight in `dtype`, the way round the model stores it."""
-    deltas = [patch.deltas[name] for patch in lm.patches if name in patch.deltas]
-    summed = total(lm.base_weight(name).double(), deltas).to(dtype)  # (out, in)
-    return summed.T if isinstance(lm.model.get_submodule(name), Conv1D) else summed
+def _summed(lm: LM, name: str, base: Tensor) -> Tensor:
+    """base + Σ ΔW of the applied patches, in float64. (out, in)"""
+    return total(base.double(), [patch.deltas[name] for patch in lm.patches if name in patch.deltas])
+
+
+def _stored(module: nn.Module, weight: Tensor) -> Tensor:
+    """From (out, in) to the way round the module stores it, and back."""
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 @contextmanager
