@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded, here and by programs of the tests
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -264,25 +263,6 @@ def check_finite(value: Tensor) -> float:
     if not math.isfinite(number):
         raise EditFailed("expected finite losses and logits; got NaN or infinity: lower learning_rate")
     return number
-
-
-_watcher: ContextVar[Callable[[str], object] | None] = ContextVar("watcher", default=None)
-
-
-@contextmanager
-def watched(tell: Callable[[str], object]):
-    """While open, `tell` hears how far a descent is, in a few words."""
-    token = _watcher.set(tell)
-    try:
-        yield
-    finally:
-        _watcher.reset(token)
-
-
-def told(step: int, steps: int, loss: float) -> None:
-    """Says to whoever watches that `step` (from 0) of `steps` is done, and the loss before it."""
-    if (tell := _watcher.get()) is not None:
-        tell(f"loss {loss:.3g}, step {step + 1} of {steps}")
 
 
 def sample(

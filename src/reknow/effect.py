@@ -23,6 +23,8 @@ from reknow.errors import EditFailed
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+RISE = 1.5
+"""Perplexity that rises by more than this factor has collapsed; edits that work leave it within a few percent."""
 ANSWER_TOKENS = 6
 """Length of the completions that are shown."""
 CANDIDATES = 200
@@ -85,6 +87,21 @@ def _standing(lm: LM, edit: Edit, completion: str) -> Standing:
     scores = lm.score([edit.text] * len(answers), answers, [edit.separator] * len(answers))
     new, *old = [math.exp(-score.nll * len(score.hits)) for score in scores]
     return Standing(completion, new, scores[0].rank, old[0] if old else None, scores[0].said)
+
+
+def collapsed(before: Observation, after: Observation) -> list[str]:
+    """What of the model an edit broke besides its fact, a clause for each; nothing where it is sound.
+
+    Plain text whose perplexity rises by more than `RISE` or is no number, and other facts most of which are
+    continued in other words.
+    """
+    said = []
+    if not after.perplexity <= RISE * before.perplexity:
+        said.append(f"perplexity of plain text goes from {before.perplexity:.2f} to {after.perplexity:.2f}")
+    changed = sum(old != new for old, new in zip(before.controls, after.controls, strict=True))
+    if 2 * changed > len(before.controls):
+        said.append(f"{changed} of {len(before.controls)} other facts are continued in other words than before")
+    return said
 
 
 def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:

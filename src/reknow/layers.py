@@ -24,6 +24,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files import write_text
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
+from reknow.progress import stage
 from reknow.published import published
 
 if TYPE_CHECKING:
@@ -178,9 +179,18 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
         if len(exams) < FEWEST_FACTS:
             return []
         facts = [fact for fact, _, _ in exams]
-        traces = list(trace_facts(lm, facts, Tracing(kinds=("mlp",), tokens="subject_last")))
+        traces = []
+        with stage("tracing facts", len(facts)) as advance:
+            for trace in trace_facts(lm, facts, Tracing(kinds=("mlp",), tokens="subject_last")):
+                traces.append(trace)
+                advance()
         effects = average(traces).effects["mlp"][TOKEN_CLASSES.index("Last subject token")].tolist()
-        return [_try(lm, layer, effects[layer], exams) for layer in candidates(effects, papers_layers(lm))]
+        chosen, trials = candidates(effects, papers_layers(lm)), []
+        with stage("trying layers", len(chosen)) as advance:
+            for layer in chosen:
+                trials.append(_try(lm, layer, effects[layer], exams))
+                advance()
+        return trials
 
 
 def best(trials: Sequence[Trial]) -> Trial:

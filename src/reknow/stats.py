@@ -28,6 +28,7 @@ from reknow.cache import bound, cache_folder, make_room, touch
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.files import write_aside
+from reknow.progress import stage
 from reknow.tokens import Row, Text, encode
 from reknow.trace import by_row, recorded
 from reknow.triangle import Triangle, block_shapes
@@ -222,8 +223,9 @@ def _sums(
         totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(_device(lm, name)) for name, total in totals.items()}
     saved = time.monotonic()
-    with lm.unpatched():
+    with lm.unpatched(), stage(f"reading {source.name} for statistics, tokens", tokens) as advance:
         for number, rows in enumerate(_batches(lm, source.texts(), tokens)):
+            advance(sum(len(row.ids) for row in rows))
             if number < following or number % world != rank:
                 continue
             batch = lm.pad(rows)

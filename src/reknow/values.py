@@ -17,6 +17,7 @@ from torch import Tensor
 from reknow.descent import check_finite
 from reknow.edits import Edit
 from reknow.facts import Run, Scores, dealt, encode_facts, parts_of, room
+from reknow.progress import stage, told
 from reknow.tokens import Row
 from reknow.trace import fused_gelu
 from reknow.writing import full_stop
@@ -187,6 +188,7 @@ def _descend(hands: list[Run], sizes: Tensor, units: Tensor, width: int, owners:
         for i, value in zip(active.tolist(), loss.tolist(), strict=True):
             if running[i]:
                 losses[i].append(value)
+        told(step, search.steps, float(loss.detach().mean()))
         weight[active] = torch.where(scores.hit, search.success_weight, 1.0)
         so_far = [losses[i] for i in active.tolist()]
         done = _satisfied(search, loss.detach(), drift.detach(), scores, so_far, len(hands))
@@ -252,11 +254,12 @@ def contexts(
     memo = ("contexts", tuple(tuple(group) for group in groups), tuple(starts), seed)
     if memo not in lm.memo:
         texts: list[str] = []
-        with lm.unpatched():
+        with lm.unpatched(), stage("writing contexts, groups", len(groups)) as advance:
             for count, tokens in groups:
                 opening = [starts[i % len(starts)] if starts else "" for i in range(count)]
                 continued = lm.generate(opening, tokens, top_k=5, seed=seed)
                 said = [(a + b).strip() for a, b in zip(opening, continued, strict=True)]
                 texts += [f"{text}{full_stop(text)} " for text in said]
+                advance()
         lm.memo[memo] = ("", *texts)
     return lm.memo[memo]

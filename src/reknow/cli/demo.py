@@ -63,7 +63,10 @@ def _method(name: str) -> Method:
 
 def _show(lm: LM, cases: list[Case]) -> list[Patch]:
     """Edits one fact at a time and prints what the model says before and after; the patches."""
-    patches = [_method("rome").edit(lm, [case.edit]) for case in cases]
+    from reknow.progress import progress_line
+
+    with progress_line("demo"):
+        patches = [_method("rome").edit(lm, [case.edit]) for case in cases]
     for case, patch in zip(cases, patches, strict=True):
         asked = [("the fact", case.edit.text)]
         for kind, name in (("generalization", "in other words"), ("locality", "another fact")):

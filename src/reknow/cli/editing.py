@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from dataclasses import asdict
@@ -70,8 +71,10 @@ def edit(
     out = out or Path(_slug(edits) + ".patch")
     from reknow.cli.settings import chosen_method
     from reknow.cost import estimate
+    from reknow.methods.base import checked
 
     chosen = chosen_method(method, settings, layer=layer)
+    checked(chosen, edits)
     if not plan:
         refuse_existing(out, force)
     lm = open_lm(model, dtype, device, chat)
@@ -112,12 +115,14 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     from reknow.cli.stacks import say_replaced
     from reknow.cost import estimate
     from reknow.effect import control_facts, observe, weight_bits
+    from reknow.progress import progress_line
 
     bits = weight_bits(lm.model)
     if estimate(lm, method, edits).guessed:
         warn("no layer given: one is chosen by trial edits, once for this model; --layer N is quicker")
     started = time.perf_counter()
-    patch = method.edit(lm, edits)
+    with progress_line(method.name):
+        patch = method.edit(lm, edits)
     seconds = time.perf_counter() - started
     facts = control_facts(lm, edits)
     before = observe(lm, edits, facts)
@@ -127,9 +132,10 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
         raise EditFailed(
             "expected the base model back bit for bit; got other weights: nothing was written, report it"
         )
+    warnings = _harm(before, after, out)
     patch.save(out)
     if as_json:
-        return say_json(_as_json(patch, facts, before, after, seconds, out))
+        return say_json(_as_json(patch, facts, before, after, seconds, out) | {"warnings": warnings})
     say(f"{method.name} on {lm.name}: {_number(edits)} in {seconds:.1f} s\n")
     _say_answers(edits, before, after)
     _say_controls(facts, before, after)
@@ -138,6 +144,24 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     numbers = sum(p.numel() for p in lm.model.parameters())
     say(f"base model after taking the patch off: {len(bits)} tensors, {numbers:,} numbers, every bit as before")
     say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack {stack}")
+
+
+def _harm(before: Observation, after: Observation, out: Path) -> list[str]:
+    """What of the model the edit broke, said as a warning before the patch is written; raises EditFailed where the
+    model does not read text any more."""
+    from reknow.effect import collapsed
+
+    found = collapsed(before, after)
+    what = " and ".join(found)
+    if not math.isfinite(after.perplexity):
+        raise EditFailed(
+            f"expected a model that still reads plain text; {what}: nothing was written, take a wider --dtype, or "
+            "another --layer or --method"
+        )
+    if found:
+        advice = "look for a better --layer or --method, or make fewer edits at once, before you apply it"
+        warn(f"this edit harms the model: {what}; {out} is written all the same: {advice}")
+    return found
 
 
 def _as_json(

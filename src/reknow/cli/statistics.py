@@ -36,13 +36,15 @@ def stats(
     """
     from accelerate import PartialState
 
+    from reknow.progress import progress_line
     from reknow.stats import statistics
 
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1 and device is None:
         device = str(state.device)
     lm = open_lm(model, dtype, device)
-    found = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
+    with progress_line("stats"):
+        found = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
     if not state.is_main_process:
         return
     rows = [

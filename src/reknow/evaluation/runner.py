@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 from urllib.parse import quote
 
 import reknow
-from reknow.descent import watched
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import Made, edit_each, edit_once
@@ -26,7 +25,7 @@ from reknow.evaluation.rows import (
 )
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
-from reknow.progress import progress_bar
+from reknow.progress import progress_bar, watched
 
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""

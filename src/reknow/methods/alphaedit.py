@@ -66,7 +66,7 @@ class AlphaEdit(SearchSettings):
         return "alphaedit-blue" if self.boundary_layers else "alphaedit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=True)
+        edits = checked(self, edits)
         layers = resolve_layers(lm, self.layers)
         if self.boundary_layers:
             layers = sorted({layers[0], layers[-1]})

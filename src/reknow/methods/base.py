@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -33,6 +35,8 @@ class Method(ABC):
     """How many edits `edit_each` is given at a time."""
     kept: ClassVar[Kept | None] = None
     """What its patches keep besides ΔW, which is checked when one is read; None: anything that is finite."""
+    needs_subject: ClassVar[bool] = False
+    """Whether it edits at the subject's last token, so that an edit must name one."""
 
     @property
     @abstractmethod
@@ -55,6 +59,10 @@ class Method(ABC):
         Methods that can compute many at a time do.
         """
         return [self.edit(lm, [edit]) for edit in edits]
+
+    def one_answer_per_key(self) -> bool:
+        """Whether of edits with the same text up to the subject's end only one can be made in a patch."""
+        return self.needs_subject
 
     def own_layers(self, lm: LM) -> list[int] | None:
         """The layers that it changes where it chooses by itself; None: it does as its fields say, or `suggest_layer`.
@@ -154,8 +162,8 @@ class Learned(Method):
         return replace(self, editor=path)
 
 
-def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> list[Edit]:
-    """The edits as a list.
+def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
+    """The edits as a list. Warns where the method cannot make all of them in one patch.
 
     Raises:
         InputError: there are none.
@@ -166,10 +174,11 @@ def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> l
         raise InputError(f"expected at least one edit for {method.name}; got none: give an Edit")
     answers: dict[str, str] = {}
     for edit in edits:
-        if subject and edit.subject is None:
+        if method.needs_subject and edit.subject is None:
             raise EditRefused(
-                f"{method.name} edits at the subject's last token and needs a subject; {edit.prompt!r} has none: "
-                "mark it with {} and give subject=",
+                f"{method.name} edits at the subject's last token and needs a subject; {edit.prompt!r} has none: put "
+                "it into braces, as in 'The capital of {France} is' (in Python: Edit.parse), or take a method that "
+                f"needs none: {', '.join(_without_subject())}",
                 edit,
             )
         if answers.setdefault(edit.text, edit.target_new) != edit.target_new:
@@ -178,7 +187,30 @@ def checked(method: Method, edits: Edit | Sequence[Edit], *, subject: bool) -> l
                 f"{edit.target_new!r}: keep one of them",
                 edit,
             )
+    if method.one_answer_per_key():
+        _warn_of_shared_keys(method, edits)
     return edits
+
+
+def _without_subject() -> list[str]:
+    """The methods whose edits need no subject, by the table."""
+    from reknow.methods import METHODS  # which imports the methods, and they this module
+
+    return [name for name, entry in METHODS.items() if not entry.method.needs_subject]
+
+
+def _warn_of_shared_keys(method: Method, edits: list[Edit]) -> None:
+    begins = {edit.text: edit.prompt.partition("{}")[0] + str(edit.subject) for edit in edits}
+    keys = Counter(begins.values())
+    shared = {key: count for key, count in keys.items() if count > 1}
+    if shared:
+        key, count = next(iter(shared.items()))
+        more = f" (and {len(shared) - 1} more such texts)" if len(shared) > 1 else ""
+        warnings.warn(
+            f"{method.name} finds one key for all {count} edits that begin with {key!r}{more}, so at most one of "
+            "them will be made: memit-merge makes them together",
+            stacklevel=1,  # said once, whoever calls
+        )
 
 
 def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
@@ -255,7 +287,7 @@ def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], span: int = 1) ->
         InputError: see `checked` and `conflicts`; or the memory stands elsewhere.
         EditRefused: see there too.
     """
-    edits = checked(method, edits, subject=False)
+    edits = checked(method, edits)
     clashes = conflicts(method, lm, edits, method.conflict)
     (layer,) = method.own_layers(lm)
     modules = list(lm.parts.value[layer : layer + span])

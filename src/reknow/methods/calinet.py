@@ -101,7 +101,7 @@ class CaliNet(BesideMatrix):
         return "calinet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         clashes = conflicts(self, lm, edits, self.conflict)
         (layer,) = self.own_layers(lm)
         texts = [Text.asked(edit, text) for edit in edits for text in wordings(edit)]

@@ -46,7 +46,7 @@ class EMMET(SearchSettings):
         return "emmet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=True)
+        edits = checked(self, edits)
         layer = resolve_layer(lm, self.layer)
         prefixes = self.contexts(lm)
         found = find_values(lm, edits, layer, prefixes, self.search(site="block"))

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted, told
+from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted
 from reknow.edits import Edit
 from reknow.errors import InputError, at_least
 from reknow.layers import resolve_layer, resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Dense, Patch
+from reknow.progress import told
 from reknow.tokens import Row, Text
 from reknow.trace import fused_gelu
 
@@ -82,7 +83,7 @@ class FT(Method):
         return "locft-bf" if self.breadth_first else NAMES[self.loss]
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layers = checked(self, edits, subject=False), self._layers(lm)
+        edits, layers = checked(self, edits), self._layers(lm)
         if len(edits) == 1 and _addable(lm, layers):
             return self.edit_each(lm, edits)[0]
         matrices = Matrices(lm, [lm.parts.value[layer] for layer in layers], self._pace)
@@ -93,7 +94,7 @@ class FT(Method):
         return weights_patch(self, lm, edits, matrices.deltas(), notes=notes)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits, layers = [one for edit in edits for one in checked(self, edit, subject=False)], self._layers(lm)
+        edits, layers = [one for edit in edits for one in checked(self, edit)], self._layers(lm)
         if not _addable(lm, layers):
             return super().edit_each(lm, edits)
         rows, name = self._rows(lm, edits), lm.parts.value[layers[0]]

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
-from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, sample, told
+from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, sample
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError, at_least
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Patch
+from reknow.progress import told
 from reknow.tokens import Row, Text
 from reknow.writing import led
 
@@ -132,7 +133,7 @@ class ICE(Method):
         return "ice"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         layers = resolve_layers(lm, self.layers, LAYERS)
         names = [lm.parts.value[layer] for layer in layers]
         pace = Pace(self.learning_rate, self.learning_rate_absolute, self.clamp, self.clamp_absolute)

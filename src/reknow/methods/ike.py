@@ -99,7 +99,7 @@ class IKE(MemoryMethod):
         return IKE(**{**asdict(self), "cases": str(path)})
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         replaced = conflicts(self, lm, edits, self.conflict)
         lm.check_length(lm.encode([Text.asked(edit, _tail(edit) + edit.text) for edit in edits]))
         facts = [edit.text for edit in edits]

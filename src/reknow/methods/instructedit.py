@@ -59,7 +59,7 @@ class InstructEdit(NetworkSettings):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         """The patch of edits that have an instruction, or a task whose first instruction is then taken."""
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         trained, tensors = self.trained(lm)
         families = load_families(self.families)
         told = [trained.told(Case(edit), families).edit for edit in edits]

@@ -78,7 +78,7 @@ class KE(MatrixEditor):
         return _Learner(self, lm)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         trained, tensors = self.trained(lm)
         network = filled(lambda: KENetwork(trained, lm), tensors)
         with torch.no_grad():

@@ -64,7 +64,7 @@ class KN(Method):
         return "kn-erase" if self.erase else "kn"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         patches = []
         with lm.patched():
             for edit in edits:

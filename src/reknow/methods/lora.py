@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
-from reknow.descent import check_finite, told
+from reknow.descent import check_finite
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError, at_least
 from reknow.layers import resolve_layers
@@ -29,6 +29,7 @@ from reknow.loading import carries_adapters
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import LowRank, Patch
 from reknow.peft_folder import base_of
+from reknow.progress import told
 from reknow.tokens import Row, Text
 from reknow.trace import swapped, weight_replaced
 
@@ -85,7 +86,7 @@ class LoRA(Method):
                 f"expected a model without adapters, since {self.name} puts its own into it; {lm.name} carries some: "
                 "merge them, model.merge_and_unload(), or use another method"
             )
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         layers = resolve_layers(lm, self.layers)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         lm.check_length(rows)

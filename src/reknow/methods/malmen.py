@@ -66,7 +66,7 @@ class MALMEN(MatrixEditor):
         return _Learner(self, lm, training.batch_size)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         trained, tensors = self.trained(lm)
         if trained.blocks > len(tensors):
             raise InputError(

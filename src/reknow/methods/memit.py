@@ -74,8 +74,11 @@ class MEMIT(Band):
     def name(self) -> str:
         return "memit-merge" if self.merge_subjects else "memit"
 
+    def one_answer_per_key(self) -> bool:
+        return not self.merge_subjects
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=True)
+        edits = checked(self, edits)
         layers = resolve_layers(lm, self.layers)
         found = find_values(lm, edits, layers[-1], self.contexts(lm), self.search(site="block"))
         return self.spread(lm, edits, layers, found, "block", 1.0)

@@ -43,7 +43,7 @@ class MEND(NetworkSettings):
         return TransformLearner(self, lm, training.batch_size, lambda batch, _: bare(batch))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         trained, tensors = self.trained(lm)
         texts = [Text.asked(edit) for edit in edits]
         deltas, loss = transformed(lm, trained, tensors, texts)

@@ -45,7 +45,7 @@ class PMET(Band):
         return "pmet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=True)
+        edits = checked(self, edits)
         layers = resolve_layers(lm, self.layers)
         found = find_values(lm, edits, layers[-1], self.contexts(lm), self.search(attention=True))
         return self.spread(lm, edits, layers, found, "value", 0.5)

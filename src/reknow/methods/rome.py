@@ -50,7 +50,7 @@ class ROME(SearchSettings):
         return "r-rome" if self.average_keys else "rome"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=True)
+        edits = checked(self, edits)
         patches = []
         with lm.patched():
             for edit in edits:
@@ -59,7 +59,7 @@ class ROME(SearchSettings):
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits = [one for edit in edits for one in checked(self, edit, subject=True)]
+        edits = [one for edit in edits for one in checked(self, edit)]
         layer = resolve_layer(lm, self.layer)
         found = find_values(lm, edits, layer, self.contexts(lm), self.search())
         mean_key = found.mean_key.double()  # (edits, in)

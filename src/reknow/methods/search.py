@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ GPU_SHARE = 16
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(Method):
     """Settings of every method that searches a wanted state and spares general text. No method by itself."""
+
+    needs_subject: ClassVar[bool] = True
 
     steps: int = 60
     """Passes of the search at most, one more than updates; in the papers 20 to 30, all of them."""

@@ -136,7 +136,7 @@ class SERAC(Learned, MemoryMethod):
         return ScopeLearner(self, Modules(self, lm), lm, learning, held)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         stored = versions(lm.patches, self.name)
         begun = {} if stored else self._trained(lm)
         if stored and (changed := [name for name in TRAINED if stored[0].settings[name] != getattr(self, name)]):

@@ -78,7 +78,7 @@ class UltraEdit(Method):
         return 0
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         layers = self.own_layers(lm)
         names = [
             name
