@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, asdict, dataclass
+from functools import reduce
 from typing import Literal, get_args
 
 from reknow.errors import InputError
-from reknow.writing import full_stop, joined
+from reknow.writing import full_stop, joined, led
 
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
 """What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
@@ -190,25 +191,46 @@ class Case:
 
     edit: Edit
     probes: tuple[Probe, ...] = ()
+    also: tuple[Edit, ...] = ()
+    """Edits that are made together with it, where only all of them have the consequences that are asked for."""
 
     def __post_init__(self):
         object.__setattr__(self, "probes", tuple(self.probes))
+        object.__setattr__(self, "also", tuple(self.also))
+
+    @property
+    def edits(self) -> tuple[Edit, ...]:
+        """All edits of the case."""
+        return (self.edit, *self.also)
+
+    @property
+    def asked(self) -> tuple[tuple[Edit, Probe], ...]:
+        """All questions, each with the edit whose answers it is about: every request's own prompt (reliability)
+        first, behind its instruction too where it has one; then the probes."""
+        own = [(edit, _own(edit, edit.text, "reliability")) for edit in self.edits]
+        own += [(e, _own(e, e.instructed(e.text), "instructed")) for e in self.edits if e.instruction is not None]
+        return (*own, *((self.edit, probe) for probe in self.probes))
 
     @property
     def questions(self) -> tuple[Probe, ...]:
-        """All probes, the request's own prompt (reliability) first; where it has an instruction, behind that too."""
-        edit = self.edit
-        own = [Probe(edit.text, (edit.target_new,), "reliability", "rewrite", edit.separator)]
-        if edit.instruction is not None:
-            told = edit.instructed(edit.text)
-            own.append(Probe(told, (edit.target_new,), "instructed", "rewrite", edit.separator))
-        return (*own, *self.probes)
+        """The probes of `asked`."""
+        return tuple(probe for _, probe in self.asked)
+
+    @property
+    def statement(self) -> str:
+        """All edits as sentences."""
+        return reduce(led, (edit.statement for edit in self.edits))
+
+
+def _own(edit: Edit, prompt: str, kind: Kind) -> Probe:
+    return Probe(prompt, (edit.target_new,), kind, "rewrite", edit.separator)
 
 
 def as_json(stated: Edit | Case) -> dict:
-    """The fields as JSON values; a separator that is not given is left out, as in files of before."""
+    """The fields as JSON values; a separator and further edits that are not given are left out, as in files of
+    before."""
 
     def given(fields: list[tuple]) -> dict:
-        return {name: value for name, value in fields if name != "separator" or value is not None}
+        return {name: value for name, value in fields if name not in ("separator", "also") or value not in (None, ())}
 
     return asdict(stated, dict_factory=given)

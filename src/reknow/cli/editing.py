@@ -49,7 +49,9 @@ def edit(
     method: Annotated[str, typer.Option("--method", help="See `reknow methods`.")] = "rome",
     subject: Annotated[str | None, typer.Option("--subject", help="Instead of braces in the prompt.")] = None,
     true: Annotated[str | None, typer.Option("--true", help="The present answer, to follow its probability.")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="JSON, JSON lines or CSV file of edits.")] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", help="JSON, JSON lines or CSV file; see docs/data.md.")
+    ] = None,
     encoding: Encoding = None,
     layer: Annotated[str | None, typer.Option("--layer", help="A layer, or auto.")] = None,
     settings: Annotated[list[str], typer.Option("--set", help="FIELD=VALUE of the method; repeatable.")] = [],  # noqa: B006

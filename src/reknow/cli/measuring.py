@@ -43,7 +43,10 @@ def bench(
     full: Annotated[bool, typer.Option("--full", help="A preset in its full size: hours.")] = False,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="NAME or NAME:FILE in its published form; several with commas. [counterfact]"),
+        typer.Option(
+            "--data",
+            help="NAME, NAME:FILE, or FILE of edits or in any published form; several with commas. [counterfact]",
+        ),
     ] = None,
     names: Annotated[
         str | None, typer.Option("--methods", help="NAME or LABEL=NAME, with commas between. [rome,ft-m]")
@@ -166,27 +169,27 @@ def _sets(
 ) -> dict[str, list[Case]]:
     """Name of each run → its cases; only those that the model `knowing` knows, if there is one; and only those that
     agree where several make one patch. `refused` takes name of a set → its records that could not be read."""
-    from reknow.datasets import load_cases
+    from reknow.datasets import address, load_cases
     from reknow.evaluation.presets import agreeing, in_turn, thinned
 
     sets = {}
     for source in study.data.split(","):
-        name, _, path = source.strip().partition(":")
-        wanted = study.limits.get(name, study.limit)
+        label, name, path = address(source.strip())
+        wanted = study.limits.get(label, study.limit)
         limit = None if knowing or one_patch else wanted
-        bad = refused.setdefault(name, [])
+        bad = refused.setdefault(label, [])
         selected = {"limit": limit, "offset": offset, "seed": shuffle}
-        cases = load_cases(name, path=path or None, encoding=encoding, refused=bad, **selected)
+        cases = load_cases(name, path=path, encoding=encoding, refused=bad, **selected)
         for sentence in bad:
             warn(f"left out: {sentence}")
         cases = _known(knowing, cases) if knowing else cases
         if one_patch and len(kept := agreeing(cases)) < len(cases):
-            say(f"left out: {len(cases) - len(kept)} cases of {name} that contradict an earlier one")
+            say(f"left out: {len(cases) - len(kept)} cases of {label} that contradict an earlier one")
             cases = kept
         cases = cases[:wanted]
-        if name in sets:
-            raise InputError(f"expected every set once; got {name} twice: join the files, or run them one by one")
-        sets[name] = thinned(cases, study.keep)
+        if label in sets:
+            raise InputError(f"expected every set once; got {label} twice: join the files, or run them one by one")
+        sets[label] = thinned(cases, study.keep)
     return {"+".join(sets): in_turn(list(sets.values()))} if study.together else sets
 
 

@@ -21,10 +21,10 @@ def train(
     method: Annotated[str, typer.Argument(help="A method that learns to edit.", show_default=False)],
     model: Model = DEMO,
     data: Annotated[
-        list[str], typer.Option("--data", help="NAME or NAME:FILE in its published form; repeatable.")
+        list[str], typer.Option("--data", help="NAME, NAME:FILE or FILE in a published form; repeatable.")
     ] = [],  # noqa: B006, typer copies it
     without: Annotated[
-        list[str], typer.Option("--without", help="NAME or NAME:FILE whose facts are left out; repeatable.")
+        list[str], typer.Option("--without", help="NAME, NAME:FILE or FILE whose facts are left out; repeatable.")
     ] = [],  # noqa: B006
     encoding: Encoding = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="How many cases of each set.")] = None,
@@ -81,13 +81,13 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
 
 def _cases(data: list[str], limit: int | None, offset: int, without: list[str], encoding: str | None) -> list[Case]:
     """The cases to learn from; records that cannot be read are named and left out."""
-    from reknow.datasets import load_cases
+    from reknow import datasets
     from reknow.learning.editors import case_keys
 
     def load(address: str, **part) -> list[Case]:
-        name, _, path = address.partition(":")
+        _, name, path = datasets.address(address)
         bad: list[str] = []
-        cases = load_cases(name, path=path or None, encoding=encoding, refused=bad, **part)
+        cases = datasets.load_cases(name, path=path, encoding=encoding, refused=bad, **part)
         for sentence in bad:
             warn(f"left out: {sentence}")
         return cases

@@ -10,31 +10,21 @@ import random
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
-from reknow.datasets import convsent, counterfact, knowedit, known, unke, zsre
+from reknow.datasets import counterfact, known
 from reknow.datasets.edits_file import load_edits
+from reknow.datasets.forms import DATASETS, CaseSource, form_of, read_file
 from reknow.datasets.known import Fact
 from reknow.datasets.reading import Record, read_records
-from reknow.datasets.sources import hub_file
 from reknow.datasets.text import sample_text
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 
-__all__ = ["DATASETS", "FACTS", "Fact", "load_cases", "load_edits", "load_facts", "sample_text"]
+__all__ = ["DATASETS", "FACTS", "Fact", "address", "load_cases", "load_edits", "load_facts", "sample_text"]
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
-
-
-class CaseSource(NamedTuple):
-    """A bundled sample, and how one record of the published form becomes a case (None: unusable record)."""
-
-    sample: str | None
-    """None: its licence lets nobody pass it on, so a file has to be given."""
-    read: Callable[[str, Record], Case | None]
-    link: Callable[[Sequence[Case]], list[Case]] = list
-    """What the cases take from each other, once all of the file are read."""
 
 
 class FactSource(NamedTuple):
@@ -44,19 +34,6 @@ class FactSource(NamedTuple):
     read: Callable[[Record], list[Fact]]
 
 
-DATASETS: dict[str, CaseSource] = {
-    "counterfact": CaseSource("counterfact.jsonl", counterfact.read_case),
-    "counterfact-easyedit": CaseSource("counterfact_easyedit.jsonl", counterfact.read_flat_case),
-    "zsre": CaseSource("zsre.jsonl", zsre.read_case),
-    "knowedit-zsre": CaseSource("knowedit_zsre.jsonl", knowedit.read_case),
-    "wiki_recent": CaseSource("wiki_recent.jsonl", knowedit.read_case),
-    "wiki_counterfact": CaseSource("wiki_counterfact.jsonl", knowedit.read_case),
-    "wikibio": CaseSource("wikibio.jsonl", knowedit.read_case),
-    "qaedit": CaseSource("qaedit.jsonl", zsre.read_qaedit_case),
-    "convsent": CaseSource("convsent.jsonl", convsent.read_case, convsent.with_other_topics),
-    "unke": CaseSource(None, unke.read_case),
-}
-
 FACTS: dict[str, FactSource] = {
     "known_1000": FactSource("known_1000.jsonl", known.read_known),
     "counterfact": FactSource("counterfact.jsonl", counterfact.read_facts),
@@ -65,8 +42,28 @@ FACTS: dict[str, FactSource] = {
 }
 
 
+class Address(NamedTuple):
+    """What `bench --data` names: NAME, NAME:FILE or FILE."""
+
+    label: str
+    """What to call the set."""
+    name: str | None
+    """None: the form of the file is known by its fields."""
+    path: str | None
+
+
+def address(text: str) -> Address:
+    """The data set, the file, or both, that a user names."""
+    name, _, path = text.partition(":")
+    if name in DATASETS:
+        return Address(name, name, path or None)
+    if name == "hub" or "/" in text or Path(text).suffix or Path(text).exists():
+        return Address(Path(text.rpartition(":")[2]).stem, None, text)
+    return Address(name, name, path or None)
+
+
 def load_cases(
-    name: str,
+    name: str | None = None,
     *,
     path: str | Path | None = None,
     limit: int | None = None,
@@ -78,8 +75,9 @@ def load_cases(
     """Cases of a benchmark, in the order of the file, or shuffled where a `seed` is given.
 
     `path` is a local file in the published form of the data set `name`, or `hub:owner/name[:file]`, which is
-    downloaded; without it the bundled sample is read. After shuffling, `offset` cases are passed over and at
-    most `limit` kept. Ids are `name/…`, the same whatever was selected.
+    downloaded; without it the bundled sample is read. Without a name the form is known by the file's fields. After
+    shuffling, `offset` cases are passed over and at most `limit` kept. Ids are `name/…`, the same whatever was
+    selected, but for those that a user's own file gives.
 
     Args:
         encoding: of the file; None: what its byte order mark says, else UTF-8.
@@ -90,15 +88,21 @@ def load_cases(
         InputError: unknown name, unreadable file, or no record of this form; see `refused`.
         MissingExtra: a hub address without huggingface_hub.
     """
-    if name not in DATASETS:
+    problems: dict[int, str] = {}
+    if name is None:
+        if path is None:
+            raise InputError(f"expected a data set or a file; got neither: name one of {', '.join(DATASETS)}")
+        records = read_file(path, encoding=encoding, refused=None if refused is None else problems)
+        name = form_of(records) or _unknown_form(records, str(path), problems)
+    elif name not in DATASETS:
         if name in FACTS:
             raise InputError(
                 f"expected a data set of edits; got '{name}', known facts only: call load_facts('{name}')"
             )
         raise did_you_mean("data set", name, DATASETS)
+    else:
+        records = _records(DATASETS[name].sample, path, encoding, None if refused is None else problems)
     source = DATASETS[name]
-    problems: dict[int, str] = {}
-    records = _records(source.sample, path, encoding, None if refused is None else problems)
     cases = _cases(name, source, records, problems, str(path or source.sample))
     chosen = _select(sorted({*cases, *problems}), limit, offset, seed)
     bad = [problems[index] for index in chosen if index in problems]
@@ -107,6 +111,16 @@ def load_cases(
     if refused is not None:
         refused += bad
     return [cases[index] for index in chosen if index in cases]
+
+
+def _unknown_form(records: Sequence[Record], path: str, problems: dict[int, str]) -> NoReturn:
+    if not records and problems:
+        raise InputError(next(iter(problems.values())))
+    have = ", ".join(map(repr, records[0].fields)) if records else "no records"
+    raise InputError(
+        f"expected prompt and target_new, or the fields of a published data set, in {path}; got {have}: rename them, "
+        f"or name the form, as in --data zsre:FILE. Known: {', '.join(DATASETS)}"
+    )
 
 
 def _cases(
@@ -157,9 +171,7 @@ def _records(
         if sample is None:
             raise InputError("expected a file, since no sample of this data set is bundled; got none: give its path")
         return read_records(files("reknow") / "assets" / "data" / sample, sample)
-    if str(path).startswith("hub:"):
-        return read_records(hub_file(str(path)), str(path), encoding=encoding, refused=refused)
-    return read_records(Path(path), str(path), encoding=encoding, refused=refused)
+    return read_file(path, encoding=encoding, refused=refused)
 
 
 def _select(items: list[Item], limit: int | None, offset: int, seed: int | None) -> list[Item]:

@@ -1,9 +1,9 @@
-"""CounterFact (Meng et al. 2022, arXiv 2202.05262), in the authors' form and in EasyEdit's flat form."""
+"""CounterFact (Meng et al. 2022, arXiv 2202.05262), in the authors' form."""
 
 from __future__ import annotations
 
 from reknow.datasets.known import Fact
-from reknow.datasets.reading import Record, place_subject
+from reknow.datasets.reading import Record
 from reknow.edits import Case, Probe
 
 
@@ -40,29 +40,3 @@ def read_facts(record: Record) -> list[Fact]:
     rewrite = record.record("requested_rewrite")
     answer = rewrite.record("target_true").text("str")
     return [Fact(rewrite.text("prompt"), rewrite.text("subject"), answer)]
-
-
-def read_flat_case(name: str, record: Record) -> Case:
-    """A record of EasyEdit's `counterfact-{edit,train,val}.json`: one rewording, one neighbour.
-
-    Its `rephrase_prompt` is a paraphrase of the authors in about one record of six and else one of their
-    generation prompts, whose continuation need not state the fact ("Danielle Darrieux was born in"), so
-    scores on `rephrase` lie below those on `paraphrase` for every method.
-    """
-    prompt, subject = place_subject(record.text("prompt"), record.text("subject"))
-    new = record.text("target_new")
-    edit = record.edit(
-        prompt,
-        subject=subject,
-        target_new=new,
-        target_true=record.text("ground_truth"),
-        id=f"{name}/{record.fields.get('case_id', record.index)}",
-    )
-    neighbor = record.text("locality_prompt"), (record.text("locality_ground_truth"),)
-    return Case(
-        edit,
-        (
-            Probe(record.text("rephrase_prompt"), (new,), "generalization", "rephrase"),
-            Probe(*neighbor, "locality", "neighborhood"),
-        ),
-    )

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-
+from reknow.datasets.probes import first, optional, probes_in
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
-logger = logging.getLogger(__name__)
+KINDS: tuple[Kind, ...] = ("locality", "portability")
 
 
 def read_case(name: str, record: Record) -> Case:
@@ -26,43 +25,19 @@ def read_case(name: str, record: Record) -> Case:
     order. Questions without any answer are left out (3 in wiki_recent, 2 in wiki_counterfact), logged.
     """
     biography = "text" in record.fields
-    request = _first(record, "text" if biography else "prompt")
-    target = _first(record, "labels" if biography else "target_new")
+    request = first(record, "text" if biography else "prompt")
+    target = first(record, "labels" if biography else "target_new")
     prompt, subject = place_subject(request, record.text("concept" if biography else "subject"))
     edit = record.edit(
         prompt,
         subject=subject,
         target_new=target,
-        target_true=next(iter(_optional(record, "ground_truth")), None),
+        target_true=next(iter(optional(record, "ground_truth")), None),
         id=f"{name}/{record.index}",
     )
-    rewordings = _optional(record, "rephrase_prompt") + _optional(record, "rephrase")
+    rewordings = optional(record, "rephrase_prompt", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in rewordings]
-    for kind in ("locality", "portability"):
-        if record.fields.get(kind):
-            probes += _group_probes(kind, record.record(kind))
+    for kind in KINDS:
+        probes += probes_in(record, kind, kind, kind)
     probes.append(Probe(edit.text, (), "fluency", "request"))
     return Case(edit, tuple(probes))
-
-
-def _group_probes(kind: Kind, groups: Record) -> list[Probe]:
-    """The probes of `{"Relation_Specificity": [{"prompt": …, "ground_truth": …}, …], …}`."""
-    probes = []
-    for name in groups.fields:
-        for item in groups.records(name):
-            answers = tuple(dict.fromkeys(item.texts("ground_truth")))
-            if answers:
-                probes.append(Probe(_first(item, "prompt"), answers, kind, name))
-            else:
-                logger.info("%s: %s left out, it has no answer", item.where, item.prefix.rstrip("."))
-    return probes
-
-
-def _first(record: Record, field: str) -> str:
-    """The text of a field, or the first of its list of texts."""
-    texts = record.texts(field)
-    return texts[0] if texts else record.text(field)  # text() says what is wrong with a blank one
-
-
-def _optional(record: Record, field: str) -> tuple[str, ...]:
-    return record.texts(field) if record.fields.get(field) else ()

@@ -19,12 +19,13 @@ class Record:
     """One object of a data file.
 
     `where` is its file and place as shown in errors; `index` its 0-based position in the file. The
+    `table` says that it is a row of cells, whose entries are parted by ` | ` where there are several. The
     accessors return text without outer white space and raise InputError naming file, record and field. A number
     counts as the text that stands in the file.
     """
 
-    def __init__(self, fields: Any, where: str, index: int, prefix: str = ""):
-        self.fields, self.where, self.index, self.prefix = fields, where, index, prefix
+    def __init__(self, fields: Any, where: str, index: int, prefix: str = "", table: bool = False):
+        self.fields, self.where, self.index, self.prefix, self.table = fields, where, index, prefix, table
         if not isinstance(fields, dict):
             self.refuse("", f"expected an object {{…}}; got {_shown(fields)}: write one object per record")
 
@@ -39,6 +40,10 @@ class Record:
             self.refuse(field, f"expected this field; got {have}: add it, or choose the data set of this form")
         return self.fields[field]
 
+    def has(self, field: str) -> bool:
+        """Whether the field is there with something in it."""
+        return self.fields.get(field) not in (None, "", [], {})
+
     def text(self, field: str) -> str:
         """A text that must be there and not be blank."""
         value = self._required(field)
@@ -48,14 +53,24 @@ class Record:
 
     def texts(self, field: str) -> tuple[str, ...]:
         """The texts of a field that must be there: one, a list or nested lists; flat, blanks left out."""
+        return self._flat(field, self._required(field))
+
+    def entries(self, field: str) -> list[str]:
+        """The text of each entry of a field that must be there, "" for a blank one; of a list the first."""
+        values = self._required(field)
+        if not isinstance(values, list):
+            values = values.split(" | ") if self.table else [values]
+        return [next(iter(self._flat(field, value)), "") for value in values]
+
+    def _flat(self, field: str, value: Any) -> tuple[str, ...]:
         flat = []
-        waiting = [self._required(field)]
+        waiting = [value]
         while waiting:
             value = waiting.pop(0)
             if isinstance(value, list):
                 waiting[:0] = value
             elif isinstance(value, str):
-                flat.append(value.strip())
+                flat += map(str.strip, value.split(" | ") if self.table else [value])
             else:
                 self.refuse(field, f"expected a text or a list of texts; got {_shown(value)}: {_remedy(value)}")
         return tuple(text for text in flat if text)
@@ -237,7 +252,7 @@ def read_table(
                     raise InputError(problem)
                 refused[index] = problem
                 continue
-            records.append(Record(fields, where, index))
+            records.append(Record(fields, where, index, table=True))
     except csv.Error as error:
         raise InputError(f"{name}, line {rows.line_num}: expected a CSV row; got '{error}': correct it") from error
     return records

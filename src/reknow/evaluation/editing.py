@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,15 +42,16 @@ def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) 
     return made
 
 
-def edit_each(lm: LM, method: Any, edits: list[Edit]) -> list[Made]:
-    """A patch of each edit by itself; of edits that are computed together the cost is their mean."""
-    if len(edits) > 1:
+def edit_each(lm: LM, method: Any, groups: Sequence[Sequence[Edit]]) -> list[Made]:
+    """A patch of each group by itself; of single edits that are computed together the cost is their mean."""
+    if len(groups) > 1 and all(len(group) == 1 for group in groups):
+        edits = [edit for (edit,) in groups]
         patches, costs = _measured(lm, edits, lambda makeable: method.edit_each(lm, makeable))
         if patches is not None:  # else what broke down for all of them may do for some of them by themselves
             made = iter(patches)
             patch_of = [next(made) if cost["error"] is None else None for cost in costs]
             return [Made(p, [{**cost, **_told(p)}]) for p, cost in zip(patch_of, costs, strict=True)]
-    return [edit_once(lm, method, [edit]) for edit in edits]
+    return [edit_once(lm, method, list(group)) for group in groups]
 
 
 def _read_costs(note: Path, edits: int) -> list[dict]:

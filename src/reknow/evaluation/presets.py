@@ -153,7 +153,14 @@ def thinned(cases: list[Case], keep: int | None) -> list[Case]:
 def agreeing(cases: list[Case]) -> list[Case]:
     """The cases without those that ask for another answer to an earlier one's prompt: no patch can make both."""
     answers: dict[str, str] = {}
-    return [c for c in cases if answers.setdefault(c.edit.text, c.edit.target_new) == c.edit.target_new]
+
+    kept = []
+    for case in cases:
+        wanted = {edit.text: edit.target_new for edit in case.edits}
+        if all(answers.get(prompt, answer) == answer for prompt, answer in wanted.items()):
+            answers |= wanted
+            kept.append(case)
+    return kept
 
 
 def in_turn(sets: list[list[Case]]) -> list[Case]:

@@ -49,9 +49,7 @@ def read(
         seed: for the sampling alone.
         in_context: put the edit as a statement in front of every question.
     """
-    asked = [(case.edit, probe) for case in cases for probe in case.questions]
-    if in_context:
-        asked = [(edit, replace(one, prompt=_behind(edit, one.prompt))) for edit, one in asked]
+    asked = [pair for case in cases for pair in (_in_context(case) if in_context else case.asked)]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
     answers = iter(_answered(lm, questions, generate))
@@ -75,18 +73,18 @@ def unreadable(lm: LM, cases: Sequence[Case], *, in_context: bool = False) -> li
 
 
 def _unread(lm: LM, case: Case, in_context: bool) -> str | None:
-    asked = [(one.prompt, text) for one in case.questions for text in _scored(case.edit, one)]
-    if in_context:
-        asked += [(_behind(case.edit, prompt), text) for prompt, text in asked]
+    asked = [*case.asked, *(_in_context(case) if in_context else ())]
     try:
-        lm.check_length(lm.encode([Text(*pair) for pair in asked]))
+        texts = [Text(o.prompt, text, separator=o.separator) for edit, o in asked for text in _scored(edit, o)]
+        lm.check_length(lm.encode(texts))
     except TextRefused as error:
         return str(error)
 
 
-def _behind(edit: Edit, prompt: str) -> str:
-    """The prompt with the edit as a statement in front."""
-    return led(f"Fact: {edit.statement}", prompt)
+def _in_context(case: Case) -> list[tuple[Edit, Probe]]:
+    """The case's questions with its edits as statements in front."""
+    front = f"Fact: {case.statement}"
+    return [(edit, replace(one, prompt=led(front, one.prompt))) for edit, one in case.asked]
 
 
 def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
@@ -155,6 +153,8 @@ def _scored(edit: Edit, probe: Probe) -> list[str]:
     """
     own = next(iter(probe.answers), "")
     if edit.target_true is None or probe.kind not in ("reliability", "generalization", "locality"):
+        return [own]
+    if probe.kind != "locality" and own != edit.target_new:  # it asks for another of the edits made together
         return [own]
     if probe.kind == "locality" and edit.target_true not in probe.answers:
         return [own]

@@ -11,7 +11,7 @@ from urllib.parse import quote
 import reknow
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
-from reknow.evaluation.editing import Made, edit_each, edit_once
+from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.reading import perplexity, read, unreadable, with_divergence, with_perplexity
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.rows import (
@@ -46,7 +46,7 @@ class Plan:
 
     mode: Mode = "single"
     batch_size: int = 1
-    """Sequential: how many edits each patch makes."""
+    """Sequential: of how many cases each patch makes the edits."""
     checkpoints: tuple[int, ...] = ()
     """Sequential: after how many edits all earlier ones are read again; after all of them always."""
     seeds: tuple[int, ...] = (0,)
@@ -203,13 +203,13 @@ class _Run:
             about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             makeable = [name for name in names if name not in self.unreadable]
             with watched(lambda text, about=about: self.tell(f"{label}, {about}: {text}")):
-                found = edit_each(self.lm, method, [self.cases[name].edit for name in makeable])
+                found = edit_each(self.lm, method, [self.cases[name].edits for name in makeable])
             made = dict(zip(makeable, found, strict=True))
             for name in names:
-                patch, costs = made.get(name) or self.not_made(name)
+                patch, costs = made.get(name, (None, []))
                 with self.lm.patched(*filter(None, [patch])):
                     for stage in stages:
-                        self.score(label, seed, stage, {name: costs[0]}, fluency=self.plan.fluency)
+                        self.score(label, seed, stage, {name: self.cost(name, costs)}, fluency=self.plan.fluency)
 
     def sequence(self, label: str, method: Any, seed: int) -> None:
         """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
@@ -235,16 +235,22 @@ class _Run:
 
     def made(self, method: Any, names: list[str], file: Path | None) -> dict[str, dict]:
         """Puts the patch of these cases on, if there is any; what each cost."""
-        makeable = [name for name in names if name not in self.unreadable]
-        patch, costs = edit_once(self.lm, method, [self.cases[name].edit for name in makeable], file)
+        readable = [name for name in names if name not in self.unreadable]
+        asked = {replace(edit, id=None): edit for name in readable for edit in self.cases[name].edits}  # each once
+        patch, costs = edit_once(self.lm, method, list(asked.values()), file)
         if patch is not None:
             self.lm.apply(patch)
-        found = dict(zip(makeable, costs, strict=True))
-        return {name: found.get(name) or self.not_made(name).costs[0] for name in names}
+        cost_of = dict(zip(asked, costs, strict=True))
+        return {
+            name: self.cost(name, [cost_of.get(replace(edit, id=None), {}) for edit in self.cases[name].edits])
+            for name in names
+        }
 
-    def not_made(self, name: str) -> Made:
-        """Of a case that the model cannot read."""
-        return Made(None, [{"error": self.unreadable[name]}])
+    def cost(self, name: str, costs: list[dict]) -> dict:
+        """Of a case by those of its edits, none if the model cannot read it; all have to be made."""
+        if name in self.unreadable:
+            return {"error": self.unreadable[name]}
+        return {**costs[0], "error": next((cost["error"] for cost in costs if cost["error"] is not None), None)}
 
     def done(self, label: str, seed: int, stage: str, names: Sequence[str]) -> bool:
         return all((label, seed, self.plan.mode, stage, name) in self.rows for name in names)

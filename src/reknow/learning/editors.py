@@ -222,7 +222,7 @@ def refuse_seen(method: Method, lm: LM, cases: Sequence[Case]) -> None:
     if not isinstance(method, Learned):
         return
     seen = set(open_editor(method, lm).seen.tolist())
-    known = [case.edit for case in cases if _key(case.edit) in seen]
+    known = [edit for case in cases for edit in case.edits if _key(edit) in seen]
     if known:
         raise InputError(
             f"expected cases on which the editor of {method.name} was not trained; it was on {len(known)} of "

@@ -31,7 +31,7 @@ READ = {
     "sampled_unshifted": "PPL_r as the script of its authors computes it, where a token has been seen already.",
     "held_out": "Perplexity of given texts under the edited model: it rises when an edit does general harm.",
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
-    "counted where it happens. Failed: share of edits that broke down.",
+    "counted where it happens. Failed: share of edits that could not be made, or not be read.",
 }
 MARKS = {"right": "✓ new answer", "wrong": "✗ not the new answer", "same": "✓ as before", "changed": "✗ changed"}
 KINDS = {

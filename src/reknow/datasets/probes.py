@@ -1,0 +1,74 @@
+"""Questions as published files write them: two fields, a list of objects, or such lists by name."""
+
+from __future__ import annotations
+
+import logging
+
+from reknow.datasets.reading import Record
+from reknow.edits import Kind, Probe
+
+logger = logging.getLogger(__name__)
+
+ANSWERS = ("ground_truth", "answer", "answers", "target")
+"""Names of the field that holds the answer of a question."""
+
+
+def first(record: Record, field: str) -> str:
+    """The text of a field, or the first of its list of texts."""
+    texts = record.texts(field) if isinstance(record.fields.get(field), list) else ()
+    return texts[0] if texts else record.text(field)  # text() says what is wrong with a blank one
+
+
+def optional(record: Record, *fields: str) -> tuple[str, ...]:
+    """The texts of those fields that are there."""
+    return tuple(text for field in fields if record.has(field) for text in record.texts(field))
+
+
+def probes_in(record: Record, field: str, kind: Kind, name: str) -> list[Probe]:
+    """The probes in a field, none where it is absent.
+
+    | form | name of the probes |
+    |---|---|
+    | `[{"prompt": …, "ground_truth": …}, …]` | `name` |
+    | `{"Reasoning": [{"prompt": …, "ground_truth": …}, …], …}` (KnowEdit) | `Reasoning` … |
+    | `{"one_hop": {"prompt": …, "ground_truth": …}, …}` (EasyEdit; one text or lists) | `one_hop` … |
+
+    An answer stands in one of the fields `ANSWERS`: a text, a list, or a list of alias lists, which all become
+    accepted answers in the file's order. A question without any is left out, logged.
+    """
+    if not record.has(field):
+        return []
+    if not isinstance(record.fields[field], dict):
+        return _listed(record.records(field), kind, name)
+    groups = record.record(field)
+    found = []
+    for group in filter(groups.has, groups.fields):
+        if isinstance(groups.fields[group], dict):
+            found += probes_paired(groups.record(group), "prompt", "ground_truth", kind, group)
+        else:
+            found += _listed(groups.records(group), kind, group)
+    return found
+
+
+def _listed(items: list[Record], kind: Kind, name: str) -> list[Probe]:
+    probes = []
+    for item in items:
+        field = next((field for field in ANSWERS if field in item.fields), ANSWERS[0])
+        if answers := tuple(dict.fromkeys(item.texts(field))):
+            probes.append(Probe(first(item, "prompt"), answers, kind, name))
+        else:
+            logger.info("%s: %s left out, it has no answer", item.where, item.prefix.rstrip("."))
+    return probes
+
+
+def probes_paired(record: Record, prompts: str, answers: str, kind: Kind, name: str) -> list[Probe]:
+    """The probes of two fields: a question and its answer, or as many of both; none where they are absent. A question
+    without an answer is left out, logged."""
+    if not record.has(prompts):
+        return []
+    asked, given = record.entries(prompts), record.entries(answers)
+    if len(asked) != len(given):
+        record.refuse(answers, f"expected {len(asked)} answers, one per question; got {len(given)}: add or drop some")
+    if left_out := [prompt for prompt, answer in zip(asked, given, strict=True) if not (prompt and answer)]:
+        logger.info("%s: left out without question or answer: %s", record.where, ", ".join(map(repr, left_out)))
+    return [Probe(q, (a,), kind, name) for q, a in zip(asked, given, strict=True) if q and a]
