@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from reknow.errors import ModelError
 from reknow.replay import Suffix
 from reknow.scoring import are_numbers
 from reknow.tokens import Batch, Row, Text, encode, pad
-from reknow.trace import added_at, first, output_edited, recorded
+from reknow.trace import added_at, first, hooked, output_edited, recorded
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -148,10 +148,11 @@ def _call_order(model: PreTrainedModel) -> tuple[list[str], dict[str, int]]:
         if isinstance(states := first(output), Tensor):
             widths[name] = states.shape[-1]
 
-    with ExitStack() as stack:
-        for name, module in model.named_modules():
-            hook = module.register_forward_hook(lambda _module, _args, output, name=name: left(name, output))
-            stack.callback(hook.remove)
+    hooks = (
+        partial(module.register_forward_hook, lambda _module, _args, output, name=name: left(name, output))
+        for name, module in model.named_modules()
+    )
+    with hooked(*hooks):
         ids = torch.tensor([[3, 4, 5]], device=device_of(model.get_input_embeddings(), model.device))
         try:
             with torch.no_grad():

@@ -19,6 +19,7 @@ import torch
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed
+from reknow.exclusive import exclusively
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -63,6 +64,7 @@ class Observation:
     """Of a few paragraphs of plain text."""
 
 
+@exclusively
 def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observation:
     """How the model, as it is now, answers the edits' prompts and the facts, and how it reads plain text.
 

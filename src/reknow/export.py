@@ -24,6 +24,7 @@ from transformers.utils import (
 
 from reknow.adapter import Conv1D
 from reknow.errors import InputError, PatchError
+from reknow.exclusive import exclusively
 from reknow.files import folder_aside
 from reknow.patches import LowRank, check_weights, factored, merge
 from reknow.peft_folder import base_of, write_adapter
@@ -71,6 +72,7 @@ class CheckpointReport:
     written bit for bit."""
 
 
+@exclusively
 def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) -> CheckpointReport:
     """Writes the model as it is now, patches included, as a folder that `AutoModelForCausalLM` loads.
 
@@ -145,6 +147,7 @@ def _file_of(source: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+@exclusively
 def export_lora(
     lm: LM, folder: str | Path, *, max_rank: int | None = None, truncate: bool = False, overwrite: bool = False
 ) -> LoraReport:

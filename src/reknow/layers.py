@@ -22,6 +22,7 @@ from reknow.cache import cache_folder
 from reknow.datasets import Fact, load_facts
 from reknow.edits import Edit
 from reknow.errors import InputError
+from reknow.exclusive import exclusively
 from reknow.files import write_text
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 from reknow.progress import stage
@@ -79,6 +80,7 @@ def resolve_layer(lm: LM, layer: int | None) -> int:
     return suggest_layer(lm)
 
 
+@exclusively
 def suggest_layer(lm: LM) -> int:
     """The layer whose trial edits score best on the base model, whatever is applied to it.
 
@@ -166,6 +168,7 @@ def trial_relations() -> list[list[Fact]]:
     return [facts[:ASKED_PER_RELATION] for facts in relations.values()]
 
 
+@exclusively
 def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> list[Trial]:
     """Trial edits at the candidate layers of the base model; none where it knows too few facts.
 

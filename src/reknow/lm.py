@@ -13,17 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from reknow import adapter
+from reknow.applied import Applied
 from reknow.errors import InputError
+from reknow.exclusive import exclusive, exclusively
 from reknow.fingerprint import Fingerprint
 from reknow.generation import check_sampling, continuations
 from reknow.limits import check_ids, check_length, padding
 from reknow.loading import as_dtype, as_pair, check_tokenizer, load, place
-from reknow.memory import HookMemory, Memories, Reading
+from reknow.memory import HookMemory, Memories, Running
 from reknow.patches import Patch
 from reknow.scoring import Score, perplexity, scores
 from reknow.stack import read_stack, replayed, with_patch, without_patch
-from reknow.tokens import Batch, Row, Text, as_list, batches, encode, pad, paired
-from reknow.trace import by_row, fused_gelu, recorded
+from reknow.tokens import Batch, Row, Text, as_list, encode, pad, paired
+from reknow.trace import fused_gelu, states_at
 from reknow.weights import Weights
 
 
@@ -74,12 +76,11 @@ class LM:
         self.computes_statistics = True
         self.model.requires_grad_(False).eval()
         self.model.config.return_dict = True  # outputs are read by name
-        self.patches: tuple[Patch, ...] = ()
         self.memo: dict[tuple, tuple] = {}
-        self.reading: Reading | None = None
-        """What hooks of memories know of the pass that runs; None where there are none."""
+        self.running = Running()
         self._weights = Weights(self.model)
         self._memories = Memories(self)
+        self._applied = Applied(self._weights, self._memories)
         self._takes_positions = adapter.accepts_positions(self.model)
         self.parts = adapter.find_parts(self.model)
         self.parts = adapter.verify(self)
@@ -117,6 +118,7 @@ class LM:
             raise InputError(f"expected a layer from 0 to {self.layers - 1}; got {layer}: {self.name} has no other")
         return layer
 
+    @exclusively
     def weight(self, name: str) -> Tensor:
         """The current weight of the matrix `name`, seen as (out, in).
 
@@ -129,6 +131,7 @@ class LM:
         """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
         return self._weights.beside
 
+    @exclusively
     def base_weight(self, name: str) -> Tensor:
         """The weight of the matrix `name` with no patch applied, (out, in). Read only."""
         return self._weights.base(name)
@@ -141,6 +144,7 @@ class LM:
 
     # --- running -----------------------------------------------------------------------------------------
 
+    @exclusively
     def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, *, ends: Tensor | None = None, **options):
         """One pass of the model.
 
@@ -153,20 +157,21 @@ class LM:
             options["logits_to_keep"] = torch.arange(-options["logits_to_keep"], 0)
         if self._takes_positions:
             options["position_ids"] = positions
-        self._memories.ends = ends
+        self.running.ends = ends
         try:
             with fused_gelu(self.model):
                 return self.model(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
                 )
         finally:
-            self._memories.ends = None
+            self.running.ends = None
 
     @property
     def hooked(self) -> bool:
         """Whether a memory is applied that changes what modules compute, beyond what the weights say."""
         return self._memories.hooked
 
+    @exclusively
     def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokens of the texts, each with the place of its parts; ModelError where the embedding lacks one."""
         rows = encode(self.tokenizer, texts, chat=self.chat)
@@ -188,6 +193,7 @@ class LM:
         """Raises TextRefused where a row and `extra` tokens behind it do not fit into the model's positions."""
         check_length(self, rows, extra)
 
+    @exclusively
     @torch.no_grad()
     def read(self, rows: Sequence[Row], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
         """Inputs and outputs of modules at one token of every row.
@@ -200,20 +206,9 @@ class LM:
         Returns:
             name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
         """
-        found: dict[str, list[Tensor]] = {}
-        parts = batches([len(row.ids) for row in rows], self.device)
-        for part in parts:
-            batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
-            column = max(columns[i] for i in part)
-            with recorded(self.model, inputs, outputs, stop=True) as (seen_in, seen_out):
-                self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
-            named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
-            for name, states in named.items():
-                # A view would hold the states of all columns.
-                found.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
-        order = torch.tensor([i for part in parts for i in part]).argsort()
-        return {name: torch.cat(states)[order.to(states[0].device)] for name, states in found.items()}
+        return states_at(self, rows, columns, inputs, outputs)
 
+    @exclusively
     @torch.no_grad()
     def score(
         self, prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
@@ -234,6 +229,7 @@ class LM:
 
         return self._memories.answered(prompts, answer)
 
+    @exclusively
     @torch.no_grad()
     def generate(
         self,
@@ -267,6 +263,7 @@ class LM:
 
         return self._memories.answered(prompts, answer)
 
+    @exclusively
     def perplexity(self, texts: Sequence[str], max_tokens: int = 256) -> float:
         """exp of the mean token NLL over the texts, each cut at `max_tokens`; a text's first token is not scored.
 
@@ -277,6 +274,12 @@ class LM:
 
     # --- the stack of patches ----------------------------------------------------------------------------
 
+    @property
+    def patches(self) -> tuple[Patch, ...]:
+        """The applied patches, the newest last."""
+        return self._applied.patches
+
+    @exclusively
     def apply(self, patch: Patch, *, force: bool = False) -> None:
         """Puts the patch on top of the stack.
 
@@ -284,16 +287,18 @@ class LM:
             PatchError: made on another base model (`force` overrides), already applied, or a version of a memory that
                 does not continue the newest one applied.
         """
-        self._set(with_patch(self.patches, patch, self.fingerprint, force=force))
+        self._applied.set(with_patch(self.patches, patch, self.fingerprint, force=force))
 
+    @exclusively
     def revert(self, patch: Patch | str) -> None:
         """Takes the patch (or the one of this id) off; any order. With no patch left the weights are the base's bits.
 
         Raises:
             PatchError: it is not applied, or a version of a memory that is not the newest.
         """
-        self._set(without_patch(self.patches, patch if isinstance(patch, str) else patch.id))
+        self._applied.set(without_patch(self.patches, patch if isinstance(patch, str) else patch.id))
 
+    @exclusively
     def rebuild(self, *, without: Patch | str) -> None:
         """Takes any version of a memory off: the later edits of its method are made again without it.
 
@@ -301,18 +306,18 @@ class LM:
             PatchError: it is not applied.
             InputError, EditFailed: an edit cannot be made again; the stack is as before.
         """
-        self._set(replayed(self, without if isinstance(without, str) else without.id))
+        self._applied.set(replayed(self, without if isinstance(without, str) else without.id))
 
     @contextmanager
     def patched(self, *patches: Patch):
-        """While open, the patches are on top of the stack; afterwards the stack is as before."""
-        before = self.patches
-        try:
+        """While open, the patches are on top of the stack; afterwards the stack is as before.
+
+        Other threads that use the model wait until it closes.
+        """
+        with self.exclusive(), self._applied.kept():
             for patch in patches:
                 self.apply(patch)
             yield self
-        finally:
-            self._set(before)
 
     def trying(self, method: str, memory: HookMemory):
         """While open, this is the memory of the method in place of the applied one: for training it."""
@@ -320,7 +325,7 @@ class LM:
 
     @contextmanager
     def unpatched(self):
-        """While open, the model is its base."""
+        """While open, the model is its base; see `patched`."""
         with self.stacked(()):
             yield self
 
@@ -331,20 +336,13 @@ class LM:
         Raises:
             PatchError: a patch of another base model, or one that is there twice.
         """
-        before, wanted = self.patches, ()
-        for patch in patches:
-            wanted = with_patch(wanted, patch, self.fingerprint)
-        self._set(wanted)
-        try:
+        with self.exclusive(), self._applied.kept():
+            wanted = ()
+            for patch in patches:
+                wanted = with_patch(wanted, patch, self.fingerprint)
+            self._applied.set(wanted)
             yield self
-        finally:
-            self._set(before)
 
-    def _set(self, patches: tuple[Patch, ...]) -> None:
-        self._weights.set(patches)
-        try:
-            self._memories.set(patches)
-        except BaseException:
-            self._weights.set(self.patches)
-            raise
-        self.patches = patches
+    def exclusive(self):
+        """While open, other threads that use the model wait; every operation opens it for itself."""
+        return exclusive(self.model)

@@ -27,6 +27,7 @@ from torch import Tensor
 from reknow.adapter import embedding
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
+from reknow.exclusive import exclusively
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
 from reknow.tokens import Row, Text
@@ -125,6 +126,7 @@ class Trace:
         return cls(**{**values, **lists, "restored": tables})
 
 
+@exclusively
 def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
     """Standard deviation, over all dimensions, of the embeddings of all subjects' tokens as the prompts have them."""
     if not facts:
@@ -135,6 +137,7 @@ def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
     return float(embedded.float().std())
 
 
+@exclusively
 def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tracing | None = None) -> Trace:
     """The trace of one prompt, towards whatever the model answers; patches stay as they are.
 
@@ -164,6 +167,7 @@ def trace_facts(
         yield trace_prompt(lm, fact.prompt, fact.subject, spread, settings)
 
 
+@exclusively
 def known_facts(lm: LM, facts: Sequence[Fact]) -> list[Fact]:
     """The facts that the model answers right: greedy decoding gives the answer's tokens."""
     if not facts:

@@ -11,6 +11,7 @@ is the prompt (plain text, or the raw Hugging Face model), all of it is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from reknow.errors import PatchError
+from reknow.exclusive import exclusive, undone
 from reknow.patches import Patch
 from reknow.trace import by_row, first
 
@@ -116,6 +118,15 @@ class Reading:
         return (columns[None] == self.ends.to(self.mask.device)[:, None] - 1)[:, -self.new :]
 
 
+class Running(threading.local):
+    """The pass that runs in a thread."""
+
+    reading: Reading | None = None
+    """What hooks of memories know of it; None where there are none."""
+    ends: Tensor | None = None
+    """Where its prompts end, if its caller says so."""
+
+
 def _opened(args: tuple, kwargs: dict, before: Reading | None, ends: Tensor | None) -> Reading:
     """The reading of a pass of the model with these arguments; behind a cache it goes on from the one before."""
     ids = kwargs.get("input_ids", args[0] if args else None)
@@ -139,7 +150,7 @@ def on_output(lm: LM, name: str, change: Change) -> RemovableHandle:
     """Makes the output of the module `name` what `change` says."""
 
     def hook(_module, args, kwargs, output):
-        reading, states = lm.reading, first(output)
+        reading, states = lm.running.reading, first(output)
         assert reading is not None
         rows = len(reading.ends)
         inputs = args[0] if args else next(iter(kwargs.values()))
@@ -178,8 +189,6 @@ class Memories:
         """method → (kind, memory) in the order of the stack."""
         self._handles: list[RemovableHandle] = []
         self._built: dict[tuple, Any] = {}
-        self.ends: Tensor | None = None
-        """Where the prompts of the next pass end, if its caller says so."""
 
     @property
     def hooked(self) -> bool:
@@ -187,20 +196,16 @@ class Memories:
         return bool(self._handles)
 
     def set(self, patches: Sequence[Patch]) -> None:
-        """Puts exactly the memories of these patches in use, or changes nothing.
+        """Puts exactly the memories of these patches in use; where it fails or is interrupted, some of them.
 
         Raises:
             PatchError: a memory of a method that this library does not have, or that does not fit the model.
         """
         names = dict.fromkeys(patch.method for patch in patches if patch.kind != "weights")
         wanted = {name: self._memory(name, versions(patches, name)) for name in names}
-        before = self._active
         try:
             self._attach(wanted)
-        except BaseException as error:
-            self._attach(before)
-            if not isinstance(error, (AttributeError, RuntimeError)):
-                raise
+        except (AttributeError, RuntimeError) as error:
             raise PatchError(
                 f"expected a memory that fits {self._lm.name}; got one of another model ({error}): load that model"
             ) from error
@@ -208,12 +213,11 @@ class Memories:
     @contextmanager
     def trying(self, method: str, memory: HookMemory):
         """While open, this is the memory of the method, whatever the stack says."""
-        before = self._active
-        try:
-            self._attach({**before, method: ("hook", memory)})
-            yield
-        finally:
-            self._attach(before)
+        with exclusive(self._lm.model):
+            before = self._active
+            with undone(lambda: self._attach(before)):
+                self._attach({**before, method: ("hook", memory)})
+                yield
 
     def _attach(self, memories: dict[str, tuple[str, Any]]) -> None:
         self._detach()
@@ -229,10 +233,11 @@ class Memories:
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._active, self._lm.reading = [], {}, None
+        self._handles, self._active, self._lm.running.reading = [], {}, None
 
     def _open(self, _module, args, kwargs) -> None:
-        self._lm.reading = _opened(args, kwargs, self._lm.reading, self.ends)
+        running = self._lm.running
+        running.reading = _opened(args, kwargs, running.reading, running.ends)
 
     def _memory(self, name: str, patches: list[Patch]) -> tuple[str, Any]:
         """(kind, memory) of these versions; built once, since stacks are put on and off often."""

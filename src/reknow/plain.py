@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from reknow.adapter import Conv1D
 from reknow.errors import PatchError
+from reknow.exclusive import undone
 from reknow.loading import carries_adapters
 from reknow.patches import total
 from reknow.weights import takes_changes
@@ -145,13 +146,15 @@ def _stored(module: nn.Module, weight: Tensor) -> Tensor:
 def rounded(casts: dict[nn.Parameter, Tensor]) -> Iterator[None]:
     """While open, the weights have the values of their casts, in the dtype they have in memory."""
     kept = {parameter: parameter.data for parameter in casts}
-    try:
+
+    def back() -> None:
+        for parameter, own in kept.items():
+            parameter.data = own
+
+    with undone(back):
         for parameter, narrow in casts.items():
             parameter.data = narrow.to(parameter.dtype)
         yield
-    finally:
-        for parameter, own in kept.items():
-            parameter.data = own
 
 
 def cast(model: PreTrainedModel, casts: dict[nn.Parameter, Tensor]) -> PreTrainedModel:

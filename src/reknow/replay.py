@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +19,18 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from reknow.tokens import Batch
-from reknow.trace import Stop, added_at, by_row, first, mlp_only_at, output_edited, recorded, swapped
+from reknow.trace import (
+    Stop,
+    added_at,
+    all_swapped,
+    by_row,
+    first,
+    hooked,
+    mlp_only_at,
+    output_edited,
+    recorded,
+    swapped,
+)
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -73,11 +85,8 @@ def block_calls(lm: LM, run: Callable[[], object], trailing: Sequence[tuple | No
             raise Stop
         return args[0] if rest is None else (args[0], *rest)
 
-    with ExitStack() as stack:
-        for name in lm.parts.blocks:
-            stack.enter_context(swapped(lm.model.get_submodule(name), keep))
-        with suppress(Stop):
-            run()
+    with all_swapped({lm.model.get_submodule(name): keep for name in lm.parts.blocks}), suppress(Stop):
+        run()
     return calls
 
 
@@ -175,14 +184,12 @@ class Suffix:
                 self._block_input = args[0]
             self._calls.append((args[1:], kwargs))
 
-        with ExitStack() as stack:
-            for name in blocks[self.layer :] if self.lm.parts.replayable else ():
-                hook = model.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True)
-                stack.callback(hook.remove)
-            outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
-            seen_in, seen_out = stack.enter_context(recorded(model, [self.name], outputs))
+        replayed = [model.get_submodule(name) for name in blocks[self.layer :] if self.lm.parts.replayable]
+        hooks = (partial(block.register_forward_pre_hook, keep, with_kwargs=True) for block in replayed)
+        outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
+        with hooked(*hooks), recorded(model, [self.name], outputs) as (seen_in, seen_out):
             self._run(slice(self._start, width), _fresh(self._cache), logits_to_keep=1)
-        self._reading = self.lm.reading
+        self._reading = self.lm.running.reading
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
         right = [by_row(state, rows)[:, self.column - self._start :] for state in states]
@@ -223,7 +230,7 @@ class Suffix:
         """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
         cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
         columns = columns - self._start
-        self.lm.reading = self._reading  # another text may have been read since
+        self.lm.running.reading = self._reading  # another text may have been read since
         for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
             args = (cache if isinstance(a, Cache) else a for a in args)
             kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,7 +21,7 @@ from reknow.errors import InputError
 from reknow.replay import Call, block_calls, head, widened
 from reknow.scoring import are_numbers
 from reknow.tokens import Row
-from reknow.trace import by_row, first, output_edited
+from reknow.trace import by_row, first, hooked, output_edited
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -132,12 +133,15 @@ class Prompt:
 
             return hook
 
-        with ExitStack() as stack:
-            for name in parts.blocks:
-                hook = model.get_submodule(name).register_forward_hook(keep_call, with_kwargs=True)
-                stack.callback(hook.remove)
-            for name in (*parts.blocks, *parts.value, *parts.attention_out):
-                stack.callback(model.get_submodule(name).register_forward_hook(keep_states(name)).remove)
+        calls = (
+            partial(model.get_submodule(name).register_forward_hook, keep_call, with_kwargs=True)
+            for name in parts.blocks
+        )
+        states = (
+            partial(model.get_submodule(name).register_forward_hook, keep_states(name))
+            for name in (*parts.blocks, *parts.value, *parts.attention_out)
+        )
+        with hooked(*calls, *states):
             logits = self._run(rows, slice(0, self._columns), None, noised=noised).logits
         if not bool(are_numbers(self.lm, logits).all()):
             raise InputError(

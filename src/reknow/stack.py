@@ -68,7 +68,7 @@ def with_patch(
         warnings.warn(
             f"{patch.label} was made on top of {len(patch.made_on)} patches and is applied on {len(active)}: "
             "its effect may differ",
-            stacklevel=3,
+            stacklevel=4,
         )
     return (*stack, patch)
 
@@ -90,7 +90,7 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
         )
     later = [p.label for p in stack if wanted in p.made_on]
     if later:
-        warnings.warn(f"{', '.join(later)}: made on top of {wanted}, the effect may differ", stacklevel=3)
+        warnings.warn(f"{', '.join(later)}: made on top of {wanted}, the effect may differ", stacklevel=4)
     return tuple(p for p in stack if p.id != wanted)
 
 

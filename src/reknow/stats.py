@@ -27,6 +27,7 @@ from reknow.adapter import device_of, shape
 from reknow.cache import bound, cache_folder, make_room, touch
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
+from reknow.exclusive import exclusively
 from reknow.files import write_aside
 from reknow.progress import stage
 from reknow.tokens import Row, Text, encode
@@ -69,6 +70,7 @@ def covariance(
     return statistics(lm, [layer], tokens=tokens, text=text)[layer].covariance
 
 
+@exclusively
 def statistics(
     lm: LM,
     layers: Sequence[int],

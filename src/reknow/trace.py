@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.activations import FastGELUActivation, NewGELUActivation
+
+from reknow.exclusive import undone
+from reknow.tokens import Row, batches
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -25,6 +29,15 @@ def first(output) -> Tensor:
 
 
 @contextmanager
+def hooked(*hooks: Callable[[], RemovableHandle]):
+    """While open, these hooks are on; each is given as what puts it on."""
+    handles: list[RemovableHandle] = []
+    with undone(lambda: [handle.remove() for handle in handles]):
+        for put_on in hooks:
+            handles.append(put_on())
+        yield
+
+
 def output_edited(module: nn.Module, edit: Callable[[Tensor], Tensor]):
     """While open, the module's output is `edit(output)`, in the shape in which the module gives it."""
 
@@ -33,11 +46,7 @@ def output_edited(module: nn.Module, edit: Callable[[Tensor], Tensor]):
             return type(output)([edit(output[0]), *output[1:]])
         return edit(output)
 
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hooked(partial(module.register_forward_hook, hook))
 
 
 @contextmanager
@@ -69,39 +78,69 @@ def recorded(model: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str
 
         return hook
 
-    with ExitStack() as stack:
-        for name in inputs:
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(before(name), with_kwargs=True).remove)
-        for name in outputs:
-            stack.callback(model.get_submodule(name).register_forward_hook(after(name)).remove)
-        with suppress(Stop):
-            yield seen_in, seen_out
+    modules = {name: model.get_submodule(name) for name in (*inputs, *outputs)}
+    pre = (partial(modules[n].register_forward_pre_hook, before(n), with_kwargs=True) for n in inputs)
+    post = (partial(modules[n].register_forward_hook, after(n)) for n in outputs)
+    with hooked(*pre, *post), suppress(Stop):
+        yield seen_in, seen_out
 
 
-@contextmanager
+def states_at(lm: LM, rows: Sequence[Row], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
+    """Inputs and outputs of modules at one token of every row; see `LM.read`."""
+    found: dict[str, list[Tensor]] = {}
+    parts = batches([len(row.ids) for row in rows], lm.device)
+    for part in parts:
+        batch = lm.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
+        column = max(columns[i] for i in part)
+        with recorded(lm.model, inputs, outputs, stop=True) as (seen_in, seen_out):
+            lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
+        named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
+        for name, states in named.items():
+            # A view would hold the states of all columns.
+            found.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
+    order = torch.tensor([i for part in parts for i in part]).argsort()
+    return {name: torch.cat(states)[order.to(states[0].device)] for name, states in found.items()}
+
+
 def swapped(module: nn.Module, forward: Callable):
     """While open, calling the module calls `forward`."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+    return all_swapped({module: forward})
 
 
 @contextmanager
+def all_swapped(forwards: Mapping[nn.Module, Callable]):
+    """While open, calling each of the modules calls its function."""
+    own = {module: own_forward(module) for module in forwards}
+
+    def back() -> None:
+        for module, forward in own.items():
+            set_forward(module, forward)
+
+    with undone(back):
+        for module, forward in forwards.items():
+            set_forward(module, forward)
+        yield
+
+
+def own_forward(module: nn.Module) -> Callable | None:
+    """What stands in place of the `forward` of the module's class; None: nothing does."""
+    return module.__dict__.get("forward")
+
+
+def set_forward(module: nn.Module, forward: Callable | None) -> None:
+    """Puts a function in place of the `forward` of the module's class; None: nothing. At once, or not at all."""
+    if forward is None:
+        module.__dict__.pop("forward", None)
+    else:
+        module.__dict__["forward"] = forward
+
+
 def fused_gelu(model: nn.Module):
     """While open, GELU by tanh is torch's, one pass over memory each way; transformers' takes eight, a fifth of the
     time of a small model's block. The same function up to rounding."""
     fused = partial(nn.functional.gelu, approximate="tanh")
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, (NewGELUActivation, FastGELUActivation)):
-                stack.enter_context(swapped(module, fused))
-        yield
+    slow = (NewGELUActivation, FastGELUActivation)
+    return all_swapped({module: fused for module in model.modules() if isinstance(module, slow)})
 
 
 def mlp_only_at(lm: LM, rows: Tensor, columns: Tensor):

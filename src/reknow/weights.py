@@ -7,7 +7,7 @@ because it is quantised, offloaded or adapted, the product with ΔW is computed 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from transformers import PreTrainedModel
 
 from reknow.adapter import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
 from reknow.errors import ModelError, PatchError
-from reknow.patches import Delta, LowRank, Patch, summed, total
-from reknow.trace import swapped
+from reknow.patches import Delta, Dense, LowRank, Patch, summed, total
+from reknow.trace import all_swapped, own_forward, set_forward
+
+UNSURE: tuple[Delta, ...] = (Dense(torch.empty(0, 0)),)
+"""In place of a matrix's changes while it is written: equal to none."""
 
 BLOCK = 64
 """Changes of a matrix whose sum is kept, so that a patch on top of thousands costs no more than on a few."""
@@ -34,8 +37,8 @@ class Weights:
         self._changes: dict[str, tuple[Delta, ...]] = {}
         self._sums: dict[str, tuple[tuple[Delta, ...], Tensor]] = {}
         """The first changes of a matrix, whole blocks of them, and base + their sum in float64."""
-        self._beside: dict[str, tuple[Callable, ExitStack]] = {}
-        """Of each matrix whose change is beside it: its own `forward`, and what brings that back."""
+        self._beside: dict[str, Callable | None] = {}
+        """Of each matrix whose change is beside it: what stood in place of its `forward` before."""
 
     @property
     def beside(self) -> tuple[str, ...]:
@@ -71,16 +74,15 @@ class Weights:
         # A quantised or adapted matrix shows its weight when it multiplies the identity.
         states = embedding(self._model)
         unit = torch.eye(shape(module)[1], dtype=states.dtype, device=device_of(module, states.device))
-        with ExitStack() as stack:
-            if name in self._beside:
-                stack.enter_context(swapped(module, self._beside[name][0]))
+        with all_swapped({module: self._forward(name, module)}):
             return (module(unit) - module(torch.zeros_like(unit[:1]))).T
 
     @torch.no_grad()
     def set(self, patches: Sequence[Patch]) -> None:
-        """Makes every matrix base + Σ ΔW of these patches; all of it or nothing.
+        """Makes every matrix base + Σ ΔW of these patches.
 
-        In a weight they are summed in float64 and cast once.
+        In a weight they are summed in float64 and cast once. Where it fails or is interrupted some matrices may be
+        changed and others not, until the next call is through.
 
         Raises:
             PatchError: a patch names a matrix that is not there or has another shape, or a sum overflows the dtype.
@@ -98,15 +100,8 @@ class Weights:
                         f"in this model it {got}: load the model on which the patch was made"
                     )
                 wanted.setdefault(name, []).append(delta)
-        before = dict(self._changes)
-        names = dict.fromkeys((*before, *wanted))
-        try:
-            for name in names:
-                self._write(name, tuple(wanted.get(name, ())))
-        except BaseException:
-            for name in names:
-                self._write(name, before.get(name, ()))
-            raise
+        for name in dict.fromkeys((*self._changes, *wanted)):
+            self._write(name, tuple(wanted.get(name, ())))
 
     def _write(self, name: str, deltas: tuple[Delta, ...]) -> None:
         if deltas == self._changes.get(name, ()):
@@ -121,9 +116,11 @@ class Weights:
         changed = self._sum(name, base, deltas).to(weight.dtype) if deltas else base
         if deltas and not bool(changed.isfinite().all()):
             raise PatchError(f"expected a sum that {weight.dtype} can hold; {name} overflows: use another dtype")
-        self._changes[name] = deltas  # before the copy, so that an interrupted one is undone
+        self._changes[name] = UNSURE
         weight.copy_(changed)
-        if not deltas:
+        if deltas:
+            self._changes[name] = deltas
+        else:
             del self._base[name], self._changes[name]
             self._sums.pop(name, None)
 
@@ -140,13 +137,20 @@ class Weights:
         return total(value, deltas[len(known) :])
 
     def _put_beside(self, name: str, module: nn.Module, deltas: tuple[Delta, ...]) -> None:
-        if name in self._beside:
-            self._beside.pop(name)[1].close()
-            del self._changes[name]
-        if deltas:
-            own, stack = module.forward, ExitStack()
-            stack.enter_context(swapped(module, beside(own, summed(deltas))))
-            self._beside[name], self._changes[name] = (own, stack), deltas
+        both = beside(self._forward(name, module), summed(deltas)) if deltas else None
+        own = self._beside.setdefault(name, own_forward(module))
+        self._changes[name] = UNSURE
+        if both is not None:
+            set_forward(module, both)
+            self._changes[name] = deltas
+        else:
+            set_forward(module, own)
+            del self._beside[name], self._changes[name]
+
+    def _forward(self, name: str, module: nn.Module) -> Callable:
+        """What the matrix computes with no change beside it."""
+        own = self._beside.get(name, own_forward(module))
+        return partial(type(module).forward, module) if own is None else own
 
     def _shape(self, name: str) -> tuple[int, int] | None:
         """(out, in) of the matrix; None: it is not there."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from reknow.edits import Edit
 from reknow.errors import EditFailed
 from reknow.evaluation.rows import Rows, open_manifest
+from reknow.exclusive import exclusively
 from reknow.methods.ice import ICE, consistency
 from reknow.progress import progress_bar
 
@@ -32,6 +33,7 @@ ROWS_FILE = "inside.jsonl"
 KEY = ("part", "label", "edit")
 
 
+@exclusively
 def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path, *, progress: bool = False) -> Rows:
     """Measures all three for the edits, each by itself; started again on the folder, it goes on where it was.
 

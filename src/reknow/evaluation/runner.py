@@ -23,6 +23,7 @@ from reknow.evaluation.rows import (
     cases_digest,
     open_manifest,
 )
+from reknow.exclusive import exclusively
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
 from reknow.progress import progress_bar, watched
@@ -81,6 +82,7 @@ class Plan:
             )
 
 
+@exclusively
 def evaluate(
     lm: LM,
     cases: Sequence[Case],
@@ -107,6 +109,7 @@ def evaluate(
     return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, run.before, run.rows)
 
 
+@exclusively
 def bench(
     lm: LM,
     cases: Sequence[Case],

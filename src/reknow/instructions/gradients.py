@@ -11,6 +11,7 @@ import torch
 from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.evaluation.rows import write_json
+from reknow.exclusive import exclusively
 from reknow.instructions.families import load_families
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases, task_families
 from reknow.learning.gradients import flat_factors
@@ -71,6 +72,7 @@ def gradient_study(
     ]
 
 
+@exclusively
 @torch.no_grad()
 def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.ndarray:
     """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens

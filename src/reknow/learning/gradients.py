@@ -7,9 +7,9 @@ output. What learns to transform gradients (MEND, MALMEN, UltraEdit) works on th
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reknow.descent import Scored, check_finite, predicted
 from reknow.patches import Delta, Dense, LowRank
 from reknow.tokens import Row, batches
-from reknow.trace import by_row, first
+from reknow.trace import by_row, first, hooked
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -94,9 +94,7 @@ def gradient_factors(
 
         return after
 
-    with ExitStack() as stack, torch.enable_grad():
-        for name in names:
-            stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(name)).remove)
+    with _behind(lm, {name: hook(name) for name in names}), torch.enable_grad():
         nll = scored.nll()
         lengths = torch.tensor([len(one) for one in pairs], device=nll.device)
         loss = (nll / lengths[scored.of_row]).sum()
@@ -140,7 +138,11 @@ def as_delta(left: Tensor, right: Tensor) -> Delta:
     return LowRank(left.T.contiguous(), right.contiguous())
 
 
-@contextmanager
+def _behind(lm: LM, hooks: Mapping[str, Callable]):
+    """While open, each of these modules' outputs goes through its hook."""
+    return hooked(*(partial(lm.model.get_submodule(n).register_forward_hook, hook) for n, hook in hooks.items()))
+
+
 def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
     """While open, every row of a batch is computed with its own change of these matrices, differentiably.
 
@@ -156,13 +158,9 @@ def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
 
         return after
 
-    with ExitStack() as stack:
-        for name, (left, right) in changes.items():
-            stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(left, right)).remove)
-        yield
+    return _behind(lm, {name: hook(left, right) for name, (left, right) in changes.items()})
 
 
-@contextmanager
 def changed(lm: LM, deltas: Mapping[str, Tensor]):
     """While open, these matrices are computed with ΔW (out, in) added, differentiably."""
 
@@ -172,10 +170,7 @@ def changed(lm: LM, deltas: Mapping[str, Tensor]):
 
         return after
 
-    with ExitStack() as stack:
-        for name, delta in deltas.items():
-            stack.callback(lm.model.get_submodule(name).register_forward_hook(hook(delta)).remove)
-        yield
+    return _behind(lm, {name: hook(delta) for name, delta in deltas.items()})
 
 
 class RunningNorm(nn.Module):

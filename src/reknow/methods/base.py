@@ -16,6 +16,7 @@ from torch import Tensor
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
+from reknow.exclusive import exclusively
 from reknow.kept import Kept
 from reknow.layers import depth_layer
 from reknow.memory import versions
@@ -38,6 +39,12 @@ class Method(ABC):
     needs_subject: ClassVar[bool] = False
     """Whether it edits at the subject's last token, so that an edit must name one."""
 
+    def __init_subclass__(cls, **options: Any):
+        """What works on the model has it for itself; see `reknow.exclusive`."""
+        super().__init_subclass__(**options)
+        for name in {"edit", "edit_each", "fit"} & set(vars(cls)):
+            setattr(cls, name, exclusively(vars(cls)[name]))
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -53,6 +60,7 @@ class Method(ABC):
             EditFailed: the computation broke down.
         """
 
+    @exclusively
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         """A patch for every edit by itself, each on `lm` as it is now; what `edit` gives for them one by one.
 

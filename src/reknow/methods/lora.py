@@ -24,6 +24,7 @@ from reknow.adapter import Conv1D, is_matrix
 from reknow.descent import check_finite
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError, at_least
+from reknow.exclusive import undone
 from reknow.layers import resolve_layers
 from reknow.loading import carries_adapters
 from reknow.methods.base import Method, checked, weights_patch
@@ -127,7 +128,16 @@ class LoRA(Method):
         )
         originals = {name: lm.model.get_submodule(name) for name in names}
         attributes = set(vars(lm.model))
-        try:
+
+        def removed() -> None:
+            for name, module in originals.items():
+                parent, _, leaf = name.rpartition(".")
+                setattr(lm.model.get_submodule(parent), leaf, module)
+            for name in set(vars(lm.model)) - attributes:
+                delattr(lm.model, name)
+            lm.model.requires_grad_(False).eval()
+
+        with undone(removed):
             if self.kind == "adalora":
                 # Ranks are free for a fifth of the steps, shared out until two fifths from the end, then fixed.
                 config = AdaLoraConfig(
@@ -142,13 +152,6 @@ class LoRA(Method):
                 yield AdaLoraModel(lm.model, {ADAPTER: config}, ADAPTER)
             else:
                 yield LoraModel(lm.model, {ADAPTER: LoraConfig(r=self.rank, **shared)}, ADAPTER)
-        finally:
-            for name, module in originals.items():
-                parent, _, leaf = name.rpartition(".")
-                setattr(lm.model.get_submodule(parent), leaf, module)
-            for name in set(vars(lm.model)) - attributes:
-                delattr(lm.model, name)
-            lm.model.requires_grad_(False).eval()
 
     def _descend(self, lm: LM, tuner: nn.Module, batches: list[list[Row]]) -> list[float]:
         trained = [parameter for parameter in tuner.parameters() if parameter.requires_grad]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -37,7 +37,7 @@ from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope
 from reknow.retrieval.scope_training import ScopeLearner
 from reknow.schema import Count, Strict
 from reknow.tokens import Text
-from reknow.trace import swapped
+from reknow.trace import all_swapped
 from reknow.weights import beside
 
 if TYPE_CHECKING:
@@ -224,11 +224,11 @@ class Modules(nn.Module):
     @contextmanager
     def counterfactual(self):
         """While open, the counterfactual model, its change computed beside its matrices: they stay as they are."""
-        with self._reader.unpatched(), ExitStack() as stack:
-            for name, left, right in zip(self._names, self.left, self.right, strict=True):
-                module = self._reader.model.get_submodule(name)
-                stack.enter_context(swapped(module, beside(module.forward, LowRank(left, right))))
-            yield self._reader
+        with self._reader.unpatched():
+            modules = [self._reader.model.get_submodule(name) for name in self._names]
+            changes = (LowRank(left, right) for left, right in zip(self.left, self.right, strict=True))
+            with all_swapped({m: beside(m.forward, change) for m, change in zip(modules, changes, strict=True)}):
+                yield self._reader
 
     def answers(self, questions: Sequence[Text]) -> Tensor:
         """−log P of the answers' tokens under the counterfactual model, with gradients. (tokens,)"""
