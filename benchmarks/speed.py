@@ -64,7 +64,7 @@ UNTIL = "reknow, until found"
 gives the answer a probability of 0.95, or has it as the likeliest and the loss hardly falls any more."""
 ALL_PASSES: dict[str, Any] = {"stop_probability": 1.0, "stop_gain": 0.0}
 EXACT: dict[str, Any] = {**ALL_PASSES, "turns": 1}
-"""As in the papers: all passes, with all contexts in each."""
+"""All passes, with all contexts in each, as in the papers; rate and decay stay the library's, free of the scale."""
 LARGER = 0.3
 """A learning rate of MEMIT's search that needs fewer passes than its default of 0.1, for more generalization and less
 locality; chosen on other facts (docs/log.md)."""

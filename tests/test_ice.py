@@ -11,8 +11,10 @@ import torch
 from conftest import make_lm
 from families import CORE_FAMILIES
 from reknow import FT, ICE, LM, Patch, method
+from reknow.cli.measuring import _methods
 from reknow.descent import Matrices, Pace, Scored, predicted, sample
 from reknow.errors import EditFailed, InputError
+from reknow.evaluation.presets import PRESETS
 from reknow.methods import ice
 from reknow.methods.ice import consistency, divergence, informed, likeliest
 from reknow.tokens import Row, Text
@@ -82,6 +84,23 @@ def test_without_consistency_it_is_fine_tuning_of_the_same_layers(lm, edit):
     assert ours.notes["losses"] == pytest.approx(theirs.notes["losses"], rel=1e-4)
     for name, delta in ours.deltas.items():
         assert torch.allclose(delta.dense(), theirs.deltas[name].dense(), atol=1e-4)
+
+
+def test_the_articles_fine_tuning_has_the_layers_the_rate_and_the_bound(monkeypatch, edit):
+    """The presets' rows, of six layers five."""
+    monkeypatch.setattr("reknow.layers.suggest_layer", lambda lm: 3)
+    lm = make_lm("gpt2", n_layer=6)
+    for preset in (PRESETS["ice-table"], PRESETS["ice-continual"]):
+        chosen = _methods(preset.methods, list(preset.settings))
+        fast = {label: replace(chosen[label], steps=4) for label in ("ft-m@article", "ft-l@article", "ft-m")}
+        wanted = ICE(steps=4, consistency_weight=0.0).edit(lm, [edit])
+        found = {label: method.edit(lm, [edit]) for label, method in fast.items()}
+        assert list(wanted.deltas) == list(found["ft-l@article"].deltas) == [lm.parts.value[i] for i in range(1, 6)]
+        for name, delta in wanted.deltas.items():
+            bound = 0.12 * float(lm.base_weight(name).square().mean().sqrt())
+            assert torch.allclose(delta.dense(), found["ft-m@article"].deltas[name].dense(), atol=1e-5)
+            assert float(found["ft-l@article"].deltas[name].dense().abs().max()) <= bound * 1.001
+        assert list(found["ft-m"].deltas) == [lm.parts.value[3]]
 
 
 def test_static_targets_come_from_the_model_before_the_edit(lm, edit, monkeypatch):

@@ -121,4 +121,4 @@ def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:
         return resolve_layers(lm, wanted if isinstance(wanted, (tuple, list)) else [wanted]), False
     remembered = remembered_layer(lm)
     layer = papers_layers(lm)[0] if remembered is None else remembered
-    return band(lm, layer) if "layers" in settings else [layer], remembered is None
+    return band(lm, layer, None if "layers" in settings else settings.get("span", 1)), remembered is None

@@ -43,8 +43,10 @@ class Preset(NamedTuple):
 
 KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
 ICE_PAPER = "Qi et al. 2024, arXiv 2406.11194"
-SAME_LAYERS = ("same-layers.consistency_weight=0",)
-"""Plain fine-tuning on the layers of ICE, with its bound: what λ = 0 leaves of it."""
+FT_M_ARTICLE = ("ft-m@article.span=5", "ft-m@article.clamp=0.12")
+"""FT-M as in the article's repository (`hparams/FT`): ICE's layers, rate and bound, what λ = 0 leaves of ICE."""
+FT_ARTICLE = (*FT_M_ARTICLE, "ft-l@article.span=5", "ft-l@article.clamp=0.12")
+"""FT-M and FT-L, which differ in the loss alone there."""
 
 PRESETS: dict[str, Preset] = {
     "rome": Preset(
@@ -65,8 +67,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "ice-table": Preset(
         f"Single edits: In-Context Editing against fine-tuning, ROME and MEMIT. {ICE_PAPER}, Table 1",
-        ("ice", "ft-m", "same-layers=ice", "ft-l", "ft-t", "memit", "rome"),
-        SAME_LAYERS,
+        ("ice", "ft-m@article=ft-m", "ft-l@article=ft-l", "ft-m", "ft-l", "ft-t", "memit", "rome"),
+        FT_ARTICLE,
         data=f"{KNOWEDIT},counterfact",
         limit=16,
         limits={"wikibio": 4},
@@ -77,11 +79,11 @@ PRESETS: dict[str, Preset] = {
     "ice-ablation": Preset(
         f"What ICE is made of: target, context, what is sampled, temperature, lead-ins. {ICE_PAPER}, Tables 2 and 4",
         (
-            *("ice", "static=ice", "no-context=ice", "static-no-context=ice", "same-layers=ice", "no-answer=ice"),
+            *("ice", "static=ice", "no-context=ice", "static-no-context=ice", "ft-m@article=ft-m", "no-answer=ice"),
             *("t0.1=ice", "t10=ice", "t100=ice", "bare-context=ice", "no-now=ice", "script=ice"),
         ),
         (
-            *SAME_LAYERS,
+            *FT_M_ARTICLE,
             *("static.targets=static", "no-context.with_context=false", "no-answer.sample_target=false"),
             *("static-no-context.targets=static", "static-no-context.with_context=false"),
             *("t0.1.temperature=0.1", "t10.temperature=10", "t100.temperature=100"),
@@ -104,8 +106,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "ice-continual": Preset(
         f"300 edits one after the other, all kept, read right after each and after all. {ICE_PAPER}, Table 5",
-        ("ice", "ft-m", "same-layers=ice", "ft-l", "memit", "rome"),
-        SAME_LAYERS,
+        ("ice", "ft-m@article=ft-m", "ft-l@article=ft-l", "ft-m", "ft-l", "memit", "rome"),
+        FT_ARTICLE,
         data=KNOWEDIT,
         limit=100,
         limits={"wiki_counterfact": 90, "wikibio": 10},
@@ -116,8 +118,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "ice-convergence": Preset(
         f"Losses at each step by temperature and target; the consistency condition. {ICE_PAPER}, Figures 2 and 3",
-        ("ft-m", "same-layers=ice", "ice", "no-context=ice", "no-answer=ice", "script=ice"),
-        (*SAME_LAYERS, "no-context.with_context=false", "no-answer.sample_target=false", "script.variant=code"),
+        ("ft-m", "ft-m@article=ft-m", "ice", "no-context=ice", "no-answer=ice", "script=ice"),
+        (*FT_M_ARTICLE, "no-context.with_context=false", "no-answer.sample_target=false", "script.variant=code"),
         data="wiki_counterfact",
         limit=12,
         part="convergence",

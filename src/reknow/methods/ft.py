@@ -54,6 +54,8 @@ class FT(Method):
     """What is predicted: the answer from the prompt's last token alone, the answer token by token, or all text."""
     layer: int | tuple[int, ...] | None = None
     """Layer, or layers, whose value matrix is trained; None: `suggest_layer`."""
+    span: int = 1
+    """So many layers around `suggest_layer` where none is given; 5 for the baselines of ICE's article."""
     steps: int = 25
     """Passes over all edits."""
     learning_rate: float = 0.01
@@ -76,7 +78,7 @@ class FT(Method):
     def __post_init__(self):
         if self.loss not in NAMES:
             raise InputError(f"expected loss among {', '.join(NAMES)}; got {self.loss!r}: choose one")
-        at_least(self, 1, "steps", "batch_size")
+        at_least(self, 1, "span", "steps", "batch_size")
 
     @property
     def name(self) -> str:
@@ -136,9 +138,9 @@ class FT(Method):
         return Pace(self.learning_rate, self.learning_rate_absolute, self.clamp, self.clamp_absolute)
 
     def _layers(self, lm: LM) -> list[int]:
-        if self.layer is None or isinstance(self.layer, int):
+        if isinstance(self.layer, int):
             return [resolve_layer(lm, self.layer)]
-        return resolve_layers(lm, self.layer)
+        return resolve_layers(lm, self.layer, self.span)
 
     def _rows(self, lm: LM, edits: Sequence[Edit]) -> list[Row]:
         rows = lm.encode([Text.asked(edit) for edit in edits])
