@@ -114,11 +114,24 @@ def test_an_edit_with_a_context_keeps_it(serve):
     assert not server.asked
 
 
-def test_a_broken_file_of_contexts_is_refused_with_its_line(tmp_path):
-    file = tmp_path / "contexts.jsonl"
-    file.write_text('{"text": "a", "target_new": "b", "context": []}\n{"text": 1}\n')
-    with pytest.raises(InputError, match=r"contexts\.jsonl:2"):
-        with_contexts([EDIT], LLM("writer"), kept=file)
+def test_a_broken_line_of_kept_contexts_is_named_and_asked_for_again(serve, tmp_path, caplog):
+    server, file = serve(FIVE), tmp_path / "cases.contexts.jsonl"
+    first = with_contexts([EDIT], server.llm(), kept=file)
+    whole = file.read_text()
+    for broken in (
+        '{"text": 1}\n',
+        whole[:30] + "\n",
+        '{"text": "\\ud800", "target_new": "b", "context": []}\n',
+        "[" * 10**5,
+    ):
+        file.write_text(broken + "\n" + whole)
+        assert with_contexts([EDIT], server.llm(), kept=file) == first and len(server.asked) == 1
+        assert "cases.contexts.jsonl: line 1" in caplog.text
+        caplog.clear()
+    file.write_text("{}\n")
+    assert with_contexts([EDIT], server.llm(), kept=file) == first and len(server.asked) == 2
+    with pytest.raises(InputError, match=r"expected a file of contexts .* no regular file"):
+        with_contexts([EDIT], server.llm(), kept=tmp_path)
 
 
 @pytest.mark.parametrize(

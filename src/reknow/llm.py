@@ -16,6 +16,7 @@ from pathlib import Path
 
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ReknowError
+from reknow.schema import Broken, Strict, content, parsed, reason
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,10 @@ def with_contexts(edits: Sequence[Edit], llm: LLM, *, kept: str | Path | None = 
         MissingExtra: the package `openai` is not installed.
     """
     file = None if kept is None else Path(kept)
-    known = _read(file) if file is not None and file.exists() else {}
+    try:
+        known = _read(file) if file is not None and file.exists() else {}
+    except (OSError, Broken) as error:
+        raise InputError(f"expected a file of contexts at {kept}; {reason(error)}: give another name") from error
     result, failures = [], 0
     for edit in edits:
         context = edit.context or known.get((edit.text, edit.target_new), ())
@@ -140,17 +144,28 @@ def with_contexts(edits: Sequence[Edit], llm: LLM, *, kept: str | Path | None = 
     return result
 
 
+class _Kept(Strict):
+    """A line of the file of contexts."""
+
+    text: str
+    target_new: str
+    context: tuple[str, ...]
+    model: str = ""
+
+
 def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
-    found = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    """The contexts that were written before; lines that are broken are passed over, and so asked for again."""
+    found, broken = {}, []
+    for number, line in enumerate(content(file).split(b"\n"), 1):
         try:
-            record = json.loads(line)
-            found[record["text"], record["target_new"]] = tuple(record["context"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"expected a line with text, target_new and context in {file}:{number}; got {line[:60]!r}: "
-                "repair the line or delete it"
-            ) from error
+            if line.strip():
+                record = parsed(_Kept, line)
+                found[record.text, record.target_new] = record.context
+        except Broken as error:
+            broken.append(f"line {number} ({error})")
+    if broken:
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        log.warning("%s: %s%s is no text with target_new and context; it is asked for again", file, broken[0], more)
     return found
 
 

@@ -19,9 +19,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from reknow.adapter import embedding
@@ -30,6 +31,7 @@ from reknow.errors import InputError
 from reknow.exclusive import exclusively
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
+from reknow.schema import Count, Strict
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -52,6 +54,10 @@ TOKEN_CLASSES = (
     "Last token",
 )
 """The rows of the paper's averages; the first token of a one-token subject is its last one too."""
+
+
+Share = Annotated[float, Field(ge=0, le=1.001)]
+"""A probability, rounded."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +126,37 @@ class Trace:
 
     @classmethod
     def from_json(cls, values: dict) -> Trace:
+        """What `as_json` gave."""
+        return StoredTrace.model_validate(values).trace()
+
+
+class StoredTrace(Strict):
+    """A `Trace` as JSON."""
+
+    prompt: str
+    tokens: list[str]
+    subject: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    answer: str
+    clean: Share
+    corrupted: Share
+    restored: dict[Kind, list[list[Share | None]]]
+    window: Count
+
+    @model_validator(mode="after")
+    def _fits(self) -> StoredTrace:
+        first, behind = self.subject
+        if not 0 <= first < behind <= len(self.tokens):
+            raise ValueError(f"expected a subject among the {len(self.tokens)} tokens; got {self.subject}")
+        widths = {len(row) for table in self.restored.values() for row in table}
+        if any(len(table) != len(self.tokens) for table in self.restored.values()) or len(widths) > 1:
+            raise ValueError("expected a row for each token, with a number for each layer")
+        return self
+
+    def trace(self) -> Trace:
         tables = {kind: torch.tensor([[math.nan if p is None else p for p in row] for row in table])
-                  for kind, table in values["restored"].items()}  # fmt: skip
-        lists = {"tokens": tuple(values["tokens"]), "subject": tuple(values["subject"])}
-        return cls(**{**values, **lists, "restored": tables})
+                  for kind, table in self.restored.items()}  # fmt: skip
+        lists = {"tokens": tuple(self.tokens), "subject": tuple(self.subject), "restored": tables}
+        return Trace(**{**self.model_dump(exclude={"restored"}), **lists})
 
 
 @exclusively

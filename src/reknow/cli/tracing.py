@@ -126,17 +126,32 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
 def _read(path: Path, header: dict, force: bool) -> list[Trace]:
     """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped."""
     from reknow.files import write_text
-    from reknow.locate import Trace
+    from reknow.locate import StoredTrace
+    from reknow.schema import Broken, content, parsed, reason
 
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() and not force else []
-    whole = [line for line in lines if line.endswith("\n")]
-    if whole and whole[0] != json.dumps(header) + "\n":
+    def refusal(number: int, error: Exception) -> InputError:
+        return InputError(
+            f"expected one trace per line in {path}; line {number}: {reason(error)}: delete that line, and the trace "
+            "is made again"
+        )
+
+    first, traces = json.dumps(header) + "\n", list[Trace]()
+    try:
+        text = content(path).decode() if path.exists() and not force else ""
+    except (OSError, UnicodeDecodeError, Broken) as error:
+        raise refusal(1, error) from error
+    whole = text[: text.rfind("\n") + 1] or first
+    if not whole.startswith(first):
         raise InputError(
             f"expected traces of this model, these facts and settings; {path} has others: change --out or --force"
         )
-    text = "".join(whole) or json.dumps(header) + "\n"
-    write_text(path, text)
-    return [Trace.from_json(json.loads(line)) for line in whole[1:]]
+    for number, line in enumerate(whole.split("\n")[1:-1], 2):
+        try:
+            traces.append(parsed(StoredTrace, line, once=True).trace())
+        except Broken as error:
+            raise refusal(number, error) from error
+    write_text(path, whole)
+    return traces
 
 
 def _say_average(effects: AverageEffects, asked: int, pictures: list[Path], as_json: bool) -> None:

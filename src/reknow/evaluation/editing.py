@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import ConfigDict, RootModel
 
 from reknow.edits import Edit
-from reknow.errors import EditFailed, EditRefused, ReknowError, TextRefused
+from reknow.errors import EditFailed, EditRefused, InputError, ReknowError, TextRefused
 from reknow.evaluation.rows import write_json
 from reknow.lm import LM
 from reknow.patches import Patch
+from reknow.schema import Broken, Strict, read_json, reason
 
 
 class Made(NamedTuple):
@@ -26,13 +28,34 @@ class Made(NamedTuple):
     """Of each edit what it cost, and under `error` why it was not made, or None."""
 
 
+class Cost(Strict):
+    """What making a patch took, for each of its edits; as JSON beside the patch."""
+
+    model_config = ConfigDict(extra="allow")
+
+    error: str | None
+    """Why it could not be made."""
+    seconds: float
+    peak_memory_mb: float | None
+    steps: float | None = None
+    loss: float | None = None
+    repetitions: float | None = None
+
+
+class Costs(RootModel[list[Cost] | Cost]):
+    """Of each edit; earlier versions wrote one for all of them."""
+
+
 def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) -> Made:
     """One patch of all edits but for those that cannot be made. Kept under `file`; a patch that an earlier run kept
     is loaded instead."""
     note = None if file is None else file.with_suffix(".json")
     if file is not None and note is not None and note.exists():  # written last: the patch is whole
-        costs = _read_costs(note, len(edits))
-        return Made(Patch.load(file) if any(cost["error"] is None for cost in costs) else None, costs)
+        try:
+            costs = _read_costs(note, len(edits))
+            return Made(Patch.load(file) if any(cost["error"] is None for cost in costs) else None, costs)
+        except ReknowError as error:
+            warnings.warn(f"{error}; the edits are made again", stacklevel=2)
     patch, costs = _measured(lm, edits, lambda makeable: method.edit(lm, makeable))
     made = Made(patch, [{**cost, **_told(patch)} if cost["error"] is None else cost for cost in costs])
     if file is not None and note is not None:
@@ -55,8 +78,16 @@ def edit_each(lm: LM, method: Any, groups: Sequence[Sequence[Edit]]) -> list[Mad
 
 
 def _read_costs(note: Path, edits: int) -> list[dict]:
-    costs = json.loads(note.read_text(encoding="utf-8"))
-    return costs if isinstance(costs, list) else [costs] * edits  # earlier versions wrote one for all of them
+    """The costs of so many edits; raises InputError where the file has something else."""
+
+    def refusal(error: Exception) -> InputError:
+        return InputError(f"expected the costs of {edits} edits in {note}; {reason(error)}: delete the file")
+
+    found = read_json(note, Costs, refusal).root
+    costs = found if isinstance(found, list) else [found] * edits
+    if len(costs) != edits:
+        raise refusal(Broken(f"it has those of {len(costs)}"))
+    return [cost.model_dump(exclude_unset=True) for cost in costs]
 
 
 def _measured(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tuple[Any, list[dict]]:

@@ -16,6 +16,7 @@ import numpy as np
 from reknow.errors import EditFailed
 from reknow.evaluation.metrics import Reading, case_metrics, harmonic_mean
 from reknow.evaluation.rows import BEFORE_FILE, BEFORE_KEY, ROW_KEY, ROWS_FILE, Rows, read_manifest
+from reknow.evaluation.run_folder import BeforeRow, CaseRow, RunManifest, own_rows, run_digest
 
 RESAMPLES = 1000
 UNEDITED = ("unedited", "before")
@@ -111,11 +112,17 @@ class Results:
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
-        """The results in a run folder; raises InputError where there is none."""
+        """The results in a run folder; rows that its manifest does not name are left out with a warning.
+
+        Raises:
+            InputError: there is none, or a file in it holds something else than it should.
+        """
         folder = Path(folder)
-        manifest = read_manifest(folder)
-        before = Rows.reading(folder / BEFORE_FILE, BEFORE_KEY)
-        return cls(manifest, before, Rows.reading(folder / ROWS_FILE, ROW_KEY))
+        manifest = read_manifest(folder, RunManifest)
+        run = run_digest(manifest["settings"])
+        before = Rows.reading(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
+        rows = Rows.reading(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
+        return cls(manifest, *own_rows(manifest, before, rows, None, folder))
 
     @property
     def last_stage(self) -> str:

@@ -7,26 +7,45 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.files import write_text
+from reknow.schema import Broken, Finite, Strict, parsed, read_json, reason
 
 BEFORE_FILE, ROWS_FILE, MANIFEST_FILE = "before.jsonl", "cases.jsonl", "manifest.json"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
 
 
-class Rows(dict[tuple, dict]):
-    """Rows by key, in the order they came; with a path also appended to that file, each as one whole line."""
+RUN = "run"
+"""Under which name a row in a file says to what run it belongs."""
 
-    def __init__(self, path: Path | None, key: Sequence[str]):
+
+class AnyRow(Strict):
+    """A row of which nothing but its key is known."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class Rows(dict[tuple, dict]):
+    """Rows by key, in the order they came; with a path also appended to that file, each as one whole line.
+
+    Args:
+        key: fields that tell a row from the others.
+        form: what a line holds.
+        run: to what run the rows belong; lines of another one are passed over, and so are not in the way of its own.
+    """
+
+    def __init__(self, path: Path | None, key: Sequence[str], form: type[Strict] = AnyRow, *, run: str | None = None):
         super().__init__()
-        self.path, self.names = path, tuple(key)
+        self.path, self.names, self.form, self.run = path, tuple(key), form, run
         if path is not None and path.exists():
             whole = _whole_lines(path)
             if len(whole) < path.stat().st_size:
@@ -34,24 +53,35 @@ class Rows(dict[tuple, dict]):
             self._take(whole)
 
     @classmethod
-    def reading(cls, path: Path, key: Sequence[str]) -> Rows:
+    def reading(cls, path: Path, key: Sequence[str], form: type[Strict] = AnyRow, *, run: str | None = None) -> Rows:
         """The rows of a file that may still be written to: a torn last line is passed over and left."""
-        rows = cls(None, key)
+        rows = cls(None, key, form, run=run)
         if path.exists():
             rows.path = path
             rows._take(_whole_lines(path))
         return rows
 
     def _take(self, whole: bytes) -> None:
-        for number, line in enumerate(whole.splitlines(), 1):
+        foreign = 0
+        for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
-                row = json.loads(line)
-                self.setdefault(tuple(row[name] for name in self.names), row)
-            except (ValueError, KeyError, TypeError) as error:
+                row = parsed(dict[str, Finite], line, once=True)
+                of = row.pop(RUN, self.run)
+                if of != self.run and self.run is not None:
+                    foreign += 1
+                    continue
+                parsed(self.form, line)
+                key = tuple(row[name] for name in self.names)
+                if not all(isinstance(part, str | int) for part in key):
+                    raise Broken(f"{', '.join(self.names)}: expected texts and numbers")
+                self.setdefault(key, row)
+            except (Broken, KeyError) as error:
                 raise InputError(
                     f"expected one row as JSON with {', '.join(self.names)}; line {number} of {self.path} has "
                     f"something else ({error}): delete that line, and the run makes it again"
                 ) from error
+        if foreign:
+            warnings.warn(f"{self.path} has {foreign} rows of another run, which are left out", stacklevel=4)
 
     def add(self, row: dict) -> None:
         """Keeps the row, and writes it down before it returns; a key that is there already stays as it is."""
@@ -60,7 +90,8 @@ class Rows(dict[tuple, dict]):
             return
         if self.path is not None:
             with open(self.path, "ab") as file:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+                line = row if self.run is None else {**row, RUN: self.run}
+                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         self[key] = row
@@ -122,16 +153,26 @@ def open_manifest(folder: Path, settings: Mapping[str, Any], about: Mapping[str,
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run folder; raises InputError where there is none."""
-    try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        return manifest | {"settings": dict(manifest["settings"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"expected a run folder with {MANIFEST_FILE}; {folder} has none that can be read ({error}): "
+class Manifest(Strict):
+    """`manifest.json` of a run of any kind."""
+
+    model_config = ConfigDict(extra="allow")
+
+    settings: dict[str, Finite]
+
+
+def read_manifest(folder: Path, form: type[Strict] = Manifest) -> dict[str, Any]:
+    """The manifest of a run folder; raises InputError where there is none, or one of another `form`."""
+
+    def refusal(error: Exception) -> InputError:
+        return InputError(
+            f"expected a run folder with {MANIFEST_FILE}; {folder} has none that can be read ({reason(error)}): "
             "give the folder that `bench` wrote"
-        ) from error
+        )
+
+    manifest = read_json(folder / MANIFEST_FILE, dict[str, Finite], refusal)
+    read_json(folder / MANIFEST_FILE, form, refusal)
+    return manifest
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

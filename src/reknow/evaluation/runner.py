@@ -23,6 +23,7 @@ from reknow.evaluation.rows import (
     cases_digest,
     open_manifest,
 )
+from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
 from reknow.exclusive import exclusively
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
@@ -146,9 +147,11 @@ def bench(
         raise InputError("expected methods with different names; got one twice, or none: give label → method")
     about = {**_about(lm), "refused": list(refused)}
     manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
-    before, rows = Rows(folder / BEFORE_FILE, BEFORE_KEY), Rows(folder / ROWS_FILE, ROW_KEY)
+    run = run_digest(manifest["settings"])
+    before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
+    rows = Rows(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
     _Run(lm, named, plan, before, rows, folder).all(labelled, progress)
-    return Results(manifest, before, rows)
+    return Results(manifest, *own_rows(manifest, before, rows, named, folder))
 
 
 class _Run:

@@ -1,0 +1,179 @@
+"""What the files of a run folder hold, and which of their rows belong to the run that its manifest describes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, JsonValue, model_validator
+
+from reknow.edits import Kind
+from reknow.errors import InputError
+from reknow.evaluation.editing import Cost
+from reknow.schema import Count, Strict
+
+Positive = Annotated[float, Field(gt=0)]
+Nats = Annotated[float, Field(ge=-1, le=700)]
+"""A mean −log P, such that its exponential and that of its negative are numbers."""
+Answers = Annotated[list[str], Field(max_length=10_000)]
+
+
+class StoredReading(Strict):
+    """A `Reading` as JSON."""
+
+    kind: Kind
+    name: str
+    prompt: str
+    answers: Answers
+    hits: list[Literal[0, 1]]
+    top: list[Count]
+    nll: Nats | None = None
+    nll_new: Nats | None = None
+    nll_true: Nats | None = None
+    text: str | None = None
+    divergence: float | None = None
+    ratios: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> StoredReading:
+        if self.kind != "fluency" and not (self.answers and self.hits and self.nll is not None):
+            raise ValueError("expected an answer with its hits and its likelihood")
+        if len(self.hits) != len(self.top):
+            raise ValueError(f"expected as many tokens in top as in hits, {len(self.hits)}; got {len(self.top)}")
+        if self.nll_new is not None and self.kind not in ("reliability", "generalization", "locality"):
+            raise ValueError(f"expected no contrast of two answers for a probe of {self.kind}")
+        return self
+
+
+class _Row(Strict):
+    model_config = ConfigDict(extra="allow")
+
+    case: str
+    held_out_perplexity: Positive | None
+    readings: list[StoredReading]
+
+
+class StoredEdit(Strict):
+    """The edit of a case, as far as it is shown."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str
+    target_new: str
+    subject: str | None = None
+
+
+class BeforeRow(_Row):
+    """A line of `before.jsonl`."""
+
+    edit: StoredEdit
+
+
+class CaseRow(_Row, Cost):
+    """A line of `cases.jsonl`."""
+
+    method: str
+    seed: int
+    mode: str
+    stage: Annotated[str, Field(pattern=r"^(after_edit|in_context|end|at:[0-9]{1,9})$")]
+    seconds: float | None = None  # of the unedited model there are no costs
+    peak_memory_mb: float | None = None
+
+
+class RunSettings(Strict):
+    """What a comparison of methods was started with, as far as the results depend on it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    reknow: str
+    model: str
+    patches: list[str]
+    dataset: str
+    cases: Count
+    cases_digest: str
+    methods: dict[str, dict[str, JsonValue]]
+    mode: Literal["single", "batch", "sequential"]
+    batch_size: Count
+    checkpoints: list[Count]
+    seeds: Annotated[list[int], Field(min_length=1)]
+
+
+class RunManifest(Strict):
+    """`manifest.json` of a comparison of methods."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    dtype: str
+    started: str = ""
+    machine: dict[str, JsonValue] = Field(default_factory=dict)
+    settings: RunSettings
+
+
+def run_digest(settings: Mapping[str, Any]) -> str:
+    """Tells the rows of one run from those of others: model, what is applied to it, cases and methods."""
+    about = [settings[name] for name in ("model", "patches", "cases_digest", "methods")]
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def own_rows(
+    manifest: Mapping[str, Any],
+    before: Mapping[tuple, dict],
+    rows: Mapping[tuple, dict],
+    cases: Iterable[str] | None,
+    folder: Path,
+) -> tuple[dict[tuple, dict], dict[tuple, dict]]:
+    """The rows that the manifest names, of the unedited model and of the others; warns of those that are left out.
+
+    Args:
+        cases: names of the run's cases; None: those that the unedited model was asked.
+
+    Raises:
+        InputError: the unedited model was asked more cases than the run has.
+    """
+    settings = manifest["settings"]
+    known = {(case,) for case in cases} if cases is not None else before.keys()
+    if cases is None and len(before) > settings["cases"]:
+        raise InputError(
+            f"expected {settings['cases']} cases in {folder}, as its manifest says; got {len(before)} of the "
+            f"unedited model: take out the lines of before.jsonl that are of other cases"
+        )
+    asked = {key: row for key, row in before.items() if key in known}
+    own, odd = {}, Counter({"case": len(before) - len(asked)})
+    for key, row in rows.items():
+        if (why := _odd(row, settings, asked)) is None:
+            own[key] = row
+        else:
+            odd[why] += 1
+    if reasons := ", ".join(f"{count} of another {why}" for why, count in odd.items() if count):
+        warnings.warn(
+            f"{folder} has rows that its manifest does not name, which are left out: {reasons}", stacklevel=3
+        )
+    return asked, own
+
+
+def _odd(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[tuple, dict]) -> str | None:
+    """What is not the run's own in a row; None: nothing."""
+    if row["method"] not in settings["methods"] and (row["method"], row["stage"]) != ("unedited", "in_context"):
+        return "method"
+    if row["seed"] not in settings["seeds"]:
+        return "seed"
+    if row["mode"] != settings["mode"]:
+        return "mode"
+    if row["stage"].startswith("at:") and int(row["stage"].partition(":")[2]) not in settings["checkpoints"]:
+        return "stage"
+    if (then := asked.get((row["case"],))) is None:
+        return "case"
+    if _questions(then) != _questions(row):
+        return "list of questions"
+    return None
+
+
+def _questions(row: Mapping[str, Any]) -> list[tuple]:
+    """Of what was asked, in order: kind, name, answers, and the first answer's tokens, which locality compares."""
+    return [(one["kind"], one["name"], tuple(one["answers"]), len(one["top"])) for one in row["readings"]]
