@@ -155,7 +155,7 @@ def test_a_broken_running_sum_is_not_used(caplog):
     monkey = whole.file.with_name("sums-0.safetensors")
     monkey.write_bytes(b"torn")
     with caplog.at_level(logging.WARNING):
-        totals, count, following = reknow.stats._resumed(monkey)
+        totals, count, following = reknow.stats._resumed(monkey, {"a": 4})
     assert (totals, count, following) == ({}, 0, 0) and "broken" in caplog.text
 
 

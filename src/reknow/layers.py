@@ -17,6 +17,8 @@ from itertools import zip_longest
 from statistics import fmean, harmonic_mean
 from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue, ValidationError
+
 from reknow.adapter import shape
 from reknow.cache import cache_folder
 from reknow.datasets import Fact, load_facts
@@ -27,6 +29,7 @@ from reknow.files import write_text
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 from reknow.progress import stage
 from reknow.published import published
+from reknow.schema import Broken, Count, Strict, complaint, parsed, reason
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -98,7 +101,7 @@ def remembered_layer(lm: LM) -> int | None:
         return suggest_layer(lm)
     key = _key(lm, trial_relations())
     for known in (_read(cache_folder() / FILE), _read(files("reknow") / "assets" / FILE)):
-        if key in known:
+        if key in known and known[key]["layer"] < lm.layers:
             return known[key]["layer"]
     return None
 
@@ -151,11 +154,30 @@ def _looked_up(lm: LM) -> int:
     return entry["layer"]
 
 
-def _read(file) -> dict:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+class Choice(Strict):
+    """What `layers.json` has for a model."""
+
+    layer: Count
+    model: str
+    trials: list[dict[str, JsonValue]]
+
+
+def _read(file) -> dict[str, dict]:
+    """The choices in the file, none where there is none; what is broken is left out with a warning and made again."""
+    if not file.is_file():
         return {}
+    try:
+        entries = parsed(dict[str, JsonValue], file.read_bytes())
+    except (OSError, Broken) as error:
+        log.warning("%s is broken and is made again: %s", file, reason(error))
+        return {}
+    known = {}
+    for key, entry in entries.items():
+        try:
+            known[key] = Choice.model_validate(entry).model_dump()
+        except ValidationError as error:
+            log.warning("%s: the layer of %s is chosen again: %s", file, key, complaint(error))
+    return known
 
 
 def trial_relations() -> list[list[Fact]]:

@@ -81,6 +81,14 @@ def progress_line(what: str):
     with watched(say):
         yield
 
+_CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
+"""What a terminal obeys instead of showing it: C0, C1 and delete; and what turns the direction of writing."""
+
+
+def visible(text: str, form: str = "\\x{:02x}") -> str:
+    """The text with its control characters written out, so that a foreign one cannot steer the terminal."""
+    return text.translate({code: form.format(code) for code in _CONTROLS})
+
 
 @contextmanager
 def progress_bar(shown: bool, what: str, total: int, done: int):
@@ -88,9 +96,11 @@ def progress_bar(shown: bool, what: str, total: int, done: int):
     columns = (
         *(TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()),
         # A long text is cut, so that the numbers beside it stay.
-        TextColumn("{task.fields[now]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        TextColumn(
+            "{task.fields[now]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"), markup=False
+        ),
     )
     with Progress(*columns, console=Console(file=sys.stderr), expand=True, disable=not shown) as progress:
         task = progress.add_task(what, total=total, completed=done, now="")
-        yield lambda: progress.advance(task), lambda text: progress.update(task, now=text)
+        yield lambda: progress.advance(task), lambda text: progress.update(task, now=visible(text))
         progress.update(task, now="")

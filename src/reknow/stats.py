@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from reknow.adapter import device_of, shape
@@ -28,8 +26,9 @@ from reknow.cache import bound, cache_folder, make_room, touch
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.exclusive import exclusively
-from reknow.files import write_aside
 from reknow.progress import stage
+from reknow.schema import Broken, Count, parsed, reason
+from reknow.tensor_files import check_tensor, read_tensors, write_tensors
 from reknow.tokens import Row, Text, encode
 from reknow.trace import by_row, recorded
 from reknow.triangle import Triangle, block_shapes
@@ -136,8 +135,7 @@ def _device(lm: LM, name: str) -> torch.device:
 
 
 def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
-    kept = {name: tensor.cpu() for name, tensor in tensors.items()}
-    write_aside(file, lambda aside: save_file(kept, aside, about))
+    write_tensors(file, tensors, about)
 
 
 def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
@@ -146,15 +144,13 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
     if not file.is_file():
         return None
     try:
-        with safe_open(str(file), "pt") as kept:
-            about, blocks = kept.metadata() or {}, [kept.get_tensor(name) for name in _blocks(lm, key["matrix"])]
-        about.pop("name")
-        count = int(about.pop("read"))
-    except (SafetensorError, KeyError, OSError, ValueError):
-        about, blocks, count = {}, [], 0
-    shapes = [tuple(block.shape) for block in blocks]
-    if about != key or shapes != list(_blocks(lm, key["matrix"]).values()) or not _finite(blocks):
-        log.warning("%s is broken and is made again", file)
+        sealed = read_tensors(file)
+        if any(sealed.metadata.get(name) != value for name, value in key.items()):
+            raise Broken("it is that of another matrix")
+        blocks = _checked(sealed.tensors, _blocks(lm, key["matrix"]), "float32")
+        count = parsed(Count, sealed.metadata.get("read", ""))
+    except (OSError, Broken) as error:
+        log.warning("%s is broken and is made again: %s", file, reason(error))
         return None
     touch(file)
     return Statistics(Triangle(blocks).to(_device(lm, key["matrix"])).full(), count, file)
@@ -164,6 +160,16 @@ def _blocks(lm: LM, name: str) -> dict[str, tuple[int, int]]:
     """The tensors in the file of the matrix, with their shapes."""
     width = shape(lm.model.get_submodule(name))[1]
     return {f"covariance.{i}": block for i, block in enumerate(block_shapes(width))}
+
+
+def _checked(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]], kind: str) -> list[Tensor]:
+    """The tensors of these names in order; raises Broken where they are others."""
+    found = [check_tensor(name, tensors.get(name), kind, 2) for name in shapes]
+    if [tuple(block.shape) for block in found] != list(shapes.values()) or len(tensors) != len(shapes):
+        raise Broken("its matrices are of other sizes")
+    if not _finite(found):
+        raise Broken("it has NaN or infinity")
+    return found
 
 
 def _finite(blocks: Sequence[Tensor]) -> bool:
@@ -219,9 +225,9 @@ def _sums(
 
     The file `aside` keeps both, with the number of the next batch, and what an earlier run left there is taken up.
     """
-    totals, count, following = _resumed(aside)
+    widths = {name: shape(lm.model.get_submodule(name))[1] for name in names}
+    totals, count, following = _resumed(aside, widths)
     if not totals:
-        widths = {name: shape(lm.model.get_submodule(name))[1] for name in names}
         totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(_device(lm, name)) for name, total in totals.items()}
     saved = time.monotonic()
@@ -245,21 +251,24 @@ def _sums(
     return totals, count
 
 
-def _resumed(aside: Path) -> tuple[dict[str, Triangle], int, int]:
-    """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file."""
+def _resumed(aside: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle], int, int]:
+    """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file.
+
+    Args:
+        widths: of the matrices that are summed, by name.
+    """
     if aside.is_file():
         try:
-            with safe_open(str(aside), "pt") as kept:
-                about = kept.metadata()
-                blocks = {name: kept.get_tensor(name) for name in kept.keys()}  # noqa: SIM118, not a dict
-                count, following = int(about["count"]), int(about["following"])
-            totals: dict[str, list[Tensor]] = {}
-            for part in sorted(blocks, key=lambda part: int(part.rpartition(".")[2])):
-                totals.setdefault(part.rpartition(".")[0], []).append(blocks[part].clone())
+            sealed, totals = read_tensors(aside), {}
+            for name, width in widths.items():
+                shapes = {f"{name}.{i}": block for i, block in enumerate(block_shapes(width))}
+                own = {part: tensor for part, tensor in sealed.tensors.items() if part in shapes}
+                totals[name] = Triangle(_checked(own, shapes, "float64"))
+            count, following = (parsed(Count, sealed.metadata.get(part, "")) for part in ("count", "following"))
             log.info("going on behind %d tokens that an earlier run read", count)
-            return {name: Triangle(parts) for name, parts in totals.items()}, count, following
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-            log.warning("%s is broken; the text is read from its beginning", aside)
+            return totals, count, following
+        except (OSError, Broken) as error:
+            log.warning("%s is broken (%s); the text is read from its beginning", aside, reason(error))
     return {}, 0, 0
 
 

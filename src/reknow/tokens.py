@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from reknow.edits import check_encodable
 from reknow.errors import InputError, ModelError, TextRefused
 from reknow.writing import between, led
 
@@ -122,10 +123,12 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool = False) -> list[Row]
 
     Raises:
         TextRefused: a target has no tokens of its own, or nothing stands before it.
+        InputError: a text cannot be encoded.
         ModelError: the chat template changes the prompt.
     """
     if not texts:
         return []
+    check_encodable("a prompt or answer", [part for text in texts for part in (text.prompt, text.target or "")])
     parts = [_parts(tokenizer, text, chat) for text in texts]
     wholes = [head + answer if answer[:1] == " " else head for head, answer, _ in parts]
     behind = _continuing(tokenizer, [answer for _, answer, _ in parts if answer[:1] not in ("", " ")])

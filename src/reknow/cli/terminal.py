@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reknow.errors import InputError, did_you_mean
+from reknow.progress import visible
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -92,18 +93,18 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 def say(*lines: str) -> None:
     """Prints lines as they are: no markup, no wrapping of long paths."""
     for line in lines:
-        console().print(line, soft_wrap=True)
+        console().print(visible(line), soft_wrap=True)
 
 
 def say_json(value: Any) -> None:
     """Prints JSON, with its own escapes where the output has not all of Unicode."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(json.dumps(value, indent=1, ensure_ascii=not unicode))
+    print(visible(json.dumps(value, indent=1, ensure_ascii=not unicode), "\\u{:04x}"))
 
 
 def warn(message: object, what: str = "warning") -> None:
     """Prints one line on standard error."""
-    print(f"{what}: {' '.join(str(message).splitlines())}", file=sys.stderr)
+    print(f"{what}: {visible(' '.join(str(message).splitlines()))}", file=sys.stderr)
 
 
 def console() -> Console:
@@ -114,9 +115,13 @@ def console() -> Console:
 
 def say_table(columns: list[str], rows: list[list[str]], title: str | None = None) -> None:
     """Prints a table; columns whose name begins with a space are numbers, set to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None)
+    table = Table(
+        title=title and visible(title), title_justify="left", title_style="bold", header_style="bold", box=None
+    )
     for column in columns:
-        table.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
+        table.add_column(
+            visible(column.strip()), justify="right" if column.startswith(" ") else "left", overflow="fold"
+        )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     console().print(table)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 
 from reknow.datasets.sources import read_text
-from reknow.edits import Edit
+from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
 
 
@@ -26,6 +26,8 @@ class Record:
 
     def __init__(self, fields: Any, where: str, index: int, prefix: str = "", table: bool = False):
         self.fields, self.where, self.index, self.prefix, self.table = fields, where, index, prefix, table
+        if not prefix and (problem := _unusable(fields)):
+            self.refuse("", problem)
         if not isinstance(fields, dict):
             self.refuse("", f"expected an object {{…}}; got {_shown(fields)}: write one object per record")
 
@@ -95,6 +97,28 @@ class Record:
             return Edit(prompt, **fields)
         except InputError as error:
             raise InputError(f"{self.where}: {error}") from None
+
+
+DEEPEST = 100
+"""Levels of nesting that a record may have."""
+
+
+def _unusable(value: Any) -> str | None:
+    """What is wrong with an entry of a file before its form is looked at: too deep, or a text that nothing takes."""
+    level, depth = [value], 0
+    while level:
+        if depth > DEEPEST:
+            return f"expected at most {DEEPEST} levels of nesting; got more: flatten it"
+        try:
+            check_encodable("its texts", [one for one in level if isinstance(one, str)])
+        except InputError as error:
+            return str(error)
+        lists = [one for one in level if isinstance(one, list)]
+        objects = [one for one in level if isinstance(one, dict)]
+        level = [part for one in lists for part in one]
+        level += [part for one in objects for pair in one.items() for part in pair]
+        depth += 1
+    return None
 
 
 class Number(str):
@@ -205,7 +229,7 @@ def _broken(text: str, name: str, line: int, error: json.JSONDecodeError | Recur
 def _places(whole: Any, name: str) -> list[Any]:
     """The records of one object: itself, or one for each place of the lists that `prompt` and `target_new` are."""
     first = whole.get("prompts", whole.get("prompt")) if isinstance(whole, dict) else None
-    if not isinstance(first, list):
+    if not isinstance(first, list) or _unusable(whole):
         return [whole]
 
     def at(place: int, value: Any, path: str) -> Any:

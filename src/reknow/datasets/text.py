@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from reknow.datasets.sources import read_text
+from reknow.edits import check_encodable
 from reknow.errors import InputError, MissingExtra
 
 LONGEST = 4000
@@ -117,7 +118,9 @@ def _file_texts(file: Path) -> Iterator[str]:
                 yield from (_field(json.loads(line), f"{file}, line {i}") for i, line in enumerate(lines, 1))
             else:
                 yield from _paragraphs(lines)
-    except (UnicodeDecodeError, ValueError) as error:
+    except RecursionError:
+        raise InputError(f"expected records of text in {file}; got brackets nested without end: correct it") from None
+    except ValueError as error:  # bytes that are no UTF-8 among them
         raise InputError(f"expected UTF-8 text in {file}; got '{error}': convert or correct it") from error
 
 
@@ -137,6 +140,7 @@ def _field(record, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise InputError(f"expected a record with a field 'text' in {where}; got {str(record)[:60]!r}: add it")
+    check_encodable(where, text)
     return text
 
 

@@ -9,7 +9,6 @@ nine in training (`seen`), a tenth kept to ask what an editor makes of words it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.resources import files
@@ -21,6 +20,7 @@ from reknow.datasets.sources import read_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditRefused, InputError, did_you_mean
 from reknow.evaluation.rows import write_json
+from reknow.schema import Broken, Finite, parsed
 
 BUNDLED = "instructions.json"
 
@@ -129,18 +129,24 @@ def _content(path: str | Path | None) -> Any:
     source = files("reknow") / "assets" / BUNDLED if path is None else Path(path)
     text = read_text(source, BUNDLED if path is None else str(path))
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"expected JSON in {path}; got {error}: correct the file") from error
+        return parsed(dict[str, Finite], text, once=True)
+    except Broken as error:
+        raise InputError(f"expected JSON in {path or BUNDLED}; got {error}: correct the file") from error
 
 
 def _family(name: str, record: Record) -> Family:
     for place, piece in (("input", "{prompt}"), ("target", "{target}")):
         if piece not in record.text(place):
             record.refuse(place, f"expected a template with {piece}; got {record.text(place)!r}: put it in")
-    listed = tuple(
-        Instruction(each.text("text"), bool(each.fields.get("seen", True)), dict(each.fields.get("scores", {})))
-        for each in record.records("instructions")
-    )
+    listed = tuple(map(_instruction, record.records("instructions")))
     described = {key: record.text(key) for key in ("title", "data", "metadata", "input", "target")}
     return Family(name, **described, instructions=listed)
+
+
+def _instruction(record: Record) -> Instruction:
+    seen, scores = record.fields.get("seen", True), record.fields.get("scores", {})
+    if not isinstance(seen, bool):
+        record.refuse("seen", f"expected true or false; got {seen!r}: correct it")
+    if not isinstance(scores, dict) or not all(type(value) in (int, float) for value in scores.values()):
+        record.refuse("scores", f"expected metrics with numbers; got {str(scores)[:60]}: correct them")
+    return Instruction(record.text("text"), seen, scores)
