@@ -16,7 +16,15 @@ from rich.text import Text
 PATIENCE = 5.0
 """Seconds between two lines where stderr is no terminal: a work that is done earlier says nothing."""
 
+_CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
+"""What a terminal obeys instead of showing it: C0, C1 and delete; and what turns the direction of writing."""
+
 _watcher: ContextVar[Callable[[str], object] | None] = ContextVar("watcher", default=None)
+
+
+def visible(text: str, form: str = "\\x{:02x}") -> str:
+    """The text with its control characters written out, so that a foreign one cannot steer the terminal."""
+    return text.translate({code: form.format(code) for code in _CONTROLS})
 
 
 @contextmanager
@@ -67,7 +75,7 @@ def progress_line(what: str):
     """
     console = Console(file=sys.stderr)
     if console.is_terminal:
-        with console.status(what) as line, watched(lambda text: line.update(Text(f"{what}: {text}"))):
+        with console.status(what) as line, watched(lambda text: line.update(Text(visible(f"{what}: {text}")))):
             yield
         return
     last = time.monotonic()
@@ -75,19 +83,11 @@ def progress_line(what: str):
     def say(text: str) -> None:
         nonlocal last
         if time.monotonic() - last >= PATIENCE:
-            print(f"{what}: {text}", file=sys.stderr, flush=True)
+            print(visible(f"{what}: {text}"), file=sys.stderr, flush=True)
             last = time.monotonic()
 
     with watched(say):
         yield
-
-_CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
-"""What a terminal obeys instead of showing it: C0, C1 and delete; and what turns the direction of writing."""
-
-
-def visible(text: str, form: str = "\\x{:02x}") -> str:
-    """The text with its control characters written out, so that a foreign one cannot steer the terminal."""
-    return text.translate({code: form.format(code) for code in _CONTROLS})
 
 
 @contextmanager
