@@ -75,3 +75,63 @@ def _opens(before: str, mark: str, after: str) -> bool:
     if (kind == "Pd" or mark in "=&") and not free:
         return True  # Jean-, London–, AT&
     return mark in "-–+−±~≈" and free and after[:1].isdigit() and not number  # a number's sign
+
+
+# ---- words
+
+_SAME = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "−": "-", "⁄": "/", "_": None})
+_WORD = re.compile(
+    r"cm*"  # a character of a script without spaces, with its marks
+    r"|(?:(?<![wdc)\]])-(?=d))?"  # a number's minus
+    r"[wd]+(?:(?:[&@*$+#.']|(?<=d)[,:/](?=d))[wd]+)*(?:\+\+|[+#](?![wd]))?"  # 3.5, 1/2, 10:30, AT&T, O'Brien, C++, C#
+    r"|%"
+)
+"""A word in the shape of a text, see `shape`."""
+_PIECE = re.compile(r"cm*|[^c\s]+")
+_THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)")
+_SILENT = re.compile(r"(?<!\d)[.']|[.'](?!\d)")  # U.S. is US, O'Brien is OBrien; 3.5 is not 35
+
+
+def words(text: str) -> list[str]:
+    """The text's words in one spelling: lower case, without punctuation, whatever the script.
+
+    Hyphens and slashes part words; signs that belong to a number or to a name stay with it: "3.5", "-5", "1/2",
+    "AT&T", "C++". In a script without spaces every character is a word.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_SAME)
+    text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
+    return [_SILENT.sub("", text[slice(*found.span())]) for found in _WORD.finditer(shape(text))]
+
+
+def pieces(text: str) -> list[str]:
+    """What blanks part, and in scripts without spaces each character with its marks."""
+    return [text[slice(*found.span())] for found in _PIECE.finditer(shape(text))]
+
+
+def clipped(text: str, count: int) -> str:
+    """The text up to so many pieces, on one line."""
+    ends = [found.end() for found in _PIECE.finditer(shape(text))]
+    return " ".join(text.split()) if len(ends) <= count else " ".join(text[: ends[count - 1]].split()) + " …"
+
+
+def shape(text: str) -> str:
+    """The text with a letter for the kind of each character: c of a script without spaces, m a mark on such a one, d
+    a digit, w another letter or number, or a mark on it; spaces and punctuation as they are. As long as the text."""
+    kinds: list[str] = []
+    for character in text:
+        kind = _kind(character)
+        if kind == "m" and not (kinds and kinds[-1] in "cm"):
+            kind = "w"
+        kinds.append(kind)
+    return "".join(kinds)
+
+
+def _kind(character: str) -> str:
+    category = unicodedata.category(character)
+    if category[0] == "M":
+        return "m"
+    if category == "Nd":
+        return "d"
+    if category[0] in "LN":
+        return "c" if _CHARACTERS.match(character) else "w"
+    return character

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
@@ -15,16 +14,10 @@ from torch import Tensor
 from reknow.errors import MissingExtra
 from reknow.scoring import are_numbers
 from reknow.tokens import Text
+from reknow.writing import words
 
 if TYPE_CHECKING:
     from reknow.lm import LM
-
-_WORDS = re.compile(r"\w+")
-
-
-def words(text: str) -> list[str]:
-    """The text's words, lower case, without punctuation."""
-    return _WORDS.findall(text.casefold())
 
 
 def token_f1(answer: str, reference: str) -> float:

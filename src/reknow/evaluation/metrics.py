@@ -18,15 +18,16 @@ from __future__ import annotations
 
 import math
 import re
-import string
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from reknow.errors import InputError, MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
-from reknow.evaluation.long_text import rouge_l, token_f1, words
+from reknow.evaluation.long_text import rouge_l, token_f1
 from reknow.scoring import NOTHING
+from reknow.writing import pieces, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
@@ -37,8 +38,6 @@ _SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "reworde
 LONG_ANSWER = 10
 """Words from which on an answer is also compared word by word."""
 
-_WORD_BREAKS = re.compile(r"[-/‐-―]")
-_PUNCTUATION = str.maketrans("", "", string.punctuation + "‘’“”«»…")
 _ARTICLES = frozenset(("a", "an", "the"))
 _OPENING_QUOTE = re.compile(r"(?<![^\s(\[{<])\"")
 _TREEBANK_WORD = re.compile(
@@ -104,14 +103,14 @@ def generated(text: str, answers: Sequence[str]) -> float:
 
     Both are normalised as in SQuAD (Rajpurkar et al. 2016): lower case, no punctuation, no articles; and
     hyphens and slashes part words. "English." and "the English-born" begin with "English", "Englishman" not.
+    Signs that belong to a number or a name stay: "35" is not "3.5", "C" is not "C++"; see `writing.words`.
     """
     return float(any(_begins_with(text, answer) for answer in answers))
 
 
 def answer_words(text: str, articles: bool = False) -> list[str]:
     """The text as normalised words (see `generated`); `articles=True` keeps a, an, the."""
-    words = _WORD_BREAKS.sub(" ", text.casefold()).translate(_PUNCTUATION).split()
-    return words if articles else [word for word in words if word not in _ARTICLES]
+    return [word for word in words(text) if articles or word not in _ARTICLES]
 
 
 def _begins_with(text: str, answer: str) -> bool:
@@ -167,12 +166,15 @@ def harmonic_mean(values: Iterable[float]) -> float:
 
 
 def text_words(text: str) -> list[str]:
-    """Words and punctuation marks in the manner of the Penn Treebank, case kept.
+    """Words and punctuation marks in the manner of the Penn Treebank, case kept; characters where no spaces are.
 
     The published entropies use `nltk.word_tokenize`; this is one regular expression without nltk's
     sentence model, so their last digits may differ.
     """
-    return _TREEBANK_WORD.findall(_OPENING_QUOTE.sub("``", text).replace('"', "''"))
+    text = _OPENING_QUOTE.sub("``", text).replace('"', "''")
+    # The regular expression would take a mark on a letter, as in Hindi, for the end of a word.
+    solid = "".join("x" if unicodedata.category(character)[0] == "M" else character for character in text)
+    return [piece for found in _TREEBANK_WORD.finditer(solid) for piece in pieces(text[slice(*found.span())])]
 
 
 def ngram_entropy(text: str) -> float:

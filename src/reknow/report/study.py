@@ -13,6 +13,7 @@ from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, s
 from reknow.files import write_aside, write_text
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
+from reknow.writing import pieces
 
 PROTOCOL = "teacher_forced_tokens"
 COLUMNS = {
@@ -144,7 +145,7 @@ def set_statistics(sets: Mapping[str, Results]) -> list[list[str]]:
         asked = Counter(reading["kind"] for row in rows for reading in row["readings"])
         requests = [row["readings"][0] for row in rows]
         words = [
-            sum(len(text.split()) for text in texts) / count
+            sum(len(pieces(text)) for text in texts) / count
             for texts in ([r["prompt"] for r in requests], [r["answers"][0] for r in requests])
         ]
         per_case = [f"{asked[kind] / count:.1f}" if asked[kind] else "–" for kind in kinds]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from reknow.evaluation.metrics import Reading, generated, unchanged_generated
 from reknow.evaluation.results import Results, readings
+from reknow.writing import clipped
 
 MODES = {
     "single": "single: each case by itself on the unedited model",
@@ -95,8 +96,7 @@ def _selected(questions: list[Question]) -> list[Question]:
 
 
 def _shown(text: str | None, words: int = 60) -> str:
-    parts = (text or "").split()
-    return " ".join(parts[:words]) + (" …" if len(parts) > words else "")
+    return clipped(text or "", words)
 
 
 def headline(results: Results) -> list[str]:
