@@ -11,6 +11,8 @@ from functools import reduce
 from typing import Literal, get_args
 
 from reknow.errors import InputError
+from reknow.templates import filled, templated
+from reknow.templates import marked as in_braces
 from reknow.writing import full_stop, joined, led
 
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
@@ -23,7 +25,8 @@ class Edit:
     """One wanted change: `Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")`.
 
     The prompt holds `{}` where the subject stands. A prompt that contains the subject itself, once, is
-    turned into that form. Without a subject the prompt is taken as it is.
+    turned into that form; the subject is then spelled as there. `{{` and `}}` are braces that are meant, where all
+    others are doubled too; else braces are taken as they are.
 
     Raises:
         InputError: empty prompt or target, subject not in the prompt, or more than once.
@@ -54,6 +57,8 @@ class Edit:
     def __post_init__(self):
         for name in ("prompt", "target_new", "subject", "target_true"):
             value = getattr(self, name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):  # 1945 is what the model shall say
+                object.__setattr__(self, name, value := str(value))
             if value is None and name in ("subject", "target_true"):
                 continue
             if not isinstance(value, str) or not value.strip():
@@ -67,7 +72,9 @@ class Edit:
             check_encodable(f"'{name}' of an edit", value)
         _check_separator(self.separator)
         if self.subject is not None:
-            object.__setattr__(self, "prompt", _templated(self.prompt, self.subject))
+            prompt, subject = templated(self.prompt, self.subject)
+            object.__setattr__(self, "prompt", prompt)
+            object.__setattr__(self, "subject", subject)
 
     @property
     def text(self) -> str:
@@ -92,24 +99,20 @@ class Edit:
         return f"{task}Description: {self.instruction}\nInput: {prompt}"
 
     def fill(self, template: str) -> str:
-        """`template` with the subject in place of `{}`."""
-        return template if self.subject is None else template.replace("{}", self.subject)
+        """`template` with the subject in place of `{}`, and single braces for doubled ones."""
+        return filled(template, self.subject)
 
     @classmethod
     def parse(cls, marked: str, target_new: str, **fields) -> Edit:
         """An edit from a prompt with the subject in braces: `"The mother tongue of {Danielle Darrieux} is"`.
 
+        Other braces are doubled: `"In Python, f'{{x}}' prints the value of"` has no subject.
+
         Raises:
-            InputError: the braces do not enclose exactly one non-empty subject.
+            InputError: the braces do not enclose exactly one non-empty subject, or may be part of the text.
         """
-        head, opened, rest = marked.partition("{")
-        subject, closed, tail = rest.partition("}")
-        if not (opened and closed and subject.strip()) or set("{}") & set(head + subject + tail):
-            raise InputError(
-                f"expected one subject in braces, as in 'The capital of {{France}} is'; got {marked!r}: "
-                "mark the subject, or give it by itself"
-            )
-        return cls(f"{head}{{}}{tail}", subject=subject, target_new=target_new, **fields)
+        template, subject = in_braces(marked)
+        return cls(template, subject=subject, target_new=target_new, **fields)
 
 
 def _texts(name: str, value) -> tuple[str, ...]:
@@ -139,25 +142,6 @@ def _check_separator(separator: str | None) -> None:
             f"expected white space or an empty text as 'separator'; got {separator!r}: write other characters at the "
             "end of the prompt"
         )
-
-
-def _templated(prompt: str, subject: str) -> str:
-    """The prompt with exactly one `{}`, also where the subject itself stands in braces.
-
-    Raises:
-        InputError: the place is missing or ambiguous.
-    """
-    prompt = prompt.replace("{" + subject + "}", "{}")
-    places = prompt.count("{}")
-    if places == 1:
-        return prompt
-    if places > 1:
-        raise InputError(f"expected one {{}} in the prompt; got {places} in {prompt!r}: keep the one to edit at")
-    found = prompt.count(subject)
-    if found == 1:
-        return prompt.replace(subject, "{}")
-    what = "does not contain it" if not found else f"contains it {found} times"
-    raise InputError(f"expected the subject {subject!r} in the prompt; {prompt!r} {what}: write {{}} where it stands")
 
 
 @dataclass(frozen=True)

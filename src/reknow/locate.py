@@ -32,6 +32,7 @@ from reknow.exclusive import exclusively
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
 from reknow.schema import Count, Strict
+from reknow.templates import filled, sections
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -178,12 +179,12 @@ def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tra
         prompt: with `{}` for the subject.
         spread: of the embeddings of subjects' tokens, see `embedding_spread`.
     """
-    if prompt.count("{}") != 1 or not subject.strip():
+    if len(sections(prompt)) != 2 or not subject.strip():
         raise InputError(
             f"expected a prompt with one {{}} and a subject; got {prompt!r} and {subject!r}: mark the place"
         )
     (row,) = lm.encode([Text.of(prompt, subject)])
-    return _trace_row(lm, prompt.replace("{}", subject), row, spread, settings or Tracing())
+    return _trace_row(lm, filled(prompt, subject), row, spread, settings or Tracing())
 
 
 def trace_facts(

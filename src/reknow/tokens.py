@@ -17,6 +17,7 @@ from torch import Tensor
 
 from reknow.edits import check_encodable
 from reknow.errors import InputError, ModelError, TextRefused
+from reknow.templates import sections
 from reknow.writing import between, led
 
 if TYPE_CHECKING:
@@ -50,9 +51,10 @@ class Text:
     ) -> Text:
         """The text of a template with `{}`: knows the subject's place even if its name stands there twice."""
         name = subject.strip()  # a space that ends a subject may be a token of its own, and names nobody
-        filled = template.replace("{}", subject, 1)
+        before, *behind = sections(template)
+        filled = before + subject + "{}".join(behind)
         prompt = led(prefix, filled)
-        start = len(prompt) - len(filled) + template.index("{}") + subject.index(name)
+        start = len(prompt) - len(filled) + len(before) + subject.index(name)
         return cls(prompt, target, (start, start + len(name)), separator)
 
     @classmethod

@@ -135,3 +135,63 @@ def _kind(character: str) -> str:
     if category[0] in "LN":
         return "c" if _CHARACTERS.match(character) else "w"
     return character
+
+
+# ---- the same text in other characters
+
+_ALIKE = str.maketrans({**{c: "'" for c in "’‘ʼ´"}, **{c: '"' for c in "“”„«»"}, **{c: "-" for c in "‐‑–−"}})
+
+
+def places(text: str, wanted: str) -> list[tuple[int, int]]:
+    """Where a text holds another one: (first character, the one behind the last).
+
+    Where it is not there letter for letter, Unicode's forms of a character count as the same, and so do typographic
+    and plain quotation marks, hyphens and spaces.
+    """
+    if exact := [found.span() for found in re.finditer(re.escape(wanted), text)]:
+        return exact
+    plain, spans = _plain(text)
+    sought, _ = _plain(wanted)
+    found = [at.span() for at in re.finditer(re.escape(sought), plain)] if sought else []
+    whole = [None, *spans, None]  # a character that became several is found whole or not at all
+    return [
+        (spans[start][0], spans[end - 1][1])
+        for start, end in found
+        if whole[start] != whole[start + 1] and whole[end] != whole[end + 1]
+    ]
+
+
+def difference(text: str, wanted: str) -> str:
+    """What keeps a text from holding another one, where it is hard to see: one character that looks like another."""
+    windows = [text[start : start + len(wanted)] for start in range(max(0, len(text) - len(wanted) + 1))]
+    same = [sum(a == b for a, b in zip(window, wanted, strict=True)) for window in windows]
+    if not windows or max(same) < len(wanted) / 2:
+        return ""
+    nearest = windows[same.index(max(same))]
+    there, here = next((a, b) for a, b in zip(nearest, wanted, strict=True) if a != b)
+    return "" if (there + here).isascii() else f" ({_named(there)} there, {_named(here)} in the subject)"
+
+
+def _named(character: str) -> str:
+    return f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
+
+
+def _plain(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text in one form of its characters, and for each of these where it comes from."""
+    plain: list[str] = []
+    spans: list[tuple[int, int]] = []
+    start = 0
+    for end in range(1, len(text) + 1):
+        if end < len(text) and _composes(text[start:end], text[end]):
+            continue
+        same = "".join(c for c in unicodedata.normalize("NFKC", text[start:end]) if unicodedata.category(c) != "Cf")
+        plain += same.translate(_ALIKE)
+        spans += [(start, end)] * len(same)
+        start = end
+    return "".join(plain), spans
+
+
+def _composes(before: str, character: str) -> bool:
+    """Whether a character is no letter by itself behind others: an accent, or a part of a Hangul syllable."""
+    apart = unicodedata.normalize("NFC", before) + unicodedata.normalize("NFC", character)
+    return unicodedata.combining(character) > 0 or unicodedata.normalize("NFC", before + character) != apart

@@ -43,7 +43,7 @@ SHOWN = 5
 
 
 def edit(
-    prompt: Annotated[str | None, typer.Argument(help="The prompt, its subject in braces.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt, its subject in braces; {{ }} for others.")] = None,
     target: Annotated[str | None, typer.Argument(help="The new answer.")] = None,
     model: Model = DEMO,
     method: Annotated[str, typer.Option("--method", help="See `reknow methods`.")] = "rome",

@@ -75,7 +75,8 @@ def _trace_one(lm: LM, prompt: str, settings: Tracing, out: Path, as_json: bool)
     from reknow.report.trace_plots import save_figure, trace_figure
 
     edit = Edit.parse(prompt, "?")
-    assert edit.subject is not None
+    if edit.subject is None:
+        raise InputError(f"expected a subject in braces to trace; got {prompt!r}: mark it, as in '{{France}} is in'")
     found = trace_prompt(lm, edit.prompt, edit.subject, embedding_spread(lm, load_facts("known_1000")), settings)
     pictures = save_figure(trace_figure(found), out / "trace")
     if as_json:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from reknow.datasets.reading import Record, place_subject
 from reknow.errors import InputError
+from reknow.templates import filled, sections
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Fact:
     """Other prompts with `{}` for the same question, where the data set has some."""
 
     def __post_init__(self):
-        if self.prompt.count("{}") != 1 or not (self.subject.strip() and self.answer.strip()):
+        if len(sections(self.prompt)) != 2 or not (self.subject.strip() and self.answer.strip()):
             raise InputError(
                 f"expected a prompt with one {{}}, a subject and an answer; got {self}: fill in the missing"
             )
@@ -34,7 +35,7 @@ class Fact:
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject)
+        return filled(self.prompt, self.subject)
 
 
 def read_known(record: Record) -> list[Fact]:

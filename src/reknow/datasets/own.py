@@ -50,7 +50,8 @@ def read_case(name: str, record: Record) -> Case:
     | `locality`, `portability` (`[{"prompt": …, "answer": …}, …]`, or such lists by name) | probes of that kind |
     """
     edit = read_edit(record)
-    probes = [Probe(edit.fill(text), (edit.target_new,), "generalization", "rephrase") for text in edit.rephrasings]
+    told = [edit.fill(text) for text in edit.rephrasings]
+    probes = [Probe(text, (edit.target_new,), "generalization", "rephrase", edit.separator) for text in told]
     for kind in QUESTIONS:
         probes += probes_in(record, kind, kind, kind)
     return Case(replace(edit, rephrasings=(), id=edit.id or f"{name}/{record.index}"), tuple(probes))

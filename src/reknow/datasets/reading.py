@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from reknow.datasets.sources import read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
+from reknow.writing import places
 
 
 class Record:
@@ -301,4 +302,7 @@ def place_subject(prompt: str, subject: str) -> tuple[str, str | None]:
         if found and "{}" not in prompt:
             start, end = found[-1].span()
             return f"{prompt[:start]}{{}}{prompt[end:]}", found[-1].group()
+    if "{}" not in prompt and (alike := places(prompt, subject)):
+        start, end = alike[-1]
+        return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]
     return prompt, None

@@ -21,6 +21,7 @@ from reknow.kept import Kept
 from reknow.layers import depth_layer
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
+from reknow.templates import sections
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -208,7 +209,7 @@ def _without_subject() -> list[str]:
 
 
 def _warn_of_shared_keys(method: Method, edits: list[Edit]) -> None:
-    begins = {edit.text: edit.prompt.partition("{}")[0] + str(edit.subject) for edit in edits}
+    begins = {edit.text: sections(edit.prompt)[0] + str(edit.subject) for edit in edits}
     keys = Counter(begins.values())
     shared = {key: count for key, count in keys.items() if count > 1}
     if shared:

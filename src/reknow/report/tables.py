@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from reknow.evaluation.metrics import Reading, generated, unchanged_generated
 from reknow.evaluation.results import Results, readings
+from reknow.templates import filled, sections
 from reknow.writing import clipped
 
 MODES = {
@@ -65,8 +66,8 @@ def cards(results: Results) -> Iterator[Card]:
             missed = any(
                 a.mark in ("wrong", "changed") for q in questions if q.kind != "portability" for a in q.answers
             )
-            head, _, tail = row["edit"]["prompt"].partition("{}")
-            request = (head, row["edit"].get("subject", ""), tail)
+            head, *tail = sections(row["edit"]["prompt"])
+            request = (head, row["edit"].get("subject", ""), "{}".join(tail))
             if shown := _selected(questions):
                 yield Card(request, row["edit"], shown, missed)
 
@@ -157,7 +158,7 @@ def failures(results: Results) -> list[dict[str, Any]]:
     for row in results.rows.values():
         if row["error"] is not None:
             edit = results.before[row["case"],]["edit"]
-            request = edit["prompt"].replace("{}", edit.get("subject", "{}")) + " → " + edit["target_new"]
+            request = filled(edit["prompt"], edit.get("subject")) + " → " + edit["target_new"]
             found[row["method"], row["seed"], row["case"]] = {**row, "request": request}
     return list(found.values())
 

@@ -21,6 +21,7 @@ from reknow.errors import InputError
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import Remembered, log_in_scope, scope_loss
+from reknow.templates import sections
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _templates(case: Case, rephrasings: Sequence[str]) -> list[str]:
 
 def _words(edit: Edit) -> str:
     """The longest part of the prompt beside the subject."""
-    return max(edit.prompt.split("{}"), key=len).strip().lower()
+    return max(sections(edit.prompt), key=len).strip().lower()
 
 
 class ScopeLearner:
