@@ -239,7 +239,7 @@ def test_models_that_cannot_be_edited_are_refused(tmp_path, empty_folder):
     assert_refused(reknow("edit", PROMPT, "English", "--model", "./nowhere"), "./nowhere")
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
-    assert_refused(reknow("edit", PROMPT, "English", "--model", tmp_path / "t5"), "could not be loaded")
+    assert_refused(reknow("edit", PROMPT, "English", "--model", tmp_path / "t5"), "an encoder-decoder (t5)")
     assert list(empty_folder.iterdir()) == []
 
 

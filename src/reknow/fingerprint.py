@@ -56,8 +56,8 @@ class Fingerprint:
         problem = self.difference(found)
         if problem:
             raise PatchError(
-                f"expected the base model on which {label} was made; this one has {problem}: load that model, "
-                "or force the patch on at your own risk"
+                f"expected the base model on which {label} was made; this one has {problem}: load that model, or "
+                "apply it all the same, at your own risk, with force=True (reknow apply --force)"
             )
 
     def difference(self, found: Fingerprint) -> str | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from reknow import adapter
 from reknow.applied import Applied
@@ -19,7 +18,7 @@ from reknow.exclusive import exclusive, exclusively
 from reknow.fingerprint import Fingerprint
 from reknow.generation import check_sampling, continuations
 from reknow.limits import check_ids, check_length, padding
-from reknow.loading import as_dtype, as_pair, check_tokenizer, load, place
+from reknow.loading import check_tokenizer, open_model
 from reknow.memory import HookMemory, Memories, Running
 from reknow.patches import Patch
 from reknow.scoring import Score, perplexity, scores
@@ -36,6 +35,7 @@ class LM:
         source: name or path of a Hugging Face model, `demo:gpt2` or `demo:llama` for a bundled one, a stack
             folder, or a pair (model, tokenizer). A model given as a pair is used in place: it must be unedited,
             and `apply` changes its weights until `revert`.
+        tokenizer: one, or the name or folder of one, instead of the model's own.
         dtype: of the weights; None keeps the checkpoint's, but float16 becomes float32 on a CPU.
         device: where the model goes; None: where it is, or the CPU.
         device_map: passed to transformers for models that span devices.
@@ -55,22 +55,18 @@ class LM:
         self,
         source,
         *,
+        tokenizer=None,
         dtype=None,
         device=None,
         device_map=None,
         chat: bool = False,
         trust_remote_code: bool = False,
     ):
-        dtype, patches = as_dtype(dtype), list[Patch]()
-        self.model: PreTrainedModel
-        if isinstance(source, (str, Path)):
+        named, patches = isinstance(source, (str, Path)), list[Patch]()
+        if named:
             source, patches = read_stack(source)
-            self.name = str(source)
-            self.model, self.tokenizer = load(self.name, dtype, device, device_map, trust_remote_code)
-        else:
-            self.model, self.tokenizer = as_pair(source)
-            self.name = self.model.config._name_or_path or type(self.model).__name__
-            place(self.model, device, dtype)
+        self.model, self.tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
+        self.name = str(source) if named else self.model.config._name_or_path or type(self.model).__name__
         check_tokenizer(self.tokenizer, self.name, chat=chat)
         self.chat = chat
         self.computes_statistics = True

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_peft_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
-from reknow.errors import InputError, ModelError, did_you_mean
+from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
+from reknow.sources import CONFIG, Source, find_source
 
 DTYPES = ("float32", "bfloat16", "float16")
+WHOLE = "check that its files are whole"
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -47,11 +62,15 @@ def _unwrapped(model):
     if not _from_peft(model) or not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
-        raise ModelError(
-            "expected a model whose adapters lie in its modules; this one puts learned tokens before every text "
-            f"({model.active_peft_config.peft_type.value}): edit its base, model.get_base_model()"
-        )
+        raise _learned_tokens(model.active_peft_config, "model.get_base_model()")
     return model.get_base_model()
+
+
+def _learned_tokens(config, base: str) -> ModelError:
+    return ModelError(
+        "expected a model whose adapters lie in its modules; this one puts learned tokens before every text "
+        f"({config.peft_type.value}): edit its base, {base}"
+    )
 
 
 def carries_adapters(model: nn.Module) -> bool:
@@ -63,56 +82,162 @@ def _from_peft(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] == "peft"
 
 
-def load(name: str, dtype, device, device_map, trust_remote_code: bool):
-    """(model, tokenizer) of a name or path; float16 becomes float32 on a CPU unless a dtype is asked for."""
-    options = dict(trust_remote_code=trust_remote_code)
-    if name.startswith("demo:"):
-        name = _demo_folder(name.removeprefix("demo:"))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", device_map=device_map, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        SafetensorError,
-    ) as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+def open_model(source, tokenizer, dtype, device, device_map, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    """(model, tokenizer) of a name, a folder or a pair; float16 becomes float32 on a CPU unless a dtype is asked for.
+
+    Raises:
+        InputError: the source, the tokenizer, the dtype or the device is none.
+        ModelError: it cannot be loaded, or is of a kind that is not handled.
+    """
+    dtype, device = as_dtype(dtype), as_device(device)
+    if isinstance(source, (str, Path)):
+        return _load(str(source), tokenizer, dtype, device, device_map, trust_remote_code)
+    if tokenizer is not None:
+        raise InputError(f"expected the tokenizer of a pair in the pair; got tokenizer={tokenizer!r}: leave it out")
+    model, tokenizer = as_pair(source)
+    _place(model, device, dtype)
+    return model, tokenizer
+
+
+def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
+    source = find_source(name)
+    expected = f"expected a model that transformers can load; {name!r} could not be loaded"
+    with _told(expected, WHOLE):
+        base = _base(name, source)
+        options: dict[str, Any] = dict(trust_remote_code=trust_remote_code, local_files_only=base.offline)
+        kind = _auto_class(name, AutoConfig.from_pretrained(base.name, **options), trust_remote_code)
+    tokenizer = _tokenizer(name, source, tokenizer, trust_remote_code)
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are refused below, by name
+    with _told(expected, WHOLE):
+        model, found = kind.from_pretrained(source.name, dtype=dtype or "auto", device_map=device_map, **options)
+    missing = sorted(found["missing_keys"]) or sorted(key for key, *_ in found["mismatched_keys"])
+    if missing:
         raise ModelError(
-            f"expected a Hugging Face causal language model; {name!r} could not be loaded ({reason}): "
-            "check the name or path, and that its files are whole"
-        ) from e
-    place(model, device, None)
+            f"expected all weights of {type(model).__name__}; the files of {name!r} lack {len(missing)} or have them "
+            f"in another size, such as {missing[0]}: {WHOLE}"
+        )
+    _place(model, device, None)
     if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
         model.float()
     return model, tokenizer
 
 
-def _demo_folder(name: str) -> str:
-    """Where the bundled model `name` lies."""
-    folder = files("reknow") / "assets" / "models"
-    known = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    if name not in known:
-        raise did_you_mean("demo model", name, known)
-    return str(folder / name)
+def _base(name: str, source: Source) -> Source:
+    """The model itself, or the one that it is an adapter for."""
+    adapter = find_adapter_config_file(source.name, local_files_only=source.offline)
+    if adapter is None or Path(adapter).with_name(CONFIG).is_file():
+        return source
+    if not is_peft_available():
+        raise MissingExtra("peft", "lora", f"the adapter {name}")
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(Path(adapter).parent))
+    base = config.base_model_name_or_path
+    if not base:
+        raise ModelError(f"expected an adapter that names its base model; {name} names none: {WHOLE}")
+    if config.is_prompt_learning:
+        raise _learned_tokens(config, base)
+    found = find_source(base)
+    return replace(found, offline=found.offline or source.offline)
 
 
-def place(model: PreTrainedModel, device, dtype: torch.dtype | None) -> None:
-    """Moves and casts the model in place; None leaves it."""
+def _auto_class(name: str, config: PreTrainedConfig, own_code: bool):
+    """What transformers loads the model with: as a causal language model, or as one that reads images too.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"expected a decoder; {name} is an encoder-decoder ({config.model_type}): choose a model of a family "
+            "listed in docs/models.md"
+        )
+    mappings = {
+        AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    }
+    if own_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        return AutoModelForCausalLM
+    named = config.architectures or []
+    kinds = [kind for kind, mapping in mappings.items() if type(config) in mapping]
+    kinds.sort(key=lambda kind: mappings[kind][type(config)].__name__ not in named)  # first what the files are of
+    if not kinds:
+        what = ", ".join([config.model_type, *named])
+        raise ModelError(
+            f"expected a language model; {name} is another kind of model ({what}): choose one of a family listed in "
+            "docs/models.md"
+        )
+    return kinds[0]
+
+
+def _tokenizer(name: str, source: Source, wanted, trust_remote_code: bool):
+    """The tokenizer that is given or named, or the model's own."""
+    if isinstance(wanted, PreTrainedTokenizerBase):
+        return wanted
+    if wanted is not None:
+        name, source = str(wanted), find_source(str(wanted))
+    options = dict(trust_remote_code=trust_remote_code, local_files_only=source.offline)
+    with _told(
+        f"expected a tokenizer that transformers can load; that of {name!r} could not be loaded",
+        "name one with tokenizer= (--tokenizer NAME)",
+    ):
+        return AutoTokenizer.from_pretrained(source.name, **options)
+
+
+@contextmanager
+def _told(expected: str, remedy: str):
+    """Turns whatever transformers raises while it reads foreign files into one sentence with the whole reason."""
     try:
-        if device is not None or dtype is not None:
-            model.to(device=device, dtype=dtype)  # type: ignore[call-overload]
+        yield
+    except (ReknowError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # files may be broken in any way
+        reason = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
+        if isinstance(error, KeyError):
+            reason = f"{reason} is not there"
+        if "trust_remote_code" in reason:
+            remedy = "allow it to run its own code with trust_remote_code=True (--trust-remote-code) if you trust it"
+        if "weights_only" in reason:  # torch's own reason would have the user switch that off
+            reason, remedy = (
+                "its pickled weights hold more than tensors, which could run code",
+                "give safetensors files",
+            )
+        raise ModelError(f"{expected} ({reason}): {remedy}") from error
+
+
+def as_device(device) -> torch.device | None:
+    """The device of that name; None comes back as it is.
+
+    Raises:
+        InputError: there is none of that name, or this torch cannot compute on it.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found).tolist()  # a name may be known and nothing behind it
+    except (RuntimeError, AssertionError, ValueError, TypeError, ImportError, AttributeError, OSError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+        raise InputError(
+            f"expected a device that is there; got {device!r} ({reason}): choose another, such as cpu"
+        ) from error
+    return found
+
+
+def _place(model: PreTrainedModel, device: torch.device | None, dtype: torch.dtype | None) -> None:
+    """Moves and casts the model in place; None leaves it."""
+    if device is None and dtype is None:
+        return
+    try:
+        model.to(device=device, dtype=dtype)  # type: ignore[call-overload]
         if dtype is not None:
             model.config.dtype = dtype  # what was asked for is what an export keeps
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"expected a device that is there; got {device!r} ({reason}): choose another") from error
+    except ValueError as error:  # quantised ones stay where they are
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"expected a model that can be moved and cast; {type(model).__name__} cannot ({reason}): leave dtype and "
+            "device out"
+        ) from error
 
 
 def check_tokenizer(tokenizer, name: str, *, chat: bool) -> None:

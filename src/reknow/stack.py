@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 STACK_FILE = "stack.json"
+FORCED = "forced"
+"""The note of a patch that was put on another base than its own: structure and tokenizer of that one."""
 
 
 def _each_once(names: list[str]) -> list[str]:
@@ -49,13 +53,17 @@ def with_patch(
     """The stack with the patch on top; warns where the patch was made on another stack.
 
     Raises:
-        PatchError: made on another model than `base` (`force` overrides), already in the stack, or a memory that
-            continues another version than the newest in the stack.
+        PatchError: made on another model than `base` (`force` overrides, and the patch notes it, so that a stack
+            with it opens again), already in the stack, or a memory that continues another version than the newest
+            in the stack.
     """
     active = tuple(p.id for p in stack)
     if patch.id in active:
         raise PatchError(f"expected a patch that is not applied yet; {patch.label} is: revert it first")
-    if not force:
+    here = [base.structure, base.tokenizer]
+    if force and patch.base.difference(base):
+        patch = replace(patch, notes={**patch.notes, FORCED: here})
+    elif patch.notes.get(FORCED) != here:
         patch.base.check(base, patch.label)
     newest = [p.id for p in stack if p.kind != "weights" and p.method == patch.method]
     if patch.kind != "weights" and patch.follows != (newest[-1] if newest else None):
@@ -137,7 +145,7 @@ def base_name(base: str) -> str:
 def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     """(base model, patches) of a stack folder; any other source comes back as it is, with no patches."""
     file = Path(source) / STACK_FILE
-    if not file.is_file():
+    if not str(source).strip() or not os.path.isfile(file):  # a name may be too long for a path
         return source, []
     stack = read_json(file, StackFile, lambda error: _refusal(source, error))
     return stack.base, [Patch.load(Path(source) / name) for name in stack.patches]

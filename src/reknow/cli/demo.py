@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Model, open_lm, run_folder, say, say_table
+from reknow.cli.terminal import DEMO, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
 from reknow.errors import EditFailed
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def demo(
     model: Model = DEMO,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer facts and methods: under half a minute.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
 ) -> None:
     """Edit facts in a bundled model, measure and report what changed, take the edits back.
 
@@ -39,7 +41,7 @@ def demo(
     from reknow.effect import known_cases, weight_bits
 
     started = time.perf_counter()
-    lm = open_lm(model)
+    lm = open_lm(model, None, None, tokenizer, own_code)
     bits = weight_bits(lm.model)
     candidates = load_cases("counterfact", limit=CANDIDATES)
     known = known_cases(lm, candidates)

@@ -20,6 +20,8 @@ from reknow.cli.terminal import (
     Json,
     Model,
     NoStats,
+    OwnCode,
+    Tokenizer,
     open_lm,
     refuse_existing,
     say,
@@ -59,6 +61,8 @@ def edit(
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done and what it costs.")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
     chat: Chat = False,
     no_stats: NoStats = False,
     force: Force = False,
@@ -78,12 +82,13 @@ def edit(
     checked(chosen, edits)
     if not plan:
         refuse_existing(out, force)
-    lm = open_lm(model, dtype, device, chat)
+    lm = open_lm(model, dtype, device, tokenizer, own_code, chat)
     lm.computes_statistics = not no_stats
     if plan:
         cost = estimate(lm, chosen, edits)
         return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
     stack = model if lm.patches else f"FOLDER --model {lm.name}"
+    stack += f" --tokenizer {tokenizer}" if tokenizer else ""
     _edit(lm, chosen, edits, out, stack, as_json)
 
 

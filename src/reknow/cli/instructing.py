@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, run_folder, say, say_table
+from reknow.cli.terminal import DEMO, Device, Dtype, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def instruct(
     out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
 ) -> None:
     """Search for instructions of each task: propose, try with an editor, hand the scores back.
 
@@ -60,7 +62,7 @@ def instruct(
         family.texts()  # refused here, before anything is trained
     settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
     writer: Proposer = Rewriter(seed) if proposer is None else Writer(LLM(proposer, server))
-    lm = open_lm(model, dtype, device)
+    lm = open_lm(model, dtype, device, tokenizer, own_code)
     out = out or run_folder("instruct", model)
     started = time.perf_counter()
     method = _trial_editor(lm, chosen, families, editor, trial_steps, out)

@@ -17,6 +17,8 @@ from reknow.cli.terminal import (
     Encoding,
     Model,
     NoStats,
+    OwnCode,
+    Tokenizer,
     open_lm,
     run_folder,
     say,
@@ -72,6 +74,8 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
     chat: Chat = False,
     no_stats: NoStats = False,
 ) -> None:
@@ -85,11 +89,11 @@ def bench(
     study = _study(preset, full, data, limit)
     plan = _plan(study, checkpoints, seeds, mode=mode, batch_size=batch_size, fluency=fluency, generate=generate)
     chosen = _chosen(study, names, settings)
-    lm = open_lm(model, dtype, device, chat) if known else None
+    lm = open_lm(model, dtype, device, tokenizer, own_code, chat) if known else None
     refused: dict[str, list[str]] = {}
     one_patch = plan.mode == "batch" or plan.batch_size > 1
     sets = _sets(study, offset, shuffle, lm, encoding, refused, one_patch=one_patch)
-    lm = lm or open_lm(model, dtype, device, chat)
+    lm = lm or open_lm(model, dtype, device, tokenizer, own_code, chat)
     lm.computes_statistics = not no_stats
     if names is None:
         chosen = _ready(lm, chosen)

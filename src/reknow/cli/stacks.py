@@ -14,6 +14,8 @@ from reknow.cli.terminal import (
     Dtype,
     Force,
     Json,
+    OwnCode,
+    Tokenizer,
     open_lm,
     refuse_existing,
     say,
@@ -39,13 +41,16 @@ def apply(
     model: Annotated[str | None, typer.Option("--model", help="The base model; needed for a new stack.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
+    force: Annotated[bool, typer.Option("--force", help="Patches of another base too, at your own risk.")] = False,
 ) -> None:
     """Put patches on top of a stack folder, which is made if it does not exist.
 
     The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands.
     """
     from reknow.patches import Patch
-    from reknow.stack import base_name, read_stack, save_stack, with_patch
+    from reknow.stack import FORCED, base_name, read_stack, save_stack, with_patch
 
     loaded = [Patch.load(path) for path in patches]
     base, active = read_stack(stack)
@@ -54,10 +59,16 @@ def apply(
     if base != stack and model is not None and base_name(model) != base:
         raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
     base = model if base == stack else base
-    found = active[0].base if active else open_lm(str(base), dtype, device).fingerprint
     before = len(active)
-    for patch in loaded:
-        active = list(with_patch(tuple(active), patch, found))
+    found = next((patch.base for patch in active if FORCED not in patch.notes), None)
+    if found is None or force:
+        lm = open_lm(str(stack if active else base), dtype, device, tokenizer, own_code)
+        for patch in loaded:
+            lm.apply(patch, force=force)
+        active = list(lm.patches)
+    else:
+        for patch in loaded:
+            active = list(with_patch(tuple(active), patch, found))
     save_stack(stack, str(base), active)
     for patch in active[before:]:
         say(f"applied {patch.label}")
@@ -68,16 +79,17 @@ def revert(
     patches: Annotated[list[str], typer.Argument(help="Ids, or patch files.", show_default=False)],
     stack: Stack,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the later edits of a memory again.")] = False,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
 ) -> None:
     """Take patches out of a stack folder, in any order. Their files stay."""
-    from reknow import LM
     from reknow.patches import Patch
     from reknow.stack import save_stack, without_patch
 
     base, active = _existing(stack)
     ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
     rest = tuple(active)
-    lm = LM(str(stack)) if rebuild else None
+    lm = open_lm(str(stack), None, None, tokenizer, own_code) if rebuild else None
     for patch_id in ids:
         if lm is None:
             rest = without_patch(rest, patch_id)
@@ -115,6 +127,8 @@ def export(
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut higher ranks instead of refusing.")] = False,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
     chat: Chat = False,
     force: Force = False,
 ) -> None:
@@ -131,7 +145,7 @@ def export(
         raise InputError(f"expected --model for the patch file {source}; got none: name its base model")
     if patch is None:
         _existing(source)
-    lm = open_lm(str(source) if patch is None else str(model), dtype, device, chat)
+    lm = open_lm(str(source) if patch is None else str(model), dtype, device, tokenizer, own_code, chat)
     if patch is not None:
         lm.apply(patch)
     if to == "hf":

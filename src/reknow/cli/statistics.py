@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Device, Dtype, Json, Model, open_lm, say, say_json, say_table
+from reknow.cli.terminal import (
+    DEMO,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    OwnCode,
+    Tokenizer,
+    open_lm,
+    say,
+    say_json,
+    say_table,
+)
 from reknow.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +38,8 @@ def stats(
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
     as_json: Json = False,
 ) -> None:
     """Read general text for the statistics that ROME, MEMIT and their kin need, and keep them.
@@ -42,7 +56,7 @@ def stats(
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1 and device is None:
         device = str(state.device)
-    lm = open_lm(model, dtype, device)
+    lm = open_lm(model, dtype, device, tokenizer, own_code)
     with progress_line("stats"):
         found = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
     if not state.is_main_process:

@@ -7,7 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import DEMO, Device, Dtype, Model, open_lm, run_folder, say, say_table, whole_numbers
+from reknow.cli.terminal import (
+    DEMO,
+    Device,
+    Dtype,
+    Model,
+    OwnCode,
+    Tokenizer,
+    open_lm,
+    run_folder,
+    say,
+    say_table,
+    whole_numbers,
+)
 from reknow.errors import InputError, did_you_mean
 
 GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
@@ -29,6 +41,8 @@ def study(
     out: Annotated[Path | None, typer.Option("--out", help="The folder; studies share its editors.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
 ) -> None:
     """Run a study of InstructEdit: train its editors, read them on all tasks. A killed study goes on.
 
@@ -48,7 +62,7 @@ def study(
         raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
     size = Size(**{**(FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
-    lm = open_lm(model, dtype, device)
+    lm = open_lm(model, dtype, device, tokenizer, own_code)
     out = out or run_folder("instructedit", model)
     chosen = None if families is None else str(families)
     if name == "gradients":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from reknow.errors import InputError, did_you_mean
+from reknow.errors import InputError
 from reknow.progress import visible
 
 if TYPE_CHECKING:
@@ -20,13 +21,18 @@ if TYPE_CHECKING:
 DEMO = "demo:gpt2"
 WIDTH = 120
 """Of tables that go to a file or a pipe."""
-DTYPES = ("float32", "bfloat16", "float16")
 
 Model = Annotated[
     str, typer.Option("--model", help="Name or path of a model, a stack folder, demo:gpt2 or demo:llama.")
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the checkpoint's.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda …, or auto to spread over all devices.")]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Name or folder of one, instead of the model's own.")
+]
+OwnCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code from the model's repository. Only if you trust it.")
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")]
 NoStats = Annotated[
     bool, typer.Option("--no-stats", help="Read no text for statistics: refuse methods that need some not kept yet.")
@@ -39,31 +45,34 @@ Encoding = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
-def open_lm(model: str, dtype: str | None = None, device: str | None = None, chat: bool = False) -> LM:
+def open_lm(
+    model: str,
+    dtype: str | None = None,
+    device: str | None = None,
+    tokenizer: str | None = None,
+    own_code: bool = False,
+    chat: bool = False,
+) -> LM:
     """The model, without transformers' progress bars.
 
     Raises:
-        InputError: a path that does not exist, or an unknown dtype.
+        InputError: a path that does not exist, or an unknown dtype or device.
         ModelError: it cannot be loaded or handled.
     """
-    import torch
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
     from reknow.lm import LM
 
-    if dtype is not None and dtype not in DTYPES:
-        raise did_you_mean("dtype", dtype, DTYPES)
-    path = Path(model).expanduser()
-    if not path.exists() and (path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
-        raise InputError(f"expected a model folder at {model}; there is none: check the path")
     disable_progress_bar()
     set_verbosity_error()
     return LM(
-        str(path) if path.exists() else model,
-        dtype=dtype and getattr(torch, dtype),
+        os.path.expanduser(model),
+        tokenizer=tokenizer,
+        dtype=dtype,
         device=None if device == "auto" else device,
         device_map="auto" if device == "auto" else None,
         chat=chat,
+        trust_remote_code=own_code,
     )
 
 

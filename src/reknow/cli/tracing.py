@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import DEMO, Device, Dtype, Force, Json, Model, open_lm, say, say_json, say_table
+from reknow.cli.terminal import (
+    DEMO,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    OwnCode,
+    Tokenizer,
+    open_lm,
+    say,
+    say_json,
+    say_table,
+)
 from reknow.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,6 +46,8 @@ def trace(
     out: Annotated[Path, typer.Option("--out", help="Folder for traces and figures.")] = Path("trace"),
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -42,7 +57,7 @@ def trace(
     """
     from reknow.locate import Tracing
 
-    lm = open_lm(model, dtype, device)
+    lm = open_lm(model, dtype, device, tokenizer, own_code)
     if layers:
         return _say_layers(lm, as_json)
     settings = Tracing(samples=samples, window=window)

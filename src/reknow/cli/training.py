@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
-from reknow.cli.terminal import DEMO, Chat, Device, Dtype, Encoding, Model, open_lm, run_folder, say, say_table, warn
+from reknow.cli.terminal import (
+    DEMO,
+    Chat,
+    Device,
+    Dtype,
+    Encoding,
+    Model,
+    OwnCode,
+    Tokenizer,
+    open_lm,
+    run_folder,
+    say,
+    say_table,
+    warn,
+)
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -35,6 +49,8 @@ def train(
     out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    tokenizer: Tokenizer = None,
+    own_code: OwnCode = False,
     chat: Chat = False,
 ) -> None:
     """Train an editor for a model, in a folder. The same command takes up a training that was killed.
@@ -43,7 +59,7 @@ def train(
     """
     chosen, training = settled(method, settings)
     cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
-    lm = open_lm(model, dtype, device or _own_gpu(), chat)
+    lm = open_lm(model, dtype, device or _own_gpu(), tokenizer, own_code, chat)
     out = out or run_folder(f"train-{method}", model)
     trained = chosen.fit(lm, cases, out, training, progress=True)
     _say_result(trained, out)

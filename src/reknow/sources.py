@@ -1,0 +1,180 @@
+"""What a model's name stands for: a bundled model, a folder, or a repository of the hub; found out before any work.
+
+What is nowhere is refused within seconds, with the nearest names that are there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import threading
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from reknow.errors import InputError, ModelError, did_you_mean
+
+DEMO = "demo:"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+FILES = (CONFIG, ADAPTER, "tokenizer_config.json", "tokenizer.json")
+"""One of these lies in every folder of a model, an adapter or a tokenizer."""
+PATIENCE = "HF_HUB_ETAG_TIMEOUT"
+"""The setting of the hub's library that says how many seconds its answer may take."""
+SECONDS = 2.0
+"""Where that is not set."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model or a tokenizer that is there."""
+
+    name: str
+    """A folder, or a repository of the hub."""
+    offline: bool = False
+    """Whether the hub does not answer, and only its cache may be read."""
+
+
+def find_source(name: str) -> Source:
+    """Where the model or tokenizer of this name lies.
+
+    Raises:
+        InputError: a demo model that does not exist, a file, or no name at all.
+        ModelError: there is no such folder, it holds no model of transformers, or the hub has none of that name.
+    """
+    if name.startswith(DEMO):
+        return Source(_demo_folder(name.removeprefix(DEMO)))
+    path = os.path.expanduser(name)
+    if os.path.isdir(path) and name.strip():
+        _check_folder(Path(path))
+        return Source(path)
+    if os.path.isfile(path):
+        raise (
+            _gguf(name)
+            if _is_gguf(Path(path))
+            else InputError(f"expected the folder of a model; {name} is a file: give the folder that it lies in")
+        )
+    if os.path.isabs(path) or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"expected a folder with a model; {name} could not be loaded (there is no such folder{_near(name)}): "
+            "check the path"
+        )
+    return _in_hub(name)
+
+
+def _demo_folder(name: str) -> str:
+    folder = files("reknow") / "assets" / "models"
+    if name not in (known := _demo_names()):
+        raise did_you_mean("demo model", name, known)
+    return str(folder / name)
+
+
+def _demo_names() -> list[str]:
+    folder = files("reknow") / "assets" / "models"
+    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ModelError where the folder holds no configuration, which all models of transformers have."""
+    if any((folder / name).is_file() for name in FILES):
+        return
+    if found := sorted(folder.glob("*.gguf")):
+        raise _gguf(str(found[0]))
+    inside = ", ".join(_beside(str(folder / CONFIG))[:3])
+    near = f"; models in it: {inside}" if inside else _near(str(folder))
+    raise ModelError(
+        f"expected a folder that transformers saved; {folder} could not be loaded (it has no {CONFIG}{near}): give "
+        "the folder that holds one"
+    )
+
+
+def _is_gguf(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(4) == b"GGUF" or file.suffix.lower() == ".gguf"
+
+
+def _gguf(file: str) -> ModelError:
+    return ModelError(
+        f"expected a model in the format of transformers; {file} is a GGUF file: give the model that it was made "
+        "from, or in Python the pair (model, tokenizer) that from_pretrained(FOLDER, gguf_file=FILE) gives"
+    )
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------
+
+
+def _in_hub(name: str) -> Source:
+    """The repository of that name: on the hub, or in its cache where the hub is silent."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(
+            f"expected a model's folder, its name on the hub, or {DEMO}gpt2; got {name!r}, which is no folder and "
+            "cannot be a name: check it"
+        ) from error
+    problem = _problem(name)
+    if problem is None:
+        return Source(name)
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
+        return Source(name, offline=True)
+    raise ModelError(
+        f"expected a model's folder, its name on the hub, or {DEMO}gpt2; {name!r} could not be loaded (it is no "
+        f"folder here nor in the hub's cache, and {problem}{_near(name)}): check the name"
+    )
+
+
+def _problem(name: str) -> str | None:
+    """Why the hub does not give the repository; None: it does. Takes no longer than is allowed."""
+    seconds = float(os.environ.get(PATIENCE) or SECONDS)
+    answer: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name)
+            answer.append(None)
+        except Exception as error:  # of several libraries, by what is installed
+            answer.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)  # what looks up an address knows no bound of time
+    thread.start()
+    thread.join(seconds)
+    if not answer:
+        return f"the hub does not answer within {seconds:g} seconds unless {PATIENCE} allows more"
+    if (error := answer[0]) is None:
+        return None
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has none of that name, or it is private and `hf auth login` is needed"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the hub is not asked, since HF_HUB_OFFLINE is set"
+    return f"the hub does not answer: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+# --- near names ------------------------------------------------------------------------------------------------
+
+
+def _near(name: str) -> str:
+    """The nearest names of models that are on this disk, as a part of a sentence; empty where none is near."""
+    known = [*_beside(name), *_cached(), *(DEMO + demo for demo in _demo_names())]
+    by_last = {re.split(r"[/:]", known_name)[-1].lower(): known_name for known_name in reversed(known)}
+    near = difflib.get_close_matches(re.split(r"[/:]", name.rstrip("/"))[-1].lower(), by_last, n=3, cutoff=0.6)
+    return f"; near it: {', '.join(by_last[one] for one in near)}" if near else ""
+
+
+def _beside(name: str) -> list[str]:
+    """Folders with models in the folder in which the name would lie."""
+    parent = Path(os.path.expanduser(name.rstrip("/"))).parent
+    wanted = (CONFIG, ADAPTER, "stack.json")
+    try:
+        return [str(one) for one in sorted(parent.iterdir()) if any((one / file).is_file() for file in wanted)]
+    except OSError:  # there is no such folder, or it may not be read
+        return []
+
+
+def _cached() -> list[str]:
+    """Names of the models in the hub's cache."""
+    cache = Path(constants.HF_HUB_CACHE)
+    return ["/".join(entry.name.split("--")[1:]) for entry in sorted(cache.glob("models--*"))]
