@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from conftest import make_lm, some_patch
 from reknow import Edit, Patch
 from reknow.export import export_lora
 from reknow.methods import method
-from reknow.peft_folder import CONFIG, PREFIX, WEIGHTS
+from reknow.patch_files import write_patch
+from reknow.peft_folder import CONFIG, PREFIX, REST, WEIGHTS
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris")
@@ -105,6 +107,7 @@ def test_a_folder_of_before_with_patterns_still_loads(tmp_path):
     tensors = {f"{PREFIX}{name}.lora_A.weight": delta.right for name, delta in patch.deltas.items()}
     tensors |= {f"{PREFIX}{name}.lora_B.weight": delta.left for name, delta in patch.deltas.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    write_patch(replace(patch, deltas={}), folder / REST)  # which knew no digest of the other file
     config = json.loads((folder / CONFIG).read_text()) | {"rank_pattern": ranks, "alpha_pattern": ranks}
     (folder / CONFIG).write_text(json.dumps(config))
     assert Patch.load(folder).id == patch.id

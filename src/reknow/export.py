@@ -7,7 +7,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -22,10 +22,12 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
 )
 
+import reknow
 from reknow.adapter import Conv1D
 from reknow.errors import InputError, PatchError
 from reknow.exclusive import exclusively
 from reknow.files import folder_aside
+from reknow.outputs import mark_files, marked_files, output_folder
 from reknow.patches import LowRank, check_weights, factored, merge
 from reknow.peft_folder import base_of, write_adapter
 from reknow.plain import adapters, cast, checkpoint_casts, rounded, without_adapters
@@ -93,6 +95,7 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
             f"expected weights that hold the change; {left[0]} has it beside, being quantised or offloaded: "
             "export an adapter, or load the model whole and in memory"
         )
+    folder = _place(lm, folder, overwrite)
     model = without_adapters(lm) if adapted else lm.model
     casts = checkpoint_casts(lm, model)
     edits = [edit for patch in lm.patches for edit in patch.edits]
@@ -103,8 +106,25 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
         written.save_pretrained(aside)
         lm.tokenizer.save_pretrained(aside)
         _copy_companions(lm, aside)
+        mark_files(aside, _about(lm))
 
     return CheckpointReport(folder_aside(folder, write, overwrite), written.dtype, len(edits), held)
+
+
+def _place(lm: LM, folder: str | Path, overwrite: bool) -> Path:
+    """Where an export goes; raises InputError where it would take the place of anything but an export."""
+    if Path(folder).exists() and not overwrite:
+        raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
+    return output_folder(Path(folder), True, marked_files(Path(folder)), (lm.name, lm.model.name_or_path))
+
+
+def _about(lm: LM) -> dict[str, Any]:
+    """What an exported folder says of its model, which other programs pass over."""
+    return {
+        "version": reknow.__version__,
+        "base": lm.name,
+        "patches": [{"id": patch.id, "method": patch.method, "edits": len(patch.edits)} for patch in lm.patches],
+    }
 
 
 def _held(lm: LM, model: PreTrainedModel, casts: dict[Parameter, Tensor], edits: list[Edit]) -> tuple[int, int]:
@@ -171,6 +191,7 @@ def export_lora(
             f"{names[0]}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
             "holds both"
         )
+    folder = _place(lm, folder, overwrite)
     limit = 64 if max_rank is None else max_rank
     if limit < 1:
         raise InputError(f"expected a max_rank of at least 1; got {limit}: raise it")
@@ -189,5 +210,6 @@ def export_lora(
 
     def write(aside: Path) -> None:
         write_adapter(aside, factors, base_of(lm, conv == {True}))
+        mark_files(aside, _about(lm))
 
     return LoraReport(folder_aside(folder, write, overwrite), ranks, error)

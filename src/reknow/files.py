@@ -1,42 +1,46 @@
-"""Files and folders that are old or whole, never half written."""
+"""Files and folders that are old or whole, never half written, however the process that writes them ends.
+
+What is written lies in a hidden folder beside its place until it is whole and on the disk, and then takes that place
+in one step. The hidden folder holds a lock that dies with its process; whoever writes into the same folder later
+removes what dead ones have left.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
-import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from reknow.errors import InputError
 
+ASIDE = ".reknow-"
+"""How the names of hidden folders begin; each has a `lock`, what is `new`, and in `old` what had to make room."""
+
 
 def write_aside(path: str | Path, write: Callable[[str], object]) -> Path:
-    """Calls `write` with a temporary name in the same folder and renames the result, so a file is old or whole."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.touch()
-        mode = aside.stat().st_mode
-        write(str(aside))
-        aside.chmod(mode)  # safetensors makes files that only their owner may read
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path} could not be written ({reason}); what was there is intact: free space or choose another place"
-        ) from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-    return path
+    """Calls `write` with a name to write to, and puts the file into its place when it is whole.
+
+    Raises:
+        InputError: it cannot be written, or its place is taken by something else than a file.
+    """
+    with _writing(path) as place:
+        if place.exists() and not place.is_file():
+            raise InputError(f"expected a file to replace; {path} is none: choose another name")
+        with _aside(place) as aside:
+            new = aside / "new" / place.name
+            write(str(new))
+            _settle(aside, new)
+            os.replace(new, place)
+            _sync(place.parent)
+    return Path(path)
 
 
 def write_text(path: str | Path, text: str) -> Path:
@@ -45,28 +49,142 @@ def write_text(path: str | Path, text: str) -> Path:
 
 
 def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
-    """Fills a temporary folder beside and renames it, so that a folder is old or whole: what was there is moved away
-    before and deleted behind, or comes back."""
-    folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        new, old = aside / "new", aside / "old"
-        try:
+    """Calls `write` with an empty folder to fill, and puts it into its place when it is whole.
+
+    An old folder is exchanged for the new one in one step. Where system or disk have no such step, it is moved into
+    the hidden folder first; if the process ends before the new one is in its place, `put_back` brings it back.
+
+    Raises:
+        InputError: it cannot be written, its place is taken by something else than a folder or a file, or there is
+            one and `overwrite` is off.
+    """
+    with _writing(folder) as place:
+        if place.exists() and not overwrite:
+            raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
+        if place.exists() and not (place.is_dir() or place.is_file()):
+            raise InputError(f"expected a folder or a file to replace; {folder} is neither: choose another name")
+        with _aside(place) as aside:
+            new = aside / "new" / place.name
             new.mkdir()
             write(new)
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(new, folder)
-        finally:
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
-            shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
+            _settle(aside, new)
+            if not place.exists():
+                os.rename(new, place)
+            elif not _exchanged(new, place):
+                _in_two_steps(new, place, aside / "old" / place.name)
+            _sync(place.parent)
+    return Path(folder)
+
+
+def put_back(path: str | Path) -> None:
+    """Brings back what a process that has died had moved away to make room at `path`, and has not replaced."""
+    path = Path(path)
+    with suppress(OSError):
+        if not path.exists() and path.parent.is_dir():
+            _sweep(Path(os.path.realpath(path)).parent)
+
+
+@contextmanager
+def _writing(path: str | Path) -> Iterator[Path]:
+    """The place that `path` names, behind symbolic links; what the system refuses there is an InputError."""
+    try:
+        yield Path(os.path.realpath(path))
+    except InputError:
+        raise
+    except Exception as error:
+        # Libraries in Rust raise errors of their own, with the system's number in the text.
+        if not isinstance(error, (OSError, SafetensorError)) and "(os error " not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{folder} could not be written ({error.strerror or error}); what was there is intact: free space or "
-            "choose another place"
+            f"{path} could not be written ({reason}); what was there is intact: free space or choose another place"
         ) from error
-    return folder
+
+
+@contextmanager
+def _aside(place: Path) -> Iterator[Path]:
+    """A hidden folder beside `place`, locked; empty again and gone at the end."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(place.parent)
+    aside, lock = _locked(place.parent)
+    try:
+        for part in ("new", "old"):
+            (aside / part).mkdir()
+        yield aside
+    finally:
+        _restore(aside)
+        lock.release()
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _locked(parent: Path) -> tuple[Path, FileLock]:
+    """A new hidden folder and its lock."""
+    while True:
+        aside = Path(tempfile.mkdtemp(dir=parent, prefix=ASIDE))
+        lock = FileLock(aside / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except (FileNotFoundError, Timeout):  # before it was locked, another process took it for a dead one's
+            continue
+        except OSError:  # a disk without locks, where nobody can sweep either
+            return aside, lock
+        if (aside / "lock").exists():
+            return aside, lock
+        lock.release()
+
+
+def _sweep(parent: Path) -> None:
+    """Removes hidden folders of processes that have died; what they had moved away and not replaced comes back."""
+    for aside in parent.glob(f"{ASIDE}*"):
+        lock = FileLock(aside / "lock")
+        with suppress(OSError, Timeout):
+            lock.acquire(timeout=0)
+            _restore(aside)
+            shutil.rmtree(aside, ignore_errors=True)
+            lock.release()
+
+
+def _restore(aside: Path) -> None:
+    for old in (aside / "old").glob("*"):
+        if not (aside.parent / old.name).exists():
+            os.rename(old, aside.parent / old.name)
+
+
+def _in_two_steps(new: Path, place: Path, old: Path) -> None:
+    os.rename(place, old)
+    _sync(place.parent)
+    os.rename(new, place)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Lets two paths swap what they name, in one step; False where this is not possible."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _settle(aside: Path, new: Path) -> None:
+    """Brings what is new to the disk, with the modes that the user's files have."""
+    probe = aside / "mode"
+    probe.touch()
+    mode = probe.stat().st_mode  # safetensors makes files that only their owner may read
+    for path in (new, *new.rglob("*")) if new.is_dir() else (new,):
+        if path.is_file():
+            path.chmod(mode)
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync(path)
+
+
+def _sync(folder: Path) -> None:
+    """Brings the entries of a folder to the disk."""
+    if os.name == "nt":  # has no such call
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from reknow.errors import InputError, PatchError
+from reknow.errors import PatchError
 from reknow.files import folder_aside
+from reknow.outputs import check_replaced
 from reknow.patch_files import low_rank, read_patch, write_patch
 from reknow.patches import Delta, LowRank, Patch
 from reknow.schema import Broken, Count, parsed, reason
@@ -69,11 +70,7 @@ def save(patch: Patch, folder: str | Path) -> Path:
     Raises:
         InputError: the folder holds something else, which would be lost; or it cannot be written.
     """
-    if Path(folder).is_dir() and not is_adapter(folder) and any(Path(folder).iterdir()):
-        raise InputError(
-            "expected a new folder, or one with an adapter that reknow saved, since its contents are replaced; "
-            f"{folder} holds something else: choose another name"
-        )
+    check_replaced(Path(folder), own_files(folder))
     factors = {name: delta for name, delta in patch.deltas.items() if isinstance(delta, LowRank)}
 
     def write(aside: Path) -> None:
@@ -88,6 +85,11 @@ def save(patch: Patch, folder: str | Path) -> Path:
 def is_adapter(path: str | Path) -> bool:
     """Whether this is a folder that `save` wrote."""
     return (Path(path) / REST).is_file()
+
+
+def own_files(path: str | Path) -> set[str]:
+    """What `save` has written into this folder; nothing where it has not."""
+    return {CONFIG, WEIGHTS, REST} if is_adapter(path) else set()
 
 
 def load(folder: str | Path) -> Patch:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field
 from reknow.errors import PatchError
 from reknow.files import write_text
 from reknow.fingerprint import Fingerprint
+from reknow.outputs import STACK_FILE, stack_folder
 from reknow.patches import Patch
 from reknow.schema import Newer, Strict, read_json, reason
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 FORMAT = 1
-STACK_FILE = "stack.json"
 FORCED = "forced"
 """The note of a patch that was put on another base than its own: structure and tokenizer of that one."""
 
@@ -128,7 +128,7 @@ def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
 
     Files of patches that were taken out stay in the folder; only those that `stack.json` names are applied.
     """
-    folder = Path(folder)
+    folder = stack_folder(folder)
     names = [f"{patch.id}.patch" for patch in patches]
     for name, patch in zip(names, patches, strict=True):
         if not (folder / name).exists():

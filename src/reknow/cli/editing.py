@@ -23,7 +23,6 @@ from reknow.cli.terminal import (
     OwnCode,
     Tokenizer,
     open_lm,
-    refuse_existing,
     say,
     say_json,
     say_table,
@@ -81,7 +80,7 @@ def edit(
     chosen = chosen_method(method, settings, layer=layer)
     checked(chosen, edits)
     if not plan:
-        refuse_existing(out, force)
+        out = _place(chosen, out, force, (model, file))
     lm = open_lm(model, dtype, device, tokenizer, own_code, chat)
     lm.computes_statistics = not no_stats
     if plan:
@@ -109,6 +108,17 @@ def _edits(prompt, target, subject, true, file, encoding) -> list[Edit]:
     if "{" in prompt and subject is None:
         return [Edit.parse(prompt, target, target_true=true)]
     return [Edit(prompt, subject=subject, target_new=target, target_true=true)]
+
+
+def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
+    """Where the patch goes, a file or for the LoRA family a folder; refused here, before any work."""
+    from reknow.methods import LoRA
+    from reknow.outputs import output_file, output_folder
+    from reknow.peft_folder import own_files
+
+    if isinstance(method, LoRA):
+        return output_folder(out, force, own_files(out), sources)
+    return output_file(out, force, sources)
 
 
 def _slug(edits: list[Edit]) -> str:

@@ -17,7 +17,6 @@ from reknow.cli.terminal import (
     OwnCode,
     Tokenizer,
     open_lm,
-    refuse_existing,
     say,
     say_json,
     say_table,
@@ -49,9 +48,11 @@ def apply(
 
     The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands.
     """
+    from reknow.outputs import stack_folder
     from reknow.patches import Patch
     from reknow.stack import FORCED, base_name, read_stack, save_stack, with_patch
 
+    stack = stack_folder(stack)
     loaded = [Patch.load(path) for path in patches]
     base, active = read_stack(stack)
     if base == stack and model is None:
@@ -109,10 +110,11 @@ def merge(
     force: Force = False,
 ) -> None:
     """Make one patch that changes the weights as all of them together."""
+    from reknow.outputs import output_file
     from reknow.patches import Patch
     from reknow.patches import merge as merged
 
-    refuse_existing(out, force)
+    out = output_file(out, force, patches)
     patch = merged([Patch.load(path) for path in patches])
     patch.save(out)
     say(f"wrote {out}: {patch.label}")
@@ -134,12 +136,13 @@ def export(
 ) -> None:
     """Write an edited model for programs that do not know reknow."""
     from reknow.export import export_checkpoint, export_lora
+    from reknow.outputs import marked_files, output_folder
     from reknow.patches import Patch
     from reknow.peft_folder import is_adapter
 
     if to not in ("hf", "lora"):
         raise did_you_mean("export format", to, ("hf", "lora"))
-    refuse_existing(out, force)
+    out = output_folder(out, force, marked_files(out), (source, model))
     patch = Patch.load(source) if source.is_file() or is_adapter(source) else None
     if patch is not None and model is None:
         raise InputError(f"expected --model for the patch file {source}; got none: name its base model")

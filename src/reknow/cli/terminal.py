@@ -81,12 +81,6 @@ def run_folder(name: str, model: str) -> Path:
     return Path("runs") / (name if model == DEMO else f"{name}-{Path(model.rpartition(':')[2]).name}")
 
 
-def refuse_existing(path: Path, force: bool) -> None:
-    """Raises InputError where the path exists and may not be overwritten."""
-    if path.exists() and not force:
-        raise InputError(f"expected a new name; {path} exists: choose another, or give --force")
-
-
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     """The numbers of an option, with commas between; None where it is not given.
 

@@ -1,0 +1,166 @@
+"""Where results may go: what a command may replace, and what it leaves alone.
+
+Nothing takes the place of a device or the like. A folder takes the place of one that the same command wrote, known by
+its files, with nothing in it that came later. What a command reads from is never replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from reknow.errors import InputError
+
+MARK = "reknow.json"
+"""In an exported folder: which command wrote it, which files, and what they are."""
+STACK_FILE = "stack.json"
+
+
+def output_file(path: Path, force: bool, sources: Iterable[str | Path | None] = ()) -> Path:
+    """The path of a file to write, with `~` resolved.
+
+    Raises:
+        InputError: no file can be written there, one exists and `force` is off, or it belongs to one of `sources`.
+    """
+    path = _free(path, force, sources)
+    if path.exists() and not path.is_file():
+        raise InputError(f"expected a file to replace; {path} is none: choose another name")
+    return path
+
+
+def output_folder(path: Path, force: bool, known: set[str], sources: Iterable[str | Path | None] = ()) -> Path:
+    """The path of a folder to write whole, with `~` resolved; `known`: files of the present one that may be lost.
+
+    Raises:
+        InputError: no folder can be written there, one exists and `force` is off, it holds something else than
+            `known`, or it belongs to one of `sources`.
+    """
+    path = _free(path, force, sources)
+    check_replaced(path, known)
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):
+        raise InputError(f"expected a folder other than the one you are in; got {path}: choose another name")
+    return path
+
+
+def check_replaced(folder: Path, known: set[str]) -> None:
+    """Raises InputError where the folder holds anything but `known` files, which would be lost; or is a device."""
+    if folder.exists() and not (folder.is_dir() or folder.is_file()):
+        raise InputError(f"expected a folder to replace; {folder} is none: choose another name")
+    for found in sorted(folder.rglob("*")):
+        name = found.relative_to(folder).as_posix()
+        if name not in known and not (found.is_dir() and not found.is_symlink()):
+            raise InputError(
+                "expected a new folder, or one that reknow wrote, since its contents are replaced; "
+                f"{folder} holds something else, {name}: choose another name"
+            )
+
+
+def growing_folder(
+    path: Path,
+    command: str,
+    *,
+    own: Sequence[str],
+    written: Sequence[str],
+    sources: Iterable[str | Path | None] = (),
+) -> Path:
+    """The path of a folder that a command writes into and takes up again, with `~` resolved.
+
+    Args:
+        own: names that show that the command has been there before.
+        written: what it writes, as patterns.
+
+    Raises:
+        InputError: no folder can be there, it is one of `sources`, or it holds files of these names from elsewhere.
+    """
+    path = _named(path)
+    if path.exists() and not path.is_dir():
+        raise InputError(f"expected a folder; {path} is none: choose another name")
+    for source in _places(sources):
+        if path.resolve() == source:
+            raise InputError(f"expected a folder of its own; {path} is read from: choose another name")
+    if not any((path / name).exists() for name in own):
+        for found in (found for pattern in written for found in sorted(path.glob(pattern))):
+            raise InputError(
+                f"expected a new folder, or one that `reknow {command}` wrote; {path} holds {found.name} from "
+                "elsewhere, which would be lost: choose another name"
+            )
+    return path
+
+
+def stack_folder(path: str | Path) -> Path:
+    """The path of a folder for a stack, with `~` resolved.
+
+    Raises:
+        InputError: no folder can be there, or there is one that is no stack and holds other things than patches.
+    """
+    path = _named(Path(path))
+    if path.exists() and not path.is_dir():
+        raise InputError(f"expected a folder for the stack; {path} is none: choose another name")
+    if path.exists() and not (path / STACK_FILE).exists():
+        for found in sorted(path.iterdir()):
+            if not found.name.startswith(".") and found.suffix != ".patch":  # as a kill may leave them
+                raise InputError(
+                    f"expected a new folder for the stack, or a stack; {path} holds something else, {found.name}: "
+                    "choose another name"
+                )
+    return path
+
+
+def marked_files(folder: Path) -> set[str]:
+    """The files that an export wrote into the folder; none where no export did."""
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        return {MARK, *map(str, mark["files"])} if mark["written_by"] == "reknow export" else set()
+    except (OSError, ValueError, LookupError, TypeError):
+        return set()
+
+
+def mark_files(folder: Path, about: dict) -> None:
+    """Notes in the folder what an export wrote into it."""
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    mark = {"written_by": "reknow export", **about, "files": files}
+    (folder / MARK).write_text(json.dumps(mark, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _free(path: Path, force: bool, sources: Iterable[str | Path | None]) -> Path:
+    path = _named(path)
+    if path.exists() and not force:
+        raise InputError(f"expected a new name; {path} exists: choose another, or give --force")
+    place = path.resolve()
+    for source in _places(sources):
+        if place in (source, *source.parents) or (place.exists() and source in place.parents):
+            raise InputError(
+                f"expected a place apart from what is read; {path} belongs to {source}: choose another name"
+            )
+    return path
+
+
+def _named(path: Path) -> Path:
+    """The path with `~` resolved; raises InputError where nothing can be written under that name."""
+    try:
+        named = Path(path).expanduser()
+        if not named.exists():
+            above = next(parent for parent in named.absolute().parents if parent.exists())
+            if not above.is_dir():
+                raise NotADirectoryError(20, f"{above} is no folder")
+            if not os.access(above, os.W_OK):
+                raise PermissionError(13, f"{above} may not be written to")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"expected a name to write to; got {path} ({reason}): choose another") from error
+    return named
+
+
+def _places(sources: Iterable[str | Path | None]) -> Iterable[Path]:
+    """The real paths of those that are files or folders, and of the base models of stack folders among them."""
+    for source in sources:
+        if source is not None and os.path.exists(source):
+            yield Path(source).resolve()
+            with suppress(OSError, ValueError, LookupError, TypeError):
+                base = json.loads(Path(source, STACK_FILE).read_text(encoding="utf-8"))["base"]
+                if os.path.exists(base):
+                    yield Path(base).resolve()
