@@ -143,10 +143,10 @@ def _named(path: Path) -> Path:
     """The path with `~` resolved; raises InputError where nothing can be written under that name."""
     try:
         named = Path(path).expanduser()
+        with suppress(FileNotFoundError):
+            os.stat(named)  # which refuses more names than `exists` does
         if not named.exists():
             above = next(parent for parent in named.absolute().parents if parent.exists())
-            if not above.is_dir():
-                raise NotADirectoryError(20, f"{above} is no folder")
             if not os.access(above, os.W_OK):
                 raise PermissionError(13, f"{above} may not be written to")
     except (OSError, RuntimeError, ValueError) as error:
