@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from reknow.chat import Chat
     from reknow.datasets import load_cases, load_edits
     from reknow.edits import Case, Edit, Probe
     from reknow.errors import ReknowError
@@ -57,6 +58,7 @@ __all__ = [
     "AlphaEdit",
     "CaliNet",
     "Case",
+    "Chat",
     "Edit",
     "InstructEdit",
     "LoRA",
@@ -101,6 +103,7 @@ _HOMES = {
     "methods.serac": ("SERAC",),
     "methods.ultraedit": ("UltraEdit",),
     "methods.wise": ("WISE",),
+    "chat": ("Chat",),
     "patches": ("Patch", "diff", "merge"),
 }
 

@@ -43,7 +43,7 @@ def continuations(
         token = logits.argmax(-1) if top_k is None else draw(logits, top_k, temperature)
         return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
-    ends = torch.tensor(_ends(lm), device=lm.device)
+    ends = torch.tensor(_ends(lm), dtype=torch.long, device=lm.device)
     silence = int(ends[0]) if len(ends) else 0
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reknow import adapter
 from reknow.applied import Applied
+from reknow.chat import Chat, as_chat
 from reknow.errors import InputError
 from reknow.exclusive import exclusive, exclusively
 from reknow.fingerprint import Fingerprint
@@ -39,7 +40,7 @@ class LM:
         dtype: of the weights; None keeps the checkpoint's, but float16 becomes float32 on a CPU.
         device: where the model goes; None: where it is, or the CPU.
         device_map: passed to transformers for models that span devices.
-        chat: put prompts into the tokenizer's chat template, for instruct models.
+        chat: put prompts into the tokenizer's chat template; a `Chat` says with which system message and arguments.
         trust_remote_code: run code from the model's repository; off unless you ask.
 
     Attributes:
@@ -59,7 +60,7 @@ class LM:
         dtype=None,
         device=None,
         device_map=None,
-        chat: bool = False,
+        chat: bool | Chat = False,
         trust_remote_code: bool = False,
     ):
         named, patches = isinstance(source, (str, Path)), list[Patch]()
@@ -67,8 +68,8 @@ class LM:
             source, patches = read_stack(source)
         self.model, self.tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
         self.name = str(source) if named else self.model.config._name_or_path or type(self.model).__name__
-        check_tokenizer(self.tokenizer, self.name, chat=chat)
-        self.chat = chat
+        check_tokenizer(self.tokenizer, self.name)
+        self.chat = as_chat(chat, self.tokenizer, self.name)
         self.computes_statistics = True
         self.model.requires_grad_(False).eval()
         self.model.config.return_dict = True  # outputs are read by name
@@ -170,7 +171,7 @@ class LM:
     @exclusively
     def encode(self, texts: Sequence[Text]) -> list[Row]:
         """Tokens of the texts, each with the place of its parts; ModelError where the embedding lacks one."""
-        rows = encode(self.tokenizer, texts, chat=self.chat)
+        rows = encode(self.tokenizer, texts, chat=self.chat or False)
         check_ids(self, rows)
         return rows
 

@@ -240,12 +240,10 @@ def _place(model: PreTrainedModel, device: torch.device | None, dtype: torch.dty
         ) from error
 
 
-def check_tokenizer(tokenizer, name: str, *, chat: bool) -> None:
-    """Raises ModelError where the tokenizer does not know its tokens' characters, or lacks a chat template."""
+def check_tokenizer(tokenizer, name: str) -> None:
+    """Raises ModelError where the tokenizer does not know its tokens' characters."""
     if not tokenizer.is_fast:
         raise ModelError(
             f"expected a fast tokenizer, whose tokens know their characters; {name} has a slow one: "
             "load it with use_fast=True"
         )
-    if chat and not tokenizer.chat_template:
-        raise ModelError(f"expected a tokenizer with a chat template; {name} has none: use chat=False")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
+from reknow.chat import Chat
 from reknow.edits import check_encodable
 from reknow.errors import InputError, ModelError, TextRefused
 from reknow.templates import sections
@@ -32,6 +33,8 @@ CACHED_TOKENS = 384
 LEADS = ("\n", ".", "a")
 """Characters to read an answer behind, the first that stays a token of its own: some tokenizers set a space before
 any text."""
+BREAKS = ("\n", ".")
+"""What a text may begin behind."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Row:
         return self.ids[self.prompt_length :]
 
 
-def encode(tokenizer, texts: Sequence[Text], *, chat: bool = False) -> list[Row]:
+def encode(tokenizer, texts: Sequence[Text], *, chat: bool | Chat = False) -> list[Row]:
     """Tokens of prompt + target, with the place of each part.
 
     Between prompt and target stands the text's separator; spaces that end a prompt are left out, so that a model
@@ -156,12 +159,11 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool = False) -> list[Row]
     return rows
 
 
-def _parts(tokenizer, text: Text, chat: bool) -> tuple[str, str, int]:
+def _parts(tokenizer, text: Text, chat: bool | Chat) -> tuple[str, str, int]:
     """(what stands before the answer, the answer with its separator, shift of the prompt within the whole)."""
     if chat:
         content = text.prompt.strip()  # many templates do
-        message = [{"role": "user", "content": content}]
-        head = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        head = (Chat() if chat is True else chat).head(tokenizer, content)
         place = head.rfind(content)
         if place < 0:
             raise ModelError("expected a chat template that keeps the prompt; this one changes it: use chat=False")
@@ -189,11 +191,15 @@ def _continuing(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
 
 
 def _begin(tokenizer) -> list[int]:
-    """The token to continue from where there is no text: the one that begins texts, or the one that ends them."""
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if begin is None:
-        raise TextRefused("expected a prompt; got an empty one and a tokenizer without a first token: write a prompt")
-    return [begin]
+    """What to continue from where there is no text: the token that begins texts, or the one that ends them; of a
+    tokenizer that names neither, a line break, or what it has in its place."""
+    for special in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if special is not None:
+            return [special]
+    for text in BREAKS:
+        if ids := tokenizer(text, add_special_tokens=False)["input_ids"]:
+            return ids[-1:]
+    raise TextRefused("expected a prompt; got an empty one and a tokenizer without a first token: write a prompt")
 
 
 def _subject(spans, shift: int, text: Text) -> tuple[int | None, int | None]:

@@ -13,6 +13,7 @@ import typer
 from reknow.cli.terminal import (
     DEMO,
     Chat,
+    ChatSet,
     Device,
     Dtype,
     Encoding,
@@ -63,6 +64,7 @@ def edit(
     tokenizer: Tokenizer = None,
     own_code: OwnCode = False,
     chat: Chat = False,
+    chat_set: ChatSet = [],  # noqa: B006
     no_stats: NoStats = False,
     force: Force = False,
     as_json: Json = False,
@@ -81,7 +83,7 @@ def edit(
     checked(chosen, edits)
     if not plan:
         out = _place(chosen, out, force, (model, file))
-    lm = open_lm(model, dtype, device, tokenizer, own_code, chat)
+    lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
     lm.computes_statistics = not no_stats
     if plan:
         cost = estimate(lm, chosen, edits)

@@ -12,6 +12,7 @@ import typer
 from reknow.cli.terminal import (
     DEMO,
     Chat,
+    ChatSet,
     Device,
     Dtype,
     Encoding,
@@ -77,6 +78,7 @@ def bench(
     tokenizer: Tokenizer = None,
     own_code: OwnCode = False,
     chat: Chat = False,
+    chat_set: ChatSet = [],  # noqa: B006
     no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
@@ -89,11 +91,11 @@ def bench(
     study = _study(preset, full, data, limit)
     plan = _plan(study, checkpoints, seeds, mode=mode, batch_size=batch_size, fluency=fluency, generate=generate)
     chosen = _chosen(study, names, settings)
-    lm = open_lm(model, dtype, device, tokenizer, own_code, chat) if known else None
+    lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set) if known else None
     refused: dict[str, list[str]] = {}
     one_patch = plan.mode == "batch" or plan.batch_size > 1
     sets = _sets(study, offset, shuffle, lm, encoding, refused, one_patch=one_patch)
-    lm = lm or open_lm(model, dtype, device, tokenizer, own_code, chat)
+    lm = lm or open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
     lm.computes_statistics = not no_stats
     if names is None:
         chosen = _ready(lm, chosen)

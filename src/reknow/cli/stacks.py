@@ -10,6 +10,7 @@ import typer
 
 from reknow.cli.terminal import (
     Chat,
+    ChatSet,
     Device,
     Dtype,
     Force,
@@ -132,6 +133,7 @@ def export(
     tokenizer: Tokenizer = None,
     own_code: OwnCode = False,
     chat: Chat = False,
+    chat_set: ChatSet = [],  # noqa: B006
     force: Force = False,
 ) -> None:
     """Write an edited model for programs that do not know reknow."""
@@ -148,7 +150,7 @@ def export(
         raise InputError(f"expected --model for the patch file {source}; got none: name its base model")
     if patch is None:
         _existing(source)
-    lm = open_lm(str(source) if patch is None else str(model), dtype, device, tokenizer, own_code, chat)
+    lm = open_lm(str(source) if patch is None else str(model), dtype, device, tokenizer, own_code, chat, chat_set)
     if patch is not None:
         lm.apply(patch)
     if to == "hf":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from reknow.errors import InputError
 from reknow.progress import visible
 
 if TYPE_CHECKING:
+    from reknow.chat import Chat as TemplateChat
     from reknow.lm import LM
 
 DEMO = "demo:gpt2"
@@ -34,6 +36,10 @@ OwnCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code from the model's repository. Only if you trust it.")
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")]
+ChatSet = Annotated[
+    list[str],
+    typer.Option("--chat-set", help="NAME=VALUE of the chat template, or system=TEXT; repeatable, implies --chat."),
+]
 NoStats = Annotated[
     bool, typer.Option("--no-stats", help="Read no text for statistics: refuse methods that need some not kept yet.")
 ]
@@ -52,6 +58,7 @@ def open_lm(
     tokenizer: str | None = None,
     own_code: bool = False,
     chat: bool = False,
+    chat_set: Sequence[str] = (),
 ) -> LM:
     """The model, without transformers' progress bars.
 
@@ -71,9 +78,30 @@ def open_lm(
         dtype=dtype,
         device=None if device == "auto" else device,
         device_map="auto" if device == "auto" else None,
-        chat=chat,
+        chat=_chat(chat_set) if chat_set else chat,
         trust_remote_code=own_code,
     )
+
+
+def _chat(settings: Sequence[str]) -> TemplateChat:
+    """What the settings of the chat template say; JSON values are taken as such.
+
+    Raises:
+        InputError: one is no NAME=VALUE.
+    """
+    from reknow.chat import Chat as TemplateChat
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, given, value = setting.partition("=")
+        if not given or not name.strip():
+            raise InputError(f"expected --chat-set NAME=VALUE; got {setting!r}: write it so")
+        try:
+            values[name.strip()] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            values[name.strip()] = value
+    system = values.pop("system", None)
+    return TemplateChat(None if system is None else str(system), values)
 
 
 def run_folder(name: str, model: str) -> Path:

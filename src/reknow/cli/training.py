@@ -11,6 +11,7 @@ import typer
 from reknow.cli.terminal import (
     DEMO,
     Chat,
+    ChatSet,
     Device,
     Dtype,
     Encoding,
@@ -52,6 +53,7 @@ def train(
     tokenizer: Tokenizer = None,
     own_code: OwnCode = False,
     chat: Chat = False,
+    chat_set: ChatSet = [],  # noqa: B006
 ) -> None:
     """Train an editor for a model, in a folder. The same command takes up a training that was killed.
 
@@ -59,7 +61,7 @@ def train(
     """
     chosen, training = settled(method, settings)
     cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
-    lm = open_lm(model, dtype, device or _own_gpu(), tokenizer, own_code, chat)
+    lm = open_lm(model, dtype, device or _own_gpu(), tokenizer, own_code, chat, chat_set)
     out = out or run_folder(f"train-{method}", model)
     trained = chosen.fit(lm, cases, out, training, progress=True)
     _say_result(trained, out)

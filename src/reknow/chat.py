@@ -1,0 +1,83 @@
+"""Prompts in a tokenizer's chat template: system message, the template's arguments, and a thought that it opens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2 import TemplateError
+
+from reknow.errors import InputError, ModelError
+
+_THOUGHT = re.compile(
+    r"([<\[◁]\|?)(\w*[_:])?(think\w*|thought\w*|reason\w*|reflect\w*)(\|?[>\]▷])\s*$", re.IGNORECASE
+)
+_ENDS = {"begin_": "end_", "begin_of_": "end_of_", "start_": "end_"}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a chat template is filled with besides the prompt, which becomes a user's message."""
+
+    system: str | None = None
+    """A system message in front."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Names that the template asks for, such as {"enable_thinking": False}."""
+
+    def head(self, tokenizer, prompt: str) -> str:
+        """All that stands before the answer. A thought that the template opens is closed, since what is asked for is
+        the answer.
+
+        Raises:
+            ModelError: the template refuses the messages.
+        """
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages.append({"role": "user", "content": prompt})
+        options = {**self.arguments, "tokenize": False, "add_generation_prompt": True}
+        try:
+            head = tokenizer.apply_chat_template(messages, **options)
+        except TemplateError as error:
+            raise ModelError(
+                f"expected a chat template that takes {' and '.join(m['role'] for m in messages)} messages; it says "
+                f"{str(error)!r}: leave the system message out, or use chat=False"
+            ) from error
+        return closed(head)
+
+
+def closed(head: str) -> str:
+    """The text with the thought closed, empty, that its end opens: `<think>`, `[THINK]`, `<|START_THINKING|>` …"""
+    found = _THOUGHT.search(head)
+    if found is None:
+        return head
+    left, before, name, right = found.groups(default="")
+    end = _ENDS.get(before.lower())
+    closing = f"{left}/{before}{name}{right}"
+    if end is not None:
+        closing = f"{left}{end.upper() if before.isupper() else end}{name}{right}"
+    return f"{head.rstrip()}\n\n{closing}\n\n"
+
+
+def as_chat(chat: bool | Chat, tokenizer, name: str) -> Chat | None:
+    """How prompts are put into the tokenizer's template; None where they are not.
+
+    Raises:
+        ModelError: the tokenizer has no template, or it refuses a system message.
+        InputError: the template does not ask for an argument that is given.
+    """
+    if not chat:
+        return None
+    if not tokenizer.chat_template:
+        raise ModelError(f"expected a tokenizer with a chat template; {name} has none: use chat=False")
+    chat = Chat() if chat is True else chat
+    if not isinstance(chat, Chat):
+        raise InputError(f"expected True, False or a Chat as 'chat'; got {chat!r}: give one of these")
+    for argument in chat.arguments:
+        if not re.search(rf"\b{re.escape(argument)}\b", str(tokenizer.chat_template)):
+            raise InputError(
+                f"expected arguments that the chat template of {name} asks for; got {argument!r}, which it does not "
+                "name: leave it out, or correct its spelling"
+            )
+    chat.head(tokenizer, "?")
+    return chat
