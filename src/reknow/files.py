@@ -78,10 +78,10 @@ def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: b
 
 def put_back(path: str | Path) -> None:
     """Brings back what a process that has died had moved away to make room at `path`, and has not replaced."""
-    path = Path(path)
-    with suppress(OSError):
-        if not path.exists() and path.parent.is_dir():
-            _sweep(Path(os.path.realpath(path)).parent)
+    with suppress(OSError, ValueError):  # a name of the hub is no path
+        place = Path(os.path.realpath(path))
+        if not place.exists() and place.parent.is_dir():
+            _sweep(place.parent)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
+from reknow.files import put_back
 from reknow.fingerprint import Fingerprint
 
 FORMAT = 1
@@ -165,6 +166,7 @@ class Patch:
         from reknow.patch_files import read_patch  # files know patches
         from reknow.peft_folder import is_adapter, load
 
+        put_back(path)
         return load(path) if Path(path).is_dir() and is_adapter(path) else read_patch(path)
 
     def truncated(self, rank: int) -> tuple[Patch, float]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import AfterValidator, Field
 
 from reknow.errors import PatchError
-from reknow.files import write_text
+from reknow.files import put_back, write_text
 from reknow.fingerprint import Fingerprint
 from reknow.outputs import STACK_FILE, stack_folder
 from reknow.patches import Patch
@@ -144,6 +144,7 @@ def base_name(base: str) -> str:
 
 def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     """(base model, patches) of a stack folder; any other source comes back as it is, with no patches."""
+    put_back(source)
     file = Path(source) / STACK_FILE
     if not str(source).strip() or not os.path.isfile(file):  # a name may be too long for a path
         return source, []

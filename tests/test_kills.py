@@ -1,0 +1,215 @@
+"""A process killed at any step of writing leaves what was there or the whole of the new, and the next one goes on."""
+
+from __future__ import annotations
+
+import builtins
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import reknow.files
+from conftest import make_lm, some_patch
+from reknow import LM, Patch
+from reknow.cli.stacks import merge
+from reknow.export import export_checkpoint, export_lora
+from reknow.files import ASIDE, put_back, write_text
+from reknow.methods import method
+from reknow.stack import read_stack, save_stack
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied the Unix way")
+
+STEPS = (
+    (os, "rename"),
+    (os, "replace"),
+    (os, "fsync"),
+    (os, "mkdir"),
+    (os, "rmdir"),
+    (os, "unlink"),
+    (os, "chmod"),
+    (builtins, "open"),
+    (Path, "write_text"),
+    (Path, "touch"),
+    (reknow.files, "_exchanged"),
+)
+"""Every call by which a process changes what is on the disk, but for the content of tensors' files."""
+
+
+def watched(step: Callable[[], None]) -> None:
+    """Calls `step` before each of them from here on; nothing is brought to the disk, which a kill does not need."""
+    for owner, name in STEPS:
+        real = getattr(owner, name) if name != "fsync" else lambda *_: None
+
+        def call(*arguments, real=real, **options):
+            step()
+            return real(*arguments, **options)
+
+        setattr(owner, name, call)
+
+
+def run(action: Callable[[], object], kill_at: int | None = None) -> int:
+    """Runs the action in a process of its own, which is killed before step `kill_at`; the number of its steps."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        count = 0
+
+        def step() -> None:
+            nonlocal count
+            count += 1
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        watched(step)
+        try:
+            action()
+        except BaseException as error:
+            os.write(writing, f"{type(error).__name__}: {error}"[:500].encode())
+            os._exit(1)
+        os.write(writing, str(count).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status):
+        return -os.WTERMSIG(status)
+    assert status == 0, said
+    return int(said)
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    """The files at a path, and their bytes; nothing where nothing is."""
+    files = [place] if place.is_file() else [path for path in place.rglob("*") if path.is_file()]
+    return {path.relative_to(place.parent).as_posix(): path.read_bytes() for path in sorted(files)}
+
+
+def check(folder: Path, place: Path, action: Callable[[], object], look=put_back) -> int:
+    """Kills the action at every step: what is at `place` is as before or as afterwards, and then it succeeds."""
+    before = folder.with_name("before")
+    shutil.copytree(folder, before)
+    old = contents(place)
+    steps = run(action)
+    new = contents(place)
+    assert old != new and steps > 3
+    for number in range(1, steps + 1):
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+        assert run(action, number) == -signal.SIGKILL
+        look(place)
+        assert contents(place) in (old, new), number
+        run(action)
+        assert contents(place) == new, number
+        assert not [name for name in os.listdir(folder) if name.startswith(ASIDE)], number
+    return steps
+
+
+@dataclass
+class Scene:
+    """A folder with something in it, and what replaces that."""
+
+    folder: Path
+    lm: LM
+    patches: list[Patch]
+
+
+@pytest.fixture
+def scene(tmp_path) -> Scene:
+    base, lm = tmp_path / "base", make_lm("llama", num_hidden_layers=2)
+    lm.model.save_pretrained(base)
+    lm.tokenizer.save_pretrained(base)
+    lm = LM(base)
+    (tmp_path / "there").mkdir()
+    return Scene(tmp_path / "there", lm, [some_patch(lm, 1), some_patch(lm, 2)])
+
+
+def test_a_text_and_a_patch(scene):
+    one, two = scene.patches
+    place = scene.folder / "a.patch"
+    one.save(place)
+    check(scene.folder, place, lambda: two.save(place))
+    place = scene.folder / "a.txt"
+    shutil.rmtree(scene.folder.with_name("before"))
+    write_text(place, "old")
+    check(scene.folder, place, lambda: write_text(place, "new"))
+
+
+def test_merge(scene):
+    names = [patch.save(scene.folder / f"{number}.patch") for number, patch in enumerate(scene.patches)]
+    place = scene.folder / "both.patch"
+    scene.patches[0].save(place)
+    check(scene.folder, place, lambda: merge(names, place, force=True))
+
+
+@pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two"])
+def test_the_folder_of_an_adapter_patch(scene, exchange, monkeypatch):
+    one, two = (method("lora", layers=(1,), steps=n).edit(scene.lm, scene.patches[0].edits) for n in (1, 2))
+    place = one.save(scene.folder / "tuned")
+    gone = []
+
+    def look(place: Path) -> None:
+        gone.append(not place.exists())
+        assert Patch.load(place).id in (one.id, two.id)  # which puts it back first
+
+    if not exchange:
+        monkeypatch.setattr("reknow.files._exchanged", lambda *_: False)
+    check(scene.folder, place, lambda: two.save(place), look)
+    assert any(gone) is not exchange
+
+
+@pytest.mark.parametrize(
+    ("export", "exchange"),
+    [(export_checkpoint, True), (export_lora, False)],
+    ids=["a checkpoint, in one step", "an adapter, in two"],
+)
+def test_an_export(scene, export, exchange, monkeypatch):
+    scene.lm.apply(scene.patches[0])
+    export(scene.lm, scene.folder / "out")
+    scene.lm.apply(scene.patches[1])
+    if not exchange:
+        monkeypatch.setattr("reknow.files._exchanged", lambda *_: False)
+    check(scene.folder, scene.folder / "out", lambda: export(scene.lm, scene.folder / "out", overwrite=True))
+
+
+def test_a_stack(scene):
+    """Its list is the last to be written, so that what is named there is there."""
+    one, two = scene.patches
+    place = save_stack(scene.folder / "stack", "base", [one])
+    before = scene.folder.with_name("before")
+    shutil.copytree(scene.folder, before)
+
+    def action() -> None:
+        save_stack(place, "base", [one, two])
+
+    for number in range(1, run(action) + 1):
+        shutil.rmtree(scene.folder)
+        shutil.copytree(before, scene.folder)
+        assert run(action, number) == -signal.SIGKILL
+        assert [patch.id for patch in read_stack(place)[1]] in ([one.id], [one.id, two.id]), number
+        run(action)
+        assert [patch.id for patch in read_stack(place)[1]] == [one.id, two.id]
+        assert sorted(os.listdir(place)) == sorted([f"{one.id}.patch", f"{two.id}.patch", "stack.json"])
+
+
+def test_a_living_process_is_not_swept(scene):
+    """While one writes, others that write there leave its hidden folder alone, and take a dead one's away."""
+    dead = scene.folder / f"{ASIDE}dead"
+    (dead / "old").mkdir(parents=True)
+    (dead / "old" / "moved").write_text("what had to make room")
+
+    def write(aside: str) -> None:
+        write_text(scene.folder / "other", "meanwhile")
+        run(lambda: write_text(scene.folder / "third", "from another process"))
+        Path(aside).write_text("whole")
+
+    reknow.files.write_aside(scene.folder / "one", write)
+    assert {path.name: path.read_text() for path in scene.folder.iterdir()} == {
+        "one": "whole",
+        "other": "meanwhile",
+        "third": "from another process",
+        "moved": "what had to make room",
+    }
