@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -405,3 +407,13 @@ def test_force_in_python_is_kept_by_the_stack_folder(tmp_path):
     assert [one.id for one in LM(save_stack(tmp_path / "stack", lm.name, lm.patches)).patches] == [patch.id]
     lm.revert(patch)
     assert not lm.patches
+
+
+def test_a_name_that_stands_for_nothing_is_refused_before_torch_is_loaded(tmp_path):
+    code = "import sys; from reknow.cli import app; app(standalone_mode=False)"
+    script = f"try:\n exec({code!r})\nfinally: print('torch' in sys.modules)"
+    commands = (["edit", PROMPT, "English"], ["apply", "p.patch", "--stack", "s"], ["trace", PROMPT])
+    for command, name in zip(commands, ("./nowhere", "somebody/nothing", "demo:gtp2"), strict=True):
+        line = [sys.executable, "-c", script, *command, "--model", name]
+        ran = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
+        assert name.rpartition(":")[2] in ran.stderr and ran.stdout.endswith("False\n"), ran.stderr

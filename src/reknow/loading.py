@@ -245,5 +245,5 @@ def check_tokenizer(tokenizer, name: str) -> None:
     if not tokenizer.is_fast:
         raise ModelError(
             f"expected a fast tokenizer, whose tokens know their characters; {name} has a slow one: "
-            "load it with use_fast=True"
+            "give a fast one, with tokenizer= (--tokenizer NAME) or in the pair"
         )

@@ -108,7 +108,8 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
         rule = f"an eigenvalue below {threshold}" if threshold is not None else f"{share:g} of the trace"
         raise InputError(
             f"expected directions that general text hardly uses ({rule}); the smallest eigenvalue is "
-            f"{float(values[0]):.3g} of {float(values.sum()):.3g}: raise the limit"
+            f"{float(values[0]):.3g} of {float(values.sum()):.3g}: raise the "
+            "limit (null_share or null_threshold)"
         )
     return vectors[:, weak]
 
@@ -166,7 +167,7 @@ def _singular(keys: Tensor, names: Sequence[str]) -> EditFailed:
     about = f"the keys of {pair[0]} and {pair[1]} are the most alike" if len(keys) > 1 else "its key vanishes"
     return EditFailed(
         f"expected facts with different keys; the system of {len(keys)} is singular, and {about}: "
-        "raise the stiffness, or merge edits of one subject"
+        "raise the stiffness, or leave one of them out"
     )
 
 

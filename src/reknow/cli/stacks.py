@@ -17,6 +17,7 @@ from reknow.cli.terminal import (
     Json,
     OwnCode,
     Tokenizer,
+    looked_for,
     open_lm,
     say,
     say_json,
@@ -38,7 +39,9 @@ Patches = Annotated[list[Path], typer.Argument(help="Patch files.", show_default
 def apply(
     patches: Patches,
     stack: Stack,
-    model: Annotated[str | None, typer.Option("--model", help="The base model; needed for a new stack.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model; needed for a new stack.", callback=looked_for)
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     tokenizer: Tokenizer = None,
@@ -125,7 +128,9 @@ def export(
     source: Annotated[Path, typer.Argument(help="A stack folder or a patch file.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="hf: a whole checkpoint; lora: a PEFT adapter for the base model.")],
-    model: Annotated[str | None, typer.Option("--model", help="The base model, for a patch file.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="The base model, for a patch file.", callback=looked_for)
+    ] = None,
     max_rank: Annotated[int, typer.Option("--max-rank", min=1, help="Largest rank of an adapter.")] = 64,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut higher ranks instead of refusing.")] = False,
     dtype: Dtype = None,

@@ -24,8 +24,21 @@ DEMO = "demo:gpt2"
 WIDTH = 120
 """Of tables that go to a file or a pipe."""
 
+
+def looked_for(model: str | None) -> str | None:
+    """The name itself; one that stands for nothing is refused before torch is loaded, which takes seconds."""
+    if model is not None and not os.path.exists(os.path.expanduser(model)):
+        from reknow.sources import find_source
+
+        find_source(model)
+    return model
+
+
 Model = Annotated[
-    str, typer.Option("--model", help="Name or path of a model, a stack folder, demo:gpt2 or demo:llama.")
+    str,
+    typer.Option(
+        "--model", help="Name or path of a model, a stack folder, demo:gpt2 or demo:llama.", callback=looked_for
+    ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the checkpoint's.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda …, or auto to spread over all devices.")]
