@@ -151,7 +151,8 @@ def _read(path: Path, header: dict, force: bool) -> list[Trace]:
             "is made again"
         )
 
-    first, traces = json.dumps(header) + "\n", list[Trace]()
+    traces: list[Trace] = []
+    first = json.dumps(header) + "\n"
     try:
         text = content(path).decode() if path.exists() and not force else ""
     except (OSError, UnicodeDecodeError, Broken) as error:

@@ -53,7 +53,11 @@ def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) 
     if file is not None and note is not None and note.exists():  # written last: the patch is whole
         try:
             costs = _read_costs(note, len(edits))
-            return Made(Patch.load(file) if any(cost["error"] is None for cost in costs) else None, costs)
+            patch = Patch.load(file) if any(cost["error"] is None for cost in costs) else None
+            made = tuple(edit for edit, cost in zip(edits, costs, strict=True) if cost["error"] is None)
+            if patch is not None and (patch.method, patch.edits) != (method.name, made):
+                raise InputError(f"expected these edits by {method.name} in {file}; got {patch.label}")
+            return Made(patch, costs)
         except ReknowError as error:
             warnings.warn(f"{error}; the edits are made again", stacklevel=2)
     patch, costs = _measured(lm, edits, lambda makeable: method.edit(lm, makeable))

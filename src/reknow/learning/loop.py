@@ -250,6 +250,9 @@ class Loop:
             if number not in numbers or tensor.shape not in (order[numbers[number]].shape, ()):
                 raise Broken(f"tensor optimizer.{key}: there is no such parameter, or it is of another shape")
             found.setdefault(numbers[number], {})[name] = tensor
+        kinds = {tuple(sorted((n, t.dim() and 1) for n, t in found[i].items())) for i in found if order[i].dim()}
+        if len(kinds) > 1 or len({tuple(sorted(of)) for of in found.values()}) > 1:
+            raise Broken("the optimizer keeps not the same of every parameter")
         return found
 
 
