@@ -18,10 +18,15 @@ from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, Edit, method
 from reknow.errors import EditFailed, InputError
 from reknow.solvers import cholesky, solve
-from reknow.stats import cache_folder, covariance, statistics
+from reknow.stats import _batches, cache_folder, covariance, statistics
 from reknow.tokens import Text
 
-TEXTS = ["The capital of Peru is Lima .", "Paris is in France .", "", "Beats Music is owned by Apple . " * 9]
+TEXTS = [
+    "The capital of Peru is Lima .",
+    "Paris is in France .",
+    "",
+    " ".join(["Beats Music is owned by Apple ."] * 9),
+]
 LONG = [f"Beats Music {i} is owned by Apple . " for i in range(200)]
 
 
@@ -54,6 +59,24 @@ def test_it_is_the_mean_over_the_tokens_of_the_texts(family, tokens):
     found = covariance(lm, 1, text=TEXTS[:2] + TEXTS[3:], tokens=tokens)
     assert found.dtype == torch.float32 and torch.equal(found, found.T)
     assert torch.allclose(found.double(), by_hand(lm, 1, TEXTS, tokens), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("words", [60, 127, 128, 300])
+def test_every_row_of_a_long_text_begins_as_the_text(words):
+    """With the token that the tokenizer puts before a text, without which some models are lost."""
+    lm = make_lm("llama")
+    begin = lm.tokenizer.bos_token_id
+    (whole,) = lm.encode([Text("Lima " * words)])
+    assert whole.ids[0] == begin and begin not in whole.ids[1:]
+    rows = [row.ids for batch in _batches(lm, iter(["Lima " * words]), 10_000) for row in batch]
+    assert all(ids[0] == begin and len(ids) <= 128 for ids in rows)
+    assert [i for ids in rows for i in ids[1:]] == list(whole.ids[1:])
+    plain = make_lm("gpt2")  # whose tokenizer puts none
+    (whole,) = plain.encode([Text("Lima " * words)])
+    rows = [row.ids for batch in _batches(plain, iter(["Lima " * words]), 10_000) for row in batch]
+    assert [i for ids in rows for i in ids] == list(whole.ids)
+    few = [row.ids for batch in _batches(lm, iter(["Lima " * words]), 50) for row in batch]
+    assert sum(map(len, few)) == 50
 
 
 def test_it_is_the_base_s_whatever_is_applied():
@@ -104,7 +127,7 @@ def test_several_layers_are_read_in_one_pass(monkeypatch):
     own = lm.forward
     monkeypatch.setattr(lm, "forward", lambda *args: passes.append(1) or own(*args))
     together = statistics(lm, [0, 2], text=TEXTS)
-    count = sum(len(row.ids) for row in lm.encode([Text(text) for text in TEXTS]))
+    count = sum(len(row.ids) for batch in _batches(lm, iter(TEXTS), 100_000) for row in batch)
     assert len(passes) == 1 and [together[layer].tokens for layer in (0, 2)] == [count] * 2
     assert all(torch.equal(together[layer].covariance, one) for layer, one in zip((0, 2), apart, strict=True))
     assert {one.file for one in together.values()} == set(cache_folder().iterdir())

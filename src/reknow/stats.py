@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3
+FORMAT = 4
 """Counts up when the same settings give other statistics."""
 ROW_TOKENS = 128
 """Texts are cut into rows of this many tokens."""
@@ -275,11 +276,14 @@ def _resumed(aside: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle], 
 def _batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[Row]]:
     """The texts as batches of rows, until `tokens` tokens are read."""
     rows: list[Row] = []
-    width = min(ROW_TOKENS, lm.max_tokens or ROW_TOKENS)
+    around = lm.tokenizer("")["input_ids"]  # what the tokenizer puts before and behind a text
     for text in texts:
         (row,) = encode(lm.tokenizer, [Text(text)])  # general text is no chat
-        for start in range(0, len(row.ids), width):
-            ids = row.ids[start : start + min(width, tokens)]
+        # What begins a text begins every row of it: a model that is used to such a token is lost without.
+        begin = tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(row.ids, around, strict=False)))
+        width = max(1, min(ROW_TOKENS, lm.max_tokens or ROW_TOKENS) - len(begin))
+        for start in range(len(begin), max(len(row.ids), len(begin) + 1), width):
+            ids = (begin + row.ids[start : start + width])[:tokens]
             tokens -= len(ids)
             rows.append(Row(ids, len(ids)))
             if len(rows) == ROWS or not tokens:
