@@ -259,6 +259,15 @@ def test_a_memory_of_other_sizes_is_refused_when_it_is_put_in_use(tmp_path):
     assert not lm.patches
 
 
+@pytest.mark.parametrize("change", [{"replaces": [0, 1]}, {"replaces": [7]}])
+def test_a_memory_replaces_only_what_was_stored_before(change, tmp_path):
+    patch = trained("serac", "gpt2").edit(make_lm("gpt2"), [EDIT, OTHER])
+    with pytest.raises(PatchError, match="is of another"):
+        make_lm("gpt2").apply(replace(patch, memory={**patch.memory, **change}))
+    with pytest.raises(PatchError, match="is of another"):
+        make_lm("gpt2").apply(replace(patch, state={**patch.state, "owners": torch.tensor([0, 0])}))
+
+
 def test_every_memory_says_what_it_keeps():
     from reknow.methods.base import MemoryMethod
 

@@ -252,11 +252,6 @@ class EditMemory:
 
     def __init__(self, lm: LM, patches: Sequence[Patch]):
         self._method = SERAC(**patches[-1].settings)
-        for patch in patches:
-            if any(patch.settings[name] != getattr(self._method, name) for name in TRAINED):
-                raise PatchError(f"expected versions of one memory; {patch.label} has other settings: edit again")
-            if not bool(((patch.state["owners"] >= 0) & (patch.state["owners"] < len(patch.edits))).all()):
-                raise PatchError(f"expected texts of its own edits in {patch.label}; got others: make the edit again")
         self._modules = Modules(self._method, lm, patches[0].state)
         if self._modules.digests != patches[0].memory["digests"]:
             raise PatchError(
@@ -268,6 +263,10 @@ class EditMemory:
         self._stored = [i for i in range(len(self.edits)) if i not in replaced]
         keys, owners, before = [], [], 0
         for patch in patches:
+            own = patch.state["owners"].unique().tolist() == list(range(len(patch.edits)))
+            alike = all(patch.settings[name] == getattr(self._method, name) for name in TRAINED)
+            if not own or not alike or any(i >= before for i in patch.memory["replaces"]):
+                raise PatchError(f"expected versions of one memory; {patch.label} is of another: make the edit again")
             keys.append(patch.state["keys"])
             owners.append(patch.state["owners"] + before)
             before += len(patch.edits)
