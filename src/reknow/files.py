@@ -48,6 +48,26 @@ def write_text(path: str | Path, text: str) -> Path:
     return write_aside(path, lambda aside: Path(aside).write_text(text, encoding="utf-8"))
 
 
+def append_line(path: str | Path, text: str) -> Path:
+    """Adds a line to a UTF-8 file; when this returns it is on the disk.
+
+    Raises:
+        InputError: it cannot be written; nothing of it stays in the file.
+    """
+    with _writing(path) as place:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "ab", buffering=0) as file:
+            size, left = file.tell(), memoryview(text.encode() + b"\n")
+            try:
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(size)
+                raise
+    return Path(path)
+
+
 def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
     """Calls `write` with an empty folder to fill, and puts it into its place when it is whole.
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ReknowError
+from reknow.files import append_line
 from reknow.schema import Broken, Strict, content, parsed, reason
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,4 @@ def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
 
 def _append(file: Path, edit: Edit, context: tuple[str, ...], model: str) -> None:
     record = {"text": edit.text, "target_new": edit.target_new, "context": list(context), "model": model}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+    append_line(file, json.dumps(record, ensure_ascii=False))

@@ -107,6 +107,7 @@ def _trace_one(lm: LM, prompt: str, settings: Tracing, out: Path, as_json: bool)
 
 def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, force: bool, as_json: bool) -> None:
     from reknow.datasets import load_facts
+    from reknow.files import append_line
     from reknow.locate import average, embedding_spread, known_facts, trace_prompt
     from reknow.report.trace_plots import average_figure, effect_bars, save_figure
 
@@ -120,16 +121,14 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
         raise InputError(
             f"expected facts that {lm.name} knows; of {len(facts)} it knows none: read more with --limit"
         )
-    with (out / TRACES).open("a", encoding="utf-8") as file:
-        for number, fact in enumerate(known, 1):
-            if fact.text in done:
-                continue
-            done.add(fact.text)
-            traces.append(trace_prompt(lm, fact.prompt, fact.subject, spread, settings))
-            file.write(json.dumps(traces[-1].as_json()) + "\n")
-            file.flush()
-            if not as_json and (number % 10 == 0 or number == len(known)):
-                say(f"{number} of {len(known)} known facts")
+    for number, fact in enumerate(known, 1):
+        if fact.text in done:
+            continue
+        done.add(fact.text)
+        traces.append(trace_prompt(lm, fact.prompt, fact.subject, spread, settings))
+        append_line(out / TRACES, json.dumps(traces[-1].as_json()))
+        if not as_json and (number % 10 == 0 or number == len(known)):
+            say(f"{number} of {len(known)} known facts")
     wanted = {fact.text for fact in known}
     effects = average([found for found in traces if found.prompt in wanted])
     pictures = [

@@ -17,7 +17,7 @@ from pydantic import ConfigDict
 
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
-from reknow.files import write_text
+from reknow.files import append_line, write_text
 from reknow.schema import Broken, Finite, Strict, parsed, read_json, reason
 
 BEFORE_FILE, ROWS_FILE, MANIFEST_FILE = "before.jsonl", "cases.jsonl", "manifest.json"
@@ -89,11 +89,8 @@ class Rows(dict[tuple, dict]):
         if key in self:
             return
         if self.path is not None:
-            with open(self.path, "ab") as file:
-                line = row if self.run is None else {**row, RUN: self.run}
-                file.write(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            line = row if self.run is None else {**row, RUN: self.run}
+            append_line(self.path, json.dumps(line, ensure_ascii=False, allow_nan=False))
         self[key] = row
 
 

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from reknow.files import write_aside
 from reknow.locate import TOKEN_CLASSES, AverageEffects, Trace
 from reknow.restoration import Kind
 
@@ -108,12 +109,15 @@ def effect_bars(
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     """Writes the figure beside `path` as PNG and SVG; the folder is made."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = [path.with_name(f"{path.name}.{ending}") for ending in ("png", "svg")]
+    endings: dict[str, dict[str, Any]] = {"png": {"facecolor": "white"}, "svg": {"metadata": {"Date": None}}}
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(written[0], facecolor="white")
-        figure.savefig(written[1], metadata={"Date": None})
-    return written
+        return [
+            write_aside(
+                path.with_name(f"{path.name}.{ending}"),
+                lambda aside, options=options: figure.savefig(aside, **options),
+            )
+            for ending, options in endings.items()
+        ]
 
 
 def _panels(count: int, rows: int, layers: int) -> tuple[Figure, list[Axes]]:
