@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import decoders
 
-from families import tiny_tokenizer
-from reknow import FT, IKE, ROME, Case, Edit, Patch, Probe
+from families import tiny_model, tiny_tokenizer
+from reknow import FT, IKE, LM, ROME, Case, Edit, Patch, Probe
 from reknow.datasets.edits_file import load_edits
 from reknow.edits import as_json
 from reknow.errors import InputError
@@ -150,3 +151,17 @@ def test_a_subject_behind_other_texts_has_the_tokens_that_it_has_in_its_script(l
 def test_a_file_says_what_stands_between(tmp_path):
     (tmp_path / "edits.json").write_text('[{"prompt": "A", "target_new": "b", "separator": ""}]')
     assert load_edits(tmp_path / "edits.json") == [Edit("A", target_new="b", separator="")]
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_what_is_written_continues_the_prompt_to_the_letter(strips):
+    """Also with a tokenizer that drops the space in front of what it decodes, as Llama 2's and Mistral's do."""
+    tokenizer = tiny_tokenizer()
+    if strips:
+        tokenizer.backend_tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    lm = LM((tiny_model("llama"), tokenizer))
+    edit = Edit("The capital of Peru is", target_new="Lima .")
+    lm.apply(FT(layer=2, steps=60, learning_rate=0.05).edit(lm, [edit]))
+    count = len(lm.encode([Text.asked(edit)])[0].target_ids)
+    assert lm.tokenizer.decode(lm.encode([Text.asked(edit)])[0].target_ids).startswith(" ") != strips
+    assert lm.generate(edit.text, count) == lm.generate(edit.text + " ", count) == " Lima ."

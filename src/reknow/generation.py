@@ -53,8 +53,18 @@ def continuations(
             for i, tokens in zip(part, drawn, strict=True):
                 ended = torch.isin(tokens, ends).nonzero()
                 kept = tokens[: int(ended[0]) + 1] if len(ended) else tokens
-                texts[i] = lm.tokenizer.decode(kept, skip_special_tokens=True)
+                texts[i] = _continued(lm, rows[i], kept.tolist())
     return texts
+
+
+def _continued(lm: LM, row: Row, tokens: list[int]) -> str:
+    """The tokens as text that continues the row's; by themselves, some tokenizers drop the space they begin with."""
+
+    def text(ids: list[int]) -> str:
+        return lm.tokenizer.decode(ids, skip_special_tokens=True)
+
+    before, whole = text([row.ids[-1]]), text([row.ids[-1], *tokens])
+    return whole.removeprefix(before) if whole.startswith(before) else text(tokens)
 
 
 def draw(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:

@@ -223,7 +223,9 @@ def describe(patch: Patch) -> dict[str, Any]:
         "method": patch.method,
         "kind": patch.kind,
         "settings": patch.settings,
-        "edits": [{key: value for key, value in asdict(edit).items() if value} for edit in patch.edits],
+        "edits": [
+            {key: value for key, value in asdict(edit).items() if value or value == ""} for edit in patch.edits
+        ],
         "matrices": {
             name: {"shape": list(delta.shape), "rank": delta.rank, "norm": delta.norm()}
             for name, delta in patch.deltas.items()

@@ -108,7 +108,7 @@ def written_ratios(
         (right, as the authors' `eval.py` reads it), see `shifted` of `token_nll`; NaN where nothing was written.
     """
     statement = Text(prompt, target, separator=separator)
-    rows = lm.encode([statement, *([Text(prompt, written)] if written.strip() else [])])
+    rows = lm.encode([statement, *([Text(prompt, written, separator="")] if written.strip() else [])])
     if len(rows) < 2:
         return math.nan, math.nan
     found: list[list[Tensor]] = []

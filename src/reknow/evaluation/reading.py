@@ -94,7 +94,7 @@ def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[R
     def judged(edit: Edit, reading: Reading) -> Reading:
         if reading.kind != "fluency" or not reading.text:
             return reading
-        nll = math.log(perplexity(lm, [reading.prompt + reading.text]))
+        nll = math.log(perplexity(lm, [reading.prompt.rstrip(" ") + reading.text]))
         if reading.prompt != edit.text:
             return replace(reading, nll=nll)
         ratios = written_ratios(lm, reading.prompt, edit.target_new, reading.text, edit.separator)
@@ -185,10 +185,10 @@ def _sampled(lm: LM, prompts: Sequence[str], seed: int) -> list[str]:
     rooms = [max(1, SAMPLED_TOKENS - length) for length in lengths]
     limit = max(rooms) if lm.max_tokens is None else max(1, lm.max_tokens + 1 - max(lengths))
     texts = lm.generate(list(prompts), min(max(rooms), limit), top_k=SAMPLED_TOP_K, seed=seed)
-    ids = lm.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    spans = lm.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [
-        text if len(row) <= room else lm.tokenizer.decode(row[:room])
-        for text, row, room in zip(texts, ids, rooms, strict=True)
+        text if len(places) <= room else text[: places[room - 1][1]]
+        for text, places, room in zip(texts, spans, rooms, strict=True)
     ]
 
 

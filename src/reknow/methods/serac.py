@@ -165,7 +165,9 @@ class SERAC(Learned, MemoryMethod):
 
     def question(self, edit: Edit, text: str) -> str:
         """What the counterfactual model reads."""
-        return self.template.format(edit=edit.text, answer=edit.target_new, input=text)
+        template = self.template.replace("{edit} {answer}", "{stated}")
+        stated = edit.answered(edit.text, edit.target_new)
+        return template.format(edit=edit.text, answer=edit.target_new, stated=stated, input=text)
 
     def _trained(self, lm: LM) -> dict[str, Tensor]:
         editor: Editor = open_editor(self, lm)
