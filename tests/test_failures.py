@@ -9,12 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import bits, make_lm, same
-from reknow import FT, GRACE, KN, ROME, Case, Edit, Probe
+from learned import SETTINGS, TRAINING, some_cases
+from reknow import FT, GRACE, IKE, KN, ROME, Case, Edit, Probe, method
 from reknow.cli import app
 from reknow.datasets import load_cases
+from reknow.effect import known_cases
 from reknow.errors import EditFailed, EditRefused, InputError, TextRefused
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.editing import edit_once
+from reknow.learning.editors import Editor, case_keys
 from reknow.tokens import Text
 
 QUICK = FT(layer=2, steps=3, learning_rate=0.1)
@@ -101,10 +104,10 @@ def test_a_memory_that_refuses_to_change_its_answer_costs_that_step_of_a_sequenc
 
 def test_an_edit_that_is_too_long_behind_a_prefix_does_not_cost_the_batch_its_patch():
     lm, method = make_lm(), replace(SUBJECTS, context_groups=((2, 20),))
-    fits = [ask("{} speaks" + " Peru" * count, subject="Zoë").edit for count in (0, 37)]
-    lm.check_length(lm.encode([Text(edit.text, edit.target_new) for edit in fits]))
-    patch, costs = edit_once(lm, method, [fits[1], fits[0]])
-    assert patch is not None and patch.edits == (fits[0],)
+    short, long = ask("{} speaks", subject="Zoë").edit, ask("{} has" + " Peru" * 37, subject="Apple").edit
+    lm.check_length(lm.encode([Text(edit.text, edit.target_new) for edit in (short, long)]))
+    patch, costs = edit_once(lm, method, [long, short])
+    assert patch is not None and patch.edits == (short,)
     assert costs[0]["error"].startswith("expected texts of at most 128 tokens") and costs[1]["error"] is None
 
 
@@ -167,6 +170,38 @@ def test_a_case_that_cannot_be_read_stays_out_of_a_sequence_and_out_of_the_conte
     assert evaluate(make_lm(), [fits], QUICK, fluency=False, generate=False).failed == {}
     results = bench_in_memory([THREE[0], fits], plan)
     assert [row["readings"] == [] for row in results if row["method"] == "ft-m"] == [False, False, True, True]
+
+
+def test_a_case_that_a_memory_makes_too_long_to_read_fails_alone():
+    lm, long = make_lm(), Probe("Peru " * 36, ("Lima",), "locality", "fits without what IKE puts in front")
+    cases = [THREE[0], replace(THREE[2], probes=(long,)), THREE[1]]
+    results = evaluate(lm, cases, IKE(demonstrations=0), fluency=False)
+    assert [len(row["readings"]) for row in results.before.values()] == [2, 2, 2]
+    assert [len(row["readings"]) for row in results.rows.values()] == [2, 0, 2]
+    assert list(results.failed["ike-zero"]) == ["1"]
+    alone = evaluate(lm, [cases[0], cases[2]], IKE(demonstrations=0), fluency=False)
+    found = [row["readings"] for row in results.rows.values() if row["readings"]]
+    assert found == [row["readings"] for row in alone.rows.values()]
+
+
+def test_a_training_begins_without_cases_that_the_model_cannot_read(tmp_path, caplog):
+    lm, long = make_lm(), Probe("Peru " * 140, ("Lima",), "locality", "long")
+    cases = some_cases(40)
+    cases[7] = replace(cases[7], probes=(long,))
+    training = replace(TRAINING, steps=2)
+    made = method("mend", **SETTINGS["mend"]).fit(lm, cases, tmp_path, training)
+    assert "1 of 40 cases left out; the first: 7, expected texts of at most 128 tokens" in caplog.text
+    known, unknown = case_keys(cases[:7]).tolist(), case_keys(cases[7:8]).tolist()
+    seen = set(Editor.load(made.editor).seen.tolist())
+    assert set(known) <= seen and not set(unknown) & seen
+
+
+def test_a_case_that_cannot_be_read_is_not_known():
+    lm = make_lm()
+    long = ask("Peru " * 140, target_true="Lima")
+    said = ask("Apple lives in", target_true="Lima")
+    lm.apply(FT(layer=2, steps=40, learning_rate=0.17).edit(lm, [THREE[1].edit]))
+    assert known_cases(lm, [long, said, THREE[0]]) == [said]
 
 
 def bench_in_memory(cases, plan):

@@ -18,8 +18,9 @@ import torch
 
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
-from reknow.errors import EditFailed
+from reknow.errors import EditFailed, TextRefused
 from reknow.exclusive import exclusively
+from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -120,11 +121,19 @@ def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
 
 
 def known_cases(lm: LM, cases: Sequence[Case]) -> list[Case]:
-    """The cases whose old answer the model gives: teacher-forced, every token."""
-    asked = [case for case in cases if case.edit.target_true is not None]
+    """The cases whose old answer the model gives: teacher-forced, every token. What it cannot read it knows not."""
+    asked = [case for case in cases if case.edit.target_true is not None and _fits(lm, case.edit)]
     old = [str(case.edit.target_true) for case in asked]
     scores = lm.score([case.edit.text for case in asked], old, [case.edit.separator for case in asked])
     return [case for case, score in zip(asked, scores, strict=True) if score.said]
+
+
+def _fits(lm: LM, edit: Edit) -> bool:
+    try:
+        lm.check_length(lm.encode([Text(edit.text, str(edit.target_true), separator=edit.separator)]))
+    except TextRefused:
+        return False
+    return True
 
 
 def weight_bits(model: torch.nn.Module) -> dict[str, str]:

@@ -63,6 +63,40 @@ def read(
     return [[next(readings) for _ in case.questions] for case in cases]
 
 
+def read_each(
+    lm: LM,
+    cases: Sequence[Case],
+    unedited: tuple[Patch, ...],
+    *,
+    fluency: bool,
+    generate: bool,
+    seed: int,
+    in_context: bool,
+) -> list[list[Reading] | str]:
+    """`read`, beside what the model says with the patches `unedited` alone; of a case that it cannot read as it is
+    now, since a memory puts texts in front of the questions, the reason."""
+
+    def answers(some: Sequence[Case]) -> list[list[Reading]]:
+        readings = read(lm, some, fluency=fluency, generate=generate, seed=seed, in_context=in_context)
+        if lm.patches != unedited:
+            readings = with_divergence(lm, readings, unedited)
+        if any(one.kind == "fluency" and one.text for case in readings for one in case):
+            with lm.stacked(unedited):
+                readings = with_perplexity(lm, some, readings)
+        return readings
+
+    try:
+        return [*answers(cases)]
+    except TextRefused:
+        found: list[list[Reading] | str] = []
+        for case in cases:
+            try:
+                found += answers([case])
+            except TextRefused as error:
+                found.append(str(error))
+        return found
+
+
 def unreadable(lm: LM, cases: Sequence[Case], *, in_context: bool = False) -> list[str | None]:
     """Of each case, why the model cannot read one of its questions; None where it can read all.
 

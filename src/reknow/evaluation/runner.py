@@ -12,7 +12,7 @@ import reknow
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
-from reknow.evaluation.reading import perplexity, read, unreadable, with_divergence, with_perplexity
+from reknow.evaluation.reading import perplexity, read_each, unreadable
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.rows import (
     BEFORE_FILE,
@@ -188,8 +188,10 @@ class _Run:
     def read_before(self) -> None:
         for names in _blocks(list(self.cases)):
             if not all((name,) in self.before for name in names):
-                readings, held_out = self.read(names, fluency=self.plan.fluency)
+                readings, held_out = self.read(names, fluency=self.plan.fluency), self.held_out(self.plan.fluency)
                 for name, found in zip(names, readings, strict=True):
+                    if isinstance(found, str):
+                        self.unreadable[name], found = found, []
                     edit = {
                         key: value for key, value in as_json(self.cases[name].edit).items() if value or value == ""
                     }
@@ -268,29 +270,27 @@ class _Run:
                 continue
             in_context = stage == IN_CONTEXT
             sampled = fluency and not in_context
-            readings, held_out = self.read(names, fluency=sampled, seed=seed, in_context=in_context)
+            readings = self.read(names, fluency=sampled, seed=seed, in_context=in_context)
+            held_out = self.held_out(sampled)
             for name, found in zip(names, readings, strict=True):
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
-                self.rows.add({**about, **costs[name], "held_out_perplexity": held_out, "readings": found})
+                cost = costs[name]
+                if isinstance(found, str):
+                    cost, found = {**cost, "error": cost["error"] if label == UNEDITED[0] else found}, []
+                self.rows.add({**about, **cost, "held_out_perplexity": held_out, "readings": found})
                 self.advance()
 
-    def read(
-        self, names: list[str], *, fluency: bool, seed: int = 0, in_context: bool = False
-    ) -> tuple[list[list[dict]], float | None]:
-        """Readings of the cases as JSON, none of those that cannot be read; and the perplexity of the held-out texts
-        where fluency is asked too."""
-        names, wanted = [name for name in names if name not in self.unreadable], names
-        cases = [self.cases[name] for name in names]
-        asked = {"fluency": fluency, "generate": self.plan.generate, "in_context": in_context}
-        readings = read(self.lm, cases, seed=seed, **asked)
-        if self.lm.patches != self.unedited:
-            readings = with_divergence(self.lm, readings, self.unedited)
-        if any(one.kind == "fluency" and one.text for case in readings for one in case):
-            with self.lm.stacked(self.unedited):
-                readings = with_perplexity(self.lm, cases, readings)
-        held_out = perplexity(self.lm, self.plan.held_out) if self.plan.held_out and fluency else None
-        found = dict(zip(names, readings, strict=True))
-        return [[one.to_json() for one in found.get(name, [])] for name in wanted], held_out
+    def read(self, names: list[str], *, fluency: bool, seed: int = 0, in_context: bool = False) -> list[list | str]:
+        """Of each case its readings as JSON, or why it cannot be read."""
+        cases = [self.cases[name] for name in names if name not in self.unreadable]
+        asked = {"fluency": fluency, "generate": self.plan.generate, "seed": seed, "in_context": in_context}
+        found = iter(read_each(self.lm, cases, self.unedited, **asked))
+        each = [self.unreadable[name] if name in self.unreadable else next(found) for name in names]
+        return [one if isinstance(one, str) else [reading.to_json() for reading in one] for one in each]
+
+    def held_out(self, fluency: bool) -> float | None:
+        """The perplexity of the held-out texts, where fluency is asked too."""
+        return perplexity(self.lm, self.plan.held_out) if self.plan.held_out and fluency else None
 
 
 def _named(cases: Sequence[Case]) -> dict[str, Case]:

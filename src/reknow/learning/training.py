@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import reknow
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError, at_least
+from reknow.evaluation.reading import unreadable
 from reknow.evaluation.rows import cases_digest, open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
@@ -23,6 +25,8 @@ from reknow.learning.loop import CHECKPOINT_FILE, Loop
 if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.methods.base import Learned
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,18 @@ class Learner(Protocol):
 
 Draw = Callable[[int], Sequence[Case]]
 """The micro-batch of this number: always the same for the same number."""
+
+
+def readable(lm: LM, cases: Sequence[Case]) -> list[Case]:
+    """The cases without those that are too long for the model, which are logged: one would end a training midway."""
+    reasons = unreadable(lm, cases)
+    found = [(case.edit, reason) for case, reason in zip(cases, reasons, strict=True) if reason is not None]
+    if found:
+        edit, reason = found[0]
+        logger.warning(
+            "%d of %d cases left out; the first: %s, %s", len(found), len(cases), edit.id or edit.text, reason
+        )
+    return [case for case, reason in zip(cases, reasons, strict=True) if reason is None]
 
 
 def split(cases: Sequence[Case], training: Training) -> tuple[list[Case], list[Case]]:

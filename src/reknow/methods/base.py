@@ -154,16 +154,16 @@ class Learned(Method):
         Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
         training material here: rewordings that must follow, other facts that must stay. So they must be other cases
         than those of an evaluation, which refuses cases that the editor has seen. The base model is what is
-        learned for, without the patches that are applied.
+        learned for, without the patches that are applied. Cases that it cannot read are left out, logged.
 
         Raises:
             InputError: too few cases, or a folder that was started with other arguments.
             EditFailed: the losses are no numbers.
         """
-        from reknow.learning.training import split, train  # which reads cases, as the evaluation of methods does
+        from reknow.learning.training import readable, split, train  # which read cases, as evaluation does
 
         training = training or self.training
-        learning, held = split(cases, training)
+        learning, held = split(readable(lm, cases), training)
         method = self.for_model(lm)
         with lm.unpatched():
             learner = method.learner(lm, learning, held, training)
