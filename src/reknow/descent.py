@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from reknow.errors import EditFailed, at_least
+from reknow.bounds import Rate, Weight, check
+from reknow.errors import EditFailed
 from reknow.generation import decoded, draw
 from reknow.patches import Delta, Dense
 from reknow.replay import Suffix
@@ -30,17 +31,17 @@ if TYPE_CHECKING:
 class Pace:
     """How fast and how far weights move."""
 
-    learning_rate: float
+    learning_rate: Rate
     """Of Adam, in units of each matrix's root mean square: how far a weight moves in a step."""
-    learning_rate_absolute: float | None = None
+    learning_rate_absolute: Rate | None = None
     """The same as a number, which then holds."""
-    clamp: float | None = None
+    clamp: Weight | None = None
     """Largest change of a single weight, in the same unit; None: no bound."""
-    clamp_absolute: float | None = None
+    clamp_absolute: Weight | None = None
     """The same as a number; where both are given the smaller bound holds."""
 
     def __post_init__(self):
-        at_least(self, 0, *(field.name for field in fields(self)))
+        check(self)
 
     def of(self, weight: Tensor) -> tuple[float, float]:
         """(learning rate, largest change) of this matrix, as numbers."""

@@ -73,11 +73,3 @@ def did_you_mean(kind: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return InputError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}")
-
-
-def at_least(settings: object, least: int, *names: str) -> None:
-    """Raises InputError where one of these fields is a number below `least`, or none at all (NaN)."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value >= least:
-            raise InputError(f"expected {name} of at least {least}; got {value}: raise it")

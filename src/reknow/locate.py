@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from reknow.adapter import embedding
+from reknow.bounds import Number, Rate, Seed, check
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
 from reknow.exclusive import exclusively
@@ -65,11 +66,11 @@ Share = Annotated[float, Field(ge=0, le=1.001)]
 class Tracing:
     """How prompts are traced; defaults are the paper's, but for the window."""
 
-    samples: int = 10
+    samples: Number = 10
     """Noise samples per prompt."""
-    noise: float = 3.0
+    noise: Rate = 3.0
     """σ of the noise, in standard deviations of the embeddings of subjects' tokens."""
-    window: int | None = None
+    window: Number | None = None
     """Layers restored together for MLP and attention: [l − window/2, l + window/2 − 1]. The paper takes 10 of
     GPT-2 XL's 48; None: the same share of this model's layers."""
     kinds: tuple[Kind, ...] = ("hidden", "mlp", "attention")
@@ -77,18 +78,13 @@ class Tracing:
     attention stays corrupted in all layers."""
     tokens: Literal["all", "subject_last"] = "all"
     """Where states are restored."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the noise; every prompt starts from it."""
 
     def __post_init__(self):
-        object.__setattr__(self, "kinds", tuple(self.kinds))
-        if self.samples < 1 or not self.noise > 0 or (self.window is not None and self.window < 1):
-            raise InputError(
-                f"expected samples ≥ 1, noise > 0 and window ≥ 1; got {self.samples}, {self.noise}, {self.window}: "
-                "correct them"
-            )
-        if not self.kinds or set(self.kinds) - set(get_args(Kind)):
-            raise InputError(f"expected kinds among {', '.join(get_args(Kind))}; got {self.kinds}: choose from these")
+        check(self)
+        if not self.kinds:
+            raise InputError(f"expected kinds among {', '.join(get_args(Kind))}; got none: choose from these")
 
     def window_of(self, layers: int) -> int:
         """The window for a model of so many layers."""

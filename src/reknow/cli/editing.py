@@ -75,11 +75,11 @@ def edit(
     """
     edits = _edits(prompt, target, subject, true, file, encoding)
     out = out or Path(_slug(edits) + ".patch")
-    from reknow.cli.settings import chosen_method
+    from reknow.cli.settings import chosen_method, each_once
     from reknow.cost import estimate
     from reknow.methods.base import checked
 
-    chosen = chosen_method(method, settings, layer=layer)
+    chosen = chosen_method(method, each_once(settings), layer=layer)
     checked(chosen, edits)
     if not plan:
         out = _place(chosen, out, force, (model, file))

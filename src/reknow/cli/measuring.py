@@ -258,9 +258,8 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
 ) -> None:
     """List the methods, or explain one and its settings."""
-    from typing import get_type_hints
-
-    from reknow.cli.settings import chosen_method, field_docs, shown_type
+    from reknow.bounds import hints, shown_type
+    from reknow.cli.settings import chosen_method, field_docs
     from reknow.methods import METHODS
 
     if name is None:
@@ -268,10 +267,10 @@ def methods(
         say_table(["method", "paper", "settings"], rows)
         return say("", "reknow methods NAME explains the settings of one")
     method = chosen_method(name)
-    docs, hints = field_docs(type(method)), get_type_hints(type(method))
+    docs, known = field_docs(type(method)), hints(type(method))
     say(f"{name}: {METHODS[name].paper}", (type(method).__doc__ or "").split("\n")[0], "")
     rows = [
-        [field, str(getattr(method, field)), shown_type(hints[field]), docs.get(field, "")]
+        [field, str(getattr(method, field)), shown_type(known[field]), docs.get(field, "")]
         for field in _fields(type(method))
     ]
     say_table(["setting", "default", "type", "meaning"], rows)

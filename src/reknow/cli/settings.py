@@ -6,100 +6,87 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import is_dataclass
+from typing import Any
 
+from reknow.bounds import fitted, hints
 from reknow.errors import InputError, did_you_mean
 from reknow.methods import METHODS
 from reknow.methods.base import Method
 
 
-def chosen_method(name: str, pairs: Iterable[str] = (), *, layer: str | None = None) -> Method:
-    """The method `name` with settings given as `field=value`.
+def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = None) -> Method:
+    """The method `name` with settings given as `field=value`; of two for one field the later one holds.
 
     Args:
         layer: `3`, `3,4,5` or `auto`, for whichever field of the method it is.
 
     Raises:
-        InputError: unknown method or field, or a value that the field cannot have.
+        InputError: unknown method or field, a value that the field cannot have, or a layer that is given twice.
     """
     if name not in METHODS:
         raise did_you_mean("method", name, METHODS)
     entry = METHODS[name]
-    hints = get_type_hints(entry.method)
-    known = [field.name for field in fields(entry.method)]  # type: ignore[arg-type]
+    known = hints(entry.method)
     if layer is not None:
-        several = "layers" in known
-        listed = layer != "auto" and (several or "," in layer)
-        pairs = [*pairs, f"{'layers' if several else 'layer'}={f'[{layer}]' if listed else layer}"]
+        field = "layers" if "layers" in known else "layer"
+        if any(pair.partition("=")[0] == field for pair in pairs):
+            raise InputError(f"expected the layer once; got both --layer and --set {field}: leave one out")
+        pairs = [*pairs, f"{field}={layer}"]
     values = dict(entry.settings)
     for key, equals, text in (pair.partition("=") for pair in pairs):
         if not equals:
             raise InputError(f"expected --set FIELD=VALUE; got {key!r}: see `reknow methods {name}`")
         if key not in known:
             raise did_you_mean(f"setting of {name}", key, known)
-        values[key] = read_value(key, text, hints[key])
+        values[key] = read_value(key, text, known[key])
     return entry.method(**values)
 
 
+def each_once(pairs: Sequence[str]) -> Sequence[str]:
+    """The settings; raises InputError where a person gives one of them twice."""
+    keys = [pair.partition("=")[0] for pair in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise InputError(f"expected --set {key} once; got it {keys.count(key)} times: keep one")
+    return pairs
+
+
 def read_value(name: str, text: str, hint: Any) -> Any:
-    """The text as a value of the type `hint`: JSON where it is that, else the text itself; `none` for None.
+    """The text as a value of the type `hint`: as JSON, as a list without its brackets, or as it stands.
+
+    `none` and `auto` are None; items of a list have commas or spaces between them.
 
     Raises:
         InputError: the text is nothing of that type.
     """
-    try:
-        words = {"none": None, "auto": None, "true": True, "false": False}
-        value = words[text.lower()] if text.lower() in words else json.loads(text, parse_constant=_refused)
-    except ValueError:
-        value = text
-    for candidate in (value, text):
+    refused: list[InputError] = []
+    for value in _readings(text):
         try:
-            return _fitted(candidate, hint)
-        except TypeError:
-            continue
-    raise InputError(f"expected {name} as {shown_type(hint)}; got {text!r}: give a value of that form")
+            return fitted(name, value, hint, repr(text))
+        except InputError as error:
+            refused.append(error)
+    raise refused[0]
+
+
+def _readings(text: str) -> Iterator[Any]:
+    """What a person may mean by it, the likeliest first: `1,2` is [1, 2], and [[1, 2]] where such are wanted."""
+    words = {"none": None, "auto": None, "true": True, "false": False}
+    if text.lower() in words:
+        yield words[text.lower()]
+    numbers = ",".join(text.replace(",", " ").split())
+    for form in (text, f"[{numbers}]", f"[[{numbers}]]"):
+        with suppress(ValueError, RecursionError):
+            yield json.loads(form, parse_constant=_refused)
+    yield text
+    yield [part.strip() for part in text.split(",")]
 
 
 def _refused(constant: str):
     """NaN and infinities, which JSON as Python reads it would have, are no value of any setting."""
     raise ValueError(constant)
-
-
-def _fitted(value: Any, hint: Any) -> Any:
-    """The value in the type `hint`; raises TypeError where it does not fit."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        for argument in arguments:
-            try:
-                return _fitted(value, argument)
-            except TypeError:
-                continue
-    elif origin is Literal and value in arguments:
-        return value
-    elif origin is tuple and isinstance(value, list):
-        inner = arguments[:1] * len(value) if arguments[-1] is ... else arguments
-        if len(inner) == len(value):
-            return tuple(_fitted(one, each) for one, each in zip(value, inner, strict=True))
-    elif hint is float and type(value) is int:
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise TypeError
-
-
-def shown_type(hint: Any) -> str:
-    """A type in words: `int or none`, `one of a, b`, `[[int, int], …]`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return " or ".join(shown_type(argument) for argument in arguments)
-    if origin is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if origin is tuple:
-        return f"[{', '.join('…' if argument is ... else shown_type(argument) for argument in arguments)}]"
-    return "none" if hint is NoneType else getattr(hint, "__name__", str(hint))
 
 
 def field_docs(method: type) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_type_hints
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -73,7 +73,8 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
     Raises:
         InputError: a method that does not learn, or a setting of neither.
     """
-    from reknow.cli.settings import chosen_method, read_value
+    from reknow.bounds import hints
+    from reknow.cli.settings import chosen_method, each_once, read_value
     from reknow.learning.training import Training
     from reknow.methods import METHODS
     from reknow.methods.base import Learned
@@ -86,13 +87,12 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
             f"expected a method that learns to edit, which are {', '.join(learned)}; {name} needs no training: "
             "use it as it is"
         )
-    hints = get_type_hints(Training)
-    own = {field.name for field in fields(METHODS[name].method)}  # type: ignore[arg-type]
-    for_training = [pair for pair in pairs if (key := pair.partition("=")[0]) in hints and key not in own]
+    settings, own = hints(Training), hints(METHODS[name].method)
+    for_training = [pair for pair in each_once(pairs) if pair.partition("=")[0] in settings.keys() - own.keys()]
     method = chosen_method(name, [pair for pair in pairs if pair not in for_training])
     assert isinstance(method, Learned)
     values = {
-        key: read_value(key, text, hints[key]) for key, _, text in (pair.partition("=") for pair in for_training)
+        key: read_value(key, text, settings[key]) for key, _, text in (pair.partition("=") for pair in for_training)
     }
     return method, replace(method.training, **values)
 

@@ -109,7 +109,7 @@ def _measured(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tu
         if lm.device.type == "cuda":
             torch.cuda.synchronize(lm.device)
         seconds = (time.perf_counter() - started) / len(left)
-        cost = {"seconds": round(seconds, 4), "peak_memory_mb": peak()}
+        cost = {"seconds": round(seconds, 4), "peak_memory_mb": peak(), "together": len(left)}
         if failure is None:
             return found, [{**cost, "error": reasons.get(i)} for i in range(len(edits))]
         reasons |= {left[i]: str(failure) for i in _concerned(failure, makeable)}

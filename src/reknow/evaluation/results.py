@@ -24,7 +24,9 @@ UNEDITED = ("unedited", "before")
 
 IN_CONTEXT = "in_context"
 """Stage at which the edit stands in front of every question; also read of the unedited model."""
-COSTS = ("seconds", "peak_memory_mb", "steps", "loss", "repetitions")
+MEASURED = ("seconds", "peak_memory_mb")
+"""Costs that are measured over all edits which are made together."""
+COSTS = (*MEASURED, "steps", "loss", "repetitions")
 
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
 OVERLAPS = ("token_f1", "rouge_l", "reworded_token_f1", "reworded_rouge_l")
@@ -61,16 +63,21 @@ class Cell(NamedTuple):
     protocol: str
     mean: float
     low: float | None
-    """Bounds of the 95 % interval; None with a single case."""
+    """Bounds of the 95 % interval; None with a single case, or where the cases share one measurement."""
     high: float | None
     cases: int
+    together: int = 1
+    """How many edits, made together, share one measurement."""
 
     def number(self) -> str:
         """The mean as tables show it; shares in percent."""
         return self._shown(self.mean)
 
     def interval(self) -> str:
-        """The bounds in brackets, or nothing."""
+        """The bounds in brackets, what the number is where it has none, or nothing."""
+        if self.together > 1:
+            groups = "made" if self.together >= self.cases else f"made {self.together}"
+            return f"(mean of {self.cases} {groups} together)"
         bounds = [self._shown(bound) for bound in (self.low, self.high) if bound is not None]
         return f"[{', '.join(bounds)}]" if bounds else ""
 
@@ -161,11 +168,24 @@ class Results:
     @cached_property
     def cells(self) -> dict[tuple[str, str, str], Cell]:
         """(method, stage, metric@protocol) → number, over the cases that have it."""
-        return {
-            (method, stage, key): Cell(method, stage, key.partition("@")[0], key.partition("@")[2], *numbers)
-            for (method, stage), cases in self.case_values.items()
-            for key, numbers in summarise(list(cases.values())).items()
-        }
+        found = {}
+        for group, cases in self.case_values.items():
+            for key, (mean, low, high, count) in summarise(list(cases.values())).items():
+                together = self._together.get((*group, key), 1) if count > 1 else 1
+                bounds = (low, high) if together == 1 else (None, None)
+                found[(*group, key)] = Cell(*group, *key.split("@"), mean, *bounds, count, together)
+        return found
+
+    @cached_property
+    def _together(self) -> dict[tuple[str, str, str], int]:
+        """(method, stage, cost) → how many edits, at most, share one measurement of it."""
+        found: dict[tuple[str, str, str], int] = {}
+        for row in self.rows.values():
+            batch = len(self.before) if row["mode"] == "batch" else 1  # rows of earlier versions do not say it
+            for name in MEASURED if row["mode"] == "single" else COSTS:
+                key = (row["method"], row["stage"], f"{name}@edit")
+                found[key] = max(found.get(key, 1), row.get("together", batch))
+        return found
 
     @cached_property
     def failed(self) -> dict[str, dict[str, str]]:

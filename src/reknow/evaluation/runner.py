@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 from urllib.parse import quote
 
 import reknow
+from reknow.bounds import Natural, Number, Seed, check
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
@@ -47,40 +48,39 @@ class Plan:
     """How the cases are edited and read, whatever the method."""
 
     mode: Mode = "single"
-    batch_size: int = 1
+    batch_size: Number = 1
     """Sequential: of how many cases each patch makes the edits."""
-    checkpoints: tuple[int, ...] = ()
+    checkpoints: tuple[Number, ...] = ()
     """Sequential: after how many edits all earlier ones are read again; after all of them always."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
     fluency: bool = True
     """Sample text for fluency, where the cases have prompts for it."""
     generate: bool = True
     """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
     """Texts whose perplexity is taken together with fluency."""
-    fluency_every: int = 0
+    fluency_every: Natural = 0
     """Sequential: right after an edit text is sampled at every so many-th patch only; 0: at the checkpoints only."""
     in_context: tuple[str, ...] = ()
     """Single: after the edits of these methods, and of the unedited model, ask every question with the edit in front
     too: what knowing it would give."""
 
     def __post_init__(self):
-        for name in ("checkpoints", "seeds", "held_out", "in_context"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.mode not in get_args(Mode):
-            raise InputError(f"expected a mode among {', '.join(get_args(Mode))}; got {self.mode!r}: name one")
+        check(self)
         check_seeds(self.seeds)
-        wrong = [at for at in self.checkpoints if at < 1 or at % self.batch_size]
-        if self.batch_size < 1 or wrong or (self.checkpoints and self.mode != "sequential"):
+        wrong = [at for at in self.checkpoints if at % self.batch_size]
+        if wrong or (self.checkpoints and self.mode != "sequential"):
             raise InputError(
                 "expected checkpoints of a sequential run, at multiples of its batch size; "
                 f"got {list(self.checkpoints)} in mode {self.mode} with batch size {self.batch_size}: change them"
             )
-        if (self.in_context and self.mode != "single") or self.fluency_every < 0:
+        if self.batch_size > 1 and self.mode != "sequential":
             raise InputError(
-                "expected in_context in single mode only, and fluency_every of at least 0; got "
-                f"mode {self.mode}, fluency_every {self.fluency_every}: change them"
+                f"expected a batch size in sequential mode only; got {self.batch_size} in mode {self.mode}: leave it "
+                "out, or make the run sequential"
             )
+        if self.in_context and self.mode != "single":
+            raise InputError(f"expected in_context in single mode only; got mode {self.mode}: change them")
 
 
 @exclusively

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reknow.errors import InputError, at_least
+from reknow.bounds import Number, Seed, check
+from reknow.errors import InputError
 from reknow.evaluation.rows import Rows, open_manifest
 from reknow.instructions.families import Family, Instruction
 from reknow.instructions.propose import Proposer, usable
@@ -36,15 +37,15 @@ class Search:
 
     count: int = 10
     """Instructions to keep of each family; the last place goes to one that is not for training."""
-    proposals: int = 5
+    proposals: Number = 5
     """Per round."""
-    rounds: int = 6
+    rounds: Number = 6
     """At most."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the choice of the unseen instruction."""
 
     def __post_init__(self):
-        at_least(self, 1, "proposals", "rounds")
+        check(self)
         if self.count < 2:
             raise InputError(f"expected a count of at least 2, one seen and one unseen; got {self.count}: raise it")
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from reknow.bounds import Number, Rank, Seed, check
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
@@ -105,16 +106,17 @@ STUDIES: dict[str, Study] = {
 class Size:
     """How much is computed."""
 
-    steps: int = 30
+    steps: Number = 30
     """Updates for each task that an editor learns."""
-    batch_size: int = 6
-    rank: int = 64
+    batch_size: Number = 6
+    rank: Rank = 64
     """Of the editors' networks."""
     test: int = 50
     """Cases of each task to read."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
 
     def __post_init__(self):
+        check(self)
         check_seeds(self.seeds)
 
 

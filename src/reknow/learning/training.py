@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import reknow
+from reknow.bounds import Natural, Number, Rate, Seed, check
 from reknow.edits import Case
-from reknow.errors import EditFailed, InputError, at_least
+from reknow.errors import EditFailed, InputError
 from reknow.evaluation.reading import unreadable
 from reknow.evaluation.rows import cases_digest, open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
@@ -33,39 +34,35 @@ logger = logging.getLogger(__name__)
 class Training:
     """How an editor is trained, whatever the method."""
 
-    steps: int = 2000
+    steps: Number = 2000
     """Updates at most."""
-    batch_size: int = 8
+    batch_size: Number = 8
     """Cases of a micro-batch; what they mean to each other is the method's affair."""
-    micro_batches: int = 1
+    micro_batches: Number = 1
     """Micro-batches whose gradients make one update; a multiple of the number of processes."""
-    warmup: int = 0
+    warmup: Natural = 0
     """Updates in which the learning rates rise to their values."""
     decay: bool = False
     """Afterwards they fall linearly to nothing at the last step."""
-    clip_norm: float | None = None
+    clip_norm: Rate | None = None
     """Largest norm of the gradient; None: any."""
-    validation: int = 64
+    validation: Natural = 64
     """Cases set aside to choose the best editor by; 0: the last one is taken."""
-    validate_every: int = 200
+    validate_every: Number = 200
     """Updates between two validations."""
-    patience: int = 10
+    patience: Number = 10
     """Validations without a lower loss after which the training ends."""
-    checkpoint_every: int = 200
+    checkpoint_every: Number = 200
     """Updates between two checkpoints."""
     precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything that is drawn by chance."""
     tensorboard: bool = False
     """Also write the losses for TensorBoard."""
 
     def __post_init__(self):
-        at_least(self, 1, "steps", "batch_size", "micro_batches", "validate_every", "patience", "checkpoint_every")
-        if self.validation < 0 or self.warmup < 0:
-            raise InputError("expected warmup and validation of at least 0; got a negative number: raise it")
-        if self.precision not in ("no", "fp16", "bf16"):
-            raise InputError(f"expected precision among no, fp16, bf16; got {self.precision!r}: choose one")
+        check(self)
 
 
 class Learner(Protocol):

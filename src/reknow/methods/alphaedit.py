@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from reknow.bounds import Share, Weight
 from reknow.edits import Edit
 from reknow.kept import Kept
 from reknow.keys import Subjects
@@ -48,13 +49,13 @@ class AlphaEdit(SearchSettings):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
-    null_share: float = 0.1
+    null_share: Share = 0.1
     """Weakest directions of general text that may change: those that carry this share of the trace of C."""
-    null_threshold: float | None = None
+    null_threshold: Weight | None = None
     """Instead: directions whose eigenvalue of C is below; 0.02 in the paper."""
-    stiffness: float = 0.1
+    stiffness: Weight = 0.1
     """L2 in units of the projected keys' mean square norm."""
-    l2: float | None = None
+    l2: Weight | None = None
     """L2 itself, instead of the stiffness: 10 (GPT-2 XL, GPT-J, Llama 3)."""
     boundary_layers: bool = False
     """BLUE: the first and the last layer only, each with a z of its own."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import reknow
+from reknow.bounds import Name, check
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
 from reknow.exclusive import exclusively
@@ -45,6 +46,9 @@ class Method(ABC):
         super().__init_subclass__(**options)
         for name in {"edit", "edit_each", "fit"} & set(vars(cls)):
             setattr(cls, name, exclusively(vars(cls)[name]))
+
+    def __post_init__(self):
+        check(self)
 
     @property
     @abstractmethod
@@ -118,7 +122,7 @@ class BesideMatrix(MemoryMethod):
 class Learned(Method):
     """A method that learns how to edit one model before it can edit it."""
 
-    editor: str | None = None
+    editor: Name | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
 
     @property

@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from reknow.bounds import Number, Rate, Seed, Weight
 from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import PatchError, at_least
+from reknow.errors import PatchError
 from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs, prompt_states
 from reknow.memory import Hooks, Reading, versions
@@ -77,24 +78,21 @@ class CaliNet(BesideMatrix):
     """Layer whose MLP gets slots; None: at three fifths of the depth."""
     trained_keys: bool = False
     """As in the paper: keys start at random and are trained with the values."""
-    slots: int | None = None
+    slots: Number | None = None
     """Trained keys of one call; None: four per edit (64 to 256 for 10 to 1,000 facts in the paper)."""
-    steps: int = 200
+    steps: Number = 200
     """Updates at most."""
-    learning_rate: float = 0.06
+    learning_rate: Rate = 0.06
     """Of Adam: values in root mean squares of the MLP's output, trained keys in units in which a step moves a slot's
     input by this much."""
-    stop_loss: float = 0.05
+    stop_loss: Weight = 0.05
     """Finished when the mean loss (nats a token) is below."""
-    smoothing: float = 1e-3
+    smoothing: Weight = 1e-3
     """α of the score, a probability."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the slots at the start."""
-
-    def __post_init__(self):
-        at_least(self, 1, "slots", "steps")
 
     @property
     def name(self) -> str:

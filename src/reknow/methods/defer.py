@@ -23,9 +23,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from reknow.bounds import Number, Rate, Seed, Share, Weight
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import PatchError, at_least
+from reknow.errors import PatchError
 from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_states
 from reknow.memory import Hooks, Reading, on_output
@@ -66,25 +67,22 @@ class DEFER(BesideMatrix):
 
     layer: int | None = None
     """Layer whose value matrix is deferred from; None: at four fifths of the depth."""
-    steps: int = 100
+    steps: Number = 100
     """Updates of one edit at most."""
-    learning_rate: float = 0.1
+    learning_rate: Rate = 0.1
     """Of Adam: how far a step moves the map's output, in units of the root mean square of the matrix's output."""
-    gate_rate: float = 0.5
+    gate_rate: Rate = 0.5
     """The same of the gate, in logits."""
-    threshold: float = 0.5
+    threshold: Share = 0.5
     """The gate opens at this probability."""
-    stop_loss: float = 0.05
+    stop_loss: Weight = 0.05
     """An edit is finished when its loss (nats a token) is below; 0: all steps."""
     absolute: bool = False
     """One learning rate of all weights as a plain number (the authors': 0.1); `gate_rate` is not used."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the weights at the start."""
-
-    def __post_init__(self):
-        at_least(self, 1, "steps")
 
     @property
     def name(self) -> str:

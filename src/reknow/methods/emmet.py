@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reknow.bounds import Weight
 from reknow.edits import Edit
 from reknow.keys import Subjects
 from reknow.layers import resolve_layer
@@ -34,11 +35,11 @@ class EMMET(SearchSettings):
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
-    stiffness: float = 0.01
+    stiffness: Weight = 0.01
     """The ridge in units of the keys' mean kᵀC⁻¹k; a single fact has none."""
-    ridge: float | None = None
+    ridge: Weight | None = None
     """The ridge itself, instead of the stiffness: 0.1 in the authors' code."""
-    covariance_scale: float = 1.0
+    covariance_scale: Weight = 1.0
     """s, by which C is multiplied first; matters with `ridge` only: 1,000 (GPT-2 XL), 1 (GPT-J, Llama 2)."""
 
     @property

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from reknow.bounds import Number, Rate, Seed, Weight
 from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least
 from reknow.layers import resolve_layer, resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Dense, Patch
@@ -54,31 +54,26 @@ class FT(Method):
     """What is predicted: the answer from the prompt's last token alone, the answer token by token, or all text."""
     layer: int | tuple[int, ...] | None = None
     """Layer, or layers, whose value matrix is trained; None: `suggest_layer`."""
-    span: int = 1
+    span: Number = 1
     """So many layers around `suggest_layer` where none is given; 5 for the baselines of ICE's article."""
-    steps: int = 25
+    steps: Number = 25
     """Passes over all edits."""
-    learning_rate: float = 0.01
+    learning_rate: Rate = 0.01
     """Of Adam, in units of the matrix's root mean square, so that it means the same in every model."""
-    learning_rate_absolute: float | None = None
+    learning_rate_absolute: Rate | None = None
     """The same as a number, as the papers give it (5e-4); then it holds."""
-    clamp: float | None = None
+    clamp: Weight | None = None
     """Largest change of a single weight, in units of the matrix's root mean square; None: no bound."""
-    clamp_absolute: float | None = None
+    clamp_absolute: Weight | None = None
     """The same as a number, as the papers give it."""
-    stop_loss: float = 1e-2
+    stop_loss: Weight = 1e-2
     """End when the mean loss is below; a batch below is not trained on."""
-    batch_size: int = 32
+    batch_size: Number = 32
     """Edits per update; edits of similar length share a batch."""
     breadth_first: bool = False
     """LocFT-BF: batches in another random order on every pass, and the end token behind every answer is learned."""
-    seed: int = 0
+    seed: Seed = 0
     """Of that order."""
-
-    def __post_init__(self):
-        if self.loss not in NAMES:
-            raise InputError(f"expected loss among {', '.join(NAMES)}; got {self.loss!r}: choose one")
-        at_least(self, 1, "span", "steps", "batch_size")
 
     @property
     def name(self) -> str:

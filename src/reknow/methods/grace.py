@@ -14,15 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from reknow.bounds import Number, Rate, Seed, Weight
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError, PatchError, at_least
+from reknow.errors import PatchError
 from reknow.kept import Kept, Per, on_matrix
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
@@ -61,14 +62,14 @@ class GRACE(BesideMatrix):
 
     layer: int | None = None
     """Layer whose value matrix has the codebook; None: at four fifths of the depth."""
-    epsilon: float = 0.9
+    epsilon: Weight = 0.9
     """Radius ε of a new key, in units of the distance in that layer between questions of the same wording
     about different subjects."""
-    steps: int = 100
+    steps: Number = 100
     """Updates of the values at most."""
-    learning_rate: float = 0.3
+    learning_rate: Rate = 0.3
     """Of Adam, in units of the root mean square of the matrix's output."""
-    stop_loss: float = 0.05
+    stop_loss: Weight = 0.05
     """A value whose edits have a lower loss (nats a token) is finished; 0: all steps, as in the papers."""
     replacement: Replacement = "prompt"
     """Where the value is put: at all tokens of the prompt; at its last; or, as the authors' code does, at all before
@@ -78,14 +79,8 @@ class GRACE(BesideMatrix):
     absolute: bool = False
     """ε and learning rate as plain numbers (both 1 in the papers), values that start uniform in [0, 1) instead of at
     the matrix's own output."""
-    seed: int = 0
+    seed: Seed = 0
     """Of values that start at random."""
-
-    def __post_init__(self):
-        if self.replacement not in get_args(Replacement):
-            known = ", ".join(get_args(Replacement))
-            raise InputError(f"expected replacement among {known}; got {self.replacement!r}: choose one")
-        at_least(self, 1, "steps")
 
     @property
     def name(self) -> str:

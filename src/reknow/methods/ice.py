@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from reknow.bounds import Number, Rate, Seed, Weight
 from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, sample
 from reknow.edits import Edit
-from reknow.errors import EditRefused, InputError, at_least
+from reknow.errors import EditRefused, InputError
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Patch
@@ -60,19 +61,19 @@ class ICE(Method):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are trained; None: five, as in the paper, around `suggest_layer`."""
-    steps: int = 25
+    steps: Number = 25
     """Updates of each batch."""
-    learning_rate: float = 0.01
+    learning_rate: Rate = 0.01
     """Of Adam, in units of the matrix's root mean square, so that it means the same in every model."""
-    learning_rate_absolute: float | None = None
+    learning_rate_absolute: Rate | None = None
     """The same as a number, as the papers give it (7e-4); then it holds."""
-    clamp: float | None = 0.12
+    clamp: Weight | None = 0.12
     """Largest change of a single weight, in units of the matrix's root mean square; None: none, harming others."""
-    clamp_absolute: float | None = None
+    clamp_absolute: Weight | None = None
     """The same as a number (paper: 5e-4)."""
-    consistency_weight: float = 1.0
+    consistency_weight: Weight = 1.0
     """λ, weight of L_ice; 0: plain fine-tuning, nothing is sampled."""
-    target_weight: float = 1.0
+    target_weight: Weight = 1.0
     """Weight of L_ft, the answer itself; 0 together with `sample_target=False`: L_ice alone."""
     targets: Targets = "dynamic"
     """Sample from the model as it is at each step, or (static) from the model before the edit."""
@@ -80,15 +81,15 @@ class ICE(Method):
     """Sample with the context in front; False: self-distillation without new knowledge, the paper's ablation."""
     sample_target: bool = True
     """Sample behind the answer; False: behind the question alone, so that the context must bring the answer."""
-    sample_tokens: int = 3
+    sample_tokens: Number = 3
     """Length of a sample."""
-    samples: int = 1
+    samples: Number = 1
     """Samples per context."""
-    temperature: float = 1.0
+    temperature: Rate = 1.0
     """Of the sampling; 1 is that of the equations, 100 of the experiments: nearly uniform over the `top_k` tokens."""
-    top_k: int | None = 50
+    top_k: Number | None = 50
     """Likeliest tokens to sample from; None: all. (The authors' 50 is a default of their library.)"""
-    update_interval: int = 1
+    update_interval: Number = 1
     """Steps between two samplings."""
     contexts: Contexts = "any"
     """`any`: `Edit.context`, or the edit as a statement; `given`: demand a context; `statement`: ignore it."""
@@ -98,28 +99,22 @@ class ICE(Method):
     """What stands between context and question."""
     variant: Variant = "paper"
     """`code`: −log p(y*|q) − log p(y*|[c,q]) + λ Σ KL over the vocabulary at the sampled tokens, as the script."""
-    stop_loss: float = 1e-2
+    stop_loss: Weight = 1e-2
     """End when the answer's own mean loss is below; a batch below is not trained on. Only in the paper's variant."""
-    batch_size: int = 16
+    batch_size: Number = 16
     """Edits per update."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the samples and the lead-ins."""
     track: bool = False
     """Note at every step which tokens are likeliest behind the answer, with and without context (first edit)."""
 
     def __post_init__(self):
-        for name, known in (("targets", Targets), ("contexts", Contexts), ("variant", Variant)):
-            if getattr(self, name) not in get_args(known):
-                raise InputError(f"expected {name} among {', '.join(get_args(known))}; got {getattr(self, name)!r}")
-        weights = (self.consistency_weight, self.target_weight)
-        if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) == 0:
+        super().__post_init__()
+        if self.consistency_weight + self.target_weight == 0:
             raise InputError(
                 "expected weights of at least 0, one of them above; got consistency_weight (λ) "
                 f"{self.consistency_weight} and target_weight {self.target_weight}: raise one"
             )
-        if not 0 < self.temperature < float("inf"):
-            raise InputError(f"expected a temperature above 0; got {self.temperature}: 1 is the equations'")
-        at_least(self, 1, "steps", "batch_size", "sample_tokens", "samples", "update_interval", "top_k")
         if not self.lead_ins:
             raise InputError('expected at least one lead-in; got none: give "" for a bare context')
         if self.variant == "code" and not (self.with_context and self.sample_target and self.consistency_weight):

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 
+from reknow.bounds import Name, Natural, Number, Seed
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe, as_json
-from reknow.errors import InputError, PatchError, at_least
+from reknow.errors import InputError, PatchError
 from reknow.files import write_text
 from reknow.kept import Kept, Per
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
@@ -54,28 +55,27 @@ class IKE(MemoryMethod):
     kind: ClassVar[Kind] = "prompt"
     kept: ClassVar[Kept] = Kept({"keys": "float32 edits features"}, Memory)
 
-    demonstrations: int = 32
+    demonstrations: Natural = 32
     """How many at most; 0: the edit alone stands before the question (zero-shot). Those that do not fit into the
     model's positions are left out, the least similar first."""
-    shares: tuple[int, int, int] | None = (4, 12, 16)
+    shares: tuple[Natural, Natural, Natural] | None = (4, 12, 16)
     """Of copies, updates and retentions. None: whatever is most similar, most similar first, and no copy of the edit
     itself, as in EasyEdit."""
-    cases: str | None = None
+    cases: Name | None = None
     """File of the cases that are shown, written by `fit`; None: the bundled records of CounterFact from 500 on. Cases
     about the edit's own subject are passed over."""
-    encoder: str | None = None
+    encoder: Name | None = None
     """Folder or name of a sentence-transformers model that compares facts; None: the model's own hidden states."""
     conflict: Literal["update", "refuse"] = "update"
     """What to do with an edit whose prompt has another answer in the memory: replace that one, or refuse."""
-    room: int = 100
+    room: Number = 100
     """Tokens kept free behind the question for the answer."""
-    seed: int = 0
+    seed: Seed = 0
     """Of which demonstration is of which kind, and which rephrasing it shows."""
 
     def __post_init__(self):
-        at_least(self, 1, "room")
-        at_least(self, 0, "demonstrations")
-        if self.shares is not None and (len(self.shares) != 3 or min(self.shares) < 0 or not any(self.shares)):
+        super().__post_init__()
+        if self.shares is not None and not any(self.shares):
             raise InputError(f"expected three shares that are not all 0; got {self.shares}: correct them")
 
     @property

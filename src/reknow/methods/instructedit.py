@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from reknow.bounds import Name
 from reknow.edits import Case, Edit
 from reknow.instructions.families import Family, family_of, load_families
 from reknow.learning.training import Draw, Learner, Training, in_turn
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class InstructEdit(NetworkSettings):
     """MEND's network for several tasks at once, told by an instruction which one it is."""
 
-    families: str | None = None
+    families: Name | None = None
     """File of task families with their instructions; None: the bundled one."""
     instructed: bool = True
     """An instruction stands in front of every edit; False: multi-task editing without, to compare with. A trained

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.adapter import embedding
+from reknow.bounds import Rank, Rate, Share, Weight
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
 from reknow.learning.gradients import as_delta, gradient_factors, matrices
@@ -48,24 +49,24 @@ DIVERGENCE_WEIGHT = 10.0
 class KE(MatrixEditor):
     """A network, trained once for a model, that reads an edit and changes its gradient."""
 
-    read_width: int = 128
+    read_width: Rank = 128
     """Of the LSTM in each direction."""
-    width: int = 1024
+    width: Rank = 1024
     """Of h."""
-    hidden: int = 128
+    hidden: Rank = 128
     """Of the MLP of each matrix."""
     absolute: bool = False
     """∇L as it is and softmax with sum 1, as in the authors' code. Else ‖∇L‖ = ‖W‖ and softmax with mean 1, so that c
     is in units of the matrix in every model."""
-    smoothing: float = 0.1
+    smoothing: Share = 0.1
     """Label smoothing of L."""
-    margin: float = 1e-3
+    margin: Weight = 1e-3
     """Largest KL at the start, in nats per token."""
-    least_margin: float = 1e-5
+    least_margin: Weight = 1e-5
     """The margin is × 0.8 after every validation in which more than nine of ten edits succeed, down to this."""
-    learning_rate: float = 3e-4
+    learning_rate: Rate = 3e-4
     """Of RMSprop, for the network."""
-    multiplier_rate: float = 0.1
+    multiplier_rate: Weight = 0.1
     """Of RMSprop, for λ."""
 
     training: ClassVar[Training] = Training(steps=4000, batch_size=8, warmup=200, validate_every=250, decay=True)

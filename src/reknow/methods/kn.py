@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from reknow.bounds import Number, Share, Weight
 from reknow.edits import Edit
-from reknow.errors import EditFailed, EditRefused, ModelError, at_least
+from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
 from reknow.replay import Suffix
@@ -41,23 +42,20 @@ class KN(Method):
 
     erase: bool = False
     """Set the slots to 0 instead of moving them from the old answer to the new."""
-    steps: int = 20
+    steps: Number = 20
     """Points of the integral, from no activation to the neuron's own."""
-    threshold: float = 0.2
+    threshold: Share = 0.2
     """Attribution that a neuron needs, as a share of the largest one."""
-    share: float = 0.7
+    share: Share = 0.7
     """Share of the wordings (the prompt and the edit's rephrasings) in which a neuron must have it."""
-    old_weight: float = 0.04
+    old_weight: Weight = 0.04
     """How much of the old answer's embedding is taken from a slot (λ₁; the paper, not scaled: 1)."""
-    new_weight: float = 0.3
+    new_weight: Weight = 0.3
     """How much of the new answer's is added (λ₂; the paper, not scaled: 8)."""
     scaled: bool = True
     """Embeddings are brought to the norm of the slot first, so that the weights mean the same in any model."""
     signed: bool = True
     """Turn the change round for a neuron that is negative on the prompt, as half of a gated MLP's are."""
-
-    def __post_init__(self):
-        at_least(self, 1, "steps")
 
     @property
     def name(self) -> str:

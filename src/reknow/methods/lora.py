@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
+from reknow.bounds import Number, Rank, Rate, Seed, Weight
 from reknow.descent import check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError, MissingExtra, ModelError, at_least
+from reknow.errors import InputError, MissingExtra, ModelError
 from reknow.exclusive import undone
 from reknow.layers import resolve_layers
 from reknow.loading import carries_adapters
@@ -52,30 +53,25 @@ class LoRA(Method):
     """Layers that get adapters; None: a sixth of the model, five at most, around `suggest_layer`."""
     places: tuple[Place, ...] = ("value",)
     """Which matrices of a layer: the value matrix, the MLP's input, attention's output."""
-    rank: int = 8
+    rank: Rank = 8
     """Of each change; AdaLoRA: on average, from half as much again at the start."""
-    alpha: float = 8.0
+    alpha: Rate = 8.0
     """The product is multiplied by α / rank, and by how much larger the matrices are than 1 / √in on average."""
-    steps: int = 30
+    steps: Number = 30
     """Passes over all edits."""
-    learning_rate: float = 5e-3
+    learning_rate: Rate = 5e-3
     """Of Adam."""
-    stop_loss: float = 1e-2
+    stop_loss: Weight = 1e-2
     """End when the mean loss is below; AdaLoRA runs through all steps, since its ranks are settled at the end."""
-    batch_size: int = 32
+    batch_size: Number = 32
     """Edits per update; edits of similar length share a batch."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the first factors."""
 
     def __post_init__(self):
-        if self.kind not in get_args(Kind):
-            raise InputError(f"expected kind among {', '.join(get_args(Kind))}; got {self.kind!r}: choose one")
-        unknown = [place for place in self.places if place not in get_args(Place)]
-        if unknown or not self.places:
-            raise InputError(
-                f"expected places among {', '.join(get_args(Place))}; got {self.places}: choose from these"
-            )
-        at_least(self, 1, "rank", "steps", "batch_size")
+        super().__post_init__()
+        if not self.places:
+            raise InputError(f"expected places among {', '.join(get_args(Place))}; got none: choose from these")
 
     @property
     def name(self) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
+from reknow.bounds import Number, Rank, Rate, Weight
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import filled
@@ -43,15 +44,15 @@ READ_TOGETHER = 16
 class MALMEN(MatrixEditor):
     """A network, trained once for a model, and least squares: many edits at once."""
 
-    rank: int = 1920
+    rank: Rank = 1920
     """Of the network's matrices, at most their width."""
-    blocks: int = 2
+    blocks: Number = 2
     """Of the network."""
-    step_size: float = 1e-3
+    step_size: Rate = 1e-3
     """α at the start, in units of the matrix's root mean square."""
-    locality_weight: float = 1.0
+    locality_weight: Weight = 1.0
     """Of KL on other facts against the answers' loss."""
-    learning_rate: float = 1e-5
+    learning_rate: Rate = 1e-5
     """Of Adam, for everything that is learned."""
 
     training: ClassVar[Training] = Training(

@@ -20,9 +20,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from reknow.bounds import Number, Rank, Rate, Seed, Weight
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
-from reknow.errors import PatchError, at_least
+from reknow.errors import PatchError
 from reknow.kept import Kept, Per, on_matrix
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
@@ -43,7 +44,7 @@ class Memory(Strict):
 
     modules: list[str] = Field(min_length=1)
     unit: float = Field(ge=0)
-    radius: float = Field(ge=0)
+    radius: Weight = Field(ge=0)
     opened: Annotated[Count, Per("blocks")]
     labels: Annotated[list[list[Count]], Per("edits")]
     """Tokens of each edit's answer."""
@@ -63,28 +64,25 @@ class MELO(BesideMatrix):
 
     layer: int | None = None
     """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
-    span: int = 2
+    span: Number = 2
     """How many layers, from that one up, have blocks."""
     radius: float = 1.0
     """Of a new cluster, in units of the distance in that layer between questions of the same wording about
     different subjects (in the paper 0.5, plain)."""
-    rank: int = 2
+    rank: Rank = 2
     """Of a block."""
-    block_size: int = 4
+    block_size: Number = 4
     """Edits of one call that share a block; another call opens another block."""
-    steps: int = 100
+    steps: Number = 100
     """Updates of a block at most."""
-    learning_rate: float = 0.03
+    learning_rate: Rate = 0.03
     """Of Adam, in units in which one step moves a matrix's output by about this many of its root mean squares."""
-    stop_loss: float = 0.05
+    stop_loss: Weight = 0.05
     """A block is finished when the loss of its edits (nats a token) is below."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the blocks at the start."""
-
-    def __post_init__(self):
-        at_least(self, 1, "span", "rank", "block_size", "steps")
 
     @property
     def name(self) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reknow.bounds import Weight
 from reknow.edits import Edit
 from reknow.keys import Subjects
 from reknow.layers import resolve_layers
@@ -35,9 +36,9 @@ class Band(SearchSettings):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
-    stiffness: float = 0.1
+    stiffness: Weight = 0.1
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + stiffness) of its change in a layer."""
-    covariance_weight: float | None = None
+    covariance_weight: Weight | None = None
     """λ itself, instead of the stiffness: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
 
     def spread(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
+from reknow.bounds import Natural, Number, Rank, Rate, Seed, Weight
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.layers import resolve_layers
@@ -29,13 +30,13 @@ class MatrixEditor(Learned):
     layers: tuple[int, ...] | None = None
     """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
     field that shapes its network."""
-    other_facts: int = 2
+    other_facts: Natural = 2
     """Facts of each case that must stay, in training."""
     stay_at: StayAt = "answer"
     """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
     mean_over: MeanOver = "tokens"
     """What counts alike in the losses: every token, or every text, however long it is."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the network's first weights."""
 
     def own_layers(self, lm: LM) -> list[int]:
@@ -79,20 +80,20 @@ class MatrixEditor(Learned):
 class NetworkSettings(MatrixEditor):
     """Settings of MEND's network and of its training, for MEND and InstructEdit. No method by itself."""
 
-    rank: int = 1920
+    rank: Rank = 1920
     """Of the network's matrices, at most their width."""
     unit_gradient: bool = False
     """Every token's δ is scaled to length 1 before anything else, as the article on InstructEdit says; the released
     code of neither method does."""
-    edits_together: int = 1
+    edits_together: Number = 1
     """Edits that are made at once in training."""
-    edit_weight: float = 0.25
+    edit_weight: Weight = 0.25
     """c_e, of the edit loss against the locality loss."""
-    step_size: float = 1e-2
+    step_size: Rate = 1e-2
     """α at the start, in units of each matrix's root mean square."""
-    step_size_rate: float = 3e-4
+    step_size_rate: Weight = 3e-4
     """Learning rate of α, in the same unit."""
-    learning_rate: float = 1e-3
+    learning_rate: Rate = 1e-3
     """Of Adam, for the network."""
 
     training: ClassVar[Training] = Training(

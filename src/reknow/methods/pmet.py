@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reknow.bounds import Number, Share, Weight
 from reknow.edits import Edit
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked
@@ -30,14 +31,14 @@ if TYPE_CHECKING:
 class PMET(Band):
     """Mass editing of the MLP's share in the wanted state."""
 
-    stiffness: float = 0.03
-    steps: int = 30
-    clamp: float = 0.75
-    stop_probability: float = 1.0  # what attention took up is not written: ended early, too little is
-    stop_gain: float = 0.0
-    success_weight: float = 0.1
+    stiffness: Weight = 0.03
+    steps: Number = 30
+    clamp: Weight = 0.75
+    stop_probability: Share = 1.0  # what attention took up is not written: ended early, too little is
+    stop_gain: Weight = 0.0
+    success_weight: Weight = 0.1
     """Weight of the likelihood while the answer is the likeliest in every context."""
-    stop_drift: float = 0.01
+    stop_drift: Weight = 0.01
     """End a fact's search when that is so and the weighted drift is not above."""
 
     @property

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reknow.bounds import Natural, Number, Weight
 from reknow.edits import Edit
 from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
@@ -34,11 +35,11 @@ class ROME(SearchSettings):
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
-    clamp: float = 4.0
-    turns: int = 5
-    context_groups: tuple[tuple[int, int], ...] = ((10, 5), (10, 10))
+    clamp: Weight = 4.0
+    turns: Number = 5
+    context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))
     context_starts: tuple[str, ...] = ()
-    covariance_tokens: int = 100_000
+    covariance_tokens: Natural = 100_000
     """Tokens of general text for C; 0: C is the identity."""
     average_keys: bool = False
     """R-ROME: the mean key and the mean value everywhere."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.errors import InputError, at_least
+from reknow.bounds import Name, Natural, Number, Rate, Seed, Share, Weight
 from reknow.methods.base import Method
 from reknow.stats import covariance
 from reknow.values import ValueSearch, contexts
@@ -29,43 +29,37 @@ class SearchSettings(Method):
 
     needs_subject: ClassVar[bool] = True
 
-    steps: int = 60
+    steps: Number = 60
     """Passes of the search at most, one more than updates; in the papers 20 to 30, all of them."""
-    learning_rate: float = 0.1
+    learning_rate: Rate = 0.1
     """Of Adam in the search, in units of the root mean square of the block's output."""
-    kl_weight: float = 0.0625
+    kl_weight: Weight = 0.0625
     """Weight of the drift of what the model says of "{subject} is a"."""
-    decay: float = 0.05
+    decay: Weight = 0.05
     """Weight of the addition's length, relative to what it is added to, in the loss."""
-    clamp: float = 1.0
+    clamp: Weight = 1.0
     """Largest length of the addition, relative to what it is added to; in the papers 0.75, ROME's 4."""
     absolute: bool = False
     """Learning rate as a plain number, and decay on the length over the square of the state's, as in the papers."""
-    stop_probability: float = 0.95
+    stop_probability: Share = 0.95
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""
-    stop_gain: float = 0.005
+    stop_gain: Weight = 0.005
     """End it too once the new answer is the likeliest in every context and the loss falls by less than this per pass;
     0: never, as in the papers."""
-    turns: int = 2
+    turns: Number = 2
     """Deal the contexts into so many hands of which each pass reads the next: several times less work; 1: all of them
     in every pass, as in the papers."""
-    context_groups: tuple[tuple[int, int], ...] = ((5, 9),)
+    context_groups: tuple[tuple[Number, Number], ...] = ((5, 9),)
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
     context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
     """First words of those texts."""
-    covariance_tokens: int = 100_000
+    covariance_tokens: Natural = 100_000
     """Tokens of general text for C."""
-    covariance_text: str | None = None
+    covariance_text: Name | None = None
     """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampled contexts."""
-
-    def __post_init__(self):
-        at_least(self, 1, "steps", "turns")
-        at_least(self, 0, "learning_rate", "kl_weight", "decay", "clamp", "stop_gain", "covariance_tokens")
-        if not 0 <= self.stop_probability <= 1:
-            raise InputError(f"expected stop_probability from 0 to 1; got {self.stop_probability}: correct it")
 
     def search(self, **rest) -> ValueSearch:
         """The search with these settings; `rest` are its fields that this method does not leave to the user."""

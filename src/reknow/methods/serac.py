@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from reknow.bounds import Name, Number, Rank, Rate, Share
 from reknow.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
-from reknow.errors import InputError, PatchError, at_least
+from reknow.errors import InputError, PatchError
 from reknow.kept import Kept
 from reknow.learning.editors import Editor, open_editor, trained_settings
 from reknow.learning.loop import seeded
@@ -76,48 +77,44 @@ class SERAC(Learned, MemoryMethod):
         settings=("size", "queries", "rank"),
     )
 
-    threshold: float = 0.5
+    threshold: Share = 0.5
     """A question is in scope where p is above."""
     classifier: Literal["embedding", "cosine", "cross"] = "embedding"
     """p = exp(−‖a − b‖²) of two learned vectors, exp(cos − 1) of them, or a small transformer that reads edit and
     question together, for those of the `candidates` that the first kind finds."""
-    candidates: int = 8
+    candidates: Number = 8
     """Edits per question that the cross classifier judges."""
     approximate: bool = False
     """Search the memory with faiss, for very many edits."""
     conflict: Literal["update", "refuse"] = "update"
     """What to do with an edit that gives a stored one another answer: replace that one, or refuse. That is: the same
     prompt, or the same subject and in its scope."""
-    encoder: str | None = None
+    encoder: Name | None = None
     """Folder or name of a Hugging Face encoder whose token states the classifier reads; None: the base model's."""
-    counterfactual: str | None = None
+    counterfactual: Name | None = None
     """Folder or name of a decoder with the same tokenizer that answers in scope; None: the base model itself, both
     with a trained low-rank change."""
     template: str = "Fact: {edit} {answer}. {input}"
     """What the counterfactual model reads; the paper: `{edit} {answer} {input}`."""
-    size: int = 64
+    size: Rank = 64
     """Numbers in a vector."""
-    queries: int = 4
+    queries: Number = 4
     """Learned queries that gather it, each a share of the numbers."""
-    rank: int = 8
+    rank: Rank = 8
     """Of the counterfactual model's change of every value matrix."""
-    learning_rate: float = 5e-3
+    learning_rate: Rate = 5e-3
     """Of Adam."""
-    answered: int = 32
+    answered: Number = 32
     """Questions of a batch, at most, that the counterfactual model learns to answer; fewer make a step cheaper."""
 
     def __post_init__(self):
+        super().__post_init__()
         rest = re.sub(r"\{(edit|answer|input)\}", "", self.template)  # a format could ask for a gigabyte of spaces
         if not all(part in self.template for part in ("{edit}", "{answer}", "{input}")) or set("{}") & set(rest):
             raise InputError(
                 f"expected a template with {{edit}}, {{answer}} and {{input}} and no other braces; got "
                 f"{self.template!r}: correct it"
             )
-        if self.classifier not in ("embedding", "cosine", "cross"):
-            raise InputError(
-                f"expected classifier among embedding, cosine, cross; got {self.classifier!r}: choose one"
-            )
-        at_least(self, 1, "candidates", "size", "queries", "rank", "answered")
         if not 0 < self.threshold < 1 or self.size % self.queries:
             raise InputError(
                 "expected 0 < threshold < 1 and a size that the queries share out; "

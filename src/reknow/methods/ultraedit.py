@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from reknow.bounds import Natural, Number, Rate, Weight
 from reknow.edits import Edit
-from reknow.errors import InputError, at_least
 from reknow.kept import Kept
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
@@ -48,22 +48,17 @@ class UltraEdit(Method):
     """Layers that are changed; None: at the paper's depth, two thirds up to the last but one."""
     matrices: Literal["value", "up"] = "value"
     """Which of the MLP's: the matrix that writes to the residual stream (GPT-J), or those that read it (Llama)."""
-    turn: int = 100
+    turn: Number = 100
     """Edits that are made at once; more than these are made turn by turn."""
-    learning_rate: float = 1.0
+    learning_rate: Rate = 1.0
     """η: how far an output moves for a normalised gradient of 1, in units of the outputs' root mean square, as W's
     entries and ‖h‖ make it."""
-    learning_rate_absolute: float | None = None
+    learning_rate_absolute: Rate | None = None
     """η itself, as the paper gives it (1e-6); then it holds."""
-    ridge: float = 1.0
+    ridge: Weight = 1.0
     """Weight of the identity in the least squares."""
-    least_tokens: int = 32
+    least_tokens: Natural = 32
     """While fewer tokens were seen, statistics mean little: every h and g is divided by its own root mean square."""
-
-    def __post_init__(self):
-        if self.matrices not in ("value", "up"):
-            raise InputError(f"expected matrices among value, up; got {self.matrices!r}: choose one")
-        at_least(self, 1, "turn")
 
     @property
     def name(self) -> str:

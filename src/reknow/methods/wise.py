@@ -26,10 +26,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from reknow.bounds import Number, Part, Rate, Seed, Weight
 from reknow.datasets import load_facts
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
-from reknow.errors import InputError, PatchError, at_least
+from reknow.errors import InputError, PatchError
 from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
@@ -58,9 +59,9 @@ class Memory(Strict):
 
     modules: list[str] = Field(min_length=1, max_length=1)
     threshold: float
-    density: float = Field(gt=0, le=1)
+    density: Part = Field(gt=0, le=1)
     retrieve: bool
-    shard_size: int = Field(ge=1, lt=2**31)
+    shard_size: Number | None = Field(ge=1, lt=2**31)
 
 
 @dataclass(frozen=True)
@@ -74,25 +75,25 @@ class WISE(BesideMatrix):
 
     layer: int | None = None
     """Layer whose value matrix has a side memory; None: deep in the model."""
-    steps: int = 70
+    steps: Number = 70
     """Updates of one edit at most."""
-    learning_rate: float = 0.3
+    learning_rate: Rate = 0.3
     """Of gradient descent, such that the first step moves the weights by this many times their root mean square."""
-    clamp: float = 50.0
+    clamp: Weight = 50.0
     """Largest change of a weight, in units of their root mean square."""
-    alpha: float = 0.25
+    alpha: Weight = 0.25
     """Margin α: how far unrelated text may move, in units of the length of the matrix's output."""
-    beta: float = 1.0
+    beta: Weight = 1.0
     """Margin β: how far an edit's prompt must move, in that unit."""
-    gamma: float = 0.5
+    gamma: Weight = 0.5
     """Margin γ: how much farther an edit's prompt must move than unrelated text, in that unit."""
-    threshold: float = 0.6
+    threshold: Weight = 0.6
     """A prompt is routed when it moves farther than this share of the least that any edit moved (the paper: 0.88)."""
     absolute: bool = False
     """Learning rate, clamp and margins as plain numbers (in the paper 1, 1, 5, 20, 10)."""
-    stop_loss: float = 0.05
+    stop_loss: Weight = 0.05
     """An edit is finished when its whole loss is below."""
-    mask: float | None = None
+    mask: Part | None = None
     """Share ρ of the weights that a shard may change; None: what leaves an edit 18,000 weights, 0.2 at least."""
     shard_size: int | None = None
     """Edits per shard; None: those for which a fifth of the weights is enough, 10 at least."""
@@ -100,21 +101,14 @@ class WISE(BesideMatrix):
     """Share of each shard's largest changes that TIES keeps."""
     retrieve: bool = False
     """WISE-Retrieve: every shard is a memory of its own, and the one that a prompt moves most answers."""
-    context_groups: tuple[tuple[int, int], ...] = ((2, 5), (2, 10))
+    context_groups: tuple[tuple[Number, Number], ...] = ((2, 5), (2, 10))
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
-    unrelated: int = 16
+    unrelated: Number = 16
     """Bundled facts about other subjects that must not move, other ones for every edit."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the masks, contexts and facts."""
-
-    def __post_init__(self):
-        at_least(self, 1, "steps", "shard_size", "unrelated")
-        for name in ("mask", "density"):
-            share = getattr(self, name)
-            if share is not None and not 0 < share <= 1:
-                raise InputError(f"expected 0 < {name} ≤ 1; got {share}: correct it")
 
     @property
     def name(self) -> str:

@@ -1,0 +1,160 @@
+"""What the settings of a method, a training or a run may be: types with bounds, checked when the settings are made.
+
+The bounds stand on the fields, as `rank: Rank = 8`, and whoever shows or reads a setting takes them from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from functools import lru_cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from reknow.errors import InputError
+
+MOST = 10**9
+SHOWN = 60
+"""Characters of a wrong value that a message shows."""
+
+Number = Annotated[int, Field(ge=1, le=MOST)]
+"""How many, of what there must be one at least."""
+Natural = Annotated[int, Field(ge=0, le=MOST)]
+"""How many, of what there may be none."""
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+"""Of a matrix, or another of its sizes; no model that fits into memory has a wider one."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Rate = Annotated[float, Field(gt=0)]
+"""How fast, or how large: nothing happens at 0."""
+Weight = Annotated[float, Field(ge=0)]
+"""How much; 0 switches it off."""
+Share = Annotated[float, Field(ge=0, le=1)]
+"""A part of something, or a probability."""
+Part = Annotated[float, Field(gt=0, le=1)]
+"""Such a part that is not nothing."""
+Name = Annotated[str, Field(min_length=1)]
+"""Of a file, a folder or a model."""
+
+SIGNS = {"ge": "≥", "gt": ">"}
+"""Of the bounds that a type shows; the upper ones only keep off what is absurd."""
+WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+
+
+def check(settings: Any) -> None:
+    """Checks every field of a dataclass against its type; a list becomes a tuple, a whole number a float where one is
+    wanted.
+
+    Raises:
+        InputError: a value that its field cannot have.
+    """
+    for name, (hint, adapter) in _fields(type(settings)).items():
+        value = _fitted(name, getattr(settings, name), hint, adapter, None)
+        object.__setattr__(settings, name, value)
+
+
+def hints(owner: type) -> Mapping[str, Any]:
+    """Field → type, with its bounds, of a dataclass."""
+    return {name: hint for name, (hint, _) in _fields(owner).items()}
+
+
+def fitted(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
+    """The value as one of the type `hint`, of the setting `name`.
+
+    Args:
+        got: how a message shows it; None: as Python does.
+
+    Raises:
+        InputError: it is none.
+    """
+    return _fitted(name, value, hint, _adapter(hint), got)
+
+
+@lru_cache
+def _fields(owner: type) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
+    known = get_type_hints(owner, include_extras=True)
+    return {field.name: (known[field.name], _adapter(known[field.name])) for field in fields(owner)}
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
+
+
+def _fitted(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], got: str | None) -> Any:
+    try:
+        return adapter.validate_python(_plain(value))
+    except ValidationError as error:
+        shown = repr(value) if got is None else got
+        shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
+        bracket = any(get_origin(part) is tuple for part in _parts(hint)) and not isinstance(value, (tuple, list))
+        remedy = "put it in brackets" if got is None and bracket else "correct it"
+        raise InputError(f"expected {name} {_wanted(hint, error)}; got {shown}: {remedy}") from None
+
+
+def _plain(value: Any) -> Any:
+    """The value without what only Python knows: numpy's numbers, lists, paths."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    if isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _wanted(hint: Any, error: ValidationError) -> str:
+    """What the value ought to be: the bound that it is beyond, or the type."""
+    for part in _parts(hint):
+        if (range_ := _range(part)) is not None and error.errors()[0]["type"] != "float_type":
+            return range_
+    for one in error.errors(include_url=False):
+        for sign, limit in one.get("ctx", {}).items():
+            if sign in WORDS and not any(isinstance(step, int) for step in one["loc"]):
+                return f"{WORDS[sign]} {int(limit):,}"
+    return f"as {shown_type(hint)}"
+
+
+def shown_type(hint: Any) -> str:
+    """A type in words: `int ≥ 1 or none`, `float from 0 to 1`, `one of a, b`, `[[int, int], …]`."""
+    parts = _parts(hint)
+    if len(parts) > 1:
+        return " or ".join(map(shown_type, parts))
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        shown, bounds = shown_type(arguments[0]), _bounds(hint)
+        if (range_ := _range(hint)) is not None:
+            return f"{shown} {range_}"
+        if "min_length" in bounds:
+            return f"non-empty {shown}"
+        return " ".join([shown, *(f"{SIGNS[sign]} {bounds[sign]}" for sign in SIGNS if sign in bounds)])
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return f"[{', '.join('…' if argument is ... else shown_type(argument) for argument in arguments)}]"
+    return "none" if hint is NoneType else getattr(hint, "__name__", str(hint))
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The types of which the value has one."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _bounds(hint: Any) -> dict[str, Any]:
+    """Sign → limit of a number with bounds."""
+    infos = [part for part in get_args(hint)[1:] if isinstance(part, FieldInfo)]
+    return {sign: limit for info in infos for bound in info.metadata for sign, limit in asdict(bound).items()}
+
+
+def _range(hint: Any) -> str | None:
+    """Of a float between two bounds, in words."""
+    bounds = _bounds(hint) if get_origin(hint) is Annotated and get_args(hint)[0] is float else {}
+    if "le" not in bounds:
+        return None
+    low = f"from {bounds['ge']}" if "ge" in bounds else f"above {bounds['gt']} up"
+    return f"{low} to {bounds['le']}"
