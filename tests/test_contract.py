@@ -222,14 +222,19 @@ def test_a_subject_is_asked_for_where_it_is_needed(models, name):
         assert patch.edits == (bare,)
 
 
-@pytest.mark.parametrize("layer", [-1, 3, "1"])
-def test_layers_that_are_not_there_are_refused(models, name, layer):
+GONE, NONE = "layer from 0 to 2", "layers? as .*int"
+
+
+@pytest.mark.parametrize(("layer", "wrong"), [(-1, GONE), (3, GONE), ("1", NONE)])
+    ("layer", "wrong"), [(-1, "layer from 0 to 2"), (3, "layer from 0 to 2"), ("1", "layers? as .*int")]
+)
+def test_layers_that_are_not_there_are_refused(models, name, layer, wrong):
     lm = models["gpt2"]
     known = {field.name for field in fields(METHODS[name].method)}  # type: ignore[arg-type]
     if not known & {"layer", "layers"} or is_learned(name):
         pytest.skip("this method chooses its matrices itself, or did so when it was trained")
     changes = dict(layer=layer, layers=(layer,), context_groups=())
-    with pytest.raises(InputError, match="layer from 0 to 2"):
+    with pytest.raises(InputError, match=wrong):
         quick(name, lm, **changes).edit(lm, [EDIT])
     for layers, wrong in ((1, "put it in brackets"), ((), "empty list")) if "layers" in known else ():
         with pytest.raises(InputError, match=wrong):
@@ -250,9 +255,12 @@ def test_searches_refuse_rates_below_zero_and_what_is_no_probability():
     searches = [name for name, entry in METHODS.items() if issubclass(entry.method, SearchSettings)]
     assert {"rome", "memit", "emmet", "pmet", "alphaedit"} <= set(searches)
     for name in searches:
-        for field in ("learning_rate", "kl_weight", "decay", "clamp", "stop_gain", "covariance_tokens"):
+        for field in ("kl_weight", "decay", "clamp", "stop_gain", "covariance_tokens"):
             with pytest.raises(InputError, match=f"expected {field} of at least 0; got -1"):
                 method(name, **{field: -1})
+        for wrong in (-1, 0):
+            with pytest.raises(InputError, match=f"expected learning_rate above 0; got {wrong}"):
+                method(name, learning_rate=wrong)
         for wrong in (-0.1, 2.0, torch.nan):
             with pytest.raises(InputError, match="expected stop_probability from 0 to 1; got"):
                 method(name, stop_probability=wrong)

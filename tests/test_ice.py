@@ -222,7 +222,7 @@ def test_a_missing_context_and_too_long_a_text_are_refused(lm, edit):
     with pytest.raises(InputError, match="at least one layer"):
         ICE(layers=()).edit(lm, [edit])
     with pytest.raises(EditFailed, match="learning_rate"):
-        ICE(layers=(1,), learning_rate=float("inf"), clamp=None).edit(lm, [edit])
+        ICE(layers=(1,), learning_rate=1e38, clamp=None).edit(lm, [edit])
 
 
 # --- sampling and scoring
@@ -289,5 +289,6 @@ def test_matrices_are_used_only_while_open(lm, edit):
 
 @pytest.mark.parametrize("name", ["learning_rate", "learning_rate_absolute", "clamp", "clamp_absolute"])
 def test_a_rate_or_bound_below_nothing_is_refused(lm, edit, name):
-    with pytest.raises(InputError, match=f"expected {name} of at least 0; got -1.0"):
+    least = "above 0" if name.startswith("learning_rate") else "of at least 0"
+    with pytest.raises(InputError, match=f"expected {name} {least}; got -1.0"):
         ICE(layers=(1,), **{name: -1.0}).edit(lm, [edit])

@@ -229,12 +229,12 @@ def test_contract(family, tmp_path):
 
 
 def test_bad_settings_and_files(roomy, tmp_path):
-    with pytest.raises(InputError, match="update or refuse"):
+    with pytest.raises(InputError, match="one of update, refuse"):
         IKE(conflict="ask").edit(roomy, [EDIT])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="demonstrations of at least 0"):
         IKE(demonstrations=-1)
-    for shares in ((0, 0, 0), (1, 2), (1, 2, 3, 4)):
-        with pytest.raises(InputError, match="expected three shares"):
+    for shares, wrong in (((0, 0, 0), "three shares"), ((1, 2), "shares as"), ((1, 2, 3, 4), "shares as")):
+        with pytest.raises(InputError, match=f"expected {wrong}"):
             IKE(shares=shares)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="has no generalization probe"):
         IKE().fit(roomy, [Case(EDIT)], tmp_path / "none.jsonl")

@@ -44,7 +44,7 @@ class Memory(Strict):
 
     modules: list[str] = Field(min_length=1)
     unit: float = Field(ge=0)
-    radius: Weight = Field(ge=0)
+    radius: float = Field(ge=0)
     opened: Annotated[Count, Per("blocks")]
     labels: Annotated[list[list[Count]], Per("edits")]
     """Tokens of each edit's answer."""
@@ -66,7 +66,7 @@ class MELO(BesideMatrix):
     """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
     span: Number = 2
     """How many layers, from that one up, have blocks."""
-    radius: float = 1.0
+    radius: Weight = 1.0
     """Of a new cluster, in units of the distance in that layer between questions of the same wording about
     different subjects (in the paper 0.5, plain)."""
     rank: Rank = 2

@@ -59,9 +59,9 @@ class Memory(Strict):
 
     modules: list[str] = Field(min_length=1, max_length=1)
     threshold: float
-    density: Part = Field(gt=0, le=1)
+    density: float = Field(gt=0, le=1)
     retrieve: bool
-    shard_size: Number | None = Field(ge=1, lt=2**31)
+    shard_size: int = Field(ge=1, lt=2**31)
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class WISE(BesideMatrix):
     """An edit is finished when its whole loss is below."""
     mask: Part | None = None
     """Share ρ of the weights that a shard may change; None: what leaves an edit 18,000 weights, 0.2 at least."""
-    shard_size: int | None = None
+    shard_size: Number | None = None
     """Edits per shard; None: those for which a fifth of the weights is enough, 10 at least."""
-    density: float = 0.53
+    density: Part = 0.53
     """Share of each shard's largest changes that TIES keeps."""
     retrieve: bool = False
     """WISE-Retrieve: every shard is a memory of its own, and the one that a prompt moves most answers."""
