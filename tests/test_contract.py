@@ -226,8 +226,6 @@ GONE, NONE = "layer from 0 to 2", "layers? as .*int"
 
 
 @pytest.mark.parametrize(("layer", "wrong"), [(-1, GONE), (3, GONE), ("1", NONE)])
-    ("layer", "wrong"), [(-1, "layer from 0 to 2"), (3, "layer from 0 to 2"), ("1", "layers? as .*int")]
-)
 def test_layers_that_are_not_there_are_refused(models, name, layer, wrong):
     lm = models["gpt2"]
     known = {field.name for field in fields(METHODS[name].method)}  # type: ignore[arg-type]
