@@ -15,6 +15,7 @@ from reknow import FT, LM, Edit
 from reknow.cli.app import app
 from reknow.effect import observe
 from reknow.locate import Tracing, said_first, trace_prompt
+from reknow.methods.kn import _said
 from reknow.restoration import Prompt, restorations
 from reknow.tokens import Text
 
@@ -100,3 +101,9 @@ def test_the_command_counts_whole_answers(tmp_path, monkeypatch):
     assert shown.exit_code == 0 and "the new answer comes first in 0 of 1 prompts" in shown.stdout
     told = json.loads(CliRunner().invoke(app, [*asked, "--set", "steps=1", "--out", "e.patch", "--json"]).stdout)
     assert told["after"]["standings"][0]["said"] is False and told["after"]["standings"][0]["rank"] > 1
+
+
+def test_the_old_answer_of_knowledge_neurons_is_a_whole_number_or_character(knowing):
+    (year,) = knowing.encode([Text.asked(YEAR)])
+    assert knowing.tokenizer.decode(year.target_ids[:3]) != " 1945"
+    assert _said(knowing, YEAR.text) == "1945" and _said(knowing, CHARACTER.text) == "京"

@@ -132,3 +132,11 @@ def test_a_number_is_what_the_model_shall_say():
     assert (edit.subject, edit.target_new, edit.target_true) == ("1984", "1945", "3.5")
     with pytest.raises(InputError, match="target_new"):
         Edit("x", target_new=True)
+
+
+def test_a_prompt_in_another_unicode_form_or_with_a_space_behind_is_the_same_prompt(lm):
+    prompt = "The mother tongue of Zoë Übel is"
+    for other in (decomposed(prompt), prompt + " "):
+        with pytest.raises(InputError, match="shall be both"):
+            FT(layer=1, steps=1).edit(lm, [Edit(prompt, target_new="English"), Edit(other, target_new="French")])
+        FT(layer=1, steps=1).edit(lm, [Edit(prompt, target_new="Zoë"), Edit(other, target_new=decomposed("Zoë"))])

@@ -142,6 +142,11 @@ def _kind(character: str) -> str:
 _ALIKE = str.maketrans({**{c: "'" for c in "’‘ʼ´"}, **{c: '"' for c in "“”„«»"}, **{c: "-" for c in "‐‑–−"}})
 
 
+def plain(text: str) -> str:
+    """A text as what it says, whatever Unicode's form of its characters and the spaces around: to tell equal ones."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def places(text: str, wanted: str) -> list[tuple[int, int]]:
     """Where a text holds another one: (first character, the one behind the last).
 
@@ -150,9 +155,9 @@ def places(text: str, wanted: str) -> list[tuple[int, int]]:
     """
     if exact := [found.span() for found in re.finditer(re.escape(wanted), text)]:
         return exact
-    plain, spans = _plain(text)
-    sought, _ = _plain(wanted)
-    found = [at.span() for at in re.finditer(re.escape(sought), plain)] if sought else []
+    folded, spans = _folded(text)
+    sought, _ = _folded(wanted)
+    found = [at.span() for at in re.finditer(re.escape(sought), folded)] if sought else []
     whole = [None, *spans, None]  # a character that became several is found whole or not at all
     return [
         (spans[start][0], spans[end - 1][1])
@@ -176,7 +181,7 @@ def _named(character: str) -> str:
     return f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
 
 
-def _plain(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
     """The text in one form of its characters, and for each of these where it comes from."""
     plain: list[str] = []
     spans: list[tuple[int, int]] = []

@@ -23,6 +23,7 @@ from reknow.layers import depth_layer
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
 from reknow.templates import sections
+from reknow.writing import plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -185,7 +186,7 @@ def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     if not edits:
         raise InputError(f"expected at least one edit for {method.name}; got none: give an Edit")
-    answers: dict[str, str] = {}
+    answers: dict[str, Edit] = {}
     for edit in edits:
         if method.needs_subject and edit.subject is None:
             raise EditRefused(
@@ -194,9 +195,10 @@ def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
                 f"needs none: {', '.join(_without_subject())}",
                 edit,
             )
-        if answers.setdefault(edit.text, edit.target_new) != edit.target_new:
+        other = answers.setdefault(plain(edit.text), edit)
+        if plain(other.target_new) != plain(edit.target_new):
             raise EditRefused(
-                f"expected edits that agree; {edit.text!r} shall be both {answers[edit.text]!r} and "
+                f"expected edits that agree; {edit.text!r} shall be both {other.target_new!r} and "
                 f"{edit.target_new!r}: keep one of them",
                 edit,
             )
@@ -244,11 +246,12 @@ def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) 
     Raises:
         InputError, EditRefused: see `settled`.
     """
-    stored = {edit.text: edit.target_new for patch in versions(lm.patches, method.name) for edit in patch.edits}
+    edited = [edit for patch in versions(lm.patches, method.name) for edit in patch.edits]
+    stored = {plain(edit.text): edit.target_new for edit in edited}
     found = [
-        ({"prompt": edit.text, "old": stored[edit.text], "new": edit.target_new}, edit)
+        ({"prompt": edit.text, "old": stored[plain(edit.text)], "new": edit.target_new}, edit)
         for edit in edits
-        if stored.get(edit.text, edit.target_new) != edit.target_new
+        if plain(stored.get(plain(edit.text), edit.target_new)) != plain(edit.target_new)
     ]
     return settled(method, found, wanted)
 

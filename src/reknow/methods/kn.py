@@ -24,6 +24,7 @@ from torch import Tensor
 from reknow.bounds import Number, Share, Weight
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
+from reknow.locate import LONGEST_ANSWER, UNFINISHED
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
 from reknow.replay import Suffix
@@ -71,7 +72,7 @@ class KN(Method):
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def _edit_one(self, lm: LM, edit: Edit) -> Patch:
-        old = edit.target_true or lm.generate([edit.text], 3)[0].strip()
+        old = edit.target_true or _said(lm, edit.text)
         if not old:
             raise EditRefused(
                 f"kn looks for the neurons of the old answer; {edit.text!r} has none and the model says nothing: "
@@ -127,6 +128,17 @@ class KN(Method):
             size = slots.norm(dim=0) / embedding.norm() if self.scaled else torch.ones_like(slots[0])
             change += weight * embedding[:, None] * size
         return change
+
+
+def _said(lm: LM, prompt: str) -> str:
+    """What the model says in three tokens, and what is left of a number or a character in which they end."""
+    said = lm.generate([prompt], 3)[0]
+    known = said.rstrip(UNFINISHED)
+    if known == said and not said[-1:].isdigit():
+        return said.strip()
+    left = lm.generate([prompt], LONGEST_ANSWER)[0][len(known) :]
+    more = len(left) - len(left.lstrip("0123456789")) if known == said else 1
+    return (known + left[:more]).strip()
 
 
 def attributions(lm: LM, prompt: str, answer: str, steps: int, separator: str | None = None) -> Tensor:
