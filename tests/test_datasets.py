@@ -346,6 +346,10 @@ def test_zsre_with_portability(tmp_path):
         ("東京タワーの高さ", "東京", ("{}タワーの高さ", "東京")),
         ("C++ (1985) is", "C++", ("{} (1985) is", "C++")),
         ("who wrote it?", "Hamlet", ("who wrote it?", None)),
+        ("who wrote {}?", "Hamlet", ("who wrote {}?", "Hamlet")),
+        ("{}的作者是", "哈姆雷特", ("{}的作者是", "哈姆雷特")),
+        ("what is {} in Python?", "Python", ("what is {} in Python?", None)),  # which of the two is meant?
+        ("from {} to {}", "Rome", ("from {} to {}", None)),
     ],
 )
 def test_place_subject(prompt, subject, expected):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
 from conftest import make_lm
+from mutations import altered, flipped
 from reknow import FT, ROME, Case, Edit, Probe
 from reknow.datasets import DATASETS, address, load_cases, load_edits
 from reknow.errors import InputError
@@ -262,6 +264,25 @@ def test_a_file_of_no_known_form_names_its_fields_and_the_forms(tmp_path):
 )
 def test_what_bench_is_given_is_a_name_or_a_file(text, wanted):
     assert tuple(address(text)) == wanted
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_are_read_or_refused_with_their_name(tmp_path, seed):
+    """What the text of a JSON file may hold, and bytes: 150 of both in each seed."""
+    chance, path = random.Random(seed), tmp_path / "file.json"
+    forms = [COUNTERFACT, ZSRE, EASYEDIT, KNOWEDIT, FASTEDIT, CKNOWEDIT, MQUAKE, UNKE, OWN]
+    refused: list[str] = []
+    for _ in range(150):
+        records = [chance.choice(forms)] * chance.choice((1, 2))
+        whole = json.dumps(records, ensure_ascii=False).encode()
+        content = altered(records, chance).encode() if chance.random() < 0.7 else flipped(whole, chance)
+        path.write_bytes(content)
+        for load in (lambda: load_cases(path=path, refused=refused), lambda: load_edits(path)):
+            try:
+                load()
+            except InputError as error:
+                refused.append(str(error))
+    assert len(refused) > 50 and all(str(path) in sentence for sentence in refused)
 
 
 # ---- several edits in one case

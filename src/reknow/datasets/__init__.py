@@ -133,7 +133,7 @@ def _cases(
         try:
             case = source.read(name, record)
         except InputError as error:
-            problems[record.index] = str(error)
+            problems[record.index] = record.placed(error)
             continue
         if case is not None and case.edit.id in ids:
             problems[record.index] = (

@@ -13,9 +13,7 @@ def read_case(name: str, record: Record) -> Case:
     `queries` become generalization `query`: its authors write them to look at what the model then answers.
     """
     target = record.text("target")
-    prompt, subject = record.text("prompt"), record.text("subject")
-    if "{}" not in prompt:
-        prompt, subject = place_subject(prompt, subject)
+    prompt, subject = place_subject(record.text("prompt"), record.text("subject"))
     edit = record.edit(prompt, subject=subject, target_new=target, id=f"{name}/{record.index}")
     queries = optional(record, "queries")
     return Case(edit, tuple(Probe(query, (target,), "generalization", "query") for query in queries))

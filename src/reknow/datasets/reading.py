@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from reknow.datasets.sources import read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
+from reknow.templates import sections
 from reknow.writing import places
 
 
@@ -97,7 +98,12 @@ class Record:
         try:
             return Edit(prompt, **fields)
         except InputError as error:
-            raise InputError(f"{self.where}: {error}") from None
+            raise InputError(self.placed(error)) from None
+
+    def placed(self, error: InputError) -> str:
+        """The complaint, with this record's place in front if it does not begin with it."""
+        text = str(error)
+        return text if text.startswith(self.where) else f"{self.where}: {text}"
 
 
 DEEPEST = 100
@@ -293,8 +299,8 @@ def refuse_repeated(ids: Iterable[str | None], name: str) -> None:
 def place_subject(prompt: str, subject: str) -> tuple[str, str | None]:
     """The prompt with `{}`, and the subject as the prompt spells it; `(prompt, None)` if it is absent.
 
-    Whole words come before parts of words, exact case before any case, and of several places the last:
-    a model has read most about the subject there.
+    Whole words come before parts of words, exact case before any case, and of several places the last: a model has
+    read most about the subject there. A `{}` that stands there already is the place where no other names the subject.
     """
     word = rf"(?<!\w){re.escape(subject)}(?!\w)"
     for pattern, flags in ((word, 0), (word, re.IGNORECASE), (re.escape(subject), 0)):
@@ -305,4 +311,4 @@ def place_subject(prompt: str, subject: str) -> tuple[str, str | None]:
     if "{}" not in prompt and (alike := places(prompt, subject)):
         start, end = alike[-1]
         return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]
-    return prompt, None
+    return prompt, subject if len(sections(prompt)) == 2 and not places(prompt, subject) else None
