@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from conftest import make_lm, some_patch
 from reknow import LM
 from reknow.cli import app
+from reknow.cli.places import trace_place
 from reknow.errors import InputError
 from reknow.export import export_checkpoint, export_lora
 from reknow.files import folder_aside, write_text
@@ -222,3 +223,57 @@ def test_modes_are_those_of_the_users_other_files(here, base, patch, umask):
     for path in here.rglob("*"):
         wanted = (0o777 if path.is_dir() else 0o666) & ~umask
         assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+
+
+# --- folders that grow -----------------------------------------------------------------------------------
+
+GROWING = {
+    "bench": (["bench", "--limit", "1"], "cases.jsonl"),
+    "bench, a report": (["bench", "--limit", "1"], "report.md"),
+    "bench, a figure": (["bench", "--limit", "1"], "figure1.png"),
+    "demo": (["demo"], "before.jsonl"),
+    "train": (["train", "mend"], "editor.safetensors"),
+    "study": (["study", "tasks"], "tasks.md"),
+    "instruct": (["instruct"], "instructions.json"),
+    "trace, a picture": (["trace", "{Peru} is"], "trace.svg"),
+    "trace, traces": (["trace"], "traces.jsonl"),
+    "trace, traces by force": (["trace", "--force"], "traces.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_files_from_elsewhere_are_not_written_over(here, base, name):
+    """Refused before a model is opened, so that nothing is computed in vain."""
+    command, file = GROWING[name]
+    write_text(f"mine/{file}", "years of work")
+    found = refused(*command, "--model", base, "--out", "mine")
+    assert file in found and ("from elsewhere" in found or "something else" in found)
+    assert os.listdir("mine") == [file] and (here / "mine" / file).read_text() == "years of work"
+    assert "is read from" in refused(*command, "--model", base, "--out", base)
+    write_text("file", "no folder")
+    assert "expected a folder" in refused(*command, "--model", base, "--out", "file")
+    assert "too long" in refused(*command, "--model", base, "--out", "x" * 256)
+
+
+def test_a_folder_is_taken_up_again_by_what_wrote_there(here, base):
+    trace = ["trace", "The capital of {Peru} is", "--model", base, "--samples", "2", "--out", "traced"]
+    for _ in range(2):
+        result = CliRunner().invoke(app, trace)
+        assert result.exit_code == 0, result.output
+    assert sorted(os.listdir("traced")) == [MARK, "trace.png", "trace.svg"]
+    os.unlink(f"traced/{MARK}")  # as versions before left it
+    assert "trace.png from elsewhere" in refused(*trace)
+    assert trace_place(here / "traced", base, force=True) == here / "traced"
+
+
+def test_a_report_goes_elsewhere_and_there_again(here, base):
+    quick = ["--methods", "ft-m", "--set", "steps=1", "--set", "layer=1", "--no-fluency", "--no-generate"]
+    result = CliRunner().invoke(app, ["bench", "--model", base, "--limit", "1", *quick, "--out", "run"])
+    assert result.exit_code == 0, result.output
+    write_text("paper/report.md", "years of work")
+    assert "report.md from elsewhere" in refused("report", "run", "--out", "paper")
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["report", "run", "--out", "pages"]).exit_code == 0
+    assert (here / "paper" / "report.md").read_text() == "years of work"
+    assert CliRunner().invoke(app, ["report", "here-is-no-run", "--out", "none"]).exit_code == 2
+    assert not os.path.exists("none")

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from reknow.errors import InputError
+from reknow.files import write_text
 
 MARK = "reknow.json"
 """In an exported folder: which command wrote it, which files, and what they are."""
@@ -70,7 +71,7 @@ def growing_folder(
     """The path of a folder that a command writes into and takes up again, with `~` resolved.
 
     Args:
-        own: names that show that the command has been there before.
+        own: what shows that the command has been there before, as patterns.
         written: what it writes, as patterns.
 
     Raises:
@@ -82,7 +83,7 @@ def growing_folder(
     for source in _places(sources):
         if path.resolve() == source:
             raise InputError(f"expected a folder of its own; {path} is read from: choose another name")
-    if not any((path / name).exists() for name in own):
+    if not any(True for pattern in own for _ in path.glob(pattern)):
         for found in (found for pattern in written for found in sorted(path.glob(pattern))):
             raise InputError(
                 f"expected a new folder, or one that `reknow {command}` wrote; {path} holds {found.name} from "
@@ -124,6 +125,13 @@ def mark_files(folder: Path, about: dict) -> None:
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     mark = {"written_by": "reknow export", **about, "files": files}
     (folder / MARK).write_text(json.dumps(mark, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def mark_folder(folder: Path, command: str) -> Path:
+    """Makes the folder, and notes in it which command writes there, unless something is noted already."""
+    if not (folder / MARK).exists():
+        write_text(folder / MARK, json.dumps({"written_by": f"reknow {command}"}))
+    return folder
 
 
 def _free(path: Path, force: bool, sources: Iterable[str | Path | None]) -> Path:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.places import run_place
 from reknow.cli.terminal import DEMO, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
 from reknow.errors import EditFailed
 
@@ -41,6 +42,7 @@ def demo(
     from reknow.effect import known_cases, weight_bits
 
     started = time.perf_counter()
+    out = run_place(out or run_folder("demo-quick" if quick else "demo", model), "demo", model)[""]
     lm = open_lm(model, None, None, tokenizer, own_code)
     bits = weight_bits(lm.model)
     candidates = load_cases("counterfact", limit=CANDIDATES)
@@ -51,7 +53,6 @@ def demo(
     cases = (known or candidates)[: 6 if quick else 20]
 
     patches = _show(lm, cases[: 2 if quick else 4])
-    out = out or run_folder("demo-quick" if quick else "demo", model)
     _measure(lm, cases, out, quick)
     _take_back(lm, patches, bits)
     say(f"{time.perf_counter() - started:.0f} s in all")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.places import instructions_place
 from reknow.cli.terminal import DEMO, Device, Dtype, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
 from reknow.errors import InputError, did_you_mean
 
@@ -49,6 +50,7 @@ def instruct(
     from reknow.instructions import Rewriter, Search, Trial, Writer, load_families, save_families, search
     from reknow.instructions.trial import Material
     from reknow.llm import LLM
+    from reknow.outputs import mark_folder
 
     known = load_families(families)
     wanted = [name.strip() for name in tasks.split(",")] if tasks else list(known)
@@ -62,8 +64,9 @@ def instruct(
         family.texts()  # refused here, before anything is trained
     settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
     writer: Proposer = Rewriter(seed) if proposer is None else Writer(LLM(proposer, server))
+    out = instructions_place(out or run_folder("instruct", model), model)
     lm = open_lm(model, dtype, device, tokenizer, own_code)
-    out = out or run_folder("instruct", model)
+    mark_folder(out, "instruct")
     started = time.perf_counter()
     method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
     trial = Trial(lm, method, {family.name: Material.of(family).trial for family in chosen})

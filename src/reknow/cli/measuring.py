@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from reknow.cli.places import report_place, run_place
 from reknow.cli.terminal import (
     DEMO,
     Chat,
@@ -86,6 +87,8 @@ def bench(
     from reknow.evaluation.convergence import inside
     from reknow.evaluation.presets import PRESETS
 
+    if out is not None:
+        out = run_place(out, "bench", model)[""]
     if list_presets:
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
     study = _study(preset, full, data, limit)
@@ -100,12 +103,13 @@ def bench(
     if names is None:
         chosen = _ready(lm, chosen)
     out = out or run_folder(preset or "+".join(sets), model)
+    folders = run_place(out, "bench", model, sets)
     if study.part == "convergence":
         inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out, progress=True)
         return report(out)
     found = []
     for name, cases in sets.items():
-        folder = out / name if len(sets) > 1 else out
+        folder = folders[name]
         bad = [sentence for part in name.split("+") for sentence in refused.get(part, [])]
         found.append(run(lm, cases, chosen, folder, dataset=name, plan=plan, refused=bad, progress=True))
         say(*([f"== {name}"] if len(sets) > 1 else []), str(found[-1]), "", f"run folder: {folder}")
@@ -238,11 +242,16 @@ def report(
     from reknow.evaluation import Results
     from reknow.evaluation.convergence import ROWS_FILE
     from reknow.evaluation.rows import MANIFEST_FILE
+    from reknow.outputs import mark_folder
     from reknow.report import write_report
     from reknow.report.convergence import write_convergence
     from reknow.report.study import by_set, write_study
 
-    if (run / ROWS_FILE).exists():
+    out = None if out is None else report_place(run, out)
+    inside = (run / ROWS_FILE).exists()
+    if out is not None and (inside or any(run.glob(f"**/{MANIFEST_FILE}"))):
+        mark_folder(out, "report")
+    if inside:
         return say(f"report: {write_convergence(run, out)}")
     whole = (run / MANIFEST_FILE).exists()
     parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from reknow.cli.places import study_place
 from reknow.cli.terminal import (
     DEMO,
     Device,
@@ -62,8 +63,8 @@ def study(
         raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
     size = Size(**{**(FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
+    out = study_place(out or run_folder("instructedit", model), name, model)
     lm = open_lm(model, dtype, device, tokenizer, own_code)
-    out = out or run_folder("instructedit", model)
     chosen = None if families is None else str(families)
     if name == "gradients":
         return say(*gradient_study(lm, out, size, families=chosen, say=say))

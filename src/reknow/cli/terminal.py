@@ -56,7 +56,7 @@ ChatSet = Annotated[
 NoStats = Annotated[
     bool, typer.Option("--no-stats", help="Read no text for statistics: refuse methods that need some not kept yet.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Overwrite what exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file, or a folder that reknow wrote.")]
 Encoding = Annotated[
     str | None,
     typer.Option("--encoding", help="Of the file, such as cp1252 or gb18030. [utf-8, or as its mark says]"),

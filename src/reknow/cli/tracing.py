@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.places import TRACES, trace_place
 from reknow.cli.terminal import (
     DEMO,
     Device,
@@ -28,8 +29,6 @@ from reknow.errors import InputError
 if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.locate import AverageEffects, Trace, Tracing
-
-TRACES = "traces.jsonl"
 
 
 def trace(
@@ -57,6 +56,8 @@ def trace(
     """
     from reknow.locate import Tracing
 
+    if not layers:
+        out = trace_place(out, model, force)
     lm = open_lm(model, dtype, device, tokenizer, own_code)
     if layers:
         return _say_layers(lm, as_json)
@@ -87,12 +88,14 @@ def _trace_one(lm: LM, prompt: str, settings: Tracing, out: Path, as_json: bool)
     from reknow.datasets import load_facts
     from reknow.edits import Edit
     from reknow.locate import embedding_spread, trace_prompt
+    from reknow.outputs import mark_folder
     from reknow.report.trace_plots import save_figure, trace_figure
 
     edit = Edit.parse(prompt, "?")
     if edit.subject is None:
         raise InputError(f"expected a subject in braces to trace; got {prompt!r}: mark it, as in '{{France}} is in'")
     found = trace_prompt(lm, edit.prompt, edit.subject, embedding_spread(lm, load_facts("known_1000")), settings)
+    mark_folder(out, "trace")
     pictures = save_figure(trace_figure(found), out / "trace")
     if as_json:
         return say_json(found.as_json())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.places import training_place
 from reknow.cli.terminal import (
     DEMO,
     Chat,
@@ -60,9 +61,9 @@ def train(
     reknow train mend --data counterfact --data zsre --out runs/mend
     """
     chosen, training = settled(method, settings)
+    out = training_place(out or run_folder(f"train-{method}", model), model)
     cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
     lm = open_lm(model, dtype, device or _own_gpu(), tokenizer, own_code, chat, chat_set)
-    out = out or run_folder(f"train-{method}", model)
     trained = chosen.fit(lm, cases, out, training, progress=True)
     _say_result(trained, out)
 
