@@ -167,7 +167,7 @@ def test_half_precision_is_measured_alike(built, family, dtype):
 REFUSED = {
     "mixtral": (ROPE | dict(num_local_experts=4), "mixture of experts .num_local_experts."),
     "qwen2_moe": (ROPE | dict(num_experts=4), "mixture of experts .num_experts."),
-    "deepseek_v3": (ROPE, "mixture of experts .n_routed_experts."),
+    "deepseek_v3": (ROPE | dict(first_k_dense_replace=1), "mixture of experts .n_routed_experts."),
     "mamba": (dict(hidden_size=32, num_hidden_layers=2), "no matrices from the hidden state"),
     "rwkv": (dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), "no matrices from the hidden"),
     "recurrent_gemma": (ROPE | dict(head_dim=8, lru_width=32), "padding changes its logits"),

@@ -106,7 +106,7 @@ def find_parts(model: PreTrainedModel) -> Parts:
         raise _refusal(model, "it is an encoder-decoder")
     counts = {name: count for name, count in vars(config).items() if "experts" in name and "per_tok" not in name}
     experts = [name for name, count in counts.items() if isinstance(count, int) and count > 1]
-    if experts:
+    if experts and _has_experts(model):  # a dense model may have the field too
         raise _refusal(
             model, f"it is a mixture of experts ({experts[0]}), which has no single value matrix per layer"
         )
@@ -119,6 +119,13 @@ def find_parts(model: PreTrainedModel) -> Parts:
     tail = [name for name in calls[last + 1 :] if name.startswith(f"{stack}.") and name.rpartition(".")[0] == stack]
     value, up, attention_out = zip(*layers, strict=True)
     return Parts(stack, tuple(blocks), tuple(tail), value, up, attention_out, hidden_size)
+
+
+def _has_experts(model: PreTrainedModel) -> bool:
+    """Whether a parameter or the class of a module is called after experts."""
+    parameters = (name.lower() for name, _ in model.named_parameters())
+    classes = (type(module).__name__.lower() for module in model.modules())
+    return any("expert" in name or "moe" in name for name in parameters) or any("expert" in name for name in classes)
 
 
 def _refusal(model: PreTrainedModel, why: str) -> ModelError:
@@ -231,6 +238,8 @@ def _measure(lm: LM, batch: Batch, column: int, scored: tuple[Tensor, Tensor], t
     block = parts.blocks[layer]
     with recorded(lm.model, outputs=[block]) as (_, before):
         lm.forward(batch.ids, batch.mask, batch.positions, None)
+    if before[block].shape[:-1] != batch.ids.shape:
+        raise _refusal(lm.model, "its blocks hand on several states for a token, or none, where an edit wants one")
     spread = before[block][:, column].float().std()
     delta = torch.randn(len(batch.ids), parts.hidden_size, generator=generator).to(lm.device) * spread
     with (
