@@ -18,6 +18,7 @@ from reknow.errors import EditFailed, EditRefused, InputError, TextRefused
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.editing import edit_once
 from reknow.learning.editors import Editor, case_keys
+from reknow.report.page import write_report
 from reknow.tokens import Text
 
 QUICK = FT(layer=2, steps=3, learning_rate=0.1)
@@ -172,16 +173,32 @@ def test_a_case_that_cannot_be_read_stays_out_of_a_sequence_and_out_of_the_conte
     assert [row["readings"] == [] for row in results if row["method"] == "ft-m"] == [False, False, True, True]
 
 
-def test_a_case_that_a_memory_makes_too_long_to_read_fails_alone():
+def test_a_case_that_a_memory_makes_too_long_to_read_fails_alone(tmp_path):
     lm, long = make_lm(), Probe("Peru " * 36, ("Lima",), "locality", "fits without what IKE puts in front")
     cases = [THREE[0], replace(THREE[2], probes=(long,)), THREE[1]]
-    results = evaluate(lm, cases, IKE(demonstrations=0), fluency=False)
+    results = bench(lm, cases, [IKE(demonstrations=0), QUICK], tmp_path, plan=Plan(fluency=False))
     assert [len(row["readings"]) for row in results.before.values()] == [2, 2, 2]
-    assert [len(row["readings"]) for row in results.rows.values()] == [2, 0, 2]
-    assert list(results.failed["ike-zero"]) == ["1"]
+    assert [len(row["readings"]) for row in results.rows.values()] == [2, 0, 2, 2, 2, 2]
+    assert {method: list(cases) for method, cases in results.failed.items()} == {"ike-zero": ["1"]}
+    read = [results.cells[name, "after_edit", "locality@generated"].cases for name in ("ike-zero", "ft-m")]
+    assert read == [2, 3]
+    page = write_report(tmp_path).read_text("utf-8")
+    assert "Failed edits: 1." in page and "expected texts of at most 128 tokens" in page
+    assert len(bench(make_lm(), cases, [IKE(demonstrations=0), QUICK], tmp_path, plan=Plan(fluency=False)).rows) == 6
+    assert len(rows_of(tmp_path)) == 6
     alone = evaluate(lm, [cases[0], cases[2]], IKE(demonstrations=0), fluency=False)
-    found = [row["readings"] for row in results.rows.values() if row["readings"]]
+    found = [row["readings"] for row in list(results.rows.values())[:3] if row["readings"]]
     assert found == [row["readings"] for row in alone.rows.values()]
+
+
+def test_a_run_of_nothing_but_cases_that_cannot_be_read_still_has_results(tmp_path):
+    case = replace(THREE[0], probes=(Probe("Peru " * 140, ("Lima",), "locality", "long"),))
+    results = bench(make_lm(), [case], [QUICK], tmp_path)
+    assert "Failed edits, which count as no success: ft-m 1 of 1. The first: 0, expected texts" in str(results)
+    assert results.cells["ft-m", "after_edit", "failed@edit"].mean == 1.0
+    assert "expected texts of at most 128 tokens" in write_report(tmp_path).read_text("utf-8")
+    with pytest.raises(EditFailed, match="all 1 failed"):
+        results.refuse_lost()
 
 
 def test_a_training_begins_without_cases_that_the_model_cannot_read(tmp_path, caplog):

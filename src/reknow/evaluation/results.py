@@ -148,7 +148,9 @@ class Results:
                 if value is not None:
                     found[UNEDITED][case][key].append(value)
         for row in sorted(self.rows.values(), key=self._order):
-            values = case_metrics(readings(row), before[row["case"]], failed=row["error"] is not None)
+            now = readings(row)
+            then = before[row["case"]] if now else ()
+            values = case_metrics(now, then, failed=row["error"] is not None)
             values["perplexity@held_out"] = row["held_out_perplexity"]
             if row["stage"] == "after_edit" or row["mode"] == "batch":
                 values |= {f"{name}@edit": row.get(name) for name in COSTS}

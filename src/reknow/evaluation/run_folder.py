@@ -112,6 +112,8 @@ class RunManifest(Strict):
     dtype: str
     started: str = ""
     machine: dict[str, JsonValue] = Field(default_factory=dict)
+    refused: list[str] = Field(default_factory=list)
+    """Why records of the data set are no cases."""
     settings: RunSettings
 
 
@@ -169,7 +171,8 @@ def _odd(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[tup
         return "stage"
     if (then := asked.get((row["case"],))) is None:
         return "case"
-    if _questions(then) != _questions(row):
+    unread = row["error"] is not None and not row["readings"]  # its texts are too long for the model
+    if not unread and _questions(then) != _questions(row):
         return "list of questions"
     return None
 

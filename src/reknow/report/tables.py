@@ -56,7 +56,8 @@ def cards(results: Results) -> Iterator[Card]:
     settings = results.manifest["settings"]
     for (case,), row in results.before.items():
         keys = {m: (m, settings["seeds"][0], settings["mode"], results.last_stage, case) for m in settings["methods"]}
-        after = {method: readings(results.rows[key]) for method, key in keys.items() if key in results.rows}
+        rows = {method: results.rows[key] for method, key in keys.items() if key in results.rows}
+        after = {method: readings(found) for method, found in rows.items() if found["readings"]}
         if after:
             before = readings(row)
             questions = [
