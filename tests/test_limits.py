@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from conftest import some_patch
 from families import tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.errors import ModelError
@@ -50,3 +51,22 @@ def test_a_token_without_a_row_is_refused_before_the_model_runs(special, text):
         lm.pad([Row((3, 320), 2)])
     with pytest.raises(ModelError, match="below 320"):
         ROME(layer=0).edit(lm, [Edit("{} is", subject="The <thing> or <begin>", target_new="English")])
+
+
+def test_a_head_larger_than_the_embedding_writes_only_what_can_be_read_on():
+    model = tiny_model("llama", tie_word_embeddings=False)
+    small = model.lm_head.weight
+    model.lm_head = torch.nn.Linear(32, 330, bias=False)
+    with torch.no_grad():
+        model.lm_head.weight[:320] = small
+        model.lm_head.weight[320:] = 50 * small[:10]
+    lm, plain = LM((model, tiny_tokenizer())), LM((tiny_model("llama", tie_word_embeddings=False), tiny_tokenizer()))
+    assert lm.generate(["The capital of", "Paris"], 6) == plain.generate(["The capital of", "Paris"], 6)
+    assert len(lm.generate("Paris", 6, top_k=5)) > 0
+
+
+def test_a_wrecked_model_is_silent_with_an_end_that_the_embedding_lacks():
+    lm = grown(eos_token="<end>")
+    lm.model.generation_config.eos_token_id = None
+    with lm.patched(some_patch(lm, size=1e30)):
+        assert lm.generate(["The capital of", "Paris"], 4) == ["", ""]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from reknow.adapter import embedding
 from reknow.errors import InputError
 from reknow.scoring import are_numbers
 from reknow.tokens import Row, batches
@@ -44,7 +45,7 @@ def continuations(
         return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
     ends = torch.tensor(_ends(lm), dtype=torch.long, device=lm.device)
-    silence = int(ends[0]) if len(ends) else 0
+    silence = next((end for end in _ends(lm) if end < len(embedding(lm.model))), 0)
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -92,10 +93,11 @@ def decoded(
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     cache = DynamicCache(config=lm.model.config) if lm.parts.replayable else None
     running = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
+    known = len(embedding(lm.model))  # a head may be larger, and what it names there could not be read on
     for step in range(count):
         new = slice(-1, None) if cache is not None and step else slice(None)
         read = lm.forward(ids[:, new], mask, positions[:, new], cache, ends=batch.ends, logits_to_keep=1)
-        token = choose(read.logits[:, -1].float()).to(ids.device)[:, None]  # (rows, 1)
+        token = choose(read.logits[:, -1, :known].float()).to(ids.device)[:, None]  # (rows, 1)
         ids = torch.cat([ids, token], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = torch.cat([positions, positions[:, -1:] + 1], 1)
