@@ -9,17 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import make_lm, some_patch
+from families import TEXT
 from reknow import LM
 from reknow.cli import tracing
 from reknow.errors import InputError
 from reknow.evaluation.rows import Rows
 from reknow.export import export_checkpoint, export_lora
 from reknow.files import append_line
+from reknow.layers import depth_layer, suggest_layer
 from reknow.locate import Tracing
 from reknow.methods import method
 from reknow.stack import read_stack, save_stack
+from reknow.stats import statistics
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are set the Unix way")
 
@@ -124,3 +128,25 @@ def test_traces(lm, tmp_path, monkeypatch):
     said = said_on_a_full_disk(trace, 5_000)  # a picture
     assert "average.png could not be written (" in said and "\n" not in said, said
     assert len((tmp_path / "trace" / "traces.jsonl").read_bytes().splitlines()) == 4
+
+
+# --- the cache -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file/cache", "/proc/cache", "full"])
+def test_a_cache_that_cannot_be_written_to_loses_nothing_of_the_work(tmp_path, monkeypatch, place):
+    """What was computed is used, and the warning names the way out."""
+    (tmp_path / "file").write_text("no folder")
+    text, lm = [TEXT] * 3, make_lm("gpt2")
+    monkeypatch.setenv("REKNOW_CACHE", str(tmp_path / "kept"))
+    (kept,) = statistics(lm, [1], tokens=200, text=text).values()
+    monkeypatch.setenv("REKNOW_CACHE", str(tmp_path / place))
+
+    def again() -> None:
+        with pytest.warns(UserWarning, match=r"could not be written .*: what was computed is used.*REKNOW_CACHE"):
+            (found,) = statistics(lm, [1], tokens=200, text=text).values()
+        assert torch.equal(found.covariance, kept.covariance) and found.tokens == kept.tokens
+        with pytest.warns(UserWarning, match=r"layers\.json could not be written .*REKNOW_CACHE"):
+            assert suggest_layer(lm) == depth_layer(lm)
+
+    assert said_on_a_full_disk(again, 20 if place == "full" else 10**9) == ""

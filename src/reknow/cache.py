@@ -10,7 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,19 @@ IN_USE_SECONDS = 3600.0
 def cache_folder() -> Path:
     """Where statistics are kept: `$REKNOW_CACHE`, or `~/.cache/reknow`."""
     return Path(os.environ.get("REKNOW_CACHE") or Path.home() / ".cache" / "reknow")
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """While open, something that was computed is written into the cache; where that fails, a warning says so."""
+    try:
+        yield
+    except InputError as error:
+        warnings.warn(
+            f"{str(error).partition(';')[0]}: what was computed is used but not kept; let REKNOW_CACHE name a folder "
+            "that can be written to",
+            stacklevel=4,
+        )
 
 
 def bound() -> float:

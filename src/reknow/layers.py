@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue, ValidationError
 
 from reknow.adapter import shape
-from reknow.cache import cache_folder
+from reknow.cache import cache_folder, keeping
 from reknow.datasets import Fact, load_facts
 from reknow.edits import Edit
 from reknow.errors import InputError
@@ -150,7 +150,8 @@ def _looked_up(lm: LM) -> int:
         )
     cache = cache_folder() / FILE
     text = json.dumps({**_read(cache), _key(lm, relations): entry}, indent=1)
-    write_text(cache, text)
+    with keeping():
+        write_text(cache, text)
     return entry["layer"]
 
 

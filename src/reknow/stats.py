@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -23,7 +25,7 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from reknow.adapter import device_of, shape
-from reknow.cache import bound, cache_folder, make_room, touch
+from reknow.cache import bound, cache_folder, keeping, make_room, touch
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.exclusive import exclusively
@@ -136,13 +138,19 @@ def _device(lm: LM, name: str) -> torch.device:
 
 
 def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
-    write_tensors(file, tensors, about)
+    with keeping():
+        write_tensors(file, tensors, about)
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):  # a cache that cannot be written to has none
+        file.unlink(missing_ok=True)
 
 
 def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
     """The statistics kept under `key`; None where there are none, or where their file is broken or of another key."""
     file = _file("covariance", key)
-    if not file.is_file():
+    if not os.path.isfile(file):  # the folder may not be readable
         return None
     try:
         sealed = read_tensors(file)
@@ -197,14 +205,14 @@ def _computed(
         blocks, file = totals.pop(key["matrix"]).blocks, _file("covariance", key)
         mean = Triangle([block.div_(count).float() for block in blocks])
         if not _finite(mean.blocks):
-            aside.unlink(missing_ok=True)
+            _remove(aside)
             raise EditFailed(
                 f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
             )
         if state is None or state.is_local_main_process:
             _save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
         found[layer] = Statistics(mean.full(), count, file)
-    aside.unlink(missing_ok=True)
+    _remove(aside)
     make_room(using=[one.file for one in found.values()])
     if state is not None:
         state.wait_for_everyone()
