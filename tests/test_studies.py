@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from conftest import make_lm
-from reknow import FT, ICE, LM, Case, Edit, Probe
+from reknow import FT, ICE, LM, ROME, Case, Edit, Probe
 from reknow.cli.measuring import _methods, _ready, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
@@ -178,3 +178,14 @@ def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
     assert not (tmp_path / "convergence.md").exists()
     with pytest.raises(InputError, match="steps is 4 and was 3"):
         inside(lm, edits, {"ice": replace(method, steps=4)}, tmp_path)
+
+
+def test_an_edit_that_cannot_be_made_or_read_does_not_end_the_measuring_of_the_others(tmp_path):
+    good, long = make_cases("one")[0].edit, Edit("Peru " * 140, target_new="Lima")
+    methods = {"rome": ROME(layer=1, steps=2, context_groups=(), covariance_tokens=0), "ft": FT(layer=1, steps=2)}
+    unnamed = Edit("Apple lives in", target_new="Lima")  # without a subject
+    rows = inside(make_lm(), [good, unnamed, long], methods, tmp_path)
+    failed = {key[1:]: row["error"] for key, row in rows.items() if "error" in row}
+    assert failed["rome", 1].startswith("rome edits at the subject's last token")
+    assert all(failed[label, 2].startswith("expected texts of at most 128") for label in ("unedited", "ft"))
+    assert rows["consistency", "ft", 1]["nll"] > 0 and all(edit != 0 for _, edit in failed)

@@ -58,6 +58,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came: what runs ends as after Ctrl-C."""
 
 
+OF_ONE = (EditFailed, EditRefused, TextRefused)
+"""What a run of many edits counts as the failure of one."""
+
+
 class MissingExtra(ReknowError):
     """An optional dependency is not installed: the message names the pip command."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reknow.edits import Edit
-from reknow.errors import EditFailed
+from reknow.errors import OF_ONE
 from reknow.evaluation.rows import Rows, open_manifest
 from reknow.exclusive import exclusively
 from reknow.methods.ice import ICE, consistency
@@ -76,7 +76,7 @@ def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> Iterator[dict]:
                 row: dict = {"part": "losses", "label": label, "edit": number}
                 try:
                     notes = method.edit(lm, [edit]).notes
-                except EditFailed as failure:
+                except OF_ONE as failure:
                     yield row | {"error": str(failure)}
                     continue
                 tokens = {"likeliest": [notes["likeliest"][at] for at in SHOWN]} if tracked else {}
@@ -91,12 +91,10 @@ def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows
                 continue
             row: dict = {"part": "consistency", "label": label, "edit": number}
             try:
-                patches = [] if method is None else [method.edit(lm, [edit])]
-            except EditFailed as failure:
-                yield row | {"error": str(failure)}
-                continue
-            with lm.patched(*patches):
-                found = {"divergence": consistency(lm, [edit])[0], **_answered(lm, edit)}
+                with lm.patched(*([] if method is None else [method.edit(lm, [edit])])):
+                    found = {"divergence": consistency(lm, [edit])[0], **_answered(lm, edit)}
+            except OF_ONE as failure:
+                found = {"error": str(failure)}
             yield row | found
 
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict, RootModel
 
 from reknow.edits import Edit
-from reknow.errors import EditFailed, EditRefused, InputError, ReknowError, TextRefused
+from reknow.errors import OF_ONE, InputError, ReknowError, TextRefused
 from reknow.evaluation.rows import write_json
 from reknow.lm import LM
 from reknow.patches import Patch
@@ -104,7 +104,7 @@ def _measured(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tu
         makeable = [edits[i] for i in left]
         try:
             found, failure = run(makeable), None
-        except (EditFailed, EditRefused, TextRefused) as error:
+        except OF_ONE as error:
             found, failure = None, error
         if lm.device.type == "cuda":
             torch.cuda.synchronize(lm.device)
