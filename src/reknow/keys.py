@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reknow.datasets import load_facts
 from reknow.edits import Edit
+from reknow.exact import exact
 from reknow.sinks import contexts_of
 from reknow.tokens import Row, Text
 from reknow.trace import by_row, recorded
@@ -56,8 +57,9 @@ class Subjects:
         name = self._lm.parts.value[layer]
         states = self._lm.read(self._rows, self._last, inputs=[name])[name]
         states = states.view(-1, self._contexts, states.shape[1])  # (facts, contexts, in)
-        bare = states[:, 0].double()
-        return bare if self._contexts == 1 else (bare + states[:, 1:].mean(1, dtype=torch.float64)) / 2
+        states = exact(states)
+        bare = states[:, 0]
+        return bare if self._contexts == 1 else (bare + states[:, 1:].mean(1)) / 2
 
     def states(self, layer: int, site: Site) -> Tensor:
         """Output of layer `layer`'s block or value matrix at the bare prompt, as `values.find_values` measures it.
@@ -67,7 +69,7 @@ class Subjects:
         """
         parts, bare = self._lm.parts, slice(None, None, self._contexts)
         name = parts.blocks[layer] if site == "block" and parts.residual_identity else parts.value[layer]
-        return self._lm.read(self._rows[bare], self._last[bare], outputs=[name])[name].double()
+        return exact(self._lm.read(self._rows[bare], self._last[bare], outputs=[name])[name])
 
 
 def spread(lm: LM, layer: int) -> float:
@@ -84,7 +86,7 @@ def spread(lm: LM, layer: int) -> float:
         rows = lm.encode([Text(text) for texts in groups for text in texts])
         name = lm.parts.value[layer]
         with lm.unpatched():
-            keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name].double()
+            keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name])
         apart = keys.view(len(groups), ALIKE, -1).var(1).sum(-1)  # (groups,)
         lm.memo[memo] = (float((2 * apart.mean()).sqrt()),)
     return lm.memo[memo][0]

@@ -23,7 +23,7 @@ from reknow.loading import check_tokenizer, open_model
 from reknow.memory import HookMemory, Memories, Running
 from reknow.patches import Patch
 from reknow.scoring import Score, perplexity, scores
-from reknow.stack import read_stack, replayed, with_patch, without_patch
+from reknow.stack import note_force, read_stack, replayed, with_patch, without_patch
 from reknow.tokens import Batch, Row, Text, as_list, encode, pad, paired
 from reknow.trace import fused_gelu, states_at
 from reknow.weights import Weights
@@ -281,10 +281,12 @@ class LM:
         """Puts the patch on top of the stack.
 
         Raises:
-            PatchError: made on another base model (`force` overrides), already applied, or a version of a memory that
-                does not continue the newest one applied.
+            PatchError: made on another base model (`force` overrides, and the patch notes it), already applied, or a
+                version of a memory that does not continue the newest one applied.
         """
         self._applied.set(with_patch(self.patches, patch, self.fingerprint, force=force))
+        if force:
+            note_force(patch, self.fingerprint)
 
     @exclusively
     def revert(self, patch: Patch | str) -> None:

@@ -29,6 +29,7 @@ from reknow.adapter import embedding
 from reknow.bounds import Number, Rate, Seed, check
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
+from reknow.exact import exact
 from reknow.exclusive import exclusively
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
@@ -296,7 +297,7 @@ def average(traces: Sequence[Trace]) -> AverageEffects:
         )
     effects, errors = {}, {}
     for kind in traces[0].restored:
-        per_fact = torch.stack([_by_class(trace, trace.effects(kind)) for trace in traces]).double()
+        per_fact = exact(torch.stack([_by_class(trace, trace.effects(kind)) for trace in traces]))
         count = (~per_fact.isnan()).sum(0)  # (token classes, layers)
         mean = per_fact.nanmean(0)
         variance = (per_fact - mean).square().nansum(0) / (count - 1).clamp(min=1)

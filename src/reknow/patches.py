@@ -15,6 +15,7 @@ from torch import Tensor
 
 from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
+from reknow.exact import exact
 from reknow.files import put_back
 from reknow.fingerprint import Fingerprint
 
@@ -41,11 +42,12 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The matrix itself, in float64. (out, in)"""
-        return self.left.double() @ self.right.double()
+        return exact(self.left) @ exact(self.right)
 
     def norm(self) -> float:
         """Frobenius norm, without forming the matrix."""
-        gram = (self.left.double().T @ self.left.double()) * (self.right.double() @ self.right.double().T)
+        left, right = exact(self.left), exact(self.right)
+        gram = (left.T @ left) * (right @ right.T)
         return float(gram.sum().clamp(min=0).sqrt())
 
 
@@ -65,11 +67,11 @@ class Dense:
 
     def dense(self) -> Tensor:
         """The matrix itself, in float64. (out, in)"""
-        return self.matrix.double()
+        return exact(self.matrix)
 
     def norm(self) -> float:
         """Frobenius norm."""
-        return float(self.matrix.double().norm())
+        return float(exact(self.matrix).norm())
 
 
 Delta = LowRank | Dense

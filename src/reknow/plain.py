@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from reknow.adapter import Conv1D
 from reknow.errors import PatchError
+from reknow.exact import exact
 from reknow.exclusive import undone
 from reknow.loading import carries_adapters
 from reknow.patches import total
@@ -134,7 +135,7 @@ def checkpoint_casts(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tenso
 
 def _summed(lm: LM, name: str, base: Tensor) -> Tensor:
     """base + Σ ΔW of the applied patches, in float64. (out, in)"""
-    return total(base.double(), [patch.deltas[name] for patch in lm.patches if name in patch.deltas])
+    return total(exact(base), [patch.deltas[name] for patch in lm.patches if name in patch.deltas])
 
 
 def _stored(module: nn.Module, weight: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 
 from reknow.datasets import load_facts
 from reknow.edits import Edit
+from reknow.exact import exact
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -80,6 +81,6 @@ def _has_sink(lm: LM) -> bool:
 
 def _alike(keys: torch.Tensor) -> float:
     """Mean correlation between two of the keys; 1 for one key alone. keys: (tokens, in)"""
-    together = torch.corrcoef(keys.double())
+    together = torch.corrcoef(exact(keys))
     count = len(keys)
     return float((together.sum() - count) / (count * (count - 1))) if count > 1 else 1.0

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import EditFailed, InputError
+from reknow.exact import exact, exact_device
 from reknow.patches import Delta, Dense, LowRank
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,8 @@ def cholesky(covariance: Tensor) -> Tensor:
 
 def _columns(matrix: Tensor) -> Tensor:
     """A copy in float64, column after column in memory, as LAPACK works in place."""
-    return torch.empty_like(matrix, dtype=torch.float64, memory_format=torch.contiguous_format).mT.copy_(matrix)
+    place = exact_device(matrix.device)
+    return torch.empty(matrix.mT.shape, dtype=torch.float64, device=place).mT.copy_(matrix)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def whitening(covariance: Tensor) -> Whitening:
 def solve(factor: Tensor, keys: Tensor) -> Tensor:
     """C⁻¹ k for every key, from `cholesky(C)`. keys: (facts, in); result: (facts, in), float64."""
     basis = Whitening(factor)
-    return keys.double() @ basis @ basis.T
+    return exact(keys) @ basis @ basis.T
 
 
 def rank_one(u: Tensor, key: Tensor, residual: Tensor) -> LowRank:
@@ -139,10 +141,10 @@ def least_squares(
     Raises:
         EditFailed: two keys are the same and λ is 0, or a key has no part in the metric.
     """
-    mine = keys.double() @ basis  # (facts, r)
+    mine = exact(keys) @ basis  # (facts, r)
     size = mine.square().sum(1).mean()
     weight = float(stiffness * size) if weight is None else weight
-    rows = mine if past is None else torch.cat([mine, past.to(keys.device).double() @ basis])
+    rows = mine if past is None else torch.cat([mine, exact(past.to(keys.device)) @ basis])
     # The smaller of two systems that are equal: (Z Zᵀ + λ)⁻¹ Z = Z (Zᵀ Z + λ)⁻¹.
     dual = len(rows) <= rows.shape[1]
     system = rows @ rows.T if dual else rows.T @ rows

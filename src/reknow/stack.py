@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,17 +52,13 @@ def with_patch(
     """The stack with the patch on top; warns where the patch was made on another stack.
 
     Raises:
-        PatchError: made on another model than `base` (`force` overrides, and the patch notes it, so that a stack
-            with it opens again), already in the stack, or a memory that continues another version than the newest
-            in the stack.
+        PatchError: made on another model than `base` (`force` overrides, and so does the note of it), already in the
+            stack, or a memory that continues another version than the newest in the stack.
     """
     active = tuple(p.id for p in stack)
     if patch.id in active:
         raise PatchError(f"expected a patch that is not applied yet; {patch.label} is: revert it first")
-    here = [base.structure, base.tokenizer]
-    if force and patch.base.difference(base):
-        patch = replace(patch, notes={**patch.notes, FORCED: here})
-    elif patch.notes.get(FORCED) != here:
+    if not force and patch.notes.get(FORCED) != _about(base):
         patch.base.check(base, patch.label)
     newest = [p.id for p in stack if p.kind != "weights" and p.method == patch.method]
     if patch.kind != "weights" and patch.follows != (newest[-1] if newest else None):
@@ -79,6 +74,16 @@ def with_patch(
             stacklevel=4,
         )
     return (*stack, patch)
+
+
+def note_force(patch: Patch, base: Fingerprint) -> None:
+    """Notes in the patch that it was put on this base, if that is not its own: a stack with it opens again."""
+    if patch.base.difference(base):
+        patch.notes[FORCED] = _about(base)
+
+
+def _about(base: Fingerprint) -> list[str]:
+    return [base.structure, base.tokenizer]
 
 
 def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:

@@ -28,6 +28,7 @@ from reknow.adapter import device_of, shape
 from reknow.cache import bound, cache_folder, keeping, make_room, touch
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
+from reknow.exact import exact, exact_device
 from reknow.exclusive import exclusively
 from reknow.progress import stage
 from reknow.schema import Broken, Count, parsed, reason
@@ -238,7 +239,7 @@ def _sums(
     totals, count, following = _resumed(aside, widths)
     if not totals:
         totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
-    totals = {name: total.to(_device(lm, name)) for name, total in totals.items()}
+    totals = {name: total.to(exact_device(_device(lm, name))) for name, total in totals.items()}
     saved = time.monotonic()
     with lm.unpatched(), stage(f"reading {source.name} for statistics, tokens", tokens) as advance:
         for number, rows in enumerate(_batches(lm, source.texts(), tokens)):
@@ -250,7 +251,7 @@ def _sums(
                 lm.forward(batch.ids, batch.mask, batch.positions, None)
             for name in names:
                 states = by_row(seen[name], len(rows))
-                keys = states[batch.mask.bool().to(states.device)].double()  # (tokens, in)
+                keys = exact(states[batch.mask.bool().to(states.device)])  # (tokens, in)
                 totals[name].add_products(keys)
             count += int(batch.mask.sum())
             if time.monotonic() - saved >= SAVE_SECONDS:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reknow.exact import exact_device
+
 ROWS = 256
 """Rows of a block."""
 
@@ -24,7 +26,8 @@ class Triangle:
     @classmethod
     def zeros(cls, width: int, device: torch.device) -> Triangle:
         """Of a (width, width) matrix, float64."""
-        return cls([torch.zeros(rows, end, dtype=torch.float64, device=device) for rows, end in block_shapes(width)])
+        place = exact_device(device)
+        return cls([torch.zeros(rows, end, dtype=torch.float64, device=place) for rows, end in block_shapes(width)])
 
     def add_products(self, keys: Tensor) -> None:
         """Adds Σ k kᵀ. keys: (any, width)"""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from reknow.adapter import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
 from reknow.errors import ModelError, PatchError
+from reknow.exact import exact
 from reknow.patches import Delta, Dense, LowRank, Patch, summed, total
 from reknow.trace import all_swapped, own_forward, set_forward
 
@@ -51,7 +52,7 @@ class Weights:
         if takes_changes(module):
             return _oriented(module, module.weight)  # type: ignore[arg-type]
         base = self.base(name)
-        return total(base.double(), self._changes.get(name, ())).to(base.dtype)
+        return total(exact(base), self._changes.get(name, ())).to(base)
 
     @torch.no_grad()
     def base(self, name: str) -> Tensor:
@@ -129,7 +130,7 @@ class Weights:
         known, value = self._sums.get(name, ((), base))
         if deltas[: len(known)] != known:
             known, value = (), base
-        value = value.double()
+        value = exact(value)
         for start in range(len(known), len(deltas) - BLOCK + 1, BLOCK):
             known = deltas[: start + BLOCK]
             value = total(value, known[start:])

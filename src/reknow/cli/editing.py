@@ -219,12 +219,14 @@ def _say_controls(facts: list[Fact], before: Observation, after: Observation) ->
 
 
 def _say_weights(lm: LM, patch: Patch) -> None:
+    from reknow.exact import exact
+
     if patch.kind != "weights":
         numbers = sum(tensor.numel() for tensor in patch.state.values())
         return say(f"no weight changes: the edit is a {patch.kind} memory of {numbers:,} numbers beside the model")
     rows = []
     for name, delta in patch.deltas.items():
-        share = delta.norm() / float(lm.base_weight(name).double().norm())
+        share = delta.norm() / float(exact(lm.base_weight(name)).norm())
         rows.append([name, " × ".join(map(str, delta.shape)), str(delta.rank), f"{delta.norm():.4g}", f"{share:.2%}"])
     say_table(["matrix", " out × in", " rank", " norm of the change", " of the matrix's"], rows)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
+from reknow.exact import exact
 from reknow.patches import Delta, Dense, LowRank
 from reknow.tokens import Row, batches
 from reknow.trace import by_row, first, hooked
@@ -192,21 +193,23 @@ class RunningNorm(nn.Module):
         """Takes the vectors (n, size) into the statistics."""
         if not len(x):
             return
-        mean = x.double().mean(0)
+        x = exact(x)
+        mean = x.mean(0)
         self._join(float(len(x)), mean, (x - mean).square().sum(0))
 
     def joined(self, other: RunningNorm) -> RunningNorm:
         """The statistics of what either has seen."""
         both = copy.deepcopy(self)
-        both._join(float(other.count), other.mean.double(), other.squares.double())
+        both._join(float(other.count), exact(other.mean), exact(other.squares))
         return both
 
     @torch.no_grad()
     def _join(self, new: float, mean: Tensor, squares: Tensor) -> None:
         count = float(self.count)
-        shift = mean - self.mean.double()
-        self.squares += squares + shift.square() * (count * new / (count + new))
-        self.mean += shift * (new / (count + new))
+        shift = mean - exact(self.mean)
+        # Added in float64 and rounded once.
+        self.squares.copy_(exact(self.squares) + (squares + shift.square() * (count * new / (count + new))))
+        self.mean.copy_(exact(self.mean) + shift * (new / (count + new)))
         self.count += new
 
     def forward(self, x: Tensor) -> Tensor:

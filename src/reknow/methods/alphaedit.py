@@ -25,6 +25,7 @@ from torch import Tensor
 
 from reknow.bounds import Share, Weight
 from reknow.edits import Edit
+from reknow.exact import exact
 from reknow.kept import Kept
 from reknow.keys import Subjects
 from reknow.layers import resolve_layers
@@ -113,10 +114,10 @@ class AlphaEdit(SearchSettings):
 
     def _anchored(self, lm: LM, found: Values, layer: int, state: dict[str, Tensor]) -> Tensor:
         """z, with NAS if asked for; the reference norm is passed on from patch to patch. (facts, hidden)"""
-        z, value = found.z.double(), found.value.double()
+        z, value = exact(found.z), exact(found.value)
         if not self.norm_anchor:
             return z
-        wanted = value + found.delta.double()  # v*, (facts, hidden)
+        wanted = value + exact(found.delta)  # v*, (facts, hidden)
         norms = wanted.norm(dim=1)
         name = f"anchor.{lm.parts.value[layer]}"
         known = [patch.state[name] for patch in self._before(lm) if name in patch.state]
@@ -124,4 +125,4 @@ class AlphaEdit(SearchSettings):
         anchor = known[0].to(norms) if known else kept.mean(0, keepdim=True)  # (1,)
         state[name] = anchor.float()
         scaled = torch.where(norms[:, None] > 2 * anchor, value, wanted * (anchor / norms)[:, None])
-        return found.start.double() - value + scaled
+        return exact(found.start) - value + scaled

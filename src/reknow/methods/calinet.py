@@ -37,6 +37,7 @@ from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.errors import PatchError
+from reknow.exact import exact
 from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs, prompt_states
 from reknow.memory import Hooks, Reading, versions
@@ -167,11 +168,11 @@ def own_keys(inputs: Tensor, others: Tensor) -> Tensor:
         inputs: (facts, hidden).
         others: (tokens, hidden).
     """
-    seen = others.double()
+    seen, own = exact(others), exact(inputs)
     moment = seen.T @ seen / len(seen)
     moment.diagonal().add_(RIDGE * moment.diagonal().mean())
-    keys = torch.linalg.solve(moment, inputs.double().T).T
-    return (REACH * keys / (inputs * keys).sum(1, keepdim=True)).to(inputs)
+    keys = torch.linalg.solve(moment, own.T).T
+    return (REACH * keys / (own * keys).sum(1, keepdim=True)).to(inputs)
 
 
 def activation(lm: LM) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from reknow.bounds import Weight
 from reknow.edits import Edit
+from reknow.exact import exact
 from reknow.keys import Subjects
 from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
@@ -60,5 +61,5 @@ class EMMET(SearchSettings):
             names=[edit.text for edit in edits],
         )  # (facts, in)
         # δ is R: the wanted state less the present one, which nothing has moved since.
-        deltas = {lm.parts.value[layer]: outer(found.delta.double(), right)}
+        deltas = {lm.parts.value[layer]: outer(exact(found.delta), right)}
         return weights_patch(self, lm, edits, deltas, notes={"layers": [layer], "losses": found.losses})

@@ -24,6 +24,7 @@ from torch import Tensor
 from reknow.bounds import Number, Share, Weight
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
+from reknow.exact import exact
 from reknow.locate import LONGEST_ANSWER, UNFINISHED
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Delta, LowRank, Patch, merge
@@ -92,14 +93,14 @@ class KN(Method):
             name = lm.parts.value[layer]
             weight = lm.weight(name)  # (out, in)
             mine = torch.tensor([i for at, i in neurons if at == layer], device=weight.device)
-            slots = weight[:, mine].double()  # (out, neurons)
+            slots = exact(weight[:, mine])  # (out, neurons)
             change = -slots if self.erase else self._moved(lm, edit, old, slots)
             if self.signed and not self.erase:
                 (row,) = lm.encode([Text(edit.text)])
                 activation = lm.read([row], [len(row.ids) - 1], inputs=[name])[name][0]  # (in,)
-                change *= activation[mine].sign()
+                change *= activation[mine].sign().to(change)
             rows = torch.nn.functional.one_hot(mine, weight.shape[1]).float()  # (neurons, in)
-            deltas[name] = LowRank(change.float(), rows)
+            deltas[name] = LowRank(change.float(), rows.to(change.device))
         notes = {"neurons": [list(neuron) for neuron in neurons], "old_answer": old}
         return weights_patch(self, lm, [edit], deltas, notes=notes)
 
@@ -124,7 +125,7 @@ class KN(Method):
         change = torch.zeros_like(slots)
         for weight, answer in ((-self.old_weight, old), (self.new_weight, edit.target_new)):
             (row,) = lm.encode([Text(edit.text, answer, separator=edit.separator)])
-            embedding = table[list(row.target_ids)].sum(0).double().to(slots.device)  # (out,)
+            embedding = exact(table[list(row.target_ids)].sum(0)).to(slots.device)  # (out,)
             size = slots.norm(dim=0) / embedding.norm() if self.scaled else torch.ones_like(slots[0])
             change += weight * embedding[:, None] * size
         return change

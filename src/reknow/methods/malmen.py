@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from reknow.bounds import Number, Rank, Rate, Weight
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
+from reknow.exact import exact
 from reknow.learning.editors import filled
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, matrices
 from reknow.learning.lessons import averaged, bare
@@ -131,13 +132,13 @@ class MALMENNetwork(nn.Module):
     @torch.no_grad()
     def solved(self, name: str, k: Tensor) -> Tensor:
         """K (KᵀK + e^λ I)⁻¹, by which Vᵀ becomes ΔW; float64 inside. (n, in)"""
-        k64 = k.double()
-        ridge = self.stiffness[self.names.index(name)].double().exp()
+        k64 = exact(k)
+        ridge = exact(self.stiffness[self.names.index(name)]).exp()
         if len(k) <= k.shape[1]:  # the same by the smaller of the two systems
             gram = _ridged(k64 @ k64.T, ridge)
-            return torch.linalg.solve(gram, k64).to(k.dtype)
+            return torch.linalg.solve(gram, k64).to(k)
         gram = _ridged(k64.T @ k64, ridge)
-        return torch.linalg.solve(gram, k64.T).T.to(k.dtype)
+        return torch.linalg.solve(gram, k64.T).T.to(k)
 
 
 def _ridged(gram: Tensor, ridge: Tensor) -> Tensor:
@@ -176,10 +177,10 @@ def surrogate(network: MALMENNetwork, factors: dict[str, tuple[Tensor, Tensor]],
         k, gradient = factors[name][0], deltas[name].grad
         assert gradient is not None
         total = total + ((network.solved(name, k) @ gradient.T) * wishes[name]).sum()
-        ridge = network.stiffness[i].detach().double().exp()
-        gram = _ridged(k.double().T @ k.double(), ridge)
-        m = torch.linalg.solve(gram, gradient.double().T).T  # (out, in)
-        total = total - (ridge * (m * deltas[name].detach().double()).sum()).float() * network.stiffness[i]
+        k64, ridge = exact(k), exact(network.stiffness[i].detach()).exp()
+        gram = _ridged(k64.T @ k64, ridge)
+        m = torch.linalg.solve(gram, exact(gradient).T).T  # (out, in)
+        total = total - (ridge * (m * exact(deltas[name].detach())).sum()).float() * network.stiffness[i]
     return total
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from reknow.bounds import Weight
 from reknow.edits import Edit
+from reknow.exact import exact
 from reknow.keys import Subjects
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
@@ -45,7 +46,7 @@ class Band(SearchSettings):
         self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values, site: Site, power: float
     ) -> Patch:
         """From layer to layer what is missing of z at `site` of the last one, over layers left to the `power`."""
-        z, subjects = found.z.double(), Subjects(lm, edits, self.contexts(lm))  # (facts, hidden)
+        z, subjects = exact(found.z), Subjects(lm, edits, self.contexts(lm))  # (facts, hidden)
         deltas: dict[str, Delta] = {}
         with lm.patched():
             for i, layer in enumerate(layers):

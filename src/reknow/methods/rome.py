@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from reknow.bounds import Natural, Number, Weight
 from reknow.edits import Edit
+from reknow.exact import exact
 from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
@@ -63,12 +64,12 @@ class ROME(SearchSettings):
         edits = [one for edit in edits for one in checked(self, edit)]
         layer = resolve_layer(lm, self.layer)
         found = find_values(lm, edits, layer, self.contexts(lm), self.search())
-        mean_key = found.mean_key.double()  # (edits, in)
+        mean_key = exact(found.mean_key)  # (edits, in)
         u = mean_key
         if self.covariance_tokens:
             u = solve(self.from_covariance(lm, layer, cholesky), mean_key)
-        key, value = (mean_key, found.mean_value) if self.average_keys else (found.key.double(), found.value)
-        residual = found.value.double() + found.delta.double() - value.double()  # v* − W k*, (edits, hidden)
+        key, value = (mean_key, found.mean_value) if self.average_keys else (exact(found.key), found.value)
+        residual = exact(found.value) + exact(found.delta) - exact(value)  # v* − W k*, (edits, hidden)
         patches = []
         for i, edit in enumerate(edits):
             notes = {"layer": layer, "losses": found.losses[i]}

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from reknow.bounds import Natural, Number, Rate, Weight
 from reknow.edits import Edit
+from reknow.exact import exact
 from reknow.kept import Kept
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
@@ -121,10 +122,11 @@ class UltraEdit(Method):
                 output = lm.base_weight(name).float().square().mean().sqrt() * h.norm(dim=1).mean()
                 rate = self.learning_rate * float(output) / h.shape[1]
             v = -rate * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
-            gram = h.double() @ h.double().T  # (n, n)
+            exact_h = exact(h)
+            gram = exact_h @ exact_h.T  # (n, n)
             gram.diagonal().add_(self.ridge)
-            right = solve(cholesky(gram), h.double().T).T  # (n, in)
-            changes[name] = LowRank(v.T.contiguous(), right.float())
+            right = solve(cholesky(gram), exact_h.T).T  # (n, in)
+            changes[name] = LowRank(v.T.contiguous(), right.float().to(v.device))
         return changes
 
 
