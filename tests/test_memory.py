@@ -38,7 +38,7 @@ class Shift(MemoryMethod):
         return "shift"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         name = lm.parts.value[1]
         rows = lm.encode([Text(edit.text) for edit in edits])
         keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name]
@@ -81,7 +81,7 @@ class Preface(MemoryMethod):
         return "preface"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits, subject=False)
+        edits = checked(self, edits)
         return memory_patch(self, lm, edits, {}, memory={"facts": [f"{e.text} {e.target_new} . " for e in edits]})
 
     @staticmethod
