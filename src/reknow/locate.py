@@ -181,6 +181,7 @@ def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tra
             f"expected a prompt with one {{}} and a subject; got {prompt!r} and {subject!r}: mark the place"
         )
     (row,) = lm.encode([Text.of(prompt, subject)])
+    lm.check_length([row])
     return _trace_row(lm, filled(prompt, subject), row, spread, settings or Tracing())
 
 

@@ -10,13 +10,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reknow.cli.places import instructions_place
-from reknow.cli.terminal import DEMO, Device, Dtype, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
+from reknow.cli.terminal import (
+    DEMO,
+    Device,
+    Dtype,
+    Model,
+    OwnCode,
+    Tokenizer,
+    open_lm,
+    refuse_beside,
+    run_folder,
+    say,
+    say_table,
+)
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.instructions import Family, Found, Proposer
     from reknow.lm import LM
     from reknow.methods.instructedit import InstructEdit
+
+TRIAL_STEPS = 40
 
 
 def instruct(
@@ -32,7 +46,9 @@ def instruct(
     editor: Annotated[
         Path | None, typer.Option("--editor", help="A trained editor of instructedit; else one is trained shortly.")
     ] = None,
-    trial_steps: Annotated[int, typer.Option("--trial-steps", min=1, help="Updates of that training.")] = 40,
+    trial_steps: Annotated[
+        int | None, typer.Option("--trial-steps", min=1, help=f"Updates of that training. [{TRIAL_STEPS}]")
+    ] = None,
     count: Annotated[int, typer.Option("--count", help="Instructions to keep of each task.")] = 10,
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds at most.")] = 6,
     proposals: Annotated[int, typer.Option("--proposals", help="Instructions proposed in a round.")] = 5,
@@ -52,6 +68,9 @@ def instruct(
     from reknow.llm import LLM
     from reknow.outputs import mark_folder
 
+    if editor is not None:
+        refuse_beside("a trained --editor", {"--trial-steps": trial_steps})
+    trial_steps = trial_steps or TRIAL_STEPS
     known = load_families(families)
     wanted = [name.strip() for name in tasks.split(",")] if tasks else list(known)
     for name in wanted:

@@ -22,6 +22,7 @@ from reknow.cli.terminal import (
     OwnCode,
     Tokenizer,
     open_lm,
+    refuse_beside,
     run_folder,
     say,
     say_table,
@@ -69,7 +70,9 @@ def bench(
     settings: Annotated[
         list[str], typer.Option("--set", help="FIELD=VALUE of all methods, or LABEL.FIELD=VALUE; repeatable.")
     ] = [],  # noqa: B006, typer copies it
-    fluency: Annotated[bool | None, typer.Option("--fluency/--no-fluency", help="Sample text. [on]")] = None,
+    fluency: Annotated[
+        bool | None, typer.Option("--fluency/--no-fluency", help="Sample text, most of the time. [off]")
+    ] = None,
     generate: Annotated[
         bool | None, typer.Option("--generate/--no-generate", help="Let the model write its answers. [on]")
     ] = None,
@@ -83,6 +86,7 @@ def bench(
     no_stats: NoStats = False,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
+    from reknow.cli.settings import each_once
     from reknow.evaluation import bench as run
     from reknow.evaluation.convergence import inside
     from reknow.evaluation.presets import PRESETS
@@ -90,10 +94,15 @@ def bench(
     if out is not None:
         out = run_place(out, "bench", model)[""]
     if list_presets:
+        refuse_beside("--list-presets", {"--preset": preset, "--data": data, "--methods": names, "--out": out})
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
     study = _study(preset, full, data, limit)
     plan = _plan(study, checkpoints, seeds, mode=mode, batch_size=batch_size, fluency=fluency, generate=generate)
-    chosen = _chosen(study, names, settings)
+    if study.part == "convergence":
+        reading = {"--mode": mode, "--batch-size": batch_size, "--checkpoints": checkpoints, "--seeds": seeds}
+        given = {"--fluency or --no-fluency": fluency, "--generate or --no-generate": generate}
+        refuse_beside(f"--preset {preset}", reading | {key: value is not None for key, value in given.items()})
+    chosen = _chosen(study, names, each_once(settings))
     lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set) if known else None
     refused: dict[str, list[str]] = {}
     one_patch = plan.mode == "batch" or plan.batch_size > 1
@@ -128,6 +137,13 @@ def _study(preset: str | None, full: bool, data: str | None, limit: int | None) 
         raise InputError("expected --full together with --preset; got no preset: name one, see --list-presets")
     study = Preset("", ("rome", "ft-m"), limit=LIMIT) if preset is None else PRESETS[preset]
     study = study._replace(**study.full) if full else study
+    if data is not None and preset is not None:
+        own, given = set(study.data.split(",")), {source.strip().partition(":")[0] for source in data.split(",")}
+        if not given <= own:
+            raise InputError(
+                f"expected the data of the study {preset}, which are {', '.join(sorted(own))}, or files of theirs; got "
+                f"{data}: name a part of them, as SET or SET:FILE, or leave --preset out"
+            )
     study = study if data is None else study._replace(data=data)
     if limit is None:
         return study

@@ -19,6 +19,7 @@ from reknow.cli.terminal import (
     Tokenizer,
     looked_for,
     open_lm,
+    refuse_beside,
     say,
     say_json,
     say_table,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from reknow.patches import Patch
 
 Stack = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
+MAX_RANK = 64
 Patches = Annotated[list[Path], typer.Argument(help="Patch files.", show_default=False)]
 
 
@@ -131,7 +133,9 @@ def export(
     model: Annotated[
         str | None, typer.Option("--model", help="The base model, for a patch file.", callback=looked_for)
     ] = None,
-    max_rank: Annotated[int, typer.Option("--max-rank", min=1, help="Largest rank of an adapter.")] = 64,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", min=1, help=f"Largest rank of an adapter. [{MAX_RANK}]")
+    ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut higher ranks instead of refusing.")] = False,
     dtype: Dtype = None,
     device: Device = None,
@@ -149,12 +153,16 @@ def export(
 
     if to not in ("hf", "lora"):
         raise did_you_mean("export format", to, ("hf", "lora"))
+    if to == "hf":
+        refuse_beside("--to hf", {"--max-rank": max_rank, "--truncate": truncate})
+    max_rank = max_rank or MAX_RANK
     out = output_folder(out, force, marked_files(out), (source, model))
     patch = Patch.load(source) if source.is_file() or is_adapter(source) else None
     if patch is not None and model is None:
         raise InputError(f"expected --model for the patch file {source}; got none: name its base model")
     if patch is None:
         _existing(source)
+        refuse_beside("a stack, which names its base,", {"--model": model})
     lm = open_lm(str(source) if patch is None else str(model), dtype, device, tokenizer, own_code, chat, chat_set)
     if patch is not None:
         lm.apply(patch)

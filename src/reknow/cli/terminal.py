@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -120,6 +120,15 @@ def _chat(settings: Sequence[str]) -> TemplateChat:
 def run_folder(name: str, model: str) -> Path:
     """Where a run goes that names no folder: models other than the demo model have their own."""
     return Path("runs") / (name if model == DEMO else f"{name}-{Path(model.rpartition(':')[2]).name}")
+
+
+def refuse_beside(what: str, options: Mapping[str, object]) -> None:
+    """Raises InputError where options are given, not None, False or empty, that mean nothing beside `what`."""
+    given = [option for option, value in options.items() if value not in (None, False, [])]
+    if given:
+        raise InputError(
+            f"expected {what} alone; got {' and '.join(given)} too, which it does not read: leave one out"
+        )
 
 
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:

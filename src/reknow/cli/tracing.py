@@ -20,6 +20,7 @@ from reknow.cli.terminal import (
     OwnCode,
     Tokenizer,
     open_lm,
+    refuse_beside,
     say,
     say_json,
     say_table,
@@ -27,15 +28,22 @@ from reknow.cli.terminal import (
 from reknow.errors import InputError
 
 if TYPE_CHECKING:
+    from reknow.edits import Edit
     from reknow.lm import LM
     from reknow.locate import AverageEffects, Trace, Tracing
+
+FACTS, LIMIT = "known_1000", 100
 
 
 def trace(
     prompt: Annotated[str | None, typer.Argument(help="One prompt, its subject in braces; else many facts.")] = None,
     model: Model = DEMO,
-    facts: Annotated[str, typer.Option("--facts", help="known_1000, counterfact, pararel or lre.")] = "known_1000",
-    limit: Annotated[int, typer.Option("--limit", help="How many facts to read; unknown ones are skipped.")] = 100,
+    facts: Annotated[
+        str | None, typer.Option("--facts", help="known_1000, counterfact, pararel or lre. [known_1000]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="How many facts to read; unknown ones are skipped. [100]")
+    ] = None,
     severed: Annotated[bool, typer.Option("--severed", help="Also with MLP or attention severed.")] = False,
     window: Annotated[int | None, typer.Option("--window", help="Layers restored together; the paper: 10.")] = None,
     samples: Annotated[int, typer.Option("--samples", help="Noise samples per prompt.")] = 10,
@@ -54,19 +62,26 @@ def trace(
 
     reknow trace "{Beats Music} is owned by"
     """
+    from reknow.edits import Edit
     from reknow.locate import Tracing
 
-    if not layers:
-        out = trace_place(out, model, force)
-    lm = open_lm(model, dtype, device, tokenizer, own_code)
+    many = {"--facts": facts, "--limit": limit}
     if layers:
-        return _say_layers(lm, as_json)
+        refuse_beside("--layers", {"a prompt": prompt, **many, "--severed": severed, "--window": window})
+        return _say_layers(open_lm(model, dtype, device, tokenizer, own_code), as_json)
+    if prompt is not None:
+        refuse_beside("one prompt", many)
     settings = Tracing(samples=samples, window=window)
     if severed:
         settings = replace(settings, kinds=(*settings.kinds, "mlp_severed", "attention_severed"))
-    if prompt is not None:
-        return _trace_one(lm, prompt, settings, out, as_json)
-    _trace_many(lm, facts, limit, settings, out, force, as_json)
+    edit = None if prompt is None else Edit.parse(prompt, "?")
+    if edit is not None and edit.subject is None:
+        raise InputError(f"expected a subject in braces to trace; got {prompt!r}: mark it, as in '{{France}} is in'")
+    out = trace_place(out, model, force)
+    lm = open_lm(model, dtype, device, tokenizer, own_code)
+    if edit is not None:
+        return _trace_one(lm, edit, settings, out, as_json)
+    _trace_many(lm, facts or FACTS, limit or LIMIT, settings, out, force, as_json)
 
 
 def _say_layers(lm: LM, as_json: bool) -> None:
@@ -84,16 +99,13 @@ def _say_layers(lm: LM, as_json: bool) -> None:
     say(f"layer {layer}" + ("" if trials else ": a guess by depth, since the model knows too few of the trial facts"))
 
 
-def _trace_one(lm: LM, prompt: str, settings: Tracing, out: Path, as_json: bool) -> None:
+def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) -> None:
     from reknow.datasets import load_facts
-    from reknow.edits import Edit
     from reknow.locate import embedding_spread, trace_prompt
     from reknow.outputs import mark_folder
     from reknow.report.trace_plots import save_figure, trace_figure
 
-    edit = Edit.parse(prompt, "?")
-    if edit.subject is None:
-        raise InputError(f"expected a subject in braces to trace; got {prompt!r}: mark it, as in '{{France}} is in'")
+    assert edit.subject is not None
     found = trace_prompt(lm, edit.prompt, edit.subject, embedding_spread(lm, load_facts("known_1000")), settings)
     mark_folder(out, "trace")
     pictures = save_figure(trace_figure(found), out / "trace")

@@ -41,6 +41,8 @@ class Preset(NamedTuple):
     """Fields of this preset in its full size."""
 
 
+SAMPLED: Mapping[str, Any] = MappingProxyType({"fluency": True})
+"""Of the studies whose tables have fluency, which takes most of their time."""
 KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
 ICE_PAPER = "Qi et al. 2024, arXiv 2406.11194"
 FT_M_ARTICLE = ("ft-m@article.span=5", "ft-m@article.clamp=0.12")
@@ -52,18 +54,19 @@ PRESETS: dict[str, Preset] = {
     "rome": Preset(
         "Single edits of CounterFact: ROME against fine-tuning. Meng et al. 2022, arXiv 2202.05262, Table 4",
         ("rome", "ft-l"),
-        plan={"seeds": (0, 1, 2)},
+        plan={**SAMPLED, "seeds": (0, 1, 2)},
     ),
     "rebuilding-rome": Preset(
         "Sequential edits of CounterFact: ROME collapses, R-ROME does not. Gupta et al. 2024, arXiv 2403.07175",
         ("rome", "r-rome"),
         limit=100,
-        plan={"mode": "sequential", "checkpoints": (10, 25, 50)},
+        plan={**SAMPLED, "mode": "sequential", "checkpoints": (10, 25, 50)},
     ),
     "knowedit": Preset(
         "Single edits with consequences: fine-tuning on the answer. Zhang et al. 2024, arXiv 2401.01286",
         ("rome", "ft-l", "ft-m"),
         data="wiki_counterfact",
+        plan=SAMPLED,
     ),
     "ice-table": Preset(
         f"Single edits: In-Context Editing against fine-tuning, ROME and MEMIT. {ICE_PAPER}, Table 1",
@@ -73,8 +76,11 @@ PRESETS: dict[str, Preset] = {
         limit=16,
         limits={"wikibio": 4},
         keep=2,
-        plan={"in_context": ("ice",)},
-        full={"limit": None, "limits": NONE, "keep": None, "plan": {"in_context": ("ice",), "seeds": (0, 1, 2)}},
+        plan={**SAMPLED, "in_context": ("ice",)},
+        full={
+            **{"limit": None, "limits": NONE, "keep": None},
+            "plan": {**SAMPLED, "in_context": ("ice",), "seeds": (0, 1, 2)},
+        },
     ),
     "ice-ablation": Preset(
         f"What ICE is made of: target, context, what is sampled, temperature, lead-ins. {ICE_PAPER}, Tables 2 and 4",
@@ -92,7 +98,8 @@ PRESETS: dict[str, Preset] = {
         data="wiki_recent,wiki_counterfact",
         limit=15,
         keep=2,
-        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {"seeds": (0, 1, 2)}},
+        plan=SAMPLED,
+        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {**SAMPLED, "seeds": (0, 1, 2)}},
     ),
     "ice-lambda": Preset(
         f"How much consistency: λ from 0, plain fine-tuning, upwards. {ICE_PAPER}, Table 3",
@@ -101,8 +108,8 @@ PRESETS: dict[str, Preset] = {
         data="wiki_recent,wiki_counterfact",
         limit=15,
         keep=2,
-        plan={"seeds": (0, 1), "fluency": False},
-        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {"seeds": (0, 1, 2)}},
+        plan={"seeds": (0, 1)},
+        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {**SAMPLED, "seeds": (0, 1, 2)}},
     ),
     "ice-continual": Preset(
         f"300 edits one after the other, all kept, read right after each and after all. {ICE_PAPER}, Table 5",
@@ -113,8 +120,11 @@ PRESETS: dict[str, Preset] = {
         limits={"wiki_counterfact": 90, "wikibio": 10},
         keep=2,
         together=True,
-        plan={"mode": "sequential", "checkpoints": (100, 200), "fluency_every": 10},
-        full={"limit": None, "limits": NONE, "keep": None, "together": False, "plan": {"mode": "sequential"}},
+        plan={**SAMPLED, "mode": "sequential", "checkpoints": (100, 200), "fluency_every": 10},
+        full={
+            **{"limit": None, "limits": NONE, "keep": None, "together": False},
+            "plan": {**SAMPLED, "mode": "sequential"},
+        },
     ),
     "ice-convergence": Preset(
         f"Losses at each step by temperature and target; the consistency condition. {ICE_PAPER}, Figures 2 and 3",
@@ -129,13 +139,14 @@ PRESETS: dict[str, Preset] = {
         "Single edits of ZsRE in KnowEdit's form: editing against fine-tuning. Zhang et al. 2024, arXiv 2401.01286",
         ("ft-l", "ft-m", "rome", "memit", "ike", "kn", "serac", "mend"),
         data="knowedit-zsre",
+        plan=SAMPLED,
     ),
     "zsre-table-batch": Preset(
         "The same, 500 edits in one patch; give the whole file: --data knowedit-zsre:FILE",
         ("ft-l", "ft-m", "rome", "memit", "ike", "kn"),  # the bundled editors have learned from a part of that file
         data="knowedit-zsre",
         limit=500,
-        plan={"mode": "batch"},
+        plan={**SAMPLED, "mode": "batch"},
     ),
 }
 

@@ -53,8 +53,8 @@ class Plan:
     checkpoints: tuple[Number, ...] = ()
     """Sequential: after how many edits all earlier ones are read again; after all of them always."""
     seeds: tuple[Seed, ...] = (0,)
-    fluency: bool = True
-    """Sample text for fluency, where the cases have prompts for it."""
+    fluency: bool = False
+    """Sample text for fluency, where the cases have prompts for it: most of a run's time goes there."""
     generate: bool = True
     """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
@@ -93,7 +93,7 @@ def evaluate(
     batch_size: int = 1,
     checkpoints: Sequence[int] = (),
     seed: int = 0,
-    fluency: bool = True,
+    fluency: bool = False,
     generate: bool = True,
     held_out: Sequence[str] = (),
     progress: bool = False,

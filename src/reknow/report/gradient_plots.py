@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -18,6 +19,11 @@ def gradient_figure(panels: Mapping[str, np.ndarray], labels: Sequence[str]) -> 
         panels: title → (points, 2).
         labels: of the points, in the same order in every panel.
     """
+    with matplotlib.rc_context({"text.parse_math": False}):  # labels are what users name their tasks
+        return _figure(panels, labels)
+
+
+def _figure(panels: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(8, 3.6 * rows + 0.4), layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, min(2, len(panels)))).ravel()

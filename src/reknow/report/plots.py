@@ -25,6 +25,7 @@ PROTOCOL_NAMES = {
     "generated": "generated freely",
 }
 STYLE: Any = {
+    "text.parse_math": False,  # labels are what users name things, and `$` is no formula
     "svg.fonttype": "none",
     "svg.hashsalt": "reknow",
     "font.size": 9,

@@ -33,7 +33,13 @@ NAMES: dict[Kind, str] = {
     "attention_severed": "hidden state,\nattention severed",
 }
 
-_STYLE: Any = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "reknow", "savefig.dpi": 130}
+_STYLE: Any = {
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "reknow",
+    "savefig.dpi": 130,
+    "text.parse_math": False,
+}
 
 
 def trace_figure(trace: Trace, kinds: Sequence[Kind] | None = None) -> Figure:
@@ -167,6 +173,6 @@ def _largest(table: Tensor) -> float:
 
 
 def _shown(token: str) -> str:
-    """A token as a label: what cannot be seen is written out, and `$` is no formula."""
-    token = token.replace("\n", "\\n").replace("\t", "\\t").replace("$", r"\$")
+    """A token as a label: what cannot be seen is written out."""
+    token = token.replace("\n", "\\n").replace("\t", "\\t")
     return token.strip(" ") or "␣"
