@@ -16,6 +16,7 @@ from conftest import make_lm, some_patch
 from reknow import cli
 from reknow.cli import app, failures, terminal
 from reknow.cli.app import app as commands
+from reknow.stack import save_stack
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,39 @@ def test_an_empty_value_is_not_the_current_folder(line, empty_folder):
 @pytest.mark.parametrize("text", ["\udcff.patch", "caf\udce9", "\ud83d", "a\udc80\udc81b"])
 def test_arguments_that_are_no_text_are_refused(place, text):
     assert refused(*place.format(text).split()).startswith(f"expected arguments in UTF-8; got {text!r}: ")
+
+
+CONTRADICTORY = {
+    "export a b --to hf --max-rank 3": ("--to hf", "--max-rank"),
+    "export a b --to hf --truncate": ("--to hf", "--truncate"),
+    "export stack b --to hf --model demo:gpt2": ("a stack", "--model"),
+    "trace {Peru} --facts lre": ("one prompt", "--facts"),
+    "trace {Peru} --limit 100": ("one prompt", "--limit"),
+    "trace {Peru} --layers": ("--layers", "a prompt"),
+    "trace --layers --severed --window 3": ("--layers", "--severed and --window"),
+    "instruct --editor e --trial-steps 40": ("a trained --editor", "--trial-steps"),
+    "bench --list-presets --preset rome": ("--list-presets", "--preset"),
+    "bench --list-presets --data zsre --out o": ("--list-presets", "--data and --out"),
+    "bench --preset ice-convergence --mode batch": ("--preset ice-convergence", "--mode"),
+    "bench --preset ice-convergence --no-generate": ("--preset ice-convergence", "--generate or --no-generate"),
+}
+
+
+@pytest.mark.parametrize("line", CONTRADICTORY)
+def test_options_that_contradict_each_other_are_refused_before_any_work(line, empty_folder):
+    save_stack(empty_folder / "stack", "demo:gpt2", [])
+    what, other = CONTRADICTORY[line]
+    said = refused(*line.split())
+    assert said.startswith(f"expected {what}") and f"; got {other} too, which it" in said
+    assert [path.name for path in empty_folder.iterdir()] == ["stack"]
+
+
+def test_a_setting_given_twice_and_the_data_of_another_study_are_refused():
+    said = refused("edit", "{Peru} is", "Lima", "--set", "steps=1", "--set", "steps=2")
+    assert said == "expected --set steps once; got it 2 times: keep one"
+    assert refused("bench", "--set", "a.b=1", "--set", "a.b=1").startswith("expected --set a.b once; ")
+    said = refused("bench", "--preset", "rome", "--data", "zsre")
+    assert "which are counterfact, or files of theirs; got zsre" in said
 
 
 def test_without_words_the_help_is_shown():

@@ -148,7 +148,7 @@ def test_a_case_with_a_question_too_long_for_the_model_fails_and_the_others_are_
     lm = make_lm()  # 128 positions
     long = Probe("Peru " * 140, () if kind == "fluency" else ("Lima",), kind, "long")
     case = replace(THREE[2], probes=(long,))
-    results = evaluate(lm, [*THREE[:2], case], QUICK, held_out=["Lima is in Peru ."])
+    results = evaluate(lm, [*THREE[:2], case], QUICK, fluency=True, held_out=["Lima is in Peru ."])
     assert [row["error"] and row["error"][:33] for row in results.rows.values()] == [
         None,
         None,
@@ -157,7 +157,7 @@ def test_a_case_with_a_question_too_long_for_the_model_fails_and_the_others_are_
     assert results.rows["ft-m", 0, "single", "after_edit", "2"]["readings"] == []
     assert results.cells["ft-m", "after_edit", "reliability@generated"].cases == 2
     assert results.cells["ft-m", "after_edit", "failed@edit"].mean == pytest.approx(1 / 3)
-    alone = evaluate(lm, THREE[:2], QUICK, held_out=["Lima is in Peru ."])
+    alone = evaluate(lm, THREE[:2], QUICK, fluency=True, held_out=["Lima is in Peru ."])
     for found, wanted in zip(results.rows.values(), alone.rows.values(), strict=False):
         assert found["readings"] == wanted["readings"]
 

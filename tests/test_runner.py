@@ -145,7 +145,8 @@ def test_an_answer_longer_than_the_model_is_read_as_far_as_it_goes():
 
 def test_rows_hold_raw_answers_and_the_manifest_says_what_ran(tmp_path):
     lm = make_lm()
-    bench(lm, make_cases(2), {"fine": METHOD, "none": Nothing()}, tmp_path, plan=Plan(seeds=(0, 1)), dataset="mine")
+    plan = Plan(seeds=(0, 1), fluency=True)
+    bench(lm, make_cases(2), {"fine": METHOD, "none": Nothing()}, tmp_path, plan=plan, dataset="mine")
     rows = lines(tmp_path)
     assert {(row["method"], row["seed"]) for row in rows} == {("fine", 0), ("fine", 1), ("none", 0), ("none", 1)}
     readings = [Reading.from_json(record) for record in rows[0]["readings"]]
@@ -183,7 +184,7 @@ def test_the_edit_in_front_of_the_questions_is_read_for_the_unedited_model_and_f
 def test_text_right_after_every_second_edit_of_a_sequence():
     prompt = Probe("Peru lives", (), "fluency", "generation")
     cases = [replace(case, probes=(prompt,)) for case in make_cases(4)]
-    results = bench_rows(cases, Plan("sequential", fluency_every=2))
+    results = bench_rows(cases, Plan("sequential", fluency=True, fluency_every=2))
     assert [row["readings"][-1]["text"] is not None for row in results] == [True, False, True, False]
 
 
@@ -196,7 +197,7 @@ def bench_rows(cases, plan):
 def test_the_ratio_of_perplexities_stands_where_the_text_follows_the_request():
     case = make_cases(1)[0]
     request = Probe(case.edit.text, (), "fluency", "request")
-    results = evaluate(make_lm(), [replace(case, probes=(*case.probes, request))], Nothing())
+    results = evaluate(make_lm(), [replace(case, probes=(*case.probes, request))], Nothing(), fluency=True)
     readings = [one for one in results.before[("0",)]["readings"] if one["kind"] == "fluency"]
     assert readings[0]["ratios"] is None and len(readings[1]["ratios"]) == 2
     assert Reading.from_json(readings[1]).ratios == tuple(readings[1]["ratios"])

@@ -95,10 +95,8 @@ def make_cases(name: str, subjects=("Peru", "France")) -> list[Case]:
 
 def test_a_study_is_one_page_over_its_runs(tmp_path):
     methods = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak": FT(layer=2, steps=1)}
-    runs = {
-        name: bench(make_lm(), make_cases(name), methods, tmp_path / name, plan=Plan(in_context=("fine",)))
-        for name in ("one", "two")
-    }
+    plan = Plan(in_context=("fine",), fluency=True)
+    runs = {name: bench(make_lm(), make_cases(name), methods, tmp_path / name, plan=plan) for name in ("one", "two")}
     text = write_study("A study", runs, tmp_path).read_text()
     assert (tmp_path / "study.png").stat().st_size > 1000
     tables = re.findall(r"^\*\*(.*)\*\*$", text, re.M)

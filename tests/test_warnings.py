@@ -142,17 +142,22 @@ def test_the_command_line_warns_before_a_model_is_opened(empty_folder):
     rows = [{"prompt": f"{{Peru}} {rest}", "target_new": "Rome"} for rest in ("was born in", "died in")]
     rows += [{"prompt": f"In {{Chile}} {rest}", "target_new": "Rome"} for rest in ("is", "was")]
     (empty_folder / "edits.json").write_text(json.dumps(rows))
-    result = reknow("edit", "--file", "edits.json", "--model", "./nowhere")
+    (empty_folder / "bare").mkdir()
+    result = reknow("edit", "--file", "edits.json", "--model", "./bare")
     warning, error = result.stderr.splitlines()
-    assert "all 2 edits that begin with 'Peru' (and 1 more such texts)" in warning and "./nowhere" in error
+    assert (
+        "all 2 edits that begin with 'Peru' (and 1 more such texts)" in warning
+        and " bare could not be loaded" in error
+    )
 
 
 # --- a question without a subject ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["rome", "memit-merge", "alphaedit"])
-def test_a_question_without_a_subject_is_told_who_takes_it(name):
-    result = reknow("edit", "The capital is", "Rome", "--method", name, "--model", "./nowhere")
+def test_a_question_without_a_subject_is_told_who_takes_it(name, empty_folder):
+    (empty_folder / "bare").mkdir()
+    result = reknow("edit", "The capital is", "Rome", "--method", name, "--model", "./bare")
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert "'The capital of {France} is'" in result.stderr and "subject=" not in result.stderr
     takers = result.stderr.partition("needs none: ")[2].strip().split(", ")

@@ -141,8 +141,8 @@ def _study(preset: str | None, full: bool, data: str | None, limit: int | None) 
         own, given = set(study.data.split(",")), {source.strip().partition(":")[0] for source in data.split(",")}
         if not given <= own:
             raise InputError(
-                f"expected the data of the study {preset}, which are {', '.join(sorted(own))}, or files of theirs; got "
-                f"{data}: name a part of them, as SET or SET:FILE, or leave --preset out"
+                f"expected the data of the study {preset}, which are {', '.join(sorted(own))}, or files of theirs; "
+                f"got {data}: name a part of them, as SET or SET:FILE, or leave --preset out"
             )
     study = study if data is None else study._replace(data=data)
     if limit is None:

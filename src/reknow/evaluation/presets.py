@@ -78,7 +78,9 @@ PRESETS: dict[str, Preset] = {
         keep=2,
         plan={**SAMPLED, "in_context": ("ice",)},
         full={
-            **{"limit": None, "limits": NONE, "keep": None},
+            "limit": None,
+            "limits": NONE,
+            "keep": None,
             "plan": {**SAMPLED, "in_context": ("ice",), "seeds": (0, 1, 2)},
         },
     ),
@@ -122,7 +124,10 @@ PRESETS: dict[str, Preset] = {
         together=True,
         plan={**SAMPLED, "mode": "sequential", "checkpoints": (100, 200), "fluency_every": 10},
         full={
-            **{"limit": None, "limits": NONE, "keep": None, "together": False},
+            "limit": None,
+            "limits": NONE,
+            "keep": None,
+            "together": False,
             "plan": {**SAMPLED, "mode": "sequential"},
         },
     ),

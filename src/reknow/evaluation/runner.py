@@ -58,7 +58,7 @@ class Plan:
     generate: bool = True
     """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
-    """Texts whose perplexity is taken together with fluency."""
+    """Texts whose perplexity is taken where fluency is, sampled or not."""
     fluency_every: Natural = 0
     """Sequential: right after an edit text is sampled at every so many-th patch only; 0: at the checkpoints only."""
     in_context: tuple[str, ...] = ()
@@ -188,7 +188,7 @@ class _Run:
     def read_before(self) -> None:
         for names in _blocks(list(self.cases)):
             if not all((name,) in self.before for name in names):
-                readings, held_out = self.read(names, fluency=self.plan.fluency), self.held_out(self.plan.fluency)
+                readings, held_out = self.read(names, texts=True), self.held_out()
                 for name, found in zip(names, readings, strict=True):
                     if isinstance(found, str):
                         self.unreadable[name], found = found, []
@@ -199,7 +199,7 @@ class _Run:
                     self.advance()
         if self.plan.in_context:
             nothing = {name: {"error": None} for name in self.cases}
-            self.score(UNEDITED[0], self.plan.seeds[0], IN_CONTEXT, nothing, fluency=False)
+            self.score(UNEDITED[0], self.plan.seeds[0], IN_CONTEXT, nothing, texts=False)
 
     def single(self, label: str, method: Any, seed: int) -> None:
         """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
@@ -217,7 +217,7 @@ class _Run:
                 patch, costs = made.get(name, (None, []))
                 with self.lm.patched(*filter(None, [patch])):
                     for stage in stages:
-                        self.score(label, seed, stage, {name: self.cost(name, costs)}, fluency=self.plan.fluency)
+                        self.score(label, seed, stage, {name: self.cost(name, costs)}, texts=True)
 
     def sequence(self, label: str, method: Any, seed: int) -> None:
         """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
@@ -235,11 +235,11 @@ class _Run:
                     now = self.made(method, chunk, file)
                 costs |= now
                 if plan.mode == "sequential":
-                    sampled = bool(plan.fluency_every) and start // size % plan.fluency_every == 0
-                    self.score(label, seed, "after_edit", now, fluency=plan.fluency and sampled)
+                    texts = bool(plan.fluency_every) and start // size % plan.fluency_every == 0
+                    self.score(label, seed, "after_edit", now, texts=texts)
                 if len(costs) in plan.checkpoints and len(costs) < len(names):
-                    self.score(label, seed, f"at:{len(costs)}", costs, fluency=plan.fluency)
-            self.score(label, seed, "end", costs, fluency=plan.fluency)
+                    self.score(label, seed, f"at:{len(costs)}", costs, texts=True)
+            self.score(label, seed, "end", costs, texts=True)
 
     def made(self, method: Any, names: list[str], file: Path | None) -> dict[str, dict]:
         """Puts the patch of these cases on, if there is any; what each cost."""
@@ -263,15 +263,14 @@ class _Run:
     def done(self, label: str, seed: int, stage: str, names: Sequence[str]) -> bool:
         return all((label, seed, self.plan.mode, stage, name) in self.rows for name in names)
 
-    def score(self, label: str, seed: int, stage: str, costs: Mapping[str, dict], *, fluency: bool) -> None:
-        """Reads the cases on the model as it is and writes their rows."""
+    def score(self, label: str, seed: int, stage: str, costs: Mapping[str, dict], *, texts: bool) -> None:
+        """Reads the cases on the model as it is and writes their rows; `texts`: with what the plan asks of texts."""
         for names in _blocks(list(costs)):
             if self.done(label, seed, stage, names):
                 continue
             in_context = stage == IN_CONTEXT
-            sampled = fluency and not in_context
-            readings = self.read(names, fluency=sampled, seed=seed, in_context=in_context)
-            held_out = self.held_out(sampled)
+            readings = self.read(names, texts=texts and not in_context, seed=seed, in_context=in_context)
+            held_out = self.held_out() if texts and not in_context else None
             for name, found in zip(names, readings, strict=True):
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
                 cost = costs[name]
@@ -280,17 +279,18 @@ class _Run:
                 self.rows.add({**about, **cost, "held_out_perplexity": held_out, "readings": found})
                 self.advance()
 
-    def read(self, names: list[str], *, fluency: bool, seed: int = 0, in_context: bool = False) -> list[list | str]:
+    def read(self, names: list[str], *, texts: bool, seed: int = 0, in_context: bool = False) -> list[list | str]:
         """Of each case its readings as JSON, or why it cannot be read."""
         cases = [self.cases[name] for name in names if name not in self.unreadable]
-        asked = {"fluency": fluency, "generate": self.plan.generate, "seed": seed, "in_context": in_context}
-        found = iter(read_each(self.lm, cases, self.unedited, **asked))
+        plan, asked = self.plan, {"seed": seed, "in_context": in_context}
+        fluency = texts and plan.fluency
+        found = iter(read_each(self.lm, cases, self.unedited, fluency=fluency, generate=plan.generate, **asked))
         each = [self.unreadable[name] if name in self.unreadable else next(found) for name in names]
         return [one if isinstance(one, str) else [reading.to_json() for reading in one] for one in each]
 
-    def held_out(self, fluency: bool) -> float | None:
-        """The perplexity of the held-out texts, where fluency is asked too."""
-        return perplexity(self.lm, self.plan.held_out) if self.plan.held_out and fluency else None
+    def held_out(self) -> float | None:
+        """The perplexity of the held-out texts, where there are any."""
+        return perplexity(self.lm, self.plan.held_out) if self.plan.held_out else None
 
 
 def _named(cases: Sequence[Case]) -> dict[str, Case]:
