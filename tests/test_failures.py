@@ -341,6 +341,15 @@ def test_bench_names_what_fails_and_ends_well(tmp_path, model):
     assert len(rows_of(tmp_path / "run")) == 4
 
 
+def test_of_many_bad_records_the_first_are_named_and_the_others_counted(tmp_path, model):
+    path = write(tmp_path / "z.json", [ZSRE, *[{**ZSRE, "alt": True}] * 13])
+    found = run_bench(f"zsre:{path}", model, tmp_path / "run")
+    assert found.exit_code == 0, found.output
+    said = [line for line in found.stderr.splitlines() if "left out:" in line]
+    assert len(said) == 11 and "record 10, field 'alt'" in said[9] and "3 more records of that file" in said[10]
+    assert len(json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))["refused"]) == 13
+
+
 def test_bench_ends_in_an_error_where_a_method_makes_no_edit(tmp_path, model):
     path = write(tmp_path / "z.json", [{**ZSRE, "subject": "O'Brien"}] * 2)
     found = run_bench(f"zsre:{path}", model, tmp_path / "run")

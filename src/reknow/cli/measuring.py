@@ -26,7 +26,7 @@ from reknow.cli.terminal import (
     run_folder,
     say,
     say_table,
-    warn,
+    warn_of_records,
     whole_numbers,
 )
 from reknow.errors import InputError, did_you_mean
@@ -206,8 +206,7 @@ def _sets(
         bad = refused.setdefault(label, [])
         selected = {"limit": limit, "offset": offset, "seed": shuffle}
         cases = load_cases(name, path=path, encoding=encoding, refused=bad, **selected)
-        for sentence in bad:
-            warn(f"left out: {sentence}")
+        warn_of_records(bad)
         cases = _known(knowing, cases) if knowing else cases
         if one_patch and len(kept := agreeing(cases)) < len(cases):
             say(f"left out: {len(cases) - len(kept)} cases of {label} that contradict an earlier one")

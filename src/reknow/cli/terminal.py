@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 DEMO = "demo:gpt2"
 WIDTH = 120
 """Of tables that go to a file or a pipe."""
+COMPLAINTS = 10
+"""How many records that could not be read are named one by one."""
 
 
 def looked_for(model: str | None) -> str | None:
@@ -158,6 +160,14 @@ def say_json(value: Any) -> None:
 def warn(message: object, what: str = "warning") -> None:
     """Prints one line on standard error."""
     print(f"{what}: {visible(' '.join(str(message).splitlines()))}", file=sys.stderr)
+
+
+def warn_of_records(complaints: Sequence[str]) -> None:
+    """Says which records of a file could not be read, the first ones by name."""
+    for complaint in complaints[:COMPLAINTS]:
+        warn(f"left out: {complaint}")
+    if (more := len(complaints) - COMPLAINTS) > 0:
+        warn(f"left out: {more} more records of that file")
 
 
 def console() -> Console:

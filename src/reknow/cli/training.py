@@ -23,7 +23,7 @@ from reknow.cli.terminal import (
     run_folder,
     say,
     say_table,
-    warn,
+    warn_of_records,
 )
 from reknow.errors import InputError, did_you_mean
 
@@ -107,8 +107,7 @@ def _cases(data: list[str], limit: int | None, offset: int, without: list[str], 
         _, name, path = datasets.address(address)
         bad: list[str] = []
         cases = datasets.load_cases(name, path=path, encoding=encoding, refused=bad, **part)
-        for sentence in bad:
-            warn(f"left out: {sentence}")
+        warn_of_records(bad)
         return cases
 
     left_out = {key for address in without for key in case_keys(load(address)).tolist()}

@@ -40,7 +40,7 @@ def _edit(rewrite: Record, id: str) -> Edit:
         rewrite.text("prompt"),
         subject=rewrite.text("subject"),
         target_new=rewrite.record("target_new").text("str"),
-        target_true=rewrite.record("target_true").text("str"),
+        target_true=rewrite.record("target_true").text("str") if rewrite.has("target_true") else None,
         id=id,
     )
 
