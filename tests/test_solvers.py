@@ -104,11 +104,21 @@ def test_keys_of_the_past_hold_against_a_like_key(problem):
 
 
 def test_null_space_counts_the_trace_from_below():
-    covariance = torch.diag(torch.tensor([90.0, 6.0, 3.0, 1.0]))
+    covariance = torch.diag(torch.tensor([45.0, 45.0, 6.0, 3.0, 1.0]))
     assert null_space(covariance, 0.04).shape[1] == 2  # 1 + 3 of 100
     assert null_space(covariance, 0.0, threshold=6.5).shape[1] == 3
     with pytest.raises(InputError, match="raise the limit"):
         null_space(covariance, 0.005)
+
+
+@pytest.mark.parametrize("sink", [100.5, 1e4, 1e9])
+def test_the_direction_of_a_sink_is_no_part_of_the_trace(sink):
+    """Else a share of the trace is more than all the other directions have together, and none is protected."""
+    covariance = torch.diag(torch.tensor([45.0, sink, 45.0, 6.0, 3.0, 1.0]))
+    basis = null_space(covariance, 0.04)
+    assert basis.shape[1] == 2 and float(basis[1].abs().max()) == 0
+    assert null_space(covariance, 0.0, threshold=6.5).shape[1] == 3
+    assert null_space(torch.diag(torch.tensor([99.0, 45.0, 45.0, 6.0, 3.0, 1.0])), 0.05).shape[1] == 2  # of 199
 
 
 def test_a_singular_system_names_the_facts(problem):

@@ -95,7 +95,8 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
     """Orthonormal directions that general text hardly uses. (in, r), float64
 
     Args:
-        share: the weakest directions, of which all together carry at most this share of the trace of C.
+        share: the weakest directions, of which all together carry at most this share of the trace of C. A single
+            direction that carries more than all others, that of an attention sink, is not counted in the trace.
         threshold: the paper's rule instead: eigenvalue below this number.
 
     Raises:
@@ -105,12 +106,14 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
     values = vectors.new_empty(len(vectors))
     torch.linalg.eigh(vectors, out=(values, vectors))  # ascending
     values.clamp_(min=0)
-    weak = values < threshold if threshold is not None else values.cumsum(0) <= share * values.sum()
+    others = values[:-1].sum()
+    trace = others if 0 < others < values[-1] else values.sum()
+    weak = values < threshold if threshold is not None else values.cumsum(0) <= share * trace
     if not bool(weak.any()):
         rule = f"an eigenvalue below {threshold}" if threshold is not None else f"{share:g} of the trace"
         raise InputError(
             f"expected directions that general text hardly uses ({rule}); the smallest eigenvalue is "
-            f"{float(values[0]):.3g} of {float(values.sum()):.3g}: raise the "
+            f"{float(values[0]):.3g} of {float(trace):.3g}: raise the "
             "limit (null_share or null_threshold)"
         )
     return vectors[:, weak]

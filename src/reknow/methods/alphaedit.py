@@ -51,7 +51,8 @@ class AlphaEdit(SearchSettings):
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
     null_share: Share = 0.1
-    """Weakest directions of general text that may change: those that carry this share of the trace of C."""
+    """Weakest directions of general text that may change: those that carry this share of the trace of C, without the
+    direction of an attention sink."""
     null_threshold: Weight | None = None
     """Instead: directions whose eigenvalue of C is below; 0.02 in the paper."""
     stiffness: Weight = 0.1
