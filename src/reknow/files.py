@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from reknow.errors import InputError
+from reknow.locks import writing
 
 ASIDE = ".reknow-"
 """How the names of hidden folders begin; each has a `lock`, what is `new`, and in `old` what had to make room."""
@@ -75,10 +76,10 @@ def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: b
     the hidden folder first; if the process ends before the new one is in its place, `put_back` brings it back.
 
     Raises:
-        InputError: it cannot be written, its place is taken by something else than a folder or a file, or there is
-            one and `overwrite` is off.
+        InputError: it cannot be written, another process writes there, its place is taken by something else than a
+            folder or a file, or there is one and `overwrite` is off.
     """
-    with _writing(folder) as place:
+    with writing(folder), _writing(folder) as place:
         if place.exists() and not overwrite:
             raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
         if place.exists() and not (place.is_dir() or place.is_file()):

@@ -27,6 +27,7 @@ from reknow.errors import InputError
 from reknow.exclusive import exclusively
 from reknow.files import write_text
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
+from reknow.locks import PATIENCE, writing
 from reknow.progress import stage
 from reknow.published import published
 from reknow.schema import Broken, Count, Strict, complaint, parsed, reason
@@ -148,10 +149,9 @@ def _looked_up(lm: LM) -> int:
         log.warning(
             "layer %d of %s is a guess by depth or by papers: it knows too few trial facts", entry["layer"], lm.name
         )
-    cache = cache_folder() / FILE
-    text = json.dumps({**_read(cache), _key(lm, relations): entry}, indent=1)
-    with keeping():
-        write_text(cache, text)
+    cache, key = cache_folder() / FILE, _key(lm, relations)
+    with keeping(), writing(cache, wait=PATIENCE):
+        write_text(cache, json.dumps({**_read(cache), key: entry}, indent=1))
     return entry["layer"]
 
 

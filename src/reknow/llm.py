@@ -17,6 +17,7 @@ from pathlib import Path
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ReknowError
 from reknow.files import append_line
+from reknow.locks import writing
 from reknow.schema import Broken, Strict, content, parsed, reason
 
 log = logging.getLogger(__name__)
@@ -172,4 +173,5 @@ def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
 
 def _append(file: Path, edit: Edit, context: tuple[str, ...], model: str) -> None:
     record = {"text": edit.text, "target_new": edit.target_new, "context": list(context), "model": model}
-    append_line(file, json.dumps(record, ensure_ascii=False))
+    with writing(file, wait=60):
+        append_line(file, json.dumps(record, ensure_ascii=False))

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field
 from reknow.errors import PatchError
 from reknow.files import put_back, write_text
 from reknow.fingerprint import Fingerprint
+from reknow.locks import PATIENCE, writing
 from reknow.outputs import STACK_FILE, stack_folder
 from reknow.patches import Patch
 from reknow.schema import Newer, Strict, read_json, reason
@@ -131,15 +132,28 @@ def replayed(lm: LM, wanted: str) -> tuple[Patch, ...]:
 def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
     """Writes a stack folder: a reference to the base model and the patches in order. `LM(folder)` opens it.
 
-    Files of patches that were taken out stay in the folder; only those that `stack.json` names are applied.
+    Files of patches that were taken out stay in the folder; only those that `stack.json` names are applied. To change
+    what is there, hold `locks.writing(folder)` from the reading on, so that no other change is lost.
+
+    Raises:
+        InputError: it cannot be written, or others write there for ten minutes.
     """
     folder = stack_folder(folder)
     names = [f"{patch.id}.patch" for patch in patches]
-    for name, patch in zip(names, patches, strict=True):
-        if not (folder / name).exists():
-            patch.save(folder / name)
-    text = json.dumps({"format": FORMAT, "base": base_name(base), "patches": names}, indent=1)
-    return write_text(folder / STACK_FILE, text).parent
+    with writing(folder, wait=PATIENCE):
+        for name, patch in zip(names, patches, strict=True):
+            if not _holds(folder / name, patch):
+                patch.save(folder / name)
+        text = json.dumps({"format": FORMAT, "base": base_name(base), "patches": names}, indent=1)
+        return write_text(folder / STACK_FILE, text).parent
+
+
+def _holds(file: Path, patch: Patch) -> bool:
+    """Whether the patch is what is in the file of its name: an id is computed from the content."""
+    try:
+        return file.exists() and Patch.load(file).id == patch.id
+    except PatchError:
+        return False
 
 
 def base_name(base: str) -> str:
@@ -154,7 +168,18 @@ def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     if not str(source).strip() or not os.path.isfile(file):  # a name may be too long for a path
         return source, []
     stack = read_json(file, StackFile, lambda error: _refusal(source, error))
-    return stack.base, [Patch.load(Path(source) / name) for name in stack.patches]
+    return stack.base, [_named(Path(source) / name) for name in stack.patches]
+
+
+def _named(file: Path) -> Patch:
+    """The patch in the file, whose name is its id."""
+    patch = Patch.load(file)
+    if patch.id != file.stem:
+        raise PatchError(
+            f"expected the patch {file.stem} in {file}; it holds {patch.label}: put the right file there, or take it "
+            "out of the stack and apply it under its own name"
+        )
+    return patch
 
 
 def _refusal(source: str | Path, error: Exception) -> PatchError:

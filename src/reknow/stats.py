@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.exact import exact, exact_device
 from reknow.exclusive import exclusively
+from reknow.locks import writing
 from reknow.progress import stage
 from reknow.schema import Broken, Count, parsed, reason
 from reknow.tensor_files import check_tensor, read_tensors, write_tensors
@@ -192,9 +194,25 @@ def _finite(blocks: Sequence[Tensor]) -> bool:
 def _computed(
     lm: LM, keys: dict[int, dict[str, str]], source: TextSource, tokens: int, state: PartialState | None
 ) -> dict[int, Statistics]:
-    """The statistics, read from text and kept."""
+    """The statistics, read from text and kept, or what another process has kept meanwhile."""
     rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
     aside = _file("sums", [list(keys.values()), rank, world])
+    with writing(aside, wait=math.inf):
+        kept = {layer: one for layer, key in keys.items() if (one := _load(lm, key))}
+        if world == 1 and len(kept) == len(keys):
+            return kept
+        return _read_and_kept(lm, keys, source, tokens, state, aside)
+
+
+def _read_and_kept(
+    lm: LM,
+    keys: dict[int, dict[str, str]],
+    source: TextSource,
+    tokens: int,
+    state: PartialState | None,
+    aside: Path,
+) -> dict[int, Statistics]:
+    rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
     names = [key["matrix"] for key in keys.values()]
     totals, count = _sums(lm, names, source, tokens, aside, rank, world)
     if world > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,7 @@ from reknow.cli.terminal import (
     warn,
 )
 from reknow.errors import EditFailed, InputError
+from reknow.locks import writing
 
 if TYPE_CHECKING:
     from reknow.cost import Cost
@@ -81,16 +83,17 @@ def edit(
 
     chosen = chosen_method(method, each_once(settings), layer=layer)
     checked(chosen, edits)
-    if not plan:
-        out = _place(chosen, out, force, (model, file))
-    lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
-    lm.computes_statistics = not no_stats
-    if plan:
-        cost = estimate(lm, chosen, edits)
-        return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
-    stack = model if lm.patches else f"FOLDER --model {lm.name}"
-    stack += f" --tokenizer {tokenizer}" if tokenizer else ""
-    _edit(lm, chosen, edits, out, stack, as_json)
+    with nullcontext() if plan else writing(out):
+        if not plan:
+            out = _place(chosen, out, force, (model, file))
+        lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
+        lm.computes_statistics = not no_stats
+        if plan:
+            cost = estimate(lm, chosen, edits)
+            return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
+        stack = model if lm.patches else f"FOLDER --model {lm.name}"
+        stack += f" --tokenizer {tokenizer}" if tokenizer else ""
+        _edit(lm, chosen, edits, out, stack, as_json)
 
 
 def _edits(prompt, target, subject, true, file, encoding) -> list[Edit]:

@@ -24,6 +24,7 @@ from reknow.cli.terminal import (
     say_table,
 )
 from reknow.errors import InputError, did_you_mean
+from reknow.locks import writing
 
 if TYPE_CHECKING:
     from reknow.instructions import Family, Found, Proposer
@@ -87,13 +88,14 @@ def instruct(
     lm = open_lm(model, dtype, device, tokenizer, own_code)
     mark_folder(out, "instruct")
     started = time.perf_counter()
-    method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
-    trial = Trial(lm, method, {family.name: Material.of(family).trial for family in chosen})
-    about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
-    found = search(chosen, writer, trial, out, settings, about=about, advance=say)
-    seconds = time.perf_counter() - started
-    card = _card(lm, writer, about["editor"], settings.seed)
-    save_families(out / "instructions.json", [*found.families, *_others(known, wanted)], card)
+    with writing(out):
+        method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
+        trial = Trial(lm, method, {family.name: Material.of(family).trial for family in chosen})
+        about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
+        found = search(chosen, writer, trial, out, settings, about=about, advance=say)
+        seconds = time.perf_counter() - started
+        card = _card(lm, writer, about["editor"], settings.seed)
+        save_families(out / "instructions.json", [*found.families, *_others(known, wanted)], card)
     _say_found(found, seconds, trial.edits)
     say(f"wrote {out / 'instructions.json'}; use it with: --method instructedit --set families=FILE")
 

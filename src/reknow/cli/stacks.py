@@ -26,6 +26,7 @@ from reknow.cli.terminal import (
     warn,
 )
 from reknow.errors import InputError, PatchError, did_you_mean
+from reknow.locks import PATIENCE, writing
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -60,23 +61,24 @@ def apply(
 
     stack = stack_folder(stack)
     loaded = [Patch.load(path) for path in patches]
-    base, active = read_stack(stack)
-    if base == stack and model is None:
-        raise InputError(f"expected --model for the new stack {stack}; got none: name the base model")
-    if base != stack and model is not None and base_name(model) != base:
-        raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
-    base = model if base == stack else base
-    before = len(active)
-    found = next((patch.base for patch in active if FORCED not in patch.notes), None)
-    if found is None or force:
-        lm = open_lm(str(stack if active else base), dtype, device, tokenizer, own_code)
-        for patch in loaded:
-            lm.apply(patch, force=force)
-        active = list(lm.patches)
-    else:
-        for patch in loaded:
-            active = list(with_patch(tuple(active), patch, found))
-    save_stack(stack, str(base), active)
+    with writing(stack, wait=PATIENCE):
+        base, active = read_stack(stack)
+        if base == stack and model is None:
+            raise InputError(f"expected --model for the new stack {stack}; got none: name the base model")
+        if base != stack and model is not None and base_name(model) != base:
+            raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
+        base = model if base == stack else base
+        before = len(active)
+        found = next((patch.base for patch in active if FORCED not in patch.notes), None)
+        if found is None or force:
+            lm = open_lm(str(stack if active else base), dtype, device, tokenizer, own_code)
+            for patch in loaded:
+                lm.apply(patch, force=force)
+            active = list(lm.patches)
+        else:
+            for patch in loaded:
+                active = list(with_patch(tuple(active), patch, found))
+        save_stack(stack, str(base), active)
     for patch in active[before:]:
         say(f"applied {patch.label}")
     say(f"{stack}: {base} with {_patches(len(active))}")
@@ -93,17 +95,18 @@ def revert(
     from reknow.patches import Patch
     from reknow.stack import save_stack, without_patch
 
-    base, active = _existing(stack)
-    ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
-    rest = tuple(active)
-    lm = open_lm(str(stack), None, None, tokenizer, own_code) if rebuild else None
-    for patch_id in ids:
-        if lm is None:
-            rest = without_patch(rest, patch_id)
-        else:
-            lm.rebuild(without=patch_id)
-            rest = lm.patches
-    save_stack(stack, base, rest)
+    with writing(stack, wait=PATIENCE):
+        base, active = _existing(stack)
+        ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
+        rest = tuple(active)
+        lm = open_lm(str(stack), None, None, tokenizer, own_code) if rebuild else None
+        for patch_id in ids:
+            if lm is None:
+                rest = without_patch(rest, patch_id)
+            else:
+                lm.rebuild(without=patch_id)
+                rest = lm.patches
+        save_stack(stack, base, rest)
     for patch in active:
         if patch.id in ids:
             say(f"reverted {patch.label}")
@@ -120,9 +123,10 @@ def merge(
     from reknow.patches import Patch
     from reknow.patches import merge as merged
 
-    out = output_file(out, force, patches)
-    patch = merged([Patch.load(path) for path in patches])
-    patch.save(out)
+    with writing(out):
+        out = output_file(out, force, patches)
+        patch = merged([Patch.load(path) for path in patches])
+        patch.save(out)
     say(f"wrote {out}: {patch.label}")
 
 

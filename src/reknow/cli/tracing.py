@@ -26,6 +26,7 @@ from reknow.cli.terminal import (
     say_table,
 )
 from reknow.errors import InputError
+from reknow.locks import writing
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -81,7 +82,8 @@ def trace(
     lm = open_lm(model, dtype, device, tokenizer, own_code)
     if edit is not None:
         return _trace_one(lm, edit, settings, out, as_json)
-    _trace_many(lm, facts or FACTS, limit or LIMIT, settings, out, force, as_json)
+    with writing(out):
+        _trace_many(lm, facts or FACTS, limit or LIMIT, settings, out, force, as_json)
 
 
 def _say_layers(lm: LM, as_json: bool) -> None:

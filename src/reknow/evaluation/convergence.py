@@ -18,6 +18,7 @@ from reknow.edits import Edit
 from reknow.errors import OF_ONE
 from reknow.evaluation.rows import Rows, open_manifest
 from reknow.exclusive import exclusively
+from reknow.locks import writing
 from reknow.methods.ice import ICE, consistency
 from reknow.progress import progress_bar
 
@@ -45,7 +46,7 @@ def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path,
             without an early end.
 
     Raises:
-        InputError: the folder was started with other settings.
+        InputError: the folder was started with other settings, or another process writes there.
     """
     settings = {
         "model": lm.fingerprint.digest,
@@ -53,13 +54,14 @@ def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path,
         "methods": {label: {"name": method.name, **asdict(method)} for label, method in methods.items()},
         "losses": asdict(ICE(stop_loss=0.0)),
     }
-    open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")})
-    rows = Rows(out / ROWS_FILE, KEY)
-    total = len(edits) * (len(TARGETS) * len(TEMPERATURES) + 1 + len(methods))
-    with progress_bar(progress, "edits", total, len(rows)) as (advance, _):
-        for row in chain(_losses(lm, edits, rows), _consistency(lm, edits, methods, rows)):
-            rows.add(row)
-            advance()
+    with writing(out):
+        open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")})
+        rows = Rows(out / ROWS_FILE, KEY)
+        total = len(edits) * (len(TARGETS) * len(TEMPERATURES) + 1 + len(methods))
+        with progress_bar(progress, "edits", total, len(rows)) as (advance, _):
+            for row in chain(_losses(lm, edits, rows), _consistency(lm, edits, methods, rows)):
+                rows.add(row)
+                advance()
     return rows
 
 

@@ -28,6 +28,7 @@ from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_diges
 from reknow.exclusive import exclusively
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
+from reknow.locks import writing
 from reknow.progress import progress_bar, watched
 
 Mode = Literal["single", "batch", "sequential"]
@@ -139,18 +140,20 @@ def bench(
         refused: why records of the data set could not become cases, for the results to say.
 
     Raises:
-        InputError: the folder was started with other settings, two methods or two cases have one name.
+        InputError: the folder was started with other settings, two methods or two cases have one name, or another
+            process writes there.
     """
     folder, named = Path(out), _named(cases)
     labelled = dict(methods) if isinstance(methods, Mapping) else {method.name: method for method in methods}
     if len(labelled) != len(methods) or not labelled:
         raise InputError("expected methods with different names; got one twice, or none: give label → method")
     about = {**_about(lm), "refused": list(refused)}
-    manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
-    run = run_digest(manifest["settings"])
-    before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
-    rows = Rows(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
-    _Run(lm, named, plan, before, rows, folder).all(labelled, progress)
+    with writing(folder):
+        manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
+        run = run_digest(manifest["settings"])
+        before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
+        rows = Rows(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
+        _Run(lm, named, plan, before, rows, folder).all(labelled, progress)
     return Results(manifest, *own_rows(manifest, before, rows, named, folder))
 
 

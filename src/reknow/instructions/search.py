@@ -20,6 +20,7 @@ from reknow.evaluation.rows import Rows, open_manifest
 from reknow.instructions.families import Family, Instruction
 from reknow.instructions.propose import Proposer, usable
 from reknow.llm import NoAnswer
+from reknow.locks import writing
 
 log = logging.getLogger(__name__)
 
@@ -82,14 +83,16 @@ def search(
         The families with the instructions that scored highest, best first, one of them marked as unseen.
 
     Raises:
-        InputError: a family without an instruction to begin with, or a folder of another search.
+        InputError: a family without an instruction to begin with, a folder of another search, or one where another
+            process writes.
     """
     folder = Path(out)
     starts = {family.name: family.texts()[0] for family in families}
     asked = {"search": asdict(settings), "proposer": proposer.name, "starts": starts, **(about or {})}
-    open_manifest(folder, asked, {"kind": "instruction search"})
-    run = _Run(proposer, score, folder, settings, advance)
-    found = [run.family(family, starts[family.name]) for family in families]
+    with writing(folder):
+        open_manifest(folder, asked, {"kind": "instruction search"})
+        run = _Run(proposer, score, folder, settings, advance)
+        found = [run.family(family, starts[family.name]) for family in families]
     cost = {"seconds of trials": round(run.seconds, 1), "trials": run.trials, **proposer.cost()}
     return Found(found, cost, run.stopped)
 

@@ -99,10 +99,12 @@ class Loop:
         self.optimizer = self.accelerator.prepare_optimizer(learner.optimizer(), device_placement=False)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.best: dict[str, Tensor] = {}
-        self.log = Rows(folder / LOG_FILE if self.main else None, ("step",))
+        self.log = Rows(None, ("step",))
 
     def all(self, progress: bool) -> dict[str, Any]:
         """Runs to the end; returns the notes of the editor."""
+        if self.main:
+            self.log = Rows(self.folder / LOG_FILE, ("step",))
         self._resume()
         training, state = self.training, self.state
         if training.tensorboard:

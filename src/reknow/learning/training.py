@@ -6,6 +6,7 @@ import json
 import logging
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from reknow.evaluation.reading import unreadable
 from reknow.evaluation.rows import cases_digest, open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
+from reknow.locks import writing
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -172,32 +174,34 @@ def train(
         The path of the editor.
 
     Raises:
-        InputError: the folder was started with other arguments, or micro-batches that the processes cannot share.
+        InputError: the folder was started with other arguments, another process trains there, or micro-batches that
+            the processes cannot share.
         EditFailed: a loss that is no number; the last checkpoint is as it was.
     """
     folder = Path(out)
     run = Loop(lm, learner, draw, held, folder, training)
-    if run.main:
-        settings = {
-            "reknow": reknow.__version__,
-            "model": lm.fingerprint.digest,
-            "method": {"name": method.name, **asdict(method)},  # type: ignore[call-overload]
-            "training": {**asdict(training), "tensorboard": None},
-            "cases": len(learning) + len(held),
-            "cases_digest": cases_digest([*learning, *held]),
-        }
-        open_manifest(folder, settings, {"model": lm.name})
-    run.accelerator.wait_for_everyone()
     path = folder / EDITOR_FILE
-    if not path.exists():
-        with lm.unpatched(), torch.enable_grad():
-            notes = run.all(progress)
-        if not run.best:
-            raise EditFailed("expected a validation loss that is a number; got none: lower the learning rate")
+    with writing(folder) if run.main else nullcontext():
         if run.main:
-            settings = json.loads(json.dumps(asdict(method) | {"editor": None}))  # type: ignore[call-overload]
-            seen = case_keys([*learning, *held])
-            Editor(method.name, settings, run.best, lm.fingerprint, seen, notes).save(path)
-            (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            settings = {
+                "reknow": reknow.__version__,
+                "model": lm.fingerprint.digest,
+                "method": {"name": method.name, **asdict(method)},  # type: ignore[call-overload]
+                "training": {**asdict(training), "tensorboard": None},
+                "cases": len(learning) + len(held),
+                "cases_digest": cases_digest([*learning, *held]),
+            }
+            open_manifest(folder, settings, {"model": lm.name})
         run.accelerator.wait_for_everyone()
+        if not path.exists():
+            with lm.unpatched(), torch.enable_grad():
+                notes = run.all(progress)
+            if not run.best:
+                raise EditFailed("expected a validation loss that is a number; got none: lower the learning rate")
+            if run.main:
+                settings = json.loads(json.dumps(asdict(method) | {"editor": None}))  # type: ignore[call-overload]
+                seen = case_keys([*learning, *held])
+                Editor(method.name, settings, run.best, lm.fingerprint, seen, notes).save(path)
+                (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+            run.accelerator.wait_for_everyone()
     return str(path)
