@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import reduce
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
+
+from pydantic import FailFast
 
 from reknow.errors import InputError
 from reknow.templates import filled, templated
@@ -18,6 +20,9 @@ from reknow.writing import full_stop, joined, led
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
 """What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
 consequences, free text, how a topic is liked."""
+
+Texts = Annotated[tuple[str, ...], FailFast()]
+"""Texts of which, read from a file, the first wrong one is told."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Edit:
     """The answer that the unedited model is supposed to give."""
     id: str | None = None
     """Name of the edit in journals and results."""
-    context: tuple[str, ...] = ()
+    context: Texts = ()
     """Statements of the new knowledge, for In-Context Editing."""
-    rephrasings: tuple[str, ...] = ()
+    rephrasings: Texts = ()
     """Other wordings of the prompt that a method may train on, `{}` for the subject; never probes."""
     task: str | None = None
     """Task family, for editors trained on several tasks."""
@@ -149,7 +154,7 @@ class Probe:
     """A question whose answer tells whether an edit worked or did harm."""
 
     prompt: str
-    answers: tuple[str, ...]
+    answers: Texts
     """Accepted answers, best first; teacher-forced scores read the first, generated ones accept any."""
     kind: Kind
     name: str

@@ -30,7 +30,7 @@ from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_fa
 from reknow.locks import PATIENCE, writing
 from reknow.progress import stage
 from reknow.published import published
-from reknow.schema import Broken, Count, Strict, complaint, parsed, reason
+from reknow.schema import Broken, Count, Listed, Strict, complaint, parsed, reason
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -160,7 +160,7 @@ class Choice(Strict):
 
     layer: Count
     model: str
-    trials: list[dict[str, JsonValue]]
+    trials: Listed[dict[str, JsonValue]]
 
 
 def _read(file) -> dict[str, dict]:

@@ -18,7 +18,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ReknowError
 from reknow.files import append_line
 from reknow.locks import writing
-from reknow.schema import Broken, Strict, content, parsed, reason
+from reknow.schema import Broken, Listed, Strict, content, parsed, reason
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class _Kept(Strict):
 
     text: str
     target_new: str
-    context: tuple[str, ...]
+    context: Listed[str]
     model: str = ""
 
 
@@ -162,7 +162,7 @@ def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
         try:
             if line.strip():
                 record = parsed(_Kept, line)
-                found[record.text, record.target_new] = record.context
+                found[record.text, record.target_new] = tuple(record.context)
         except Broken as error:
             broken.append(f"line {number} ({error})")
     if broken:

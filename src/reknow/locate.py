@@ -33,7 +33,7 @@ from reknow.exact import exact
 from reknow.exclusive import exclusively
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
-from reknow.schema import Count, Strict
+from reknow.schema import Count, Listed, Strict
 from reknow.templates import filled, sections
 from reknow.tokens import Row, Text
 
@@ -132,12 +132,12 @@ class StoredTrace(Strict):
     """A `Trace` as JSON."""
 
     prompt: str
-    tokens: list[str]
+    tokens: Listed[str]
     subject: Annotated[list[Count], Field(min_length=2, max_length=2)]
     answer: str
     clean: Share
     corrupted: Share
-    restored: dict[Kind, list[list[Share | None]]]
+    restored: dict[Kind, Listed[Listed[Share | None]]]
     window: Count
 
     @model_validator(mode="after")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, FailFast, Field, JsonValue
 from torch import Tensor
 
 from reknow.edits import Edit
@@ -16,7 +16,7 @@ from reknow.errors import PatchError, ReknowError
 from reknow.fingerprint import Fingerprint
 from reknow.kept import Kept
 from reknow.patches import FORMAT, Delta, Dense, Kind, LowRank, Patch
-from reknow.schema import Broken, Finite, Newer, Strict, check_fields, parsed, reason
+from reknow.schema import Broken, Listed, Newer, Object, Strict, check_fields, parsed, reason
 from reknow.tensor_files import (
     HEADER,
     Sealed,
@@ -69,9 +69,9 @@ class _Adapter(Strict):
 class _Notes(Strict):
     """Those notes that anything reads; the others are for people."""
 
-    model_config = ConfigDict(extra="ignore")
+    open: ClassVar[bool] = True
 
-    conflicts: list[_Conflict] = Field(default_factory=list)
+    conflicts: Listed[_Conflict] = Field(default_factory=list)
     adapter: _Adapter | None = None
 
 
@@ -86,14 +86,14 @@ class Header(Strict):
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     kind: Kind
     method: Name
-    settings: dict[str, Finite]
-    edits: tuple[Edit, ...]
-    made_on: tuple[Name, ...]
+    settings: Object
+    edits: Annotated[tuple[Edit, ...], FailFast()]
+    made_on: Annotated[tuple[Name, ...], FailFast()]
     notes: Annotated[dict[str, JsonValue], AfterValidator(_noted)]
     version: str
     base: Base
     follows: Name | None = None
-    memory: dict[str, Finite] = Field(default_factory=dict)
+    memory: Object = Field(default_factory=dict)
 
 
 def write_patch(patch: Patch, path: str | Path, *, beside: str | None = None) -> Path:
@@ -200,7 +200,9 @@ def kept_by(patch: Patch) -> Kept | None:
     Raises:
         Broken: it is a memory of a method that this library does not have, or not of its kind.
     """
-    from reknow.methods import METHODS  # methods import patches
+    if patch.kind == "weights" and not patch.state:
+        return None  # the matrices are all there is, and importing the methods takes seconds
+    from reknow.methods import METHODS  # which import patches
     from reknow.methods.base import MemoryMethod
 
     entry = METHODS.get(patch.method)

@@ -9,16 +9,28 @@ from __future__ import annotations
 import json
 import math
 import stat
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from typing_extensions import Self
 
 from reknow.errors import ReknowError
 
-MOST_BYTES = 2**28
+MOST_BYTES = 2**26
 """Of a file that is read as a whole and holds no tensors."""
 SHOWN = 60
 """Characters of a wrong value that a message shows."""
@@ -35,7 +47,16 @@ class Newer(Broken):
 class Strict(BaseModel):
     """JSON of a known form: no other fields, no other types, no NaN."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    # Others are taken first and refused at the end, since pydantic would make an error of each.
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+    open: ClassVar[bool] = False
+    """Whether there may be other fields, as there are where people or later versions add some."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if self.model_extra and not self.open:
+            raise ValueError(f"there is no field {_shown(min(self.model_extra))} here")
+        return self
 
 
 def _finite(value: Any) -> Any:
@@ -50,10 +71,12 @@ def _finite(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 """A number of things, or the place of one."""
-Finite = Annotated[JsonValue, AfterValidator(_finite)]
-"""Any JSON value without NaN and infinity."""
+Object = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
+"""Any JSON object without NaN and infinity."""
 
 Read = TypeVar("Read")
+Listed = Annotated[list[Read], FailFast()]
+"""A list of which the first wrong entry is told: to tell what is wrong with all takes a hundred times the room."""
 
 
 def parsed(model: type[Read], text: str | bytes, *, once: bool = False) -> Read:
@@ -72,9 +95,8 @@ def parsed(model: type[Read], text: str | bytes, *, once: bool = False) -> Read:
             json.loads(text, object_pairs_hook=_named_once)
         return found
     except ValidationError as error:
-        newer = (e["input"] for e in error.errors() if e["loc"] == ("format",) and e["type"] == "less_than_equal")
-        if (number := next(newer, None)) is not None:
-            raise Newer(str(number)) from None
+        if any(e["loc"] == ("format",) and e["type"] == "less_than_equal" for e in _plain(error)):
+            raise Newer(str(next(e["input"] for e in error.errors() if e["loc"] == ("format",)))) from None
         raise Broken(complaint(error)) from None
 
 
@@ -96,20 +118,25 @@ def check_fields(owner: type, values: Mapping[str, Any], where: str) -> None:
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise Broken(f"the field {twice[:SHOWN]!r} is there twice")
     return found
 
 
 def complaint(error: ValidationError) -> str:
     """The first thing that is wrong, with its place, on one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first, *others = _plain(error)
     said = first["msg"].removeprefix("Value error, ")
     place = ".".join(map(str, first["loc"]))
     if not place:
         return said
-    return f"field {place}: {said}" + ("" if first["type"] == "missing" else f", got {_shown(first['input'])}")
+    if any(one["type"] == "missing" for one in (first, *others)):  # whose input is all that there is
+        return f"field {place}: {said}"
+    return f"field {place}: {said}, got {_shown(error.errors(include_url=False)[0]['input'])}"
+
+
+def _plain(error: ValidationError) -> list[Any]:
+    return error.errors(include_url=False, include_context=False, include_input=False)
 
 
 def _shown(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +18,7 @@ from reknow.fingerprint import Fingerprint
 from reknow.locks import PATIENCE, writing
 from reknow.outputs import STACK_FILE, stack_folder
 from reknow.patches import Patch
-from reknow.schema import Newer, Strict, read_json, reason
+from reknow.schema import Listed, Newer, Strict, read_json, reason
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -28,7 +29,7 @@ FORCED = "forced"
 
 
 def _each_once(names: list[str]) -> list[str]:
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"expected every patch once, and {twice[0]} is there twice")
     return names
 
@@ -43,7 +44,7 @@ class StackFile(Strict):
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     base: Annotated[str, Field(min_length=1)]
     """Name or path of the base model."""
-    patches: Annotated[list[PatchName], AfterValidator(_each_once)]
+    patches: Annotated[Listed[PatchName], AfterValidator(_each_once)]
     """In the order in which they are applied."""
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from reknow.files import write_aside
-from reknow.schema import Broken, Strict, parsed, regular
+from reknow.schema import Broken, Object, Strict, complaint, parsed, regular
 
 HEADER, DIGEST = "reknow", "sha256"
 MOST_HEADER = 10**8
@@ -39,7 +39,15 @@ class _Place(Strict):
 
     dtype: str
     shape: list[Annotated[int, Field(ge=0, lt=2**40)]] = Field(max_length=8)
-    data_offsets: tuple[Offset, Offset]
+    data_offsets: Annotated[list[Offset], Field(min_length=2, max_length=2)]
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> _Place:
+        """Raises Broken where the value is none."""
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise Broken(f"tensor {name[:80]}: {complaint(error)}") from None
 
 
 class Sealed(NamedTuple):
@@ -93,11 +101,11 @@ def read_tensors(path: str | Path) -> Sealed:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MOST_HEADER):
             raise Broken("it is no safetensors file, or cut short")
-        found = parsed(dict[str, _Place | dict[str, str]], file.read(length), once=True)
+        found = parsed(Object, file.read(length), once=True)
         metadata = found.pop("__metadata__", {})
-        if isinstance(metadata, _Place) or not all(isinstance(place, _Place) for place in found.values()):
-            raise Broken("its metadata are no texts, or stand where tensors do")
-        places = {name: place for name, place in found.items() if isinstance(place, _Place)}
+        if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+            raise Broken("its metadata are no texts")
+        places = {name: _Place.of(name, value) for name, value in found.items()}
         _check_places(places, size - 8 - length)
         tensors = {}
         for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
@@ -116,7 +124,7 @@ def _check_places(places: Mapping[str, _Place], size: int) -> None:
         if place.dtype not in DTYPES:
             raise Broken(f"tensor {name}: its numbers are of the kind {place.dtype[:20]!r}, which is not known")
         end = at + math.prod(place.shape) * DTYPES[place.dtype].itemsize
-        if place.data_offsets != (at, end):
+        if place.data_offsets != [at, end]:
             raise Broken(f"tensor {name}: its place in the file does not fit its size")
         at = end
     if at != size:

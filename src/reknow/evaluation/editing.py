@@ -6,10 +6,10 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import ConfigDict, RootModel
+from pydantic import RootModel
 
 from reknow.edits import Edit
 from reknow.errors import OF_ONE, InputError, ReknowError, TextRefused
@@ -31,7 +31,7 @@ class Made(NamedTuple):
 class Cost(Strict):
     """What making a patch took, for each of its edits; as JSON beside the patch."""
 
-    model_config = ConfigDict(extra="allow")
+    open: ClassVar[bool] = True
 
     error: str | None
     """Why it could not be made."""

@@ -10,15 +10,14 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from pydantic import ConfigDict
 
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.files import append_line, write_text
-from reknow.schema import Broken, Finite, Strict, parsed, read_json, reason
+from reknow.schema import Broken, Object, Strict, parsed, read_json, reason
 
 BEFORE_FILE, ROWS_FILE, MANIFEST_FILE = "before.jsonl", "cases.jsonl", "manifest.json"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
@@ -31,7 +30,7 @@ RUN = "run"
 class AnyRow(Strict):
     """A row of which nothing but its key is known."""
 
-    model_config = ConfigDict(extra="allow")
+    open: ClassVar[bool] = True
 
 
 class Rows(dict[tuple, dict]):
@@ -65,7 +64,7 @@ class Rows(dict[tuple, dict]):
         foreign = 0
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
-                row = parsed(dict[str, Finite], line, once=True)
+                row = parsed(Object, line, once=True)
                 of = row.pop(RUN, self.run)
                 if of != self.run and self.run is not None:
                     foreign += 1
@@ -153,9 +152,9 @@ def open_manifest(folder: Path, settings: Mapping[str, Any], about: Mapping[str,
 class Manifest(Strict):
     """`manifest.json` of a run of any kind."""
 
-    model_config = ConfigDict(extra="allow")
+    open: ClassVar[bool] = True
 
-    settings: dict[str, Finite]
+    settings: Object
 
 
 def read_manifest(folder: Path, form: type[Strict] = Manifest) -> dict[str, Any]:
@@ -167,7 +166,7 @@ def read_manifest(folder: Path, form: type[Strict] = Manifest) -> dict[str, Any]
             "give the folder that `bench` wrote"
         )
 
-    manifest = read_json(folder / MANIFEST_FILE, dict[str, Finite], refusal)
+    manifest = read_json(folder / MANIFEST_FILE, Object, refusal)
     read_json(folder / MANIFEST_FILE, form, refusal)
     return manifest
 

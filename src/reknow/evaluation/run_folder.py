@@ -8,19 +8,18 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from reknow.edits import Kind
 from reknow.errors import InputError
 from reknow.evaluation.editing import Cost
-from reknow.schema import Count, Strict
+from reknow.schema import Count, Listed, Strict
 
 Positive = Annotated[float, Field(gt=0)]
 Nats = Annotated[float, Field(ge=-1, le=700)]
 """A mean −log P, such that its exponential and that of its negative are numbers."""
-Answers = Annotated[list[str], Field(max_length=10_000)]
 
 
 class StoredReading(Strict):
@@ -29,9 +28,9 @@ class StoredReading(Strict):
     kind: Kind
     name: str
     prompt: str
-    answers: Answers
-    hits: list[Literal[0, 1]]
-    top: list[Count]
+    answers: Listed[str]
+    hits: Listed[Literal[0, 1]]
+    top: Listed[Count]
     nll: Nats | None = None
     nll_new: Nats | None = None
     nll_true: Nats | None = None
@@ -51,17 +50,17 @@ class StoredReading(Strict):
 
 
 class _Row(Strict):
-    model_config = ConfigDict(extra="allow")
+    open: ClassVar[bool] = True
 
     case: str
     held_out_perplexity: Positive | None
-    readings: list[StoredReading]
+    readings: Listed[StoredReading]
 
 
 class StoredEdit(Strict):
     """The edit of a case, as far as it is shown."""
 
-    model_config = ConfigDict(extra="allow")
+    open: ClassVar[bool] = True
 
     prompt: str
     target_new: str
@@ -88,31 +87,31 @@ class CaseRow(_Row, Cost):
 class RunSettings(Strict):
     """What a comparison of methods was started with, as far as the results depend on it."""
 
-    model_config = ConfigDict(extra="allow")
+    open: ClassVar[bool] = True
 
     reknow: str
     model: str
-    patches: list[str]
+    patches: Listed[str]
     dataset: str
     cases: Count
     cases_digest: str
     methods: dict[str, dict[str, JsonValue]]
     mode: Literal["single", "batch", "sequential"]
     batch_size: Count
-    checkpoints: list[Count]
-    seeds: Annotated[list[int], Field(min_length=1)]
+    checkpoints: Listed[Count]
+    seeds: Annotated[Listed[int], Field(min_length=1)]
 
 
 class RunManifest(Strict):
     """`manifest.json` of a comparison of methods."""
 
-    model_config = ConfigDict(extra="allow")
+    open: ClassVar[bool] = True
 
     model: str
     dtype: str
     started: str = ""
     machine: dict[str, JsonValue] = Field(default_factory=dict)
-    refused: list[str] = Field(default_factory=list)
+    refused: Listed[str] = Field(default_factory=list)
     """Why records of the data set are no cases."""
     settings: RunSettings
 

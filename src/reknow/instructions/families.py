@@ -20,7 +20,7 @@ from reknow.datasets.sources import read_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditRefused, InputError, did_you_mean
 from reknow.evaluation.rows import write_json
-from reknow.schema import Broken, Finite, parsed
+from reknow.schema import Broken, Object, parsed
 
 BUNDLED = "instructions.json"
 
@@ -129,7 +129,7 @@ def _content(path: str | Path | None) -> Any:
     source = files("reknow") / "assets" / BUNDLED if path is None else Path(path)
     text = read_text(source, BUNDLED if path is None else str(path))
     try:
-        return parsed(dict[str, Finite], text, once=True)
+        return parsed(Object, text, once=True)
     except Broken as error:
         raise InputError(f"expected JSON in {path or BUNDLED}; got {error}: correct the file") from error
 

@@ -19,7 +19,7 @@ from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.fingerprint import Fingerprint
 from reknow.patch_files import Base, Name
-from reknow.schema import Broken, Finite, Newer, Strict, check_fields, parsed, reason
+from reknow.schema import Broken, Newer, Object, Strict, check_fields, parsed, reason
 from reknow.tensor_files import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class _Header(Strict):
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     kind: Literal["editor"]
     method: Name
-    settings: dict[str, Finite]
+    settings: Object
     notes: dict[str, JsonValue]
     version: str
     base: Base

@@ -29,7 +29,7 @@ from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
-from reknow.schema import Count, Strict
+from reknow.schema import Count, Listed, Strict
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Memory(Strict):
 
     modules: list[str] = Field(min_length=1, max_length=1)
     replacement: Replacement
-    labels: Annotated[list[list[Count]], Per("keys")]
+    labels: Annotated[Listed[Listed[Count]], Per("keys")]
     """Tokens of each key's answer."""
 
 

@@ -30,7 +30,7 @@ from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
-from reknow.schema import Broken, Strict, content, parsed, reason
+from reknow.schema import Broken, Listed, Strict, content, parsed, reason
 from reknow.tokens import Text
 from reknow.writing import joined
 
@@ -44,7 +44,7 @@ BUNDLED, OFFSET = "counterfact", 500
 class Memory(Strict):
     """What a version knows besides its tensors."""
 
-    demonstrations: Annotated[list[list[str]], Per("edits")]
+    demonstrations: Annotated[Listed[Listed[str]], Per("edits")]
     """Of each edit, in the order in which they stand in the prompt."""
 
 

@@ -29,7 +29,7 @@ from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
-from reknow.schema import Count, Strict
+from reknow.schema import Count, Listed, Strict
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
@@ -46,9 +46,9 @@ class Memory(Strict):
     unit: float = Field(ge=0)
     radius: float = Field(ge=0)
     opened: Annotated[Count, Per("blocks")]
-    labels: Annotated[list[list[Count]], Per("edits")]
+    labels: Annotated[Listed[Listed[Count]], Per("edits")]
     """Tokens of each edit's answer."""
-    blocks: Annotated[list[Count], Per("edits")]
+    blocks: Annotated[Listed[Count], Per("edits")]
     """The block of each edit, counted over all versions."""
 
 

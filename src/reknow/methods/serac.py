@@ -36,7 +36,7 @@ from reknow.patches import Kind, LowRank, Patch
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.retrieval.scope_training import ScopeLearner
-from reknow.schema import Count, Strict
+from reknow.schema import Count, Listed, Strict
 from reknow.tokens import Text
 from reknow.trace import all_swapped
 from reknow.weights import beside
@@ -51,9 +51,9 @@ TRAINED = ("classifier", "encoder", "counterfactual", "template", "size", "queri
 class Memory(Strict):
     """What a version knows besides its tensors."""
 
-    replaces: list[Count]
+    replaces: Listed[Count]
     """Stored edits, counted over all versions, whose place these take."""
-    digests: list[str | None]
+    digests: Listed[str | None]
     """Of the encoder and of the counterfactual model; None where the base model is it."""
 
 
