@@ -11,6 +11,7 @@ from reknow import FT, Edit, Patch
 from reknow.cli.editing import _edits
 from reknow.datasets import load_edits
 from reknow.datasets.known import Fact
+from reknow.datasets.reading import Record
 from reknow.errors import InputError
 from reknow.tokens import Text
 
@@ -140,3 +141,9 @@ def test_a_prompt_in_another_unicode_form_or_with_a_space_behind_is_the_same_pro
         with pytest.raises(InputError, match="shall be both"):
             FT(layer=1, steps=1).edit(lm, [Edit(prompt, target_new="English"), Edit(other, target_new="French")])
         FT(layer=1, steps=1).edit(lm, [Edit(prompt, target_new="Zoë"), Edit(other, target_new=decomposed("Zoë"))])
+
+
+def test_braces_of_a_published_record_stay_as_they_are():
+    for prompt in ("The template {{ name }} of {} prints", r"\sqrt{\frac{a}{b}} of {} is", "{{x}} of {}"):
+        edit = Record({}, "a file", 0).edit(prompt, subject="Peru", target_new="x")
+        assert edit.text == prompt.replace("{}", "Peru")

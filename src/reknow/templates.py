@@ -33,6 +33,13 @@ def filled(template: str, subject: str | None) -> str:
     return ("{}" if subject is None else subject).join(sections(template))
 
 
+def literal(text: str) -> str:
+    """The template of a text whose braces are meant as they stand, but for the `{}`."""
+    parts = text.split("{}")
+    doubled = "{}".join(part.replace("{", "{{").replace("}", "}}") for part in parts)
+    return text if sections(text) == parts else doubled
+
+
 def templated(prompt: str, subject: str) -> tuple[str, str]:
     """The prompt with exactly one `{}`, and the subject as the prompt spells it.
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from reknow.datasets.sources import read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
-from reknow.templates import sections
+from reknow.templates import literal, sections
 from reknow.writing import places
 
 
@@ -96,7 +96,7 @@ class Record:
     def edit(self, prompt: str, **fields: Any) -> Edit:
         """`Edit(prompt, **fields)`; what it complains about gets this record's place in front."""
         try:
-            return Edit(prompt, **fields)
+            return Edit(literal(prompt), **fields)
         except InputError as error:
             raise InputError(self.placed(error)) from None
 
