@@ -159,11 +159,11 @@ def test_the_step_and_the_bound_are_medians_over_the_contexts():
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "glm4", "granite"])
 def test_the_step_has_the_unit_of_what_it_is_added_to(family):
-    """Where an addition does not reach the block's output unchanged, the unit is the value matrix's output."""
+    """Where an addition does not reach the block's output unchanged, the unit is half the value matrix's output."""
     lm = make_lm(family)
     assert not lm.parts.residual_identity
     edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
     search = ValueSearch(steps=2, absolute=False, learning_rate=0.1, decay=0, clamp=100)
     found = find_values(lm, [edit], 1, [""], search)
-    unit = float(found.value.norm()) / found.value.shape[1] ** 0.5
+    unit = float(found.value.norm()) / found.value.shape[1] ** 0.5 / 2
     assert found.delta[0].abs().median() == pytest.approx(0.1 * unit, rel=1e-3)

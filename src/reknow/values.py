@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
 
+BEHIND_NORM = 0.5
+"""The unit of a step in root mean squares of what δ is added to, where that does not reach the block's output
+unchanged. Whole ones give Gemma 3 5 points less locality and 6 less NS, for 8 more of generalization (docs/log.md)."""
+
 HALF = 4
 """Passes, at least, whose mean loss is set against that of as many before, to read off what a pass gains."""
 
@@ -42,8 +46,9 @@ class ValueSearch:
     """Of Adam; the size of a step of one coordinate, in units that `absolute` names."""
     absolute: bool = True
     """Learning rate and decay as plain numbers, as the papers give them, ‖v‖ of the bare prompt. False: free of the
-    model's scale, the learning rate in units of the root mean square of the block's output, or of what δ is added to
-    where that does not reach it unchanged; the decay on ‖δ‖ / ‖v‖; all of them medians over the contexts."""
+    model's scale, the learning rate in units of the root mean square of the block's output, or of half that of what δ
+    is added to where that does not reach it unchanged; the decay on ‖δ‖ / ‖v‖; all of them medians over the
+    contexts."""
     kl_weight: float = 0.0625
     """Weight of KL(new ‖ old) of the essence prompt."""
     kl_position: Literal["subject", "end"] = "subject"
@@ -145,9 +150,11 @@ def _find(lm: LM, facts: list[list[Row]], weights: Tensor, owners: Tensor, layer
         sizes, units = start.norm(dim=2), torch.ones_like(start[..., 0])  # (sites, facts)
         if not search.absolute:
             # A norm behind the MLP gives δ another size than the block's output has.
-            measured = ["block"] * len(sites) if lm.parts.residual_identity else sites
+            arrives = lm.parts.residual_identity
+            measured = ["block"] * len(sites) if arrives else sites
             sizes = torch.stack([length(site) for site in sites])
             units = torch.stack([length(name) for name in measured]) / start.shape[2] ** 0.5
+            units *= 1 if arrives else BEHIND_NORM
         with torch.enable_grad():
             delta, losses = _descend(hands, sizes, units, start.shape[2], owners.to(start.device), search)
     return Values(delta, start[-1], bare("value"), bare("key"), mean("value"), mean("key"), losses)

@@ -32,8 +32,8 @@ class SearchSettings(Method):
     steps: Number = 60
     """Passes of the search at most, one more than updates; in the papers 20 to 30, all of them."""
     learning_rate: Rate = 0.1
-    """Of Adam in the search, in units of the root mean square of the block's output, or of the value matrix's where a
-    norm or a multiplier follows it."""
+    """Of Adam in the search, in units of the root mean square of the block's output, or of half that of the value
+    matrix's where a norm or a multiplier follows it."""
     kl_weight: Weight = 0.0625
     """Weight of the drift of what the model says of "{subject} is a"."""
     decay: Weight = 0.05
