@@ -30,7 +30,7 @@ Site = Literal["value", "block"]
 
 BEHIND_NORM = 0.5
 """The unit of a step in root mean squares of what δ is added to, where that does not reach the block's output
-unchanged. Whole ones give Gemma 3 5 points less locality and 6 less NS, for 8 more of generalization (docs/log.md)."""
+unchanged. Whole ones cost Gemma 3 5 points of locality and 6 of NS, for 8 more of generalization (docs/log.md)."""
 
 HALF = 4
 """Passes, at least, whose mean loss is set against that of as many before, to read off what a pass gains."""
