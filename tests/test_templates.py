@@ -147,3 +147,14 @@ def test_braces_of_a_published_record_stay_as_they_are():
     for prompt in ("The template {{ name }} of {} prints", r"\sqrt{\frac{a}{b}} of {} is", "{{x}} of {}"):
         edit = Record({}, "a file", 0).edit(prompt, subject="Peru", target_new="x")
         assert edit.text == prompt.replace("{}", "Peru")
+
+
+def test_the_command_line_names_what_stands_between(tmp_path):
+    for named, separator in (("none", ""), ("space", " "), ("line", "\n"), (None, None)):
+        for prompt in ("The capital of {Peru} is", "The capital is"):
+            (edit,) = _edits(prompt, "Lima", None, None, None, None, named)
+            assert edit.separator == separator and edit.target_new == "Lima"
+    with pytest.raises(InputError, match="separator"):
+        _edits("The capital is", "Lima", None, None, None, None, "tab")
+    with pytest.raises(InputError, match="either --file or one edit"):
+        _edits(None, None, None, None, tmp_path / "edits.json", None, "none")

@@ -30,7 +30,7 @@ from reknow.cli.terminal import (
     say_table,
     warn,
 )
-from reknow.errors import EditFailed, InputError
+from reknow.errors import EditFailed, InputError, did_you_mean
 from reknow.locks import writing
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from reknow.methods.base import Method
     from reknow.patches import Patch
 
+SEPARATORS = {"none": "", "space": " ", "line": "\n"}
+"""What `--separator` names."""
 SHOWN = 5
 """How many edits are shown one by one."""
 
@@ -53,6 +55,10 @@ def edit(
     method: Annotated[str, typer.Option("--method", help="See `reknow methods`.")] = "rome",
     subject: Annotated[str | None, typer.Option("--subject", help="Instead of braces in the prompt.")] = None,
     true: Annotated[str | None, typer.Option("--true", help="The present answer, to follow its probability.")] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option("--separator", help="Before the answer: none, space or line."),
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", help="JSON, JSON lines or CSV file; see docs/data.md.")
     ] = None,
@@ -75,7 +81,7 @@ def edit(
 
     reknow edit "The mother tongue of {Danielle Darrieux} is" English
     """
-    edits = _edits(prompt, target, subject, true, file, encoding)
+    edits = _edits(prompt, target, subject, true, file, encoding, separator)
     out = out or Path(_slug(edits) + ".patch")
     from reknow.cli.settings import chosen_method, each_once
     from reknow.cost import estimate
@@ -96,13 +102,13 @@ def edit(
         _edit(lm, chosen, edits, out, stack, as_json)
 
 
-def _edits(prompt, target, subject, true, file, encoding) -> list[Edit]:
+def _edits(prompt, target, subject, true, file, encoding, separator=None) -> list[Edit]:
     """The edits of the command line; raises InputError where it names none, or both one and a file."""
     from reknow.datasets.edits_file import load_edits
     from reknow.edits import Edit
 
     if file is not None:
-        if any(value is not None for value in (prompt, target, subject, true)):
+        if any(value is not None for value in (prompt, target, subject, true, separator)):
             raise InputError(f"expected either --file or one edit; got both {file} and an edit: leave one out")
         return load_edits(file, encoding=encoding)
     if prompt is None or target is None:
@@ -110,9 +116,12 @@ def _edits(prompt, target, subject, true, file, encoding) -> list[Edit]:
             "expected a prompt and a new answer, or --file; got less: "
             'for example reknow edit "The mother tongue of {Danielle Darrieux} is" English'
         )
+    if separator is not None and separator not in SEPARATORS:
+        raise did_you_mean("separator", separator, SEPARATORS)
+    answers = dict(target_new=target, target_true=true, separator=SEPARATORS.get(separator))
     if "{" in prompt and subject is None:
-        return [Edit.parse(prompt, target, target_true=true)]
-    return [Edit(prompt, subject=subject, target_new=target, target_true=true)]
+        return [Edit.parse(prompt, **answers)]
+    return [Edit(prompt, subject=subject, **answers)]
 
 
 def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
