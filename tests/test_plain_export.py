@@ -208,6 +208,25 @@ def test_a_sum_that_the_checkpoint_cannot_hold_is_refused(tmp_path):
         export_checkpoint(lm, tmp_path / "out")
 
 
+# --- settings of generation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes", [{"temperature": 0.3}, {"top_p": 0.5, "top_k": 7}, {"do_sample": True, "max_length": 9}]
+)
+def test_settings_of_generation_are_written_as_they_are(tmp_path, changes):
+    """Many models have a temperature without sampling, which transformers reads and does not write."""
+    base = saved("llama", tmp_path / "base")
+    written = json.loads((tmp_path / "base" / "generation_config.json").read_text()) | changes
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps(written))
+    lm = LM(base)
+    lm.apply(some_patch(lm))
+    export_checkpoint(lm, tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generation_config
+    assert {name: getattr(found, name) for name in changes} == changes
+    assert {name: getattr(lm.model.generation_config, name) for name in changes} == changes
+
+
 # --- files -----------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import PROCESSOR_MAPPING, PreTrainedModel
+from transformers import PROCESSOR_MAPPING, GenerationConfig, PreTrainedModel
 from transformers.utils import (
     AUDIO_TOKENIZER_NAME,
     GENERATION_CONFIG_NAME,
@@ -103,12 +103,24 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
     written = cast(model, casts) if casts else model
 
     def write(aside: Path) -> None:
-        written.save_pretrained(aside)
+        _save(written, aside)
         lm.tokenizer.save_pretrained(aside)
         _copy_companions(lm, aside)
         mark_files(aside, _about(lm))
 
     return CheckpointReport(folder_aside(folder, write, overwrite), written.dtype, len(edits), held)
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """Writes the model, with its settings of generation as they are: transformers reads those that contradict each
+    other, as many models have them, but does not write them."""
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = settings
+    if settings is not None:
+        settings.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
 def _place(lm: LM, folder: str | Path, overwrite: bool) -> Path:
