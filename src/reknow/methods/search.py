@@ -73,7 +73,7 @@ class SearchSettings(Method):
         return contexts(lm, self.context_groups, starts=self.context_starts, seed=self.seed)
 
     def covariance(self, lm: LM, layer: int) -> Tensor:
-        """C of the layer's keys. (in, in), float64"""
+        """C of the layer's keys. (in, in), float32"""
         return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
 
     def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
