@@ -110,7 +110,7 @@ def test_names_that_cannot_be_written_are_refused_at_the_door(here, patch, name,
     write_text("file", "text")
     for check in (
         lambda: output_file(here / name if "~" not in name else name, False),
-        lambda: output_folder(here / name if "~" not in name else name, False, set()),
+        lambda: output_folder(here / name if "~" not in name else name, False, lambda _: set()),
         lambda: growing_folder(here / name if "~" not in name else name, "bench", own=(), written=()),
         lambda: stack_folder(here / name if "~" not in name else name),
     ):
@@ -118,10 +118,16 @@ def test_names_that_cannot_be_written_are_refused_at_the_door(here, patch, name,
             check()
 
 
-def test_a_home_folder_is_resolved_and_long_names_fit(here, monkeypatch):
+def test_a_home_folder_is_resolved_and_long_names_fit(here, base, patch, monkeypatch):
     monkeypatch.setenv("HOME", str(here))
     monkeypatch.setenv("USERPROFILE", str(here))
     assert output_file("~/x.patch", False) == here / "x.patch"
+    patch.save(here / "a.patch")
+    merge = ["merge", "a.patch", "--out", "~/b.patch"]
+    assert CliRunner().invoke(app, merge).exit_code == 0 and "b.patch exists" in refused(*merge)
+    export = ["export", "b.patch", "~/out", "--to", "lora", "--model", base, "--force"]
+    assert [CliRunner().invoke(app, export).exit_code for _ in range(2)] == [0, 0]
+    assert sorted(os.listdir()) == ["a.patch", "b.patch", "out"]
     write_text(here / ("x" * 255), "as long as names may be")
     write_text(here / ("x" * 255), "twice")
     assert (here / ("x" * 255)).read_text() == "twice"

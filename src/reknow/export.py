@@ -127,7 +127,7 @@ def _place(lm: LM, folder: str | Path, overwrite: bool) -> Path:
     """Where an export goes; raises InputError where it would take the place of anything but an export."""
     if Path(folder).exists() and not overwrite:
         raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
-    return output_folder(Path(folder), True, marked_files(Path(folder)), (lm.name, lm.model.name_or_path))
+    return output_folder(Path(folder), True, marked_files, (lm.name, lm.model.name_or_path))
 
 
 def _about(lm: LM) -> dict[str, Any]:

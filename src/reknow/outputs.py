@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,15 +32,17 @@ def output_file(path: Path, force: bool, sources: Iterable[str | Path | None] = 
     return path
 
 
-def output_folder(path: Path, force: bool, known: set[str], sources: Iterable[str | Path | None] = ()) -> Path:
-    """The path of a folder to write whole, with `~` resolved; `known`: files of the present one that may be lost.
+def output_folder(
+    path: Path, force: bool, known: Callable[[Path], set[str]], sources: Iterable[str | Path | None] = ()
+) -> Path:
+    """The path of a folder to write whole, with `~` resolved; `known`: which files of a present one may be lost.
 
     Raises:
         InputError: no folder can be written there, one exists and `force` is off, it holds something else than
             `known`, or it belongs to one of `sources`.
     """
     path = _free(path, force, sources)
-    check_replaced(path, known)
+    check_replaced(path, known(path))
     here = Path.cwd()
     if path.resolve() in (here, *here.parents):
         raise InputError(f"expected a folder other than the one you are in; got {path}: choose another name")

@@ -89,9 +89,10 @@ def edit(
 
     chosen = chosen_method(method, each_once(settings), layer=layer)
     checked(chosen, edits)
+    out = out if plan else _place(chosen, out, force, (model, file))
     with nullcontext() if plan else writing(out):
         if not plan:
-            out = _place(chosen, out, force, (model, file))
+            _place(chosen, out, force, (model, file))  # another process may have been here meanwhile
         lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
         lm.computes_statistics = not no_stats
         if plan:
@@ -131,7 +132,7 @@ def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | N
     from reknow.peft_folder import own_files
 
     if isinstance(method, LoRA):
-        return output_folder(out, force, own_files(out), sources)
+        return output_folder(out, force, own_files, sources)
     return output_file(out, force, sources)
 
 

@@ -123,8 +123,9 @@ def merge(
     from reknow.patches import Patch
     from reknow.patches import merge as merged
 
+    out = output_file(out, force, patches)
     with writing(out):
-        out = output_file(out, force, patches)
+        output_file(out, force, patches)  # another process may have been here meanwhile
         patch = merged([Patch.load(path) for path in patches])
         patch.save(out)
     say(f"wrote {out}: {patch.label}")
@@ -160,7 +161,7 @@ def export(
     if to == "hf":
         refuse_beside("--to hf", {"--max-rank": max_rank, "--truncate": truncate})
     max_rank = max_rank or MAX_RANK
-    out = output_folder(out, force, marked_files(out), (source, model))
+    out = output_folder(out, force, marked_files, (source, model))
     patch = Patch.load(source) if source.is_file() or is_adapter(source) else None
     if patch is not None and model is None:
         raise InputError(f"expected --model for the patch file {source}; got none: name its base model")
