@@ -30,7 +30,7 @@ from reknow.weights import Weights
 
 
 class LM:
-    """A wrapped decoder.
+    """A wrapped decoder; threads take turns on it.
 
     Args:
         source: name or path of a Hugging Face model, `demo:gpt2` or `demo:llama` for a bundled one, a stack
