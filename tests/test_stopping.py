@@ -11,15 +11,18 @@ import pytest
 STATUS = {"SIGINT": 130, "SIGTERM": 143}
 
 
-def stopped(signal: str, where: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The program, to which the signal comes as it begins to import the module `where`."""
+def stopped(signal: str, where: str, *arguments: str, hidden: bool = False) -> subprocess.CompletedProcess[str]:
+    """The program, to which the signal comes as it begins to import `where`; `hidden`: which makes an error of it."""
     code = (
         "import importlib.abc, os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background ignores it
         "class Kill(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == {where!r}:\n"
-        f"            os.kill(os.getpid(), signal.{signal})\n"
+        "            try:\n"
+        f"                os.kill(os.getpid(), signal.{signal})\n"
+        f"            except {'KeyboardInterrupt' if hidden else '()'}:\n"
+        "                raise RecursionError\n"
         "sys.meta_path.insert(0, Kill())\n"
         "from reknow.__main__ import main; main()"
     )
@@ -33,6 +36,12 @@ def test_a_signal_while_modules_are_imported_is_one_line(signal, where):
     result = stopped(signal, where, "show", "nowhere.patch")
     assert result.returncode == STATUS[signal] and result.stdout == ""
     assert result.stderr.startswith("stopped: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+@pytest.mark.parametrize("signal", STATUS)
+def test_a_signal_that_a_module_hides_is_told_all_the_same(signal):
+    result = stopped(signal, "reknow.patches", "show", "nowhere.patch", hidden=True)
+    assert result.returncode == STATUS[signal] and result.stderr.startswith("stopped: "), result.stderr
 
 
 def test_a_program_that_is_told_to_ignore_sigterm_does():

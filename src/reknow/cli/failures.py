@@ -28,13 +28,20 @@ def status_of(run: Callable[[], object], debug: bool) -> int:
 
 
 def _said(error: BaseException) -> int:
-    if isinstance(error, KeyboardInterrupt):
-        return stopped(error)
+    if (stop := _interrupt(error)) is not None:
+        return stopped(stop)
     if isinstance(error, TyperException):
         warn(_usage(error), "error")
     else:
         warn(error if isinstance(error, ReknowError) else _unforeseen(error), "error")
     return FAILED
+
+
+def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The error, or what it came from: a library that is stopped while it is imported may make another one of it."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 def stopped(stop: KeyboardInterrupt) -> int:
