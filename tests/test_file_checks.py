@@ -212,6 +212,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
         (lambda found: found["base"].update(dtype="float31"), r"base\.dtype: expected the name of a dtype"),
         (lambda found: found["base"].update(dtype=32), r"field base\.dtype"),
         (lambda found: found["edits"][0].update(prompt="\ud800"), "hex escape"),
+        (lambda found: found["edits"][0].update(more=5), r"edits\.0\.more: Unexpected"),
         (lambda found: found["edits"][0].update(id=5), r"field edits\.0\.id: .* got 5"),
         (lambda found: found.update(settings={"rate": float("nan")}), "finite"),
         (lambda found: found.update(method="unheard", kind="hook"), "no method that this version has"),

@@ -136,7 +136,9 @@ def used(patch: Patch, lm: LM) -> None:
     try:
         with lm.patched(patch):
             scores = lm.score(PROMPTS, ["Paris", "of", "is Lima"])
-            assert not any(math.isnan(score.nll) for score in scores)
+            # What a flipped bit did to a file without a digest, only its size may tell.
+            huge = any(delta.norm() > 1e6 for delta in patch.deltas.values())
+            assert huge or not any(math.isnan(score.nll) for score in scores)
             lm.generate(PROMPTS, 3)
     finally:
         assert not lm.patches and same(bits(lm), before)

@@ -10,7 +10,7 @@ from dataclasses import KW_ONLY, asdict, dataclass
 from functools import reduce
 from typing import Annotated, Literal, get_args
 
-from pydantic import FailFast
+from pydantic import ConfigDict, FailFast
 
 from reknow.errors import InputError
 from reknow.templates import filled, templated
@@ -23,6 +23,8 @@ consequences, free text, how a topic is liked."""
 
 Texts = Annotated[tuple[str, ...], FailFast()]
 """Texts of which, read from a file, the first wrong one is told."""
+FROM_FILES = ConfigDict(extra="forbid", strict=True)
+"""How pydantic makes these classes from JSON."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Edit:
     Raises:
         InputError: empty prompt or target, subject not in the prompt, or more than once.
     """
+
+    __pydantic_config__ = FROM_FILES
 
     prompt: str
     _: KW_ONLY
@@ -153,6 +157,8 @@ def _check_separator(separator: str | None) -> None:
 class Probe:
     """A question whose answer tells whether an edit worked or did harm."""
 
+    __pydantic_config__ = FROM_FILES
+
     prompt: str
     answers: Texts
     """Accepted answers, best first; teacher-forced scores read the first, generated ones accept any."""
@@ -177,6 +183,8 @@ class Probe:
 @dataclass(frozen=True)
 class Case:
     """An edit and the probes that examine it."""
+
+    __pydantic_config__ = FROM_FILES
 
     edit: Edit
     probes: tuple[Probe, ...] = ()

@@ -16,7 +16,7 @@ from reknow.errors import OF_ONE, InputError, ReknowError, TextRefused
 from reknow.evaluation.rows import write_json
 from reknow.lm import LM
 from reknow.patches import Patch
-from reknow.schema import Broken, Strict, read_json, reason
+from reknow.schema import Broken, Count, Strict, read_json, reason
 
 
 class Made(NamedTuple):
@@ -40,6 +40,8 @@ class Cost(Strict):
     steps: float | None = None
     loss: float | None = None
     repetitions: float | None = None
+    together: Count = 1
+    """Edits whose cost this is the mean of."""
 
 
 class Costs(RootModel[list[Cost] | Cost]):

@@ -25,7 +25,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from pydantic import JsonValue
 from torch import Tensor
 
-from reknow.edits import Case
+from reknow.edits import FROM_FILES, Case
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.rows import Rows
 from reknow.progress import progress_bar
@@ -52,6 +52,8 @@ def seeded(*parts: object, device: torch.device | str = "cpu"):
 @dataclass
 class State:
     """Where a run stands, besides parameters and optimizer."""
+
+    __pydantic_config__ = FROM_FILES
 
     step: Count = 0
     best: float | None = None
