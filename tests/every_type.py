@@ -89,7 +89,8 @@ def _shrunk(kind: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedCon
     lists = {
         name: value[:LAYERS] for name, value in known.items() if isinstance(value, list) and len(value) in layers
     }
-    parts = {name: type(getattr(whole, name, None)) for name in kind.sub_configs}
+    named: dict[str, Any] = getattr(kind, "sub_configs")  # noqa: B009, it has no type that can be read
+    parts = {name: type(getattr(whole, name, None)) for name in named}
     shrunk = {name: _shrunk(part, {}) for name, part in parts.items() if issubclass(part, PreTrainedConfig)}
     return kind(**{**changes, **lists, **shrunk, **more})
 

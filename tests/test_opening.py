@@ -12,6 +12,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants as hub
 import pytest
@@ -20,11 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
-    ViTConfig,
-    ViTForImageClassification,
 )
 from typer.testing import CliRunner
 
@@ -47,7 +47,7 @@ def saved(folder: Path, model=None, *, tokenizer: bool = True) -> Path:
     return folder
 
 
-def refused(source, error=ModelError, **options) -> str:
+def refused(source, error: Any = ModelError, **options) -> str:
     """The one sentence with which it is refused."""
     with pytest.raises(error) as found:
         LM(source, **options)
@@ -192,9 +192,9 @@ def test_every_command_that_opens_a_model_has_both_options():
     from reknow.cli.app import app as program
 
     for command in program.registered_commands:
-        names = command.callback.__annotations__
+        names = getattr(command.callback, "__annotations__", {})
         if "model" in names:
-            assert {"tokenizer", "own_code"} <= set(names), command.callback.__name__
+            assert {"tokenizer", "own_code"} <= set(names), names
 
 
 def test_gguf_is_named(tmp_path):
@@ -208,9 +208,11 @@ def test_gguf_is_named(tmp_path):
     assert refused(config, InputError).endswith("is a file: give the folder that it lies in")
 
 
-VISION = dict(num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, image_size=28)
-WORDS = ROPE | dict(vocab_size=320, head_dim=8)
-SEEING = {
+VISION: dict[str, Any] = dict(
+    num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, image_size=28
+)
+WORDS: dict[str, Any] = ROPE | dict(vocab_size=320, head_dim=8)
+SEEING: dict[str, Any] = {
     "gemma3": dict(text_config=WORDS, vision_config=VISION | dict(patch_size=14)),
     "llava": dict(
         text_config=WORDS | dict(model_type="llama"),
@@ -240,18 +242,21 @@ def test_vision_language_folders_open_as_the_pair_does(family, tmp_path):
         assert lm.score([PROMPT], ["English"]) == opened.score([PROMPT], ["English"])
 
 
-T5 = dict(d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)
-BART = {"d_model": 32, **{f"{end}_{name}": n for end in ("encoder", "decoder") for name, n in
+T5: dict[str, Any] = dict(d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)
+BART: dict[str, Any] = {"d_model": 32, **{f"{end}_{name}": n for end in ("encoder", "decoder") for name, n in
         (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))}}  # fmt: skip
 
 
 def test_what_is_no_language_model_is_told_what_it_is(tmp_path):
     kinds = {"t5": T5, "bart": BART}
     for family, settings in kinds.items():
-        config = CONFIG_MAPPING[family](vocab_size=320, **settings)
+        config = CONFIG_MAPPING[family](**settings | dict(vocab_size=320))
         folder = saved(tmp_path / family, AutoModelForSeq2SeqLM.from_config(config))
         assert f"is an encoder-decoder ({family})" in refused(folder)
-    vit = saved(tmp_path / "vit", ViTForImageClassification(ViTConfig(**VISION, patch_size=14)))
+    vit = saved(
+        tmp_path / "vit",
+        AutoModelForImageClassification.from_config(CONFIG_MAPPING["vit"](**VISION | dict(patch_size=14))),
+    )
     assert "is another kind of model (vit, ViTForImageClassification)" in refused(vit)
 
 

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
@@ -141,7 +141,7 @@ def _base(name: str, source: Source) -> Source:
     return replace(found, offline=found.offline or source.offline)
 
 
-def _auto_class(name: str, config: PreTrainedConfig, own_code: bool):
+def _auto_class(name: str, config: PreTrainedConfig, own_code: bool) -> Any:
     """What transformers loads the model with: as a causal language model, or as one that reads images too.
 
     Raises:
@@ -152,7 +152,7 @@ def _auto_class(name: str, config: PreTrainedConfig, own_code: bool):
             f"expected a decoder; {name} is an encoder-decoder ({config.model_type}): choose a model of a family "
             "listed in docs/models.md"
         )
-    mappings = {
+    mappings: dict[Any, Any] = {
         AutoModelForCausalLM: MODEL_FOR_CAUSAL_LM_MAPPING,
         AutoModelForImageTextToText: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     }
