@@ -53,7 +53,7 @@ def check(settings: Any) -> None:
         InputError: a value that its field cannot have.
     """
     for name, (hint, adapter) in _fields(type(settings)).items():
-        value = _fitted(name, getattr(settings, name), hint, adapter, None)
+        value = fits(name, getattr(settings, name), hint, adapter)
         object.__setattr__(settings, name, value)
 
 
@@ -71,7 +71,7 @@ def fitted(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
     Raises:
         InputError: it is none.
     """
-    return _fitted(name, value, hint, _adapter(hint), got)
+    return fits(name, value, hint, _adapter(hint), got)
 
 
 @lru_cache
@@ -84,20 +84,22 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
 
 
-def _fitted(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], got: str | None) -> Any:
+def fits(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], got: str | None = None) -> Any:
+    """As `fitted`, with the adapter of the type made before."""
     try:
         return adapter.validate_python(_plain(value))
     except ValidationError as error:
         shown = repr(value) if got is None else got
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
-        bracket = any(get_origin(part) is tuple for part in _parts(hint)) and not isinstance(value, (tuple, list))
+        listed = any(get_origin(part) is tuple for part in _parts(hint))
+        bracket = listed and value is not None and not isinstance(value, (tuple, list))
         remedy = "put it in brackets" if got is None and bracket else "correct it"
         raise InputError(f"expected {name} {_wanted(hint, error)}; got {shown}: {remedy}") from None
 
 
 def _plain(value: Any) -> Any:
     """The value without what only Python knows: numpy's numbers, lists, paths."""
-    if isinstance(value, (list, tuple)):
+    if type(value) in (list, tuple):
         return tuple(map(_plain, value))
     if isinstance(value, (bool, int, float)):
         return value

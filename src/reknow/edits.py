@@ -70,16 +70,15 @@ class Edit:
                 object.__setattr__(self, name, value := str(value))
             if value is None and name in ("subject", "target_true"):
                 continue
-            if not isinstance(value, str) or not value.strip():
-                raise InputError(f"an edit needs a non-empty text as '{name}'; got {value!r}: fill it in")
+            _check_text(name, value)
         for name in ("id", "task", "instruction"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise InputError(f"'{name}' of an edit is a text; got {value!r}: put it in quotes")
         for name in ("context", "rephrasings"):
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        _check_separator(self.separator)
         for name, value in vars(self).items():
             check_encodable(f"'{name}' of an edit", value)
-        _check_separator(self.separator)
         if self.subject is not None:
             prompt, subject = templated(self.prompt, self.subject)
             object.__setattr__(self, "prompt", prompt)
@@ -120,8 +119,14 @@ class Edit:
         Raises:
             InputError: the braces do not enclose exactly one non-empty subject, or may be part of the text.
         """
+        _check_text("prompt", marked)
         template, subject = in_braces(marked)
         return cls(template, subject=subject, target_new=target_new, **fields)
+
+
+def _check_text(name: str, value) -> None:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"an edit needs a non-empty text as '{name}'; got {value!r}: fill it in")
 
 
 def _texts(name: str, value) -> tuple[str, ...]:
@@ -172,8 +177,9 @@ class Probe:
         if self.kind not in get_args(Kind):
             raise InputError(f"expected a probe kind among {', '.join(get_args(Kind))}; got {self.kind!r}")
         object.__setattr__(self, "answers", _texts("answers", self.answers))
-        if not isinstance(self.prompt, str):
-            raise InputError(f"expected a probe's prompt as text; got {self.prompt!r}: put it in quotes")
+        for name, value in (("prompt", self.prompt), ("name", self.name)):
+            if not isinstance(value, str):
+                raise InputError(f"expected a probe's {name} as text; got {value!r}: put it in quotes")
         check_encodable("a probe", (self.prompt, self.name, *self.answers))
         if self.kind != "fluency" and not any(answer.strip() for answer in self.answers):
             raise InputError(f"a {self.kind} probe needs an answer; got none for {self.prompt!r}")
@@ -192,8 +198,10 @@ class Case:
     """Edits that are made together with it, where only all of them have the consequences that are asked for."""
 
     def __post_init__(self):
-        object.__setattr__(self, "probes", tuple(self.probes))
-        object.__setattr__(self, "also", tuple(self.also))
+        if not isinstance(self.edit, Edit):
+            raise InputError(f"expected the edit of a case as Edit; got {self.edit!r}: make one")
+        object.__setattr__(self, "probes", _each("probes", Probe, self.probes))
+        object.__setattr__(self, "also", _each("also", Edit, self.also))
 
     @property
     def edits(self) -> tuple[Edit, ...]:
@@ -217,6 +225,14 @@ class Case:
     def statement(self) -> str:
         """All edits as sentences."""
         return reduce(led, (edit.statement for edit in self.edits))
+
+
+def _each(name: str, kind: type, values) -> tuple:
+    """The values as a tuple; raises InputError where one is nothing of the kind."""
+    found = tuple(values) if isinstance(values, Iterable) else None
+    if found is None or not all(isinstance(value, kind) for value in found):
+        raise InputError(f"expected {name} of a case as a list of {kind.__name__}; got {values!r}: make them so")
+    return found
 
 
 def _own(edit: Edit, prompt: str, kind: Kind) -> Probe:

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from reknow.arguments import typed
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, TextRefused
-from reknow.exclusive import exclusively
+from reknow.exclusive import door
 from reknow.tokens import Text
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Observation:
     """Of a few paragraphs of plain text."""
 
 
-@exclusively
+@door
 def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observation:
     """How the model, as it is now, answers the edits' prompts and the facts, and how it reads plain text.
 
@@ -107,6 +108,7 @@ def collapsed(before: Observation, after: Observation) -> list[str]:
     return said
 
 
+@typed
 def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
     """Facts about other subjects that the model knows, those in the wording of an edit first.
 
@@ -120,6 +122,7 @@ def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
     return (known or facts)[:count]
 
 
+@typed
 def known_cases(lm: LM, cases: Sequence[Case]) -> list[Case]:
     """The cases whose old answer the model gives: teacher-forced, every token. What it cannot read it knows not."""
     asked = [case for case in cases if case.edit.target_true is not None and _fits(lm, case.edit)]

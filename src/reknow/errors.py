@@ -74,6 +74,6 @@ class MissingExtra(ReknowError):
 def did_you_mean(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for an unknown name: lists the nearest and all known ones."""
     known = sorted(known)
-    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return InputError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(known)}")

@@ -20,6 +20,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from reknow.arguments import typed
+from reknow.errors import InputError
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -97,6 +100,14 @@ def exclusive(model: nn.Module):
             beginning.come_back()
 
 
+def _check(lm: Any) -> None:
+    """Raises InputError where a model is wanted and something else came."""
+    from reknow.lm import LM  # which imports this module
+
+    if not isinstance(lm, LM):
+        raise InputError(f"expected lm as LM; got {repr(lm)[:60]}: open the model, as in LM('demo:gpt2')")
+
+
 def exclusively(operation: Callable[P, T]) -> Callable[P, T]:
     """The operation with the model of its argument `lm`, or of its first one, for itself."""
     names = list(inspect.signature(operation).parameters)
@@ -105,6 +116,7 @@ def exclusively(operation: Callable[P, T]) -> Callable[P, T]:
     @wraps(operation)
     def alone(*args: P.args, **kwargs: P.kwargs) -> T:
         lm: Any = kwargs["lm"] if "lm" in kwargs else args[place]
+        _check(lm)
         with _lock(lm.model):
             beginning = _Beginning.now()
             try:
@@ -113,3 +125,8 @@ def exclusively(operation: Callable[P, T]) -> Callable[P, T]:
                 beginning.come_back()
 
     return alone
+
+
+def door(operation: Callable[P, T]) -> Callable[P, T]:
+    """An operation on a model that users call: its arguments are checked too, see `reknow.arguments`."""
+    return typed(exclusively(operation))

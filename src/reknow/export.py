@@ -25,7 +25,7 @@ from transformers.utils import (
 import reknow
 from reknow.adapter import Conv1D
 from reknow.errors import InputError, PatchError
-from reknow.exclusive import exclusively
+from reknow.exclusive import door
 from reknow.files import folder_aside
 from reknow.outputs import mark_files, marked_files, output_folder
 from reknow.patches import LowRank, check_weights, factored, merge
@@ -74,7 +74,7 @@ class CheckpointReport:
     written bit for bit."""
 
 
-@exclusively
+@door
 def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) -> CheckpointReport:
     """Writes the model as it is now, patches included, as a folder that `AutoModelForCausalLM` loads.
 
@@ -179,7 +179,7 @@ def _file_of(source: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-@exclusively
+@door
 def export_lora(
     lm: LM, folder: str | Path, *, max_rank: int | None = None, truncate: bool = False, overwrite: bool = False
 ) -> LoraReport:

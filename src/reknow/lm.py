@@ -13,9 +13,10 @@ from torch import Tensor
 
 from reknow import adapter
 from reknow.applied import Applied
+from reknow.arguments import typed
 from reknow.chat import Chat, as_chat
 from reknow.errors import InputError
-from reknow.exclusive import exclusive, exclusively
+from reknow.exclusive import door, exclusive, exclusively
 from reknow.fingerprint import Fingerprint
 from reknow.generation import check_sampling, continuations
 from reknow.limits import check_ids, check_length, padding
@@ -115,7 +116,7 @@ class LM:
             raise InputError(f"expected a layer from 0 to {self.layers - 1}; got {layer}: {self.name} has no other")
         return layer
 
-    @exclusively
+    @door
     def weight(self, name: str) -> Tensor:
         """The current weight of the matrix `name`, seen as (out, in).
 
@@ -128,7 +129,7 @@ class LM:
         """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
         return self._weights.beside
 
-    @exclusively
+    @door
     def base_weight(self, name: str) -> Tensor:
         """The weight of the matrix `name` with no patch applied, (out, in). Read only."""
         return self._weights.base(name)
@@ -205,7 +206,7 @@ class LM:
         """
         return states_at(self, rows, columns, inputs, outputs)
 
-    @exclusively
+    @door
     @torch.no_grad()
     def score(
         self, prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
@@ -226,7 +227,7 @@ class LM:
 
         return self._memories.answered(prompts, answer)
 
-    @exclusively
+    @door
     @torch.no_grad()
     def generate(
         self,
@@ -260,7 +261,7 @@ class LM:
 
         return self._memories.answered(prompts, answer)
 
-    @exclusively
+    @door
     def perplexity(self, texts: Sequence[str], max_tokens: int = 256) -> float:
         """exp of the mean token NLL over the texts, each cut at `max_tokens`; a text's first token is not scored.
 
@@ -276,7 +277,7 @@ class LM:
         """The applied patches, the newest last."""
         return self._applied.patches
 
-    @exclusively
+    @door
     def apply(self, patch: Patch, *, force: bool = False) -> None:
         """Puts the patch on top of the stack.
 
@@ -288,7 +289,7 @@ class LM:
         if force:
             note_force(patch, self.fingerprint)
 
-    @exclusively
+    @door
     def revert(self, patch: Patch | str) -> None:
         """Takes the patch (or the one of this id) off; any order. With no patch left the weights are the base's bits.
 
@@ -297,7 +298,7 @@ class LM:
         """
         self._applied.set(without_patch(self.patches, patch if isinstance(patch, str) else patch.id))
 
-    @exclusively
+    @door
     def rebuild(self, *, without: Patch | str) -> None:
         """Takes any version of a memory off: the later edits of its method are made again without it.
 
@@ -328,6 +329,7 @@ class LM:
         with self.stacked(()):
             yield self
 
+    @typed
     @contextmanager
     def stacked(self, patches: Iterable[Patch]):
         """While open, exactly these patches are applied, so that several users' stacks can share one base.

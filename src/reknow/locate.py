@@ -26,11 +26,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from reknow.adapter import embedding
+from reknow.arguments import typed
 from reknow.bounds import Number, Rate, Seed, check
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
 from reknow.exact import exact
-from reknow.exclusive import exclusively
+from reknow.exclusive import door
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
 from reknow.schema import Count, Listed, Strict
@@ -157,7 +158,7 @@ class StoredTrace(Strict):
         return Trace(**{**self.model_dump(exclude={"restored"}), **lists})
 
 
-@exclusively
+@door
 def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
     """Standard deviation, over all dimensions, of the embeddings of all subjects' tokens as the prompts have them."""
     if not facts:
@@ -168,7 +169,7 @@ def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
     return float(embedded.float().std())
 
 
-@exclusively
+@door
 def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tracing | None = None) -> Trace:
     """The trace of one prompt, towards whatever the model answers; patches stay as they are.
 
@@ -185,6 +186,7 @@ def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tra
     return _trace_row(lm, filled(prompt, subject), row, spread, settings or Tracing())
 
 
+@typed
 def trace_facts(
     lm: LM, facts: Sequence[Fact], settings: Tracing | None = None, *, spread: float | None = None
 ) -> Iterator[Trace]:
@@ -199,7 +201,7 @@ def trace_facts(
         yield trace_prompt(lm, fact.prompt, fact.subject, spread, settings)
 
 
-@exclusively
+@door
 def known_facts(lm: LM, facts: Sequence[Fact]) -> list[Fact]:
     """The facts that the model answers right: greedy decoding gives the answer's tokens."""
     if not facts:
@@ -284,6 +286,7 @@ class AverageEffects:
         return int(self.effects[kind][TOKEN_CLASSES.index(token_class)].argmax())
 
 
+@typed
 def average(traces: Sequence[Trace]) -> AverageEffects:
     """Averages by token class. Tokens of one class are averaged within a fact first, so that every fact counts once.
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from reknow.arguments import typed
 from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
 from reknow.exact import exact
@@ -150,6 +151,7 @@ class Patch:
         tensors |= {f"state.{name}": tensor for name, tensor in self.state.items()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
+    @typed
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, or for the LoRA family the folder that `peft` loads; an old one stays until
         the new one is whole."""
@@ -159,6 +161,7 @@ class Patch:
         return save(self, path) if "adapter" in self.notes else write_patch(self, path)
 
     @classmethod
+    @typed
     def load(cls, path: str | Path) -> Patch:
         """Reads what `save` wrote.
 
@@ -171,6 +174,7 @@ class Patch:
         put_back(path)
         return load(path) if Path(path).is_dir() and is_adapter(path) else read_patch(path)
 
+    @typed
     def truncated(self, rank: int) -> tuple[Patch, float]:
         """The patch with every ΔW cut to `rank` by SVD, and the relative Frobenius error of the worst matrix.
 
@@ -203,6 +207,7 @@ def factored(delta: Delta, limit: int) -> tuple[LowRank, float]:
     return LowRank((u[:, :rank] * root).float(), (root[:, None] * vh[:rank]).float()), lost
 
 
+@typed
 def merge(patches: Sequence[Patch]) -> Patch:
     """One patch that changes the weights as all of them together, in any order; their `state` is left behind.
 
@@ -265,6 +270,7 @@ def summed(deltas: Sequence[Delta]) -> Delta:
     return Dense(total(torch.zeros(out, inside, dtype=torch.float64), deltas).float())
 
 
+@typed
 def diff(a: Patch, b: Patch) -> dict:
     """How two patches compare: edits in one or both, and per matrix the norms and the cosine between the changes.
 

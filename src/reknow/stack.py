@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, Field
 
+from reknow.arguments import typed
 from reknow.errors import PatchError
 from reknow.files import put_back, write_text
 from reknow.fingerprint import Fingerprint
@@ -130,6 +131,7 @@ def replayed(lm: LM, wanted: str) -> tuple[Patch, ...]:
         return lm.patches
 
 
+@typed
 def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
     """Writes a stack folder: a reference to the base model and the patches in order. `LM(folder)` opens it.
 

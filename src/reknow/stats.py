@@ -29,11 +29,12 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from reknow.adapter import device_of, shape
+from reknow.arguments import typed
 from reknow.cache import bound, cache_folder, keeping, make_room, touch
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.exact import exact, exact_device
-from reknow.exclusive import exclusively
+from reknow.exclusive import door
 from reknow.locks import writing
 from reknow.progress import stage
 from reknow.schema import Broken, Count, parsed, reason
@@ -67,6 +68,7 @@ class Statistics:
     file: Path
 
 
+@typed
 def covariance(
     lm: LM, layer: int, *, tokens: int = 100_000, text: str | Path | Sequence[str] | None = None
 ) -> Tensor:
@@ -78,7 +80,7 @@ def covariance(
     return statistics(lm, [layer], tokens=tokens, text=text)[layer].covariance
 
 
-@exclusively
+@door
 def statistics(
     lm: LM,
     layers: Sequence[int],

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reknow.adapter import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
-from reknow.errors import ModelError, PatchError
+from reknow.errors import InputError, ModelError, PatchError
 from reknow.exact import exact
 from reknow.patches import Delta, Dense, LowRank, Patch, summed, total
 from reknow.trace import all_swapped, own_forward, set_forward
@@ -48,16 +48,25 @@ class Weights:
 
     def current(self, name: str) -> Tensor:
         """The weight as it is, (out, in). Writing to the view writes to the model, unless changes are beside it."""
-        module = self._model.get_submodule(name)
+        module = self._module(name)
         if takes_changes(module):
             return _oriented(module, module.weight)  # type: ignore[arg-type]
         base = self.base(name)
         return total(exact(base), self._changes.get(name, ())).to(base)
 
+    def _module(self, name: str) -> nn.Module:
+        """The module of that name; raises InputError where the model has none."""
+        try:
+            return self._model.get_submodule(name)
+        except AttributeError:
+            raise InputError(
+                f"expected the name of a matrix; the model has no {name!r}: lm.parts.value lists those of facts"
+            ) from None
+
     @torch.no_grad()
     def base(self, name: str) -> Tensor:
         """The weight with no patch applied, (out, in). Read only."""
-        module = self._model.get_submodule(name)
+        module = self._module(name)
         if name in self._base:
             return _oriented(module, self._base[name])
         if takes_changes(module):

@@ -30,7 +30,7 @@ SHOWN = ("teacher_forced_exact", "contrast", "edit")
 
 def demo(
     model: Model = DEMO,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer facts and methods: under half a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer facts and methods: 15 s on a free core.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     tokenizer: Tokenizer = None,
     own_code: OwnCode = False,

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
+from reknow.arguments import typed
 from reknow.datasets import counterfact, known
 from reknow.datasets.edits_file import load_edits
 from reknow.datasets.forms import DATASETS, CaseSource, form_of, read_file
@@ -62,6 +63,7 @@ def address(text: str) -> Address:
     return Address(name, name, path or None)
 
 
+@typed
 def load_cases(
     name: str | None = None,
     *,
@@ -145,6 +147,7 @@ def _cases(
     return dict(zip(cases, source.link(list(cases.values())), strict=True))
 
 
+@typed
 def load_facts(
     name: str,
     *,

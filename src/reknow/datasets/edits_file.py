@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from reknow.arguments import typed
 from reknow.datasets import own
 from reknow.datasets.forms import DATASETS, form_of, read_file
 from reknow.datasets.reading import refuse_repeated
@@ -11,6 +12,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 
 
+@typed
 def load_edits(path: str | Path, *, encoding: str | None = None) -> list[Edit]:
     """Read the edits of a JSON, JSON-lines or CSV file.
 

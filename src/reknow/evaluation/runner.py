@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import reknow
@@ -25,11 +25,14 @@ from reknow.evaluation.rows import (
     open_manifest,
 )
 from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
-from reknow.exclusive import exclusively
+from reknow.exclusive import door
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
 from reknow.locks import writing
 from reknow.progress import progress_bar, watched
+
+if TYPE_CHECKING:
+    from reknow.methods.base import Method
 
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""
@@ -84,11 +87,11 @@ class Plan:
             raise InputError(f"expected in_context in single mode only; got mode {self.mode}: change them")
 
 
-@exclusively
+@door
 def evaluate(
     lm: LM,
     cases: Sequence[Case],
-    method: Any,
+    method: Method,
     *,
     mode: Mode = "single",
     batch_size: int = 1,
@@ -105,17 +108,17 @@ def evaluate(
     options, and `bench` for a run that can be resumed.
     """
     plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, generate, tuple(held_out))
-    methods = {method.name: method}
+    methods = _labelled([method])
     run = _Run(lm, _named(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     run.all(methods, progress)
     return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, run.before, run.rows)
 
 
-@exclusively
+@door
 def bench(
     lm: LM,
     cases: Sequence[Case],
-    methods: Sequence[Any] | Mapping[str, Any],
+    methods: Sequence[Method] | Mapping[str, Method],
     out: str | Path,
     *,
     dataset: str = "",
@@ -144,9 +147,7 @@ def bench(
             process writes there.
     """
     folder, named = Path(out), _named(cases)
-    labelled = dict(methods) if isinstance(methods, Mapping) else {method.name: method for method in methods}
-    if len(labelled) != len(methods) or not labelled:
-        raise InputError("expected methods with different names; got one twice, or none: give label → method")
+    labelled = _labelled(methods)
     about = {**_about(lm), "refused": list(refused)}
     with writing(folder):
         manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
@@ -294,6 +295,20 @@ class _Run:
     def held_out(self) -> float | None:
         """The perplexity of the held-out texts, where there are any."""
         return perplexity(self.lm, self.plan.held_out) if self.plan.held_out else None
+
+
+def _labelled(methods: Sequence[Method] | Mapping[str, Method]) -> dict[str, Method]:
+    """Methods by their label, or by their name; raises InputError where one is none, or has another one's name."""
+    from reknow.methods.base import Method  # whose package imports this module
+
+    given: Any = methods.values() if isinstance(methods, Mapping) else methods
+    given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
+    if not all(isinstance(one, Method) for one in given):
+        raise InputError(f"expected a list of methods; got {repr(methods)[:60]}: make one, as [method('rome')]")
+    labelled = dict(methods) if isinstance(methods, Mapping) else {method.name: method for method in given}
+    if len(labelled) != len(given) or not labelled:
+        raise InputError("expected methods with different names; got one twice, or none: give label → method")
+    return labelled
 
 
 def _named(cases: Sequence[Case]) -> dict[str, Case]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
+from reknow.arguments import typed
 from reknow.errors import InputError, did_you_mean
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.base import Method
@@ -82,6 +83,7 @@ METHODS: dict[str, Entry] = {
 }
 
 
+@typed
 def method(name: str, **settings) -> Method:
     """The method of that name: `method("ft-m", steps=40)`.
 

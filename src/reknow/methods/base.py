@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import reknow
+from reknow.arguments import typed
 from reknow.bounds import Name, check
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
@@ -145,6 +146,7 @@ class Learned(Method):
 
         return shuffled(learning, training)
 
+    @typed
     def fit(
         self,
         lm: LM,
@@ -176,6 +178,7 @@ class Learned(Method):
         return replace(self, editor=path)
 
 
+@typed
 def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
     """The edits as a list. Warns where the method cannot make all of them in one patch.
 

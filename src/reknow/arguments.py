@@ -1,0 +1,90 @@
+"""What users call checks its arguments against its signature, before it does anything."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cache, wraps
+from types import SimpleNamespace, UnionType
+from typing import Any, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, InstanceOf, TypeAdapter
+
+from reknow.bounds import SHOWN, fits, shown_type
+from reknow.errors import InputError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+WHOLE = (str, bytes, list, tuple, Mapping)
+"""What is checked as it is, though it gives items one by one."""
+CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+
+class _Argument(NamedTuple):
+    """An argument's type, in which every sequence is a tuple, and what checks it."""
+
+    hint: Any
+    adapter: TypeAdapter[Any]
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises InputError where the value is nothing of the type. What gives its items one by one is left alone."""
+        parts = _parts(self.hint)
+        listed = any(get_origin(part) is tuple for part in parts)
+        if listed and isinstance(value, str) and str not in parts:
+            raise InputError(
+                f"expected {name} as {shown_type(self.hint)}; got one text {value[:SHOWN]!r}: put it in brackets"
+            )
+        if not listed or isinstance(value, WHOLE) or not isinstance(value, Iterable):
+            fits(name, value, self.hint, self.adapter)
+
+
+def typed(operation: Callable[P, T]) -> Callable[P, T]:
+    """The operation, which refuses arguments that are nothing of their type with an InputError; others go in as they
+    are.
+
+    An argument without a type is left to the operation, as is `lm`, and a type that only type checkers know.
+    """
+    signature = inspect.signature(operation)
+
+    @cache
+    def known() -> dict[str, _Argument]:  # when it is called first: a type may be defined further down
+        return _arguments(signature, inspect.unwrap(operation).__globals__)
+
+    @wraps(operation)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = signature.bind(*args, **kwargs).arguments
+        for name, argument in known().items():
+            if name in given:
+                argument.check(name, given[name])
+        return operation(*args, **kwargs)
+
+    return called
+
+
+def _arguments(signature: inspect.Signature, names: dict[str, Any]) -> dict[str, _Argument]:
+    known: dict[str, _Argument] = {}
+    for name, parameter in signature.parameters.items():
+        if name != "lm" and parameter.kind not in VARIABLE and parameter.annotation is not parameter.empty:
+            with suppress(NameError):
+                one = SimpleNamespace(__annotations__={name: parameter.annotation})
+                hint = _checkable(get_type_hints(one, names, include_extras=True)[name])
+                config = None if InstanceOf() in get_args(hint) else CONFIG  # a dataclass has one of its own
+                known[name] = _Argument(hint, TypeAdapter(hint, config=config))
+    return known
+
+
+def _checkable(hint: Any) -> Any:
+    """The type with tuples for sequences of every kind, and classes of ours for no more than what they are."""
+    origin = get_origin(hint)
+    if origin in (Sequence, Iterable, list):
+        return tuple[_checkable(get_args(hint)[0]), ...]
+    if origin in (Union, UnionType):
+        return Union[tuple(map(_checkable, get_args(hint)))]  # noqa: UP007, of as many as there are
+    return InstanceOf[hint] if isinstance(hint, type) and hint.__module__.startswith("reknow") else hint
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
