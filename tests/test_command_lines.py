@@ -16,6 +16,7 @@ from conftest import make_lm, some_patch
 from reknow import cli
 from reknow.cli import app, failures, terminal
 from reknow.cli.app import app as commands
+from reknow.cli.app import main
 from reknow.stack import save_stack
 
 
@@ -224,6 +225,56 @@ def test_an_output_that_ends_early_does_not_break_a_command(line, status, said):
     result = shell(line)
     assert result.returncode == status, result
     assert result.stderr.startswith(said) and result.stderr.count(b"\n") == bool(said), result
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    lm = make_lm()
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def program(monkeypatch, capfdbinary):
+    """Runs the program in this process with an output in ASCII; what it wrote."""
+
+    def run(*words: str) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["reknow", *words])
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), "ascii"))
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = (part.decode("ascii") for part in capfdbinary.readouterr())
+        assert end.value.code == 0, err
+        return out, err
+
+    return run
+
+
+QUICK = ["--method", "ft-m", "--set", "steps=2", "--layer", "1"]
+
+
+def test_commands_that_compute_write_to_an_output_without_unicode(program, model, empty_folder):
+    prompt = "Zo\u00eb lives in {Peru}, which is"
+    out, _ = program("edit", prompt, "Lima", *QUICK, "--model", model, "--out", "a.patch")
+    assert "Zo\\xeb lives in Peru, which is \\u2026" in out and "wrote a.patch" in out
+    assert "Zo\\xeb" in program("show", "a.patch")[0]
+    assert "\\u2265" in program("methods", "rome")[0] and "arXiv" in program("methods")[0]
+    out, _ = program("trace", prompt, "--model", model, "--samples", "2")
+    assert "Zo\\xeb" in out and (empty_folder / "trace" / "trace.svg").exists()
+    (empty_folder / "own.json").write_text(json.dumps([{"prompt": prompt, "target_new": "Lima"}]))
+    bench = ["--data", "own.json", "--methods", "fine=ft-m", "--set", "steps=2", "--set", "layer=1", "--model", model]
+    out, _ = program("bench", *bench, "--out", "run", "--no-generate")
+    assert "run folder: run" in out
+    assert program("report", "run")[0].startswith("report: run/report.html")
+
+
+def test_a_file_nested_without_end_is_one_line(empty_folder):
+    for text in ("[" * 100_000, '{"a":' * 100_000):
+        (empty_folder / "deep.json").write_text(text)
+        assert "deep.json" in (said := refused("edit", "--file", "deep.json")) and "nested without end" in said
 
 
 def test_every_command_has_help():

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
+from dataclasses import replace
 
+import matplotlib
+import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from typer.testing import CliRunner
 
 from conftest import make_lm
@@ -15,6 +20,8 @@ from reknow.cli import app
 from reknow.cli import tracing as command
 from reknow.datasets import Fact
 from reknow.locate import Trace, average
+from reknow.report.gradient_plots import gradient_figure
+from reknow.report.plots import STYLE, to_svg
 from reknow.report.trace_plots import average_figure, effect_bars, save_figure, trace_figure
 
 
@@ -36,6 +43,20 @@ def test_a_heat_map_marks_the_subject_and_names_what_was_restored(tmp_path):
     assert "costs" in found
     assert {"hidden state", "MLP (2 layers around)", "attention (2 layers around)", "P($5)"} <= set(found)
     assert any("clean 0.90, corrupted 0.10" in text for text in found)
+
+
+@pytest.mark.parametrize("name", ["$x$", r"$\frac{1}$", "a_b^c", "$_^{", r"\alpha & %#", "5$ or 6$"])
+def test_labels_are_no_mathematics(name, tmp_path):
+    trace = replace(a_trace(answer=f" {name}"), tokens=(name, "_", f" {name}", " is"))
+    _, svg = save_figure(trace_figure(trace), tmp_path / "one")
+    found = [html.unescape(text) for text in texts(svg)]
+    assert found.count(f"{name}*") == 2 and "_*" in found and f"P({name})" in found
+    figure = gradient_figure({name: np.eye(3, 2)}, [name, "b_", "$c"])
+    kept = save_figure(figure, tmp_path / "points")
+    assert {name, "b_", "$c"} <= {html.unescape(text) for text in texts(kept[1])}
+    with matplotlib.rc_context(STYLE):
+        shown = to_svg(Figure(figsize=(2, 2)).subplots().set_title(name).figure)
+    assert name in html.unescape(shown)
 
 
 def test_averages_are_drawn_with_missing_classes_and_in_the_paper_s_order(tmp_path):
@@ -91,6 +112,13 @@ def test_a_prompt_without_a_subject_is_refused(reknow, tmp_path):
     assert result.exit_code == 2
     assert "expected one subject in braces" in result.output
     assert not (tmp_path / "trace").exists()
+
+
+def test_a_prompt_longer_than_the_model_is_refused(reknow, tmp_path):
+    result = reknow("The capital of {Peru} is " + "Lima " * 200)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("error: expected texts of at most 128 tokens, for which ")
+    assert not list((tmp_path / "trace").glob("*.*"))
 
 
 def test_facts_are_traced_once_and_a_killed_run_goes_on(reknow, tmp_path, monkeypatch):
