@@ -59,7 +59,7 @@ def closed(head: str) -> str:
     return f"{head.rstrip()}\n\n{closing}\n\n"
 
 
-def as_chat(chat: bool | Chat, tokenizer, name: str) -> Chat | None:
+def as_chat(chat: bool | Chat | None, tokenizer, name: str) -> Chat | None:
     """How prompts are put into the tokenizer's template; None where they are not.
 
     Raises:

@@ -143,11 +143,11 @@ def _held(lm: LM, model: PreTrainedModel, casts: dict[Parameter, Tensor], edits:
     """How many edits hold in the LM as it is, and in `model` with its weights rounded."""
     from reknow.lm import LM  # LM imports patches
 
-    prompts, targets = [edit.text for edit in edits], [edit.target_new for edit in edits]
-    before = sum(all(score.hits) for score in lm.score(prompts, targets)) if edits else 0
+    asked = [[edit.text for edit in edits], [edit.target_new for edit in edits], [edit.separator for edit in edits]]
+    before = sum(all(score.hits) for score in lm.score(*asked)) if edits else 0
     reader = lm if model is lm.model else LM((model, lm.tokenizer), chat=lm.chat)
     with rounded(casts):
-        return before, sum(all(score.hits) for score in reader.score(prompts, targets)) if edits else 0
+        return before, sum(all(score.hits) for score in reader.score(*asked)) if edits else 0
 
 
 def _copy_companions(lm: LM, folder: Path) -> None:

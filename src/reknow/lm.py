@@ -61,7 +61,7 @@ class LM:
         dtype=None,
         device=None,
         device_map=None,
-        chat: bool | Chat = False,
+        chat: bool | Chat | None = False,
         trust_remote_code: bool = False,
     ):
         named, patches = isinstance(source, (str, Path)), list[Patch]()

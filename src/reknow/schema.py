@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints, overload
 
 from pydantic import (
     AfterValidator,
@@ -79,7 +79,11 @@ Listed = Annotated[list[Read], FailFast()]
 """A list of which the first wrong entry is told: to tell what is wrong with all takes a hundred times the room."""
 
 
-def parsed(model: type[Read], text: str | bytes, *, once: bool = False) -> Read:
+@overload
+def parsed(model: type[Read], text: str | bytes, *, once: bool = ...) -> Read: ...
+@overload
+def parsed(model: Any, text: str | bytes, *, once: bool = ...) -> Any: ...
+def parsed(model: Any, text: str | bytes, *, once: bool = False) -> Any:
     """The JSON text as a `model`: a `Strict` class, a dataclass, or any other type that pydantic knows.
 
     Args:
@@ -178,9 +182,15 @@ def reason(error: Exception) -> str:
     return str(error)
 
 
+@overload
 def read_json(
-    path: str | Path, model: type[Read], refuse: Callable[[Exception], ReknowError], *, once: bool = True
-) -> Read:
+    path: str | Path, model: type[Read], refuse: Callable[[Exception], ReknowError], *, once: bool = ...
+) -> Read: ...
+@overload
+def read_json(
+    path: str | Path, model: Any, refuse: Callable[[Exception], ReknowError], *, once: bool = ...
+) -> Any: ...
+def read_json(path: str | Path, model: Any, refuse: Callable[[Exception], ReknowError], *, once: bool = True) -> Any:
     """A JSON file as a `model`; `refuse` makes the error of what is wrong with it, see `reason`.
 
     Raises:

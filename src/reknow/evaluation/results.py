@@ -175,7 +175,8 @@ class Results:
             for key, (mean, low, high, count) in summarise(list(cases.values())).items():
                 together = self._together.get((*group, key), 1) if count > 1 else 1
                 bounds = (low, high) if together == 1 else (None, None)
-                found[(*group, key)] = Cell(*group, *key.split("@"), mean, *bounds, count, together)
+                metric, protocol = key.split("@")
+                found[(*group, key)] = Cell(*group, metric, protocol, mean, *bounds, count, together)
         return found
 
     @cached_property
