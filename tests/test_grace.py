@@ -116,7 +116,7 @@ def test_one_memory_has_one_place():
     with pytest.raises(InputError, match="where the memory is"):
         GRACE(layer=2, steps=2).edit(lm, [edit("The capital of Peru is")])
     for wrong in (dict(replacement="all"), dict(conflict="ask")):
-        with pytest.raises(InputError, match=r"expected .*: choose one"):
+        with pytest.raises(InputError, match=r"expected .* as one of .*: correct it"):
             GRACE(**wrong).edit(lm, [edit("I know")])  # type: ignore[arg-type]
 
 

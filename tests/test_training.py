@@ -274,7 +274,7 @@ def test_an_editor_is_a_file(whole, tmp_path):
         MEND(editor=str(other)).edit(make_lm(), [cases(1)[0].edit])
     header = {"reknow": json.dumps({"format": 1, "kind": "weights"})}
     save_file({"a": torch.zeros(1)}, tmp_path / "patch", metadata=header)
-    with pytest.raises(InputError, match=r"field kind: .*got 'weights'"):
+    with pytest.raises(InputError, match=r"field kind: Input should be 'editor'"):
         Editor.load(tmp_path / "patch")
 
 

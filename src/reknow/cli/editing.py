@@ -103,7 +103,15 @@ def edit(
         _edit(lm, chosen, edits, out, stack, as_json)
 
 
-def _edits(prompt, target, subject, true, file, encoding, separator=None) -> list[Edit]:
+def _edits(
+    prompt: str | None,
+    target: str | None,
+    subject: str | None,
+    true: str | None,
+    file: Path | None,
+    encoding: str | None,
+    separator: str | None = None,
+) -> list[Edit]:
     """The edits of the command line; raises InputError where it names none, or both one and a file."""
     from reknow.datasets.edits_file import load_edits
     from reknow.edits import Edit
@@ -119,10 +127,10 @@ def _edits(prompt, target, subject, true, file, encoding, separator=None) -> lis
         )
     if separator is not None and separator not in SEPARATORS:
         raise did_you_mean("separator", separator, SEPARATORS)
-    answers = dict(target_new=target, target_true=true, separator=SEPARATORS.get(separator))
+    between = None if separator is None else SEPARATORS[separator]
     if "{" in prompt and subject is None:
-        return [Edit.parse(prompt, **answers)]
-    return [Edit(prompt, subject=subject, **answers)]
+        return [Edit.parse(prompt, target, target_true=true, separator=between)]
+    return [Edit(prompt, subject=subject, target_new=target, target_true=true, separator=between)]
 
 
 def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -158,7 +159,7 @@ def _plan(study: Preset, checkpoints: str | None, seeds: str | None, **given: An
     return Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
 
 
-def _chosen(study: Preset, names: str | None, settings: list[str]) -> dict[str, Method]:
+def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[str, Method]:
     """Label → method: those named, else the study's, with its settings and then the given ones."""
     own = {method.partition("=")[0]: method for method in study.methods}
     wanted = [own.get(name.strip(), name) for name in names.split(",")] if names else study.methods
