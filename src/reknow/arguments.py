@@ -71,7 +71,8 @@ def _arguments(signature: inspect.Signature, names: dict[str, Any]) -> dict[str,
             with suppress(NameError):
                 one = SimpleNamespace(__annotations__={name: parameter.annotation})
                 hint = _checkable(get_type_hints(one, names, include_extras=True)[name])
-                config = None if InstanceOf() in get_args(hint) else CONFIG  # a dataclass has one of its own
+                own = InstanceOf() in get_args(hint)  # type: ignore[operator]
+                config = None if own else CONFIG  # a dataclass has one of its own
                 known[name] = _Argument(hint, TypeAdapter[Any](hint, config=config))
     return known
 
