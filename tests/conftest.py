@@ -19,6 +19,7 @@ from families import tiny_model, tiny_tokenizer  # noqa: E402
 from reknow import LM, Edit, Patch  # noqa: E402
 from reknow.patches import Dense, LowRank  # noqa: E402
 from reknow.tokens import Text  # noqa: E402
+from reknow.values import ValueSearch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -56,6 +57,17 @@ def some_patch(
     edits = (Edit("The capital of {} is", subject=f"Land {seed}", target_new="Lima", context=("a", "b")),)
     settings = dict(layer=1, groups=((1, 2),), rate=1e-3, bound=None)
     return Patch("rome", settings, edits, deltas, lm.fingerprint, notes={"losses": [1.5, 0.1]}, **fields)
+
+
+def authors_search(settings: dict) -> ValueSearch:
+    """The search with settings by their names in kmeng01/rome's files."""
+    return ValueSearch(
+        steps=settings["v_num_grad_steps"],
+        learning_rate=settings["v_lr"],
+        kl_weight=settings["kl_factor"],
+        decay=settings["v_weight_decay"],
+        clamp=settings["clamp_norm_factor"],
+    )
 
 
 def bits(lm: LM) -> dict[str, torch.Tensor]:

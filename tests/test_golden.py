@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import authors_search
 from reknow import FT, LM, ROME, Edit
 from reknow.solvers import cholesky, rank_one, solve
 from reknow.stats import covariance
-from reknow.values import ValueSearch, find_values
+from reknow.values import find_values
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -41,14 +42,7 @@ def test_rome_gives_the_authors_vectors(models, model, name):
     tensors = load_file(GOLDEN / f"rome_{model}.safetensors")
     mean_key, u, used_key = tensors[f"{name}/keys"]
     value, delta, subtracted, right = tensors[f"{name}/values"]
-    settings = case["hparams"]
-    search = ValueSearch(
-        steps=settings["v_num_grad_steps"],
-        learning_rate=settings["v_lr"],
-        kl_weight=settings["kl_factor"],
-        decay=settings["v_weight_decay"],
-        clamp=settings["clamp_norm_factor"],
-    )
+    search = authors_search(case["hparams"])
     edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
     templates = case.get("templates", head["templates"])
     found = find_values(lm, [edit], case["layer"], [t.removesuffix("{}") for t in templates], search)

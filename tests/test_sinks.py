@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_lm
+from conftest import authors_search, make_lm
 from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit
 from reknow.keys import Subjects
 from reknow.sinks import NEUTRAL, contexts_of, first_token_is_sink
@@ -45,14 +45,7 @@ def test_the_search_gives_the_authors_vectors(case):
     tensors = load_file(GOLDEN / "rome_sites.safetensors")
     u, key = tensors[f"{case['name']}/keys"]
     value, delta, output, right = tensors[f"{case['name']}/values"]
-    settings = case["hparams"]
-    search = ValueSearch(
-        steps=settings["v_num_grad_steps"],
-        learning_rate=settings["v_lr"],
-        kl_weight=settings["kl_factor"],
-        decay=settings["v_weight_decay"],
-        clamp=settings["clamp_norm_factor"],
-    )
+    search = authors_search(case["hparams"])
     edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
     before = [template.removesuffix("{}") for template in case["templates"]]
     found = find_values(lm, [edit], case["layer"], ["", *before[1:]], search)
