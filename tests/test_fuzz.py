@@ -47,6 +47,8 @@ from reknow.stack import STACK_FILE, read_stack, save_stack
 from reknow.stats import statistics
 from reknow.tensor_files import write_tensors
 
+pytestmark = pytest.mark.slow
+
 TIMES = int(os.environ.get("REKNOW_FUZZ", "0"))
 MEMORY, SECONDS = 2**30, 60
 """Bytes that reading files may take beside what the process has, in virtual memory; time for a single one."""

@@ -21,7 +21,10 @@ from reknow.files import ASIDE, put_back, write_text
 from reknow.methods import method
 from reknow.stack import read_stack, save_stack
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied the Unix way")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied the Unix way"),
+]
 
 STEPS = (
     (os, "rename"),

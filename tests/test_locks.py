@@ -33,6 +33,8 @@ from reknow.learning.loop import LOG_FILE
 from reknow.locks import writing
 from reknow.stack import read_stack, save_stack
 
+pytestmark = pytest.mark.slow
+
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["reknow.evaluation", "reknow.cli.app", "reknow.methods", "conftest", "learned"])
 CASES = [

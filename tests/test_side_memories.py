@@ -71,6 +71,7 @@ def test_clusters_join_split_and_forget():
     assert other is not table.found[2] and table.found[2].label == a and table.found[2].points[0][1] == 4
 
 
+@pytest.mark.slow
 def test_distances_are_in_units_of_questions_alike():
     lm = make_lm()
     alike = [fact.text for fact in load_facts("pararel") if fact.prompt == load_facts("pararel")[0].prompt][:8]
