@@ -39,6 +39,14 @@ def make_lm(family: str = "gpt2", **changes) -> LM:
     return LM((tiny_model(family, **changes), tiny_tokenizer(bos=family == "llama")), device=device)
 
 
+def saved(folder, family: str = "gpt2", **changes) -> str:
+    """The folder, with a tiny random model in it."""
+    lm = make_lm(family, **changes)
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(params=["gpt2", "llama"])
 def lm(request) -> LM:
     return make_lm(request.param)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import make_lm
+from conftest import saved
 from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, field_docs, read_value
@@ -30,13 +30,6 @@ IDS = torch.tensor([[10, 40, 80, 120, 200]])
 def model(tmp_path_factory) -> str:
     """A tiny random model in a folder."""
     return saved(tmp_path_factory.mktemp("model"), "gpt2")
-
-
-def saved(folder, family: str, **changes) -> str:
-    lm = make_lm(family, **changes)
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from conftest import make_lm, some_patch
+from conftest import make_lm, saved, some_patch
 from reknow import cli
 from reknow.cli import app, failures, terminal
 from reknow.cli.app import app as commands
@@ -229,11 +229,7 @@ def test_an_output_that_ends_early_does_not_break_a_command(line, status, said):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    lm = make_lm()
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from typer.testing import CliRunner
 
-from conftest import bits, make_lm, same
+from conftest import bits, make_lm, same, saved
 from learned import SETTINGS, TRAINING, some_cases
 from reknow import FT, GRACE, IKE, KN, ROME, Case, Edit, Probe, method
 from reknow.cli import app
@@ -310,11 +310,7 @@ def test_what_is_neither_text_nor_number_is_no_answer(tmp_path, written):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    lm = make_lm()
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 def run(*arguments: object):

@@ -10,7 +10,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from conftest import make_lm
+from conftest import make_lm, saved
 from reknow import Edit, Patch, method, progress
 from reknow.cli import app
 from reknow.effect import Observation, collapsed
@@ -27,11 +27,7 @@ QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_g
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     """A tiny random model in a folder."""
-    folder = tmp_path_factory.mktemp("model")
-    lm = make_lm()
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(autouse=True)
