@@ -17,7 +17,7 @@ from reknow.evaluation.metrics import (
     text_words,
     unchanged_generated,
 )
-from reknow.writing import clipped, pieces, words
+from reknow.texts.writing import clipped, pieces, words
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import ConfigDict, FailFast
 
 from reknow.errors import InputError
-from reknow.templates import filled, templated
-from reknow.templates import marked as in_braces
-from reknow.writing import full_stop, joined, led
+from reknow.texts.templates import filled, templated
+from reknow.texts.templates import marked as in_braces
+from reknow.texts.writing import full_stop, joined, led
 
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
 """What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,

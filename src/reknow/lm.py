@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reknow import adapter
+import reknow.adapter as adapter
 from reknow.applied import Applied
 from reknow.arguments import typed
 from reknow.chat import Chat, as_chat

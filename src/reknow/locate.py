@@ -35,7 +35,7 @@ from reknow.exclusive import door
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
 from reknow.schema import Count, Listed, Strict
-from reknow.templates import filled, sections
+from reknow.texts.templates import filled, sections
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:

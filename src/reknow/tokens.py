@@ -18,8 +18,8 @@ from torch import Tensor
 from reknow.chat import Chat
 from reknow.edits import check_encodable
 from reknow.errors import InputError, ModelError, TextRefused
-from reknow.templates import sections
-from reknow.writing import between, led
+from reknow.texts.templates import sections
+from reknow.texts.writing import between, led
 
 if TYPE_CHECKING:
     from reknow.edits import Edit, Probe

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from reknow.datasets.reading import Record, place_subject
 from reknow.errors import InputError
-from reknow.templates import filled, sections
+from reknow.texts.templates import filled, sections
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from reknow.datasets.sources import read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
-from reknow.templates import literal, sections
-from reknow.writing import places
+from reknow.texts.templates import literal, sections
+from reknow.texts.writing import places
 
 
 class Record:

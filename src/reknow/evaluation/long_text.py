@@ -13,8 +13,8 @@ from torch import Tensor
 
 from reknow.errors import MissingExtra
 from reknow.scoring import are_numbers
+from reknow.texts.writing import words
 from reknow.tokens import Text
-from reknow.writing import words
 
 if TYPE_CHECKING:
     from reknow.lm import LM

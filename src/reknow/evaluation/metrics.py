@@ -27,7 +27,7 @@ from reknow.errors import InputError, MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.long_text import rouge_l, token_f1
 from reknow.scoring import NOTHING
-from reknow.writing import pieces, words
+from reknow.texts.writing import pieces, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""

@@ -16,8 +16,8 @@ from reknow.evaluation.long_text import written_ratios
 from reknow.evaluation.metrics import Reading
 from reknow.lm import LM
 from reknow.patches import Patch
+from reknow.texts.writing import led
 from reknow.tokens import Text
-from reknow.writing import led
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
 """Length, prompt included, and top-k of the text that fluency is measured on (ROME, EasyEdit)."""

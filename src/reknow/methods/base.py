@@ -23,8 +23,8 @@ from reknow.kept import Kept
 from reknow.layers import depth_layer
 from reknow.memory import versions
 from reknow.patches import Delta, Kind, LowRank, Patch
-from reknow.templates import sections
-from reknow.writing import plain
+from reknow.texts.templates import sections
+from reknow.texts.writing import plain
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -29,8 +29,8 @@ from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.patches import Patch
 from reknow.progress import told
+from reknow.texts.writing import led
 from reknow.tokens import Row, Text
-from reknow.writing import led
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -31,8 +31,8 @@ from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
 from reknow.schema import Broken, Listed, Strict, content, parsed, reason
+from reknow.texts.writing import joined
 from reknow.tokens import Text
-from reknow.writing import joined
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -37,9 +37,9 @@ from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
 from reknow.schema import Strict
+from reknow.texts.writing import led
 from reknow.tokens import Text
 from reknow.values import contexts
-from reknow.writing import led
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -13,7 +13,7 @@ from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, s
 from reknow.files import write_aside, write_text
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
-from reknow.writing import pieces
+from reknow.texts.writing import pieces
 
 PROTOCOL = "teacher_forced_tokens"
 COLUMNS = {

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from reknow.evaluation.metrics import Reading, generated, unchanged_generated
 from reknow.evaluation.results import Results, readings
-from reknow.templates import filled, sections
-from reknow.writing import clipped
+from reknow.texts.templates import filled, sections
+from reknow.texts.writing import clipped
 
 MODES = {
     "single": "single: each case by itself on the unedited model",

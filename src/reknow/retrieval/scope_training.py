@@ -21,7 +21,7 @@ from reknow.errors import InputError
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import Remembered, log_in_scope, scope_loss
-from reknow.templates import sections
+from reknow.texts.templates import sections
 from reknow.tokens import Text
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from reknow.errors import InputError
-from reknow.writing import difference, places
+from reknow.texts.writing import difference, places
 
 _DOUBLED = re.compile(r"(\{\{|\}\}|\{\})")
 _MARKED = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")

@@ -1,0 +1,1 @@
+"""Texts as people write them: spaces and words in any script, and prompts as templates."""
