@@ -8,7 +8,7 @@ import pytest
 
 from conftest import make_lm, some_patch
 from reknow import LM, Case, Edit, Patch, Probe, ReknowError, diff, evaluate, load_cases, load_edits, merge, method
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.datasets import load_facts
 from reknow.effect import control_facts, known_cases, observe
 from reknow.errors import InputError

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from reknow import METHODS, method
-from reknow.bounds import Name, Number, Part, Rate, Share, check, fitted, hints, shown_type
+from reknow.checks.bounds import Name, Number, Part, Rate, Share, check, fitted, hints, shown_type
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, read_value
 from reknow.errors import InputError
@@ -139,7 +139,7 @@ def test_numbers_have_bounds_in_every_method():
     for name, entry in METHODS.items():
         for field, hint in hints(entry.method).items():
             if field not in ("layer", "layers"):
-                assert hint not in (int, float, int | None, float | None), f"{name}.{field}: see reknow.bounds"
+                assert hint not in (int, float, int | None, float | None), f"{name}.{field}: see reknow.checks.bounds"
 
 
 BEYOND = {

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.bounds import Rate, Weight, check
+from reknow.checks.bounds import Rate, Weight, check
 from reknow.errors import EditFailed
 from reknow.generation import decoded, draw
 from reknow.patches import Delta, Dense

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, TextRefused

@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.errors import InputError
 
 P = ParamSpec("P")
@@ -128,5 +128,5 @@ def exclusively(operation: Callable[P, T]) -> Callable[P, T]:
 
 
 def door(operation: Callable[P, T]) -> Callable[P, T]:
-    """An operation on a model that users call: its arguments are checked too, see `reknow.arguments`."""
+    """An operation on a model that users call: its arguments are checked too, see `reknow.checks.arguments`."""
     return typed(exclusively(operation))

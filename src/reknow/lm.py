@@ -13,8 +13,8 @@ from torch import Tensor
 
 import reknow.adapter as adapter
 from reknow.applied import Applied
-from reknow.arguments import typed
 from reknow.chat import Chat, as_chat
+from reknow.checks.arguments import typed
 from reknow.errors import InputError
 from reknow.exclusive import door, exclusive, exclusively
 from reknow.fingerprint import Fingerprint

@@ -26,8 +26,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from reknow.adapter import embedding
-from reknow.arguments import typed
-from reknow.bounds import Number, Rate, Seed, check
+from reknow.checks.arguments import typed
+from reknow.checks.bounds import Number, Rate, Seed, check
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
 from reknow.exact import exact

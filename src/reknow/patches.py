@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
 from reknow.exact import exact

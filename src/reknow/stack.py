@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, Field
 
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.errors import PatchError
 from reknow.files import put_back, write_text
 from reknow.fingerprint import Fingerprint

@@ -29,8 +29,8 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from reknow.adapter import device_of, shape
-from reknow.arguments import typed
 from reknow.cache import bound, cache_folder, keeping, make_room, touch
+from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.exact import exact, exact_device

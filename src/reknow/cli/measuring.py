@@ -283,7 +283,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
 ) -> None:
     """List the methods, or explain one and its settings."""
-    from reknow.bounds import hints, shown_type
+    from reknow.checks.bounds import hints, shown_type
     from reknow.cli.settings import chosen_method, field_docs
     from reknow.methods import METHODS
 

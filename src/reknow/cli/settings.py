@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any
 
-from reknow.bounds import fitted, hints
+from reknow.checks.bounds import fitted, hints
 from reknow.errors import InputError, did_you_mean
 from reknow.methods import METHODS
 from reknow.methods.base import Method

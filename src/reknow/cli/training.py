@@ -74,7 +74,7 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
     Raises:
         InputError: a method that does not learn, or a setting of neither.
     """
-    from reknow.bounds import hints
+    from reknow.checks.bounds import hints
     from reknow.cli.settings import chosen_method, each_once, read_value
     from reknow.learning.training import Training
     from reknow.methods import METHODS

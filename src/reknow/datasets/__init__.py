@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.datasets import counterfact, known
 from reknow.datasets.edits_file import load_edits
 from reknow.datasets.forms import DATASETS, CaseSource, form_of, read_file

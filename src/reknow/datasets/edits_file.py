@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.datasets import own
 from reknow.datasets.forms import DATASETS, form_of, read_file
 from reknow.datasets.reading import refuse_repeated

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import reknow
-from reknow.bounds import Natural, Number, Seed, check
+from reknow.checks.bounds import Natural, Number, Seed, check
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reknow.bounds import Number, Seed, check
+from reknow.checks.bounds import Number, Seed, check
 from reknow.errors import InputError
 from reknow.evaluation.rows import Rows, open_manifest
 from reknow.instructions.families import Family, Instruction

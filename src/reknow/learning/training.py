@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import reknow
-from reknow.bounds import Natural, Number, Rate, Seed, check
+from reknow.checks.bounds import Natural, Number, Rate, Seed, check
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError
 from reknow.evaluation.reading import unreadable

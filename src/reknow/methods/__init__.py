@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, NamedTuple
 
-from reknow.arguments import typed
+from reknow.checks.arguments import typed
 from reknow.errors import InputError, did_you_mean
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.base import Method

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.bounds import Share, Weight
+from reknow.checks.bounds import Share, Weight
 from reknow.edits import Edit
 from reknow.exact import exact
 from reknow.kept import Kept

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import reknow
-from reknow.arguments import typed
-from reknow.bounds import Name, check
+from reknow.checks.arguments import typed
+from reknow.checks.bounds import Name, check
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
 from reknow.exclusive import exclusively

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from reknow.bounds import Number, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from reknow.bounds import Number, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted
 from reknow.edits import Edit
 from reknow.layers import resolve_layer, resolve_layers

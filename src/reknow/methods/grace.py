@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.bounds import Number, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
 from reknow.errors import PatchError

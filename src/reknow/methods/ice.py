@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from reknow.bounds import Number, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.descent import Matrices, Pace, Scored, check_finite, predicted, sample
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 
-from reknow.bounds import Name, Natural, Number, Seed
+from reknow.checks.bounds import Name, Natural, Number, Seed
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe, as_json
 from reknow.errors import InputError, PatchError

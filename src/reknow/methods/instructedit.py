@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from reknow.bounds import Name
+from reknow.checks.bounds import Name
 from reknow.edits import Case, Edit
 from reknow.instructions.families import Family, family_of, load_families
 from reknow.learning.training import Draw, Learner, Training, in_turn

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.adapter import embedding
-from reknow.bounds import Rank, Rate, Share, Weight
+from reknow.checks.bounds import Rank, Rate, Share, Weight
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
 from reknow.learning.gradients import as_delta, gradient_factors, matrices

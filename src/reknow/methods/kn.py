@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.bounds import Number, Share, Weight
+from reknow.checks.bounds import Number, Share, Weight
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.exact import exact

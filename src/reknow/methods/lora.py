@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.adapter import Conv1D, is_matrix
-from reknow.bounds import Number, Rank, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
 from reknow.descent import check_finite
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from reknow.bounds import Number, Rank, Rate, Weight
+from reknow.checks.bounds import Number, Rank, Rate, Weight
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.exact import exact

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reknow.bounds import Weight
+from reknow.checks.bounds import Weight
 from reknow.edits import Edit
 from reknow.exact import exact
 from reknow.keys import Subjects

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from reknow.bounds import Natural, Number, Rank, Rate, Seed, Weight
+from reknow.checks.bounds import Natural, Number, Rank, Rate, Seed, Weight
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.layers import resolve_layers

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reknow.bounds import Number, Share, Weight
+from reknow.checks.bounds import Number, Share, Weight
 from reknow.edits import Edit
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reknow.bounds import Natural, Number, Weight
+from reknow.checks.bounds import Natural, Number, Weight
 from reknow.edits import Edit
 from reknow.exact import exact
 from reknow.layers import resolve_layer

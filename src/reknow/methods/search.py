@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.bounds import Name, Natural, Number, Rate, Seed, Share, Weight
+from reknow.checks.bounds import Name, Natural, Number, Rate, Seed, Share, Weight
 from reknow.methods.base import Method
 from reknow.stats import covariance
 from reknow.values import ValueSearch, contexts

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from reknow.bounds import Name, Number, Rank, Rate, Share
+from reknow.checks.bounds import Name, Number, Rank, Rate, Share
 from reknow.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reknow.bounds import Natural, Number, Rate, Weight
+from reknow.checks.bounds import Natural, Number, Rate, Weight
 from reknow.edits import Edit
 from reknow.exact import exact
 from reknow.kept import Kept

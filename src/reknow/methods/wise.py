@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.bounds import Number, Part, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Part, Rate, Seed, Weight
 from reknow.datasets import load_facts
 from reknow.descent import Answers, check_finite
 from reknow.edits import Edit

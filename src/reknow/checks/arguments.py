@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_ori
 
 from pydantic import ConfigDict, InstanceOf, TypeAdapter
 
-from reknow.bounds import SHOWN, fits, shown_type
+from reknow.checks.bounds import SHOWN, fits, shown_type
 from reknow.errors import InputError
 
 P = ParamSpec("P")

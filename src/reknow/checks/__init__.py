@@ -1,0 +1,1 @@
+"""What settings and arguments may be, checked before anything is done."""
