@@ -12,11 +12,11 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import make_lm
-from reknow.cache import bound, cache_folder, clear_kept, kept, make_room
 from reknow.cli.app import app
 from reknow.cost import estimate
 from reknow.edits import Edit
 from reknow.errors import InputError
+from reknow.files.cache import bound, cache_folder, clear_kept, kept, make_room
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.memit import MEMIT
 from reknow.methods.rome import ROME

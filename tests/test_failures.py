@@ -222,8 +222,8 @@ def test_a_case_that_cannot_be_read_is_not_known():
 
 
 def bench_in_memory(cases, plan):
-    from reknow.evaluation.rows import BEFORE_KEY, ROW_KEY, Rows
     from reknow.evaluation.runner import _named, _Run
+    from reknow.files.rows import BEFORE_KEY, ROW_KEY, Rows
 
     rows = Rows(None, ROW_KEY)
     _Run(make_lm(), _named(cases), plan, Rows(None, BEFORE_KEY), rows).all({"ft-m": QUICK}, False)

@@ -23,14 +23,14 @@ from reknow.cli.terminal import say_json
 from reknow.datasets import load_cases, load_edits
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Plan, Results, bench
+from reknow.files.schema import Broken
+from reknow.files.tensors import read_tensors, write_tensors
 from reknow.fingerprint import Fingerprint
 from reknow.learning.editors import Editor
 from reknow.llm import _read as read_contexts
 from reknow.peft_folder import WEIGHTS, base_of
-from reknow.schema import Broken
 from reknow.stack import STACK_FILE, read_stack, save_stack
 from reknow.stats import statistics
-from reknow.tensor_files import read_tensors, write_tensors
 
 FILES = Path(__file__).parent / "golden" / "files"
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris")

@@ -14,7 +14,7 @@ from reknow.datasets import DATASETS, address, load_cases, load_edits
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench, evaluate
 from reknow.evaluation.presets import agreeing
-from reknow.evaluation.rows import cases_digest
+from reknow.files.rows import cases_digest
 
 COUNTERFACT = {
     "case_id": 3,

@@ -16,9 +16,9 @@ from families import TEXT
 from reknow import LM
 from reknow.cli import tracing
 from reknow.errors import InputError
-from reknow.evaluation.rows import Rows
 from reknow.export import export_checkpoint, export_lora
-from reknow.files import append_line
+from reknow.files.atomic import append_line
+from reknow.files.rows import Rows
 from reknow.layers import depth_layer, suggest_layer
 from reknow.locate import Tracing
 from reknow.methods import method

@@ -35,6 +35,7 @@ from reknow.datasets import DATASETS, FACTS, load_edits, load_facts
 from reknow.datasets.text import sample_text, text_source
 from reknow.errors import ReknowError
 from reknow.evaluation import Plan, Results, bench
+from reknow.files.tensors import write_tensors
 from reknow.instructions.families import load_card, load_families, save_families
 from reknow.layers import _read as read_layers
 from reknow.learning.editors import Editor
@@ -45,7 +46,6 @@ from reknow.peft_folder import REST, WEIGHTS, base_of
 from reknow.report import tables
 from reknow.stack import STACK_FILE, read_stack, save_stack
 from reknow.stats import statistics
-from reknow.tensor_files import write_tensors
 
 pytestmark = pytest.mark.slow
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import reknow.files
+import reknow.files.atomic
 from conftest import make_lm, some_patch
 from reknow import LM, Patch
 from reknow.cli.stacks import merge
 from reknow.export import export_checkpoint, export_lora
-from reknow.files import ASIDE, put_back, write_text
+from reknow.files.atomic import ASIDE, put_back, write_text
 from reknow.methods import method
 from reknow.stack import read_stack, save_stack
 
@@ -37,7 +37,7 @@ STEPS = (
     (builtins, "open"),
     (Path, "write_text"),
     (Path, "touch"),
-    (reknow.files, "_exchanged"),
+    (reknow.files.atomic, "_exchanged"),
 )
 """Every call by which a process changes what is on the disk, but for the content of tensors' files."""
 
@@ -159,7 +159,7 @@ def test_the_folder_of_an_adapter_patch(scene, exchange, monkeypatch):
         assert Patch.load(place).id in (one.id, two.id)  # which puts it back first
 
     if not exchange:
-        monkeypatch.setattr("reknow.files._exchanged", lambda *_: False)
+        monkeypatch.setattr("reknow.files.atomic._exchanged", lambda *_: False)
     check(scene.folder, place, lambda: two.save(place), look)
     assert any(gone) is not exchange
 
@@ -174,7 +174,7 @@ def test_an_export(scene, export, exchange, monkeypatch):
     export(scene.lm, scene.folder / "out")
     scene.lm.apply(scene.patches[1])
     if not exchange:
-        monkeypatch.setattr("reknow.files._exchanged", lambda *_: False)
+        monkeypatch.setattr("reknow.files.atomic._exchanged", lambda *_: False)
     check(scene.folder, scene.folder / "out", lambda: export(scene.lm, scene.folder / "out", overwrite=True))
 
 
@@ -209,7 +209,7 @@ def test_a_living_process_is_not_swept(scene):
         run(lambda: write_text(scene.folder / "third", "from another process"))
         Path(aside).write_text("whole")
 
-    reknow.files.write_aside(scene.folder / "one", write)
+    reknow.files.atomic.write_aside(scene.folder / "one", write)
     assert {path.name: path.read_text() for path in scene.folder.iterdir()} == {
         "one": "whole",
         "other": "meanwhile",

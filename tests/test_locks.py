@@ -26,11 +26,11 @@ from learned import SETTINGS, TRAINING, some_cases
 from reknow import FT, Case, Edit, Patch, Probe, method
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Results, bench
-from reknow.evaluation.rows import BEFORE_FILE, MANIFEST_FILE, ROWS_FILE
-from reknow.files import write_text
+from reknow.files.atomic import write_text
+from reknow.files.locks import writing
+from reknow.files.rows import BEFORE_FILE, MANIFEST_FILE, ROWS_FILE
 from reknow.layers import FILE, suggest_layer
 from reknow.learning.loop import LOG_FILE
-from reknow.locks import writing
 from reknow.stack import read_stack, save_stack
 
 pytestmark = pytest.mark.slow

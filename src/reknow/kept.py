@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from reknow.errors import PatchError
-from reknow.schema import Broken, Strict, complaint
-from reknow.tensor_files import check_tensor
+from reknow.files.schema import Broken, Strict, complaint
+from reknow.files.tensors import check_tensor
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue, ValidationError
 
 from reknow.adapter import shape
-from reknow.cache import cache_folder, keeping
 from reknow.datasets import Fact, load_facts
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.exclusive import exclusively
-from reknow.files import write_text
+from reknow.files.atomic import write_text
+from reknow.files.cache import cache_folder, keeping
+from reknow.files.locks import PATIENCE, writing
+from reknow.files.schema import Broken, Count, Listed, Strict, complaint, parsed, reason
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
-from reknow.locks import PATIENCE, writing
 from reknow.progress import stage
 from reknow.published import published
-from reknow.schema import Broken, Count, Listed, Strict, complaint, parsed, reason
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ReknowError
-from reknow.files import append_line
-from reknow.locks import writing
-from reknow.schema import Broken, Listed, Strict, content, parsed, reason
+from reknow.files.atomic import append_line
+from reknow.files.locks import writing
+from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
 
 log = logging.getLogger(__name__)
 

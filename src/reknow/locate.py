@@ -32,9 +32,9 @@ from reknow.datasets.known import Fact
 from reknow.errors import InputError
 from reknow.exact import exact
 from reknow.exclusive import door
+from reknow.files.schema import Count, Listed, Strict
 from reknow.generation import decoded
 from reknow.restoration import Kind, Prompt, restorations
-from reknow.schema import Count, Listed, Strict
 from reknow.texts.templates import filled, sections
 from reknow.tokens import Row, Text
 

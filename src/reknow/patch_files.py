@@ -13,11 +13,8 @@ from torch import Tensor
 
 from reknow.edits import Edit
 from reknow.errors import PatchError, ReknowError
-from reknow.fingerprint import Fingerprint
-from reknow.kept import Kept
-from reknow.patches import FORMAT, Delta, Dense, Kind, LowRank, Patch
-from reknow.schema import Broken, Listed, Newer, Object, Strict, check_fields, parsed, reason
-from reknow.tensor_files import (
+from reknow.files.schema import Broken, Listed, Newer, Object, Strict, check_fields, parsed, reason
+from reknow.files.tensors import (
     HEADER,
     Sealed,
     check_finite,
@@ -25,6 +22,9 @@ from reknow.tensor_files import (
     read_tensors,
     write_tensors,
 )
+from reknow.fingerprint import Fingerprint
+from reknow.kept import Kept
+from reknow.patches import FORMAT, Delta, Dense, Kind, LowRank, Patch
 
 LONGEST = 200
 """Characters of a name."""

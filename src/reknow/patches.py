@@ -17,7 +17,7 @@ from reknow.checks.arguments import typed
 from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
 from reknow.exact import exact
-from reknow.files import put_back
+from reknow.files.atomic import put_back
 from reknow.fingerprint import Fingerprint
 
 FORMAT = 1

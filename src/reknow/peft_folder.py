@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reknow.errors import PatchError
-from reknow.files import folder_aside
-from reknow.outputs import check_replaced
+from reknow.files.atomic import folder_aside
+from reknow.files.outputs import check_replaced
+from reknow.files.schema import Broken, Count, parsed, reason
+from reknow.files.tensors import check_finite, check_tensor, digest, read_tensors
 from reknow.patch_files import low_rank, read_patch, write_patch
 from reknow.patches import Delta, LowRank, Patch
-from reknow.schema import Broken, Count, parsed, reason
-from reknow.tensor_files import check_finite, check_tensor, digest, read_tensors
 
 if TYPE_CHECKING:
     from reknow.lm import LM

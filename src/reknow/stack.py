@@ -14,12 +14,12 @@ from pydantic import AfterValidator, Field
 
 from reknow.checks.arguments import typed
 from reknow.errors import PatchError
-from reknow.files import put_back, write_text
+from reknow.files.atomic import put_back, write_text
+from reknow.files.locks import PATIENCE, writing
+from reknow.files.outputs import STACK_FILE, stack_folder
+from reknow.files.schema import Listed, Newer, Strict, read_json, reason
 from reknow.fingerprint import Fingerprint
-from reknow.locks import PATIENCE, writing
-from reknow.outputs import STACK_FILE, stack_folder
 from reknow.patches import Patch
-from reknow.schema import Listed, Newer, Strict, read_json, reason
 
 if TYPE_CHECKING:
     from reknow.lm import LM

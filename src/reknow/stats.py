@@ -29,16 +29,16 @@ from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
 from reknow.adapter import device_of, shape
-from reknow.cache import bound, cache_folder, keeping, make_room, touch
 from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
 from reknow.exact import exact, exact_device
 from reknow.exclusive import door
-from reknow.locks import writing
+from reknow.files.cache import bound, cache_folder, keeping, make_room, touch
+from reknow.files.locks import writing
+from reknow.files.schema import Broken, Count, parsed, reason
+from reknow.files.tensors import check_tensor, read_tensors, write_tensors
 from reknow.progress import stage
-from reknow.schema import Broken, Count, parsed, reason
-from reknow.tensor_files import check_tensor, read_tensors, write_tensors
 from reknow.tokens import Row, Text, encode
 from reknow.trace import by_row, recorded
 from reknow.triangle import Triangle, block_shapes

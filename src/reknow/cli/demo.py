@@ -12,7 +12,7 @@ import typer
 from reknow.cli.places import run_place
 from reknow.cli.terminal import DEMO, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
 from reknow.errors import EditFailed
-from reknow.locks import writing
+from reknow.files.locks import writing
 
 if TYPE_CHECKING:
     from reknow.edits import Case

@@ -31,7 +31,7 @@ from reknow.cli.terminal import (
     warn,
 )
 from reknow.errors import EditFailed, InputError, did_you_mean
-from reknow.locks import writing
+from reknow.files.locks import writing
 
 if TYPE_CHECKING:
     from reknow.cost import Cost
@@ -135,8 +135,8 @@ def _edits(
 
 def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
     """Where the patch goes, a file or for the LoRA family a folder; refused here, before any work."""
+    from reknow.files.outputs import output_file, output_folder
     from reknow.methods import LoRA
-    from reknow.outputs import output_file, output_folder
     from reknow.peft_folder import own_files
 
     if isinstance(method, LoRA):

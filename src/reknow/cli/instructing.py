@@ -24,7 +24,7 @@ from reknow.cli.terminal import (
     say_table,
 )
 from reknow.errors import InputError, did_you_mean
-from reknow.locks import writing
+from reknow.files.locks import writing
 
 if TYPE_CHECKING:
     from reknow.instructions import Family, Found, Proposer
@@ -64,10 +64,10 @@ def instruct(
 
     The same command takes up a search that was killed. Writes OUT/instructions.json, for --set families=FILE.
     """
+    from reknow.files.outputs import mark_folder
     from reknow.instructions import Rewriter, Search, Trial, Writer, load_families, save_families, search
     from reknow.instructions.trial import Material
     from reknow.llm import LLM
-    from reknow.outputs import mark_folder
 
     if editor is not None:
         refuse_beside("a trained --editor", {"--trial-steps": trial_steps})

@@ -257,8 +257,8 @@ def report(
     """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
     from reknow.evaluation import Results
     from reknow.evaluation.convergence import ROWS_FILE
-    from reknow.evaluation.rows import MANIFEST_FILE
-    from reknow.outputs import mark_folder
+    from reknow.files.outputs import mark_folder
+    from reknow.files.rows import MANIFEST_FILE
     from reknow.report import write_report
     from reknow.report.convergence import write_convergence
     from reknow.report.study import by_set, write_study

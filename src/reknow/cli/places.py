@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from reknow.errors import InputError
-from reknow.outputs import MARK, growing_folder
+from reknow.files.outputs import MARK, growing_folder
 
 REPORT = ("report.html", "report.csv", "report.md", "figure*.png")
 STUDY = ("study.md", "study.png", "convergence.md", "convergence.png")

@@ -26,7 +26,7 @@ from reknow.cli.terminal import (
     warn,
 )
 from reknow.errors import InputError, PatchError, did_you_mean
-from reknow.locks import PATIENCE, writing
+from reknow.files.locks import PATIENCE, writing
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -55,7 +55,7 @@ def apply(
 
     The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands.
     """
-    from reknow.outputs import stack_folder
+    from reknow.files.outputs import stack_folder
     from reknow.patches import Patch
     from reknow.stack import FORCED, base_name, read_stack, save_stack, with_patch
 
@@ -119,7 +119,7 @@ def merge(
     force: Force = False,
 ) -> None:
     """Make one patch that changes the weights as all of them together."""
-    from reknow.outputs import output_file
+    from reknow.files.outputs import output_file
     from reknow.patches import Patch
     from reknow.patches import merge as merged
 
@@ -152,7 +152,7 @@ def export(
 ) -> None:
     """Write an edited model for programs that do not know reknow."""
     from reknow.export import export_checkpoint, export_lora
-    from reknow.outputs import marked_files, output_folder
+    from reknow.files.outputs import marked_files, output_folder
     from reknow.patches import Patch
     from reknow.peft_folder import is_adapter
 

@@ -97,7 +97,7 @@ def cache(
 
     Together they stay within $REKNOW_CACHE_GB (20): where new ones would not fit, those used longest ago go.
     """
-    from reknow.cache import bound, cache_folder, clear_kept, kept
+    from reknow.files.cache import bound, cache_folder, clear_kept, kept
 
     found = clear_kept() if clear else kept()
     rows = [

@@ -22,7 +22,7 @@ from reknow.cli.terminal import (
     whole_numbers,
 )
 from reknow.errors import InputError, did_you_mean
-from reknow.locks import writing
+from reknow.files.locks import writing
 
 GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
 FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}

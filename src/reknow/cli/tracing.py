@@ -26,7 +26,7 @@ from reknow.cli.terminal import (
     say_table,
 )
 from reknow.errors import InputError
-from reknow.locks import writing
+from reknow.files.locks import writing
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -103,8 +103,8 @@ def _say_layers(lm: LM, as_json: bool) -> None:
 
 def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) -> None:
     from reknow.datasets import load_facts
+    from reknow.files.outputs import mark_folder
     from reknow.locate import embedding_spread, trace_prompt
-    from reknow.outputs import mark_folder
     from reknow.report.trace_plots import save_figure, trace_figure
 
     assert edit.subject is not None
@@ -124,7 +124,7 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
 
 def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, force: bool, as_json: bool) -> None:
     from reknow.datasets import load_facts
-    from reknow.files import append_line
+    from reknow.files.atomic import append_line
     from reknow.locate import average, embedding_spread, known_facts, trace_prompt
     from reknow.report.trace_plots import average_figure, effect_bars, save_figure
 
@@ -157,9 +157,9 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
 
 def _read(path: Path, header: dict, force: bool) -> list[Trace]:
     """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped."""
-    from reknow.files import write_text
+    from reknow.files.atomic import write_text
+    from reknow.files.schema import Broken, content, parsed, reason
     from reknow.locate import StoredTrace
-    from reknow.schema import Broken, content, parsed, reason
 
     def refusal(number: int, error: Exception) -> InputError:
         return InputError(

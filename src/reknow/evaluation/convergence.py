@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from reknow.edits import Edit
 from reknow.errors import OF_ONE
-from reknow.evaluation.rows import Rows, open_manifest
 from reknow.exclusive import exclusively
-from reknow.locks import writing
+from reknow.files.locks import writing
+from reknow.files.rows import Rows, open_manifest
 from reknow.methods.ice import ICE, consistency
 from reknow.progress import progress_bar
 

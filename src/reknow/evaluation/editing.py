@@ -13,10 +13,10 @@ from pydantic import RootModel
 
 from reknow.edits import Edit
 from reknow.errors import OF_ONE, InputError, ReknowError, TextRefused
-from reknow.evaluation.rows import write_json
+from reknow.files.rows import write_json
+from reknow.files.schema import Broken, Count, Strict, read_json, reason
 from reknow.lm import LM
 from reknow.patches import Patch
-from reknow.schema import Broken, Count, Strict, read_json, reason
 
 
 class Made(NamedTuple):

@@ -15,7 +15,7 @@ from pydantic import Field, JsonValue, model_validator
 from reknow.edits import Kind
 from reknow.errors import InputError
 from reknow.evaluation.editing import Cost
-from reknow.schema import Count, Listed, Strict
+from reknow.files.schema import Count, Listed, Strict
 
 Positive = Annotated[float, Field(gt=0)]
 Nats = Annotated[float, Field(ge=-1, le=700)]

@@ -15,7 +15,10 @@ from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.reading import perplexity, read_each, unreadable
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
-from reknow.evaluation.rows import (
+from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
+from reknow.exclusive import door
+from reknow.files.locks import writing
+from reknow.files.rows import (
     BEFORE_FILE,
     BEFORE_KEY,
     ROW_KEY,
@@ -24,11 +27,8 @@ from reknow.evaluation.rows import (
     cases_digest,
     open_manifest,
 )
-from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
-from reknow.exclusive import door
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
-from reknow.locks import writing
 from reknow.progress import progress_bar, watched
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from reknow.datasets.reading import Record
 from reknow.datasets.sources import read_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditRefused, InputError, did_you_mean
-from reknow.evaluation.rows import write_json
-from reknow.schema import Broken, Object, parsed
+from reknow.files.rows import write_json
+from reknow.files.schema import Broken, Object, parsed
 
 BUNDLED = "instructions.json"
 

@@ -10,8 +10,8 @@ import torch
 
 from reknow.edits import Case
 from reknow.errors import MissingExtra
-from reknow.evaluation.rows import write_json
 from reknow.exclusive import exclusively
+from reknow.files.rows import write_json
 from reknow.instructions.families import load_families
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases, task_families
 from reknow.learning.gradients import flat_factors

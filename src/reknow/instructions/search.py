@@ -16,11 +16,11 @@ from typing import Any
 
 from reknow.checks.bounds import Number, Seed, check
 from reknow.errors import InputError
-from reknow.evaluation.rows import Rows, open_manifest
+from reknow.files.locks import writing
+from reknow.files.rows import Rows, open_manifest
 from reknow.instructions.families import Family, Instruction
 from reknow.instructions.propose import Proposer, usable
 from reknow.llm import NoAnswer
-from reknow.locks import writing
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from reknow.evaluation.results import RESAMPLES, summarise
-from reknow.evaluation.rows import write_json
-from reknow.files import write_text
+from reknow.files.atomic import write_text
+from reknow.files.rows import write_json
 
 METRICS = (
     ("reliability@teacher_forced_tokens", "Reliability, share of tokens, asked plainly, %"),

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
+from reknow.files.schema import Broken, Newer, Object, Strict, check_fields, parsed, reason
+from reknow.files.tensors import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 from reknow.fingerprint import Fingerprint
 from reknow.patch_files import Base, Name
-from reknow.schema import Broken, Newer, Object, Strict, check_fields, parsed, reason
-from reknow.tensor_files import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from reknow.lm import LM

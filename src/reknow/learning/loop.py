@@ -27,10 +27,10 @@ from torch import Tensor
 
 from reknow.edits import FROM_FILES, Case
 from reknow.errors import EditFailed, InputError, MissingExtra
-from reknow.evaluation.rows import Rows
+from reknow.files.rows import Rows
+from reknow.files.schema import Broken, Count, Strict, parsed, reason
+from reknow.files.tensors import HEADER, check_finite, read_tensors, write_tensors
 from reknow.progress import progress_bar
-from reknow.schema import Broken, Count, Strict, parsed, reason
-from reknow.tensor_files import HEADER, check_finite, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from reknow.learning.training import Draw, Learner, Training

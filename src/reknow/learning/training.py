@@ -20,10 +20,10 @@ from reknow.checks.bounds import Natural, Number, Rate, Seed, check
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError
 from reknow.evaluation.reading import unreadable
-from reknow.evaluation.rows import cases_digest, open_manifest
+from reknow.files.locks import writing
+from reknow.files.rows import cases_digest, open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
-from reknow.locks import writing
 
 if TYPE_CHECKING:
     from reknow.lm import LM

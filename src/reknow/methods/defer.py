@@ -27,12 +27,12 @@ from reknow.checks.bounds import Number, Rate, Seed, Share, Weight
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.errors import PatchError
+from reknow.files.schema import Strict
 from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_states
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
-from reknow.schema import Strict
 from reknow.tokens import Text
 
 if TYPE_CHECKING:

@@ -24,13 +24,13 @@ from reknow.checks.bounds import Name, Natural, Number, Seed
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe, as_json
 from reknow.errors import InputError, PatchError
-from reknow.files import write_text
+from reknow.files.atomic import write_text
+from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
 from reknow.kept import Kept, Per
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
-from reknow.schema import Broken, Listed, Strict, content, parsed, reason
 from reknow.texts.writing import joined
 from reknow.tokens import Text
 

@@ -24,12 +24,12 @@ from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.errors import PatchError
+from reknow.files.schema import Count, Listed, Strict
 from reknow.kept import Kept, Per, on_matrix
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.patches import Patch
-from reknow.schema import Count, Listed, Strict
 from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:

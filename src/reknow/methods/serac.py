@@ -26,6 +26,7 @@ from reknow.checks.bounds import Name, Number, Rank, Rate, Share
 from reknow.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
+from reknow.files.schema import Count, Listed, Strict
 from reknow.kept import Kept
 from reknow.learning.editors import Editor, open_editor, trained_settings
 from reknow.learning.loop import seeded
@@ -36,7 +37,6 @@ from reknow.patches import Kind, LowRank, Patch
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.retrieval.scope_training import ScopeLearner
-from reknow.schema import Count, Listed, Strict
 from reknow.tokens import Text
 from reknow.trace import all_swapped
 from reknow.weights import beside

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from reknow.evaluation.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 from reknow.evaluation.results import Cell, markdown, summarise
-from reknow.evaluation.rows import Rows, read_manifest
-from reknow.files import write_aside, write_text
+from reknow.files.atomic import write_aside, write_text
+from reknow.files.rows import Rows, read_manifest
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 
 Curve = list[tuple[float, float, float]]

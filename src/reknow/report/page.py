@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from reknow.evaluation.results import Results, stage_label
-from reknow.files import write_aside, write_text
+from reknow.files.atomic import write_aside, write_text
 from reknow.report import plots, tables
 
 CARDS = 5

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, summarise, when
-from reknow.files import write_aside, write_text
+from reknow.files.atomic import write_aside, write_text
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
 from reknow.texts.writing import pieces

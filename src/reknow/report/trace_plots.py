@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from reknow.files import write_aside
+from reknow.files.atomic import write_aside
 from reknow.locate import TOKEN_CLASSES, AverageEffects, Trace
 from reknow.restoration import Kind
 

@@ -19,8 +19,8 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reknow.files import write_aside
-from reknow.schema import Broken, Object, Strict, complaint, parsed, regular
+from reknow.files.atomic import write_aside
+from reknow.files.schema import Broken, Object, Strict, complaint, parsed, regular
 
 HEADER, DIGEST = "reknow", "sha256"
 MOST_HEADER = 10**8

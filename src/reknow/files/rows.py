@@ -16,8 +16,8 @@ import torch
 
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
-from reknow.files import append_line, write_text
-from reknow.schema import Broken, Object, Strict, parsed, read_json, reason
+from reknow.files.atomic import append_line, write_text
+from reknow.files.schema import Broken, Object, Strict, parsed, read_json, reason
 
 BEFORE_FILE, ROWS_FILE, MANIFEST_FILE = "before.jsonl", "cases.jsonl", "manifest.json"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from reknow.errors import InputError
-from reknow.locks import writing
+from reknow.files.locks import writing
 
 ASIDE = ".reknow-"
 """How the names of hidden folders begin; each has a `lock`, what is `new`, and in `old` what had to make room."""

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from reknow.errors import InputError
-from reknow.files import write_text
+from reknow.files.atomic import write_text
 
 MARK = "reknow.json"
 """In an exported folder: which command wrote it, which files, and what they are."""
