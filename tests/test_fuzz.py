@@ -32,11 +32,11 @@ from reknow import FT, LM, METHODS, Case, Edit, Patch, Probe, load_cases, method
 from reknow.cli.terminal import visible
 from reknow.cli.tracing import _read as read_traces
 from reknow.datasets import DATASETS, FACTS, load_edits, load_facts
+from reknow.datasets.families import load_card, load_families, save_families
 from reknow.datasets.text import sample_text, text_source
 from reknow.errors import ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.tensors import write_tensors
-from reknow.instructions.families import load_card, load_families, save_families
 from reknow.layers import _read as read_layers
 from reknow.learning.editors import Editor
 from reknow.llm import _read as read_contexts

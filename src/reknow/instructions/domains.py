@@ -7,10 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 
 from reknow.datasets import load_cases
+from reknow.datasets.families import load_families
 from reknow.datasets.reading import read_records
 from reknow.edits import Case
 from reknow.evaluation import Plan, bench
-from reknow.instructions.families import load_families
 from reknow.instructions.studies import SMALL, Editors, Size
 from reknow.instructions.tables import written
 from reknow.instructions.trial import few_probes

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from reknow.datasets.families import load_families
 from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.exclusive import exclusively
 from reknow.files.rows import write_json
-from reknow.instructions.families import load_families
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases, task_families
 from reknow.learning.gradients import flat_factors
 from reknow.learning.transform import new_network

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Protocol
 
-from reknow.instructions.families import Family, Instruction
+from reknow.datasets.families import Family, Instruction
 from reknow.llm import LLM
 
 WORDS = range(4, 41)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from reknow.checks.bounds import Number, Seed, check
+from reknow.datasets.families import Family, Instruction
 from reknow.errors import InputError
 from reknow.files.locks import writing
 from reknow.files.rows import Rows, open_manifest
-from reknow.instructions.families import Family, Instruction
 from reknow.instructions.propose import Proposer, usable
 from reknow.llm import NoAnswer
 

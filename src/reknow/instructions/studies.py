@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from reknow.checks.bounds import Number, Rank, Seed, check
+from reknow.datasets.families import Family, load_families
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.runner import check_seeds
-from reknow.instructions.families import Family, load_families
 from reknow.instructions.tables import written
 from reknow.instructions.trial import Material, few_probes
 from reknow.lm import LM

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from reknow.datasets import load_cases
+from reknow.datasets.families import Family
 from reknow.edits import Case, Probe
 from reknow.evaluation import evaluate
-from reknow.instructions.families import Family
 from reknow.lm import LM
 from reknow.methods.base import Method
 

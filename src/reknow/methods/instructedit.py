@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Name
+from reknow.datasets.families import Family, family_of, load_families
 from reknow.edits import Case, Edit
-from reknow.instructions.families import Family, family_of, load_families
 from reknow.learning.training import Draw, Learner, Training, in_turn
 from reknow.learning.transform import TransformLearner, transformed
 from reknow.methods.base import checked, weights_patch
