@@ -39,8 +39,8 @@ from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.reading import read
 from reknow.layers import band
 from reknow.methods.search import SearchSettings
+from reknow.model.tokens import Text
 from reknow.patches import Patch
-from reknow.tokens import Text
 from reknow.values import contexts
 from speed_reading import evaluation
 from speed_report import report

@@ -8,7 +8,7 @@ from easyedit import EasyEdit
 from reknow import LM, load_cases
 from reknow.edits import Case
 from reknow.evaluation.reading import SAMPLED_TOKENS, SAMPLED_TOP_K, read
-from reknow.tokens import Text
+from reknow.model.tokens import Text
 from speed_work import timed
 
 FEW = {True: 30, False: 5}

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 PHASES = {
-    "lower blocks, left columns": [("reknow.replay", "Suffix.__init__")],
+    "lower blocks, left columns": [("reknow.model.replay", "Suffix.__init__")],
     "search of δ": [("reknow.values", "_descend")],
     "keys and states": [("reknow.keys", "Subjects.keys"), ("reknow.keys", "Subjects.states")],
     "least squares": [

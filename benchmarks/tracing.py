@@ -19,8 +19,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from reknow import LM
 from reknow.locate import Tracing
+from reknow.model.tokens import Text
 from reknow.restoration import Prompt, restorations
-from reknow.tokens import Text
 
 
 def opened(shape: str) -> LM:

@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2S
 from conftest import close, make_lm
 from families import FAMILIES, ROPE, tiny_model, tiny_tokenizer
 from reknow import LM
-from reknow.adapter import find_parts, shape
 from reknow.errors import ModelError
+from reknow.model.parts import find_parts, shape
+from reknow.model.tokens import Text
 from reknow.patches import LowRank
-from reknow.tokens import Text
 from reknow.weights import Weights
 
 LLAMA = ("model", "layers", "norm", "mlp.down_proj", "mlp.gate_proj mlp.up_proj", "self_attn.o_proj")

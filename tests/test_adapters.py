@@ -11,9 +11,9 @@ from conftest import bits, close, make_lm, same, some_patch
 from families import tiny_model, tiny_tokenizer
 from reknow import LM, Edit, method
 from reknow.errors import InputError, ModelError, PatchError
-from reknow.loading import carries_adapters
+from reknow.model.loading import carries_adapters
+from reknow.model.tokens import Text
 from reknow.patches import total
-from reknow.tokens import Text
 
 peft = pytest.importorskip("peft")
 

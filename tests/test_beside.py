@@ -67,7 +67,7 @@ def logits(lm: LM) -> torch.Tensor:
 
 
 def reading(edit: Edit):
-    from reknow.tokens import Text
+    from reknow.model.tokens import Text
 
     return Text(edit.text, edit.target_new)
 

@@ -9,11 +9,11 @@ from typer.testing import CliRunner
 
 from families import tiny_model, tiny_tokenizer
 from reknow import FT, LM, ROME, Chat, Edit
-from reknow.chat import closed
 from reknow.cli.app import app
 from reknow.cli.terminal import open_lm
 from reknow.errors import InputError, ModelError
-from reknow.tokens import Text
+from reknow.model.chat import closed
+from reknow.model.tokens import Text
 
 EDIT = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
 THINKING = (

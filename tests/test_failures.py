@@ -18,8 +18,8 @@ from reknow.errors import EditFailed, EditRefused, InputError, TextRefused
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.editing import edit_once
 from reknow.learning.editors import Editor, case_keys
+from reknow.model.tokens import Text
 from reknow.report.page import write_report
-from reknow.tokens import Text
 
 QUICK = FT(layer=2, steps=3, learning_rate=0.1)
 SUBJECTS = ROME(layer=1, steps=3, context_groups=(), covariance_tokens=0)

@@ -25,9 +25,9 @@ from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.schema import Broken
 from reknow.files.tensors import read_tensors, write_tensors
-from reknow.fingerprint import Fingerprint
 from reknow.learning.editors import Editor
 from reknow.llm import _read as read_contexts
+from reknow.model.fingerprint import Fingerprint
 from reknow.peft_folder import WEIGHTS, base_of
 from reknow.stack import STACK_FILE, read_stack, save_stack
 from reknow.stats import statistics

@@ -13,7 +13,7 @@ from reknow.learning.editors import Editor, case_keys
 from reknow.learning.gradients import changed, flat_factors
 from reknow.learning.transform import GradientNetwork
 from reknow.methods.malmen import MALMENNetwork, surrogate
-from reknow.tokens import Text
+from reknow.model.tokens import Text
 from test_golden import GOLDEN, close
 
 

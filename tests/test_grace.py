@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from conftest import make_lm
 from reknow import GRACE, LM, Edit
 from reknow.errors import InputError
-from reknow.tokens import Text
+from reknow.model.tokens import Text
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "grace.json").read_text())["cases"]

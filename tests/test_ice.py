@@ -17,8 +17,8 @@ from reknow.errors import EditFailed, InputError
 from reknow.evaluation.presets import PRESETS
 from reknow.methods import ice
 from reknow.methods.ice import consistency, divergence, informed, likeliest
-from reknow.tokens import Row, Text
-from reknow.trace import weight_replaced
+from reknow.model.hooks import weight_replaced
+from reknow.model.tokens import Row, Text
 
 FAST = dict(layers=(1, 2), learning_rate=0.03, steps=12, clamp=None)
 

@@ -27,7 +27,7 @@ from reknow.learning.gradients import flat_factors
 from reknow.learning.lessons import lessons
 from reknow.learning.training import Training, in_turn
 from reknow.learning.transform import new_network, transformed
-from reknow.tokens import Text
+from reknow.model.tokens import Text
 from test_llm import serve  # noqa: F401, a fixture
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")

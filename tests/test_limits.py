@@ -9,7 +9,7 @@ from conftest import some_patch
 from families import tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.errors import ModelError
-from reknow.tokens import Row
+from reknow.model.tokens import Row
 
 EDIT = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
 

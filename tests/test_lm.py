@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import reknow.tokens
+import reknow.model.tokens
 from conftest import close, make_lm
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
-from reknow import LM, generation
+from reknow import LM
 from reknow.errors import InputError, ModelError
-from reknow.generation import draw
-from reknow.tokens import Text
+from reknow.model import generation
+from reknow.model.generation import draw
+from reknow.model.tokens import Text
 
 SHAPES = {
     family: (family, {}) for family in (*CORE_FAMILIES, "bloom", "mpt", "gptj", "gpt_neo", "cohere", "granite")
@@ -62,7 +63,7 @@ def test_scores_are_those_of_single_rows(lm):
 
 def test_batches_change_nothing(lm, monkeypatch):
     together = lm.score(PROMPTS, TARGETS)
-    monkeypatch.setattr(reknow.tokens, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(reknow.model.tokens, "TOKENS_PER_BATCH", 1)
     for a, b in zip(lm.score(PROMPTS, TARGETS), together, strict=True):
         assert a.nll == pytest.approx(b.nll, abs=1e-4) and a.top == b.top
     assert lm.score(PROMPTS[::-1], TARGETS[::-1])[0].top == together[-1].top
@@ -102,7 +103,7 @@ def test_reading_gives_the_states_of_single_rows(lm, monkeypatch):
     places = [2, 1, 0, 3, 5, 1]
     value, block = lm.parts.value[1], lm.parts.blocks[0]
     for limit in (4096, 20):
-        monkeypatch.setattr(reknow.tokens, "TOKENS_PER_BATCH", limit)
+        monkeypatch.setattr(reknow.model.tokens, "TOKENS_PER_BATCH", limit)
         found = lm.read(rows, places, [value], [value, block])
         assert set(found) == {value, f"{value}:out", block}
         for i, (row, place) in enumerate(zip(rows, places, strict=True)):
@@ -150,7 +151,7 @@ def test_sampling_depends_on_the_seed_alone(gpt2):
 
 
 def test_samples_of_one_prompt_differ_between_batches(gpt2, monkeypatch):
-    monkeypatch.setattr(reknow.tokens, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(reknow.model.tokens, "TOKENS_PER_BATCH", 1)
     monkeypatch.setattr(generation, "CACHE_BYTES", 1)
     assert len(set(gpt2.generate(["Paris"] * 8, 8, top_k=50, seed=1))) == 8
 
@@ -255,12 +256,12 @@ def test_empty_answers_and_texts_are_refused(gpt2):
 
 
 def test_one_long_text_is_a_batch_by_itself():
-    from reknow.tokens import batches
+    from reknow.model.tokens import batches
 
     assert batches([9000, 3, 4000, 2]) == [[3, 1], [2], [0]]
     parts = batches([7] * 1000)
     assert sorted(i for part in parts for i in part) == list(range(1000))
-    assert all(7 * len(part) <= reknow.tokens.TOKENS_PER_BATCH for part in parts)
+    assert all(7 * len(part) <= reknow.model.tokens.TOKENS_PER_BATCH for part in parts)
     assert batches([]) == []
     assert [len(part) for part in batches([7] * 1000, at_least=7 * 900)] == [900, 100]
 

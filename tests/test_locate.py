@@ -26,8 +26,8 @@ from reknow.locate import (
     trace_facts,
     trace_prompt,
 )
+from reknow.model.tokens import Text
 from reknow.restoration import Kind, Prompt, restorations
-from reknow.tokens import Text
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = get_args(Kind)

@@ -11,7 +11,7 @@ from conftest import make_lm
 from reknow import FT, Edit
 from reknow.errors import InputError
 from reknow.evaluation.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratios
-from reknow.tokens import Text
+from reknow.model.tokens import Text
 
 
 @pytest.mark.parametrize(

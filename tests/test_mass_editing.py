@@ -17,9 +17,9 @@ from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN
 from reknow.methods.memit import MEMIT
+from reknow.model.tokens import Row, Text
 from reknow.patches import Patch
 from reknow.stats import covariance
-from reknow.tokens import Row, Text
 from reknow.values import ValueSearch, find_values
 
 EDITS = [
@@ -138,8 +138,8 @@ def test_merged_subjects_share_one_addition(gpt2):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "granite"])
 def test_an_addition_at_attention_is_what_a_full_pass_computes(family):
-    from reknow.replay import Suffix
-    from reknow.trace import added_at, output_edited
+    from reknow.model.hooks import added_at, output_edited
+    from reknow.model.replay import Suffix
 
     lm = make_lm(family)
     (row,) = lm.encode([Text.of("The capital of {} is", "Peru", "Lima")])
@@ -283,7 +283,7 @@ def test_kn_erases_the_slots(gpt2):
 def test_kn_attributions_add_up(gpt2):
     """Σᵢ Attrᵢ ≈ P(neurons of a layer as they are) − P(all of them 0): the completeness of integrated gradients."""
     from reknow.methods.kn import attributions
-    from reknow.trace import added_at, output_edited
+    from reknow.model.hooks import added_at, output_edited
 
     scores = attributions(gpt2, "The capital of Peru", "is", 200)
     (row,) = gpt2.encode([Text("The capital of Peru", "is")])

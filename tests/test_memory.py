@@ -17,11 +17,11 @@ from reknow.export import export_checkpoint, export_lora
 from reknow.memory import on_output, versions
 from reknow.methods import Entry
 from reknow.methods.base import MemoryMethod, checked, memory_patch
-from reknow.replay import Suffix
-from reknow.scoring import Score
+from reknow.model.hooks import added_at, output_edited
+from reknow.model.replay import Suffix
+from reknow.model.scoring import Score
+from reknow.model.tokens import Text
 from reknow.stack import save_stack
-from reknow.tokens import Text
-from reknow.trace import added_at, output_edited
 
 PROMPTS = ["I know Danielle Darrieux", "The capital of Peru is", "Who is Zoë Übel ? She is"]
 

@@ -33,7 +33,7 @@ from families import ROPE, tiny_model, tiny_tokenizer
 from reknow import LM, Patch
 from reknow.cli import app
 from reknow.errors import InputError, ModelError, PatchError
-from reknow.sources import PATIENCE, find_source
+from reknow.model.sources import PATIENCE, find_source
 from reknow.stack import save_stack
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"

@@ -12,7 +12,7 @@ from conftest import bits, make_lm, same, some_patch
 from families import tiny_model, tiny_tokenizer
 from reknow import LM, weights
 from reknow.errors import InputError, PatchError
-from reknow.fingerprint import Fingerprint
+from reknow.model.fingerprint import Fingerprint
 from reknow.patches import LowRank, diff, merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,6 +18,7 @@ from reknow.errors import InputError, PatchError
 from reknow.learning.editors import Editor
 from reknow.learning.training import Training
 from reknow.methods.serac import Modules
+from reknow.model.tokens import Text
 from reknow.retrieval.scope import (
     Cross,
     Embedding,
@@ -28,7 +29,6 @@ from reknow.retrieval.scope import (
     token_states,
 )
 from reknow.retrieval.scope_training import ScopeCases
-from reknow.tokens import Text
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "serac.json").read_text())
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]

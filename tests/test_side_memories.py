@@ -17,7 +17,7 @@ from reknow.keys import prompt_states, spread
 from reknow.methods.calinet import Slots, assessment, other_inputs, together
 from reknow.methods.defer import Gate
 from reknow.methods.melo import Clusters
-from reknow.tokens import Text
+from reknow.model.tokens import Text
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = ["The capital of Peru is", "I know Danielle Darrieux", "Who is Zoë Übel ? She is"]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from conftest import authors_search, make_lm
 from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit
 from reknow.keys import Subjects
+from reknow.model.tokens import Row, Text
 from reknow.sinks import NEUTRAL, contexts_of, first_token_is_sink
 from reknow.solvers import rank_one
-from reknow.tokens import Row, Text
 from reknow.values import ValueSearch, find_values
 
 GOLDEN = Path(__file__).parent / "golden"

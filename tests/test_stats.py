@@ -17,9 +17,9 @@ from conftest import make_lm, some_patch
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, Edit, method
 from reknow.errors import EditFailed, InputError
+from reknow.model.tokens import Text
 from reknow.solvers import cholesky, solve
 from reknow.stats import _batches, cache_folder, covariance, statistics
-from reknow.tokens import Text
 
 TEXTS = [
     "The capital of Peru is Lima .",

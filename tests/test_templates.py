@@ -13,7 +13,7 @@ from reknow.datasets import load_edits
 from reknow.datasets.known import Fact
 from reknow.datasets.reading import Record
 from reknow.errors import InputError
-from reknow.tokens import Text
+from reknow.model.tokens import Text
 
 
 def decomposed(text: str) -> str:

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from families import TEXT, tiny_tokenizer
 from reknow.errors import InputError, ModelError
+from reknow.model.tokens import Row, Text, encode, pad
 from reknow.texts.writing import between
-from reknow.tokens import Row, Text, encode, pad
 
 
 def byte_level(*, trim: bool = False):

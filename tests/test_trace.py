@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from conftest import close, make_lm
 from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
-from reknow.replay import Suffix, head
-from reknow.tokens import Batch, Row, pad
-from reknow.trace import added_at, fused_gelu, output_edited, recorded, weight_replaced
+from reknow.model.hooks import added_at, fused_gelu, output_edited, recorded, weight_replaced
+from reknow.model.replay import Suffix, head
+from reknow.model.tokens import Batch, Row, pad
 
 TALL = {
     "gemma2, caps": ("gemma2", dict(final_logit_softcapping=0.5, attn_logit_softcapping=1.0)),

@@ -26,7 +26,7 @@ from reknow.learning.editors import Editor, case_keys, open_editor
 from reknow.learning.lessons import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
 from reknow.learning.training import Training, shuffled, split
 from reknow.methods.base import Learned
-from reknow.tokens import Text, even
+from reknow.model.tokens import Text, even
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
 METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3)

@@ -14,8 +14,8 @@ from reknow.edits import as_json
 from reknow.errors import InputError
 from reknow.evaluation.reading import read
 from reknow.facts import encode_facts
+from reknow.model.tokens import Text, encode
 from reknow.texts.writing import between, full_stop, joined
-from reknow.tokens import Text, encode
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from reknow.chat import Chat
     from reknow.datasets import load_cases, load_edits
     from reknow.edits import Case, Edit, Probe
     from reknow.errors import ReknowError
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from reknow.methods.serac import SERAC
     from reknow.methods.ultraedit import UltraEdit
     from reknow.methods.wise import WISE
+    from reknow.model.chat import Chat
     from reknow.patches import Patch, diff, merge
 
 __all__ = [

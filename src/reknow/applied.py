@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from reknow.exclusive import undone
 from reknow.memory import Memories
+from reknow.model.exclusive import undone
 from reknow.patches import Patch
 from reknow.weights import Weights
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from reknow.adapter import embedding, shape
 from reknow.edits import Edit
 from reknow.layers import band, papers_layers, remembered_layer, resolve_layers
-from reknow.tokens import Text
+from reknow.model.parts import embedding, shape
+from reknow.model.tokens import Text
 from reknow.triangle import kept_bytes
 
 if TYPE_CHECKING:

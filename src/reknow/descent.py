@@ -17,11 +17,11 @@ from torch import Tensor
 
 from reknow.checks.bounds import Rate, Weight, check
 from reknow.errors import EditFailed
-from reknow.generation import decoded, draw
+from reknow.model.generation import decoded, draw
+from reknow.model.hooks import fused_gelu, weight_replaced
+from reknow.model.replay import Suffix
+from reknow.model.tokens import Row, batches
 from reknow.patches import Delta, Dense
-from reknow.replay import Suffix
-from reknow.tokens import Row, batches
-from reknow.trace import fused_gelu, weight_replaced
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -20,8 +20,8 @@ from reknow.checks.arguments import typed
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, TextRefused
-from reknow.exclusive import door
-from reknow.tokens import Text
+from reknow.model.exclusive import door
+from reknow.model.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from reknow.adapter import embedding
 from reknow.edits import Edit
-from reknow.replay import Suffix
+from reknow.model.parts import embedding
+from reknow.model.replay import Suffix
+from reknow.model.tokens import TOKENS_PER_BATCH, Row, Text
 from reknow.sinks import contexts_of, warn_of_sink
-from reknow.tokens import TOKENS_PER_BATCH, Row, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from reknow.datasets import load_facts
 from reknow.edits import Edit
-from reknow.exact import exact
+from reknow.model.exact import exact
+from reknow.model.hooks import by_row, recorded
+from reknow.model.tokens import Row, Text
 from reknow.sinks import contexts_of
-from reknow.tokens import Row, Text
-from reknow.trace import by_row, recorded
 
 if TYPE_CHECKING:
     from reknow.lm import LM

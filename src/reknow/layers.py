@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue, ValidationError
 
-from reknow.adapter import shape
 from reknow.datasets import Fact, load_facts
 from reknow.edits import Edit
 from reknow.errors import InputError
-from reknow.exclusive import exclusively
 from reknow.files.atomic import write_text
 from reknow.files.cache import cache_folder, keeping
 from reknow.files.locks import PATIENCE, writing
 from reknow.files.schema import Broken, Count, Listed, Strict, complaint, parsed, reason
 from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
+from reknow.model.exclusive import exclusively
+from reknow.model.parts import shape
 from reknow.progress import stage
 from reknow.published import published
 

@@ -11,22 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import reknow.adapter as adapter
+import reknow.model.parts as adapter
 from reknow.applied import Applied
-from reknow.chat import Chat, as_chat
 from reknow.checks.arguments import typed
 from reknow.errors import InputError
-from reknow.exclusive import door, exclusive, exclusively
-from reknow.fingerprint import Fingerprint
-from reknow.generation import check_sampling, continuations
-from reknow.limits import check_ids, check_length, padding
-from reknow.loading import check_tokenizer, open_model
 from reknow.memory import HookMemory, Memories, Running
+from reknow.model.chat import Chat, as_chat
+from reknow.model.exclusive import door, exclusive, exclusively
+from reknow.model.fingerprint import Fingerprint
+from reknow.model.generation import check_sampling, continuations
+from reknow.model.hooks import fused_gelu, states_at
+from reknow.model.limits import check_ids, check_length, padding
+from reknow.model.loading import check_tokenizer, open_model
+from reknow.model.scoring import Score, perplexity, scores
+from reknow.model.tokens import Batch, Row, Text, as_list, encode, pad, paired
 from reknow.patches import Patch
-from reknow.scoring import Score, perplexity, scores
 from reknow.stack import note_force, read_stack, replayed, with_patch, without_patch
-from reknow.tokens import Batch, Row, Text, as_list, encode, pad, paired
-from reknow.trace import fused_gelu, states_at
 from reknow.weights import Weights
 
 

@@ -25,18 +25,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from reknow.adapter import embedding
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import Number, Rate, Seed, check
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
-from reknow.exact import exact
-from reknow.exclusive import door
 from reknow.files.schema import Count, Listed, Strict
-from reknow.generation import decoded
+from reknow.model.exact import exact
+from reknow.model.exclusive import door
+from reknow.model.generation import decoded
+from reknow.model.parts import embedding
+from reknow.model.tokens import Row, Text
 from reknow.restoration import Kind, Prompt, restorations
 from reknow.texts.templates import filled, sections
-from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

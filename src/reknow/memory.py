@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from reknow.errors import PatchError
-from reknow.exclusive import exclusive, undone
+from reknow.model.exclusive import exclusive, undone
+from reknow.model.hooks import by_row, first
 from reknow.patches import Patch
-from reknow.trace import by_row, first
 
 if TYPE_CHECKING:
     from reknow.lm import LM
-    from reknow.scoring import Score
+    from reknow.model.scoring import Score
 
 T = TypeVar("T")
 

@@ -22,8 +22,8 @@ from reknow.files.tensors import (
     read_tensors,
     write_tensors,
 )
-from reknow.fingerprint import Fingerprint
 from reknow.kept import Kept
+from reknow.model.fingerprint import Fingerprint
 from reknow.patches import FORMAT, Delta, Dense, Kind, LowRank, Patch
 
 LONGEST = 200

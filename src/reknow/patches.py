@@ -16,9 +16,9 @@ from torch import Tensor
 from reknow.checks.arguments import typed
 from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
-from reknow.exact import exact
 from reknow.files.atomic import put_back
-from reknow.fingerprint import Fingerprint
+from reknow.model.exact import exact
+from reknow.model.fingerprint import Fingerprint
 
 FORMAT = 1
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reknow.adapter import Conv1D
 from reknow.errors import PatchError
-from reknow.exact import exact
-from reknow.exclusive import undone
-from reknow.loading import carries_adapters
+from reknow.model.exact import exact
+from reknow.model.exclusive import undone
+from reknow.model.loading import carries_adapters
+from reknow.model.parts import Conv1D
 from reknow.patches import total
 from reknow.weights import takes_changes
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from reknow.errors import InputError
-from reknow.replay import Call, block_calls, head, widened
-from reknow.scoring import are_numbers
-from reknow.tokens import Row
-from reknow.trace import by_row, first, hooked, output_edited
+from reknow.model.hooks import by_row, first, hooked, output_edited
+from reknow.model.replay import Call, block_calls, head, widened
+from reknow.model.scoring import are_numbers
+from reknow.model.tokens import Row
 
 if TYPE_CHECKING:
     from reknow.lm import LM

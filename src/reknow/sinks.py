@@ -16,8 +16,8 @@ import torch
 
 from reknow.datasets import load_facts
 from reknow.edits import Edit
-from reknow.exact import exact
-from reknow.tokens import Row, Text
+from reknow.model.exact import exact
+from reknow.model.tokens import Row, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

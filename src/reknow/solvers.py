@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import EditFailed, InputError
-from reknow.exact import exact, exact_device
+from reknow.model.exact import exact, exact_device
 from reknow.patches import Delta, Dense, LowRank
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from reknow.files.atomic import put_back, write_text
 from reknow.files.locks import PATIENCE, writing
 from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.files.schema import Listed, Newer, Strict, read_json, reason
-from reknow.fingerprint import Fingerprint
+from reknow.model.fingerprint import Fingerprint
 from reknow.patches import Patch
 
 if TYPE_CHECKING:

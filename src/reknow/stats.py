@@ -28,19 +28,19 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import Tensor
 
-from reknow.adapter import device_of, shape
 from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
 from reknow.errors import EditFailed, InputError
-from reknow.exact import exact, exact_device
-from reknow.exclusive import door
 from reknow.files.cache import bound, cache_folder, keeping, make_room, touch
 from reknow.files.locks import writing
 from reknow.files.schema import Broken, Count, parsed, reason
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
+from reknow.model.exact import exact, exact_device
+from reknow.model.exclusive import door
+from reknow.model.hooks import by_row, recorded
+from reknow.model.parts import device_of, shape
+from reknow.model.tokens import Row, Text, encode
 from reknow.progress import stage
-from reknow.tokens import Row, Text, encode
-from reknow.trace import by_row, recorded
 from reknow.triangle import Triangle, block_shapes
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from reknow.exact import exact_device
+from reknow.model.exact import exact_device
 
 ROWS = 256
 """Rows of a block."""

@@ -17,10 +17,10 @@ from torch import Tensor
 from reknow.descent import check_finite
 from reknow.edits import Edit
 from reknow.facts import Run, Scores, dealt, encode_facts, parts_of, room
+from reknow.model.hooks import fused_gelu
+from reknow.model.tokens import Row
 from reknow.progress import stage, told
 from reknow.texts.writing import full_stop
-from reknow.tokens import Row
-from reknow.trace import fused_gelu
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -15,11 +15,11 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from reknow.adapter import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
 from reknow.errors import InputError, ModelError, PatchError
-from reknow.exact import exact
+from reknow.model.exact import exact
+from reknow.model.hooks import all_swapped, own_forward, set_forward
+from reknow.model.parts import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
 from reknow.patches import Delta, Dense, LowRank, Patch, summed, total
-from reknow.trace import all_swapped, own_forward, set_forward
 
 UNSURE: tuple[Delta, ...] = (Dense(torch.empty(0, 0)),)
 """In place of a matrix's changes while it is written: equal to none."""

@@ -240,7 +240,7 @@ def _say_controls(facts: list[Fact], before: Observation, after: Observation) ->
 
 
 def _say_weights(lm: LM, patch: Patch) -> None:
-    from reknow.exact import exact
+    from reknow.model.exact import exact
 
     if patch.kind != "weights":
         numbers = sum(tensor.numel() for tensor in patch.state.values())

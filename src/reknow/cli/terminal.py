@@ -17,8 +17,8 @@ from reknow.errors import InputError
 from reknow.progress import visible
 
 if TYPE_CHECKING:
-    from reknow.chat import Chat as TemplateChat
     from reknow.lm import LM
+    from reknow.model.chat import Chat as TemplateChat
 
 DEMO = "demo:gpt2"
 WIDTH = 120
@@ -30,7 +30,7 @@ COMPLAINTS = 10
 def looked_for(model: str | None) -> str | None:
     """The name itself; one that stands for nothing is refused before torch is loaded, which takes seconds."""
     if model is not None and not os.path.exists(os.path.expanduser(model)):
-        from reknow.sources import find_source
+        from reknow.model.sources import find_source
 
         find_source(model)
     return model
@@ -104,7 +104,7 @@ def _chat(settings: Sequence[str]) -> TemplateChat:
     Raises:
         InputError: one is no NAME=VALUE.
     """
-    from reknow.chat import Chat as TemplateChat
+    from reknow.model.chat import Chat as TemplateChat
 
     values: dict[str, Any] = {}
     for setting in settings:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from reknow.edits import Edit
 from reknow.errors import OF_ONE
-from reknow.exclusive import exclusively
 from reknow.files.locks import writing
 from reknow.files.rows import Rows, open_manifest
 from reknow.methods.ice import ICE, consistency
+from reknow.model.exclusive import exclusively
 from reknow.progress import progress_bar
 
 if TYPE_CHECKING:

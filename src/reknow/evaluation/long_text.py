@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from reknow.errors import MissingExtra
-from reknow.scoring import are_numbers
+from reknow.model.scoring import are_numbers
+from reknow.model.tokens import Text
 from reknow.texts.writing import words
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

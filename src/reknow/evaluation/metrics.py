@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from reknow.errors import InputError, MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.long_text import rouge_l, token_f1
-from reknow.scoring import NOTHING
+from reknow.model.scoring import NOTHING
 from reknow.texts.writing import pieces, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")

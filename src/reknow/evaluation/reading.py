@@ -15,9 +15,9 @@ from reknow.evaluation.convsent import OTHER_TOPIC
 from reknow.evaluation.long_text import written_ratios
 from reknow.evaluation.metrics import Reading
 from reknow.lm import LM
+from reknow.model.tokens import Text
 from reknow.patches import Patch
 from reknow.texts.writing import led
-from reknow.tokens import Text
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
 """Length, prompt included, and top-k of the text that fluency is measured on (ROME, EasyEdit)."""

@@ -16,7 +16,6 @@ from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.reading import perplexity, read_each, unreadable
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
-from reknow.exclusive import door
 from reknow.files.locks import writing
 from reknow.files.rows import (
     BEFORE_FILE,
@@ -29,6 +28,7 @@ from reknow.files.rows import (
 )
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
+from reknow.model.exclusive import door
 from reknow.progress import progress_bar, watched
 
 if TYPE_CHECKING:

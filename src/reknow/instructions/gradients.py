@@ -11,14 +11,14 @@ import torch
 from reknow.datasets.families import load_families
 from reknow.edits import Case
 from reknow.errors import MissingExtra
-from reknow.exclusive import exclusively
 from reknow.files.rows import write_json
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases, task_families
 from reknow.learning.gradients import flat_factors
 from reknow.learning.transform import new_network
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
-from reknow.tokens import Text
+from reknow.model.exclusive import exclusively
+from reknow.model.tokens import Text
 
 CASES = 40
 """Of each task."""

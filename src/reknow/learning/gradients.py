@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from reknow.descent import Scored, check_finite, predicted
-from reknow.exact import exact
+from reknow.model.exact import exact
+from reknow.model.hooks import by_row, first, hooked
+from reknow.model.tokens import Row, batches
 from reknow.patches import Delta, Dense, LowRank
-from reknow.tokens import Row, batches
-from reknow.trace import by_row, first, hooked
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -16,7 +16,7 @@ from reknow.descent import Scored, predicted
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.gradients import changed, row_changes
-from reknow.tokens import Text, even
+from reknow.model.tokens import Text, even
 
 if TYPE_CHECKING:
     from reknow.lm import LM

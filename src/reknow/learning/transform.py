@@ -21,8 +21,8 @@ from reknow.learning.editors import filled
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, gradient_factors, matrices
 from reknow.learning.lessons import Outcome, averaged
 from reknow.learning.loop import seeded
+from reknow.model.tokens import Text
 from reknow.patches import Delta
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -18,10 +18,10 @@ from reknow.checks.arguments import typed
 from reknow.checks.bounds import Name, check
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
-from reknow.exclusive import exclusively
 from reknow.kept import Kept
 from reknow.layers import depth_layer
 from reknow.memory import versions
+from reknow.model.exclusive import exclusively
 from reknow.patches import Delta, Kind, LowRank, Patch
 from reknow.texts.templates import sections
 from reknow.texts.writing import plain
@@ -44,7 +44,7 @@ class Method(ABC):
     """Whether it edits at the subject's last token, so that an edit must name one."""
 
     def __init_subclass__(cls, **options: Any):
-        """What works on the model has it for itself; see `reknow.exclusive`."""
+        """What works on the model has it for itself; see `reknow.model.exclusive`."""
         super().__init_subclass__(**options)
         for name in {"edit", "edit_each", "fit"} & set(vars(cls)):
             setattr(cls, name, exclusively(vars(cls)[name]))

@@ -37,14 +37,14 @@ from reknow.datasets import load_facts
 from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.errors import PatchError
-from reknow.exact import exact
 from reknow.files.schema import Strict
 from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs, prompt_states
 from reknow.memory import Hooks, Reading, versions
 from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
+from reknow.model.exact import exact
+from reknow.model.tokens import Text
 from reknow.patches import Patch
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

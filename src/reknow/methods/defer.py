@@ -32,8 +32,8 @@ from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_states
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.model.tokens import Text
 from reknow.patches import Patch
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Weight
 from reknow.edits import Edit
-from reknow.exact import exact
 from reknow.keys import Subjects
 from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
+from reknow.model.exact import exact
 from reknow.patches import Patch
 from reknow.solvers import Whitening, cholesky, least_squares, outer
 from reknow.values import find_values

@@ -26,10 +26,10 @@ from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, pre
 from reknow.edits import Edit
 from reknow.layers import resolve_layer, resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
+from reknow.model.hooks import fused_gelu
+from reknow.model.tokens import Row, Text
 from reknow.patches import Dense, Patch
 from reknow.progress import told
-from reknow.tokens import Row, Text
-from reknow.trace import fused_gelu
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -28,11 +28,11 @@ from reknow.files.atomic import write_text
 from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
 from reknow.kept import Kept, Per
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
+from reknow.model.tokens import Text
 from reknow.patches import Kind, Patch
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
 from reknow.texts.writing import joined
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

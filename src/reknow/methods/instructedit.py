@@ -25,8 +25,8 @@ from reknow.learning.training import Draw, Learner, Training, in_turn
 from reknow.learning.transform import TransformLearner, transformed
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.network import NetworkSettings
+from reknow.model.tokens import Text
 from reknow.patches import Patch
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from reknow.adapter import embedding
 from reknow.checks.bounds import Rank, Rate, Share, Weight
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
@@ -33,8 +32,9 @@ from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.network import MatrixEditor
+from reknow.model.parts import embedding
+from reknow.model.tokens import Text
 from reknow.patches import Patch
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

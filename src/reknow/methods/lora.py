@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from reknow.adapter import Conv1D, is_matrix
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
 from reknow.descent import check_finite
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError
-from reknow.exclusive import undone
 from reknow.layers import resolve_layers
-from reknow.loading import carries_adapters
 from reknow.methods.base import Method, checked, weights_patch
+from reknow.model.exclusive import undone
+from reknow.model.hooks import swapped, weight_replaced
+from reknow.model.loading import carries_adapters
+from reknow.model.parts import Conv1D, is_matrix
+from reknow.model.tokens import Row, Text
 from reknow.patches import LowRank, Patch
 from reknow.peft_folder import base_of
 from reknow.progress import told
-from reknow.tokens import Row, Text
-from reknow.trace import swapped, weight_replaced
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from reknow.checks.bounds import Number, Rank, Rate, Weight
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
-from reknow.exact import exact
 from reknow.learning.editors import filled
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, matrices
 from reknow.learning.lessons import averaged, bare
@@ -31,8 +30,9 @@ from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.network import MatrixEditor
+from reknow.model.exact import exact
+from reknow.model.tokens import Text
 from reknow.patches import Patch
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

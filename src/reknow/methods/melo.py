@@ -29,8 +29,8 @@ from reknow.kept import Kept, Per, on_matrix
 from reknow.keys import SAME, SLIVER, prompt_states, spread
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.model.tokens import Row, Text
 from reknow.patches import Patch
-from reknow.tokens import Row, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

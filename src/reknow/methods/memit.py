@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Weight
 from reknow.edits import Edit
-from reknow.exact import exact
 from reknow.keys import Subjects
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
+from reknow.model.exact import exact
 from reknow.patches import Delta, Patch
 from reknow.solvers import Whitening, cholesky, least_squares, outer
 from reknow.values import Site, Values, find_values

@@ -24,8 +24,8 @@ from reknow.learning.training import Learner, Training
 from reknow.learning.transform import TransformLearner, transformed
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.network import NetworkSettings
+from reknow.model.tokens import Text
 from reknow.patches import Patch
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

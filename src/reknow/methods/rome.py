@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Natural, Number, Weight
 from reknow.edits import Edit
-from reknow.exact import exact
 from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
+from reknow.model.exact import exact
 from reknow.patches import Patch, merge
 from reknow.solvers import cholesky, rank_one, solve
 from reknow.values import find_values

@@ -33,12 +33,12 @@ from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
 from reknow.memory import Route, versions
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch, settled
+from reknow.model.hooks import all_swapped
+from reknow.model.tokens import Text
 from reknow.patches import Kind, LowRank, Patch
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.retrieval.scope_training import ScopeLearner
-from reknow.tokens import Text
-from reknow.trace import all_swapped
 from reknow.weights import beside
 
 if TYPE_CHECKING:

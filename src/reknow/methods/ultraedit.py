@@ -21,14 +21,14 @@ from torch import Tensor
 
 from reknow.checks.bounds import Natural, Number, Rate, Weight
 from reknow.edits import Edit
-from reknow.exact import exact
 from reknow.kept import Kept
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.methods.base import Method, checked, weights_patch
+from reknow.model.exact import exact
+from reknow.model.tokens import Text
 from reknow.patches import Delta, Dense, LowRank, Patch
 from reknow.solvers import cholesky, solve
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

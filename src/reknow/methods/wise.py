@@ -36,9 +36,9 @@ from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs
 from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
+from reknow.model.tokens import Text
 from reknow.patches import Patch
 from reknow.texts.writing import led
-from reknow.tokens import Text
 from reknow.values import contexts
 
 if TYPE_CHECKING:

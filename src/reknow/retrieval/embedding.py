@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import InputError, MissingExtra
-from reknow.tokens import Row, Text, encode
+from reknow.model.tokens import Row, Text, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM

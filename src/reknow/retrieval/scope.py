@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reknow.errors import InputError
-from reknow.fingerprint import Fingerprint
-from reknow.tokens import Row, Text, batches, encode
-from reknow.trace import by_row, recorded
+from reknow.model.fingerprint import Fingerprint
+from reknow.model.hooks import by_row, recorded
+from reknow.model.tokens import Row, Text, batches, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM

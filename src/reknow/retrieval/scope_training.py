@@ -18,11 +18,11 @@ from torch import Tensor
 
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
+from reknow.model.tokens import Text
 from reknow.retrieval.embedding import embed
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import Remembered, log_in_scope, scope_loss
 from reknow.texts.templates import sections
-from reknow.tokens import Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from reknow.chat import Chat
 from reknow.edits import check_encodable
 from reknow.errors import InputError, ModelError, TextRefused
+from reknow.model.chat import Chat
 from reknow.texts.templates import sections
 from reknow.texts.writing import between, led
 

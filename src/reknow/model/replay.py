@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from reknow.tokens import Batch
-from reknow.trace import (
+from reknow.model.hooks import (
     Stop,
     added_at,
     all_swapped,
@@ -31,6 +30,7 @@ from reknow.trace import (
     recorded,
     swapped,
 )
+from reknow.model.tokens import Batch
 
 if TYPE_CHECKING:
     from reknow.lm import LM

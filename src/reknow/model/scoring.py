@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import InputError, ModelError
-from reknow.tokens import Row, Text, batches, encode
+from reknow.model.tokens import Row, Text, batches, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from reknow.adapter import embedding
 from reknow.errors import InputError
-from reknow.scoring import are_numbers
-from reknow.tokens import Row, batches
+from reknow.model.parts import embedding
+from reknow.model.scoring import are_numbers
+from reknow.model.tokens import Row, batches
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
-from reknow.replay import Suffix
-from reknow.scoring import are_numbers
-from reknow.tokens import Batch, Row, Text, encode, pad
-from reknow.trace import added_at, first, hooked, output_edited, recorded
+from reknow.model.hooks import added_at, first, hooked, output_edited, recorded
+from reknow.model.replay import Suffix
+from reknow.model.scoring import are_numbers
+from reknow.model.tokens import Batch, Row, Text, encode, pad
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
-from reknow.sources import CONFIG, Source, find_source
+from reknow.model.sources import CONFIG, Source, find_source
 
 DTYPES = ("float32", "bfloat16", "float16")
 WHOLE = "check that its files are whole"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from reknow.exclusive import undone
-from reknow.tokens import Row, batches
+from reknow.model.exclusive import undone
+from reknow.model.tokens import Row, batches
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from reknow.adapter import embedding
 from reknow.errors import ModelError, TextRefused
-from reknow.tokens import Row
+from reknow.model.parts import embedding
+from reknow.model.tokens import Row
 
 if TYPE_CHECKING:
     from reknow.lm import LM

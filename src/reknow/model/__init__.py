@@ -1,0 +1,1 @@
+"""A decoder as it is: its parts, its tokens, its passes."""
