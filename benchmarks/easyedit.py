@@ -25,7 +25,7 @@ from reknow import LM, Edit
 from reknow.edits import Case
 from reknow.evaluation.reading import SAMPLED_TOKENS
 from reknow.model.parts import Conv1D
-from reknow.patches import Dense, Patch
+from reknow.patching.patches import Dense, Patch
 from reknow.stats import covariance
 from speed_work import now
 

@@ -40,7 +40,7 @@ from reknow.evaluation.reading import read
 from reknow.layers import band
 from reknow.methods.search import SearchSettings
 from reknow.model.tokens import Text
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 from reknow.values import contexts
 from speed_reading import evaluation
 from speed_report import report

@@ -19,7 +19,7 @@ PHASES = {
         ("reknow.methods.memit", "outer"),
         ("reknow.methods.rome", "rank_one"),
     ],
-    "putting patches on and off": [("reknow.applied", "Applied.set")],
+    "putting patches on and off": [("reknow.patching.applied", "Applied.set")],
     "making patches": [("reknow.methods.memit", "weights_patch"), ("reknow.methods.rome", "weights_patch")],
 }
 """Functions whose time and operations are shown by themselves; what they call of one another is not counted twice."""

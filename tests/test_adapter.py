@@ -13,8 +13,8 @@ from reknow import LM
 from reknow.errors import ModelError
 from reknow.model.parts import find_parts, shape
 from reknow.model.tokens import Text
-from reknow.patches import LowRank
-from reknow.weights import Weights
+from reknow.patching.patches import LowRank
+from reknow.patching.weights import Weights
 
 LLAMA = ("model", "layers", "norm", "mlp.down_proj", "mlp.gate_proj mlp.up_proj", "self_attn.o_proj")
 GPT = ("transformer", "h", "ln_f", "mlp.c_proj", "mlp.c_fc", "attn.c_proj")

@@ -14,8 +14,8 @@ from conftest import make_lm, some_patch
 from reknow import Edit, Patch
 from reknow.export import export_lora
 from reknow.methods import method
-from reknow.patch_files import write_patch
-from reknow.peft_folder import CONFIG, PREFIX, REST, WEIGHTS
+from reknow.patching.patch_files import write_patch
+from reknow.patching.peft_folder import CONFIG, PREFIX, REST, WEIGHTS
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris")

@@ -13,7 +13,7 @@ from reknow import LM, Edit, method
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.loading import carries_adapters
 from reknow.model.tokens import Text
-from reknow.patches import total
+from reknow.patching.patches import total
 
 peft = pytest.importorskip("peft")
 

@@ -16,7 +16,7 @@ from reknow.evaluation import Plan, bench
 from reknow.export import export_checkpoint, export_lora
 from reknow.layers import suggest_layer
 from reknow.locate import Tracing, average, embedding_spread, known_facts, trace_facts, trace_prompt
-from reknow.stack import save_stack
+from reknow.patching.stack import save_stack
 from reknow.stats import covariance, statistics
 
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Rome")

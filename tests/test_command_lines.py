@@ -17,7 +17,7 @@ from reknow import cli
 from reknow.cli import app, failures, terminal
 from reknow.cli.app import app as commands
 from reknow.cli.app import main
-from reknow.stack import save_stack
+from reknow.patching.stack import save_stack
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +157,7 @@ def test_whatever_escapes_is_one_sentence_and_its_traceback_is_kept(name, monkey
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr("reknow.patches.Patch.load", broken)
+    monkeypatch.setattr("reknow.patching.patches.Patch.load", broken)
     monkeypatch.setattr(failures.tempfile, "tempdir", str(tmp_path))
     said = refused("show", "a.patch")
     assert words in said
@@ -170,7 +170,7 @@ def test_whatever_escapes_is_one_sentence_and_its_traceback_is_kept(name, monkey
 
 
 def test_a_traceback_that_cannot_be_kept_is_still_one_sentence(monkeypatch):
-    monkeypatch.setattr("reknow.patches.Patch.load", lambda path: 1 / 0)
+    monkeypatch.setattr("reknow.patching.patches.Patch.load", lambda path: 1 / 0)
     monkeypatch.setattr(failures.tempfile, "tempdir", "/nowhere")
     assert refused("show", "a.patch").endswith("division by zero: give --debug to see where, and report it")
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reknow
 from reknow.methods.calinet import own_keys
 from reknow.model.exact import exact, exact_device
-from reknow.patches import Dense, LowRank, summed, total
+from reknow.patching.patches import Dense, LowRank, summed, total
 from reknow.solvers import _columns, outer, rank_one
 from reknow.triangle import Triangle
 

@@ -93,7 +93,7 @@ def test_nothing_is_overwritten_or_half_written(edit, tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reknow.peft_folder.save_file", full)
+    monkeypatch.setattr("reknow.patching.peft_folder.save_file", full)
     with pytest.raises(InputError, match="No space left"):
         export_lora(lm, tmp_path / "adapter", overwrite=True)
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) == before

@@ -28,8 +28,8 @@ from reknow.files.tensors import read_tensors, write_tensors
 from reknow.learning.editors import Editor
 from reknow.llm import _read as read_contexts
 from reknow.model.fingerprint import Fingerprint
-from reknow.peft_folder import WEIGHTS, base_of
-from reknow.stack import STACK_FILE, read_stack, save_stack
+from reknow.patching.peft_folder import WEIGHTS, base_of
+from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 from reknow.stats import statistics
 
 FILES = Path(__file__).parent / "golden" / "files"

@@ -22,7 +22,7 @@ from reknow.files.rows import Rows
 from reknow.layers import depth_layer, suggest_layer
 from reknow.locate import Tracing
 from reknow.methods import method
-from reknow.stack import read_stack, save_stack
+from reknow.patching.stack import read_stack, save_stack
 from reknow.stats import statistics
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are set the Unix way")

@@ -42,9 +42,9 @@ from reknow.learning.editors import Editor
 from reknow.llm import _read as read_contexts
 from reknow.locate import Tracing, trace_prompt
 from reknow.methods.base import Method
-from reknow.peft_folder import REST, WEIGHTS, base_of
+from reknow.patching.peft_folder import REST, WEIGHTS, base_of
+from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 from reknow.report import tables
-from reknow.stack import STACK_FILE, read_stack, save_stack
 from reknow.stats import statistics
 
 pytestmark = pytest.mark.slow

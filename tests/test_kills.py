@@ -19,7 +19,7 @@ from reknow.cli.stacks import merge
 from reknow.export import export_checkpoint, export_lora
 from reknow.files.atomic import ASIDE, put_back, write_text
 from reknow.methods import method
-from reknow.stack import read_stack, save_stack
+from reknow.patching.stack import read_stack, save_stack
 
 pytestmark = [
     pytest.mark.slow,

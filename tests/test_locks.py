@@ -31,7 +31,7 @@ from reknow.files.locks import writing
 from reknow.files.rows import BEFORE_FILE, MANIFEST_FILE, ROWS_FILE
 from reknow.layers import FILE, suggest_layer
 from reknow.learning.loop import LOG_FILE
-from reknow.stack import read_stack, save_stack
+from reknow.patching.stack import read_stack, save_stack
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from reknow import Edit, Patch, method
 from reknow.errors import InputError, MissingExtra, PatchError
 from reknow.export import export_lora
 from reknow.methods import lora
-from reknow.patches import LowRank
+from reknow.patching.patches import LowRank
 
 pytest.importorskip("peft")
 

@@ -18,7 +18,7 @@ from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN
 from reknow.methods.memit import MEMIT
 from reknow.model.tokens import Row, Text
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 from reknow.stats import covariance
 from reknow.values import ValueSearch, find_values
 

@@ -14,14 +14,14 @@ from families import CORE_FAMILIES
 from reknow import FT, LM, MELO, METHODS, ROME, Edit, Patch, diff, merge
 from reknow.errors import PatchError
 from reknow.export import export_checkpoint, export_lora
-from reknow.memory import on_output, versions
 from reknow.methods import Entry
 from reknow.methods.base import MemoryMethod, checked, memory_patch
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.replay import Suffix
 from reknow.model.scoring import Score
 from reknow.model.tokens import Text
-from reknow.stack import save_stack
+from reknow.patching.memory import on_output, versions
+from reknow.patching.stack import save_stack
 
 PROMPTS = ["I know Danielle Darrieux", "The capital of Peru is", "Who is Zoë Übel ? She is"]
 

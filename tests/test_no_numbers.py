@@ -17,7 +17,7 @@ from reknow.errors import EditFailed, InputError, ModelError
 from reknow.evaluation.metrics import unchanged
 from reknow.locate import Tracing, trace_prompt
 from reknow.model.scoring import NOTHING
-from reknow.patches import LowRank, Patch
+from reknow.patching.patches import LowRank, Patch
 
 WIDER = r"gives NaN or infinity: open it with a wider dtype, bfloat16 or float32 \(--dtype\)"
 PROMPTS, TARGETS = ["The capital of Peru is", "I know"], ["Lima", "of"]

@@ -34,7 +34,7 @@ from reknow import LM, Patch
 from reknow.cli import app
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.sources import PATIENCE, find_source
-from reknow.stack import save_stack
+from reknow.patching.stack import save_stack
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]

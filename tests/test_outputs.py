@@ -18,7 +18,7 @@ from reknow.export import export_checkpoint, export_lora
 from reknow.files.atomic import folder_aside, write_text
 from reknow.files.outputs import MARK, growing_folder, output_file, output_folder, stack_folder
 from reknow.methods import method
-from reknow.stack import save_stack
+from reknow.patching.stack import save_stack
 
 UNIX = pytest.mark.skipif(os.name == "nt", reason="devices, modes and home folders of Unix")
 

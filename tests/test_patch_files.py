@@ -20,7 +20,7 @@ from conftest import bits, make_lm, same, some_patch
 from reknow import LM, Patch
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_aside
-from reknow.stack import STACK_FILE, read_stack, save_stack
+from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 
 # --- files -----------------------------------------------------------------------------------------------
 

@@ -10,10 +10,11 @@ import torch
 
 from conftest import bits, make_lm, same, some_patch
 from families import tiny_model, tiny_tokenizer
-from reknow import LM, weights
+from reknow import LM
 from reknow.errors import InputError, PatchError
 from reknow.model.fingerprint import Fingerprint
-from reknow.patches import LowRank, diff, merge
+from reknow.patching import weights
+from reknow.patching.patches import LowRank, diff, merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

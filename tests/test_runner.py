@@ -22,7 +22,7 @@ from reknow.evaluation.metrics import PROTOCOLS, Reading, case_metrics
 from reknow.evaluation.runner import _named, _Run, progress_bar
 from reknow.files.rows import BEFORE_KEY, ROW_KEY, Rows
 from reknow.methods.base import Method, weights_patch
-from reknow.patches import Dense
+from reknow.patching.patches import Dense
 
 METHOD = FT(layer=2, steps=40, learning_rate=0.17)
 SEQUENCE = Plan("sequential", checkpoints=(2,))

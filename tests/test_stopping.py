@@ -40,7 +40,7 @@ def test_a_signal_while_modules_are_imported_is_one_line(signal, where):
 
 @pytest.mark.parametrize("signal", STATUS)
 def test_a_signal_that_a_module_hides_is_told_all_the_same(signal):
-    result = stopped(signal, "reknow.patches", "show", "nowhere.patch", hidden=True)
+    result = stopped(signal, "reknow.patching.patches", "show", "nowhere.patch", hidden=True)
     assert result.returncode == STATUS[signal] and result.stderr.startswith("stopped: "), result.stderr
 
 

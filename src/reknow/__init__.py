@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from reknow.methods.ultraedit import UltraEdit
     from reknow.methods.wise import WISE
     from reknow.model.chat import Chat
-    from reknow.patches import Patch, diff, merge
+    from reknow.patching.patches import Patch, diff, merge
 
 __all__ = [
     "DEFER",

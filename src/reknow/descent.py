@@ -21,7 +21,7 @@ from reknow.model.generation import decoded, draw
 from reknow.model.hooks import fused_gelu, weight_replaced
 from reknow.model.replay import Suffix
 from reknow.model.tokens import Row, batches
-from reknow.patches import Delta, Dense
+from reknow.patching.patches import Delta, Dense
 
 if TYPE_CHECKING:
     from reknow.lm import LM

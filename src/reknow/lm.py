@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 import reknow.model.parts as adapter
-from reknow.applied import Applied
 from reknow.checks.arguments import typed
 from reknow.errors import InputError
-from reknow.memory import HookMemory, Memories, Running
 from reknow.model.chat import Chat, as_chat
 from reknow.model.exclusive import door, exclusive, exclusively
 from reknow.model.fingerprint import Fingerprint
@@ -25,9 +23,11 @@ from reknow.model.limits import check_ids, check_length, padding
 from reknow.model.loading import check_tokenizer, open_model
 from reknow.model.scoring import Score, perplexity, scores
 from reknow.model.tokens import Batch, Row, Text, as_list, encode, pad, paired
-from reknow.patches import Patch
-from reknow.stack import note_force, read_stack, replayed, with_patch, without_patch
-from reknow.weights import Weights
+from reknow.patching.applied import Applied
+from reknow.patching.memory import HookMemory, Memories, Running
+from reknow.patching.patches import Patch
+from reknow.patching.stack import note_force, read_stack, replayed, with_patch, without_patch
+from reknow.patching.weights import Weights
 
 
 class LM:

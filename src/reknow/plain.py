@@ -20,8 +20,8 @@ from reknow.model.exact import exact
 from reknow.model.exclusive import undone
 from reknow.model.loading import carries_adapters
 from reknow.model.parts import Conv1D
-from reknow.patches import total
-from reknow.weights import takes_changes
+from reknow.patching.patches import total
+from reknow.patching.weights import takes_changes
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reknow.errors import EditFailed, InputError
 from reknow.model.exact import exact, exact_device
-from reknow.patches import Delta, Dense, LowRank
+from reknow.patching.patches import Delta, Dense, LowRank
 
 log = logging.getLogger(__name__)
 

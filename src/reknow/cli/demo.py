@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from reknow.edits import Case
     from reknow.lm import LM
     from reknow.methods.base import Method
-    from reknow.patches import Patch
+    from reknow.patching.patches import Patch
 
 CANDIDATES = 300
 """How many records are asked to find facts that the model knows."""

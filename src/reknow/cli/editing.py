@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from reknow.effect import Observation
     from reknow.lm import LM
     from reknow.methods.base import Method
-    from reknow.patches import Patch
+    from reknow.patching.patches import Patch
 
 SEPARATORS = {"none": "", "space": " ", "line": "\n"}
 """What `--separator` names."""
@@ -137,7 +137,7 @@ def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | N
     """Where the patch goes, a file or for the LoRA family a folder; refused here, before any work."""
     from reknow.files.outputs import output_file, output_folder
     from reknow.methods import LoRA
-    from reknow.peft_folder import own_files
+    from reknow.patching.peft_folder import own_files
 
     if isinstance(method, LoRA):
         return output_folder(out, force, own_files, sources)

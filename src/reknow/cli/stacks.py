@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from reknow.edits import Edit
     from reknow.export import CheckpointReport
     from reknow.lm import LM
-    from reknow.patches import Patch
+    from reknow.patching.patches import Patch
 
 Stack = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
 MAX_RANK = 64
@@ -56,8 +56,8 @@ def apply(
     The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands.
     """
     from reknow.files.outputs import stack_folder
-    from reknow.patches import Patch
-    from reknow.stack import FORCED, base_name, read_stack, save_stack, with_patch
+    from reknow.patching.patches import Patch
+    from reknow.patching.stack import FORCED, base_name, read_stack, save_stack, with_patch
 
     stack = stack_folder(stack)
     loaded = [Patch.load(path) for path in patches]
@@ -92,8 +92,8 @@ def revert(
     own_code: OwnCode = False,
 ) -> None:
     """Take patches out of a stack folder, in any order. Their files stay."""
-    from reknow.patches import Patch
-    from reknow.stack import save_stack, without_patch
+    from reknow.patching.patches import Patch
+    from reknow.patching.stack import save_stack, without_patch
 
     with writing(stack, wait=PATIENCE):
         base, active = _existing(stack)
@@ -120,8 +120,8 @@ def merge(
 ) -> None:
     """Make one patch that changes the weights as all of them together."""
     from reknow.files.outputs import output_file
-    from reknow.patches import Patch
-    from reknow.patches import merge as merged
+    from reknow.patching.patches import Patch
+    from reknow.patching.patches import merge as merged
 
     out = output_file(out, force, patches)
     with writing(out):
@@ -153,8 +153,8 @@ def export(
     """Write an edited model for programs that do not know reknow."""
     from reknow.export import export_checkpoint, export_lora
     from reknow.files.outputs import marked_files, output_folder
-    from reknow.patches import Patch
-    from reknow.peft_folder import is_adapter
+    from reknow.patching.patches import Patch
+    from reknow.patching.peft_folder import is_adapter
 
     if to not in ("hf", "lora"):
         raise did_you_mean("export format", to, ("hf", "lora"))
@@ -199,7 +199,7 @@ def _say_rounding(written: CheckpointReport) -> None:
 
 def _say_reliability(lm: LM, rank: int) -> None:
     """How many edits the applied patches make, and how many are left when they are cut to `rank`."""
-    from reknow.patches import merge as merged
+    from reknow.patching.patches import merge as merged
 
     whole = merged(lm.patches)
     asked = list(zip(*((edit.text, edit.target_new, edit.separator) for edit in whole.edits), strict=True))
@@ -214,8 +214,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Say what is in a patch file or a stack folder."""
-    from reknow.patches import Patch
-    from reknow.peft_folder import is_adapter
+    from reknow.patching.patches import Patch
+    from reknow.patching.peft_folder import is_adapter
 
     if not source.is_dir() or is_adapter(source):
         described = describe(Patch.load(source))
@@ -293,7 +293,7 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two patches, or two stacks, each taken as the sum of its patches."""
-    from reknow.patches import diff as compared
+    from reknow.patching.patches import diff as compared
 
     found = compared(_whole(a), _whole(b))
     if as_json:
@@ -316,7 +316,7 @@ def diff(
 
 def _existing(stack: Path) -> tuple[str, list[Patch]]:
     """Base and patches of a stack folder; raises PatchError where there is none."""
-    from reknow.stack import read_stack
+    from reknow.patching.stack import read_stack
 
     base, patches = read_stack(stack)
     if base == stack:
@@ -325,9 +325,9 @@ def _existing(stack: Path) -> tuple[str, list[Patch]]:
 
 
 def _whole(source: Path) -> Patch:
-    from reknow.patches import Patch
-    from reknow.patches import merge as merged
-    from reknow.peft_folder import is_adapter
+    from reknow.patching.patches import Patch
+    from reknow.patching.patches import merge as merged
+    from reknow.patching.peft_folder import is_adapter
 
     stack = source.is_dir() and not is_adapter(source)
     return merged(_existing(source)[1]) if stack else Patch.load(source)

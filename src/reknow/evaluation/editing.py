@@ -16,7 +16,7 @@ from reknow.errors import OF_ONE, InputError, ReknowError, TextRefused
 from reknow.files.rows import write_json
 from reknow.files.schema import Broken, Count, Strict, read_json, reason
 from reknow.lm import LM
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 
 
 class Made(NamedTuple):

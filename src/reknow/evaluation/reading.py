@@ -16,7 +16,7 @@ from reknow.evaluation.long_text import written_ratios
 from reknow.evaluation.metrics import Reading
 from reknow.lm import LM
 from reknow.model.tokens import Text
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 from reknow.texts.writing import led
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5

@@ -20,7 +20,7 @@ from reknow.errors import InputError
 from reknow.files.schema import Broken, Newer, Object, Strict, check_fields, parsed, reason
 from reknow.files.tensors import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 from reknow.model.fingerprint import Fingerprint
-from reknow.patch_files import Base, Name
+from reknow.patching.patch_files import Base, Name
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -19,7 +19,7 @@ from reknow.descent import Scored, check_finite, predicted
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, first, hooked
 from reknow.model.tokens import Row, batches
-from reknow.patches import Delta, Dense, LowRank
+from reknow.patching.patches import Delta, Dense, LowRank
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -22,7 +22,7 @@ from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factor
 from reknow.learning.lessons import Outcome, averaged
 from reknow.learning.loop import seeded
 from reknow.model.tokens import Text
-from reknow.patches import Delta
+from reknow.patching.patches import Delta
 
 if TYPE_CHECKING:
     from reknow.lm import LM

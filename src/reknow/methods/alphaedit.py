@@ -25,13 +25,13 @@ from torch import Tensor
 
 from reknow.checks.bounds import Share, Weight
 from reknow.edits import Edit
-from reknow.kept import Kept
 from reknow.keys import Subjects
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
 from reknow.model.exact import exact
-from reknow.patches import Delta, Patch
+from reknow.patching.kept import Kept
+from reknow.patching.patches import Delta, Patch
 from reknow.solvers import least_squares, null_space, outer
 from reknow.values import Values, find_values
 

@@ -18,11 +18,11 @@ from reknow.checks.arguments import typed
 from reknow.checks.bounds import Name, check
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
-from reknow.kept import Kept
 from reknow.layers import depth_layer
-from reknow.memory import versions
 from reknow.model.exclusive import exclusively
-from reknow.patches import Delta, Kind, LowRank, Patch
+from reknow.patching.kept import Kept
+from reknow.patching.memory import versions
+from reknow.patching.patches import Delta, Kind, LowRank, Patch
 from reknow.texts.templates import sections
 from reknow.texts.writing import plain
 
@@ -94,7 +94,7 @@ class Method(ABC):
 
 
 class MemoryMethod(Method):
-    """A method whose patches leave the weights alone; see `reknow.memory`."""
+    """A method whose patches leave the weights alone; see `reknow.patching.memory`."""
 
     kind: ClassVar[Kind]
 

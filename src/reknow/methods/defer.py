@@ -28,12 +28,12 @@ from reknow.descent import Answers, descend
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
-from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_states
-from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.model.tokens import Text
-from reknow.patches import Patch
+from reknow.patching.kept import Kept, on_matrix
+from reknow.patching.memory import Hooks, Reading, on_output
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -22,7 +22,7 @@ from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
 from reknow.model.exact import exact
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 from reknow.solvers import Whitening, cholesky, least_squares, outer
 from reknow.values import find_values
 

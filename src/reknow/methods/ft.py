@@ -28,7 +28,7 @@ from reknow.layers import resolve_layer, resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.hooks import fused_gelu
 from reknow.model.tokens import Row, Text
-from reknow.patches import Dense, Patch
+from reknow.patching.patches import Dense, Patch
 from reknow.progress import told
 
 if TYPE_CHECKING:

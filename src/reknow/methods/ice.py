@@ -28,7 +28,7 @@ from reknow.errors import EditRefused, InputError
 from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.tokens import Row, Text
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 from reknow.progress import told
 from reknow.texts.writing import led
 

@@ -26,7 +26,7 @@ from reknow.learning.transform import TransformLearner, transformed
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.network import NetworkSettings
 from reknow.model.tokens import Text
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM

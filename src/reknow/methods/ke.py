@@ -34,7 +34,7 @@ from reknow.methods.base import checked, weights_patch
 from reknow.methods.network import MatrixEditor
 from reknow.model.parts import embedding
 from reknow.model.tokens import Text
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -29,7 +29,7 @@ from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.exact import exact
 from reknow.model.replay import Suffix
 from reknow.model.tokens import Row, Text
-from reknow.patches import Delta, LowRank, Patch, merge
+from reknow.patching.patches import Delta, LowRank, Patch, merge
 
 if TYPE_CHECKING:
     from reknow.lm import LM

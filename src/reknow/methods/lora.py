@@ -31,8 +31,8 @@ from reknow.model.hooks import swapped, weight_replaced
 from reknow.model.loading import carries_adapters
 from reknow.model.parts import Conv1D, is_matrix
 from reknow.model.tokens import Row, Text
-from reknow.patches import LowRank, Patch
-from reknow.peft_folder import base_of
+from reknow.patching.patches import LowRank, Patch
+from reknow.patching.peft_folder import base_of
 from reknow.progress import told
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
 from reknow.model.exact import exact
-from reknow.patches import Delta, Patch
+from reknow.patching.patches import Delta, Patch
 from reknow.solvers import Whitening, cholesky, least_squares, outer
 from reknow.values import Site, Values, find_values
 

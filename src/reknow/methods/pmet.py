@@ -20,7 +20,7 @@ from reknow.edits import Edit
 from reknow.layers import resolve_layers
 from reknow.methods.base import checked
 from reknow.methods.memit import Band
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 from reknow.values import find_values
 
 if TYPE_CHECKING:

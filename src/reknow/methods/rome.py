@@ -22,7 +22,7 @@ from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
 from reknow.methods.search import SearchSettings
 from reknow.model.exact import exact
-from reknow.patches import Patch, merge
+from reknow.patching.patches import Patch, merge
 from reknow.solvers import cholesky, rank_one, solve
 from reknow.values import find_values
 

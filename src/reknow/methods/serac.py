@@ -27,19 +27,19 @@ from reknow.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Count, Listed, Strict
-from reknow.kept import Kept
 from reknow.learning.editors import Editor, open_editor, trained_settings
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
-from reknow.memory import Route, versions
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch, settled
 from reknow.model.hooks import all_swapped
 from reknow.model.tokens import Text
-from reknow.patches import Kind, LowRank, Patch
+from reknow.patching.kept import Kept
+from reknow.patching.memory import Route, versions
+from reknow.patching.patches import Kind, LowRank, Patch
+from reknow.patching.weights import beside
 from reknow.retrieval.nearest import Nearest
 from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.retrieval.scope_training import ScopeLearner
-from reknow.weights import beside
 
 if TYPE_CHECKING:
     from reknow.lm import LM, Score

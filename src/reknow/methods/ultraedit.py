@@ -21,13 +21,13 @@ from torch import Tensor
 
 from reknow.checks.bounds import Natural, Number, Rate, Weight
 from reknow.edits import Edit
-from reknow.kept import Kept
 from reknow.layers import resolve_layers
 from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
-from reknow.patches import Delta, Dense, LowRank, Patch
+from reknow.patching.kept import Kept
+from reknow.patching.patches import Delta, Dense, LowRank, Patch
 from reknow.solvers import cholesky, solve
 
 if TYPE_CHECKING:

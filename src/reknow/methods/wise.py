@@ -32,12 +32,12 @@ from reknow.descent import Answers, check_finite
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
-from reknow.kept import Kept, on_matrix
 from reknow.keys import prompt_inputs
-from reknow.memory import Hooks, Reading, on_output
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.model.tokens import Text
-from reknow.patches import Patch
+from reknow.patching.kept import Kept, on_matrix
+from reknow.patching.memory import Hooks, Reading, on_output
+from reknow.patching.patches import Patch
 from reknow.texts.writing import led
 from reknow.values import contexts
 

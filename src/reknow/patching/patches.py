@@ -155,8 +155,8 @@ class Patch:
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, or for the LoRA family the folder that `peft` loads; an old one stays until
         the new one is whole."""
-        from reknow.patch_files import write_patch  # files know patches
-        from reknow.peft_folder import save
+        from reknow.patching.patch_files import write_patch  # files know patches
+        from reknow.patching.peft_folder import save
 
         return save(self, path) if "adapter" in self.notes else write_patch(self, path)
 
@@ -168,8 +168,8 @@ class Patch:
         Raises:
             PatchError: there is no such file, or it is not a patch.
         """
-        from reknow.patch_files import read_patch  # files know patches
-        from reknow.peft_folder import is_adapter, load
+        from reknow.patching.patch_files import read_patch  # files know patches
+        from reknow.patching.peft_folder import is_adapter, load
 
         put_back(path)
         return load(path) if Path(path).is_dir() and is_adapter(path) else read_patch(path)

@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from reknow.errors import PatchError
 from reknow.model.exclusive import exclusive, undone
 from reknow.model.hooks import by_row, first
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from reknow.memory import Memories
 from reknow.model.exclusive import undone
-from reknow.patches import Patch
-from reknow.weights import Weights
+from reknow.patching.memory import Memories
+from reknow.patching.patches import Patch
+from reknow.patching.weights import Weights
 
 
 class Applied:

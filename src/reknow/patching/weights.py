@@ -19,7 +19,7 @@ from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.exact import exact
 from reknow.model.hooks import all_swapped, own_forward, set_forward
 from reknow.model.parts import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
-from reknow.patches import Delta, Dense, LowRank, Patch, summed, total
+from reknow.patching.patches import Delta, Dense, LowRank, Patch, summed, total
 
 UNSURE: tuple[Delta, ...] = (Dense(torch.empty(0, 0)),)
 """In place of a matrix's changes while it is written: equal to none."""

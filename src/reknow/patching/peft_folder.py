@@ -17,8 +17,8 @@ from reknow.files.atomic import folder_aside
 from reknow.files.outputs import check_replaced
 from reknow.files.schema import Broken, Count, parsed, reason
 from reknow.files.tensors import check_finite, check_tensor, digest, read_tensors
-from reknow.patch_files import low_rank, read_patch, write_patch
-from reknow.patches import Delta, LowRank, Patch
+from reknow.patching.patch_files import low_rank, read_patch, write_patch
+from reknow.patching.patches import Delta, LowRank, Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -22,9 +22,9 @@ from reknow.files.tensors import (
     read_tensors,
     write_tensors,
 )
-from reknow.kept import Kept
 from reknow.model.fingerprint import Fingerprint
-from reknow.patches import FORMAT, Delta, Dense, Kind, LowRank, Patch
+from reknow.patching.kept import Kept
+from reknow.patching.patches import FORMAT, Delta, Dense, Kind, LowRank, Patch
 
 LONGEST = 200
 """Characters of a name."""

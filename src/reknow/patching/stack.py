@@ -19,7 +19,7 @@ from reknow.files.locks import PATIENCE, writing
 from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.files.schema import Listed, Newer, Strict, read_json, reason
 from reknow.model.fingerprint import Fingerprint
-from reknow.patches import Patch
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM
