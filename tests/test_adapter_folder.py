@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_lm, some_patch
 from reknow import Edit, Patch
-from reknow.export import export_lora
+from reknow.export.checkpoint import export_lora
 from reknow.methods import method
 from reknow.patching.patch_files import write_patch
 from reknow.patching.peft_folder import CONFIG, PREFIX, REST, WEIGHTS

@@ -13,7 +13,7 @@ from reknow.datasets import load_facts
 from reknow.effect import control_facts, known_cases, observe
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
-from reknow.export import export_checkpoint, export_lora
+from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.layers import suggest_layer
 from reknow.locate import Tracing, average, embedding_spread, known_facts, trace_facts, trace_prompt
 from reknow.patching.stack import save_stack

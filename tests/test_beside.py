@@ -13,7 +13,7 @@ from families import tiny_model, tiny_tokenizer
 from reknow import LM, Edit, method
 from reknow.effect import weight_bits
 from reknow.errors import PatchError
-from reknow.export import export_checkpoint, export_lora
+from reknow.export.checkpoint import export_checkpoint, export_lora
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of", target_true="in")
 OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")

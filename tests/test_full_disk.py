@@ -16,7 +16,7 @@ from families import TEXT
 from reknow import LM
 from reknow.cli import tracing
 from reknow.errors import InputError
-from reknow.export import export_checkpoint, export_lora
+from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.files.atomic import append_line
 from reknow.files.rows import Rows
 from reknow.layers import depth_layer, suggest_layer

@@ -16,7 +16,7 @@ import reknow.files.atomic
 from conftest import make_lm, some_patch
 from reknow import LM, Patch
 from reknow.cli.stacks import merge
-from reknow.export import export_checkpoint, export_lora
+from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.files.atomic import ASIDE, put_back, write_text
 from reknow.methods import method
 from reknow.patching.stack import read_stack, save_stack

@@ -24,8 +24,8 @@ from families import ROPE, tiny_model, tiny_tokenizer
 from reknow import LM, Edit
 from reknow.cli.stacks import _say_rounding
 from reknow.errors import PatchError
-from reknow.export import export_checkpoint, export_lora
-from reknow.plain import checkpoint_casts, rounded
+from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.plain import checkpoint_casts, rounded
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
 

@@ -30,7 +30,7 @@ from reknow.files.locks import PATIENCE, writing
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
-    from reknow.export import CheckpointReport
+    from reknow.export.checkpoint import CheckpointReport
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
@@ -151,7 +151,7 @@ def export(
     force: Force = False,
 ) -> None:
     """Write an edited model for programs that do not know reknow."""
-    from reknow.export import export_checkpoint, export_lora
+    from reknow.export.checkpoint import export_checkpoint, export_lora
     from reknow.files.outputs import marked_files, output_folder
     from reknow.patching.patches import Patch
     from reknow.patching.peft_folder import is_adapter

@@ -24,13 +24,13 @@ from transformers.utils import (
 
 import reknow
 from reknow.errors import InputError, PatchError
+from reknow.export.plain import adapters, cast, checkpoint_casts, rounded, without_adapters
 from reknow.files.atomic import folder_aside
 from reknow.files.outputs import mark_files, marked_files, output_folder
 from reknow.model.exclusive import door
 from reknow.model.parts import Conv1D
 from reknow.patching.patches import LowRank, check_weights, factored, merge
 from reknow.patching.peft_folder import base_of, write_adapter
-from reknow.plain import adapters, cast, checkpoint_casts, rounded, without_adapters
 
 if TYPE_CHECKING:
     from reknow.edits import Edit

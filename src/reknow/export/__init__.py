@@ -1,0 +1,1 @@
+"""An edited model for programs that do not know reknow."""
