@@ -18,9 +18,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from reknow import LM
-from reknow.locate import Tracing
 from reknow.model.tokens import Text
-from reknow.restoration import Prompt, restorations
+from reknow.tracing.causal import Tracing
+from reknow.tracing.restoration import Prompt, restorations
 
 
 def opened(shape: str) -> LM:

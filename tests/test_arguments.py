@@ -15,9 +15,9 @@ from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.layers import suggest_layer
-from reknow.locate import Tracing, average, embedding_spread, known_facts, trace_facts, trace_prompt
 from reknow.patching.stack import save_stack
 from reknow.stats import covariance, statistics
+from reknow.tracing.causal import Tracing, average, embedding_spread, known_facts, trace_facts, trace_prompt
 
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Rome")
 CASE = Case(EDIT)

@@ -20,10 +20,10 @@ from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.files.atomic import append_line
 from reknow.files.rows import Rows
 from reknow.layers import depth_layer, suggest_layer
-from reknow.locate import Tracing
 from reknow.methods import method
 from reknow.patching.stack import read_stack, save_stack
 from reknow.stats import statistics
+from reknow.tracing.causal import Tracing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are set the Unix way")
 
@@ -112,7 +112,7 @@ def test_lines(tmp_path):
 
 
 def test_traces(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("reknow.locate.known_facts", lambda lm, facts: facts[:3])
+    monkeypatch.setattr("reknow.tracing.causal.known_facts", lambda lm, facts: facts[:3])
     settings = Tracing(samples=2, kinds=("hidden",))
 
     def trace() -> None:

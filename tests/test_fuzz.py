@@ -40,12 +40,12 @@ from reknow.files.tensors import write_tensors
 from reknow.layers import _read as read_layers
 from reknow.learning.editors import Editor
 from reknow.llm import _read as read_contexts
-from reknow.locate import Tracing, trace_prompt
 from reknow.methods.base import Method
 from reknow.patching.peft_folder import REST, WEIGHTS, base_of
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 from reknow.report import tables
 from reknow.stats import statistics
+from reknow.tracing.causal import Tracing, trace_prompt
 
 pytestmark = pytest.mark.slow
 

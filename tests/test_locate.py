@@ -16,7 +16,8 @@ from families import CORE_FAMILIES
 from reknow import LM, method
 from reknow.datasets import Fact
 from reknow.errors import InputError
-from reknow.locate import (
+from reknow.model.tokens import Text
+from reknow.tracing.causal import (
     TOKEN_CLASSES,
     Trace,
     Tracing,
@@ -26,8 +27,7 @@ from reknow.locate import (
     trace_facts,
     trace_prompt,
 )
-from reknow.model.tokens import Text
-from reknow.restoration import Kind, Prompt, restorations
+from reknow.tracing.restoration import Kind, Prompt, restorations
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = get_args(Kind)
@@ -45,7 +45,7 @@ def a_prompt(lm: LM, prompt: str = "The mother tongue of {} is", subject: str = 
 # and norms behind the MLP (gemma2).
 @pytest.mark.parametrize("family", [*CORE_FAMILIES, "falcon", "bloom", "gemma2"])
 def test_every_restored_run_equals_a_full_pass(family, monkeypatch):
-    monkeypatch.setattr("reknow.restoration.TOKENS_PER_PASS", 100)  # several batches
+    monkeypatch.setattr("reknow.tracing.restoration.TOKENS_PER_PASS", 100)  # several batches
     lm = make_lm(family)
     prompt = a_prompt(lm)
     runs = [run for kind in KINDS for run in restorations(kind, lm.layers, 2)]

@@ -15,9 +15,9 @@ from reknow.cli import app
 from reknow.effect import observe
 from reknow.errors import EditFailed, InputError, ModelError
 from reknow.evaluation.metrics import unchanged
-from reknow.locate import Tracing, trace_prompt
 from reknow.model.scoring import NOTHING
 from reknow.patching.patches import LowRank, Patch
+from reknow.tracing.causal import Tracing, trace_prompt
 
 WIDER = r"gives NaN or infinity: open it with a wider dtype, bfloat16 or float32 \(--dtype\)"
 PROMPTS, TARGETS = ["The capital of Peru is", "I know"], ["Lima", "of"]

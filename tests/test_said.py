@@ -14,10 +14,10 @@ from families import tiny_model, tiny_tokenizer
 from reknow import FT, LM, Edit
 from reknow.cli.app import app
 from reknow.effect import observe
-from reknow.locate import Tracing, said_first, trace_prompt
 from reknow.methods.kn import _said
 from reknow.model.tokens import Text
-from reknow.restoration import Prompt, restorations
+from reknow.tracing.causal import Tracing, said_first, trace_prompt
+from reknow.tracing.restoration import Prompt, restorations
 
 YEAR = Edit("{} was built in", subject="The Eiffel Tower", target_new="1945")
 CHARACTER = Edit("{}的首都是", subject="日本", target_new="京都")

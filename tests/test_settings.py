@@ -21,7 +21,7 @@ from reknow.evaluation.runner import Plan
 from reknow.instructions.search import Search
 from reknow.instructions.studies import Size
 from reknow.learning.training import Training
-from reknow.locate import Tracing
+from reknow.tracing.causal import Tracing
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from conftest import make_lm
 from reknow.cli import app
 from reknow.cli import tracing as command
 from reknow.datasets import Fact
-from reknow.locate import Trace, average
 from reknow.report.gradient_plots import gradient_figure
 from reknow.report.plots import STYLE, to_svg
 from reknow.report.trace_plots import average_figure, effect_bars, save_figure, trace_figure
+from reknow.tracing.causal import Trace, average
 
 
 def a_trace(answer: str = " $5", layers: int = 4) -> Trace:
@@ -124,7 +124,7 @@ def test_a_prompt_longer_than_the_model_is_refused(reknow, tmp_path):
 def test_facts_are_traced_once_and_a_killed_run_goes_on(reknow, tmp_path, monkeypatch):
     facts = [Fact("The capital of {} is", name, "Lima") for name in ("Peru", "Zoë", "Apple")]
     monkeypatch.setattr("reknow.datasets.load_facts", lambda *_, limit=None, **__: facts[:limit])
-    monkeypatch.setattr("reknow.locate.known_facts", lambda _, some: list(some))
+    monkeypatch.setattr("reknow.tracing.causal.known_facts", lambda _, some: list(some))
     first = reknow("--limit", "2", "--samples", "2", "--json")
     assert first.exit_code == 0, first.output
     assert json.loads(first.output)["facts"] == 2

@@ -26,11 +26,11 @@ from reknow.files.atomic import write_text
 from reknow.files.cache import cache_folder, keeping
 from reknow.files.locks import PATIENCE, writing
 from reknow.files.schema import Broken, Count, Listed, Strict, complaint, parsed, reason
-from reknow.locate import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
 from reknow.progress import stage
 from reknow.published import published
+from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 
 if TYPE_CHECKING:
     from reknow.lm import LM

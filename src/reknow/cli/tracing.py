@@ -31,7 +31,7 @@ from reknow.files.locks import writing
 if TYPE_CHECKING:
     from reknow.edits import Edit
     from reknow.lm import LM
-    from reknow.locate import AverageEffects, Trace, Tracing
+    from reknow.tracing.causal import AverageEffects, Trace, Tracing
 
 FACTS, LIMIT = "known_1000", 100
 
@@ -64,7 +64,7 @@ def trace(
     reknow trace "{Beats Music} is owned by"
     """
     from reknow.edits import Edit
-    from reknow.locate import Tracing
+    from reknow.tracing.causal import Tracing
 
     many = {"--facts": facts, "--limit": limit}
     if layers:
@@ -104,8 +104,8 @@ def _say_layers(lm: LM, as_json: bool) -> None:
 def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) -> None:
     from reknow.datasets import load_facts
     from reknow.files.outputs import mark_folder
-    from reknow.locate import embedding_spread, trace_prompt
     from reknow.report.trace_plots import save_figure, trace_figure
+    from reknow.tracing.causal import embedding_spread, trace_prompt
 
     assert edit.subject is not None
     found = trace_prompt(lm, edit.prompt, edit.subject, embedding_spread(lm, load_facts("known_1000")), settings)
@@ -125,8 +125,8 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
 def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, force: bool, as_json: bool) -> None:
     from reknow.datasets import load_facts
     from reknow.files.atomic import append_line
-    from reknow.locate import average, embedding_spread, known_facts, trace_prompt
     from reknow.report.trace_plots import average_figure, effect_bars, save_figure
+    from reknow.tracing.causal import average, embedding_spread, known_facts, trace_prompt
 
     facts = load_facts(name, limit=limit)
     header = {"model": lm.fingerprint.digest, "facts": name, "settings": json.loads(json.dumps(asdict(settings)))}
@@ -159,7 +159,7 @@ def _read(path: Path, header: dict, force: bool) -> list[Trace]:
     """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped."""
     from reknow.files.atomic import write_text
     from reknow.files.schema import Broken, content, parsed, reason
-    from reknow.locate import StoredTrace
+    from reknow.tracing.causal import StoredTrace
 
     def refusal(number: int, error: Exception) -> InputError:
         return InputError(
@@ -188,7 +188,7 @@ def _read(path: Path, header: dict, force: bool) -> list[Trace]:
 
 
 def _say_average(effects: AverageEffects, asked: int, pictures: list[Path], as_json: bool) -> None:
-    from reknow.locate import TOKEN_CLASSES
+    from reknow.tracing.causal import TOKEN_CLASSES
 
     if as_json:
         tables = {kind: table.tolist() for kind, table in effects.effects.items()}

@@ -24,12 +24,12 @@ from torch import Tensor
 from reknow.checks.bounds import Number, Share, Weight
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
-from reknow.locate import LONGEST_ANSWER, UNFINISHED
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.exact import exact
 from reknow.model.replay import Suffix
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Delta, LowRank, Patch, merge
+from reknow.tracing.causal import LONGEST_ANSWER, UNFINISHED
 
 if TYPE_CHECKING:
     from reknow.lm import LM

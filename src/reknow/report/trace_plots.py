@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from reknow.files.atomic import write_aside
-from reknow.locate import TOKEN_CLASSES, AverageEffects, Trace
-from reknow.restoration import Kind
+from reknow.tracing.causal import TOKEN_CLASSES, AverageEffects, Trace
+from reknow.tracing.restoration import Kind
 
 COLORS: dict[Kind, tuple[str, str]] = {
     "hidden": ("Purples", "#7261ab"),

@@ -35,8 +35,8 @@ from reknow.model.exclusive import door
 from reknow.model.generation import decoded
 from reknow.model.parts import embedding
 from reknow.model.tokens import Row, Text
-from reknow.restoration import Kind, Prompt, restorations
 from reknow.texts.templates import filled, sections
+from reknow.tracing.restoration import Kind, Prompt, restorations
 
 if TYPE_CHECKING:
     from reknow.lm import LM
