@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 from reknow import LM, Edit
+from reknow.editing.covariance import covariance
 from reknow.edits import Case
 from reknow.evaluation.reading import SAMPLED_TOKENS
 from reknow.model.parts import Conv1D
 from reknow.patching.patches import Dense, Patch
-from reknow.stats import covariance
 from speed_work import now
 
 UNUSED = ("datasets", "nltk", "openai", "sklearn.metrics", "regex", "scipy", "matplotlib.style")

@@ -6,8 +6,8 @@ from statistics import fmean
 from unittest.mock import patch as replaced
 
 from reknow import LM, Case
+from reknow.editing.values import find_values
 from reknow.methods import alphaedit, emmet, memit, pmet
-from reknow.values import find_values
 
 KINDS = ("reliability", "generalization", "locality")
 

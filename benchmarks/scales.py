@@ -14,8 +14,8 @@ import torch
 
 from exam import Exam, one_search
 from reknow import LM, load_cases, method
+from reknow.editing.layers import suggest_layer
 from reknow.effect import known_cases
-from reknow.layers import suggest_layer
 
 SETTINGS = [
     ("memit", "default", {}),

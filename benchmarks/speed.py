@@ -32,16 +32,16 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
-from reknow.descent import sample
+from reknow.editing.descent import sample
+from reknow.editing.layers import band
+from reknow.editing.search import SearchSettings
+from reknow.editing.values import contexts
 from reknow.edits import Case
 from reknow.effect import known_cases
 from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.reading import read
-from reknow.layers import band
-from reknow.methods.search import SearchSettings
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
-from reknow.values import contexts
 from speed_reading import evaluation
 from speed_report import report
 from speed_work import matmul_rate, phases, timed, total_flops
@@ -192,9 +192,9 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -> float:
     """The λ that the scale-free stiffness amounts to in the first layer, since EasyEdit takes a number."""
-    from reknow.keys import Subjects
-    from reknow.solvers import whitening
-    from reknow.stats import covariance
+    from reknow.editing.covariance import covariance
+    from reknow.editing.keys import Subjects
+    from reknow.editing.solvers import whitening
 
     keys = Subjects(lm, [case.edit for case in cases], [""]).keys(layer)
     white = keys @ whitening(covariance(lm, layer, tokens=method.covariance_tokens))

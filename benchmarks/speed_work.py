@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 PHASES = {
     "lower blocks, left columns": [("reknow.model.replay", "Suffix.__init__")],
-    "search of δ": [("reknow.values", "_descend")],
-    "keys and states": [("reknow.keys", "Subjects.keys"), ("reknow.keys", "Subjects.states")],
+    "search of δ": [("reknow.editing.values", "_descend")],
+    "keys and states": [("reknow.editing.keys", "Subjects.keys"), ("reknow.editing.keys", "Subjects.states")],
     "least squares": [
         ("reknow.methods.memit", "least_squares"),
         ("reknow.methods.memit", "outer"),

@@ -17,9 +17,9 @@ torch.set_num_threads(1)
 
 from families import tiny_model, tiny_tokenizer  # noqa: E402
 from reknow import LM, Edit, Patch  # noqa: E402
+from reknow.editing.values import ValueSearch  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402
 from reknow.patching.patches import Dense, LowRank  # noqa: E402
-from reknow.values import ValueSearch  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")

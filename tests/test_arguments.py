@@ -10,13 +10,13 @@ from conftest import make_lm, some_patch
 from reknow import LM, Case, Edit, Patch, Probe, ReknowError, diff, evaluate, load_cases, load_edits, merge, method
 from reknow.checks.arguments import typed
 from reknow.datasets import load_facts
+from reknow.editing.covariance import covariance, statistics
+from reknow.editing.layers import suggest_layer
 from reknow.effect import control_facts, known_cases, observe
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
 from reknow.export.checkpoint import export_checkpoint, export_lora
-from reknow.layers import suggest_layer
 from reknow.patching.stack import save_stack
-from reknow.stats import covariance, statistics
 from reknow.tracing.causal import Tracing, average, embedding_spread, known_facts, trace_facts, trace_prompt
 
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Rome")

@@ -14,14 +14,14 @@ from typer.testing import CliRunner
 from conftest import make_lm
 from reknow.cli.app import app
 from reknow.cost import estimate
+from reknow.editing.covariance import covariance, statistics
+from reknow.editing.triangle import ROWS, Triangle, block_shapes, kept_bytes
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.cache import bound, cache_folder, clear_kept, kept, make_room
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.memit import MEMIT
 from reknow.methods.rome import ROME
-from reknow.stats import covariance, statistics
-from reknow.triangle import ROWS, Triangle, block_shapes, kept_bytes
 
 TEXTS = ["The capital of Peru is Lima .", "Paris is in France .", "Beats Music is owned by Apple . " * 9]
 

@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reknow
+from reknow.editing.solvers import _columns, outer, rank_one
+from reknow.editing.triangle import Triangle
 from reknow.methods.calinet import own_keys
 from reknow.model.exact import exact, exact_device
 from reknow.patching.patches import Dense, LowRank, summed, total
-from reknow.solvers import _columns, outer, rank_one
-from reknow.triangle import Triangle
 
 SOURCE = Path(reknow.__file__).parent
 

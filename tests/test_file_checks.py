@@ -21,6 +21,7 @@ from reknow import FT, LM, METHODS, Case, Edit, Patch, Probe, method
 from reknow.cli import app
 from reknow.cli.terminal import say_json
 from reknow.datasets import load_cases, load_edits
+from reknow.editing.covariance import statistics
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.schema import Broken
@@ -30,7 +31,6 @@ from reknow.llm import _read as read_contexts
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.peft_folder import WEIGHTS, base_of
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
-from reknow.stats import statistics
 
 FILES = Path(__file__).parent / "golden" / "files"
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris")

@@ -15,14 +15,14 @@ from conftest import make_lm, some_patch
 from families import TEXT
 from reknow import LM
 from reknow.cli import tracing
+from reknow.editing.covariance import statistics
+from reknow.editing.layers import depth_layer, suggest_layer
 from reknow.errors import InputError
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.files.atomic import append_line
 from reknow.files.rows import Rows
-from reknow.layers import depth_layer, suggest_layer
 from reknow.methods import method
 from reknow.patching.stack import read_stack, save_stack
-from reknow.stats import statistics
 from reknow.tracing.causal import Tracing
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="limits are set the Unix way")

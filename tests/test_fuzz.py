@@ -34,17 +34,17 @@ from reknow.cli.tracing import _read as read_traces
 from reknow.datasets import DATASETS, FACTS, load_edits, load_facts
 from reknow.datasets.families import load_card, load_families, save_families
 from reknow.datasets.text import sample_text, text_source
+from reknow.editing.covariance import statistics
+from reknow.editing.layers import _read as read_layers
 from reknow.errors import ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.tensors import write_tensors
-from reknow.layers import _read as read_layers
 from reknow.learning.editors import Editor
 from reknow.llm import _read as read_contexts
 from reknow.methods.base import Method
 from reknow.patching.peft_folder import REST, WEIGHTS, base_of
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 from reknow.report import tables
-from reknow.stats import statistics
 from reknow.tracing.causal import Tracing, trace_prompt
 
 pytestmark = pytest.mark.slow

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from conftest import authors_search
 from reknow import FT, LM, ROME, Edit
-from reknow.solvers import cholesky, rank_one, solve
-from reknow.stats import covariance
-from reknow.values import find_values
+from reknow.editing.covariance import covariance
+from reknow.editing.solvers import cholesky, rank_one, solve
+from reknow.editing.values import find_values
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
-from reknow.descent import Scored, predicted
+from reknow.editing.descent import Scored, predicted
 from reknow.learning.editors import Editor, case_keys
 from reknow.learning.gradients import changed, flat_factors
 from reknow.learning.transform import GradientNetwork

@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 from reknow import LM, Edit
-from reknow.keys import Subjects
+from reknow.editing.keys import Subjects
+from reknow.editing.solvers import null_space
+from reknow.editing.values import ValueSearch, find_values
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN, attributions
 from reknow.methods.memit import MEMIT
 from reknow.methods.pmet import PMET
-from reknow.solvers import null_space
-from reknow.values import ValueSearch, find_values
 from test_golden import GOLDEN, close
 
 HEAD = json.loads((GOLDEN / "mass.json").read_text())
@@ -40,7 +40,7 @@ def recorded_covariance(monkeypatch):
     def covariance(lm, layer, **_):
         return TENSORS[f"covariance/{'llama_' if 'llama' in lm.name else ''}layer_{layer}"]
 
-    monkeypatch.setattr("reknow.methods.search.covariance", covariance)
+    monkeypatch.setattr("reknow.editing.search.covariance", covariance)
 
 
 def built(case):

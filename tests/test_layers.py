@@ -12,10 +12,11 @@ import torch
 from transformers import AutoConfig
 
 from conftest import make_lm
-from reknow import FT, LM, ROME, Edit, layers
+from reknow import FT, LM, ROME, Edit
 from reknow.datasets import Fact, load_facts
-from reknow.errors import InputError
-from reknow.layers import (
+from reknow.editing import layers
+from reknow.editing.covariance import cache_folder
+from reknow.editing.layers import (
     Trial,
     band,
     best,
@@ -27,8 +28,8 @@ from reknow.layers import (
     trial_settings,
     try_layers,
 )
+from reknow.errors import InputError
 from reknow.lm import Score
-from reknow.stats import cache_folder
 
 WORDINGS = ("{} was born in", "The birthplace of {} is")
 

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 from conftest import make_lm, some_patch
 from learned import SETTINGS, TRAINING, some_cases
 from reknow import FT, Case, Edit, Patch, Probe, method
+from reknow.editing.layers import FILE, suggest_layer
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Results, bench
 from reknow.files.atomic import write_text
 from reknow.files.locks import writing
 from reknow.files.rows import BEFORE_FILE, MANIFEST_FILE, ROWS_FILE
-from reknow.layers import FILE, suggest_layer
 from reknow.learning.loop import LOG_FILE
 from reknow.patching.stack import read_stack, save_stack
 
@@ -419,7 +419,7 @@ def test_layers_that_are_chosen_at_once_are_all_kept(tmp_path):
 
 
 def count(cache: Path) -> list[str]:
-    from reknow.stats import statistics
+    from reknow.editing.covariance import statistics
 
     os.environ["REKNOW_CACHE"] = str(cache)
     found = statistics(make_lm("gpt2"), [0, 1], tokens=2_000)

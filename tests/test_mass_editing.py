@@ -7,20 +7,21 @@ import torch
 
 from conftest import make_lm
 from families import CORE_FAMILIES
-from reknow import LM, load_cases, values
-from reknow import facts as batches_of_facts
+from reknow import LM, load_cases
+from reknow.editing import search, values
+from reknow.editing import value_batch as batches_of_facts
+from reknow.editing.covariance import covariance
+from reknow.editing.keys import Subjects
+from reknow.editing.values import ValueSearch, find_values
 from reknow.edits import Edit
 from reknow.errors import EditFailed, InputError
-from reknow.keys import Subjects
-from reknow.methods import method, search
+from reknow.methods import method
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN
 from reknow.methods.memit import MEMIT
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Patch
-from reknow.stats import covariance
-from reknow.values import ValueSearch, find_values
 
 EDITS = [
     Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", target_true="French"),
@@ -244,8 +245,8 @@ def test_alphaedit_knows_the_keys_of_applied_patches_only(gpt2):
 
 
 def test_alphaedit_moves_only_the_weakest_directions(gpt2):
-    from reknow.solvers import null_space
-    from reknow.stats import covariance
+    from reknow.editing.covariance import covariance
+    from reknow.editing.solvers import null_space
 
     patch = AlphaEdit(layers=(0,), null_share=0.1, **FAST).edit(gpt2, EDITS)
     basis = null_space(covariance(gpt2, 0, tokens=1000), 0.1)

@@ -12,8 +12,8 @@ from torch import nn
 from conftest import make_lm
 from reknow import DEFER, LM, MELO, CaliNet, Edit
 from reknow.datasets import load_facts
+from reknow.editing.keys import prompt_states, spread
 from reknow.errors import InputError
-from reknow.keys import prompt_states, spread
 from reknow.methods.calinet import Slots, assessment, other_inputs, together
 from reknow.methods.defer import Gate
 from reknow.methods.melo import Clusters

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 
 from conftest import authors_search, make_lm
 from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit
-from reknow.keys import Subjects
+from reknow.editing.keys import Subjects
+from reknow.editing.sinks import NEUTRAL, contexts_of, first_token_is_sink
+from reknow.editing.solvers import rank_one
+from reknow.editing.values import ValueSearch, find_values
 from reknow.model.tokens import Row, Text
-from reknow.sinks import NEUTRAL, contexts_of, first_token_is_sink
-from reknow.solvers import rank_one
-from reknow.values import ValueSearch, find_values
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "rome_sites.json").read_text())["cases"]

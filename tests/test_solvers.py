@@ -7,8 +7,8 @@ from itertools import accumulate
 import pytest
 import torch
 
+from reknow.editing.solvers import cholesky, least_squares, null_space, outer, rank_one, solve, whitening
 from reknow.errors import EditFailed, InputError
-from reknow.solvers import cholesky, least_squares, null_space, outer, rank_one, solve, whitening
 
 IN, OUT = 12, 5
 

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import reknow.stats
+import reknow.editing.covariance
 from conftest import make_lm, some_patch
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, Edit, method
+from reknow.editing.covariance import _batches, cache_folder, covariance, statistics
+from reknow.editing.solvers import cholesky, solve
 from reknow.errors import EditFailed, InputError
 from reknow.model.tokens import Text
-from reknow.solvers import cholesky, solve
-from reknow.stats import _batches, cache_folder, covariance, statistics
 
 TEXTS = [
     "The capital of Peru is Lima .",
@@ -90,8 +90,8 @@ def test_it_is_the_base_s_whatever_is_applied():
 
 def test_it_is_made_once_per_everything_it_depends_on(monkeypatch, caplog):
     made = []
-    own = reknow.stats._sums
-    monkeypatch.setattr(reknow.stats, "_sums", lambda *args: made.append(1) or own(*args))
+    own = reknow.editing.covariance._sums
+    monkeypatch.setattr(reknow.editing.covariance, "_sums", lambda *args: made.append(1) or own(*args))
     lm = make_lm("llama")
     first = covariance(lm, 1, text=TEXTS)
     assert torch.equal(covariance(make_lm("llama"), 1, text=TEXTS), first) and len(made) == 1
@@ -135,19 +135,19 @@ def test_several_layers_are_read_in_one_pass(monkeypatch):
 
 KILLED = """
 import os, signal, sys
-import reknow.stats
+import reknow.editing.covariance
 from conftest import make_lm
 from test_stats import LONG
-reknow.stats.SAVE_SECONDS = 0.0
-own, seen = reknow.stats._save, []
+reknow.editing.covariance.SAVE_SECONDS = 0.0
+own, seen = reknow.editing.covariance._save, []
 def save(tensors, file, about):
     own(tensors, file, about)
     if file.name.startswith("sums"):
         seen.append(file)
     if len(seen) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-reknow.stats._save = save
-reknow.stats.statistics(make_lm("gpt2"), [0, 2], text=LONG)
+reknow.editing.covariance._save = save
+reknow.editing.covariance.statistics(make_lm("gpt2"), [0, 2], text=LONG)
 """
 
 
@@ -179,14 +179,14 @@ def test_a_broken_running_sum_is_not_used(caplog):
     monkey = whole.file.with_name("sums-0.safetensors")
     monkey.write_bytes(b"torn")
     with caplog.at_level(logging.WARNING):
-        totals, count, following = reknow.stats._resumed(monkey, {"a": 4})
+        totals, count, following = reknow.editing.covariance._resumed(monkey, {"a": 4})
     assert (totals, count, following) == ({}, 0, 0) and "broken" in caplog.text
 
 
 SHARED = """
 from accelerate import PartialState
 from conftest import make_lm
-from reknow.stats import statistics
+from reknow.editing.covariance import statistics
 from test_stats import LONG
 state = PartialState(cpu=True)
 assert state.num_processes == 2

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from conftest import make_lm, saved
 from reknow import Edit, Patch, method, progress
 from reknow.cli import app
+from reknow.editing.covariance import statistics
 from reknow.effect import Observation, collapsed
 from reknow.errors import InputError
 from reknow.methods import METHODS
 from reknow.methods.base import checked
 from reknow.progress import progress_line, stage, told, watched
-from reknow.stats import statistics
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]

@@ -10,10 +10,10 @@ from tokenizers import decoders
 from families import tiny_model, tiny_tokenizer
 from reknow import FT, IKE, LM, ROME, Case, Edit, Patch, Probe
 from reknow.datasets.edits_file import load_edits
+from reknow.editing.value_batch import encode_facts
 from reknow.edits import as_json
 from reknow.errors import InputError
 from reknow.evaluation.reading import read
-from reknow.facts import encode_facts
 from reknow.model.tokens import Text, encode
 from reknow.texts.writing import between, full_stop, joined
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from reknow.editing.layers import band, papers_layers, remembered_layer, resolve_layers
+from reknow.editing.triangle import kept_bytes
 from reknow.edits import Edit
-from reknow.layers import band, papers_layers, remembered_layer, resolve_layers
 from reknow.model.parts import embedding, shape
 from reknow.model.tokens import Text
-from reknow.triangle import kept_bytes
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -50,8 +50,8 @@ def stats(
     """
     from accelerate import PartialState
 
+    from reknow.editing.covariance import statistics
     from reknow.progress import progress_line
-    from reknow.stats import statistics
 
     state = PartialState(cpu=device == "cpu")
     if state.num_processes > 1 and device is None:
@@ -74,7 +74,7 @@ def stats(
 
 
 def _layers(lm: LM, wanted: str) -> list[int]:
-    from reknow.layers import resolve_layers
+    from reknow.editing.layers import resolve_layers
 
     if wanted in ("auto", "all"):
         return resolve_layers(lm, None) if wanted == "auto" else list(range(lm.layers))

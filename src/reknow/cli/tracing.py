@@ -87,7 +87,7 @@ def trace(
 
 
 def _say_layers(lm: LM, as_json: bool) -> None:
-    from reknow.layers import best, suggest_layer, try_layers
+    from reknow.editing.layers import best, suggest_layer, try_layers
     from reknow.progress import progress_line
 
     with progress_line("trace"):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from reknow.descent import Scored, predicted
+from reknow.editing.descent import Scored, predicted
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import TextRefused
 from reknow.evaluation.convsent import OTHER_TOPIC

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from reknow.descent import Scored, check_finite, predicted
+from reknow.editing.descent import Scored, check_finite, predicted
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, first, hooked
 from reknow.model.tokens import Row, batches

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Share, Weight
+from reknow.editing.keys import Subjects
+from reknow.editing.layers import resolve_layers
+from reknow.editing.search import SearchSettings
+from reknow.editing.solvers import least_squares, null_space, outer
+from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
-from reknow.keys import Subjects
-from reknow.layers import resolve_layers
 from reknow.methods.base import checked, weights_patch
-from reknow.methods.search import SearchSettings
 from reknow.model.exact import exact
 from reknow.patching.kept import Kept
 from reknow.patching.patches import Delta, Patch
-from reknow.solvers import least_squares, null_space, outer
-from reknow.values import Values, find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -16,9 +16,9 @@ from torch import Tensor
 import reknow
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import Name, check
+from reknow.editing.layers import depth_layer
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, EditRefused, InputError
-from reknow.layers import depth_layer
 from reknow.model.exclusive import exclusively
 from reknow.patching.kept import Kept
 from reknow.patching.memory import versions

@@ -34,11 +34,11 @@ from transformers.activations import ACT2FN
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.datasets import load_facts
-from reknow.descent import Answers, descend
+from reknow.editing.descent import Answers, descend
+from reknow.editing.keys import prompt_inputs, prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
-from reknow.keys import prompt_inputs, prompt_states
 from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
 from reknow.model.exact import exact
 from reknow.model.tokens import Text

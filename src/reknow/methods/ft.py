@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
-from reknow.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted
+from reknow.editing.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted
+from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
-from reknow.layers import resolve_layer, resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.hooks import fused_gelu
 from reknow.model.tokens import Row, Text

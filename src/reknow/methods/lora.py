@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
-from reknow.descent import check_finite
+from reknow.editing.descent import check_finite
+from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError
-from reknow.layers import resolve_layers
 from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.exclusive import undone
 from reknow.model.hooks import swapped, weight_replaced

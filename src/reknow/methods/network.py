@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from reknow.checks.bounds import Natural, Number, Rank, Rate, Seed, Weight
+from reknow.editing.layers import resolve_layers
 from reknow.edits import Case
 from reknow.errors import InputError
-from reknow.layers import resolve_layers
 from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.lessons import Exam, Lesson, MeanOver, StayAt, lessons
 from reknow.learning.training import Training

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Number, Share, Weight
+from reknow.editing.layers import resolve_layers
+from reknow.editing.values import find_values
 from reknow.edits import Edit
-from reknow.layers import resolve_layers
 from reknow.methods.base import checked
 from reknow.methods.memit import Band
 from reknow.patching.patches import Patch
-from reknow.values import find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM

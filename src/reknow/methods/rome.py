@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Natural, Number, Weight
+from reknow.editing.layers import resolve_layer
+from reknow.editing.search import SearchSettings
+from reknow.editing.solvers import cholesky, rank_one, solve
+from reknow.editing.values import find_values
 from reknow.edits import Edit
-from reknow.layers import resolve_layer
 from reknow.methods.base import checked, weights_patch
-from reknow.methods.search import SearchSettings
 from reknow.model.exact import exact
 from reknow.patching.patches import Patch, merge
-from reknow.solvers import cholesky, rank_one, solve
-from reknow.values import find_values
 
 if TYPE_CHECKING:
     from reknow.lm import LM

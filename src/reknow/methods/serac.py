@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Name, Number, Rank, Rate, Share
-from reknow.descent import Scored, check_finite, predicted
+from reknow.editing.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Count, Listed, Strict

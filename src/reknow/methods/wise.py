@@ -28,18 +28,18 @@ from torch import Tensor
 
 from reknow.checks.bounds import Number, Part, Rate, Seed, Weight
 from reknow.datasets import load_facts
-from reknow.descent import Answers, check_finite
+from reknow.editing.descent import Answers, check_finite
+from reknow.editing.keys import prompt_inputs
+from reknow.editing.values import contexts
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
-from reknow.keys import prompt_inputs
 from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix
 from reknow.patching.memory import Hooks, Reading, on_output
 from reknow.patching.patches import Patch
 from reknow.texts.writing import led
-from reknow.values import contexts
 
 if TYPE_CHECKING:
     from reknow.lm import LM

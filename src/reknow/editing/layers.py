@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue, ValidationError
 
 from reknow.datasets import Fact, load_facts
+from reknow.editing.published import published
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.atomic import write_text
@@ -29,7 +30,6 @@ from reknow.files.schema import Broken, Count, Listed, Strict, complaint, parsed
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
 from reknow.progress import stage
-from reknow.published import published
 from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from reknow.descent import check_finite
+from reknow.editing.descent import check_finite
+from reknow.editing.value_batch import Run, Scores, dealt, encode_facts, parts_of, room
 from reknow.edits import Edit
-from reknow.facts import Run, Scores, dealt, encode_facts, parts_of, room
 from reknow.model.hooks import fused_gelu
 from reknow.model.tokens import Row
 from reknow.progress import stage, told

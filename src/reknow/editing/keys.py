@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from reknow.datasets import load_facts
+from reknow.editing.sinks import contexts_of
 from reknow.edits import Edit
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import Row, Text
-from reknow.sinks import contexts_of
 
 if TYPE_CHECKING:
+    from reknow.editing.values import Site
     from reknow.lm import LM
-    from reknow.values import Site
 
 ALIKE = 8
 """Facts of one wording that tell how far apart such questions lie."""
@@ -31,7 +31,7 @@ SAME = 1e-3
 class Subjects:
     """The last token of the subject in the prompts of some edits, by themselves and behind other texts.
 
-    A subject that is an attention sink (`reknow.sinks`) is never read by itself.
+    A subject that is an attention sink (`reknow.editing.sinks`) is never read by itself.
 
     Args:
         contexts: texts to put before the prompt; the first must be "" (the bare prompt).

@@ -1,4 +1,4 @@
-"""Facts as padded batches that are read with an addition δ at the subject's last token; for `reknow.values`."""
+"""Facts as padded batches that are read with an addition δ at the subject's last token; for `reknow.editing.values`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from reknow.editing.sinks import contexts_of, warn_of_sink
 from reknow.edits import Edit
 from reknow.model.parts import embedding
 from reknow.model.replay import Suffix
 from reknow.model.tokens import TOKENS_PER_BATCH, Row, Text
-from reknow.sinks import contexts_of, warn_of_sink
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -46,7 +46,7 @@ def room(lm: LM) -> tuple[int, int]:
 def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[Row]]:
     """Rows of every fact: one per context, the bare prompt's first, then the essence's, up to where it is read.
 
-    A subject that is an attention sink (`reknow.sinks`) is read behind other text in all of them, with a warning.
+    A subject that is an attention sink (`reknow.editing.sinks`) is read behind other text in all of them, with a warning.
     """
     texts = []
     before, before_essence = contexts_of(lm, edits, contexts), contexts_of(lm, edits, contexts, ESSENCE)

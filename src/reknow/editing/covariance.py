@@ -30,6 +30,7 @@ from torch import Tensor
 
 from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
+from reknow.editing.triangle import Triangle, block_shapes
 from reknow.errors import EditFailed, InputError
 from reknow.files.cache import bound, cache_folder, keeping, make_room, touch
 from reknow.files.locks import writing
@@ -41,7 +42,6 @@ from reknow.model.hooks import by_row, recorded
 from reknow.model.parts import device_of, shape
 from reknow.model.tokens import Row, Text, encode
 from reknow.progress import stage
-from reknow.triangle import Triangle, block_shapes
 
 if TYPE_CHECKING:
     from reknow.lm import LM

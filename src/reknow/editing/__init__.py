@@ -1,0 +1,1 @@
+"""What methods that edit weights share: the search for v*, keys, covariances, solvers, layers."""
