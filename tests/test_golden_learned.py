@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
 from reknow.editing.descent import Scored, predicted
 from reknow.learning.editors import Editor, case_keys
+from reknow.learning.gradient_network import GradientNetwork
 from reknow.learning.gradients import changed, flat_factors
-from reknow.learning.transform import GradientNetwork
 from reknow.methods.malmen import MALMENNetwork, surrogate
 from reknow.model.tokens import Text
 from test_golden import GOLDEN, close

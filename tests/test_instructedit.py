@@ -23,10 +23,10 @@ from reknow.instructions.studies import STUDIES, TASKS, Size, as_trained, run_st
 from reknow.instructions.tables import gain
 from reknow.instructions.trial import Material
 from reknow.learning.editors import Editor
+from reknow.learning.examples import lessons
+from reknow.learning.gradient_network import new_network, transformed
 from reknow.learning.gradients import flat_factors
-from reknow.learning.lessons import lessons
 from reknow.learning.training import Training, in_turn
-from reknow.learning.transform import new_network, transformed
 from reknow.model.tokens import Text
 from test_llm import serve  # noqa: F401, a fixture
 

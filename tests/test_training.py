@@ -23,7 +23,7 @@ from reknow.cli import app
 from reknow.cost import estimate
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.learning.editors import Editor, case_keys, open_editor
-from reknow.learning.lessons import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
+from reknow.learning.examples import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
 from reknow.learning.training import Training, shuffled, split
 from reknow.methods.base import Learned
 from reknow.model.tokens import Text, even

@@ -13,8 +13,8 @@ from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.files.rows import write_json
 from reknow.instructions.studies import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases, task_families
+from reknow.learning.gradient_network import new_network
 from reknow.learning.gradients import flat_factors
-from reknow.learning.transform import new_network
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
 from reknow.model.exclusive import exclusively

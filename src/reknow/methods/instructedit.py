@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from reknow.checks.bounds import Name
 from reknow.datasets.families import Family, family_of, load_families
 from reknow.edits import Case, Edit
+from reknow.learning.gradient_network import TransformLearner, transformed
+from reknow.learning.settings import NetworkSettings
 from reknow.learning.training import Draw, Learner, Training, in_turn
-from reknow.learning.transform import TransformLearner, transformed
 from reknow.methods.base import checked, weights_patch
-from reknow.methods.network import NetworkSettings
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 

@@ -24,12 +24,12 @@ from reknow.checks.bounds import Number, Rank, Rate, Weight
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import filled
+from reknow.learning.examples import averaged, bare
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, matrices
-from reknow.learning.lessons import averaged, bare
 from reknow.learning.loop import seeded
+from reknow.learning.settings import MatrixEditor
 from reknow.learning.training import Learner, Training
 from reknow.methods.base import checked, weights_patch
-from reknow.methods.network import MatrixEditor
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch

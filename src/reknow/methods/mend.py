@@ -9,7 +9,7 @@ the network reads its factors, one input u and one output gradient δ per token,
 
 Matrices of one shape share the network; s, o and the step size α are each matrix's own. L_edit: NLL of the answer on
 the edit's prompt and on a rewording; L_loc: KL between the model before and after on other facts. The network and its
-training step are in `reknow.learning.transform`, since InstructEdit has the same.
+training step are in `reknow.learning.gradient_network`, since InstructEdit has the same.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.edits import Case, Edit
-from reknow.learning.lessons import bare
+from reknow.learning.examples import bare
+from reknow.learning.gradient_network import TransformLearner, transformed
+from reknow.learning.settings import NetworkSettings
 from reknow.learning.training import Learner, Training
-from reknow.learning.transform import TransformLearner, transformed
 from reknow.methods.base import checked, weights_patch
-from reknow.methods.network import NetworkSettings
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 

@@ -12,7 +12,7 @@ from reknow.editing.layers import resolve_layers
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.editors import open_editor, trained_settings
-from reknow.learning.lessons import Exam, Lesson, MeanOver, StayAt, lessons
+from reknow.learning.examples import Exam, Lesson, MeanOver, StayAt, lessons
 from reknow.learning.training import Training
 from reknow.methods.base import Learned
 

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from reknow.edits import Case
 from reknow.learning.editors import filled
+from reknow.learning.examples import Outcome, averaged
 from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, gradient_factors, matrices
-from reknow.learning.lessons import Outcome, averaged
 from reknow.learning.loop import seeded
 from reknow.model.tokens import Text
 from reknow.patching.patches import Delta
 
 if TYPE_CHECKING:
+    from reknow.learning.settings import NetworkSettings
     from reknow.lm import LM
-    from reknow.methods.network import NetworkSettings
 
 
 Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
