@@ -14,8 +14,8 @@ import time
 import torch
 
 from reknow import LM, SERAC, load_cases
+from reknow.memories.nearest import Nearest
 from reknow.methods.serac import Modules
-from reknow.retrieval.nearest import Nearest
 
 QUESTIONS, RELATIONS, SPREAD, DISTANCE = 200, 34, 0.7, 0.1
 

@@ -16,9 +16,9 @@ import random
 import torch
 
 from reknow import LM, SERAC, load_cases
-from reknow.retrieval.embedding import embed
-from reknow.retrieval.scope import calibration
-from reknow.retrieval.scope_training import ScopeCases
+from reknow.memories.embedding import embed
+from reknow.memories.scope import calibration
+from reknow.memories.scope_training import ScopeCases
 
 CASES, HARD, CROSSED = 200, 5, 3
 

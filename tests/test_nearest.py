@@ -7,9 +7,9 @@ import torch
 
 from conftest import make_lm, some_patch
 from reknow.errors import InputError, MissingExtra
+from reknow.memories.embedding import embed
+from reknow.memories.nearest import Nearest
 from reknow.model.tokens import Text
-from reknow.retrieval.embedding import embed
-from reknow.retrieval.nearest import Nearest
 
 TEXTS = ["I know Danielle Darrieux", "The capital of Peru is", "Who is Zoë Übel ? She is", "Lima"]
 

@@ -17,9 +17,7 @@ from reknow import LM, SERAC, Case, Edit, Patch, Probe
 from reknow.errors import InputError, PatchError
 from reknow.learning.editors import Editor
 from reknow.learning.training import Training
-from reknow.methods.serac import Modules
-from reknow.model.tokens import Text
-from reknow.retrieval.scope import (
+from reknow.memories.scope import (
     Cross,
     Embedding,
     Remembered,
@@ -28,7 +26,9 @@ from reknow.retrieval.scope import (
     scope_loss,
     token_states,
 )
-from reknow.retrieval.scope_training import ScopeCases
+from reknow.memories.scope_training import ScopeCases
+from reknow.methods.serac import Modules
+from reknow.model.tokens import Text
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "serac.json").read_text())
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]

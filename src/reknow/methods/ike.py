@@ -26,12 +26,12 @@ from reknow.edits import Case, Edit, Probe, as_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
 from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
+from reknow.memories.embedding import embed
+from reknow.memories.nearest import Nearest
 from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, Per
 from reknow.patching.patches import Kind, Patch
-from reknow.retrieval.embedding import embed
-from reknow.retrieval.nearest import Nearest
 from reknow.texts.writing import joined
 
 if TYPE_CHECKING:

@@ -30,6 +30,9 @@ from reknow.files.schema import Count, Listed, Strict
 from reknow.learning.editors import Editor, open_editor, trained_settings
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
+from reknow.memories.nearest import Nearest
+from reknow.memories.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
+from reknow.memories.scope_training import ScopeLearner
 from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch, settled
 from reknow.model.hooks import all_swapped
 from reknow.model.tokens import Text
@@ -37,9 +40,6 @@ from reknow.patching.kept import Kept
 from reknow.patching.memory import Route, versions
 from reknow.patching.patches import Kind, LowRank, Patch
 from reknow.patching.weights import beside
-from reknow.retrieval.nearest import Nearest
-from reknow.retrieval.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
-from reknow.retrieval.scope_training import ScopeLearner
 
 if TYPE_CHECKING:
     from reknow.lm import LM, Score

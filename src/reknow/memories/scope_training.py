@@ -18,10 +18,10 @@ from torch import Tensor
 
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
+from reknow.memories.embedding import embed
+from reknow.memories.nearest import Nearest
+from reknow.memories.scope import Remembered, log_in_scope, scope_loss
 from reknow.model.tokens import Text
-from reknow.retrieval.embedding import embed
-from reknow.retrieval.nearest import Nearest
-from reknow.retrieval.scope import Remembered, log_in_scope, scope_loss
 from reknow.texts.templates import sections
 
 if TYPE_CHECKING:
