@@ -24,8 +24,8 @@ from exam import KINDS, Exam, one_search
 from reknow import LM, load_cases, method
 from reknow.datasets import sample_text
 from reknow.editing.layers import suggest_layer
-from reknow.effect import known_cases
 from reknow.errors import EditFailed
+from reknow.evaluation.effect import known_cases
 from reknow.files.atomic import write_text
 
 COLOURS = {"memit": "#0072B2", "emmet": "#E69F00", "pmet": "#009E73", "alphaedit": "#CC79A7", "rome": "#D55E00"}

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 
 from exam import KINDS, Exam
 from reknow import LM, load_cases, method
-from reknow.effect import known_cases
 from reknow.errors import EditFailed
+from reknow.evaluation.effect import known_cases
 
 TUNED = 850
 """Defaults were chosen on records from this one on."""

@@ -15,7 +15,7 @@ import torch
 from exam import Exam, one_search
 from reknow import LM, load_cases, method
 from reknow.editing.layers import suggest_layer
-from reknow.effect import known_cases
+from reknow.evaluation.effect import known_cases
 
 SETTINGS = [
     ("memit", "default", {}),

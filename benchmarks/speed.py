@@ -37,7 +37,7 @@ from reknow.editing.layers import band
 from reknow.editing.search import SearchSettings
 from reknow.editing.values import contexts
 from reknow.edits import Case
-from reknow.effect import known_cases
+from reknow.evaluation.effect import known_cases
 from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.reading import read
 from reknow.model.tokens import Text

@@ -12,9 +12,9 @@ from reknow.checks.arguments import typed
 from reknow.datasets import load_facts
 from reknow.editing.covariance import covariance, statistics
 from reknow.editing.layers import suggest_layer
-from reknow.effect import control_facts, known_cases, observe
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
+from reknow.evaluation.effect import control_facts, known_cases, observe
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.patching.stack import save_stack
 from reknow.tracing.causal import Tracing, average, embedding_spread, known_facts, trace_facts, trace_prompt

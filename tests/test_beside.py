@@ -11,8 +11,8 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from conftest import bits, make_lm, same, some_patch
 from families import tiny_model, tiny_tokenizer
 from reknow import LM, Edit, method
-from reknow.effect import weight_bits
 from reknow.errors import PatchError
+from reknow.evaluation.effect import weight_bits
 from reknow.export.checkpoint import export_checkpoint, export_lora
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of", target_true="in")

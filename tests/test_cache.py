@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from conftest import make_lm
 from reknow.cli.app import app
-from reknow.cost import estimate
 from reknow.editing.covariance import covariance, statistics
 from reknow.editing.triangle import ROWS, Triangle, block_shapes, kept_bytes
 from reknow.edits import Edit
 from reknow.errors import InputError
+from reknow.evaluation.cost import estimate
 from reknow.files.cache import bound, cache_folder, clear_kept, kept, make_room
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.memit import MEMIT

@@ -13,10 +13,10 @@ from learned import SETTINGS, TRAINING, some_cases
 from reknow import FT, GRACE, IKE, KN, ROME, Case, Edit, Probe, method
 from reknow.cli import app
 from reknow.datasets import load_cases
-from reknow.effect import known_cases
 from reknow.errors import EditFailed, EditRefused, InputError, TextRefused
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.editing import edit_once
+from reknow.evaluation.effect import known_cases
 from reknow.learning.editors import Editor, case_keys
 from reknow.model.tokens import Text
 from reknow.report.page import write_report

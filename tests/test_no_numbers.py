@@ -12,8 +12,8 @@ from conftest import make_lm, some_patch
 from families import tiny_model, tiny_tokenizer
 from reknow import LM, Case, Edit, Probe, evaluate, method
 from reknow.cli import app
-from reknow.effect import observe
 from reknow.errors import EditFailed, InputError, ModelError
+from reknow.evaluation.effect import observe
 from reknow.evaluation.metrics import unchanged
 from reknow.model.scoring import NOTHING
 from reknow.patching.patches import LowRank, Patch

@@ -13,7 +13,7 @@ from conftest import make_lm
 from families import tiny_model, tiny_tokenizer
 from reknow import FT, LM, Edit
 from reknow.cli.app import app
-from reknow.effect import observe
+from reknow.evaluation.effect import observe
 from reknow.methods.kn import _said
 from reknow.model.tokens import Text
 from reknow.tracing.causal import Tracing, said_first, trace_prompt

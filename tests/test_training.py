@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from conftest import bits, make_lm, same
 from reknow import KE, LM, MEND, Case, Edit, Patch, Probe, evaluate
 from reknow.cli import app
-from reknow.cost import estimate
 from reknow.errors import EditFailed, InputError, MissingExtra
+from reknow.evaluation.cost import estimate
 from reknow.learning.editors import Editor, case_keys, open_editor
 from reknow.learning.examples import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
 from reknow.learning.training import Training, shuffled, split

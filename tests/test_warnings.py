@@ -14,8 +14,8 @@ from conftest import make_lm, saved
 from reknow import Edit, Patch, method, progress
 from reknow.cli import app
 from reknow.editing.covariance import statistics
-from reknow.effect import Observation, collapsed
 from reknow.errors import InputError
+from reknow.evaluation.effect import Observation, collapsed
 from reknow.methods import METHODS
 from reknow.methods.base import checked
 from reknow.progress import progress_line, stage, told, watched

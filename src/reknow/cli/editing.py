@@ -34,10 +34,10 @@ from reknow.errors import EditFailed, InputError, did_you_mean
 from reknow.files.locks import writing
 
 if TYPE_CHECKING:
-    from reknow.cost import Cost
     from reknow.datasets import Fact
     from reknow.edits import Edit
-    from reknow.effect import Observation
+    from reknow.evaluation.cost import Cost
+    from reknow.evaluation.effect import Observation
     from reknow.lm import LM
     from reknow.methods.base import Method
     from reknow.patching.patches import Patch
@@ -84,7 +84,7 @@ def edit(
     edits = _edits(prompt, target, subject, true, file, encoding, separator)
     out = out or Path(_slug(edits) + ".patch")
     from reknow.cli.settings import chosen_method, each_once
-    from reknow.cost import estimate
+    from reknow.evaluation.cost import estimate
     from reknow.methods.base import checked
 
     chosen = chosen_method(method, each_once(settings), layer=layer)
@@ -152,8 +152,8 @@ def _slug(edits: list[Edit]) -> str:
 def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_json: bool) -> None:
     """Makes the edits, shows what they changed, and writes the patch; `stack` is what to apply it to."""
     from reknow.cli.stacks import say_replaced
-    from reknow.cost import estimate
-    from reknow.effect import control_facts, observe, weight_bits
+    from reknow.evaluation.cost import estimate
+    from reknow.evaluation.effect import control_facts, observe, weight_bits
     from reknow.progress import progress_line
 
     bits = weight_bits(lm.model)
@@ -187,7 +187,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
 
 def _harm(before: Observation, after: Observation, out: Path) -> list[str]:
     """What of the model the edit broke, said as a warning before the patch is written."""
-    from reknow.effect import collapsed
+    from reknow.evaluation.effect import collapsed
 
     found = collapsed(before, after)
     if found:

@@ -220,7 +220,7 @@ def _sets(
 
 
 def _known(lm: LM, cases: list[Case]) -> list[Case]:
-    from reknow.effect import known_cases
+    from reknow.evaluation.effect import known_cases
 
     found = known_cases(lm, cases)
     if not found:
