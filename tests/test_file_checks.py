@@ -26,8 +26,8 @@ from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.schema import Broken
 from reknow.files.tensors import read_tensors, write_tensors
+from reknow.instructions.llm import _read as read_contexts
 from reknow.learning.editors import Editor
-from reknow.llm import _read as read_contexts
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.peft_folder import WEIGHTS, base_of
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack

@@ -39,8 +39,8 @@ from reknow.editing.layers import _read as read_layers
 from reknow.errors import ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.tensors import write_tensors
+from reknow.instructions.llm import _read as read_contexts
 from reknow.learning.editors import Editor
-from reknow.llm import _read as read_contexts
 from reknow.methods.base import Method
 from reknow.patching.peft_folder import REST, WEIGHTS, base_of
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack

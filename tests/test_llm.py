@@ -12,7 +12,7 @@ import pytest
 
 from reknow import Edit
 from reknow.errors import InputError, MissingExtra
-from reknow.llm import LLM, NoAnswer, statements, with_contexts
+from reknow.instructions.llm import LLM, NoAnswer, statements, with_contexts
 
 pytest.importorskip("openai")
 

@@ -66,8 +66,8 @@ def instruct(
     """
     from reknow.files.outputs import mark_folder
     from reknow.instructions import Rewriter, Search, Trial, Writer, load_families, save_families, search
+    from reknow.instructions.llm import LLM
     from reknow.instructions.trial import Material
-    from reknow.llm import LLM
 
     if editor is not None:
         refuse_beside("a trained --editor", {"--trial-steps": trial_steps})

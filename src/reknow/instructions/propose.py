@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Protocol
 
 from reknow.datasets.families import Family, Instruction
-from reknow.llm import LLM
+from reknow.instructions.llm import LLM
 
 WORDS = range(4, 41)
 """How long an instruction may be."""

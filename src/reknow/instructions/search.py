@@ -19,8 +19,8 @@ from reknow.datasets.families import Family, Instruction
 from reknow.errors import InputError
 from reknow.files.locks import writing
 from reknow.files.rows import Rows, open_manifest
+from reknow.instructions.llm import NoAnswer
 from reknow.instructions.propose import Proposer, usable
-from reknow.llm import NoAnswer
 
 log = logging.getLogger(__name__)
 
