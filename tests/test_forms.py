@@ -13,8 +13,8 @@ from reknow import FT, ROME, Case, Edit, Probe
 from reknow.datasets import DATASETS, address, load_cases, load_edits
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench, evaluate
-from reknow.evaluation.presets import agreeing
 from reknow.files.rows import cases_digest
+from reknow.studies.presets import agreeing
 
 COUNTERFACT = {
     "case_id": 3,

@@ -14,11 +14,11 @@ from reknow import FT, ICE, LM, Patch, method
 from reknow.cli.measuring import _methods
 from reknow.editing.descent import Matrices, Pace, Scored, predicted, sample
 from reknow.errors import EditFailed, InputError
-from reknow.evaluation.presets import PRESETS
 from reknow.methods import ice
 from reknow.methods.ice import consistency, divergence, informed, likeliest
 from reknow.model.hooks import weight_replaced
 from reknow.model.tokens import Row, Text
+from reknow.studies.presets import PRESETS
 
 FAST = dict(layers=(1, 2), learning_rate=0.03, steps=12, clamp=None)
 

@@ -17,10 +17,6 @@ from reknow import LM, Case, Edit, InstructEdit, Patch, Probe
 from reknow.cli import app
 from reknow.errors import InputError
 from reknow.instructions import load_families
-from reknow.instructions.domains import domain_cases, domain_study
-from reknow.instructions.gradients import gradient_study
-from reknow.instructions.studies import STUDIES, TASKS, Size, as_trained, run_study
-from reknow.instructions.tables import gain
 from reknow.instructions.trial import Material
 from reknow.learning.editors import Editor
 from reknow.learning.examples import lessons
@@ -28,6 +24,10 @@ from reknow.learning.gradient_network import new_network, transformed
 from reknow.learning.gradients import flat_factors
 from reknow.learning.training import Training, in_turn
 from reknow.model.tokens import Text
+from reknow.studies.domains import domain_cases, domain_study
+from reknow.studies.gradients import gradient_study
+from reknow.studies.instructedit import STUDIES, TASKS, Size, as_trained, run_study
+from reknow.studies.tables import gain
 from test_llm import serve  # noqa: F401, a fixture
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")

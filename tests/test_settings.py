@@ -19,8 +19,8 @@ from reknow.cli.settings import chosen_method, read_value
 from reknow.errors import InputError
 from reknow.evaluation.runner import Plan
 from reknow.instructions.search import Search
-from reknow.instructions.studies import Size
 from reknow.learning.training import Training
+from reknow.studies.instructedit import Size
 from reknow.tracing.causal import Tracing
 
 

@@ -13,10 +13,10 @@ from reknow.cli.measuring import _methods, _ready, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
-from reknow.evaluation.convergence import SHOWN, TARGETS, TEMPERATURES, inside
-from reknow.evaluation.presets import PRESETS, agreeing, in_turn, thinned
 from reknow.methods.ice import consistency
-from reknow.report.study import by_set, write_study
+from reknow.studies.ice import SHOWN, TARGETS, TEMPERATURES, inside
+from reknow.studies.page import by_set, write_study
+from reknow.studies.presets import PRESETS, agreeing, in_turn, thinned
 
 
 @pytest.mark.parametrize("name", PRESETS)

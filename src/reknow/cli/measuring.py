@@ -35,9 +35,9 @@ from reknow.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from reknow.edits import Case
     from reknow.evaluation import Plan
-    from reknow.evaluation.presets import Preset
     from reknow.lm import LM
     from reknow.methods.base import Method
+    from reknow.studies.presets import Preset
 
 LIMIT = 20
 
@@ -89,8 +89,8 @@ def bench(
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.cli.settings import each_once
     from reknow.evaluation import bench as run
-    from reknow.evaluation.convergence import inside
-    from reknow.evaluation.presets import PRESETS
+    from reknow.studies.ice import inside
+    from reknow.studies.presets import PRESETS
 
     if out is not None:
         out = run_place(out, "bench", model)[""]
@@ -130,7 +130,7 @@ def bench(
 
 def _study(preset: str | None, full: bool, data: str | None, limit: int | None) -> Preset:
     """The preset, or ROME beside FT-M; `data` and `limit` where they are given."""
-    from reknow.evaluation.presets import PRESETS, Preset
+    from reknow.studies.presets import PRESETS, Preset
 
     if preset is not None and preset not in PRESETS:
         raise did_you_mean("preset", preset, PRESETS)
@@ -197,7 +197,7 @@ def _sets(
     """Name of each run → its cases; only those that the model `knowing` knows, if there is one; and only those that
     agree where several make one patch. `refused` takes name of a set → its records that could not be read."""
     from reknow.datasets import address, load_cases
-    from reknow.evaluation.presets import agreeing, in_turn, thinned
+    from reknow.studies.presets import agreeing, in_turn, thinned
 
     sets = {}
     for source in study.data.split(","):
@@ -256,12 +256,12 @@ def report(
 ) -> None:
     """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
     from reknow.evaluation import Results
-    from reknow.evaluation.convergence import ROWS_FILE
     from reknow.files.outputs import mark_folder
     from reknow.files.rows import MANIFEST_FILE
     from reknow.report import write_report
-    from reknow.report.convergence import write_convergence
-    from reknow.report.study import by_set, write_study
+    from reknow.studies.ice import ROWS_FILE
+    from reknow.studies.ice_page import write_convergence
+    from reknow.studies.page import by_set, write_study
 
     out = None if out is None else report_place(run, out)
     inside = (run / ROWS_FILE).exists()

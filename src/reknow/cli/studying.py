@@ -50,9 +50,9 @@ def study(
 
     reknow study tasks          reknow study gradients
     """
-    from reknow.instructions.domains import QUESTION, domain_study
-    from reknow.instructions.gradients import gradient_study
-    from reknow.instructions.studies import STUDIES, Size, run_study
+    from reknow.studies.domains import QUESTION, domain_study
+    from reknow.studies.gradients import gradient_study
+    from reknow.studies.instructedit import STUDIES, Size, run_study
 
     questions = {key: each.question for key, each in STUDIES.items()}
     questions |= {"domains": QUESTION, "gradients": GRADIENTS}

@@ -9,11 +9,11 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluation.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 from reknow.evaluation.results import Cell, markdown, summarise
 from reknow.files.atomic import write_aside, write_text
 from reknow.files.rows import Rows, read_manifest
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
+from reknow.studies.ice import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 
 Curve = list[tuple[float, float, float]]
 """(mean, low, high) step by step."""

@@ -11,11 +11,11 @@ from reknow.datasets.families import load_families
 from reknow.datasets.reading import read_records
 from reknow.edits import Case
 from reknow.evaluation import Plan, bench
-from reknow.instructions.studies import SMALL, Editors, Size
-from reknow.instructions.tables import written
 from reknow.instructions.trial import few_probes
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
+from reknow.studies.instructedit import SMALL, Editors, Size
+from reknow.studies.tables import written
 
 DOMAINS = {
     "geography": ("P17", "P30", "P36", "P131", "P190", "P276"),

@@ -19,12 +19,12 @@ from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.runner import check_seeds
-from reknow.instructions.tables import written
 from reknow.instructions.trial import Material, few_probes
 from reknow.lm import LM
 from reknow.methods import method
 from reknow.methods.base import Learned, Method
 from reknow.methods.instructedit import InstructEdit
+from reknow.studies.tables import written
 
 AnyLearned = TypeVar("AnyLearned", bound=Learned)
 
