@@ -9,9 +9,9 @@ from functools import cache
 
 from conftest import make_lm
 from reknow import METHODS, Case, Edit, Probe, method
+from reknow.contract import Learned
 from reknow.instructions import Family, Instruction, save_families
 from reknow.learning.training import Training
-from reknow.methods.base import Learned
 
 NAMES = ("Danielle", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima", "French Peru")
 ANSWERS = ("of", "in", "is", "The", "and", "by")

@@ -31,6 +31,7 @@ from mutations import altered, bent, damaged, flipped, lines, one_json, table, u
 from reknow import FT, LM, METHODS, Case, Edit, Patch, Probe, load_cases, method
 from reknow.cli.terminal import visible
 from reknow.cli.tracing import _read as read_traces
+from reknow.contract import Method
 from reknow.datasets import DATASETS, FACTS, load_edits, load_facts
 from reknow.datasets.families import load_card, load_families, save_families
 from reknow.datasets.text import sample_text, text_source
@@ -41,7 +42,6 @@ from reknow.evaluation import Plan, Results, bench
 from reknow.files.tensors import write_tensors
 from reknow.instructions.llm import _read as read_contexts
 from reknow.learning.editors import Editor
-from reknow.methods.base import Method
 from reknow.patching.peft_folder import REST, WEIGHTS, base_of
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 from reknow.report import tables

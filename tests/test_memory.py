@@ -12,10 +12,10 @@ import torch
 from conftest import alone, bits, make_lm, same, some_patch
 from families import CORE_FAMILIES
 from reknow import FT, LM, MELO, METHODS, ROME, Edit, Patch, diff, merge
+from reknow.contract import MemoryMethod, checked, memory_patch
 from reknow.errors import PatchError
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.methods import Entry
-from reknow.methods.base import MemoryMethod, checked, memory_patch
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.replay import Suffix
 from reknow.model.scoring import Score

@@ -16,12 +16,12 @@ import torch
 
 from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
+from reknow.contract import Method, weights_patch
 from reknow.errors import EditFailed, InputError
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.metrics import PROTOCOLS, Reading, case_metrics
 from reknow.evaluation.runner import _named, _Run, progress_bar
 from reknow.files.rows import BEFORE_KEY, ROW_KEY, Rows
-from reknow.methods.base import Method, weights_patch
 from reknow.patching.patches import Dense
 
 METHOD = FT(layer=2, steps=40, learning_rate=0.17)

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from conftest import make_lm, saved
 from reknow import Edit, Patch, method, progress
 from reknow.cli import app
+from reknow.contract import checked
 from reknow.editing.covariance import statistics
 from reknow.errors import InputError
 from reknow.evaluation.effect import Observation, collapsed
 from reknow.methods import METHODS
-from reknow.methods.base import checked
 from reknow.progress import progress_line, stage, told, watched
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"

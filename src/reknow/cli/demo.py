@@ -15,9 +15,9 @@ from reknow.errors import EditFailed
 from reknow.files.locks import writing
 
 if TYPE_CHECKING:
+    from reknow.contract import Method
     from reknow.edits import Case
     from reknow.lm import LM
-    from reknow.methods.base import Method
     from reknow.patching.patches import Patch
 
 CANDIDATES = 300

@@ -34,12 +34,12 @@ from reknow.errors import EditFailed, InputError, did_you_mean
 from reknow.files.locks import writing
 
 if TYPE_CHECKING:
+    from reknow.contract import Method
     from reknow.datasets import Fact
     from reknow.edits import Edit
     from reknow.evaluation.cost import Cost
     from reknow.evaluation.effect import Observation
     from reknow.lm import LM
-    from reknow.methods.base import Method
     from reknow.patching.patches import Patch
 
 SEPARATORS = {"none": "", "space": " ", "line": "\n"}
@@ -84,8 +84,8 @@ def edit(
     edits = _edits(prompt, target, subject, true, file, encoding, separator)
     out = out or Path(_slug(edits) + ".patch")
     from reknow.cli.settings import chosen_method, each_once
+    from reknow.contract import checked
     from reknow.evaluation.cost import estimate
-    from reknow.methods.base import checked
 
     chosen = chosen_method(method, each_once(settings), layer=layer)
     checked(chosen, edits)

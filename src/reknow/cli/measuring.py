@@ -33,10 +33,10 @@ from reknow.cli.terminal import (
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
+    from reknow.contract import Method
     from reknow.edits import Case
     from reknow.evaluation import Plan
     from reknow.lm import LM
-    from reknow.methods.base import Method
     from reknow.studies.presets import Preset
 
 LIMIT = 20
@@ -170,8 +170,8 @@ def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[s
 
 def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
     """A study's methods but for those that learn to edit and have no editor for this model; says which."""
+    from reknow.contract import Learned
     from reknow.learning.editors import open_editor
-    from reknow.methods.base import Learned
 
     ready = dict(chosen)
     for label, method in chosen.items():

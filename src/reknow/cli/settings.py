@@ -12,9 +12,9 @@ from dataclasses import is_dataclass
 from typing import Any
 
 from reknow.checks.bounds import fitted, hints
+from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
 from reknow.methods import METHODS
-from reknow.methods.base import Method
 
 
 def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = None) -> Method:

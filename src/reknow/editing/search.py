@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Name, Natural, Number, Rate, Seed, Share, Weight
+from reknow.contract import Method
 from reknow.editing.covariance import covariance
 from reknow.editing.values import ValueSearch, contexts
-from reknow.methods.base import Method
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -13,8 +13,8 @@ from reknow.model.parts import embedding, shape
 from reknow.model.tokens import Text
 
 if TYPE_CHECKING:
+    from reknow.contract import Method
     from reknow.lm import LM
-    from reknow.methods.base import Method
 
 FORWARD, BACKWARD, TRAIN = 2, 2, 6
 """Floating-point operations per weight and token: of a forward pass; of the gradient by what flows; of a forward pass

@@ -32,7 +32,7 @@ from reknow.model.exclusive import door
 from reknow.progress import progress_bar, watched
 
 if TYPE_CHECKING:
-    from reknow.methods.base import Method
+    from reknow.contract import Method
 
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""
@@ -299,7 +299,7 @@ class _Run:
 
 def _labelled(methods: Sequence[Method] | Mapping[str, Method]) -> dict[str, Method]:
     """Methods by their label, or by their name; raises InputError where one is none, or has another one's name."""
-    from reknow.methods.base import Method  # whose package imports this module
+    from reknow.contract import Method  # whose package imports this module
 
     given: Any = methods.values() if isinstance(methods, Mapping) else methods
     given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]

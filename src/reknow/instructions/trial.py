@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from reknow.contract import Method
 from reknow.datasets import load_cases
 from reknow.datasets.families import Family
 from reknow.edits import Case, Probe
 from reknow.evaluation import evaluate
 from reknow.lm import LM
-from reknow.methods.base import Method
 
 METRICS = {
     "reliability": "reliability@teacher_forced_tokens",

@@ -23,8 +23,8 @@ from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
 
 if TYPE_CHECKING:
+    from reknow.contract import Learned, Method
     from reknow.lm import LM
-    from reknow.methods.base import Learned, Method
 
 FORMAT = 1
 EDITOR_FILE = "editor.safetensors"
@@ -217,7 +217,7 @@ def _key(edit: Edit) -> int:
 
 def refuse_seen(method: Method, lm: LM, cases: Sequence[Case]) -> None:
     """Raises InputError where a method's editor was trained on one of the cases, whose scores would mean nothing."""
-    from reknow.methods.base import Learned
+    from reknow.contract import Learned
 
     if not isinstance(method, Learned):
         return

@@ -26,8 +26,8 @@ from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
 
 if TYPE_CHECKING:
+    from reknow.contract import Learned
     from reknow.lm import LM
-    from reknow.methods.base import Learned
 
 logger = logging.getLogger(__name__)
 

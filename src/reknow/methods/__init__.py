@@ -7,9 +7,9 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from reknow.checks.arguments import typed
+from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
 from reknow.methods.alphaedit import AlphaEdit
-from reknow.methods.base import Method
 from reknow.methods.calinet import CaliNet
 from reknow.methods.defer import DEFER
 from reknow.methods.emmet import EMMET

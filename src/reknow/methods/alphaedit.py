@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Share, Weight
+from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchSettings
 from reknow.editing.solvers import least_squares, null_space, outer
 from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
-from reknow.methods.base import checked, weights_patch
 from reknow.model.exact import exact
 from reknow.patching.kept import Kept
 from reknow.patching.patches import Delta, Patch

@@ -33,13 +33,13 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
+from reknow.contract import BesideMatrix, checked, conflicts, memory_patch
 from reknow.datasets import load_facts
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_inputs, prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
-from reknow.methods.base import BesideMatrix, checked, conflicts, memory_patch
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix

@@ -24,12 +24,12 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Share, Weight
+from reknow.contract import BesideMatrix, begun, memory_patch
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
-from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix
 from reknow.patching.memory import Hooks, Reading, on_output

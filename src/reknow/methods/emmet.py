@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Weight
+from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
 from reknow.editing.solvers import Whitening, cholesky, least_squares, outer
 from reknow.editing.values import find_values
 from reknow.edits import Edit
-from reknow.methods.base import checked, weights_patch
 from reknow.model.exact import exact
 from reknow.patching.patches import Patch
 

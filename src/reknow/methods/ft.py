@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
+from reknow.contract import Method, checked, weights_patch
 from reknow.editing.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted
 from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
-from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.hooks import fused_gelu
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Dense, Patch

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
+from reknow.contract import Method, checked, weights_patch
 from reknow.editing.descent import Matrices, Pace, Scored, check_finite, predicted, sample
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
-from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Patch
 from reknow.progress import told

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 
 from reknow.checks.bounds import Name, Natural, Number, Seed
+from reknow.contract import MemoryMethod, checked, conflicts, memory_patch
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe, as_json
 from reknow.errors import InputError, PatchError
@@ -28,7 +29,6 @@ from reknow.files.atomic import write_text
 from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
 from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
-from reknow.methods.base import MemoryMethod, checked, conflicts, memory_patch
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, Per
 from reknow.patching.patches import Kind, Patch

@@ -19,12 +19,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Name
+from reknow.contract import checked, weights_patch
 from reknow.datasets.families import Family, family_of, load_families
 from reknow.edits import Case, Edit
 from reknow.learning.gradient_network import TransformLearner, transformed
 from reknow.learning.settings import NetworkSettings
 from reknow.learning.training import Draw, Learner, Training, in_turn
-from reknow.methods.base import checked, weights_patch
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 

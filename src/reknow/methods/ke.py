@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.checks.bounds import Rank, Rate, Share, Weight
+from reknow.contract import checked, weights_patch
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
 from reknow.learning.examples import Outcome, averaged, bare
@@ -31,7 +32,6 @@ from reknow.learning.gradients import as_delta, gradient_factors, matrices
 from reknow.learning.loop import seeded
 from reknow.learning.settings import MatrixEditor
 from reknow.learning.training import Learner, Training
-from reknow.methods.base import checked, weights_patch
 from reknow.model.parts import embedding
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Share, Weight
+from reknow.contract import Method, checked, weights_patch
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
-from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.exact import exact
 from reknow.model.replay import Suffix
 from reknow.model.tokens import Row, Text

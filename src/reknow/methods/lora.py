@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
+from reknow.contract import Method, checked, weights_patch
 from reknow.editing.descent import check_finite
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError
-from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.exclusive import undone
 from reknow.model.hooks import swapped, weight_replaced
 from reknow.model.loading import carries_adapters

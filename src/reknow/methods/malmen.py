@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Number, Rank, Rate, Weight
+from reknow.contract import checked, weights_patch
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import filled
@@ -29,7 +30,6 @@ from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factor
 from reknow.learning.loop import seeded
 from reknow.learning.settings import MatrixEditor
 from reknow.learning.training import Learner, Training
-from reknow.methods.base import checked, weights_patch
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch

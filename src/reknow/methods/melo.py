@@ -21,12 +21,12 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
+from reknow.contract import BesideMatrix, begun, memory_patch
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
-from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.model.tokens import Row, Text
 from reknow.patching.kept import Kept, Per, on_matrix
 from reknow.patching.memory import Hooks, Reading, on_output

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Weight
+from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchSettings
 from reknow.editing.solvers import Whitening, cholesky, least_squares, outer
 from reknow.editing.values import Site, Values, find_values
 from reknow.edits import Edit
-from reknow.methods.base import checked, weights_patch
 from reknow.model.exact import exact
 from reknow.patching.patches import Delta, Patch
 

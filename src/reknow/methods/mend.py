@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reknow.contract import checked, weights_patch
 from reknow.edits import Case, Edit
 from reknow.learning.examples import bare
 from reknow.learning.gradient_network import TransformLearner, transformed
 from reknow.learning.settings import NetworkSettings
 from reknow.learning.training import Learner, Training
-from reknow.methods.base import checked, weights_patch
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 

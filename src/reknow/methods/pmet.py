@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Number, Share, Weight
+from reknow.contract import checked
 from reknow.editing.layers import resolve_layers
 from reknow.editing.values import find_values
 from reknow.edits import Edit
-from reknow.methods.base import checked
 from reknow.methods.memit import Band
 from reknow.patching.patches import Patch
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Natural, Number, Weight
+from reknow.contract import checked, weights_patch
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
 from reknow.editing.solvers import cholesky, rank_one, solve
 from reknow.editing.values import find_values
 from reknow.edits import Edit
-from reknow.methods.base import checked, weights_patch
 from reknow.model.exact import exact
 from reknow.patching.patches import Patch, merge
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Name, Number, Rank, Rate, Share
+from reknow.contract import Learned, MemoryMethod, checked, memory_patch, settled
 from reknow.editing.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
@@ -33,7 +34,6 @@ from reknow.learning.training import Learner, Training
 from reknow.memories.nearest import Nearest
 from reknow.memories.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.memories.scope_training import ScopeLearner
-from reknow.methods.base import Learned, MemoryMethod, checked, memory_patch, settled
 from reknow.model.hooks import all_swapped
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Natural, Number, Rate, Weight
+from reknow.contract import Method, checked, weights_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
 from reknow.edits import Edit
 from reknow.learning.gradients import RunningNorm, flat_factors
-from reknow.methods.base import Method, checked, weights_patch
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept

@@ -27,6 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Part, Rate, Seed, Weight
+from reknow.contract import BesideMatrix, begun, memory_patch
 from reknow.datasets import load_facts
 from reknow.editing.descent import Answers, check_finite
 from reknow.editing.keys import prompt_inputs
@@ -34,7 +35,6 @@ from reknow.editing.values import contexts
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
-from reknow.methods.base import BesideMatrix, begun, memory_patch
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix
 from reknow.patching.memory import Hooks, Reading, on_output

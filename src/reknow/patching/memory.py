@@ -303,8 +303,8 @@ def memory_class(patch: Patch) -> Any:
     Raises:
         PatchError: there is none.
     """
+    from reknow.contract import MemoryMethod
     from reknow.methods import METHODS  # methods import this module
-    from reknow.methods.base import MemoryMethod
 
     entry = METHODS.get(patch.method)
     kind = entry.method.kind if entry is not None and issubclass(entry.method, MemoryMethod) else None

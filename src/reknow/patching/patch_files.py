@@ -202,8 +202,8 @@ def kept_by(patch: Patch) -> Kept | None:
     """
     if patch.kind == "weights" and not patch.state:
         return None  # the matrices are all there is, and importing the methods takes seconds
+    from reknow.contract import MemoryMethod
     from reknow.methods import METHODS  # which import patches
-    from reknow.methods.base import MemoryMethod
 
     entry = METHODS.get(patch.method)
     if entry is None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from reknow.checks.bounds import Number, Rank, Seed, check
+from reknow.contract import Learned, Method
 from reknow.datasets.families import Family, load_families
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
@@ -22,7 +23,6 @@ from reknow.evaluation.runner import check_seeds
 from reknow.instructions.trial import Material, few_probes
 from reknow.lm import LM
 from reknow.methods import method
-from reknow.methods.base import Learned, Method
 from reknow.methods.instructedit import InstructEdit
 from reknow.studies.tables import written
 
