@@ -103,8 +103,8 @@ _HOMES = {
     "methods.serac": ("SERAC",),
     "methods.ultraedit": ("UltraEdit",),
     "methods.wise": ("WISE",),
-    "chat": ("Chat",),
-    "patches": ("Patch", "diff", "merge"),
+    "model.chat": ("Chat",),
+    "patching.patches": ("Patch", "diff", "merge"),
 }
 
 

@@ -88,8 +88,8 @@ class Method(ABC):
         return None
 
     def transform_weights(self, lm: LM, edits: int, tokens: int) -> int | None:
-        """For `reknow.evaluation.cost`: how often weights of its own are multiplied where it takes the edits' gradient once and
-        transforms it; None: it works otherwise."""
+        """How often weights of its own are multiplied where it takes the edits' gradient once and transforms it, for
+        an estimate of what that costs; None: it works otherwise."""
         return None
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import reknow.model.parts as adapter
 from reknow.checks.arguments import typed
 from reknow.errors import InputError
+from reknow.model import parts as adapter
 from reknow.model.chat import Chat, as_chat
 from reknow.model.exclusive import door, exclusive, exclusively
 from reknow.model.fingerprint import Fingerprint

@@ -1,4 +1,4 @@
-"""Facts as padded batches that are read with an addition δ at the subject's last token; for `reknow.editing.values`."""
+"""Facts as padded batches that are read with an addition δ at the subject's last token; see `values`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def room(lm: LM) -> tuple[int, int]:
 def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[Row]]:
     """Rows of every fact: one per context, the bare prompt's first, then the essence's, up to where it is read.
 
-    A subject that is an attention sink (`reknow.editing.sinks`) is read behind other text in all of them, with a warning.
+    A subject that is an attention sink (`sinks`) is read behind other text in all of them, with a warning.
     """
     texts = []
     before, before_essence = contexts_of(lm, edits, contexts), contexts_of(lm, edits, contexts, ESSENCE)

@@ -1,1 +1,0 @@
-"""What methods with a memory share: texts as vectors, nearest neighbours, the scope of an edit."""
