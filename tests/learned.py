@@ -9,8 +9,8 @@ from functools import cache
 
 from conftest import make_lm
 from reknow import METHODS, Case, Edit, Probe, method
-from reknow.contract import Learned
 from reknow.instructions import Family, Instruction, save_families
+from reknow.learning.learned import Learned
 from reknow.learning.training import Training
 
 NAMES = ("Danielle", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima", "French Peru")

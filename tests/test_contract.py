@@ -17,9 +17,9 @@ from conftest import alone, bits, make_lm, same
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from learned import is_learned, trained
 from reknow import IKE, LM, METHODS, Case, Edit, Patch, Probe, method
-from reknow.contract import MemoryMethod
 from reknow.editing.search import SearchSettings
 from reknow.errors import EditFailed, InputError, ModelError, ReknowError
+from reknow.memories.base import MemoryMethod
 from reknow.methods import Method
 
 FAMILIES = (*CORE_FAMILIES, "gemma2")  # where additions do not reach the block's output as they are

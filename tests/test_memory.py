@@ -12,16 +12,17 @@ import torch
 from conftest import alone, bits, make_lm, same, some_patch
 from families import CORE_FAMILIES
 from reknow import FT, LM, MELO, METHODS, ROME, Edit, Patch, diff, merge
-from reknow.contract import MemoryMethod, checked, memory_patch
+from reknow.contract import checked
 from reknow.errors import PatchError
 from reknow.export.checkpoint import export_checkpoint, export_lora
-from reknow.methods import Entry
+from reknow.memories.base import MemoryMethod, memory_patch
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.replay import Suffix
 from reknow.model.scoring import Score
 from reknow.model.tokens import Text
 from reknow.patching.memory import on_output, versions
 from reknow.patching.stack import save_stack
+from reknow.registry import Row
 
 PROMPTS = ["I know Danielle Darrieux", "The capital of Peru is", "Who is Zoë Übel ? She is"]
 
@@ -61,10 +62,10 @@ class _Shift:
     def attach(self, lm):
         def change(reading, inputs, outputs):
             def nearest():
-                distances = torch.cdist(reading.at_end(inputs).float(), self.keys.float())
+                distances = torch.cdist(reading.last_prompt_state(inputs).float(), self.keys.float())
                 return torch.where(distances.min(1).values < 1e-3, distances.argmin(1), -1)
 
-            chosen = reading.decided(self, nearest)
+            chosen = reading.decision(self, nearest)
             return outputs + torch.where(chosen[:, None, None] >= 0, self.values[chosen][:, None], 0.0)
 
         return [on_output(lm, self.module, change)]
@@ -123,7 +124,7 @@ class Elsewhere(MemoryMethod):
 @pytest.fixture(autouse=True)
 def in_the_table(monkeypatch):
     for kind in (Shift, Preface, Elsewhere):
-        monkeypatch.setitem(METHODS, kind().name, Entry(kind, {}, "a test"))
+        monkeypatch.setitem(METHODS, kind().name, Row(kind, {}, "a test"))
 
 
 def edits(*prompts: str, target: str = "of") -> list[Edit]:

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import make_lm
 from reknow import LM, METHODS, Edit
-from reknow.contract import MemoryMethod
+from reknow.memories.base import MemoryMethod
 from test_contract import EDIT, OTHER, quick
 
 NAMES = [name for name, entry in METHODS.items() if issubclass(entry.method, MemoryMethod)]

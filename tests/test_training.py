@@ -20,11 +20,11 @@ from typer.testing import CliRunner
 from conftest import bits, make_lm, same
 from reknow import KE, LM, MEND, Case, Edit, Patch, Probe, evaluate
 from reknow.cli import app
-from reknow.contract import Learned
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.cost import estimate
 from reknow.learning.editors import Editor, case_keys, open_editor
 from reknow.learning.examples import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
+from reknow.learning.learned import Learned
 from reknow.learning.training import Training, shuffled, split
 from reknow.model.tokens import Text, even
 

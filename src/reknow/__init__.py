@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from reknow.registry import METHODS
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
     from reknow.errors import ReknowError
     from reknow.evaluation import evaluate
     from reknow.lm import LM
-    from reknow.methods import METHODS, method
+    from reknow.methods import method
     from reknow.methods.alphaedit import AlphaEdit
     from reknow.methods.calinet import CaliNet
     from reknow.methods.defer import DEFER
@@ -36,82 +38,29 @@ if TYPE_CHECKING:
     from reknow.model.chat import Chat
     from reknow.patching.patches import Patch, diff, merge
 
-__all__ = [
-    "DEFER",
-    "EMMET",
-    "FT",
-    "GRACE",
-    "ICE",
-    "IKE",
-    "KE",
-    "KN",
-    "LM",
-    "MALMEN",
-    "MELO",
-    "MEMIT",
-    "MEND",
-    "METHODS",
-    "PMET",
-    "ROME",
-    "SERAC",
-    "WISE",
-    "AlphaEdit",
-    "CaliNet",
-    "Case",
-    "Chat",
-    "Edit",
-    "InstructEdit",
-    "LoRA",
-    "Patch",
-    "Probe",
-    "ReknowError",
-    "UltraEdit",
-    "__version__",
-    "diff",
-    "evaluate",
-    "load_cases",
-    "load_edits",
-    "merge",
-    "method",
-]
-
 _HOMES = {
-    "datasets": ("load_cases", "load_edits"),
-    "edits": ("Case", "Edit", "Probe"),
-    "errors": ("ReknowError",),
-    "evaluation": ("evaluate",),
-    "lm": ("LM",),
-    "methods": ("METHODS", "method"),
-    "methods.alphaedit": ("AlphaEdit",),
-    "methods.calinet": ("CaliNet",),
-    "methods.defer": ("DEFER",),
-    "methods.emmet": ("EMMET",),
-    "methods.ft": ("FT",),
-    "methods.grace": ("GRACE",),
-    "methods.ice": ("ICE",),
-    "methods.ike": ("IKE",),
-    "methods.instructedit": ("InstructEdit",),
-    "methods.ke": ("KE",),
-    "methods.kn": ("KN",),
-    "methods.lora": ("LoRA",),
-    "methods.malmen": ("MALMEN",),
-    "methods.melo": ("MELO",),
-    "methods.memit": ("MEMIT",),
-    "methods.mend": ("MEND",),
-    "methods.pmet": ("PMET",),
-    "methods.rome": ("ROME",),
-    "methods.serac": ("SERAC",),
-    "methods.ultraedit": ("UltraEdit",),
-    "methods.wise": ("WISE",),
-    "model.chat": ("Chat",),
-    "patching.patches": ("Patch", "diff", "merge"),
+    "Case": "edits",
+    "Chat": "model.chat",
+    "Edit": "edits",
+    "LM": "lm",
+    "Patch": "patching.patches",
+    "Probe": "edits",
+    "ReknowError": "errors",
+    "diff": "patching.patches",
+    "evaluate": "evaluation",
+    "load_cases": "datasets",
+    "load_edits": "datasets",
+    "merge": "patching.patches",
+    "method": "methods",
 }
+_HOMES |= {name: f"methods.{file}" for file, _, name in (str(row.home).partition(":") for row in METHODS.values())}
+
+__all__ = sorted([*_HOMES, "METHODS", "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):
     """Imports a public name when it is first used, so that `reknow --help` does not wait for torch."""
-    for home, names in _HOMES.items():
-        if name in names:
-            globals()[name] = getattr(import_module(f"reknow.{home}"), name)
-            return globals()[name]
-    raise AttributeError(f"module 'reknow' has no attribute '{name}'")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'reknow' has no attribute '{name}'")
+    found = globals()[name] = getattr(import_module(f"reknow.{_HOMES[name]}"), name)
+    return found

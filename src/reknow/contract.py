@@ -6,30 +6,25 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from dataclasses import asdict, is_dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-import reknow
+from reknow import __version__
 from reknow.checks.arguments import typed
-from reknow.checks.bounds import Name, check
-from reknow.editing.layers import depth_layer
-from reknow.edits import Case, Edit
+from reknow.checks.bounds import check
+from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, InputError
 from reknow.model.exclusive import exclusively
 from reknow.patching.kept import Kept
-from reknow.patching.memory import versions
 from reknow.patching.patches import Delta, Kind, LowRank, Patch
+from reknow.registry import METHODS
 from reknow.texts.templates import sections
 from reknow.texts.writing import plain
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from reknow.learning.training import Draw, Learner, Training
     from reknow.lm import LM
 
 
@@ -40,6 +35,8 @@ class Method(ABC):
     """How many edits `edit_each` is given at a time."""
     kept: ClassVar[Kept | None] = None
     """What its patches keep besides ΔW, which is checked when one is read; None: anything that is finite."""
+    kind: ClassVar[Kind] = "weights"
+    """Of its patches."""
     needs_subject: ClassVar[bool] = False
     """Whether it edits at the subject's last token, so that an edit must name one."""
 
@@ -93,91 +90,6 @@ class Method(ABC):
         return None
 
 
-class MemoryMethod(Method):
-    """A method whose patches leave the weights alone; see `reknow.patching.memory`."""
-
-    kind: ClassVar[Kind]
-
-    @staticmethod
-    @abstractmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> Any:
-        """The running memory of these versions, oldest first: a Hook-, Prompt- or RouterMemory, as `kind` says.
-
-        Called whenever the stack changes, so it moves tensors and runs no model.
-        """
-
-
-class BesideMatrix(MemoryMethod):
-    """A memory beside the value matrix of a layer, or of a few, which its versions share."""
-
-    kind: ClassVar[Kind] = "hook"
-    depth: ClassVar[float]
-    """Of its layer where none is given, as a share."""
-    layer: int | None
-    conflict: Literal["update", "refuse"]
-
-    def own_layers(self, lm: LM) -> list[int]:
-        return [depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Learned(Method):
-    """A method that learns how to edit one model before it can edit it."""
-
-    editor: Name | None = None
-    """File or folder of the trained editor; None: the one that is bundled for the model."""
-
-    @property
-    @abstractmethod
-    def training(self) -> Training:
-        """How this method is trained where nothing else is asked for."""
-
-    def for_model(self, lm: LM) -> Self:
-        """The settings with which an editor for this model is trained and which it keeps."""
-        return replace(self, editor=None)
-
-    @abstractmethod
-    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
-        """What is trained, of settings that `for_model` gave; `held` are the cases to validate on."""
-
-    def draw(self, learning: Sequence[Case], training: Training) -> Draw:
-        """Which cases make which micro-batch."""
-        from reknow.learning.training import shuffled
-
-        return shuffled(learning, training)
-
-    @typed
-    def fit(
-        self,
-        lm: LM,
-        cases: Sequence[Case],
-        out: str | Path,
-        training: Training | None = None,
-        *,
-        progress: bool = False,
-    ) -> Self:
-        """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
-
-        Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
-        training material here: rewordings that must follow, other facts that must stay. So they must be other cases
-        than those of an evaluation, which refuses cases that the editor has seen. The base model is what is
-        learned for, without the patches that are applied. Cases that it cannot read are left out, logged.
-
-        Raises:
-            InputError: too few cases, or a folder that was started with other arguments.
-            EditFailed: the losses are no numbers.
-        """
-        from reknow.learning.training import readable, split, train  # which read cases, as evaluation does
-
-        training = training or self.training
-        learning, held = split(readable(lm, cases), training)
-        method = self.for_model(lm)
-        with lm.unpatched():
-            learner = method.learner(lm, learning, held, training)
-        path = train(method, lm, learner, learning, held, out, training, method.draw(learning, training), progress)
-        return replace(self, editor=path)
-
-
 @typed
 def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
     """The edits as a list. Warns where the method cannot make all of them in one patch.
@@ -212,9 +124,7 @@ def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
 
 def _without_subject() -> list[str]:
     """The methods whose edits need no subject, by the table."""
-    from reknow.methods import METHODS  # which imports the methods, and they this module
-
-    return [name for name, entry in METHODS.items() if not entry.method.needs_subject]
+    return [name for name, row in METHODS.items() if not row.method.needs_subject]
 
 
 def _warn_of_shared_keys(method: Method, edits: list[Edit]) -> None:
@@ -239,105 +149,16 @@ def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[st
     """
     for name, delta in deltas.items():
         for part in (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,):
-            _check_finite(f"change of {name}", part)
-    return _patch(method, lm, edits, deltas=deltas, **rest)
+            check_finite(f"change of {name}", part)
+    return make_patch(method, lm, edits, deltas=deltas, **rest)
 
 
-def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) -> list[dict[str, str]]:
-    """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
-
-    Raises:
-        InputError, EditRefused: see `settled`.
-    """
-    edited = [edit for patch in versions(lm.patches, method.name) for edit in patch.edits]
-    stored = {plain(edit.text): edit.target_new for edit in edited}
-    found = [
-        ({"prompt": edit.text, "old": stored[plain(edit.text)], "new": edit.target_new}, edit)
-        for edit in edits
-        if plain(stored.get(plain(edit.text), edit.target_new)) != plain(edit.target_new)
-    ]
-    return settled(method, found, wanted)
-
-
-def settled(method: MemoryMethod, clashes: list[tuple[dict[str, str], Edit]], wanted: str) -> list[dict[str, str]]:
-    """Stored edits (prompt, old) that get another answer (new), if that is wanted.
-
-    Args:
-        clashes: each with the new edit.
-        wanted: "update" lets the new edit stand, "refuse" does not.
-
-    Raises:
-        InputError: `wanted` is neither.
-        EditRefused: it is "refuse" and there are some.
-    """
-    if wanted not in ("update", "refuse"):
-        raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
-    if clashes and wanted == "refuse":
-        told, edit = clashes[0]
-        prompt, old, new = (told[key] for key in ("prompt", "old", "new"))
-        raise EditRefused(
-            f"expected edits that agree with the {method.name} memory; {prompt!r} is stored as {old!r}, got {new!r}: "
-            "rebuild without the old edit, or set conflict to update",
-            edit,
-        )
-    return [told for told, _ in clashes]
-
-
-class Begun(NamedTuple):
-    """What an edit of a memory beside a matrix starts from."""
-
-    edits: list[Edit]
-    layer: int
-    modules: list[str]
-    """The value matrices of that layer and of those above."""
-    before: list[Patch]
-    """The memory's versions so far."""
-    notes: dict[str, Any]
-    """For the patch: `layer` and `conflicts`."""
-
-
-def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], span: int = 1) -> Begun:
-    """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
-
-    Args:
-        span: how many layers take part.
-
-    Raises:
-        InputError: see `checked` and `conflicts`; or the memory stands elsewhere.
-        EditRefused: see there too.
-    """
-    edits = checked(method, edits)
-    clashes = conflicts(method, lm, edits, method.conflict)
-    (layer,) = method.own_layers(lm)
-    modules = list(lm.parts.value[layer : layer + span])
-    before = versions(lm.patches, method.name)
-    if before and (there := before[-1].memory["modules"]) != modules:
-        raise InputError(
-            f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer"
-        )
-    return Begun(edits, layer, modules, before, {"layer": layer, "conflicts": clashes})
-
-
-def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
-    """The next version of the method's memory on `lm`: what these edits add; `rest` are `memory` and `notes`.
-
-    Raises:
-        EditFailed: a tensor is not finite, so nothing is handed out.
-    """
-    for name, tensor in state.items():
-        _check_finite(f"{name} in the memory", tensor)
-    state = {name: tensor.cpu() for name, tensor in state.items()}
-    before = versions(lm.patches, method.name)
-    follows = before[-1].id if before else None
-    return _patch(method, lm, edits, deltas={}, state=state, kind=method.kind, follows=follows, **rest)
-
-
-def _check_finite(what: str, tensor: Tensor) -> None:
+def check_finite(what: str, tensor: Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise EditFailed(f"expected a finite {what}; got NaN or infinity: lower the learning rate")
 
 
-def _patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:
+def make_patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:
     assert is_dataclass(method) and not isinstance(method, type)
     return Patch(
         method=method.name,
@@ -345,6 +166,6 @@ def _patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:
         edits=tuple(edits),
         base=lm.fingerprint,
         made_on=tuple(patch.id for patch in lm.patches),
-        version=reknow.__version__,
+        version=__version__,
         **rest,
     )

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from reknow.edits import Edit
+from typing import Any
 
 
 class ReknowError(Exception):
@@ -28,9 +25,12 @@ class TextRefused(InputError):
 
 
 class EditRefused(InputError):
-    """One edit that cannot be made. A run of many counts it as failed and goes on with the others."""
+    """One edit that cannot be made. A run of many counts it as failed and goes on with the others.
 
-    def __init__(self, message: str, edit: Edit):
+    `edit` is that `Edit`.
+    """
+
+    def __init__(self, message: str, edit: Any):
         super().__init__(message)
         self.edit = edit
 
@@ -46,10 +46,10 @@ class PatchError(ReknowError):
 class EditFailed(ReknowError):
     """The computation broke down (NaN, singular system); the model and the disk are as before.
 
-    `edit` is the one it broke down for, where the others are not concerned.
+    `edit` is the `Edit` it broke down for, where the others are not concerned.
     """
 
-    def __init__(self, message: str, edit: Edit | None = None):
+    def __init__(self, message: str, edit: Any = None):
         super().__init__(message)
         self.edit = edit
 

@@ -12,25 +12,24 @@ import torch
 from torch import Tensor
 
 from reknow.checks.arguments import typed
-from reknow.errors import InputError
-from reknow.model import parts as adapter
 from reknow.model.chat import Chat, as_chat
-from reknow.model.exclusive import door, exclusive, exclusively
+from reknow.model.decoder import Decoder
+from reknow.model.exclusive import door
 from reknow.model.fingerprint import Fingerprint
 from reknow.model.generation import check_sampling, continuations
-from reknow.model.hooks import fused_gelu, states_at
-from reknow.model.limits import check_ids, check_length, padding
 from reknow.model.loading import check_tokenizer, open_model
 from reknow.model.scoring import Score, perplexity, scores
-from reknow.model.tokens import Batch, Row, Text, as_list, encode, pad, paired
+from reknow.model.tokens import Text, as_list, paired
+from reknow.model.verify import verify
 from reknow.patching.applied import Applied
-from reknow.patching.memory import HookMemory, Memories, Running
+from reknow.patching.memory import HookMemory, Memories
 from reknow.patching.patches import Patch
-from reknow.patching.stack import note_force, read_stack, replayed, with_patch, without_patch
+from reknow.patching.stack import note_force, read_stack, with_patch, without_patch
 from reknow.patching.weights import Weights
+from reknow.registry import make
 
 
-class LM:
+class LM(Decoder):
     """A wrapped decoder; threads take turns on it.
 
     Args:
@@ -67,21 +66,15 @@ class LM:
         named, patches = isinstance(source, (str, Path)), list[Patch]()
         if named:
             source, patches = read_stack(source)
-        self.model, self.tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
-        self.name = str(source) if named else self.model.config._name_or_path or type(self.model).__name__
-        check_tokenizer(self.tokenizer, self.name)
-        self.chat = as_chat(chat, self.tokenizer, self.name)
+        model, tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
+        name = str(source) if named else model.config._name_or_path or type(model).__name__
+        check_tokenizer(tokenizer, name)
+        super().__init__(model, tokenizer, name, as_chat(chat, tokenizer, name))
         self.computes_statistics = True
-        self.model.requires_grad_(False).eval()
-        self.model.config.return_dict = True  # outputs are read by name
-        self.memo: dict[tuple, tuple] = {}
-        self.running = Running()
         self._weights = Weights(self.model)
         self._memories = Memories(self)
         self._applied = Applied(self._weights, self._memories)
-        self._takes_positions = adapter.accepts_positions(self.model)
-        self.parts = adapter.find_parts(self.model)
-        self.parts = adapter.verify(self)
+        self.parts = verify(self)
         for patch in patches:
             self.apply(patch)
 
@@ -91,30 +84,6 @@ class LM:
         return cls(f"demo:{name}", **options)
 
     # --- structure ---------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where token ids go."""
-        return adapter.device_of(self.model.get_input_embeddings(), self.model.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return adapter.embedding(self.model).dtype
-
-    @property
-    def layers(self) -> int:
-        return len(self.parts.blocks)
-
-    @property
-    def max_tokens(self) -> int | None:
-        """How many tokens a text may have; None: any number."""
-        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-    def check_layer(self, layer: int) -> int:
-        """The layer itself; raises InputError where the model has none of that number."""
-        if not isinstance(layer, int) or not 0 <= layer < self.layers:
-            raise InputError(f"expected a layer from 0 to {self.layers - 1}; got {layer}: {self.name} has no other")
-        return layer
 
     @door
     def weight(self, name: str) -> Tensor:
@@ -142,69 +111,14 @@ class LM:
 
     # --- running -----------------------------------------------------------------------------------------
 
-    @exclusively
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, *, ends: Tensor | None = None, **options):
-        """One pass of the model.
-
-        Args:
-            cache: key/value cache, or None to run without.
-            ends: (rows,) column behind each prompt's last token, for memories; None: all text is the prompt.
-            options: `logits_to_keep`, how many of the last columns get logits.
-        """
-        if "logits_to_keep" in options:  # as a slice the head would be multiplied row by row
-            options["logits_to_keep"] = torch.arange(-options["logits_to_keep"], 0)
-        if self._takes_positions:
-            options["position_ids"] = positions
-        self.running.ends = ends
-        try:
-            with fused_gelu(self.model):
-                return self.model(
-                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
-                )
-        finally:
-            self.running.ends = None
-
     @property
     def hooked(self) -> bool:
         """Whether a memory is applied that changes what modules compute, beyond what the weights say."""
         return self._memories.hooked
 
-    @exclusively
-    def encode(self, texts: Sequence[Text]) -> list[Row]:
-        """Tokens of the texts, each with the place of its parts; ModelError where the embedding lacks one."""
-        rows = encode(self.tokenizer, texts, chat=self.chat or False)
-        check_ids(self, rows)
-        return rows
-
-    def pad(self, rows: Sequence[Row], anchors: Sequence[int] | None = None) -> Batch:
-        """The rows as one rectangle on the model's device; see `tokens.pad`.
-
-        Raises:
-            TextRefused: a row is longer than what the model has positions for.
-            ModelError: it has a token for which the embedding has no row.
-        """
-        check_length(self, rows)
-        check_ids(self, rows)
-        return pad(rows, padding(self), anchors=anchors, device=self.device)
-
-    def check_length(self, rows: Sequence[Row], extra: int = 0) -> None:
-        """Raises TextRefused where a row and `extra` tokens behind it do not fit into the model's positions."""
-        check_length(self, rows, extra)
-
-    @exclusively
-    @torch.no_grad()
-    def read(self, rows: Sequence[Row], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
-        """Inputs and outputs of modules at one token of every row.
-
-        Args:
-            rows: encoded texts.
-            columns: index of the wanted token in each row.
-            inputs, outputs: names of modules; the pass stops behind the last of them.
-
-        Returns:
-            name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
-        """
-        return states_at(self, rows, columns, inputs, outputs)
+    @property
+    def patched_now(self) -> bool:
+        return bool(self.patches)
 
     @door
     @torch.no_grad()
@@ -306,7 +220,17 @@ class LM:
             PatchError: it is not applied.
             InputError, EditFailed: an edit cannot be made again; the stack is as before.
         """
-        self._applied.set(replayed(self, without if isinstance(without, str) else without.id))
+        wanted = without if isinstance(without, str) else without.id
+        removed = next((patch for patch in self.patches if patch.id == wanted), None)
+        if removed is None or removed.kind == "weights":
+            return self._applied.set(without_patch(self.patches, wanted))
+        before, later = self.patches[: (place := self.patches.index(removed))], self.patches[place + 1 :]
+        with self.stacked(before):
+            for patch in later:
+                again = patch.kind != "weights" and patch.method == removed.method
+                self.apply(make(patch.method, patch.settings).edit(self, patch.edits) if again else patch)
+            rebuilt = self.patches
+        self._applied.set(rebuilt)
 
     @contextmanager
     def patched(self, *patches: Patch):
@@ -343,7 +267,3 @@ class LM:
                 wanted = with_patch(wanted, patch, self.fingerprint)
             self._applied.set(wanted)
             yield self
-
-    def exclusive(self):
-        """While open, other threads that use the model wait; every operation opens it for itself."""
-        return exclusive(self.model)

@@ -6,12 +6,13 @@ The bounds stand on the fields, as `rank: Rank = 8`, and whoever shows or reads 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -43,6 +44,30 @@ Name = Annotated[str, Field(min_length=1)]
 SIGNS = {"ge": "≥", "gt": ">"}
 """Of the bounds that a type shows; the upper ones only keep off what is absurd."""
 WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+
+
+class Formerly(NamedTuple):
+    """Stands on a field, as in `Annotated[Number, Formerly("turns")]`: a name that the setting had before."""
+
+    name: str
+
+
+def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings under the names that their fields have now; warns where one is given under a former name."""
+    former = {mark.name: name for name, hint in hints(owner).items() for mark in _marks(hint)}
+    for old in former.keys() & settings.keys():
+        warnings.warn(
+            f"the setting {old} of {owner.__name__} is called {former[old]} now; the old name is read for one more "
+            "release",
+            FutureWarning,
+            stacklevel=2,
+        )
+    return {former.get(name, name): value for name, value in settings.items()}
+
+
+def _marks(hint: Any) -> list[Formerly]:
+    own = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Formerly)]
+    return own + [mark for part in get_args(hint) for mark in _marks(part)]
 
 
 def check(settings: Any) -> None:

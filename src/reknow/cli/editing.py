@@ -136,7 +136,7 @@ def _edits(
 def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
     """Where the patch goes, a file or for the LoRA family a folder; refused here, before any work."""
     from reknow.files.outputs import output_file, output_folder
-    from reknow.methods import LoRA
+    from reknow.methods.lora import LoRA
     from reknow.patching.peft_folder import own_files
 
     if isinstance(method, LoRA):

@@ -170,8 +170,8 @@ def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[s
 
 def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
     """A study's methods but for those that learn to edit and have no editor for this model; says which."""
-    from reknow.contract import Learned
     from reknow.learning.editors import open_editor
+    from reknow.learning.learned import Learned
 
     ready = dict(chosen)
     for label, method in chosen.items():

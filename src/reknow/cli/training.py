@@ -28,8 +28,8 @@ from reknow.cli.terminal import (
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from reknow.contract import Learned
     from reknow.edits import Case
+    from reknow.learning.learned import Learned
     from reknow.learning.training import Training
 
 
@@ -76,7 +76,7 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
     """
     from reknow.checks.bounds import hints
     from reknow.cli.settings import chosen_method, each_once, read_value
-    from reknow.contract import Learned
+    from reknow.learning.learned import Learned
     from reknow.learning.training import Training
     from reknow.methods import METHODS
 

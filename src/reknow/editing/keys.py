@@ -77,8 +77,8 @@ def spread(lm: LM, layer: int) -> float:
     value matrix at the last tokens of bundled facts that differ in their subjects, on the base model. What a memory
     has to tell apart; in this unit distances mean much the same in every model.
     """
-    memo = ("spread", layer)
-    if memo not in lm.memo:
+
+    def measure() -> float:
         alike: dict[str, list[str]] = {}
         for fact in load_facts("pararel"):
             alike.setdefault(fact.prompt, []).append(fact.text)
@@ -88,8 +88,9 @@ def spread(lm: LM, layer: int) -> float:
         with lm.unpatched():
             keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name])
         apart = keys.view(len(groups), ALIKE, -1).var(1).sum(-1)  # (groups,)
-        lm.memo[memo] = (float((2 * apart.mean()).sqrt()),)
-    return lm.memo[memo][0]
+        return float((2 * apart.mean()).sqrt())
+
+    return lm.cached(("spread", layer), measure)
 
 
 def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from reknow.files.schema import Broken, Count, Listed, Strict, complaint, parsed
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
 from reknow.progress import stage
+from reknow.registry import make
 from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 
 if TYPE_CHECKING:
@@ -91,9 +92,7 @@ def suggest_layer(lm: LM) -> int:
     Kept in `layers.json` in the cache folder under the model's fingerprint, and shipped for the bundled models. A
     model that knows fewer than five of the trial facts gets the first of `papers_layers`.
     """
-    if ("layer",) not in lm.memo:
-        lm.memo["layer",] = (_looked_up(lm) if lm.layers > 1 else 0,)
-    return lm.memo["layer",][0]
+    return lm.cached(("layer",), lambda: _looked_up(lm) if lm.layers > 1 else 0)
 
 
 def remembered_layer(lm: LM) -> int | None:
@@ -256,15 +255,13 @@ def _exam(fact: Fact, relation: Sequence[Fact], known: set[Fact]) -> Exam | None
 
 def _try(lm: LM, layer: int, effect: float, exams: Sequence[Exam]) -> Trial:
     """Edits every fact alone at the layer and asks for it, in other wordings, and for what must stay."""
-    from reknow.methods.rome import ROME  # methods ask this module for their layer
-
     rates = []
     for fact, new, stay in exams:
         edit = Edit(fact.prompt, subject=fact.subject, target_new=new)
         reworded = [edit.fill(wording) for wording in fact.wordings[:WORDINGS]]
         prompts = [edit.text, *reworded, *(f.text for f in stay)]
         answers = [new] * (1 + len(reworded)) + [f.answer for f in stay]
-        with lm.patched(ROME(layer=layer, **trial_settings(lm, layer)).edit(lm, [edit])):
+        with lm.patched(make("rome", {"layer": layer, **trial_settings(lm, layer)}).edit(lm, [edit])):
             right = [float(score.said) for score in lm.score(prompts, answers)]
         rates.append((right[0], fmean(right[1 : 1 + len(reworded)]), fmean(right[1 + len(reworded) :])))
     return Trial(layer, effect, *(fmean(column) for column in zip(*rates, strict=True)))

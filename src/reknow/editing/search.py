@@ -84,14 +84,8 @@ class SearchSettings(Method):
         """
         name = lm.parts.value[layer]
         source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
-        memo = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
-        if memo in lm.memo:
-            return lm.memo[memo][0]
-        found = make(self.covariance(lm, layer), *settings)
-        lm.memo[memo] = (found,)
-        kept, room = [key for key in lm.memo if key[0] == "covariance"], KEPT_BYTES
-        if found.is_cuda:
-            room = max(room, torch.cuda.get_device_properties(found.device).total_memory // GPU_SHARE)
-        while sum(lm.memo[key][0].nbytes for key in kept) > room:
-            del lm.memo[kept.pop(0)]
-        return found
+        key = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
+        budget, device = KEPT_BYTES, lm.weight(name).device
+        if device.type == "cuda":
+            budget = max(budget, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
+        return lm.cached(key, lambda: make(self.covariance(lm, layer), *settings), budget=budget)

@@ -62,9 +62,7 @@ def warn_of_sink(edit: Edit) -> None:
 
 def first_token_is_sink(lm: LM) -> bool:
     """Whether some layer of the base model has one key for all tokens that begin a text, and only there."""
-    if ("sink",) not in lm.memo:
-        lm.memo["sink",] = (_has_sink(lm),)
-    return lm.memo["sink",][0]
+    return lm.cached(("sink",), lambda: _has_sink(lm))
 
 
 def _has_sink(lm: LM) -> bool:

@@ -258,8 +258,8 @@ def contexts(
         groups: (how many, of how many tokens at most) of each kind; ROME: (10, 5), (10, 10).
         starts: first words; none: the token that begins texts, or ends them.
     """
-    memo = ("contexts", tuple(tuple(group) for group in groups), tuple(starts), seed)
-    if memo not in lm.memo:
+
+    def sampled() -> tuple[str, ...]:
         texts: list[str] = []
         with lm.unpatched(), stage("writing contexts, groups", len(groups)) as advance:
             for count, tokens in groups:
@@ -268,5 +268,6 @@ def contexts(
                 said = [(a + b).strip() for a, b in zip(opening, continued, strict=True)]
                 texts += [f"{text}{full_stop(text)} " for text in said]
                 advance()
-        lm.memo[memo] = ("", *texts)
-    return lm.memo[memo]
+        return ("", *texts)
+
+    return lm.cached(("contexts", tuple(tuple(group) for group in groups), tuple(starts), seed), sampled)

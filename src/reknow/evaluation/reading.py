@@ -15,9 +15,9 @@ from reknow.evaluation.convsent import OTHER_TOPIC
 from reknow.evaluation.long_text import written_ratios
 from reknow.evaluation.metrics import Reading
 from reknow.lm import LM
+from reknow.model.readable import in_context_questions, scored_answers
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
-from reknow.texts.writing import led
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
 """Length, prompt included, and top-k of the text that fluency is measured on (ROME, EasyEdit)."""
@@ -49,7 +49,7 @@ def read(
         seed: for the sampling alone.
         in_context: put the edit as a statement in front of every question.
     """
-    asked = [pair for case in cases for pair in (_in_context(case) if in_context else case.asked)]
+    asked = [pair for case in cases for pair in (in_context_questions(case) if in_context else case.asked)]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
     answers = iter(_answered(lm, questions, generate))
@@ -97,30 +97,6 @@ def read_each(
         return found
 
 
-def unreadable(lm: LM, cases: Sequence[Case], *, in_context: bool = False) -> list[str | None]:
-    """Of each case, why the model cannot read one of its questions; None where it can read all.
-
-    Args:
-        in_context: they are also asked with the edit in front.
-    """
-    return [_unread(lm, case, in_context) for case in cases]
-
-
-def _unread(lm: LM, case: Case, in_context: bool) -> str | None:
-    asked = [*case.asked, *(_in_context(case) if in_context else ())]
-    try:
-        texts = [Text(o.prompt, text, separator=o.separator) for edit, o in asked for text in _scored(edit, o)]
-        lm.check_length(lm.encode(texts))
-    except TextRefused as error:
-        return str(error)
-
-
-def _in_context(case: Case) -> list[tuple[Edit, Probe]]:
-    """The case's questions with its edits as statements in front."""
-    front = f"Fact: {case.statement}"
-    return [(edit, replace(one, prompt=led(front, one.prompt))) for edit, one in case.asked]
-
-
 def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
     """The readings with the likelihood of every sampled text under the model as it is now, and with PPL_r of those
     that stand behind the request itself."""
@@ -166,33 +142,20 @@ def perplexity(lm: LM, texts: Sequence[str]) -> float:
 
 
 def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -> list[Reading]:
-    asked = [(probe.prompt, answer, probe.separator) for edit, probe in questions for answer in _scored(edit, probe)]
+    asked = [
+        (probe.prompt, answer, probe.separator) for edit, probe in questions for answer in scored_answers(edit, probe)
+    ]
     scores = iter(lm.score(*map(list, zip(*asked, strict=True))) if asked else [])
     written = [generate and probe.kind != "sentiment" for _, probe in questions]  # of a given text nothing is asked
     texts = iter(_greedy(lm, [probe for (_, probe), wanted in zip(questions, written, strict=True) if wanted]))
     readings = []
     for (edit, probe), wanted in zip(questions, written, strict=True):
         text = next(texts) if wanted else None
-        own, *both = [next(scores) for _ in _scored(edit, probe)]
+        own, *both = [next(scores) for _ in scored_answers(edit, probe)]
         nll_new, nll_true = (_finite(score.nll) for score in both) if both else (None, None)
         read = (own.hits, own.top, _finite(own.nll), nll_new, nll_true, text)
         readings.append(Reading(probe.kind, probe.name, probe.prompt, probe.answers, *read))
     return readings
-
-
-def _scored(edit: Edit, probe: Probe) -> list[str]:
-    """The answers to score: the probe's first, none for fluency; and both targets where CounterFact compares them.
-
-    Neighbours are the locality probes whose right answer is the edit's true target.
-    """
-    own = next(iter(probe.answers), "")
-    if edit.target_true is None or probe.kind not in ("reliability", "generalization", "locality"):
-        return [own]
-    if probe.kind != "locality" and own != edit.target_new:  # it asks for another of the edits made together
-        return [own]
-    if probe.kind == "locality" and edit.target_true not in probe.answers:
-        return [own]
-    return [own, edit.target_new, edit.target_true]
 
 
 def _greedy(lm: LM, probes: Sequence[Probe]) -> list[str]:

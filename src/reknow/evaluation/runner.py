@@ -13,7 +13,7 @@ from reknow.checks.bounds import Natural, Number, Seed, check
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
-from reknow.evaluation.reading import perplexity, read_each, unreadable
+from reknow.evaluation.reading import perplexity, read_each
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
 from reknow.files.locks import writing
@@ -29,6 +29,7 @@ from reknow.files.rows import (
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
 from reknow.model.exclusive import door
+from reknow.model.readable import unreadable
 from reknow.progress import progress_bar, watched
 
 if TYPE_CHECKING:

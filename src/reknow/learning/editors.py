@@ -23,7 +23,8 @@ from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
 
 if TYPE_CHECKING:
-    from reknow.contract import Learned, Method
+    from reknow.contract import Method
+    from reknow.learning.learned import Learned
     from reknow.lm import LM
 
 FORMAT = 1
@@ -217,7 +218,7 @@ def _key(edit: Edit) -> int:
 
 def refuse_seen(method: Method, lm: LM, cases: Sequence[Case]) -> None:
     """Raises InputError where a method's editor was trained on one of the cases, whose scores would mean nothing."""
-    from reknow.contract import Learned
+    from reknow.learning.learned import Learned
 
     if not isinstance(method, Learned):
         return

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from reknow.checks.bounds import Natural, Number, Rank, Rate, Seed, Weight
-from reknow.contract import Learned
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.examples import Exam, Lesson, MeanOver, StayAt, lessons
+from reknow.learning.learned import Learned
 from reknow.learning.training import Training
 
 if TYPE_CHECKING:

@@ -19,14 +19,14 @@ import reknow
 from reknow.checks.bounds import Natural, Number, Rate, Seed, check
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError
-from reknow.evaluation.reading import unreadable
 from reknow.files.locks import writing
 from reknow.files.rows import cases_digest, open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
+from reknow.model.readable import unreadable
 
 if TYPE_CHECKING:
-    from reknow.contract import Learned
+    from reknow.learning.learned import Learned
     from reknow.lm import LM
 
 logger = logging.getLogger(__name__)

@@ -49,8 +49,8 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
 
 def sentence_encoder(lm: LM, name: str) -> Any:
     """The sentence-transformers model of this name or folder, kept with the LM; see `embed` for the errors."""
-    key = ("encoder", name)
-    if key not in lm.memo:
+
+    def opened() -> Any:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
@@ -63,5 +63,6 @@ def sentence_encoder(lm: LM, name: str) -> Any:
                 f"expected a sentence-transformers model; {name!r} cannot be loaded ({error}): give its folder, or "
                 "leave the encoder out to use the model's own hidden states"
             ) from error
-        lm.memo[key] = (loaded.eval().requires_grad_(False),)
-    return lm.memo[key][0]
+        return loaded.eval().requires_grad_(False)
+
+    return lm.cached(("encoder", name), opened)

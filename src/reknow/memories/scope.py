@@ -46,10 +46,11 @@ def token_states(lm: LM, encoder: str | None) -> TokenStates:
     Raises:
         InputError: the encoder cannot be loaded.
     """
-    key = ("token_states", encoder)
-    if key not in lm.memo:
-        lm.memo[key] = (OwnStates(lm) if encoder is None else EncoderStates(lm, encoder),)
-    return lm.memo[key][0]
+
+    def opened() -> TokenStates:
+        return OwnStates(lm) if encoder is None else EncoderStates(lm, encoder)
+
+    return lm.cached(("token_states", encoder), opened)
 
 
 class OwnStates:

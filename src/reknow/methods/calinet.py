@@ -33,17 +33,19 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
-from reknow.contract import BesideMatrix, checked, conflicts, memory_patch
+from reknow.contract import checked
 from reknow.datasets import load_facts
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_inputs, prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
+from reknow.memories.base import BesideMatrix, conflicts, memory_patch
 from reknow.model.exact import exact
+from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix
-from reknow.patching.memory import Hooks, Reading, versions
+from reknow.patching.memory import Hooks, versions
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -151,14 +153,15 @@ def wordings(edit: Edit) -> list[str]:
 
 def other_inputs(lm: LM, reader: str) -> Tensor:
     """What the tokens of bundled facts put into the module, in the base model. (tokens, hidden)"""
-    memo = ("calinet", reader)
-    if memo not in lm.memo:
+
+    def measure() -> Tensor:
         name, count = OTHERS
         rows = lm.encode([Text(fact.text) for fact in load_facts(name)[:count]])
         with lm.unpatched():
             states, real = prompt_inputs(lm, rows, reader)
-        lm.memo[memo] = (states[real],)
-    return lm.memo[memo][0]
+        return states[real]
+
+    return lm.cached(("calinet", reader), measure)
 
 
 def own_keys(inputs: Tensor, others: Tensor) -> Tensor:
@@ -235,11 +238,11 @@ def beside(slots: Sequence[Slots]) -> Hooks:
     """The hooks that run the slots."""
     read: dict[str, Tensor] = {}
 
-    def keep(reader: str, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def keep(reader: str, _context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         read[reader] = inputs
         return outputs
 
-    def add(group: Sequence[Slots], _reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
+    def add(group: Sequence[Slots], _context: ForwardContext, _inputs: Tensor, outputs: Tensor) -> Tensor:
         for one in group:
             hidden = read[one.reader].to(one.keys.dtype)
             outputs = outputs + ACT2FN[one.activation](hidden @ one.keys.T) @ one.values

@@ -24,15 +24,16 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Share, Weight
-from reknow.contract import BesideMatrix, begun, memory_patch
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
+from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix
-from reknow.patching.memory import Hooks, Reading, on_output
+from reknow.patching.memory import Hooks, on_output
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -120,10 +121,10 @@ class DEFER(BesideMatrix):
         value, logit = (part.detach() for part in gate.read(inputs))  # (1, out), (1,)
         mixed: tuple[Tensor, Tensor] | None = None  # the map's output (1, out), the gate's share (1,)
 
-        def mix(reading: Reading, _inputs: Tensor, outputs: Tensor) -> Tensor:
+        def mix(context: ForwardContext, _inputs: Tensor, outputs: Tensor) -> Tensor:
             if mixed is None:  # the pass that records the blocks below
                 return outputs
-            share = (reading.of_prompt.to(outputs.device) * mixed[1])[..., None]
+            share = (context.of_prompt.to(outputs.device) * mixed[1])[..., None]
             return share * mixed[0][:, None] + (1 - share) * outputs
 
         def loss() -> Tensor:
@@ -188,11 +189,11 @@ class Gate:
     def attach(self, lm: LM):
         return [on_output(lm, self.module, self._defer)]
 
-    def _defer(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def _defer(self, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> tuple[Tensor, Tensor]:
-            value, logit = self.read(reading.at_end(inputs))
+            value, logit = self.read(context.last_prompt_state(inputs))
             return value, logit.sigmoid() >= self.threshold
 
-        value, deferred = reading.decided(self, choose)
-        where = (reading.of_prompt.to(outputs.device) & deferred[:, None])[..., None]
+        value, deferred = context.decision(self, choose)
+        where = (context.of_prompt.to(outputs.device) & deferred[:, None])[..., None]
         return torch.where(where, value[:, None].to(outputs.dtype), outputs)

@@ -21,15 +21,16 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
-from reknow.contract import BesideMatrix, begun, memory_patch
 from reknow.editing.descent import Answers, check_finite
 from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
+from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Row, Text
 from reknow.patching.kept import Kept, Per, on_matrix
-from reknow.patching.memory import Hooks, Reading, on_output
+from reknow.patching.memory import Hooks, on_output
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -164,11 +165,11 @@ class GRACE(BesideMatrix):
         optimizer = torch.optim.Adam([scaled], lr=self.learning_rate)
         values = chosen = torch.zeros(0)
 
-        def put(reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        def put(context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
             if not len(values):  # the pass that records the blocks below
                 return outputs
             everyone = torch.ones_like(chosen, dtype=torch.bool)
-            return _replaced(reading, outputs, values[chosen], everyone, self.replacement)
+            return _replaced(context, outputs, values[chosen], everyone, self.replacement)
 
         def choose(part: Tensor) -> None:
             nonlocal chosen
@@ -244,19 +245,21 @@ class Codebook:
     def attach(self, lm: LM):
         return [on_output(lm, self.module, self._look_up)]
 
-    def _look_up(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def _look_up(self, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> Tensor:
-            distances, slots = self.nearest(reading.at_end(inputs))
+            distances, slots = self.nearest(context.last_prompt_state(inputs))
             return torch.where(distances <= self.radii[slots], slots, -1)
 
-        slots = reading.decided(self, choose)  # (rows,)
-        return _replaced(reading, outputs, self.values[slots], slots >= 0, self.replacement)
+        slots = context.decision(self, choose)  # (rows,)
+        return _replaced(context, outputs, self.values[slots], slots >= 0, self.replacement)
 
 
-def _replaced(reading: Reading, outputs: Tensor, values: Tensor, rows: Tensor, replacement: Replacement) -> Tensor:
+def _replaced(
+    context: ForwardContext, outputs: Tensor, values: Tensor, rows: Tensor, replacement: Replacement
+) -> Tensor:
     """The outputs (rows, columns, out) with the values (rows, out) of the chosen rows where `replacement` says."""
-    where = reading.last_of_prompt if replacement == "last" else reading.of_prompt  # (rows, columns)
+    where = context.last_of_prompt if replacement == "last" else context.of_prompt  # (rows, columns)
     if replacement == "before":
-        where = where & ~reading.last_of_prompt
+        where = where & ~context.last_of_prompt
     where = (where.to(outputs.device) & rows[:, None])[..., None]
     return torch.where(where, values[:, None].to(outputs.dtype), outputs)

@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 
 from reknow.checks.bounds import Name, Natural, Number, Seed
-from reknow.contract import MemoryMethod, checked, conflicts, memory_patch
+from reknow.contract import checked
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe, as_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
 from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
+from reknow.memories.base import MemoryMethod, conflicts, memory_patch
 from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
 from reknow.model.tokens import Text
@@ -149,16 +150,16 @@ class IKE(MemoryMethod):
 
     def _pool(self, lm: LM) -> tuple[list[tuple[Case, str]], torch.Tensor]:
         """What can be shown, a case with a text, and the vectors to find it by; read once for an LM."""
-        key = ("ike", self.cases, self.encoder, self.shares is None)
-        if key not in lm.memo:
+
+        def read() -> tuple[list[tuple[Case, str]], torch.Tensor]:
             cases = load_cases(BUNDLED, offset=OFFSET) if self.cases is None else _read(self.cases)
             if self.shares is None:
                 shown = [(case, text) for case in cases for texts in _wordings(case) for text in texts[:1]]
             else:
                 shown = [(case, case.edit.text) for case in cases]
-            lm.memo[key] = (shown, embed(lm, [text.strip() for _, text in shown], self.encoder))
-        shown, vectors = lm.memo[key]
-        return shown, vectors
+            return shown, embed(lm, [text.strip() for _, text in shown], self.encoder)
+
+        return lm.cached(("ike", self.cases, self.encoder, self.shares is None), read)
 
 
 class Contexts:

@@ -21,15 +21,16 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
-from reknow.contract import BesideMatrix, begun, memory_patch
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
+from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Row, Text
 from reknow.patching.kept import Kept, Per, on_matrix
-from reknow.patching.memory import Hooks, Reading, on_output
+from reknow.patching.memory import Hooks, on_output
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class MELO(BesideMatrix):
             groups.append({"params": [up], "lr": self.learning_rate * size})
         optimizer = torch.optim.Adam(groups)
 
-        def add(module: str, _reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+        def add(module: str, _context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
             down, up = block[module]
             return outputs + inputs.to(down.dtype) @ down.T @ up.T
 
@@ -235,12 +236,14 @@ class Blocks:
             return -1
         return points[1][int(_distances(points[0], query).argmin())]
 
-    def _add(self, module: str, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def _add(self, module: str, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> Tensor:
-            return torch.tensor([self._block(query) for query in reading.at_end(inputs)], device=inputs.device)
+            return torch.tensor(
+                [self._block(query) for query in context.last_prompt_state(inputs)], device=inputs.device
+            )
 
         lowest = module == next(iter(self.factors))  # the others run behind it
-        block = reading.decided(self, choose if lowest else None)  # (rows,)
+        block = context.decision(self, choose if lowest else None)  # (rows,)
         down, up = (factor[block] for factor in self.factors[module])  # (rows, rank, in), (rows, out, rank)
         added = inputs.to(down.dtype) @ down.mT @ up.mT
         return outputs + torch.where(block[:, None, None] >= 0, added, 0.0)

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Name, Number, Rank, Rate, Share
-from reknow.contract import Learned, MemoryMethod, checked, memory_patch, settled
+from reknow.contract import checked
 from reknow.editing.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.learning.editors import Editor, open_editor, trained_settings
+from reknow.learning.learned import Learned
 from reknow.learning.loop import seeded
 from reknow.learning.training import Learner, Training
+from reknow.memories.base import MemoryMethod, memory_patch, settled
 from reknow.memories.nearest import Nearest
 from reknow.memories.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.memories.scope_training import ScopeLearner
@@ -331,16 +333,17 @@ def counterfactual_model(lm: LM, source: str | None) -> LM:
     """
     if source is None:
         return lm
-    key = ("counterfactual", source)
-    if key not in lm.memo:
+
+    def opened() -> LM:
         reader = type(lm)(source, dtype=lm.dtype, device=lm.device, chat=lm.chat)
         if reader.fingerprint.tokenizer != lm.fingerprint.tokenizer:
             raise InputError(
                 f"expected a counterfactual model with the tokenizer of {lm.name}; {source} has another, so that its "
                 "scores could not be compared: choose one of the same family"
             )
-        lm.memo[key] = (reader,)
-    return lm.memo[key][0]
+        return reader
+
+    return lm.cached(("counterfactual", source), opened)
 
 
 def _wordings(edits: Sequence[Edit]) -> tuple[list[str], list[int]]:

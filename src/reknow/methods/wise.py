@@ -27,7 +27,6 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Part, Rate, Seed, Weight
-from reknow.contract import BesideMatrix, begun, memory_patch
 from reknow.datasets import load_facts
 from reknow.editing.descent import Answers, check_finite
 from reknow.editing.keys import prompt_inputs
@@ -35,9 +34,11 @@ from reknow.editing.values import contexts
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
+from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix
-from reknow.patching.memory import Hooks, Reading, on_output
+from reknow.patching.memory import Hooks, on_output
 from reknow.patching.patches import Patch
 from reknow.texts.writing import led
 
@@ -290,13 +291,13 @@ class SideMemory:
     def attach(self, lm: LM):
         return [on_output(lm, self.module, self._route)]
 
-    def _route(self, reading: Reading, inputs: Tensor, outputs: Tensor) -> Tensor:
+    def _route(self, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> Tensor:
-            moved = torch.stack([distance(inputs, reading.of_prompt, delta) for delta in self.deltas], 1)
+            moved = torch.stack([distance(inputs, context.of_prompt, delta) for delta in self.deltas], 1)
             farthest, chosen = torch.where(moved > self.thresholds, moved, -1.0).max(1)  # (rows,)
             return torch.where(farthest >= 0, chosen, -1)
 
-        chosen = reading.decided(self, choose)
+        chosen = context.decision(self, choose)
         for i, delta in enumerate(self.deltas):
             rows = (chosen == i).nonzero()[:, 0]
             if len(rows):

@@ -102,9 +102,7 @@ def exclusive(model: nn.Module):
 
 def _check(lm: Any) -> None:
     """Raises InputError where a model is wanted and something else came."""
-    from reknow.lm import LM  # which imports this module
-
-    if not isinstance(lm, LM):
+    if not isinstance(getattr(lm, "model", None), nn.Module):
         raise InputError(f"expected lm as LM; got {repr(lm)[:60]}: open the model, as in LM('demo:gpt2')")
 
 

@@ -15,7 +15,7 @@ from reknow.model.scoring import are_numbers
 from reknow.model.tokens import Row, batches
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
+    from reknow.model.decoder import Decoder
 
 CACHE_BYTES = 2**30
 """What keys and values of texts that are written together may take: a pass reads one token of each, and the more
@@ -34,7 +34,7 @@ def check_sampling(top_k: int | None, temperature: float) -> None:
 
 
 def continuations(
-    lm: LM, rows: Sequence[Row], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
+    lm: Decoder, rows: Sequence[Row], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
 ) -> list[str]:
     """What follows the rows; see `LM.generate`."""
 
@@ -58,7 +58,7 @@ def continuations(
     return texts
 
 
-def _continued(lm: LM, row: Row, tokens: list[int]) -> str:
+def _continued(lm: Decoder, row: Row, tokens: list[int]) -> str:
     """The tokens as text that continues the row's; by themselves, some tokenizers drop the space they begin with."""
 
     def text(ids: list[int]) -> str:
@@ -82,7 +82,7 @@ def draw(logits: Tensor, top_k: int, temperature: float, generator: torch.Genera
 
 @torch.no_grad()
 def decoded(
-    lm: LM, rows: Sequence[Row], count: int, choose: Callable[[Tensor], Tensor], ends: Tensor | None = None
+    lm: Decoder, rows: Sequence[Row], count: int, choose: Callable[[Tensor], Tensor], ends: Tensor | None = None
 ) -> Tensor:
     """`count` tokens behind each row; fewer if every row has come to one of the tokens `ends`. (rows, tokens)
 
@@ -108,7 +108,7 @@ def decoded(
     return ids[:, batch.ids.shape[1] :]
 
 
-def _parts(lm: LM, lengths: Sequence[int]) -> list[list[int]]:
+def _parts(lm: Decoder, lengths: Sequence[int]) -> list[list[int]]:
     """Indices of texts in batches of like length."""
     room = CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
     parts = []
@@ -118,7 +118,7 @@ def _parts(lm: LM, lengths: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def _ends(lm: LM) -> list[int]:
+def _ends(lm: Decoder) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those the model names (an instruct model's end of turn)."""
     also = getattr(lm.model.generation_config, "eos_token_id", None)
     named = also if isinstance(also, list) else [also]

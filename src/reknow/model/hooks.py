@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,10 +13,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from reknow.model.exclusive import undone
-from reknow.model.tokens import Row, batches
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
+    pass
 
 
 class Stop(Exception):
@@ -85,23 +84,6 @@ def recorded(model: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str
         yield seen_in, seen_out
 
 
-def states_at(lm: LM, rows: Sequence[Row], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
-    """Inputs and outputs of modules at one token of every row; see `LM.read`."""
-    found: dict[str, list[Tensor]] = {}
-    parts = batches([len(row.ids) for row in rows], lm.device)
-    for part in parts:
-        batch = lm.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
-        column = max(columns[i] for i in part)
-        with recorded(lm.model, inputs, outputs, stop=True) as (seen_in, seen_out):
-            lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
-        named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
-        for name, states in named.items():
-            # A view would hold the states of all columns.
-            found.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
-    order = torch.tensor([i for part in parts for i in part]).argsort()
-    return {name: torch.cat(states)[order.to(states[0].device)] for name, states in found.items()}
-
-
 def swapped(module: nn.Module, forward: Callable):
     """While open, calling the module calls `forward`."""
     return all_swapped({module: forward})
@@ -141,23 +123,6 @@ def fused_gelu(model: nn.Module):
     fused = partial(nn.functional.gelu, approximate="tanh")
     slow = (NewGELUActivation, FastGELUActivation)
     return all_swapped({module: fused for module in model.modules() if isinstance(module, slow)})
-
-
-def mlp_only_at(lm: LM, rows: Tensor, columns: Tensor):
-    """While open, the last block's MLP is computed at these places alone, where it is a module that maps states to
-    states; elsewhere it gives 0. What the block gives at other places is read by nobody."""
-    block, name = lm.parts.blocks[-1], lm.parts.value[-1].rpartition(".")[0]
-    module = lm.model.get_submodule(name)
-    own = module.forward
-
-    def forward(states: Tensor, *rest):
-        wanted = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-        wanted[rows, columns] = True  # a place may be asked for twice
-        found = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
-        return states.new_zeros(*states.shape[:2], found.shape[-1]).index_put((wanted,), found)
-
-    # A memory wants to see whole rows.
-    return nullcontext() if name == block or lm.hooked else swapped(module, forward)
 
 
 def weight_replaced(module: nn.Module, weight: Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,13 +14,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
-from reknow.model.hooks import added_at, first, hooked, output_edited, recorded
-from reknow.model.replay import Suffix
-from reknow.model.scoring import are_numbers
-from reknow.model.tokens import Batch, Row, Text, encode, pad
+from reknow.model.hooks import first, hooked
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
+    pass
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +100,11 @@ def find_parts(model: PreTrainedModel) -> Parts:
     """
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        raise _refusal(model, "it is an encoder-decoder")
+        raise refusal(model, "it is an encoder-decoder")
     counts = {name: count for name, count in vars(config).items() if "experts" in name and "per_tok" not in name}
     experts = [name for name, count in counts.items() if isinstance(count, int) and count > 1]
     if experts and _has_experts(model):  # a dense model may have the field too
-        raise _refusal(
-            model, f"it is a mixture of experts ({experts[0]}), which has no single value matrix per layer"
-        )
+        raise refusal(model, f"it is a mixture of experts ({experts[0]}), which has no single value matrix per layer")
     calls, widths = _call_order(model)
     blocks = _blocks(model, getattr(config, "num_hidden_layers", None), set(calls))
     stack = blocks[0].rpartition(".")[0].rpartition(".")[0]
@@ -128,7 +123,7 @@ def _has_experts(model: PreTrainedModel) -> bool:
     return any("expert" in name or "moe" in name for name in parameters) or any("expert" in name for name in classes)
 
 
-def _refusal(model: PreTrainedModel, why: str) -> ModelError:
+def refusal(model: PreTrainedModel, why: str) -> ModelError:
     return ModelError(
         f"expected a dense decoder with attention and an MLP in each block; {type(model).__name__} is not handled, "
         f"because {why}: choose a model of a family listed in docs/models.md"
@@ -142,7 +137,7 @@ def _blocks(model: PreTrainedModel, count: int | None, called: set[str]) -> list
         fits = isinstance(module, nn.ModuleList) and len(module) == count and any(module[0].children())
         if fits and called.issuperset(names):
             return names
-    raise _refusal(model, f"no list of {count} blocks was found, which is the number of layers in its configuration")
+    raise refusal(model, f"no list of {count} blocks was found, which is the number of layers in its configuration")
 
 
 def _call_order(model: PreTrainedModel) -> tuple[list[str], dict[str, int]]:
@@ -165,7 +160,7 @@ def _call_order(model: PreTrainedModel) -> tuple[list[str], dict[str, int]]:
             with torch.no_grad():
                 model(input_ids=ids, use_cache=False)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-            raise _refusal(model, f"a forward pass over three tokens failed ({error})") from error
+            raise refusal(model, f"a forward pass over three tokens failed ({error})") from error
     return calls, widths
 
 
@@ -183,7 +178,7 @@ def _block_parts(
     shapes = {name: shape(model.get_submodule(name)) for name in names}
     wide = [i for i, name in enumerate(names) if shapes[name][0] == hidden <= shapes[name][1]]
     if not wide:
-        raise _refusal(model, f"{block} has no attention projection followed by an MLP projection")
+        raise refusal(model, f"{block} has no attention projection followed by an MLP projection")
     value = names[wide[-1]]
     inner, mlp = shapes[value][1], value.rpartition(".")[0]
     before = names[: wide[-1]]
@@ -193,91 +188,10 @@ def _block_parts(
             break
         up.insert(0, before.pop())
     if len(up) not in (1, 2) or not before or shapes[before[-1]][0] != hidden:
-        raise _refusal(model, f"no matrices from the hidden state into the MLP were found in {block}")
+        raise refusal(model, f"no matrices from the hidden state into the MLP were found in {block}")
     return value, tuple(up), before[-1]
 
 
 def accepts_positions(model: PreTrainedModel) -> bool:
     """Whether the model's forward takes `position_ids`; GPT-2 and GPT-Neo are wrong with left padding without."""
     return "position_ids" in inspect.signature(model.forward).parameters
-
-
-@torch.no_grad()
-def verify(lm: LM) -> Parts:
-    """The parts with what a few small passes tell of them.
-
-    Checks that no token sees a later one and that rows padded on both sides give the logits of unpadded ones;
-    measures whether additions to the value matrix's output reach the block's output as they are, and whether
-    replaying blocks gives the logits of a full pass.
-
-    Raises:
-        ModelError: the logits are no numbers, or one of the two checks fails.
-    """
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = len(embedding(lm.model))
-    lengths, anchors = (4, 6, 7), (2, 5, 3)
-    rows = [Row(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
-    plain = [_logits(lm, row) for row in rows]
-    for logits in (*plain, _logits(lm, _sentence(lm))):
-        are_numbers(lm, logits)
-    tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
-    if not _close(_logits(lm, Row(rows[-1].ids[:4], 4))[-1], plain[-1][3], tolerance):
-        raise _refusal(lm.model, "its tokens see later ones")
-    batch = pad(rows, rows[0].ids[0], anchors=anchors, device=lm.device)
-    here = torch.arange(len(rows), device=lm.device)
-    ends = batch.starts + torch.tensor(lengths, device=lm.device) - 1
-    padded = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[here, ends].float()
-    if not _close(padded, torch.stack([logits[-1] for logits in plain]), tolerance):
-        raise _refusal(lm.model, "padding changes its logits, so that no batch could be trusted")
-    return _measure(lm, batch, max(anchors), (here, ends), tolerance, generator)
-
-
-def _measure(lm: LM, batch: Batch, column: int, scored: tuple[Tensor, Tensor], tolerance: float, generator) -> Parts:
-    """The parts with `residual_identity`, `replayable` and `rowwise` as an addition at a middle layer shows them."""
-    parts, layer = lm.parts, len(lm.parts.blocks) // 2
-    block = parts.blocks[layer]
-    with recorded(lm.model, outputs=[block]) as (_, before):
-        lm.forward(batch.ids, batch.mask, batch.positions, None)
-    if before[block].shape[:-1] != batch.ids.shape:
-        raise _refusal(lm.model, "its blocks hand on several states for a token, or none, where an edit wants one")
-    spread = before[block][:, column].float().std()
-    delta = torch.randn(len(batch.ids), parts.hidden_size, generator=generator).to(lm.device) * spread
-    with (
-        output_edited(lm.model.get_submodule(parts.value[layer]), added_at(delta.to(lm.dtype), column)),
-        recorded(lm.model, outputs=[block]) as (_, after),
-    ):
-        wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[scored].float()
-    moved = (after[block] - before[block])[:, column].float()
-    lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance), rowwise=True)
-    same = rowwise = False
-    try:
-        suffix = Suffix(lm, batch, layer, column)
-        same = _close(suffix(delta, *scored).float(), wanted, tolerance)
-        some = torch.arange(1, len(batch.ids), device=lm.device)
-        found = suffix.keep(some)(delta[some], some - 1, scored[1][some]).float()
-        rowwise = suffix.rowwise and _close(found, wanted[some], tolerance)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
-    if not same:
-        log.warning("%s: blocks cannot be replayed; full passes are run instead, which is slower", lm.name)
-    return replace(lm.parts, replayable=same, rowwise=rowwise)
-
-
-def _logits(lm: LM, row: Row) -> Tensor:
-    """Logits of one row by itself. (tokens, vocabulary), float32"""
-    ids = torch.tensor([row.ids], device=lm.device)
-    positions = torch.arange(ids.shape[1], device=lm.device)[None]
-    return lm.forward(ids, torch.ones_like(ids), positions, None).logits[0].float()
-
-
-def _sentence(lm: LM) -> Row:
-    """A real text with the tokenizer's own special tokens, whose states are the largest: what float16 cannot hold."""
-    (row,) = encode(lm.tokenizer, [Text("The capital of France is Paris, and its river is the Seine.")])
-    row = Row(row.ids[: lm.max_tokens], 1)
-    lm.pad([row])  # refuses tokens beyond the embedding
-    return row
-
-
-def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether the root mean square difference is at most `tolerance` of b's spread."""
-    return bool((a - b).square().mean().sqrt() <= tolerance * b.std().clamp(min=1e-6))

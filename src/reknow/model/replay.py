@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,7 +25,6 @@ from reknow.model.hooks import (
     by_row,
     first,
     hooked,
-    mlp_only_at,
     output_edited,
     recorded,
     swapped,
@@ -33,10 +32,10 @@ from reknow.model.hooks import (
 from reknow.model.tokens import Batch
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
+    from reknow.model.decoder import Decoder
 
 
-def head(lm: LM, hidden: Tensor) -> Tensor:
+def head(lm: Decoder, hidden: Tensor) -> Tensor:
     """Logits (n, vocabulary) of the last block's output (n, hidden): final norm, head, and any scale or cap.
 
     The model's own `forward` does it, around a decoder stack that is replaced by the given states.
@@ -70,7 +69,7 @@ Call = tuple[tuple, dict]
 """The arguments of one call of a block; the hidden states are the first."""
 
 
-def block_calls(lm: LM, run: Callable[[], object], trailing: Sequence[tuple | None]) -> list[Call]:
+def block_calls(lm: Decoder, run: Callable[[], object], trailing: Sequence[tuple | None]) -> list[Call]:
     """What the model calls its blocks with during `run()`, found without running any of them.
 
     Args:
@@ -124,7 +123,7 @@ class Suffix:
         block: the layer's output, there. (rows, hidden)
     """
 
-    def __init__(self, lm: LM, batch: Batch, layer: int, column: int):
+    def __init__(self, lm: Decoder, batch: Batch, layer: int, column: int):
         self.lm, self.batch, self.layer, self.column = lm, batch, layer, column
         self.name = lm.parts.value[layer]
         # A memory decides at the prompt's last token, and what it decides may change every column before.
@@ -189,7 +188,7 @@ class Suffix:
         outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
         with hooked(*hooks), recorded(model, [self.name], outputs) as (seen_in, seen_out):
             self._run(slice(self._start, width), _fresh(self._cache), logits_to_keep=1)
-        self._reading = self.lm.running.reading
+        self._reading = self.lm.running.context
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
         right = [by_row(state, rows)[:, self.column - self._start :] for state in states]
@@ -211,7 +210,7 @@ class Suffix:
         delta = delta.to(self.value.dtype)
         if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
             added = added_at(delta, self.column - self._start)(self._block_output)
-            with mlp_only_at(self.lm, rows, columns - self._start):
+            with _mlp_only_at(self.lm, rows, columns - self._start):
                 return self._replay(added, 1, rows, columns)
         with ExitStack() as stack:
             for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
@@ -230,9 +229,26 @@ class Suffix:
         """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
         cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
         columns = columns - self._start
-        self.lm.running.reading = self._reading  # another text may have been read since
+        self.lm.running.context = self._reading  # another text may have been read since
         for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
             args = (cache if isinstance(a, Cache) else a for a in args)
             kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
             hidden = first(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
         return head(self.lm, hidden[rows, columns])
+
+
+def _mlp_only_at(lm: Decoder, rows: Tensor, columns: Tensor):
+    """While open, the last block's MLP is computed at these places alone, where it is a module that maps states to
+    states; elsewhere it gives 0. What the block gives at other places is read by nobody."""
+    block, name = lm.parts.blocks[-1], lm.parts.value[-1].rpartition(".")[0]
+    module = lm.model.get_submodule(name)
+    own = module.forward
+
+    def forward(states: Tensor, *rest):
+        wanted = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
+        wanted[rows, columns] = True  # a place may be asked for twice
+        found = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
+        return states.new_zeros(*states.shape[:2], found.shape[-1]).index_put((wanted,), found)
+
+    # A memory wants to see whole rows.
+    return nullcontext() if name == block or lm.hooked else swapped(module, forward)

@@ -13,7 +13,7 @@ from reknow.errors import InputError, ModelError
 from reknow.model.tokens import Row, Text, batches, encode
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
+    from reknow.model.decoder import Decoder
 
 
 NOTHING = -1
@@ -43,7 +43,7 @@ class Score:
         return all(self.hits)
 
 
-def are_numbers(lm: LM, logits: Tensor, asked: Tensor | None = None) -> Tensor:
+def are_numbers(lm: Decoder, logits: Tensor, asked: Tensor | None = None) -> Tensor:
     """Where logits can be read: no NaN among them, no infinity that would be the likeliest. (..., vocabulary) → (...)
 
     All that reads scores asks here. What patches have wrecked is read on, as wrong; a model without any has to be
@@ -57,7 +57,7 @@ def are_numbers(lm: LM, logits: Tensor, asked: Tensor | None = None) -> Tensor:
     """
     fine = logits.amax(-1).isfinite()  # the largest of anything with NaN is NaN
     wanted = fine if asked is None else fine | ~asked
-    if not (lm.patches or lm.hooked) and not bool(wanted.all()):
+    if not (lm.patched_now) and not bool(wanted.all()):
         dtype = str(lm.dtype).removeprefix("torch.")
         raise ModelError(
             f"expected logits that are numbers; {lm.name} in {dtype} gives NaN or infinity: open it with a wider "
@@ -67,7 +67,7 @@ def are_numbers(lm: LM, logits: Tensor, asked: Tensor | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def scores(lm: LM, texts: Sequence[Text]) -> list[Score]:
+def scores(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
     """How the model itself reads each text's target behind its prompt, whatever routers say; see `LM.score`."""
     rows = lm.encode(texts)
     for row, text in zip(rows, texts, strict=True):
@@ -84,7 +84,7 @@ def scores(lm: LM, texts: Sequence[Text]) -> list[Score]:
     return [found[row] for row in rows]
 
 
-def _batch(lm: LM, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
+def _batch(lm: Decoder, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
     """Runs the texts and scores the rows that end one token behind each."""
     batch = lm.pad(list(texts))  # they end in the last column
     keep = max(len(row.target_ids) for rows in texts.values() for row in rows)
@@ -105,7 +105,7 @@ def _batch(lm: LM, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
 
 
 @torch.no_grad()
-def perplexity(lm: LM, texts: Sequence[str], max_tokens: int) -> float:
+def perplexity(lm: Decoder, texts: Sequence[str], max_tokens: int) -> float:
     """See `LM.perplexity`."""
     total, count = 0.0, 0
     cut = min(max_tokens, lm.max_tokens or max_tokens)

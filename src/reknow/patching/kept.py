@@ -23,7 +23,7 @@ from reknow.files.schema import Broken, Strict, complaint
 from reknow.files.tensors import check_tensor
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
+    from reknow.model.decoder import Decoder
 
 ANY = "…"
 """Instead of dimensions: any."""
@@ -105,7 +105,7 @@ def _agree(sizes: dict[str, int], dimension: str, size: Any, where: str) -> None
         raise Broken(f"{where}: expected {sizes[dimension]} ({dimension.partition('.')[0]}), got {size}")
 
 
-def on_matrix(lm: LM, name: str, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
+def on_matrix(lm: Decoder, name: str, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
     """Raises PatchError where `name` is no value matrix of the model, or of other sizes than the tensors.
 
     Args:

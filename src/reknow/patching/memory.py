@@ -11,23 +11,22 @@ is the prompt (plain text, or the raw Hugging Face model), all of it is.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from reknow.errors import PatchError
+from reknow.model.decoder import Decoder
 from reknow.model.exclusive import exclusive, undone
+from reknow.model.forward_context import ForwardContext, context_of
 from reknow.model.hooks import by_row, first
 from reknow.patching.patches import Patch
+from reknow.registry import METHODS
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
     from reknow.model.scoring import Score
 
 T = TypeVar("T")
@@ -39,13 +38,13 @@ REMEMBERED = 4
 class HookMemory(Protocol):
     """Changes what modules of the model compute; see `on_output`."""
 
-    def attach(self, lm: LM) -> Iterable[RemovableHandle]: ...
+    def attach(self, lm: Decoder) -> Iterable[RemovableHandle]: ...
 
 
 class PromptMemory(Protocol):
     """Rewrites prompts before they are encoded."""
 
-    def prompts(self, lm: LM, texts: Sequence[str]) -> list[str]: ...
+    def prompts(self, lm: Decoder, texts: Sequence[str]) -> list[str]: ...
 
 
 class Answerer(Protocol):
@@ -65,96 +64,22 @@ Route = tuple[Answerer, str]
 class RouterMemory(Protocol):
     """Sends prompts to another model; None for a prompt that is none of its business."""
 
-    def route(self, lm: LM, prompts: Sequence[str]) -> list[Route | None]: ...
+    def route(self, lm: Decoder, prompts: Sequence[str]) -> list[Route | None]: ...
 
 
-@dataclass
-class Reading:
-    """The texts that the model is reading: what a hook may know of them."""
-
-    mask: Tensor  # (rows, columns) 1 on real tokens, of this pass and of those that the cache holds
-    new: int
-    """How many columns, the last ones, this pass computes."""
-    ends: Tensor  # (rows,) column behind the prompt's last token
-    _decisions: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def opens(self) -> bool:
-        """Whether this pass reads the texts from their beginning, prompts included."""
-        return self.new == self.mask.shape[1]
-
-    def decided(self, who: Any, decide: Callable[[], T] | None = None) -> T:
-        """What `decide` says when the prompts are read; the same again for tokens generated behind them.
-
-        Without `decide`: what a lower module of the same memory decided.
-
-        Raises:
-            PatchError: the prompts were read before the memory `who` was there.
-        """
-        if self.opens and decide is not None:
-            self._decisions[who] = decide()
-        elif who not in self._decisions:
-            raise PatchError(
-                "expected a key/value cache of prompts that were read with the memory applied; "
-                "got an older one: read the prompts again"
-            )
-        return self._decisions[who]
-
-    def at_end(self, states: Tensor) -> Tensor:
-        """States (rows, columns, features) at each prompt's last token, in a pass that opens. (rows, features)"""
-        return states[torch.arange(len(self.ends), device=states.device), self.ends.to(states.device) - 1]
-
-    @property
-    def of_prompt(self) -> Tensor:
-        """Which of the new columns hold tokens of the prompt. (rows, new), boolean"""
-        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
-        inside = (columns[None] < self.ends.to(self.mask.device)[:, None]) & self.mask.bool()
-        return inside[:, -self.new :]
-
-    @property
-    def last_of_prompt(self) -> Tensor:
-        """Which of the new columns hold the last token of the prompt. (rows, new), boolean"""
-        columns = torch.arange(self.mask.shape[1], device=self.mask.device)
-        return (columns[None] == self.ends.to(self.mask.device)[:, None] - 1)[:, -self.new :]
+Change = Callable[[ForwardContext, Tensor, Tensor], Tensor]
+"""(context, inputs, outputs) → outputs; (rows, columns, features), of the columns that are new in this pass."""
 
 
-class Running(threading.local):
-    """The pass that runs in a thread."""
-
-    reading: Reading | None = None
-    """What hooks of memories know of it; None where there are none."""
-    ends: Tensor | None = None
-    """Where its prompts end, if its caller says so."""
-
-
-def _opened(args: tuple, kwargs: dict, before: Reading | None, ends: Tensor | None) -> Reading:
-    """The reading of a pass of the model with these arguments; behind a cache it goes on from the one before."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    ids = kwargs["inputs_embeds"] if ids is None else ids
-    rows, new = ids.shape[:2]
-    cache = kwargs.get("past_key_values")
-    width = new + (0 if cache is None else int(cache.get_seq_length()))
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.shape != (rows, width):
-        mask = torch.ones(rows, width, dtype=torch.long, device=ids.device)
-    if width > new and before is not None and len(before.ends) == rows:
-        return Reading(mask, new, before.ends, before._decisions)
-    return Reading(mask, new, width - mask.flip(1).argmax(1) if ends is None else ends)
-
-
-Change = Callable[[Reading, Tensor, Tensor], Tensor]
-"""(reading, inputs, outputs) → outputs; (rows, columns, features), of the columns that are new in this pass."""
-
-
-def on_output(lm: LM, name: str, change: Change) -> RemovableHandle:
+def on_output(lm: Decoder, name: str, change: Change) -> RemovableHandle:
     """Makes the output of the module `name` what `change` says."""
 
     def hook(_module, args, kwargs, output):
-        reading, states = lm.running.reading, first(output)
-        assert reading is not None
-        rows = len(reading.ends)
+        context, states = lm.running.context, first(output)
+        assert context is not None
+        rows = len(context.ends)
         inputs = args[0] if args else next(iter(kwargs.values()))
-        changed = change(reading, by_row(inputs, rows), by_row(states, rows))
+        changed = change(context, by_row(inputs, rows), by_row(states, rows))
         changed = changed.to(states.dtype).reshape(states.shape)
         return type(output)([changed, *output[1:]]) if isinstance(output, (tuple, list)) else changed
 
@@ -171,7 +96,7 @@ class Hooks:
     def __init__(self, changes: Mapping[str, Change]):
         self._changes = changes
 
-    def attach(self, lm: LM) -> Iterator[RemovableHandle]:
+    def attach(self, lm: Decoder) -> Iterator[RemovableHandle]:
         return (on_output(lm, name, change) for name, change in self._changes.items())
 
 
@@ -183,7 +108,7 @@ def versions(patches: Sequence[Patch], method: str) -> list[Patch]:
 class Memories:
     """The memories in use on one model."""
 
-    def __init__(self, lm: LM):
+    def __init__(self, lm: Decoder):
         self._lm = lm
         self._active: dict[str, tuple[str, Any]] = {}
         """method → (kind, memory) in the order of the stack."""
@@ -233,11 +158,11 @@ class Memories:
     def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._active, self._lm.running.reading = [], {}, None
+        self._handles, self._active, self._lm.running.context = [], {}, None
 
     def _open(self, _module, args, kwargs) -> None:
         running = self._lm.running
-        running.reading = _opened(args, kwargs, running.reading, running.ends)
+        running.context = context_of(args, kwargs, running.context, running.ends)
 
     def _memory(self, name: str, patches: list[Patch]) -> tuple[str, Any]:
         """(kind, memory) of these versions; built once, since stacks are put on and off often."""
@@ -303,14 +228,10 @@ def memory_class(patch: Patch) -> Any:
     Raises:
         PatchError: there is none.
     """
-    from reknow.contract import MemoryMethod
-    from reknow.methods import METHODS  # methods import this module
-
-    entry = METHODS.get(patch.method)
-    kind = entry.method.kind if entry is not None and issubclass(entry.method, MemoryMethod) else None
-    if entry is None or kind != patch.kind:
+    row = METHODS.get(patch.method)
+    if row is None or row.method.kind != patch.kind:
         raise PatchError(
             f"expected a memory of a method that this version of reknow has; {patch.label} is a {patch.kind} of "
             f"{patch.method}: install the version that made it ({patch.version or 'unknown'})"
         )
-    return entry.method
+    return row.method

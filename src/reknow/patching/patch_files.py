@@ -25,6 +25,7 @@ from reknow.files.tensors import (
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.kept import Kept
 from reknow.patching.patches import FORMAT, Delta, Dense, Kind, LowRank, Patch
+from reknow.registry import METHODS
 
 LONGEST = 200
 """Characters of a name."""
@@ -202,16 +203,12 @@ def kept_by(patch: Patch) -> Kept | None:
     """
     if patch.kind == "weights" and not patch.state:
         return None  # the matrices are all there is, and importing the methods takes seconds
-    from reknow.contract import MemoryMethod
-    from reknow.methods import METHODS  # which import patches
-
     entry = METHODS.get(patch.method)
     if entry is None:
         if patch.kind != "weights":
             raise Broken(f"{patch.method!r} is no method that this version has, so nothing could run its memory")
         return None
-    kind = entry.method.kind if issubclass(entry.method, MemoryMethod) else "weights"
-    if kind != patch.kind:
+    if (kind := entry.method.kind) != patch.kind:
         raise Broken(f"it is said to be a {patch.kind} of {patch.method}, whose patches are of the kind {kind}")
     check_fields(entry.method, patch.settings, "settings")
     return entry.method.kept

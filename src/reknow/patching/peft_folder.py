@@ -21,7 +21,7 @@ from reknow.patching.patch_files import low_rank, read_patch, write_patch
 from reknow.patching.patches import Delta, LowRank, Patch
 
 if TYPE_CHECKING:
-    from reknow.lm import LM
+    from reknow.model.decoder import Decoder
 
 CONFIG, WEIGHTS, REST = "adapter_config.json", "adapter_model.safetensors", "reknow.patch"
 """The two files of `peft`, and what a patch has besides: edits, settings, the base's fingerprint."""
@@ -30,7 +30,7 @@ RANKS = "reknow.ranks"
 """Metadata of the weights: the rank of each change before it was padded."""
 
 
-def base_of(lm: LM, conv: bool) -> dict:
+def base_of(lm: Decoder, conv: bool) -> dict:
     """What `peft` needs to know of the base model; `conv`: its matrices are stored as (in, out)."""
     return {"base_model_name_or_path": lm.model.name_or_path or lm.name, "fan_in_fan_out": conv}
 

@@ -8,11 +8,10 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from reknow.checks.arguments import typed
 from reknow.errors import PatchError
 from reknow.files.atomic import put_back, write_text
 from reknow.files.locks import PATIENCE, writing
@@ -20,9 +19,6 @@ from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.files.schema import Listed, Newer, Strict, read_json, reason
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 FORMAT = 1
 FORCED = "forced"
@@ -110,28 +106,6 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
     return tuple(p for p in stack if p.id != wanted)
 
 
-def replayed(lm: LM, wanted: str) -> tuple[Patch, ...]:
-    """The stack without the patch of this id; the later versions of its memory are made again without it.
-
-    Raises:
-        PatchError: it is not in the stack.
-        InputError, EditFailed: an edit cannot be made again.
-    """
-    from reknow.methods import method  # methods import patches
-
-    stack = lm.patches
-    removed = next((patch for patch in stack if patch.id == wanted), None)
-    if removed is None or removed.kind == "weights":
-        return without_patch(stack, wanted)
-    place = stack.index(removed)
-    with lm.stacked(stack[:place]):
-        for patch in stack[place + 1 :]:
-            again = patch.kind != "weights" and patch.method == removed.method
-            lm.apply(method(patch.method, **patch.settings).edit(lm, patch.edits) if again else patch)
-        return lm.patches
-
-
-@typed
 def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
     """Writes a stack folder: a reference to the base model and the patches in order. `LM(folder)` opens it.
 

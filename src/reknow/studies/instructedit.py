@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from reknow.checks.bounds import Number, Rank, Seed, check
-from reknow.contract import Learned, Method
+from reknow.contract import Method
 from reknow.datasets.families import Family, load_families
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.runner import check_seeds
 from reknow.instructions.trial import Material, few_probes
+from reknow.learning.learned import Learned
 from reknow.lm import LM
 from reknow.methods import method
 from reknow.methods.instructedit import InstructEdit

@@ -1,0 +1,193 @@
+"""What everything that runs a model knows of it: a decoder, its tokenizer, its parts, and how a pass is made."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from reknow.errors import InputError, ModelError, TextRefused
+from reknow.model.chat import Chat
+from reknow.model.exclusive import exclusive, exclusively
+from reknow.model.forward_context import RunningPass
+from reknow.model.hooks import by_row, fused_gelu, recorded
+from reknow.model.parts import Parts, accepts_positions, device_of, embedding, find_parts
+from reknow.model.tokens import Batch, Row, Text, batches, encode, pad
+
+T = TypeVar("T")
+
+
+class Decoder(ABC):
+    """A wrapped decoder. `LM`, the one class of this kind, adds scores, texts and the stack of patches.
+
+    Attributes:
+        name: what messages call the model.
+        chat: prompts are put into the tokenizer's chat template.
+        parts: where its matrices are.
+        running: what is known of the pass that runs.
+        memo: see `cached`.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str, chat: Chat | None):
+        self.model, self.tokenizer, self.name, self.chat = model, tokenizer, name, chat
+        self.model.requires_grad_(False).eval()
+        self.model.config.return_dict = True  # outputs are read by name
+        self.memo: dict[tuple, Any] = {}
+        self.running = RunningPass()
+        self.parts: Parts = find_parts(self.model)
+        self._takes_positions = accepts_positions(self.model)
+
+    # --- structure ---------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return device_of(self.model.get_input_embeddings(), self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return embedding(self.model).dtype
+
+    @property
+    def layers(self) -> int:
+        return len(self.parts.blocks)
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How many tokens a text may have; None: any number."""
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+    def check_layer(self, layer: int) -> int:
+        """The layer itself; raises InputError where the model has none of that number."""
+        if not isinstance(layer, int) or not 0 <= layer < self.layers:
+            raise InputError(f"expected a layer from 0 to {self.layers - 1}; got {layer}: {self.name} has no other")
+        return layer
+
+    @abstractmethod
+    def weight(self, name: str) -> Tensor:
+        """The current weight of the matrix `name`, seen as (out, in)."""
+
+    @property
+    @abstractmethod
+    def hooked(self) -> bool:
+        """Whether a memory is applied that changes what modules compute, beyond what the weights say."""
+
+    @property
+    @abstractmethod
+    def patched_now(self) -> bool:
+        """Whether any patch is applied."""
+
+    def cached(self, key: tuple, make: Callable[[], T], *, budget: int | None = None) -> T:
+        """What `make` gives, computed once for this model; the key holds everything that it depends on.
+
+        Args:
+            budget: how many bytes tensors under keys with the same first part may take together; the oldest go.
+        """
+        if key in self.memo:
+            return self.memo[key]
+        found = self.memo[key] = make()
+        if budget is not None:
+            kept = [other for other in self.memo if other[0] == key[0]]
+            while sum(self.memo[other].nbytes for other in kept) > budget:
+                del self.memo[kept.pop(0)]
+        return found
+
+    # --- running -----------------------------------------------------------------------------------------
+
+    @exclusively
+    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, *, ends: Tensor | None = None, **options):
+        """One pass of the model.
+
+        Args:
+            ids, mask, positions: (rows, columns)
+            cache: key/value cache, or None to run without.
+            ends: (rows,) column behind each prompt's last token, for memories; None: all text is the prompt.
+            options: `logits_to_keep`, how many of the last columns get logits.
+        """
+        if "logits_to_keep" in options:  # as a slice the head would be multiplied row by row
+            options["logits_to_keep"] = torch.arange(-options["logits_to_keep"], 0)
+        if self._takes_positions:
+            options["position_ids"] = positions
+        self.running.ends = ends
+        try:
+            with fused_gelu(self.model):
+                return self.model(
+                    input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
+                )
+        finally:
+            self.running.ends = None
+
+    @exclusively
+    def encode(self, texts: Sequence[Text]) -> list[Row]:
+        """Tokens of the texts, each with the place of its parts; ModelError where the embedding lacks one."""
+        rows = encode(self.tokenizer, texts, chat=self.chat or False)
+        self._check_ids(rows)
+        return rows
+
+    def pad(self, rows: Sequence[Row], anchors: Sequence[int] | None = None) -> Batch:
+        """The rows as one rectangle on the model's device; see `tokens.pad`.
+
+        Raises:
+            TextRefused: a row is longer than what the model has positions for.
+            ModelError: it has a token for which the embedding has no row.
+        """
+        self.check_length(rows)
+        self._check_ids(rows)
+        own = self.tokenizer.pad_token_id  # what pads is masked, so that any token will do
+        pad_id = own if own is not None and own < len(embedding(self.model)) else 0
+        return pad(rows, pad_id, anchors=anchors, device=self.device)
+
+    def check_length(self, rows: Sequence[Row], extra: int = 0) -> None:
+        """Raises TextRefused where a row and `extra` tokens behind it do not fit into the model's positions."""
+        longest = max((len(row.ids) for row in rows), default=0) + extra
+        if self.max_tokens is not None and longest > self.max_tokens:
+            raise TextRefused(
+                f"expected texts of at most {self.max_tokens} tokens, for which {self.name} has positions; got "
+                f"{longest}{' with what is to be written' if extra else ''}: shorten them"
+            )
+
+    def _check_ids(self, rows: Sequence[Row]) -> None:
+        """Raises ModelError where a row has a token for which the model's embedding has no row."""
+        known = len(embedding(self.model))
+        highest = max((max(row.ids) for row in rows), default=0)
+        if highest >= known:
+            raise ModelError(
+                f"expected token ids below {known}, the rows of the embedding of {self.name}; got {highest}, "
+                f"the token {self.tokenizer.convert_ids_to_tokens(highest)!r}: call "
+                "model.resize_token_embeddings(len(tokenizer)), or use the tokenizer that the model was trained with"
+            )
+
+    @exclusively
+    @torch.no_grad()
+    def read(self, rows: Sequence[Row], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
+        """Inputs and outputs of modules at one token of every row.
+
+        Args:
+            rows: encoded texts.
+            columns: index of the wanted token in each row.
+            inputs, outputs: names of modules; the pass stops behind the last of them.
+
+        Returns:
+            name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
+        """
+        found: dict[str, list[Tensor]] = {}
+        parts = batches([len(row.ids) for row in rows], self.device)
+        for part in parts:
+            batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
+            column = max(columns[i] for i in part)
+            with recorded(self.model, inputs, outputs, stop=True) as (seen_in, seen_out):
+                self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
+            named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
+            for name, states in named.items():
+                # A view would hold the states of all columns.
+                found.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
+        order = torch.tensor([i for part in parts for i in part]).argsort()
+        return {name: torch.cat(states)[order.to(states[0].device)] for name, states in found.items()}
+
+    def exclusive(self):
+        """While open, other threads that use the model wait; every operation opens it for itself."""
+        return exclusive(self.model)

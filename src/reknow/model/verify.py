@@ -1,0 +1,101 @@
+"""Verifies the parts that were found in a decoder, by a few small passes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from reknow.model.decoder import Decoder
+from reknow.model.hooks import added_at, output_edited, recorded
+from reknow.model.parts import Parts, embedding, refusal
+from reknow.model.replay import Suffix
+from reknow.model.scoring import are_numbers
+from reknow.model.tokens import Batch, Row, Text, encode, pad
+
+log = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def verify(lm: Decoder) -> Parts:
+    """The parts with what a few small passes tell of them.
+
+    Checks that no token sees a later one and that rows padded on both sides give the logits of unpadded ones;
+    measures whether additions to the value matrix's output reach the block's output as they are, and whether
+    replaying blocks gives the logits of a full pass.
+
+    Raises:
+        ModelError: the logits are no numbers, or one of the two checks fails.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(embedding(lm.model))
+    lengths, anchors = (4, 6, 7), (2, 5, 3)
+    rows = [Row(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
+    plain = [_logits(lm, row) for row in rows]
+    for logits in (*plain, _logits(lm, _sentence(lm))):
+        are_numbers(lm, logits)
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
+    if not _close(_logits(lm, Row(rows[-1].ids[:4], 4))[-1], plain[-1][3], tolerance):
+        raise refusal(lm.model, "its tokens see later ones")
+    batch = pad(rows, rows[0].ids[0], anchors=anchors, device=lm.device)
+    here = torch.arange(len(rows), device=lm.device)
+    ends = batch.starts + torch.tensor(lengths, device=lm.device) - 1
+    padded = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[here, ends].float()
+    if not _close(padded, torch.stack([logits[-1] for logits in plain]), tolerance):
+        raise refusal(lm.model, "padding changes its logits, so that no batch could be trusted")
+    return _measure(lm, batch, max(anchors), (here, ends), tolerance, generator)
+
+
+def _measure(
+    lm: Decoder, batch: Batch, column: int, scored: tuple[Tensor, Tensor], tolerance: float, generator
+) -> Parts:
+    """The parts with `residual_identity`, `replayable` and `rowwise` as an addition at a middle layer shows them."""
+    parts, layer = lm.parts, len(lm.parts.blocks) // 2
+    block = parts.blocks[layer]
+    with recorded(lm.model, outputs=[block]) as (_, before):
+        lm.forward(batch.ids, batch.mask, batch.positions, None)
+    if before[block].shape[:-1] != batch.ids.shape:
+        raise refusal(lm.model, "its blocks hand on several states for a token, or none, where an edit wants one")
+    spread = before[block][:, column].float().std()
+    delta = torch.randn(len(batch.ids), parts.hidden_size, generator=generator).to(lm.device) * spread
+    with (
+        output_edited(lm.model.get_submodule(parts.value[layer]), added_at(delta.to(lm.dtype), column)),
+        recorded(lm.model, outputs=[block]) as (_, after),
+    ):
+        wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[scored].float()
+    moved = (after[block] - before[block])[:, column].float()
+    lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance), rowwise=True)
+    same = rowwise = False
+    try:
+        suffix = Suffix(lm, batch, layer, column)
+        same = _close(suffix(delta, *scored).float(), wanted, tolerance)
+        some = torch.arange(1, len(batch.ids), device=lm.device)
+        found = suffix.keep(some)(delta[some], some - 1, scored[1][some]).float()
+        rowwise = suffix.rowwise and _close(found, wanted[some], tolerance)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
+    if not same:
+        log.warning("%s: blocks cannot be replayed; full passes are run instead, which is slower", lm.name)
+    return replace(lm.parts, replayable=same, rowwise=rowwise)
+
+
+def _logits(lm: Decoder, row: Row) -> Tensor:
+    """Logits of one row by itself. (tokens, vocabulary), float32"""
+    ids = torch.tensor([row.ids], device=lm.device)
+    positions = torch.arange(ids.shape[1], device=lm.device)[None]
+    return lm.forward(ids, torch.ones_like(ids), positions, None).logits[0].float()
+
+
+def _sentence(lm: Decoder) -> Row:
+    """A real text with the tokenizer's own special tokens, whose states are the largest: what float16 cannot hold."""
+    (row,) = encode(lm.tokenizer, [Text("The capital of France is Paris, and its river is the Seine.")])
+    row = Row(row.ids[: lm.max_tokens], 1)
+    lm.pad([row])  # refuses tokens beyond the embedding
+    return row
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether the root mean square difference is at most `tolerance` of b's spread."""
+    return bool((a - b).square().mean().sqrt() <= tolerance * b.std().clamp(min=1e-6))

@@ -1,0 +1,99 @@
+"""The table of methods: a name, where the class is, and the fields in which a variant differs.
+
+A class is imported when it is asked for: who edits with one method waits for no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pkgutil import resolve_name
+from typing import Any, NamedTuple
+
+from reknow.errors import InputError, did_you_mean
+
+
+class Row(NamedTuple):
+    """A row of the table."""
+
+    home: str | type
+    """`module:Class` below `reknow.methods`, or a class."""
+    settings: Mapping[str, Any]
+    """Fields that differ from the class's defaults."""
+    paper: str
+
+    @property
+    def method(self) -> Any:
+        """The class, a `Method`."""
+        return resolve_name(f"reknow.methods.{self.home}") if isinstance(self.home, str) else self.home
+
+
+METHODS: dict[str, Row] = {
+    "adalora": Row("lora:LoRA", {"kind": "adalora", "learning_rate": 0.05}, "Zhang et al. 2023, arXiv 2303.10512"),
+    "alphaedit": Row("alphaedit:AlphaEdit", {}, "Fang et al. 2024, arXiv 2410.02355"),
+    "alphaedit-blue": Row("alphaedit:AlphaEdit", {"boundary_layers": True}, "Li et al. 2025, arXiv 2502.03748"),
+    "calinet": Row("calinet:CaliNet", {}, "Dong et al. 2022, arXiv 2210.03329"),
+    "defer": Row("defer:DEFER", {}, "Hartvigsen et al. 2022, arXiv 2211.11031"),
+    "emmet": Row("emmet:EMMET", {}, "Gupta et al. 2024, arXiv 2403.14236"),
+    "ft-l": Row(
+        "ft:FT",
+        {"loss": "last_token", "clamp": 0.03},
+        "Constrained fine-tuning, as in Meng et al. 2022, arXiv 2202.05262",
+    ),
+    "ft-m": Row("ft:FT", {"loss": "target"}, "Fine-tuning on the answer, Zhang et al. 2024, arXiv 2401.01286"),
+    "ft-t": Row(
+        "ft:FT", {"loss": "text"}, "Fine-tuning on prompt and answer, as in Qi et al. 2024, arXiv 2406.11194"
+    ),
+    "grace": Row("grace:GRACE", {}, "Hartvigsen et al. 2022, arXiv 2211.11031"),
+    "ice": Row("ice:ICE", {}, "Consistent In-Context Editing, Qi et al. 2024, arXiv 2406.11194"),
+    "instructedit": Row("instructedit:InstructEdit", {}, "Tian et al. 2024, arXiv 2402.16123"),
+    "ike": Row("ike:IKE", {}, "Zheng et al. 2023, arXiv 2305.12740"),
+    "ike-easyedit": Row(
+        "ike:IKE", {"demonstrations": 16, "shares": None}, "IKE as in EasyEdit, Wang et al. 2023, arXiv 2308.07269"
+    ),
+    "ike-zero": Row(
+        "ike:IKE", {"demonstrations": 0}, "IKE without demonstrations, Zheng et al. 2023, arXiv 2305.12740"
+    ),
+    "ke": Row("ke:KE", {}, "KnowledgeEditor, De Cao et al. 2021, arXiv 2104.08164"),
+    "kn": Row("kn:KN", {}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
+    "kn-erase": Row("kn:KN", {"erase": True}, "Knowledge neurons, Dai et al. 2021, arXiv 2104.08696"),
+    "locft-bf": Row(
+        "ft:FT", {"breadth_first": True, "batch_size": 100, "stop_loss": 0.0}, "Yang et al. 2025, arXiv 2509.22072"
+    ),
+    "lora": Row("lora:LoRA", {"kind": "lora"}, "Hu et al. 2021, arXiv 2106.09685"),
+    "malmen": Row("malmen:MALMEN", {}, "Tan et al. 2023, arXiv 2311.04661"),
+    "melo": Row("melo:MELO", {}, "Yu et al. 2023, arXiv 2312.11795"),
+    "memit": Row("memit:MEMIT", {}, "Meng et al. 2022, arXiv 2210.07229"),
+    "memit-merge": Row("memit:MEMIT", {"merge_subjects": True}, "Dong et al. 2025, arXiv 2502.07322"),
+    "mend": Row("mend:MEND", {}, "Mitchell et al. 2021, arXiv 2110.11309"),
+    "pmet": Row("pmet:PMET", {}, "Li et al. 2023, arXiv 2308.08742"),
+    "qlora": Row("lora:LoRA", {"kind": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
+    "r-rome": Row("rome:ROME", {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
+    "rome": Row("rome:ROME", {}, "Meng et al. 2022, arXiv 2202.05262"),
+    "serac": Row("serac:SERAC", {}, "Mitchell et al. 2022, arXiv 2206.06520"),
+    "ultraedit": Row("ultraedit:UltraEdit", {}, "Gu et al. 2025, arXiv 2505.14679"),
+    "wise": Row("wise:WISE", {}, "Wang et al. 2024, arXiv 2405.14768"),
+    "wise-retrieve": Row("wise:WISE", {"retrieve": True}, "Wang et al. 2024, arXiv 2405.14768"),
+}
+
+
+def make(name: str, settings: Mapping[str, Any]) -> Any:
+    """The `Method` of that name with these settings; names that a setting had before are understood, with a warning.
+
+    Raises:
+        InputError: no such method, or no such field (names the near ones), or a value that the field cannot have.
+    """
+    from reknow.checks.bounds import current_names  # the names alone are needed at once
+
+    if name not in METHODS:
+        raise did_you_mean("method", name, METHODS)
+    row, kind = METHODS[name], METHODS[name].method
+    settings = current_names(kind, settings)
+    known = [field.name for field in fields(kind)]
+    for key in settings:
+        if key not in known:
+            raise did_you_mean(f"setting of {name}", key, known)
+    try:
+        return kind(**{**row.settings, **settings})
+    except TypeError as error:
+        raise InputError(f"expected valid settings for {name}; got {settings}: {error}") from error
