@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 from families import tiny_model, tiny_tokenizer  # noqa: E402
+from llm_server import serve  # noqa: E402, F401, a fixture
 from reknow import LM, Edit, Patch  # noqa: E402
 from reknow.editing.values import ValueSearch  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402

@@ -19,7 +19,7 @@ from reknow.methods.defer import Gate
 from reknow.methods.melo import Clusters
 from reknow.model.tokens import Text
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 PROMPTS = ["The capital of Peru is", "I know Danielle Darrieux", "Who is Zoë Übel ? She is"]
 
 

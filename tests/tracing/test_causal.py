@@ -29,7 +29,7 @@ from reknow.tracing.causal import (
 )
 from reknow.tracing.restoration import Kind, Prompt, restorations
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 KINDS = get_args(Kind)
 
 

@@ -14,7 +14,7 @@ from reknow import GRACE, LM, Edit
 from reknow.errors import InputError
 from reknow.model.tokens import Text
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "grace.json").read_text())["cases"]
 REPLACEMENT = {"replace_prompt": "before", "replace_last": "last"}
 

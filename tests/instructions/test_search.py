@@ -17,7 +17,6 @@ from reknow.errors import InputError
 from reknow.instructions import Family, Instruction, Rewriter, Search, Writer, family_of, load_families, save_families
 from reknow.instructions import search as run_search
 from reknow.instructions.propose import question, usable
-from test_llm import serve  # noqa: F401, a fixture
 
 FAMILY = Family("recent", "Recent", "wiki_recent", "New facts.", instructions=(Instruction("Add a fact about it."),))
 SMALL = Search(count=4, proposals=3, rounds=4)
@@ -154,7 +153,7 @@ def test_it_goes_on_while_a_metric_rises(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from test_instructions import FAMILY, SMALL, by_length, run_search, Rewriter
+from test_search import FAMILY, SMALL, by_length, run_search, Rewriter
 calls = []
 def score(family, text):
     calls.append(text)
@@ -194,7 +193,7 @@ LINES = (
 )
 
 
-def test_a_chat_server_is_told_the_task_and_the_scores(serve, tmp_path):  # noqa: F811
+def test_a_chat_server_is_told_the_task_and_the_scores(serve, tmp_path):
     server = serve(LINES, "Take over the latest record about {} from the base.")
     writer = Writer(server.llm())
     found = run_search([FAMILY], writer, by_length, tmp_path, replace(SMALL, count=5, rounds=2))
@@ -209,14 +208,14 @@ def test_a_chat_server_is_told_the_task_and_the_scores(serve, tmp_path):  # noqa
     )
 
 
-def test_nonsense_is_asked_again_and_then_counts(serve, tmp_path):  # noqa: F811
+def test_nonsense_is_asked_again_and_then_counts(serve, tmp_path):
     server = serve("I cannot help with that", LINES, LINES)
     found = run_search([FAMILY], Writer(server.llm()), by_length, tmp_path, replace(SMALL, rounds=1))
     assert len(found.families[0].instructions) == 4 and len(server.asked) == 2
 
 
 @pytest.mark.parametrize("fault", [None, 500, "?!", "raw:{}"])
-def test_a_proposer_that_fails_loses_nothing(serve, tmp_path, caplog, fault):  # noqa: F811
+def test_a_proposer_that_fails_loses_nothing(serve, tmp_path, caplog, fault):
     server = serve(LINES, fault)
     with caplog.at_level(logging.WARNING):
         found = run_search([FAMILY], Writer(server.llm()), by_length, tmp_path, replace(SMALL, count=5))

@@ -30,7 +30,7 @@ from reknow.memories.scope_training import ScopeCases
 from reknow.methods.serac import Modules
 from reknow.model.tokens import Text
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "serac.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "serac.json").read_text())
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]
 NAMES += [f"{a} {b}" for a in ("French", "German", "English") for b in ("Peru", "Apple", "Paris", "Lima", "Zoë")]
 TRAINING = Training(steps=60, batch_size=8, validation=6, validate_every=20, decay=True)

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_golden import GOLDEN, close
 
 from reknow import LM, Edit
 from reknow.editing.keys import Subjects
@@ -17,7 +18,6 @@ from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN, attributions
 from reknow.methods.memit import MEMIT
 from reknow.methods.pmet import PMET
-from test_golden import GOLDEN, close
 
 HEAD = json.loads((GOLDEN / "mass.json").read_text())
 CASES = {case["name"]: case for case in HEAD["cases"]}

@@ -6,6 +6,7 @@ import json
 
 import torch
 from safetensors.torch import load_file
+from test_golden import GOLDEN, close
 
 from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
 from reknow.editing.descent import Scored, predicted
@@ -14,7 +15,6 @@ from reknow.learning.gradient_network import GradientNetwork
 from reknow.learning.gradients import changed, flat_factors
 from reknow.methods.malmen import MALMENNetwork, surrogate
 from reknow.model.tokens import Text
-from test_golden import GOLDEN, close
 
 
 def test_mend_transforms_gradients_as_the_authors_do(tmp_path):

@@ -16,7 +16,7 @@ from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.metrics import Reading, case_metrics
 from reknow.evaluation.results import readings
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "convsent.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "convsent.json").read_text())
 TEXTS = {"ent": "Lima", "pos": ["great.", "fine.", "good."], "neg": ["bad.", "dull.", "poor."]}
 
 

@@ -456,7 +456,7 @@ def test_faults_of_json_edits(tmp_path):
 
 
 def test_notice_names_every_sample():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     notice = (root / "NOTICE").read_text("utf-8")
     samples = list((root / "src/reknow/assets/data").iterdir())
     assert len(samples) == 13

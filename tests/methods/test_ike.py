@@ -58,7 +58,7 @@ def asked(lm: LM, *prompts: str) -> list[str]:
 
 def test_the_authors_prompt(roomy, tmp_path):
     """Which fact is of which kind they draw by chance; all else is the same."""
-    golden = json.loads((Path(__file__).parent / "golden" / "ike.json").read_text())
+    golden = json.loads((Path(__file__).parent.parent / "golden" / "ike.json").read_text())
     cases = [
         Case(
             Edit("The capital of {} is", subject=f"Land{i}", target_new=f"New{i}", target_true=f"Old{i}"),

@@ -32,7 +32,7 @@ from reknow.model.fingerprint import Fingerprint
 from reknow.patching.peft_folder import WEIGHTS, base_of
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 
-FILES = Path(__file__).parent / "golden" / "files"
+FILES = Path(__file__).parent.parent / "golden" / "files"
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris")
 OTHER = Edit("I know", target_new="of")
 

@@ -13,7 +13,7 @@ from reknow import WISE, Edit, Patch
 from reknow.errors import InputError
 from reknow.methods.wise import Shard, distance, margin_loss, ties
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "wise.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "wise.json").read_text())
 QUICK = dict(layer=1, steps=30, context_groups=((1, 3),), unrelated=2)
 
 

@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from test_contract import EDIT, OTHER, quick
 
 from conftest import make_lm
 from reknow import LM, METHODS, Edit
 from reknow.memories.base import MemoryMethod
-from test_contract import EDIT, OTHER, quick
 
 NAMES = [name for name, entry in METHODS.items() if issubclass(entry.method, MemoryMethod)]
 PROMPTS = [EDIT.text, OTHER.text, "The capital of Peru is", "The capital of Chile is"]

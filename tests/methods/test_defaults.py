@@ -1,7 +1,7 @@
 """What the search-and-write methods do with nothing but defaults, as it was recorded: the path that users take.
 
 The authors' numbers (test_golden) hold for their settings; these notice when the defaults do something else than they
-did. Where that is wanted, `python tests/test_defaults.py` records anew, and the change is stated with numbers before
+did. Where that is wanted, `python tests/methods/test_defaults.py` records anew, and the change is stated with numbers before
 and after. Sampled contexts are part of the record: which token is drawn hangs on a machine's last bits.
 """
 
@@ -16,7 +16,7 @@ import pytest
 from reknow import LM, ROME, Edit
 from reknow.methods import method
 
-FILE = Path(__file__).parent / "golden" / "defaults.json"
+FILE = Path(__file__).parent.parent / "golden" / "defaults.json"
 EDITS = [
     Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"),
     Edit("{} is located in the continent of", subject="Vinson Massif", target_new="Europe"),

@@ -15,7 +15,7 @@ from reknow.editing.covariance import covariance
 from reknow.editing.solvers import cholesky, rank_one, solve
 from reknow.editing.values import find_values
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 
 
 def golden_cases(file: str):

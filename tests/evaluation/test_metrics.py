@@ -13,7 +13,7 @@ from reknow.evaluation import metrics
 from reknow.evaluation.metrics import Reading, case_metrics, generated
 from reknow.evaluation.results import summarise
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
+GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "metrics.json").read_text())
 
 
 def reading(kind="reliability", name="rewrite", **changes) -> Reading:

@@ -18,7 +18,7 @@ from reknow.editing.solvers import rank_one
 from reknow.editing.values import ValueSearch, find_values
 from reknow.model.tokens import Row, Text
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "rome_sites.json").read_text())["cases"]
 PARIS = Edit("{} is the capital of", subject="Paris", target_new="English")
 OTHERS = [

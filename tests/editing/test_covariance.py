@@ -137,7 +137,7 @@ KILLED = """
 import os, signal, sys
 import reknow.editing.covariance
 from conftest import make_lm
-from test_stats import LONG
+from test_covariance import LONG
 reknow.editing.covariance.SAVE_SECONDS = 0.0
 own, seen = reknow.editing.covariance._save, []
 def save(tensors, file, about):
@@ -187,7 +187,7 @@ SHARED = """
 from accelerate import PartialState
 from conftest import make_lm
 from reknow.editing.covariance import statistics
-from test_stats import LONG
+from test_covariance import LONG
 state = PartialState(cpu=True)
 assert state.num_processes == 2
 one = statistics(make_lm("gpt2"), [0, 2], text=LONG, state=state)
@@ -213,7 +213,7 @@ def test_processes_share_the_text_and_their_sums_are_added(tmp_path):
 
 
 def environment() -> dict[str, str]:
-    paths = [str(Path(__file__).parent), str(Path(reknow.__file__).parents[1])]
+    paths = [str(Path(__file__).parent.parent), str(Path(reknow.__file__).parents[1])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -28,7 +28,6 @@ from reknow.studies.domains import domain_cases, domain_study
 from reknow.studies.gradients import gradient_study
 from reknow.studies.instructedit import STUDIES, TASKS, Size, as_trained, run_study
 from reknow.studies.tables import gain
-from test_llm import serve  # noqa: F401, a fixture
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
 
@@ -206,7 +205,7 @@ def test_a_study_from_training_to_table(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_search_on_the_command_line_at_a_real_server(serve, tmp_path, monkeypatch):  # noqa: F811
+def test_the_search_on_the_command_line_at_a_real_server(serve, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     server = serve("Write down what is new about {}.\nKeep {} up to date.")
     options = ["--tasks", "recent", "--trial-steps", "1", "--count", "3", "--rounds", "1"]
