@@ -1,7 +1,7 @@
 """What the search-and-write methods do with nothing but defaults, as it was recorded: the path that users take.
 
 The authors' numbers (test_golden) hold for their settings; these notice when the defaults do something else than they
-did. Where that is wanted, `python tests/methods/test_defaults.py` records anew, and the change is stated with numbers before
+did. To record anew: `python tests/methods/test_defaults.py`, with the change stated in numbers before
 and after. Sampled contexts are part of the record: which token is drawn hangs on a machine's last bits.
 """
 
