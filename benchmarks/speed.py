@@ -62,7 +62,7 @@ RATE = 5e-4
 UNTIL = "reknow, until found"
 """Our default: at most 60 passes, each of which reads a fifth of the contexts (MEMIT: half), ended when every context
 gives the answer a probability of 0.95, or has it as the likeliest and the loss hardly falls any more."""
-ALL_PASSES: dict[str, Any] = {"stop_probability": 1.0, "stop_gain": 0.0}
+ALL_PASSES: dict[str, Any] = {"stop_probability": 1.0, "min_delta": 0.0}
 EXACT: dict[str, Any] = {**ALL_PASSES, "turns": 1}
 """All passes, with all contexts in each, as in the papers; rate and decay stay the library's, free of the scale."""
 LARGER = 0.3
@@ -159,7 +159,7 @@ def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     layers = band(lm, layer)
     ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, **EXACT)
-    prefixes = contexts(lm, ours.context_groups, starts=ours.context_starts)
+    prefixes = contexts(lm, ours.context_groups, starts=ours.context_first_words)
     numbers = [plain(lm, case, layers[-1], "block") for case in cases]
     same = {key: fmean(one[key] for one in numbers) for key in numbers[0]}
     weight = effective_weight(lm, ours, cases, layers[0])
@@ -191,14 +191,14 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 
 def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -> float:
-    """The λ that the scale-free stiffness amounts to in the first layer, since EasyEdit takes a number."""
+    """The λ that the scale-free regularization amounts to in the first layer, since EasyEdit takes a number."""
     from reknow.editing.covariance import covariance
     from reknow.editing.keys import Subjects
     from reknow.editing.solvers import whitening
 
     keys = Subjects(lm, [case.edit for case in cases], [""]).keys(layer)
     white = keys @ whitening(covariance(lm, layer, tokens=method.covariance_tokens))
-    return float(method.stiffness * white.square().sum(1).mean())
+    return float(method.regularization * white.square().sum(1).mean())
 
 
 def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:

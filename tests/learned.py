@@ -16,10 +16,12 @@ from reknow.learning.training import Training
 NAMES = ("Danielle", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima", "French Peru")
 ANSWERS = ("of", "in", "is", "The", "and", "by")
 SETTINGS: dict[str, dict] = {
-    "mend": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0),
-    "instructedit": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3, edit_weight=1.0, seed=1),
+    "mend": dict(rank=16, layers=(1, 2), learning_rate=3e-3, step_size_learning_rate=1e-3, edit_weight=1.0),
+    "instructedit": dict(
+        rank=16, layers=(1, 2), learning_rate=3e-3, step_size_learning_rate=1e-3, edit_weight=1.0, seed=1
+    ),
     "malmen": dict(rank=16, layers=(1, 2), learning_rate=3e-3),
-    "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, hidden=32, read_width=16),
+    "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, hidden=32, lstm_width=16),
     "serac": dict(size=16, learning_rate=1e-2),
 }
 """Tiny models need few steps and long ones."""

@@ -25,7 +25,7 @@ def problem():
 
 def test_memit_solves_its_normal_equations(problem):
     covariance, keys, residual = problem
-    right = least_squares(whitening(covariance), keys, stiffness=0, weight=7.0)
+    right = least_squares(whitening(covariance), keys, regularization=0, weight=7.0)
     change = residual.T @ right  # (out, in)
     assert torch.allclose(change @ (7 * covariance + keys.T @ keys), residual.T @ keys, atol=1e-8)
 
@@ -33,19 +33,19 @@ def test_memit_solves_its_normal_equations(problem):
 def test_more_facts_than_dimensions_give_the_same_equations(problem):
     covariance, _, _ = problem
     keys = torch.randn(30, IN, dtype=torch.float64)
-    right = least_squares(whitening(covariance), keys, stiffness=0, weight=7.0)  # (facts, in)
+    right = least_squares(whitening(covariance), keys, regularization=0, weight=7.0)  # (facts, in)
     assert torch.allclose(right @ (7 * covariance + keys.T @ keys), keys, atol=1e-8)
 
 
 def test_without_stiffness_every_key_gets_its_value(problem):
     covariance, keys, residual = problem
-    change = residual.T @ least_squares(whitening(covariance), keys, stiffness=0)
+    change = residual.T @ least_squares(whitening(covariance), keys, regularization=0)
     assert torch.allclose(change @ keys.T, residual.T, atol=1e-6)
 
 
 def test_without_stiffness_one_key_is_rome(problem):
     covariance, keys, residual = problem
-    right = least_squares(whitening(covariance), keys[:1], stiffness=0)
+    right = least_squares(whitening(covariance), keys[:1], regularization=0)
     rome = rank_one(solve(cholesky(covariance), keys[:1])[0], keys[0], residual[0])
     assert torch.allclose(outer(residual[:1], right).dense(), rome.dense(), rtol=1e-5, atol=1e-8)
 
@@ -55,7 +55,7 @@ def test_emmet_with_a_ridge_is_memit_in_one_layer(problem):
     scaled = torch.linalg.inv(1000 * covariance)
     gram = keys @ scaled @ keys.T + 0.1 * torch.eye(3, dtype=torch.float64)
     emmet = torch.linalg.inv(gram) @ keys @ scaled  # (facts, in)
-    ours = least_squares(whitening(covariance), keys, stiffness=0, weight=0.1 * 1000)
+    ours = least_squares(whitening(covariance), keys, regularization=0, weight=0.1 * 1000)
     assert torch.allclose(ours, emmet, rtol=1e-6)
 
 
@@ -63,21 +63,21 @@ def test_emmet_with_a_ridge_is_memit_in_one_layer(problem):
 def test_stiffness_does_not_depend_on_the_unit_of_the_keys(problem, unit):
     covariance, keys, residual = problem
     for metric in (whitening, lambda c: null_space(c, 0.05)):
-        plain = residual.T @ least_squares(metric(covariance), keys, stiffness=0.3)
-        other = residual.T @ least_squares(metric(unit**2 * covariance), unit * keys, stiffness=0.3)
+        plain = residual.T @ least_squares(metric(covariance), keys, regularization=0.3)
+        other = residual.T @ least_squares(metric(unit**2 * covariance), unit * keys, regularization=0.3)
         assert torch.allclose(other @ (unit * keys).T, plain @ keys.T, atol=1e-7)
 
 
 def test_stiffness_is_the_share_that_one_fact_lacks(problem):
     covariance, keys, residual = problem
-    change = residual[:1].T @ least_squares(whitening(covariance), keys[:1], stiffness=0.25)
+    change = residual[:1].T @ least_squares(whitening(covariance), keys[:1], regularization=0.25)
     assert torch.allclose(change @ keys[:1].T, residual[:1].T / 1.25)
 
 
 def test_alphaedit_leaves_protected_directions_alone(problem):
     covariance, keys, residual = problem
     basis = null_space(covariance, 0.01)
-    change = residual.T @ least_squares(basis, keys, stiffness=0.1)
+    change = residual.T @ least_squares(basis, keys, regularization=0.1)
     _, vectors = torch.linalg.eigh(covariance)
     protected = vectors[:, basis.shape[1] :]
     assert 0 < protected.shape[1] < IN
@@ -91,15 +91,15 @@ def test_alphaedit_solves_the_papers_system(problem):
     projector = basis @ basis.T
     system = projector @ (keys.T @ keys + past.T @ past) + 10 * torch.eye(IN, dtype=torch.float64)
     wanted = torch.linalg.solve(system, projector @ keys.T @ residual)  # (in, out), as in the authors' code
-    right = least_squares(basis, keys, stiffness=0, weight=10.0, past=past)
+    right = least_squares(basis, keys, regularization=0, weight=10.0, past=past)
     assert torch.allclose(residual.T @ right, wanted.T, atol=1e-10)
 
 
 def test_keys_of_the_past_hold_against_a_like_key(problem):
     covariance, keys, _ = problem
     basis = null_space(covariance, 0.05)
-    free = least_squares(basis, keys[:1], stiffness=0.01)
-    held = least_squares(basis, keys[:1], stiffness=0.01, past=keys[:1].repeat(50, 1))
+    free = least_squares(basis, keys[:1], regularization=0.01)
+    held = least_squares(basis, keys[:1], regularization=0.01, past=keys[:1].repeat(50, 1))
     assert float((held @ keys[0]).squeeze()) < 0.05 * float((free @ keys[0]).squeeze())
 
 
@@ -125,7 +125,7 @@ def test_a_singular_system_names_the_facts(problem):
     covariance, keys, _ = problem
     keys = torch.cat([keys, keys[1:2]])
     with pytest.raises(EditFailed, match="'b' and 'd'"):
-        least_squares(whitening(covariance), keys, stiffness=0, names=["a", "b", "c", "d"])
+        least_squares(whitening(covariance), keys, regularization=0, names=["a", "b", "c", "d"])
 
 
 def test_dead_units_do_not_stop_the_solver(problem):
@@ -134,7 +134,7 @@ def test_dead_units_do_not_stop_the_solver(problem):
     covariance[3], covariance[:, 3] = 0, 0
     keys = keys.clone()
     keys[:, 3] = 0
-    right = least_squares(whitening(covariance), keys, stiffness=0.1)
+    right = least_squares(whitening(covariance), keys, regularization=0.1)
     assert torch.isfinite(right).all()
     assert float(right[:, 3].abs().max()) == 0
 
@@ -180,6 +180,6 @@ def test_one_matrix_beside_the_covariance_is_all_that_solving_takes(dtype):
     singular = covariance.clone()
     singular[3] = 0
     assert 1 <= peak(lambda: solve(cholesky(covariance), keys)) < 1.1
-    assert 1 <= peak(lambda: least_squares(whitening(singular), keys, stiffness=0.1)) < 1.1
+    assert 1 <= peak(lambda: least_squares(whitening(singular), keys, regularization=0.1)) < 1.1
     # Two for LAPACK to find eigenvectors in; then those that are kept.
-    assert 3 <= peak(lambda: least_squares(null_space(covariance, 0.9), keys, stiffness=0.1)) < 3.1
+    assert 3 <= peak(lambda: least_squares(null_space(covariance, 0.9), keys, regularization=0.1)) < 3.1

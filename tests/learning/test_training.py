@@ -29,8 +29,8 @@ from reknow.learning.training import Training, shuffled, split
 from reknow.model.tokens import Text, even
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
-METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_rate=1e-3)
-READER = KE(layers=(2,), width=16, hidden=8, read_width=8)
+METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_learning_rate=1e-3)
+READER = KE(layers=(2,), width=16, hidden=8, lstm_width=8)
 """Has no running statistics, which would be those of the first process."""
 QUICK = Training(steps=12, batch_size=3, validation=6, validate_every=4, checkpoint_every=4, warmup=2, decay=True)
 
@@ -76,7 +76,7 @@ def test_a_lesson_holds_as_many_other_facts_as_are_asked_for():
     edit = Edit("The capital of {} is", subject="Peru", target_new="Paris")
     probes = tuple(Probe(f"The capital of Land {i} is", ("Lima",), "locality", "other") for i in range(3))
     for count, expected in ((1, 1), (2, 2), (9, 3)):
-        (lesson,) = lessons([Case(edit, probes)], random.Random(0), other_facts=count)
+        (lesson,) = lessons([Case(edit, probes)], random.Random(0), locality_facts=count)
         assert len({text.prompt for text in lesson.outside}) == expected
 
 
@@ -87,14 +87,14 @@ def test_what_counts_alike_in_an_exam():
     found = [Lesson(long, (long,), (long,)), Lesson(long, (Text("I", "of"),), (Text("I am", "in"),))]
     deltas = {lm.parts.value[layer]: 0.3 * torch.randn(lm.base_weight(lm.parts.value[layer]).shape)}
 
-    def read(lessons: list[Lesson], stay_at: StayAt, mean_over: MeanOver) -> Outcome:
-        return Exam(lm, lessons, layer, stay_at=stay_at, mean_over=mean_over).read_with(deltas)
+    def read(lessons: list[Lesson], locality_tokens: StayAt, average_over: MeanOver) -> Outcome:
+        return Exam(lm, lessons, layer, locality_tokens=locality_tokens, average_over=average_over).read_with(deltas)
 
     kinds: tuple[StayAt, ...] = ("all", "answer")
     alone: list[Outcome] = []
-    for stay_at in kinds:
-        alone = [read([lesson], stay_at, "tokens") for lesson in found]
-        texts = read(found, stay_at, "texts")
+    for locality_tokens in kinds:
+        alone = [read([lesson], locality_tokens, "tokens") for lesson in found]
+        texts = read(found, locality_tokens, "texts")
         assert texts.edit.item() == pytest.approx(sum(one.edit.item() for one in alone) / 2, rel=1e-4)
         assert texts.stay.item() == pytest.approx(sum(one.stay.item() for one in alone) / 2, rel=1e-4)
     sizes = [len(row.target_ids) for row in lm.encode([lesson.inside[0] for lesson in found])]
@@ -255,7 +255,7 @@ def test_the_cost_of_an_edit_is_a_gradient_and_its_transform(whole, tmp_path):
 
 def test_ke_reads_embeddings_that_are_narrower_than_states(edit):
     lm = make_lm("opt", word_embed_proj_dim=16)
-    network = KE(read_width=4, width=8, hidden=4).for_model(lm)._network(lm)
+    network = KE(lstm_width=4, width=8, hidden=4).for_model(lm)._network(lm)
     assert network.reader.input_size == 16  # torch does not always notice
     assert network.read(lm, [edit, edit]).shape == (2, 8)
 

@@ -239,8 +239,8 @@ def test_layers_that_are_not_there_are_refused(models, name, layer, wrong):
             quick(name, lm, layers=layers).edit(lm, [EDIT])
 
 
-COUNTS = {"steps", "turns", "turn", "batch_size", "block_size", "shard_size", "span", "slots", "unrelated", "room",
-          "samples", "sample_tokens", "update_interval", "top_k", "candidates", "queries", "answered"}  # fmt: skip
+COUNTS = {"steps", "context_batches", "turn", "batch_size", "block_size", "shard_size", "span", "slots", "unrelated",
+          "room", "samples", "sample_tokens", "sample_every", "top_k", "candidates", "queries", "answered"}  # fmt: skip
 
 
 def test_counts_below_one_are_refused(name):
@@ -253,7 +253,7 @@ def test_searches_refuse_rates_below_zero_and_what_is_no_probability():
     searches = [name for name, entry in METHODS.items() if issubclass(entry.method, SearchSettings)]
     assert {"rome", "memit", "emmet", "pmet", "alphaedit"} <= set(searches)
     for name in searches:
-        for field in ("kl_weight", "decay", "clamp", "stop_gain", "covariance_tokens"):
+        for field in ("kl_weight", "decay", "clamp", "min_delta", "covariance_tokens"):
             with pytest.raises(InputError, match=f"expected {field} of at least 0; got -1"):
                 method(name, **{field: -1})
         for wrong in (-1, 0):

@@ -52,7 +52,7 @@ def measured(lm: LM, name: str) -> dict:
 def _memo(chosen) -> tuple:
     """Where an LM keeps the contexts that these settings sample."""
     groups = tuple(tuple(group) for group in chosen.context_groups)
-    return "contexts", groups, tuple(chosen.context_starts), chosen.seed
+    return "contexts", groups, tuple(chosen.context_first_words), chosen.seed
 
 
 @pytest.fixture(scope="module")

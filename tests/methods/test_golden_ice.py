@@ -40,7 +40,7 @@ def test_steps_are_the_authors(models, name, monkeypatch):
         targets="static" if case["static_target"] else "dynamic",
         with_context=case["sample_with_context"],
         samples=case["num_return_sequences"],
-        lead_ins=(case["lead_in"],),
+        context_introductions=(case["lead_in"],),
         variant="code" if case["print_kl"] else "paper",
     )
     request = case["request"]

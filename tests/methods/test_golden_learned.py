@@ -61,7 +61,7 @@ def test_ultraedit_gives_the_authors_change():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ultraedit.json").read_text()), load_file(GOLDEN / "ultraedit.safetensors")
     edits = [Edit(prompt, target_new=answer) for prompt, answer in about["edits"]]
-    patch = UltraEdit(layers=(1,), learning_rate_absolute=about["lr"], least_tokens=2).edit(lm, edits)
+    patch = UltraEdit(layers=(1,), learning_rate_absolute=about["lr"], min_tokens=2).edit(lm, edits)
     count = patch.state["norm.32x40.count"]
     assert count == about["tokens"]
     # Their loss is a mean over the edits, ours a sum; and their variance of a batch is too large by n / (n − 1).
@@ -77,7 +77,7 @@ def test_ultraedit_gives_the_authors_change():
 def test_ke_reads_an_edit_as_the_authors_do():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ke.json").read_text()), load_file(GOLDEN / "ke.safetensors")
-    network = KE(layers=(1,), read_width=6, width=8, hidden=6, absolute=True)._network(lm)
+    network = KE(layers=(1,), lstm_width=6, width=8, hidden=6, absolute=True)._network(lm)
     assert network.names == about["matrices"]
 
     own = network.state_dict()
@@ -109,7 +109,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     network = MALMENNetwork(MALMEN(layers=(0, 1), rank=4), lm)
     network.names = names  # theirs changes the value matrices only
     network.step = torch.nn.Parameter(torch.zeros(2))
-    network.stiffness = torch.nn.Parameter(torch.zeros(2))
+    network.regularization = torch.nn.Parameter(torch.zeros(2))
     network.shapes.scale = dict.fromkeys(names, 1.0)
 
     rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
@@ -131,7 +131,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
             for ours, other in named.items():
                 getattr(block, ours).copy_(theirs[f"{prefix}blocks.{i}.{other}"])
         network.step.copy_(theirs[f"{prefix}lr.weight"][:, 0])
-        network.stiffness.copy_(theirs[f"{prefix}lamda.weight"][:, 0])
+        network.regularization.copy_(theirs[f"{prefix}lamda.weight"][:, 0])
 
     deltas = {name: v.T @ network.solved(name, factors[name][0]) for name, v in network(factors).items()}
     for name in names:
@@ -152,4 +152,4 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
                 other
             )
     assert close(network.step.grad, theirs["gradient/(40, 32).lr.weight"][:, 0], 2e-3)
-    assert close(network.stiffness.grad, theirs["gradient/(40, 32).lamda.weight"][:, 0], 2e-3)
+    assert close(network.regularization.grad, theirs["gradient/(40, 32).lamda.weight"][:, 0], 2e-3)

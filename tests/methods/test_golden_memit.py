@@ -24,7 +24,7 @@ CASES = {case["name"]: case for case in HEAD["cases"]}
 TENSORS = load_file(GOLDEN / "mass.safetensors") | {
     "covariance/layer_0": load_file(GOLDEN / "rome_gpt2.safetensors")["covariance/layer_0"]
 }
-CONTEXTS = dict(context_groups=((4, 4),), context_starts=())
+CONTEXTS = dict(context_groups=((4, 4),), context_first_words=())
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def built(case):
         decay=given["v_weight_decay"],
         clamp=given["clamp_norm_factor"],
         stop_probability=1.0,
-        stop_gain=0.0,
-        turns=1,
+        min_delta=0.0,
+        context_batches=1,
     )
     layers = tuple(given["layers"])
     if case["name"].startswith("memit"):

@@ -65,7 +65,7 @@ def test_pure_consistency_samples_behind_the_question(lm, edit, monkeypatch):
         return [(5,) * count for _ in rows]
 
     monkeypatch.setattr(ice, "sample", fixed)
-    settings = dict(sample_target=False, target_weight=0.0, lead_ins=("Fact: ",), sample_tokens=2)
+    settings = dict(sample_target=False, target_weight=0.0, context_introductions=("Fact: ",), sample_tokens=2)
     notes = ICE(layers=(1,), steps=1, **settings).edit(lm, [edit]).notes
     question = lm.encode([informed(edit, edit.statement, "Fact: ")])[0]
     assert seen[0].ids == question.ids[: question.prompt_length]
@@ -118,14 +118,14 @@ def test_samples_are_drawn_as_often_as_asked(lm, edit, monkeypatch):
     calls = []
     monkeypatch.setattr(ice, "sample", lambda _lm, rows, count, **_: calls.append(len(rows)) or [(3,)] * len(rows))
     many = replace(edit, context=("One fact.", "Another."))
-    ICE(layers=(1,), steps=5, update_interval=2, samples=3, sample_tokens=1).edit(lm, [many, edit])
+    ICE(layers=(1,), steps=5, sample_every=2, samples=3, sample_tokens=1).edit(lm, [many, edit])
     assert calls == [9, 9, 9]  # (2 contexts + 1 statement) · 3 samples, in steps 0, 2 and 4
 
 
 def test_a_reused_sample_gives_the_same_steps_with_the_lower_blocks_reused(lm, edit, monkeypatch):
     monkeypatch.setattr(ice, "sample", lambda _lm, rows, count, **_: [(3, 4, 5)] * len(rows))
     each = ICE(layers=(1,), steps=4).edit(lm, [edit])
-    once = ICE(layers=(1,), steps=4, update_interval=4).edit(lm, [edit])
+    once = ICE(layers=(1,), steps=4, sample_every=4).edit(lm, [edit])
     assert each.notes["losses"] == pytest.approx(once.notes["losses"], rel=1e-5)
 
 
@@ -165,7 +165,7 @@ def test_repetitions_count_what_was_there_before(lm, edit, monkeypatch):
 
 
 def test_consistency_is_the_divergence_between_both_sides(lm, edit):
-    (value,) = consistency(lm, [edit], lead_ins=("Fact: ",))
+    (value,) = consistency(lm, [edit], context_introductions=("Fact: ",))
     sides = []
     for text in (informed(edit, edit.statement, "Fact: "), Text(edit.text, "English")):
         (row,) = lm.encode([text])
@@ -178,7 +178,7 @@ def test_consistency_is_the_divergence_between_both_sides(lm, edit):
 
 def test_the_code_variant_brings_both_sides_together(lm, edit, monkeypatch):
     monkeypatch.setattr(ice, "sample", lambda *args, **options: [(7, 8, 9)])
-    notes = ICE(**FAST, variant="code", lead_ins=("Fact: ",)).edit(lm, [edit]).notes
+    notes = ICE(**FAST, variant="code", context_introductions=("Fact: ",)).edit(lm, [edit]).notes
     assert notes["consistency_losses"][-1] < 0.7 * notes["consistency_losses"][0]
 
 
@@ -200,8 +200,8 @@ def test_likeliest_reads_the_place_behind_the_answer(lm, edit):
         {"temperature": 0.0},
         {"temperature": float("nan")},
         {"samples": 0},
-        {"update_interval": 0},
-        {"lead_ins": ()},
+        {"sample_every": 0},
+        {"context_introductions": ()},
         {"targets": "frozen"},
         {"variant": "code", "with_context": False},
         {"variant": "script"},

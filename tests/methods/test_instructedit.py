@@ -70,7 +70,7 @@ def test_an_edit_of_no_task_is_refused():
 
 def test_unit_gradients_make_every_token_count_alike():
     lm = make_lm("gpt2")
-    network = new_network(InstructEdit(rank=4, layers=(1,), unit_gradient=True), lm)
+    network = new_network(InstructEdit(rank=4, layers=(1,), normalize_gradient=True), lm)
     factors, _ = flat_factors(lm, network.names, lm.encode([Text("I know Peru", "of")]))
     louder = {name: (u, delta * 7) for name, (u, delta) in factors.items()}
     before, after = network(factors), network(louder)

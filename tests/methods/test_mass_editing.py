@@ -88,19 +88,21 @@ def test_finished_facts_leave_and_stay_as_they_are(gpt2, monkeypatch):
 
 def test_contexts_read_in_turns_give_the_same_means_and_end_when_all_are_satisfied(gpt2):
     whole = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12))
-    dealt = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12, turns=2))
+    dealt = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12, context_batches=2))
     assert torch.allclose(dealt.mean_key, whole.mean_key, atol=1e-5)
     assert torch.allclose(dealt.key, whole.key, atol=1e-5)
     assert all(losses[-1] < losses[1] for losses in dealt.losses)  # both of the second hand
     loose = max(loss for losses in dealt.losses for loss in losses) + 1
-    ended = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12, turns=2, stop_loss=loose))
+    ended = find_values(gpt2, EDITS, 1, CONTEXTS, ValueSearch(steps=12, context_batches=2, stop_loss=loose))
     assert [len(losses) for losses in ended.losses] == [2, 2, 2]  # a pass for each hand
 
 
 def test_a_search_that_gains_little_ends_once_the_answer_is_the_likeliest():
     lm = LM.demo("gpt2")
     edits = [case.edit for case in load_cases("counterfact", limit=12)]
-    plain = dict(steps=40, turns=2, learning_rate=0.1, absolute=False, stop_probability=1.0, stop_loss=0.0, clamp=1.0)
+    plain = dict(
+        steps=40, context_batches=2, learning_rate=0.1, absolute=False, stop_probability=1.0, stop_loss=0.0, clamp=1.0
+    )
 
     def lengths(**stop):
         found = find_values(lm, edits, 0, CONTEXTS, ValueSearch(**plain, **stop, site="block"))
@@ -109,7 +111,7 @@ def test_a_search_that_gains_little_ends_once_the_answer_is_the_likeliest():
     hit = lengths(stop_drift=torch.inf)  # ended as soon as every context in turn has the answer
     assert min(hit) < 9 < max(hit)
     first = [max(passes, 9) for passes in hit]  # 8 passes show what one gains, both hands must have the answer then
-    soon, later = lengths(stop_gain=torch.inf), lengths(stop_gain=0.02)
+    soon, later = lengths(min_delta=torch.inf), lengths(min_delta=0.02)
     assert all(a <= b <= c for a, b, c in zip(first, soon, later, strict=True))
     assert sum(a == b for a, b in zip(first, soon, strict=True)) > 9
     assert any(9 < passes < 40 for passes in later)
@@ -202,7 +204,7 @@ def test_wrong_layers_are_refused(gpt2, name):
 
 
 def test_memit_without_stiffness_reaches_z_in_one_layer(gpt2):
-    patch = MEMIT(layers=(1,), stiffness=0.0, **FAST).edit(gpt2, EDITS)
+    patch = MEMIT(layers=(1,), regularization=0.0, **FAST).edit(gpt2, EDITS)
     settings = dict(learning_rate=MEMIT.learning_rate, decay=MEMIT.decay, absolute=MEMIT.absolute)
     search = ValueSearch(steps=6, clamp=MEMIT.clamp, site="block", **settings)
     wanted = find_values(gpt2, EDITS, 1, ("",), search).z.double()
@@ -224,7 +226,7 @@ def test_keys_are_half_bare_prompt_and_half_prefixed(gpt2):
 def test_emmet_names_facts_with_one_key(gpt2):
     twins = [Edit(f"{{}} {tail}", subject="Lima", target_new=tail) for tail in ("is the", "lies in")]
     with pytest.raises(EditFailed, match="Lima lies in"):
-        EMMET(layer=0, stiffness=0.0, **FAST).edit(gpt2, twins)
+        EMMET(layer=0, regularization=0.0, **FAST).edit(gpt2, twins)
 
 
 def test_alphaedit_knows_the_keys_of_applied_patches_only(gpt2):

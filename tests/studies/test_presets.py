@@ -54,7 +54,7 @@ def test_labels_part_the_variants_of_a_method():
     methods = _methods(PRESETS["ice-ablation"].methods, [*PRESETS["ice-ablation"].settings])
     assert methods["ice"] == ICE() and methods["static"] == ICE(targets="static")
     assert methods["t0.1"] == ICE(temperature=0.1) and methods["no-now"] == ICE(link=" ")
-    assert methods["bare-context"] == ICE(lead_ins=("",)) and len(set(methods.values())) == len(methods)
+    assert methods["bare-context"] == ICE(context_introductions=("",)) and len(set(methods.values())) == len(methods)
     weights = _methods(PRESETS["ice-lambda"].methods, [*PRESETS["ice-lambda"].settings])
     assert [method.consistency_weight for method in weights.values()] == [0, 0.25, 0.5, 1, 2, 4]
     with pytest.raises(InputError, match="different labels"):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -46,28 +46,53 @@ SIGNS = {"ge": "≥", "gt": ">"}
 WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 
 
-class Formerly(NamedTuple):
-    """Stands on a field, as in `Annotated[Number, Formerly("turns")]`: a name that the setting had before."""
+@dataclass(frozen=True)
+class Formerly:
+    """Stands on a field, as in `Annotated[Number, Formerly("turns")]`: a name that the setting had before.
+
+    For one release it is read, with a warning.
+    """
 
     name: str
+    values: Mapping[Any, Any] = field(default_factory=dict)
+    """What values of then are called now."""
+    also: Mapping[str, Any] = field(default_factory=dict)
+    """Other settings that the old name stood for, unless it was None."""
 
 
 def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings under the names that their fields have now; warns where one is given under a former name."""
-    former = {mark.name: name for name, hint in hints(owner).items() for mark in _marks(hint)}
-    for old in former.keys() & settings.keys():
+    """The settings under the names that their fields have now; warns where one is given under a former name.
+
+    Settings that the class has no more, its `removed`, are left out.
+    """
+    known = get_type_hints(owner, include_extras=True)
+    former = {mark.name: (name, mark) for name, hint in known.items() for mark in _marks(hint)}
+    removed = getattr(owner, "removed", ())
+    found = {name: value for name, value in settings.items() if name not in former and name not in removed}
+    for old in [name for name in settings if name in former]:
+        name, mark = former[old]
+        value = settings[old]
+        if value is None and (name in found or mark.also):
+            continue  # it was not used
         warnings.warn(
-            f"the setting {old} of {owner.__name__} is called {former[old]} now; the old name is read for one more "
-            "release",
+            f"the setting {old} of {owner.__name__} is called {name} now; the old name is read for one more release",
             FutureWarning,
             stacklevel=2,
         )
-    return {former.get(name, name): value for name, value in settings.items()}
+        found |= {name: mark.values.get(value, value) if mark.values else value, **mark.also}
+    return found
 
 
 def _marks(hint: Any) -> list[Formerly]:
-    own = [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Formerly)]
-    return own + [mark for part in get_args(hint) for mark in _marks(part)]
+    return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Formerly)]
+
+
+def _unmarked(hint: Any) -> Any:
+    """The type without marks of former names."""
+    if not _marks(hint):
+        return hint
+    rest = tuple(mark for mark in hint.__metadata__ if not isinstance(mark, Formerly))
+    return Annotated[(hint.__origin__, *rest)] if rest else hint.__origin__
 
 
 def check(settings: Any) -> None:
@@ -102,7 +127,8 @@ def fitted(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
 @lru_cache
 def _fields(owner: type) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
     known = get_type_hints(owner, include_extras=True)
-    return {field.name: (known[field.name], _adapter(known[field.name])) for field in fields(owner)}
+    hints = {field.name: _unmarked(known[field.name]) for field in fields(owner)}
+    return {name: (hint, _adapter(hint)) for name, hint in hints.items()}
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any]:

@@ -52,7 +52,7 @@ CANDIDATES = 6
 WORDINGS = 3
 """Other wordings and other subjects that one trial edit is asked."""
 TRIAL: dict[str, Any] = dict(
-    steps=20, stop_probability=0.9, stop_gain=0, turns=1, context_groups=((4, 5),), covariance_tokens=20_000
+    steps=20, stop_probability=0.9, min_delta=0, context_batches=1, context_groups=((4, 5),), covariance_tokens=20_000
 )
 """Settings of ROME in trials; of a wide model more tokens, see `trial_settings`."""
 TOKENS_PER_INPUT = 2

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Name, Natural, Number, Rate, Seed, Share, Weight
+from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Seed, Share, Weight
 from reknow.contract import Method
 from reknow.editing.covariance import covariance
 from reknow.editing.values import ValueSearch, contexts
@@ -45,15 +45,21 @@ class SearchSettings(Method):
     stop_probability: Share = 0.95
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""
-    stop_gain: Weight = 0.005
+    min_delta: Annotated[Weight, Formerly("stop_gain")] = 0.005
     """End it too once the new answer is the likeliest in every context and the loss falls by less than this per pass;
     0: never, as in the papers."""
-    turns: Number = 2
+    context_batches: Annotated[Number, Formerly("turns")] = 2
     """Deal the contexts into so many hands of which each pass reads the next: several times less work; 1: all of them
     in every pass, as in the papers."""
     context_groups: tuple[tuple[Number, Number], ...] = ((5, 9),)
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
-    context_starts: tuple[str, ...] = ("The", "Therefore", "Because", "I", "You")
+    context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = (
+        "The",
+        "Therefore",
+        "Because",
+        "I",
+        "You",
+    )
     """First words of those texts."""
     covariance_tokens: Natural = 100_000
     """Tokens of general text for C."""
@@ -70,7 +76,7 @@ class SearchSettings(Method):
 
     def contexts(self, lm: LM) -> tuple[str, ...]:
         """The texts to put before the prompt; the first is empty."""
-        return contexts(lm, self.context_groups, starts=self.context_starts, seed=self.seed)
+        return contexts(lm, self.context_groups, starts=self.context_first_words, seed=self.seed)
 
     def covariance(self, lm: LM, layer: int) -> Tensor:
         """C of the layer's keys. (in, in), float32"""

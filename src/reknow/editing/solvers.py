@@ -11,7 +11,7 @@ with a key per row of K, a wanted change of its output per row of R, and the key
 * P the projector on the directions that general text does not use, B Bᵀ = P: AlphaEdit (2410.02355, eq. 14).
 
 λ has no meaning of its own: the share of its change that a key gets by itself is |Bᵀk|² / (|Bᵀk|² + λ). So λ is given
-as stiffness × mean |Bᵀk|², which depends neither on the size of the model nor on the unit of the keys.
+as regularization × mean |Bᵀk|², which depends neither on the size of the model nor on the unit of the keys.
 All in float64.
 """
 
@@ -123,7 +123,7 @@ def least_squares(
     basis: Tensor | Whitening,
     keys: Tensor,
     *,
-    stiffness: float,
+    regularization: float,
     weight: float | None = None,
     past: Tensor | None = None,
     names: Sequence[str] = (),
@@ -133,7 +133,7 @@ def least_squares(
     Args:
         basis: B, (in, r).
         keys: (facts, in).
-        stiffness: λ in units of the keys' mean |Bᵀk|².
+        regularization: λ in units of the keys' mean |Bᵀk|².
         weight: λ itself, as papers give it.
         past: (past facts, in), keys whose outputs must stay.
         names: how to call the facts in an error.
@@ -146,7 +146,7 @@ def least_squares(
     """
     mine = exact(keys) @ basis  # (facts, r)
     size = mine.square().sum(1).mean()
-    weight = float(stiffness * size) if weight is None else weight
+    weight = float(regularization * size) if weight is None else weight
     rows = mine if past is None else torch.cat([mine, exact(past.to(keys.device)) @ basis])
     # The smaller of two systems that are equal: (Z Zᵀ + λ)⁻¹ Z = Z (Zᵀ Z + λ)⁻¹.
     dual = len(rows) <= rows.shape[1]
@@ -172,7 +172,7 @@ def _singular(keys: Tensor, names: Sequence[str]) -> EditFailed:
     about = f"the keys of {pair[0]} and {pair[1]} are the most alike" if len(keys) > 1 else "its key vanishes"
     return EditFailed(
         f"expected facts with different keys; the system of {len(keys)} is singular, and {about}: "
-        "raise the stiffness, or leave one of them out"
+        "raise the regularization, or leave one of them out"
     )
 
 

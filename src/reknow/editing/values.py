@@ -61,7 +61,7 @@ class ValueSearch:
     """A fact is finished when its whole loss is below."""
     stop_probability: float = 1.0
     """A fact is finished when its target's tokens have at least this mean probability in every context; 1: never."""
-    stop_gain: float = 0.0
+    min_delta: float = 0.0
     """A fact whose target is the likeliest is finished when its loss falls by less than this per pass; 0: never."""
     site: Site = "value"
     """What δ is added to, and measured against: the value matrix's output (ROME) or the block's (MEMIT)."""
@@ -73,7 +73,7 @@ class ValueSearch:
     """A fact whose target is the likeliest is finished when its weighted KL is not above (PMET: 0.01)."""
     merge_subjects: bool = False
     """One δ for all edits of the same subject (MEMIT-Merge, arXiv 2502.07322)."""
-    turns: int = 1
+    context_batches: int = 1
     """The contexts are dealt into so many hands, and each pass reads the next one: less work per pass."""
 
 
@@ -143,7 +143,7 @@ def _find(lm: LM, facts: list[list[Row]], weights: Tensor, owners: Tensor, layer
         return torch.cat([hand.by_fact(name).norm(dim=2) for hand in hands], 1).median(1).values  # (facts,)
 
     with fused_gelu(lm.model):
-        hands = dealt(lm, facts, weights, layer, search.turns)
+        hands = dealt(lm, facts, weights, layer, search.context_batches)
         block = search.site == "block" and lm.parts.residual_identity
         sites = (["attention"] if search.attention else []) + ["block" if block else "value"]
         start = torch.stack([bare(site) for site in sites])  # (sites, facts, hidden)
@@ -227,9 +227,9 @@ def _satisfied(
     done = (loss < search.stop_loss) | (scores.lowest >= search.stop_probability)
     if search.stop_drift is not None:
         done |= scores.hit & (drift <= search.stop_drift)
-    if search.stop_gain > 0:
+    if search.min_delta > 0:
         gain = loss.new_tensor([_gain(losses, hands) for losses in so_far])
-        done |= scores.hit & (gain < search.stop_gain)
+        done |= scores.hit & (gain < search.min_delta)
     return done
 
 

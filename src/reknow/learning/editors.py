@@ -166,10 +166,11 @@ def trained_settings(kind: type[AnyLearned], editor: Editor) -> AnyLearned:
     """
     own = {field.name for field in fields(kind)}
     try:
-        check_fields(kind, editor.settings, "settings")
-        if odd := editor.settings.keys() - own:
+        settings = current_names(kind, editor.settings)
+        check_fields(kind, settings, "settings")
+        if odd := settings.keys() - own:
             raise Broken(f"settings.{min(odd)}: {editor.method} has no such field")
-        return kind(**{name: _tuples(value) for name, value in editor.settings.items()})
+        return kind(**{name: _tuples(value) for name, value in settings.items()})
     except (Broken, InputError) as error:
         raise InputError(
             f"expected an editor with settings of {editor.method}; got others ({error}): train another with "

@@ -42,9 +42,11 @@ def bare(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, edit=replace(case.edit, instruction=None)) for case in cases]
 
 
-def lessons(batch: Sequence[Case], chance: random.Random, *, together: int = 1, other_facts: int = 1) -> list[Lesson]:
-    """A lesson of each case. One rewording and `other_facts` are drawn; the fact of a case that is edited in another
-    group of `together` cases must stay too.
+def lessons(
+    batch: Sequence[Case], chance: random.Random, *, together: int = 1, locality_facts: int = 1
+) -> list[Lesson]:
+    """A lesson of each case. One rewording and `locality_facts` are drawn; the fact of a case that is edited in
+    another group of `together` cases must stay too.
 
     Raises:
         InputError: nothing in the batch must stay.
@@ -64,7 +66,7 @@ def lessons(batch: Sequence[Case], chance: random.Random, *, together: int = 1, 
         inside = [own]
         if rewordings:
             inside.append(chance.choice(rewordings))
-        outside = chance.sample(others, min(len(others), other_facts))
+        outside = chance.sample(others, min(len(others), locality_facts))
         j = (i + together) % len(batch)
         beside = batch[j].edit
         if i // together != j // together and beside.text != edit.text:
@@ -147,17 +149,19 @@ class Exam:
 
     Args:
         layer: the lowest that an edit changes. What is read twice runs the blocks below only once.
-        stay_at: whether all tokens of the texts outside must stay, or those of their answers.
-        mean_over: what counts alike in the losses, tokens or texts.
+        locality_tokens: whether all tokens of the texts outside must stay, or those of their answers.
+        average_over: what counts alike in the losses, tokens or texts.
     """
 
-    def __init__(self, lm: LM, found: Sequence[Lesson], layer: int, *, stay_at: StayAt, mean_over: MeanOver):
+    def __init__(
+        self, lm: LM, found: Sequence[Lesson], layer: int, *, locality_tokens: StayAt, average_over: MeanOver
+    ):
         self._lm = lm
-        self._over: MeanOver = mean_over
+        self._over: MeanOver = average_over
         inside = [(i, text) for i, lesson in enumerate(found) for text in lesson.inside]
         outside = [(i, text) for i, lesson in enumerate(found) for text in lesson.outside]
         self._inside = Asked(lm, inside, None, answers_only=True)
-        self._outside = Asked(lm, outside, layer, answers_only=stay_at == "answer")
+        self._outside = Asked(lm, outside, layer, answers_only=locality_tokens == "answer")
         with torch.no_grad():
             self._before = self._outside.log_probs()
 

@@ -58,7 +58,11 @@ class GradientNetwork(nn.Module):
     def __init__(self, settings: NetworkSettings, lm: LM):
         super().__init__()
         assert settings.layers is not None
-        self.layers, self.names, self.unit = settings.layers, matrices(lm, settings.layers), settings.unit_gradient
+        self.layers, self.names, self.unit = (
+            settings.layers,
+            matrices(lm, settings.layers),
+            settings.normalize_gradient,
+        )
         self.shapes = Shapes(lm, self.names)
         self.transforms = nn.ModuleDict(
             {kind: Transform(inside, out, settings.rank, n) for kind, (out, inside, n) in self.shapes.kinds.items()}
@@ -136,7 +140,7 @@ class TransformLearner:
         return torch.optim.Adam(
             [
                 {"params": rest, "lr": self.settings.learning_rate},
-                {"params": [self.module.step], "lr": self.settings.step_size_rate},
+                {"params": [self.module.step], "lr": self.settings.step_size_learning_rate},
             ]
         )
 
@@ -151,7 +155,7 @@ class TransformLearner:
 
     def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False) -> Outcome:
         """Each group of cases is edited by itself, all groups in one batch, and examined."""
-        together = self.settings.edits_together
+        together = self.settings.edits_per_example
         found = self.settings.lessons(self.prepare(batch, chance), chance, together=together)
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
@@ -165,8 +169,8 @@ class TransformLearner:
         return self.settings.exam(self.lm, found).read(changes, together=together)
 
     def _grouped(self, side: Tensor, cases: int) -> Tensor:
-        """Factors of the cases that are edited together, in one row. (groups, edits_together · columns, features)"""
-        each = self.settings.edits_together
+        """Factors of the cases that are edited together, in one row. (groups, edits · columns, features)"""
+        each = self.settings.edits_per_example
         missing = -cases % each
         side = torch.cat([side, side.new_zeros(missing, *side.shape[1:])]) if missing else side
         return side.reshape(-1, each * side.shape[1], side.shape[2])

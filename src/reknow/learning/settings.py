@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from reknow.checks.bounds import Natural, Number, Rank, Rate, Seed, Weight
+from reknow.checks.bounds import Formerly, Natural, Number, Rank, Rate, Seed, Weight
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Case
 from reknow.errors import InputError
@@ -30,11 +30,11 @@ class MatrixEditor(Learned):
     layers: tuple[int, ...] | None = None
     """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
     field that shapes its network."""
-    other_facts: Natural = 2
+    locality_facts: Annotated[Natural, Formerly("other_facts")] = 2
     """Facts of each case that must stay, in training."""
-    stay_at: StayAt = "answer"
+    locality_tokens: Annotated[StayAt, Formerly("stay_at")] = "answer"
     """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
-    mean_over: MeanOver = "tokens"
+    average_over: Annotated[MeanOver, Formerly("mean_over")] = "tokens"
     """What counts alike in the losses: every token, or every text, however long it is."""
     seed: Seed = 0
     """Of the network's first weights."""
@@ -49,12 +49,12 @@ class MatrixEditor(Learned):
 
     def lessons(self, batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
         """What is to be learned from the cases."""
-        return lessons(batch, chance, together=together, other_facts=self.other_facts)
+        return lessons(batch, chance, together=together, locality_facts=self.locality_facts)
 
     def exam(self, lm: LM, found: Sequence[Lesson]) -> Exam:
         """Their texts, of settings that `for_model` gave."""
         assert self.layers is not None
-        return Exam(lm, found, min(self.layers), stay_at=self.stay_at, mean_over=self.mean_over)
+        return Exam(lm, found, min(self.layers), locality_tokens=self.locality_tokens, average_over=self.average_over)
 
     def for_model(self, lm: LM) -> Self:
         layers = range(max(0, lm.layers - 3), lm.layers) if self.layers is None else self.layers
@@ -82,16 +82,16 @@ class NetworkSettings(MatrixEditor):
 
     rank: Rank = 1920
     """Of the network's matrices, at most their width."""
-    unit_gradient: bool = False
+    normalize_gradient: Annotated[bool, Formerly("unit_gradient")] = False
     """Every token's δ is scaled to length 1 before anything else, as the article on InstructEdit says; the released
     code of neither method does."""
-    edits_together: Number = 1
+    edits_per_example: Annotated[Number, Formerly("edits_together")] = 1
     """Edits that are made at once in training."""
     edit_weight: Weight = 0.25
     """c_e, of the edit loss against the locality loss."""
     step_size: Rate = 1e-2
     """α at the start, in units of each matrix's root mean square."""
-    step_size_rate: Weight = 3e-4
+    step_size_learning_rate: Annotated[Weight, Formerly("step_size_rate")] = 3e-4
     """Learning rate of α, in the same unit."""
     learning_rate: Rate = 1e-3
     """Of Adam, for the network."""

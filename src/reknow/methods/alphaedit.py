@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Share, Weight
+from reknow.checks.bounds import Formerly, Share, Weight
 from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
@@ -55,10 +55,10 @@ class AlphaEdit(SearchSettings):
     direction of an attention sink."""
     null_threshold: Weight | None = None
     """Instead: directions whose eigenvalue of C is below; 0.02 in the paper."""
-    stiffness: Weight = 0.1
+    regularization: Annotated[Weight, Formerly("stiffness")] = 0.1
     """L2 in units of the projected keys' mean square norm."""
     l2: Weight | None = None
-    """L2 itself, instead of the stiffness: 10 (GPT-2 XL, GPT-J, Llama 3)."""
+    """L2 itself, instead of the regularization: 10 (GPT-2 XL, GPT-J, Llama 3)."""
     boundary_layers: bool = False
     """BLUE: the first and the last layer only, each with a z of its own."""
     norm_anchor: bool = False
@@ -102,7 +102,7 @@ class AlphaEdit(SearchSettings):
         return least_squares(
             self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold),
             keys,
-            stiffness=self.stiffness,
+            regularization=self.regularization,
             weight=self.l2,
             past=torch.cat(past) if past else None,
             names=[edit.text for edit in edits],

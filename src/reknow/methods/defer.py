@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rate, Seed, Share, Weight
+from reknow.checks.bounds import Formerly, Number, Rate, Seed, Share, Weight
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_states
 from reknow.edits import Edit
@@ -72,14 +72,14 @@ class DEFER(BesideMatrix):
     """Updates of one edit at most."""
     learning_rate: Rate = 0.1
     """Of Adam: how far a step moves the map's output, in units of the root mean square of the matrix's output."""
-    gate_rate: Rate = 0.5
+    gate_learning_rate: Annotated[Rate, Formerly("gate_rate")] = 0.5
     """The same of the gate, in logits."""
     threshold: Share = 0.5
     """The gate opens at this probability."""
     stop_loss: Weight = 0.05
     """An edit is finished when its loss (nats a token) is below; 0: all steps."""
     absolute: bool = False
-    """One learning rate of all weights as a plain number (the authors': 0.1); `gate_rate` is not used."""
+    """One learning rate of all weights as a plain number (the authors': 0.1); `gate_learning_rate` is not used."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
     seed: Seed = 0
@@ -113,7 +113,7 @@ class DEFER(BesideMatrix):
         scale = float(outputs.square().mean().sqrt())
         move = torch.zeros(len(outputs[0]), device=lm.device, requires_grad=True)  # u
         opening = torch.zeros((), device=lm.device, requires_grad=True)
-        rates = (self.learning_rate,) * 2 if self.absolute else (self.learning_rate * scale, self.gate_rate)
+        rates = (self.learning_rate,) * 2 if self.absolute else (self.learning_rate * scale, self.gate_learning_rate)
         units = (1.0, 1.0) if self.absolute else (1 / reach, 1 / reach)
         optimizer = torch.optim.Adam(
             [{"params": [p], "lr": rate * unit} for p, rate, unit in zip((move, opening), rates, units, strict=True)]

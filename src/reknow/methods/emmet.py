@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from reknow.checks.bounds import Weight
+from reknow.checks.bounds import Formerly, Weight
 from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
@@ -36,10 +36,10 @@ class EMMET(SearchSettings):
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
-    stiffness: Weight = 0.01
+    regularization: Annotated[Weight, Formerly("stiffness")] = 0.01
     """The ridge in units of the keys' mean kᵀC⁻¹k; a single fact has none."""
     ridge: Weight | None = None
-    """The ridge itself, instead of the stiffness: 0.1 in the authors' code."""
+    """The ridge itself, instead of the regularization: 0.1 in the authors' code."""
     covariance_scale: Weight = 1.0
     """s, by which C is multiplied first; matters with `ridge` only: 1,000 (GPT-2 XL), 1 (GPT-J, Llama 2)."""
 
@@ -56,7 +56,7 @@ class EMMET(SearchSettings):
         right = least_squares(
             Whitening(self.from_covariance(lm, layer, cholesky)),
             Subjects(lm, edits, prefixes).keys(layer),
-            stiffness=self.stiffness,
+            regularization=self.regularization,
             weight=0.0 if len(edits) == 1 else ridge,
             names=[edit.text for edit in edits],
         )  # (facts, in)

@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rate, Seed, Weight
+from reknow.checks.bounds import Formerly, Number, Rate, Seed, Weight
 from reknow.contract import Method, checked, weights_patch
 from reknow.editing.descent import Matrices, Pace, Scored, check_finite, predicted, sample
 from reknow.editing.layers import resolve_layers
@@ -89,11 +89,11 @@ class ICE(Method):
     """Of the sampling; 1 is that of the equations, 100 of the experiments: nearly uniform over the `top_k` tokens."""
     top_k: Number | None = 50
     """Likeliest tokens to sample from; None: all. (The authors' 50 is a default of their library.)"""
-    update_interval: Number = 1
+    sample_every: Annotated[Number, Formerly("update_interval")] = 1
     """Steps between two samplings."""
     contexts: Contexts = "any"
     """`any`: `Edit.context`, or the edit as a statement; `given`: demand a context; `statement`: ignore it."""
-    lead_ins: tuple[str, ...] = LEAD_INS
+    context_introductions: Annotated[tuple[str, ...], Formerly("lead_ins")] = LEAD_INS
     """What introduces the context."""
     link: str = " Now: "
     """What stands between context and question."""
@@ -115,7 +115,7 @@ class ICE(Method):
                 "expected weights of at least 0, one of them above; got consistency_weight (λ) "
                 f"{self.consistency_weight} and target_weight {self.target_weight}: raise one"
             )
-        if not self.lead_ins:
+        if not self.context_introductions:
             raise InputError('expected at least one lead-in; got none: give "" for a bare context')
         if self.variant == "code" and not (self.with_context and self.sample_target and self.consistency_weight):
             raise InputError(
@@ -182,7 +182,7 @@ class _Batch:
 
     def __init__(self, lm: LM, method: ICE, edits: Sequence[Edit], lowest: int, generator: torch.Generator):
         self.lm, self.method, self.edits, self.generator = lm, method, edits, generator
-        self._reused = lowest if method.update_interval > 1 or not method.consistency_weight else None
+        self._reused = lowest if method.sample_every > 1 or not method.consistency_weight else None
         self._units = [
             (e, context) for e in edits for context in method.contexts_of(e) for _ in range(method.samples)
         ]
@@ -197,7 +197,7 @@ class _Batch:
     def update(self, step: int, matrices: Matrices) -> dict:
         """Samples where it is time, takes one step, and tells the losses before it, summed over the edits."""
         method = self.method
-        if step % method.update_interval == 0 and (method.consistency_weight or step == 0):
+        if step % method.sample_every == 0 and (method.consistency_weight or step == 0):
             with nullcontext() if method.targets == "static" else matrices.in_use():
                 self._draw()
         with matrices.in_use(), torch.enable_grad():
@@ -212,9 +212,12 @@ class _Batch:
     def _draw(self) -> None:
         """New samples from the model in use, and the rows that they are scored in."""
         method, lm = self.method, self.lm
-        chosen = torch.randint(len(method.lead_ins), (len(self._units),), generator=self.generator).tolist()
+        chosen = torch.randint(
+            len(method.context_introductions), (len(self._units),), generator=self.generator
+        ).tolist()
         texts = [
-            informed(*unit, method.lead_ins[i], method.link) for unit, i in zip(self._units, chosen, strict=True)
+            informed(*unit, method.context_introductions[i], method.link)
+            for unit, i in zip(self._units, chosen, strict=True)
         ]
         # The answer's tokens are those of the bare row, so that both sides are scored at the same places.
         full = [
@@ -301,7 +304,7 @@ def consistency(
     edits: Sequence[Edit],
     *,
     contexts: Contexts = "any",
-    lead_ins: Sequence[str] = LEAD_INS,
+    context_introductions: Annotated[Sequence[str], Formerly("lead_ins")] = LEAD_INS,
     link: str = " Now: ",
 ) -> list[float]:
     """How far the model is from the consistency condition p(x | [c, q]) = p(x | q), which an edit should establish.
@@ -314,7 +317,9 @@ def consistency(
     for edit in edits:
         (plain,) = lm.encode([Text.asked(edit)])
         texts = [
-            informed(edit, context, lead_in, link) for context in method.contexts_of(edit) for lead_in in lead_ins
+            informed(edit, context, lead_in, link)
+            for context in method.contexts_of(edit)
+            for lead_in in context_introductions
         ]
         full = [_longer(_question(row), plain.target_ids) for row in lm.encode(texts)]
         aware = _behind(lm, full).unflatten(0, (len(full), -1))

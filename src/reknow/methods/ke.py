@@ -17,13 +17,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from reknow.checks.bounds import Rank, Rate, Share, Weight
+from reknow.checks.bounds import Formerly, Rank, Rate, Share, Weight
 from reknow.contract import checked, weights_patch
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
@@ -49,7 +49,7 @@ DIVERGENCE_WEIGHT = 10.0
 class KE(MatrixEditor):
     """A network, trained once for a model, that reads an edit and changes its gradient."""
 
-    read_width: Rank = 128
+    lstm_width: Annotated[Rank, Formerly("read_width")] = 128
     """Of the LSTM in each direction."""
     width: Rank = 1024
     """Of h."""
@@ -62,11 +62,11 @@ class KE(MatrixEditor):
     """Label smoothing of L."""
     margin: Weight = 1e-3
     """Largest KL at the start, in nats per token."""
-    least_margin: Weight = 1e-5
+    min_margin: Annotated[Weight, Formerly("least_margin")] = 1e-5
     """The margin is × 0.8 after every validation in which more than nine of ten edits succeed, down to this."""
     learning_rate: Rate = 3e-4
     """Of RMSprop, for the network."""
-    multiplier_rate: Weight = 0.1
+    multiplier_learning_rate: Annotated[Weight, Formerly("multiplier_rate")] = 0.1
     """Of RMSprop, for λ."""
 
     training: ClassVar[Training] = Training(steps=4000, batch_size=8, warmup=200, validate_every=250, decay=True)
@@ -107,8 +107,8 @@ class KENetwork(nn.Module):
         super().__init__()
         assert method.layers is not None
         self.layers, self.names, self.absolute = method.layers, matrices(lm, method.layers), method.absolute
-        self.reader = nn.LSTM(embedding(lm.model).shape[1], method.read_width, bidirectional=True, batch_first=True)
-        self.summary = nn.Linear(2 * method.read_width, method.width)
+        self.reader = nn.LSTM(embedding(lm.model).shape[1], method.lstm_width, bidirectional=True, batch_first=True)
+        self.summary = nn.Linear(2 * method.lstm_width, method.width)
         self.sizes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
         self.norms = {name: float(lm.base_weight(name).float().norm()) for name in self.names}
         self.heads = nn.ModuleList([_head(method, *self.sizes[name]) for name in self.names])
@@ -154,7 +154,7 @@ class KENetwork(nn.Module):
         packed = nn.utils.rnn.pack_padded_sequence(
             words, torch.tensor(lengths), batch_first=True, enforce_sorted=False
         )
-        _, (last, _) = self.reader(packed)  # (2, edits, read_width), each direction's last state
+        _, (last, _) = self.reader(packed)  # (2, edits, lstm_width), each direction's last state
         return torch.tanh(self.summary(torch.cat([last[0], last[1]], 1)))
 
 
@@ -179,7 +179,7 @@ class _Learner:
         return torch.optim.RMSprop(
             [
                 {"params": rest, "lr": self.method.learning_rate},
-                {"params": [self.module.multiplier], "lr": self.method.multiplier_rate},
+                {"params": [self.module.multiplier], "lr": self.method.multiplier_learning_rate},
             ],
             centered=True,
         )
@@ -198,7 +198,7 @@ class _Learner:
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
         found = averaged(lambda part, chance: self._trial(part, chance).shown(), cases, VALIDATED)
         if found["made"] > 0.9:
-            self.module.margin.mul_(0.8).clamp_(min=self.method.least_margin)
+            self.module.margin.mul_(0.8).clamp_(min=self.method.min_margin)
         return found | {"loss": found["L_edit"] + DIVERGENCE_WEIGHT * found["L_loc"]}
 
     def _trial(self, batch: Sequence[Case], chance: random.Random) -> Outcome:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from reknow.checks.bounds import Weight
+from reknow.checks.bounds import Formerly, Weight
 from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
@@ -37,10 +37,10 @@ class Band(SearchSettings):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
-    stiffness: Weight = 0.1
-    """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + stiffness) of its change in a layer."""
+    regularization: Annotated[Weight, Formerly("stiffness")] = 0.1
+    """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + this) of its change in a layer."""
     covariance_weight: Weight | None = None
-    """λ itself, instead of the stiffness: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
+    """λ itself, instead of the regularization: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
 
     def spread(
         self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values, site: Site, power: float
@@ -55,7 +55,7 @@ class Band(SearchSettings):
                 right = least_squares(
                     Whitening(self.from_covariance(lm, layer, cholesky)),
                     keys,
-                    stiffness=self.stiffness,
+                    regularization=self.regularization,
                     weight=self.covariance_weight,
                     names=[edit.text for edit in edits],
                 )  # (facts, in)

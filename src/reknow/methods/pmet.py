@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from reknow.checks.bounds import Number, Share, Weight
+from reknow.checks.bounds import Formerly, Number, Share, Weight
 from reknow.contract import checked
 from reknow.editing.layers import resolve_layers
 from reknow.editing.values import find_values
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class PMET(Band):
     """Mass editing of the MLP's share in the wanted state."""
 
-    stiffness: Weight = 0.03
+    regularization: Annotated[Weight, Formerly("stiffness")] = 0.03
     steps: Number = 30
     clamp: Weight = 0.75
     stop_probability: Share = 1.0  # what attention took up is not written: ended early, too little is
-    stop_gain: Weight = 0.0
+    min_delta: Annotated[Weight, Formerly("stop_gain")] = 0.0
     success_weight: Weight = 0.1
     """Weight of the likelihood while the answer is the likeliest in every context."""
     stop_drift: Weight = 0.01

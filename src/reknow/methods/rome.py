@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from reknow.checks.bounds import Natural, Number, Weight
+from reknow.checks.bounds import Formerly, Natural, Number, Weight
 from reknow.contract import checked, weights_patch
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
@@ -37,9 +37,9 @@ class ROME(SearchSettings):
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
     clamp: Weight = 4.0
-    turns: Number = 5
+    context_batches: Annotated[Number, Formerly("turns")] = 5
     context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))
-    context_starts: tuple[str, ...] = ()
+    context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = ()
     covariance_tokens: Natural = 100_000
     """Tokens of general text for C; 0: C is the identity."""
     average_keys: bool = False

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Natural, Number, Rate, Weight
+from reknow.checks.bounds import Formerly, Natural, Number, Rate, Weight
 from reknow.contract import Method, checked, weights_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
@@ -58,7 +58,7 @@ class UltraEdit(Method):
     """η itself, as the paper gives it (1e-6); then it holds."""
     ridge: Weight = 1.0
     """Weight of the identity in the least squares."""
-    least_tokens: Natural = 32
+    min_tokens: Annotated[Natural, Formerly("least_tokens")] = 32
     """While fewer tokens were seen, statistics mean little: every h and g is divided by its own root mean square."""
 
     @property
@@ -113,7 +113,7 @@ class UltraEdit(Method):
         changes = {}
         for name, (h, g) in factors.items():
             norm = norms[_kind(h, g)]
-            if float(norm.count) >= max(2, self.least_tokens):
+            if float(norm.count) >= max(2, self.min_tokens):
                 h_hat, g_hat = norm(torch.cat([h, g], 1)).split([h.shape[1], g.shape[1]], 1)
             else:
                 h_hat, g_hat = (x / x.square().mean(1, keepdim=True).sqrt() for x in (h, g))

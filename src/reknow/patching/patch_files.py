@@ -210,5 +210,5 @@ def kept_by(patch: Patch) -> Kept | None:
         return None
     if (kind := entry.method.kind) != patch.kind:
         raise Broken(f"it is said to be a {patch.kind} of {patch.method}, whose patches are of the kind {kind}")
-    check_fields(entry.method, patch.settings, "settings")
+    check_fields(entry.method, current_names(entry.method, patch.settings), "settings")
     return entry.method.kept

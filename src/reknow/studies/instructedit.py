@@ -85,13 +85,13 @@ STUDIES: dict[str, Study] = {
         "Every text alike in the loss, or every token: ConvSent's texts are long.",
         (
             Entrant("InstructEdit, every token"),
-            Entrant("InstructEdit, every text", settings={"mean_over": "texts"}),
+            Entrant("InstructEdit, every text", settings={"average_over": "texts"}),
         ),
         "InstructEdit, every token",
     ),
     "scale": Study(
         "Gradients as they are, or every token's scaled to length 1.",
-        (INSTRUCT, Entrant("InstructEdit, unit gradients", settings={"unit_gradient": True})),
+        (INSTRUCT, Entrant("InstructEdit, unit gradients", settings={"normalize_gradient": True})),
         "InstructEdit",
     ),
     "baselines": Study(
