@@ -240,7 +240,8 @@ def test_layers_that_are_not_there_are_refused(models, name, layer, wrong):
 
 
 COUNTS = {"steps", "context_batches", "turn", "batch_size", "block_size", "shard_size", "span", "slots", "unrelated",
-          "room", "samples", "sample_tokens", "sample_every", "top_k", "candidates", "queries", "answered"}  # fmt: skip
+          "room", "samples", "sample_tokens", "sample_every", "top_k", "candidates", "queries",
+          "answered"}  # fmt: skip
 
 
 def test_counts_below_one_are_refused(name):

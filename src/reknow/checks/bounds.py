@@ -60,6 +60,10 @@ class Formerly:
     """Other settings that the old name stood for, unless it was None."""
 
 
+Units = Annotated[Literal["relative", "absolute"], Formerly("absolute", {True: "absolute", False: "relative"})]
+"""Of learning rates, bounds and radii: relative to what the model's own numbers are, or plain, as in the papers."""
+
+
 def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings under the names that their fields have now; warns where one is given under a former name.
 

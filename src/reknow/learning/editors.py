@@ -15,6 +15,7 @@ from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 import reknow
+from reknow.checks.bounds import current_names
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.files.schema import Broken, Newer, Object, Strict, check_fields, parsed, reason

@@ -56,7 +56,7 @@ def token_states(lm: LM, encoder: str | None) -> TokenStates:
 class OwnStates:
     """States of the base model, whatever is applied to it: what enters the first block of each third."""
 
-    digest = None
+    digest: str | None = None
 
     def __init__(self, lm: LM):
         self._lm, blocks = lm, lm.parts.blocks
@@ -118,7 +118,7 @@ class EncoderStates:
             ) from error
         self._model.eval().requires_grad_(False).to(lm.device)
         self.features = self._model.config.hidden_size
-        self.digest = Fingerprint.of(self._model, self._tokenizer).digest
+        self.digest: str | None = Fingerprint.of(self._model, self._tokenizer).digest
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> States:

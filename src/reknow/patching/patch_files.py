@@ -11,6 +11,7 @@ import torch
 from pydantic import AfterValidator, FailFast, Field, JsonValue
 from torch import Tensor
 
+from reknow.checks.bounds import current_names
 from reknow.edits import Edit
 from reknow.errors import PatchError, ReknowError
 from reknow.files.schema import Broken, Listed, Newer, Object, Strict, check_fields, parsed, reason
