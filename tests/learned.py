@@ -21,7 +21,7 @@ SETTINGS: dict[str, dict] = {
         rank=16, layers=(1, 2), learning_rate=3e-3, step_size_learning_rate=1e-3, edit_weight=1.0, seed=1
     ),
     "malmen": dict(rank=16, layers=(1, 2), learning_rate=3e-3),
-    "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, hidden=32, lstm_width=16),
+    "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, mlp_width=32, lstm_width=16),
     "serac": dict(size=16, learning_rate=1e-2),
 }
 """Tiny models need few steps and long ones."""

@@ -30,7 +30,7 @@ from reknow.model.tokens import Text, even
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
 METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_learning_rate=1e-3)
-READER = KE(layers=(2,), width=16, hidden=8, lstm_width=8)
+READER = KE(layers=(2,), width=16, mlp_width=8, lstm_width=8)
 """Has no running statistics, which would be those of the first process."""
 QUICK = Training(steps=12, batch_size=3, validation=6, validate_every=4, checkpoint_every=4, warmup=2, decay=True)
 
@@ -255,7 +255,7 @@ def test_the_cost_of_an_edit_is_a_gradient_and_its_transform(whole, tmp_path):
 
 def test_ke_reads_embeddings_that_are_narrower_than_states(edit):
     lm = make_lm("opt", word_embed_proj_dim=16)
-    network = KE(lstm_width=4, width=8, hidden=4).for_model(lm)._network(lm)
+    network = KE(lstm_width=4, width=8, mlp_width=4).for_model(lm)._network(lm)
     assert network.reader.input_size == 16  # torch does not always notice
     assert network.read(lm, [edit, edit]).shape == (2, 8)
 

@@ -77,7 +77,7 @@ def test_ultraedit_gives_the_authors_change():
 def test_ke_reads_an_edit_as_the_authors_do():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ke.json").read_text()), load_file(GOLDEN / "ke.safetensors")
-    network = KE(layers=(1,), lstm_width=6, width=8, hidden=6, absolute=True)._network(lm)
+    network = KE(layers=(1,), lstm_width=6, width=8, mlp_width=6, units="absolute")._network(lm)
     assert network.names == about["matrices"]
 
     own = network.state_dict()

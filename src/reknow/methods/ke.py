@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from reknow.checks.bounds import Formerly, Rank, Rate, Share, Weight
+from reknow.checks.bounds import Formerly, Rank, Rate, Share, Units, Weight
 from reknow.contract import checked, weights_patch
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
@@ -53,11 +53,11 @@ class KE(MatrixEditor):
     """Of the LSTM in each direction."""
     width: Rank = 1024
     """Of h."""
-    hidden: Rank = 128
-    """Of the MLP of each matrix."""
-    absolute: bool = False
-    """∇L as it is and softmax with sum 1, as in the authors' code. Else ‖∇L‖ = ‖W‖ and softmax with mean 1, so that c
-    is in units of the matrix in every model."""
+    mlp_width: Annotated[Rank, Formerly("hidden")] = 128
+    """Width of the hidden layer of each matrix's MLP."""
+    units: Units = "relative"
+    """relative: ∇L is scaled to ‖∇L‖ = ‖W‖ and softmax to mean 1, so that c is in units of the matrix in every model;
+    absolute: ∇L as it is and softmax with sum 1, as in the authors' code."""
     smoothing: Share = 0.1
     """Label smoothing of L."""
     margin: Weight = 1e-3
@@ -106,7 +106,11 @@ class KENetwork(nn.Module):
     def __init__(self, method: KE, lm: LM):
         super().__init__()
         assert method.layers is not None
-        self.layers, self.names, self.absolute = method.layers, matrices(lm, method.layers), method.absolute
+        self.layers, self.names, self.absolute = (
+            method.layers,
+            matrices(lm, method.layers),
+            method.units == "absolute",
+        )
         self.reader = nn.LSTM(embedding(lm.model).shape[1], method.lstm_width, bidirectional=True, batch_first=True)
         self.summary = nn.Linear(2 * method.lstm_width, method.width)
         self.sizes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
@@ -161,9 +165,9 @@ class KENetwork(nn.Module):
 def _head(method: KE, out: int, inside: int) -> nn.Sequential:
     """h → c, r, c', r', η of one matrix."""
     return nn.Sequential(
-        weight_norm(nn.Linear(method.width, method.hidden)),
+        weight_norm(nn.Linear(method.width, method.mlp_width)),
         nn.Tanh(),
-        weight_norm(nn.Linear(method.hidden, 2 * (out + inside) + 1)),
+        weight_norm(nn.Linear(method.mlp_width, 2 * (out + inside) + 1)),
     )
 
 
