@@ -63,7 +63,7 @@ UNTIL = "reknow, until found"
 """Our default: at most 60 passes, each of which reads a fifth of the contexts (MEMIT: half), ended when every context
 gives the answer a probability of 0.95, or has it as the likeliest and the loss hardly falls any more."""
 ALL_PASSES: dict[str, Any] = {"stop_probability": 1.0, "min_delta": 0.0}
-EXACT: dict[str, Any] = {**ALL_PASSES, "turns": 1}
+EXACT: dict[str, Any] = {**ALL_PASSES, "context_batches": 1}
 """All passes, with all contexts in each, as in the papers; rate and decay stay the library's, free of the scale."""
 LARGER = 0.3
 """A learning rate of MEMIT's search that needs fewer passes than its default of 0.1, for more generalization and less
@@ -120,7 +120,11 @@ def variants(same: SearchSettings) -> dict[str, Any]:
     """Our ways to search: as many passes as the paper, the same with a part of the contexts in each, and ours."""
     own = type(same)
     until = replace(same, **{name: getattr(own, name) for name in ("steps", *EXACT)})
-    return {"reknow": same, f"reknow, {own.turns} turns": replace(same, turns=own.turns), UNTIL: until}
+    return {
+        "reknow": same,
+        f"reknow, {own.context_batches} context batches": replace(same, context_batches=own.context_batches),
+        UNTIL: until,
+    }
 
 
 def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
@@ -279,7 +283,7 @@ def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int], data: Sequence[
         if lm.device.type == "cuda":
             rows[-1]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
         print(rows[-1], flush=True)
-    return {f"{name}, {method.steps} passes at most, {method.turns} turns": rows}
+    return {f"{name}, {method.steps} passes at most, {method.context_batches} context batches": rows}
 
 
 def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
@@ -325,7 +329,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, help="another layer than usual")
     parser.add_argument("--facts", type=int, help="fewer facts than usual")
     parser.add_argument("--method", choices=["ROME", "MEMIT"], default="MEMIT", help="of `scaling`")
-    parser.add_argument("--turns", type=int, help="of `scaling`: other than the method's")
+    parser.add_argument("--context-batches", type=int, help="of `scaling`: other than the method's")
     parser.add_argument("--steps", type=int, help="of `scaling`: other than usual")
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[], help="of `scaling`: EasyEdit's counterfact-*.json"
@@ -339,7 +343,7 @@ def main() -> None:
     if options.shape == "7B" and not torch.cuda.is_available():
         parser.error("expected a GPU for --shape 7B; got none: run it where torch.cuda.is_available()")
     where = "" if options.layer is None else f"-layer{options.layer}"
-    changes = {key: value for key in ("turns", "steps") if (value := getattr(options, key)) is not None}
+    changes = {key: value for key in ("context_batches", "steps") if (value := getattr(options, key)) is not None}
     if options.part == "scaling":
         where += "-".join(["", options.method, *map(str, options.sizes), *(f"{v}{k}" for k, v in changes.items())])
     file = options.out / f"{options.shape}-{options.part}{where}.json"

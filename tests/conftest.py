@@ -74,7 +74,7 @@ def authors_search(settings: dict) -> ValueSearch:
         steps=settings["v_num_grad_steps"],
         learning_rate=settings["v_lr"],
         kl_weight=settings["kl_factor"],
-        decay=settings["v_weight_decay"],
+        weight_decay=settings["v_weight_decay"],
         clamp=settings["clamp_norm_factor"],
     )
 

@@ -185,7 +185,7 @@ def test_settings_are_checked_when_they_are_made(name, field, value):
         ("ike", "shares=1,2,3", (1, 2, 3)),
         ("lora", "places=value", ("value",)),
         ("lora", "places=value, up", ("value", "up")),
-        ("rome", "absolute=True", True),
+        ("rome", "units=absolute", "absolute"),
         ("rome", "learning_rate=1", 1.0),
         ("rome", "learning_rate=5e-1", 0.5),
         ("rome", "covariance_text=123", "123"),

@@ -137,7 +137,7 @@ def test_one_sink_does_no_harm_to_the_batch(name):
 def test_the_step_and_the_bound_are_medians_over_the_contexts():
     """One context whose state is out of the common changes neither."""
     lm = golden_lm("sink")
-    search = ValueSearch(steps=2, absolute=False, learning_rate=0.1, site="block", decay=0)
+    search = ValueSearch(steps=2, units="relative", learning_rate=0.1, site="block", weight_decay=0)
     edit = Edit("{} is a native of", subject="Toko Yasuda", target_new="Paris")
     found = find_values(lm, [edit], 0, CONTEXTS, search)
     lengths, block = [], lm.parts.blocks[0]
@@ -156,7 +156,7 @@ def test_the_step_has_the_unit_of_what_it_is_added_to(family):
     lm = make_lm(family)
     assert not lm.parts.residual_identity
     edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
-    search = ValueSearch(steps=2, absolute=False, learning_rate=0.1, decay=0, clamp=100)
+    search = ValueSearch(steps=2, units="relative", learning_rate=0.1, weight_decay=0, clamp=100)
     found = find_values(lm, [edit], 1, [""], search)
     unit = float(found.value.norm()) / found.value.shape[1] ** 0.5 / 2
     assert found.delta[0].abs().median() == pytest.approx(0.1 * unit, rel=1e-3)

@@ -115,7 +115,9 @@ def test_an_edit_that_is_too_long_behind_a_prefix_does_not_cost_the_batch_its_pa
 def test_an_edit_that_breaks_down_by_itself_is_named_to_the_batch():
     lm = make_lm()
     with pytest.raises(EditFailed) as caught:
-        KN(share=1.0, threshold=1.0, steps=2).edit(lm, [replace(THREE[0].edit, rephrasings=("{} has the capital",))])
+        KN(prompt_share=1.0, threshold=1.0, steps=2).edit(
+            lm, [replace(THREE[0].edit, rephrasings=("{} has the capital",))]
+        )
     assert caught.value.edit is not None and caught.value.edit.subject == "Peru"
 
 

@@ -254,7 +254,7 @@ def test_searches_refuse_rates_below_zero_and_what_is_no_probability():
     searches = [name for name, entry in METHODS.items() if issubclass(entry.method, SearchSettings)]
     assert {"rome", "memit", "emmet", "pmet", "alphaedit"} <= set(searches)
     for name in searches:
-        for field in ("kl_weight", "decay", "clamp", "min_delta", "covariance_tokens"):
+        for field in ("kl_weight", "weight_decay", "clamp", "min_delta", "covariance_tokens"):
             with pytest.raises(InputError, match=f"expected {field} of at least 0; got -1"):
                 method(name, **{field: -1})
         for wrong in (-1, 0):

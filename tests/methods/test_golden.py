@@ -77,9 +77,9 @@ def test_rome_changes_the_logits_as_the_authors_code(models):
     lm.memo["contexts", groups, (), seed] = tuple(t.removesuffix("{}") for t in head["templates"])
     method = ROME(
         layer=case["layer"],
-        absolute=True,
+        units="absolute",
         learning_rate=0.5,
-        decay=0.5,
+        weight_decay=0.5,
         steps=20,
         stop_probability=1.0,
         min_delta=0.0,

@@ -49,9 +49,9 @@ def built(case):
     search = dict(
         steps=given["v_num_grad_steps"],
         learning_rate=given["v_lr"],
-        absolute=True,
+        units="absolute",
         kl_weight=given["kl_factor"],
-        decay=given["v_weight_decay"],
+        weight_decay=given["v_weight_decay"],
         clamp=given["clamp_norm_factor"],
         stop_probability=1.0,
         min_delta=0.0,
@@ -125,7 +125,7 @@ def test_knowledge_neurons_are_the_authors(models):
     lm, case = models["gpt2"], HEAD["kn"]
     scores = attributions(lm, case["prompt"], case["target_true"], case["steps"])
     assert close(scores, TENSORS["kn/scores"])
-    method = KN(share=case["share"], old_weight=2, new_weight=1, scaled=False, signed=False)
+    method = KN(prompt_share=case["share"], old_weight=2, new_weight=1, normalize=False, flip_negative=False)
     edit = Edit(case["prompt"], target_new=case["target_new"], target_true=case["target_true"])
     patch = method.edit(lm, [edit])
     assert patch.notes["neurons"] == case["neurons"]

@@ -101,7 +101,13 @@ def test_a_search_that_gains_little_ends_once_the_answer_is_the_likeliest():
     lm = LM.demo("gpt2")
     edits = [case.edit for case in load_cases("counterfact", limit=12)]
     plain = dict(
-        steps=40, context_batches=2, learning_rate=0.1, absolute=False, stop_probability=1.0, stop_loss=0.0, clamp=1.0
+        steps=40,
+        context_batches=2,
+        learning_rate=0.1,
+        units="relative",
+        stop_probability=1.0,
+        stop_loss=0.0,
+        clamp=1.0,
     )
 
     def lengths(**stop):
@@ -205,7 +211,7 @@ def test_wrong_layers_are_refused(gpt2, name):
 
 def test_memit_without_stiffness_reaches_z_in_one_layer(gpt2):
     patch = MEMIT(layers=(1,), regularization=0.0, **FAST).edit(gpt2, EDITS)
-    settings = dict(learning_rate=MEMIT.learning_rate, decay=MEMIT.decay, absolute=MEMIT.absolute)
+    settings = dict(learning_rate=MEMIT.learning_rate, weight_decay=MEMIT.weight_decay, units=MEMIT.units)
     search = ValueSearch(steps=6, clamp=MEMIT.clamp, site="block", **settings)
     wanted = find_values(gpt2, EDITS, 1, ("",), search).z.double()
     with gpt2.patched(patch):
@@ -307,7 +313,7 @@ def test_kn_attributions_add_up(gpt2):
 def test_kn_says_when_wordings_share_no_neuron(gpt2):
     edit = Edit("{} is", subject="Lima", target_new="a", target_true="b", rephrasings=("Where {} lies",))
     with pytest.raises(EditFailed, match="2 wordings"):
-        KN(share=1.0).edit(gpt2, [edit])
+        KN(prompt_share=1.0).edit(gpt2, [edit])
 
 
 def test_what_is_made_of_a_covariance_is_kept_for_the_next_edit(monkeypatch):

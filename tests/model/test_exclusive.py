@@ -103,7 +103,7 @@ def test_edits_in_threads_are_the_same_patches(lm):
         ROME(layer=1, steps=3, covariance_tokens=200, context_groups=((1, 2),)),
         FT(layer=1, steps=3),
         GRACE(layer=1, steps=3),
-        KN(erase=True, steps=3, threshold=0.0, share=0.0),
+        KN(erase=True, steps=3, threshold=0.0, prompt_share=0.0),
         LoRA(layers=(1,), steps=3),
     ]
     before, at = bits(lm), at_rest(lm)
@@ -231,7 +231,7 @@ def test_an_interrupt_leaves_the_model_that_its_patches_say(kind, operation):
         FT(layer=1, steps=2),
         GRACE(layer=1, steps=2),
         LoRA(layers=(1,), steps=2),
-        KN(erase=True, steps=2, threshold=0.0, share=0.0),
+        KN(erase=True, steps=2, threshold=0.0, prompt_share=0.0),
     ],
     ids=lambda method: method.name,
 )

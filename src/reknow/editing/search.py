@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Seed, Share, Weight
+from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Seed, Share, Units, Weight
 from reknow.contract import Method
 from reknow.editing.covariance import covariance
 from reknow.editing.values import ValueSearch, contexts
@@ -36,12 +36,13 @@ class SearchSettings(Method):
     matrix's where a norm or a multiplier follows it."""
     kl_weight: Weight = 0.0625
     """Weight of the drift of what the model says of "{subject} is a"."""
-    decay: Weight = 0.05
+    weight_decay: Annotated[Weight, Formerly("decay")] = 0.05
     """Weight of the addition's length, relative to what it is added to, in the loss."""
     clamp: Weight = 1.0
     """Largest length of the addition, relative to what it is added to; in the papers 0.75, ROME's 4."""
-    absolute: bool = False
-    """Learning rate as a plain number, and decay on the length over the square of the state's, as in the papers."""
+    units: Units = "relative"
+    """`relative`: the learning rate and the addition's length are measured by the model's own states. `absolute`: the
+    learning rate is a plain number, and the length is divided by the square of the state's, as in the papers."""
     stop_probability: Share = 0.95
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""

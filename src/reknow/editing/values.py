@@ -43,18 +43,18 @@ class ValueSearch:
     steps: int = 20
     """Passes of the model; the last one only measures, so that there are `steps - 1` updates."""
     learning_rate: float = 0.5
-    """Of Adam; the size of a step of one coordinate, in units that `absolute` names."""
-    absolute: bool = True
-    """Learning rate and decay as plain numbers, as the papers give them, ‖v‖ of the bare prompt. False: free of the
-    model's scale, the learning rate in units of the root mean square of the block's output, or of half that of what δ
-    is added to where that does not reach it unchanged; the decay on ‖δ‖ / ‖v‖; all of them medians over the
-    contexts."""
+    """Of Adam; the size of a step of one coordinate, in units that `units` names."""
+    units: Literal["relative", "absolute"] = "absolute"
+    """`absolute`: learning rate and decay as plain numbers, as the papers give them, ‖v‖ of the bare prompt.
+    `relative`: free of the model's scale, the learning rate in units of the root mean square of the block's output,
+    or of half that of what δ is added to where that does not reach it unchanged; the decay on ‖δ‖ / ‖v‖; all of them
+    medians over the contexts."""
     kl_weight: float = 0.0625
     """Weight of KL(new ‖ old) of the essence prompt."""
     kl_position: Literal["subject", "end"] = "subject"
     """Read that distribution at the subject's last token (the authors' code) or at the prompt's end (the paper)."""
-    decay: float = 0.5
-    """Weight of ‖δ‖ / ‖v‖², a term of the loss; of ‖δ‖ / ‖v‖ where nothing is `absolute`."""
+    weight_decay: float = 0.5
+    """Weight of ‖δ‖ / ‖v‖², a term of the loss; of ‖δ‖ / ‖v‖ where units are `relative`."""
     clamp: float = 4.0
     """Largest ‖δ‖ / ‖v‖."""
     stop_loss: float = 0.05
@@ -148,7 +148,7 @@ def _find(lm: LM, facts: list[list[Row]], weights: Tensor, owners: Tensor, layer
         sites = (["attention"] if search.attention else []) + ["block" if block else "value"]
         start = torch.stack([bare(site) for site in sites])  # (sites, facts, hidden)
         sizes, units = start.norm(dim=2), torch.ones_like(start[..., 0])  # (sites, facts)
-        if not search.absolute:
+        if search.units == "relative":
             # A norm behind the MLP gives δ another size than the block's output has.
             arrives = lm.parts.residual_identity
             measured = ["block"] * len(sites) if arrives else sites
@@ -189,8 +189,8 @@ def _descend(hands: list[Run], sizes: Tensor, units: Tensor, width: int, owners:
         essence = scores.essence.detach() if essence is None else essence
         new, old = scores.essence, essence[active]
         drift = search.kl_weight * (new.exp() * (new - old)).sum(-1)  # KL(new ‖ old), as in the authors' code
-        size = (mine.norm(dim=2) / sizes[:, active] ** (2 if search.absolute else 1)).sum(0)
-        loss = weight[active] * scores.nll + drift + search.decay * size
+        size = (mine.norm(dim=2) / sizes[:, active] ** (2 if search.units == "absolute" else 1)).sum(0)
+        loss = weight[active] * scores.nll + drift + search.weight_decay * size
         check_finite(loss.sum())
         for i, value in zip(active.tolist(), loss.tolist(), strict=True):
             if running[i]:

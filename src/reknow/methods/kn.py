@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Share, Weight
+from reknow.checks.bounds import Formerly, Number, Share, Weight
 from reknow.contract import Method, checked, weights_patch
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
@@ -48,15 +48,15 @@ class KN(Method):
     """Points of the integral, from no activation to the neuron's own."""
     threshold: Share = 0.2
     """Attribution that a neuron needs, as a share of the largest one."""
-    share: Share = 0.7
+    prompt_share: Annotated[Share, Formerly("share")] = 0.7
     """Share of the wordings (the prompt and the edit's rephrasings) in which a neuron must have it."""
     old_weight: Weight = 0.04
     """How much of the old answer's embedding is taken from a slot (λ₁; the paper, not scaled: 1)."""
     new_weight: Weight = 0.3
     """How much of the new answer's is added (λ₂; the paper, not scaled: 8)."""
-    scaled: bool = True
+    normalize: Annotated[bool, Formerly("scaled")] = True
     """Embeddings are brought to the norm of the slot first, so that the weights mean the same in any model."""
-    signed: bool = True
+    flip_negative: Annotated[bool, Formerly("signed")] = True
     """Turn the change round for a neuron that is negative on the prompt, as half of a gated MLP's are."""
 
     @property
@@ -85,7 +85,7 @@ class KN(Method):
         if not neurons:
             raise EditFailed(
                 f"expected neurons that {len(prompts)} wordings of {edit.text!r} share; got none: "
-                "lower share or threshold",
+                "lower prompt_share or threshold",
                 edit,
             )
         deltas: dict[str, Delta] = {}
@@ -95,7 +95,7 @@ class KN(Method):
             mine = torch.tensor([i for at, i in neurons if at == layer], device=weight.device)
             slots = exact(weight[:, mine])  # (out, neurons)
             change = -slots if self.erase else self._moved(lm, edit, old, slots)
-            if self.signed and not self.erase:
+            if self.flip_negative and not self.erase:
                 (row,) = lm.encode([Text(edit.text)])
                 activation = lm.read([row], [len(row.ids) - 1], inputs=[name])[name][0]  # (in,)
                 change *= activation[mine].sign().to(change)
@@ -110,7 +110,7 @@ class KN(Method):
         for attribution in scores:
             above = (attribution > self.threshold * attribution.max()).nonzero().tolist()
             counts.update((layer, i) for layer, i in above)
-        return sorted(neuron for neuron, count in counts.items() if count > self.share * len(scores))
+        return sorted(neuron for neuron, count in counts.items() if count > self.prompt_share * len(scores))
 
     def _moved(self, lm: LM, edit: Edit, old: str, slots: Tensor) -> Tensor:
         """− λ₁ e_old + λ₂ e_new for every slot. slots and result: (out, neurons)"""
@@ -126,7 +126,7 @@ class KN(Method):
         for weight, answer in ((-self.old_weight, old), (self.new_weight, edit.target_new)):
             (row,) = lm.encode([Text(edit.text, answer, separator=edit.separator)])
             embedding = exact(table[list(row.target_ids)].sum(0)).to(slots.device)  # (out,)
-            size = slots.norm(dim=0) / embedding.norm() if self.scaled else torch.ones_like(slots[0])
+            size = slots.norm(dim=0) / embedding.norm() if self.normalize else torch.ones_like(slots[0])
             change += weight * embedding[:, None] * size
         return change
 
