@@ -24,7 +24,7 @@ import torch
 from reknow import LM, Edit
 from reknow.editing.covariance import covariance
 from reknow.edits import Case
-from reknow.evaluation.reading import SAMPLED_TOKENS
+from reknow.evaluation.probing import SAMPLED_TOKENS
 from reknow.model.parts import Conv1D
 from reknow.patching.patches import Dense, Patch
 from speed_work import now

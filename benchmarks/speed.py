@@ -39,7 +39,7 @@ from reknow.editing.values import contexts
 from reknow.edits import Case
 from reknow.evaluation.effect import known_cases
 from reknow.evaluation.metrics import case_metrics
-from reknow.evaluation.reading import read
+from reknow.evaluation.probing import read
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 from speed_reading import evaluation

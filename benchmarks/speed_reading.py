@@ -7,7 +7,7 @@ from statistics import fmean
 from easyedit import EasyEdit
 from reknow import LM, load_cases
 from reknow.edits import Case
-from reknow.evaluation.reading import SAMPLED_TOKENS, SAMPLED_TOP_K, read
+from reknow.evaluation.probing import SAMPLED_TOKENS, SAMPLED_TOP_K, read
 from reknow.model.tokens import Text
 from speed_work import timed
 

@@ -13,7 +13,8 @@ from conftest import make_lm
 from reknow import FT, Case, Edit, Probe, evaluate, load_cases
 from reknow.errors import InputError
 from reknow.evaluation.convsent import sentiment_metrics
-from reknow.evaluation.metrics import Reading, case_metrics
+from reknow.evaluation.metrics import case_metrics
+from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import readings
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "convsent.json").read_text())

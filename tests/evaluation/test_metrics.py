@@ -10,7 +10,8 @@ import pytest
 
 from reknow.errors import InputError
 from reknow.evaluation import metrics
-from reknow.evaluation.metrics import Reading, case_metrics, generated
+from reknow.evaluation.metrics import case_metrics, generated
+from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import summarise
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "metrics.json").read_text())

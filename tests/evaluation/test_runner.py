@@ -19,7 +19,8 @@ from reknow import FT, Case, Edit, Probe
 from reknow.contract import Method, weights_patch
 from reknow.errors import EditFailed, InputError
 from reknow.evaluation import Plan, Results, bench, evaluate
-from reknow.evaluation.metrics import PROTOCOLS, Reading, case_metrics
+from reknow.evaluation.metrics import PROTOCOLS, case_metrics
+from reknow.evaluation.readings import Reading
 from reknow.evaluation.runner import _named, _Run, progress_bar
 from reknow.files.rows import BEFORE_KEY, ROW_KEY, Rows
 from reknow.patching.patches import Dense

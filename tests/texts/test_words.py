@@ -10,13 +10,13 @@ import pytest
 from reknow.evaluation.long_text import rouge_l, token_f1
 from reknow.evaluation.metrics import (
     LONG_ANSWER,
-    Reading,
     case_metrics,
     generated,
     ngram_entropy,
     text_words,
     unchanged_generated,
 )
+from reknow.evaluation.readings import Reading
 from reknow.texts.writing import clipped, pieces, words
 
 

@@ -13,7 +13,7 @@ from reknow.datasets.edits_file import load_edits
 from reknow.editing.value_batch import encode_facts
 from reknow.edits import as_json
 from reknow.errors import InputError
-from reknow.evaluation.reading import read
+from reknow.evaluation.probing import read
 from reknow.model.tokens import Text, encode
 from reknow.texts.writing import between, full_stop, joined
 

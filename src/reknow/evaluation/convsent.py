@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from reknow.evaluation.metrics import Reading
+from reknow.evaluation.readings import Reading
 
 WANTED, UNWANTED, OTHER_TOPIC = "wanted", "unwanted", "other_topic"
 

@@ -21,11 +21,11 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 
 from reknow.errors import InputError, MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.long_text import rouge_l, token_f1
+from reknow.evaluation.readings import Reading
 from reknow.model.scoring import NOTHING
 from reknow.texts.writing import pieces, words
 
@@ -45,44 +45,6 @@ _TREEBANK_WORD = re.compile(
     r"|(?:\w\.){2,}|\w+(?:[-./]\w+)*|\.\.\.|--|``|''|[^\w\s]",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a model answered to one probe: everything the metrics need, kept raw in the run folder."""
-
-    kind: str
-    name: str
-    prompt: str
-    answers: tuple[str, ...]
-    """Accepted answers; `hits`, `top` and `nll` belong to the first."""
-    hits: tuple[bool, ...] = ()
-    """Per token of the first answer: is it the argmax, teacher-forced?"""
-    top: tuple[int, ...] = ()
-    """The argmax token ids at those positions."""
-    nll: float | None = None
-    """Mean negative log-likelihood per token, in nats: of the first answer; for fluency, of the prompt
-    with the sampled text under the unedited model."""
-    nll_new: float | None = None
-    """The same for the edit's `target_new` on this prompt, where the contrast is asked."""
-    nll_true: float | None = None
-    """The same for its `target_true`."""
-    text: str | None = None
-    """Greedy continuation of the prompt, for fluency a sampled one; None where none was asked for."""
-    divergence: float | None = None
-    """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
-    ratios: tuple[float, float] | None = None
-    """PPL_r of a text that was sampled behind the request: right, and as its authors' script reads it."""
-
-    def to_json(self) -> dict:
-        """Plain JSON types; `from_json` gives the reading back."""
-        return asdict(self) | {"hits": [int(hit) for hit in self.hits]}
-
-    @classmethod
-    def from_json(cls, record: Mapping) -> Reading:
-        """The reading that `to_json` wrote."""
-        lists = {name: tuple(record[name]) for name in ("answers", "top", "ratios") if record.get(name) is not None}
-        return cls(**{**record, **lists, "hits": tuple(map(bool, record["hits"]))})
 
 
 # ---- is the answer right?

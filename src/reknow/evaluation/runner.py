@@ -13,7 +13,7 @@ from reknow.checks.bounds import Natural, Number, Seed, check
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
-from reknow.evaluation.reading import perplexity, read_each
+from reknow.evaluation.probing import perplexity, read_each
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
 from reknow.files.locks import writing

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from reknow.evaluation.metrics import Reading, generated, unchanged_generated
+from reknow.evaluation.metrics import generated, unchanged_generated
+from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import Results, readings
 from reknow.texts.templates import filled, sections
 from reknow.texts.writing import clipped

@@ -13,7 +13,7 @@ from reknow.edits import Case, Edit, Probe
 from reknow.errors import TextRefused
 from reknow.evaluation.convsent import OTHER_TOPIC
 from reknow.evaluation.long_text import written_ratios
-from reknow.evaluation.metrics import Reading
+from reknow.evaluation.readings import Reading
 from reknow.lm import LM
 from reknow.model.readable import in_context_questions, scored_answers
 from reknow.model.tokens import Text
