@@ -92,3 +92,19 @@ def tiny_model(family: str, *, seed: int = 0, initializer_range: float = 0.3, **
     config = CONFIG_MAPPING[family](**settings | changes)
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+def wide_llama():
+    """Wide enough for the blocks of 64 weights in which 4 bits are kept."""
+    return tiny_model("llama", hidden_size=64, intermediate_size=128)
+
+
+def with_matrices(model, kind, **options):
+    """The model with its blocks' matrices quantised as transformers does it when it loads a checkpoint."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "layers" in name:
+            twin = kind(module.in_features, module.out_features, bias=module.bias is not None, **options)
+            twin.load_state_dict(module.state_dict())
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, twin.to("cpu"))
+    return model

@@ -519,7 +519,7 @@ def test_an_error_of_the_hub_without_words_is_named(monkeypatch):
 
 def test_a_data_set_is_streamed_by_datasets(tmp_path, monkeypatch):
     """The hub itself is out of reach: the revision is given here, and the library reads a folder instead."""
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets", minversion="3")  # not the folder of these tests
     hub = pytest.importorskip("huggingface_hub")
     (tmp_path / "train.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n', encoding="utf-8")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

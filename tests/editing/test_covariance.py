@@ -213,7 +213,7 @@ def test_processes_share_the_text_and_their_sums_are_added(tmp_path):
 
 
 def environment() -> dict[str, str]:
-    paths = [str(Path(__file__).parent.parent), str(Path(reknow.__file__).parents[1])]
+    paths = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(reknow.__file__).parents[1])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 
 

@@ -42,7 +42,7 @@ def empty_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def knowing(monkeypatch):
     """A tiny model that is taken to know everything, edited without statistics."""
-    for module in ("layers", "locate"):
+    for module in ("editing.layers", "tracing.causal"):
         monkeypatch.setattr(f"reknow.{module}.known_facts", lambda lm, facts: list(facts))
     monkeypatch.setattr(layers, "TRIAL", dict(steps=2, context_groups=((1, 2),), covariance_tokens=0))
     return make_lm("gpt2")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import bits, close, make_lm, same, some_patch
-from families import tiny_model, tiny_tokenizer
+from families import tiny_model, tiny_tokenizer, wide_llama, with_matrices
 from reknow import LM, Edit, method
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.loading import carries_adapters
@@ -130,10 +130,8 @@ def test_matrices_stored_the_other_way_round():
 
 def test_adapters_on_four_bits():
     modules = pytest.importorskip("bitsandbytes").nn
-    from test_beside import llama, replaced
-
     model = peft.get_peft_model(
-        replaced(llama(), modules.Linear4bit, compute_dtype=torch.float32), ADAPTERS["all matrices"]()
+        with_matrices(wide_llama(), modules.Linear4bit, compute_dtype=torch.float32), ADAPTERS["all matrices"]()
     )
     lm = pair(model)
     assert lm.parts.value[0] == "model.layers.0.mlp.down_proj"

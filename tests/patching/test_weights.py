@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 
 from conftest import bits, make_lm, same, some_patch
-from families import tiny_model, tiny_tokenizer
+from families import tiny_model, tiny_tokenizer, wide_llama, with_matrices
 from reknow import LM, Edit, method
 from reknow.errors import PatchError
 from reknow.evaluation.effect import weight_bits
@@ -20,37 +20,23 @@ OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
 QUICK = dict(steps=25, context_groups=((2, 3),), covariance_tokens=200)
 
 
-def llama():
-    """Wide enough for the blocks of 64 weights in which 4 bits are kept."""
-    return tiny_model("llama", hidden_size=64, intermediate_size=128)
-
-
 def torchao_lm() -> LM:
     quantization = pytest.importorskip("torchao.quantization")
-    model = llama()
+    model = wide_llama()
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return LM((model, tiny_tokenizer(bos=True)))
 
 
 def four_bit_lm() -> LM:
     modules = pytest.importorskip("bitsandbytes").nn
-    return LM((replaced(llama(), modules.Linear4bit, compute_dtype=torch.float32), tiny_tokenizer(bos=True)))
+    return LM(
+        (with_matrices(wide_llama(), modules.Linear4bit, compute_dtype=torch.float32), tiny_tokenizer(bos=True))
+    )
 
 
 def eight_bit_lm() -> LM:
     modules = pytest.importorskip("bitsandbytes").nn
-    return LM((replaced(llama(), modules.Linear8bitLt, has_fp16_weights=False), tiny_tokenizer(bos=True)))
-
-
-def replaced(model, kind, **options):
-    """The model with its blocks' matrices quantised as transformers does it when it loads a checkpoint."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and "layers" in name:
-            twin = kind(module.in_features, module.out_features, bias=module.bias is not None, **options)
-            twin.load_state_dict(module.state_dict())
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, twin.to("cpu"))
-    return model
+    return LM((with_matrices(wide_llama(), modules.Linear8bitLt, has_fp16_weights=False), tiny_tokenizer(bos=True)))
 
 
 QUANTISED = {"torchao": torchao_lm, "bitsandbytes, 4 bit": four_bit_lm, "bitsandbytes, 8 bit": eight_bit_lm}
@@ -83,7 +69,7 @@ def tolerance(lm: LM) -> float:
 
 def plain_twin(lm: LM) -> LM:
     """The same model with the quantised matrices as plain ones of the weights that they stand for."""
-    model = llama()
+    model = wide_llama()
     with torch.no_grad():
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear):

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from reknow.checks.arguments import typed
 from reknow.errors import PatchError
 from reknow.files.atomic import put_back, write_text
 from reknow.files.locks import PATIENCE, writing
@@ -106,6 +107,7 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
     return tuple(p for p in stack if p.id != wanted)
 
 
+@typed
 def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
     """Writes a stack folder: a reference to the base model and the patches in order. `LM(folder)` opens it.
 
