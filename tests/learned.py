@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict] = {
     ),
     "malmen": dict(rank=16, layers=(1, 2), learning_rate=3e-3),
     "ke": dict(layers=(1, 2), learning_rate=3e-3, width=64, mlp_width=32, lstm_width=16),
-    "serac": dict(size=16, learning_rate=1e-2),
+    "serac": dict(embedding_size=16, learning_rate=1e-2),
 }
 """Tiny models need few steps and long ones."""
 TRAINING = Training(steps=25, batch_size=8, validation=0, validate_every=1000, checkpoint_every=1000, decay=True)

@@ -49,7 +49,9 @@ METHODS: dict[str, Row] = {
     "instructedit": Row("instructedit:InstructEdit", {}, "Tian et al. 2024, arXiv 2402.16123"),
     "ike": Row("ike:IKE", {}, "Zheng et al. 2023, arXiv 2305.12740"),
     "ike-easyedit": Row(
-        "ike:IKE", {"demonstrations": 16, "shares": None}, "IKE as in EasyEdit, Wang et al. 2023, arXiv 2308.07269"
+        "ike:IKE",
+        {"demonstrations": 16, "demonstration_mix": None},
+        "IKE as in EasyEdit, Wang et al. 2023, arXiv 2308.07269",
     ),
     "ike-zero": Row(
         "ike:IKE", {"demonstrations": 0}, "IKE without demonstrations, Zheng et al. 2023, arXiv 2305.12740"

@@ -147,9 +147,9 @@ BEYOND = {
     "rome": [("learning_rate", 0), ("steps", 10**22), ("stop_probability", 1.5), ("seed", -1)],
     "lora": [("rank", 100_000), ("rank", 0), ("alpha", 0), ("places", ("nowhere",)), ("places", ())],
     "ice": [("temperature", 0), ("consistency_weight", -1), ("targets", "both")],
-    "wise": [("mask", 0.0), ("density", 1.5), ("shard_size", 0), ("context_groups", ((2, 0),))],
+    "wise": [("mask_ratio", 0.0), ("density", 1.5), ("shard_size", 0), ("context_groups", ((2, 0),))],
     "mend": [("rank", 2**20), ("step_size", 0), ("editor", "")],
-    "ike": [("shares", (0, -1, 2)), ("room", 0), ("cases", "")],
+    "ike": [("demonstration_mix", (0, -1, 2)), ("answer_tokens", 0), ("cases", "")],
     "serac": [("threshold", 2), ("size", 10**9), ("classifier", "none")],
 }
 
@@ -182,7 +182,7 @@ def test_settings_are_checked_when_they_are_made(name, field, value):
         ("memit", 'context_first_words=["The","A, man"]', ("The", "A, man")),
         ("ft-m", "layer=2", 2),
         ("ft-m", "layer=1,2", (1, 2)),
-        ("ike", "shares=1,2,3", (1, 2, 3)),
+        ("ike", "demonstration_mix=1,2,3", (1, 2, 3)),
         ("lora", "places=value", ("value",)),
         ("lora", "places=value, up", ("value", "up")),
         ("rome", "units=absolute", "absolute"),
@@ -204,7 +204,11 @@ def test_settings_are_taken_as_people_type_them(name, typed, held):
         ("memit", "layers=one,two", "expected layers as [int, …] or none; got 'one,two'"),
         ("memit", "layers=1-3", "expected layers as [int, …] or none; got '1-3'"),
         ("memit", "layers=1.5", "expected layers as [int, …] or none; got '1.5'"),
-        ("ike", "shares=1,2", "expected shares as [int ≥ 0, int ≥ 0, int ≥ 0] or none; got '1,2'"),
+        (
+            "ike",
+            "demonstration_mix=1,2",
+            "expected demonstration_mix as [int ≥ 0, int ≥ 0, int ≥ 0] or none; got '1,2'",
+        ),
         ("rome", "learning_rate=1e999", "expected learning_rate as float > 0; got '1e999'"),
         ("rome", "learning_rate=-Infinity", "expected learning_rate as float > 0; got '-Infinity'"),
         ("rome", "learning_rate=0", "expected learning_rate above 0; got '0'"),

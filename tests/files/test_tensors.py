@@ -145,7 +145,9 @@ def test_a_small_codebook_asks_for_no_room_that_it_does_not_fill(slots, tmp_path
 def test_other_memories_and_editors_ask_for_no_room_either(tmp_path):
     lm = make_lm("gpt2")
     quick = dict(layer=1, steps=2)
-    wise = method("wise", **quick, context_groups=((1, 2),), unrelated=2).edit(lm, [OTHER]).save(tmp_path / "wise")
+    wise = (
+        method("wise", **quick, context_groups=((1, 2),), unrelated_facts=2).edit(lm, [OTHER]).save(tmp_path / "wise")
+    )
     many = {f"state.mask.{i}": torch.zeros(1, dtype=torch.uint8) for i in range(1, 20_000)}  # 8 KB each in memory
     with pytest.raises(PatchError, match="expected masks of"):
         lm.apply(Patch.load(rewritten(wise, tensors=lambda found: found.update(many))))

@@ -40,7 +40,7 @@ def quick(name: str, lm: LM, **changes) -> Method:
         return trained(name, lm.model.config.model_type)
     kind = METHODS[name].method
     if kind is IKE:
-        changes = dict(cases=demonstrations(), room=20) | changes
+        changes = dict(cases=demonstrations(), answer_tokens=20) | changes
     last = lm.layers - 1
     settings = dict(layer=last, layers=(last - 1, last), steps=25, context_groups=((2, 3),), covariance_tokens=200)
     if kind.__name__ in RATES:

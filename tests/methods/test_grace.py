@@ -32,7 +32,7 @@ def test_grace_gives_the_authors_codebook(case):
             learning_rate=case["lr"],
             stop_loss=0,
             replacement=REPLACEMENT[case["replacement"]],
-            absolute=True,
+            units="absolute",
             seed=number,
         )
         lm.apply(method.edit(lm, [Edit(wanted["prompt"], target_new=wanted["target_new"])]))
@@ -58,19 +58,19 @@ def radii(lm: LM) -> list[float]:
 
 
 def test_far_keys_are_added_and_equal_answers_widen_a_radius():
-    lm, method = make_lm(), GRACE(layer=1, epsilon=1.0, absolute=True, steps=2)
+    lm, method = make_lm(), GRACE(layer=1, epsilon=1.0, units="absolute", steps=2)
     lm.apply(method.edit(lm, [edit("The capital of Peru is"), edit("I know Danielle Darrieux", "in")]))
     assert radii(lm) == [1.0, 1.0]
     keys = GRACE.memory(lm, lm.patches).keys
     far = float((keys[0] - keys[1]).norm())
-    wide = GRACE(layer=1, epsilon=far, absolute=True, steps=2)
+    wide = GRACE(layer=1, epsilon=far, units="absolute", steps=2)
     lm.apply(wide.edit(lm, [edit("The capital of Chile is")]))
     assert len(radii(lm)) == 2 and radii(lm)[0] > 1.0, "same answer: the nearest key covers both"
     assert lm.patches[-1].state["slots"].tolist() == [0], "a version has what its edits changed, and no more"
 
 
 def test_other_answers_share_the_room_between_two_keys():
-    lm, method = make_lm(), GRACE(layer=1, epsilon=50.0, absolute=True, steps=2)
+    lm, method = make_lm(), GRACE(layer=1, epsilon=50.0, units="absolute", steps=2)
     lm.apply(method.edit(lm, [edit("The capital of Peru is")]))
     lm.apply(method.edit(lm, [edit("The capital of Chile is", "in")]))
     book = GRACE.memory(lm, lm.patches)

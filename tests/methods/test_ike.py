@@ -106,7 +106,7 @@ def test_the_most_similar_stands_last(roomy, tmp_path):
 
 
 def test_the_variant_of_easyedit_takes_what_is_nearest(roomy, tmp_path):
-    ike = IKE(demonstrations=16, shares=None).fit(roomy, made_cases(), tmp_path / "cases.jsonl")
+    ike = IKE(demonstrations=16, demonstration_mix=None).fit(roomy, made_cases(), tmp_path / "cases.jsonl")
     assert ike.name == "ike-easyedit"
     patch = ike.edit(roomy, [EDIT])
     assert len(shown(patch)) == 16 and not any("Peru" in text for text in shown(patch))
@@ -133,7 +133,7 @@ def test_the_model_reads_what_stands_before(roomy, tmp_path):
 
 def test_what_does_not_fit_is_left_out_and_noted(tmp_path):
     lm = make_lm("gpt2")  # 128 positions
-    ike = IKE(room=20).fit(lm, made_cases(), tmp_path / "cases.jsonl")
+    ike = IKE(answer_tokens=20).fit(lm, made_cases(), tmp_path / "cases.jsonl")
     patch = ike.edit(lm, [EDIT])
     assert len(shown(patch)) < 32 and "left_out" in patch.notes
     assert patch.notes["demonstrations"] == [len(shown(patch))]
@@ -183,7 +183,7 @@ def test_a_sentence_encoder_retrieves_by_meaning(roomy, tmp_path, monkeypatch):
     asks = ["Where does the Inca country's government sit?", "She is a famous athlete in the game of"]
     found = {}
     for encoder in (str(package.get_model_path()), None):
-        own = IKE(encoder=encoder, demonstrations=1, shares=(1, 0, 0))
+        own = IKE(encoder=encoder, demonstrations=1, demonstration_mix=(1, 0, 0))
         own = own.fit(roomy, [*made_cases(3), river], tmp_path / "cases")
         demonstrated, _own = shown(own.edit(roomy, [stream]))
         with roomy.patched(replace(own, demonstrations=0).edit(roomy, edits)):
@@ -209,7 +209,7 @@ def test_an_edit_that_contradicts_the_memory(roomy):
 def test_contract(family, tmp_path):
     lm = make_lm(family)
     before = bits(lm)
-    ike = IKE(demonstrations=3, room=20).fit(lm, made_cases(), tmp_path / "cases.jsonl")
+    ike = IKE(demonstrations=3, answer_tokens=20).fit(lm, made_cases(), tmp_path / "cases.jsonl")
     patch = ike.edit(lm, [EDIT])
     assert same(bits(lm), before) and patch.kind == "prompt" and not patch.deltas and lm.patches == ()
     assert ike.edit(lm, [EDIT]).id == patch.id
@@ -233,9 +233,13 @@ def test_bad_settings_and_files(roomy, tmp_path):
         IKE(conflict="ask").edit(roomy, [EDIT])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="demonstrations of at least 0"):
         IKE(demonstrations=-1)
-    for shares, wrong in (((0, 0, 0), "three shares"), ((1, 2), "shares as"), ((1, 2, 3, 4), "shares as")):
+    for shares, wrong in (
+        ((0, 0, 0), "three shares"),
+        ((1, 2), "demonstration_mix as"),
+        ((1, 2, 3, 4), "demonstration_mix as"),
+    ):
         with pytest.raises(InputError, match=f"expected {wrong}"):
-            IKE(shares=shares)  # type: ignore[arg-type]
+            IKE(demonstration_mix=shares)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="has no generalization probe"):
         IKE().fit(roomy, [Case(EDIT)], tmp_path / "none.jsonl")
     with pytest.raises(InputError, match="expected cases to show; got none"):

@@ -34,7 +34,7 @@ GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "serac.json").rea
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]
 NAMES += [f"{a} {b}" for a in ("French", "German", "English") for b in ("Peru", "Apple", "Paris", "Lima", "Zoë")]
 TRAINING = Training(steps=60, batch_size=8, validation=6, validate_every=20, decay=True)
-SMALL = SERAC(size=16, learning_rate=1e-2)
+SMALL = SERAC(embedding_size=16, learning_rate=1e-2)
 
 
 def made_cases(names=NAMES) -> list[Case]:
@@ -313,8 +313,8 @@ def test_bad_requests(setting, tmp_path):
     lm, serac = setting
     with pytest.raises(InputError, match="reknow train serac"):
         SERAC().edit(lm, [EDIT])
-    with pytest.raises(InputError, match="expected size=16, with which the editor was trained"):
-        replace(serac, size=32).edit(lm, [EDIT])
+    with pytest.raises(InputError, match="expected embedding_size=16, with which the editor was trained"):
+        replace(serac, embedding_size=32).edit(lm, [EDIT])
     with lm.patched(serac.edit(lm, [EDIT])), pytest.raises(InputError, match="the memory was begun with"):
         replace(serac, template="{edit} {answer} {input}").edit(lm, [CASES[3].edit])
     with pytest.raises(InputError, match="expected a template"):

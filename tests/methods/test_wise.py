@@ -14,7 +14,7 @@ from reknow.errors import InputError
 from reknow.methods.wise import Shard, distance, margin_loss, ties
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "wise.json").read_text())
-QUICK = dict(layer=1, steps=30, context_groups=((1, 3),), unrelated=2)
+QUICK = dict(layer=1, steps=30, context_groups=((1, 3),), unrelated_facts=2)
 
 
 def edit(prompt: str, target: str = "of") -> Edit:
@@ -42,7 +42,7 @@ def test_distance_counts_the_tokens_that_it_is_told():
 
 def test_a_shard_changes_its_part_and_no_more():
     lm = make_lm()
-    patch = WISE(**QUICK, mask=0.25).edit(lm, [edit("The capital of Peru is")])
+    patch = WISE(**QUICK, mask_ratio=0.25).edit(lm, [edit("The capital of Peru is")])
     shard = Shard.new(lm.weight(lm.parts.value[1]).shape, 0.25, 0)
     assert 0.2 < float(shard.mask.float().mean()) < 0.3
     assert torch.equal(patch.state["mask.0"], shard.packed())
@@ -56,7 +56,7 @@ def test_edits_are_routed_and_other_prompts_are_not(retrieve):
     lm = make_lm()
     prompts = ["The capital of Peru is", "I know Danielle Darrieux", "Where is the Eiffel Tower ?"]
     plain = lm.generate(prompts, 4)
-    method = WISE(**QUICK, retrieve=retrieve, shard_size=1, density=1.0, mask=0.5)
+    method = WISE(**QUICK, retrieve=retrieve, shard_size=1, density=1.0, mask_ratio=0.5)
     for prompt in prompts[:2]:
         lm.apply(method.edit(lm, [edit(prompt)]))
     memory = WISE.memory(lm, lm.patches)
@@ -109,10 +109,10 @@ def test_a_shard_has_as_much_room_for_each_edit_as_in_the_paper():
     size, share = WISE()._room(256 * 1024)
     assert size == 10 and share * 256 * 1024 == pytest.approx(10 * 18_000)
     assert WISE()._room(32 * 128) == (10, 1.0)  # as much as there is
-    assert WISE(shard_size=3, mask=0.5)._room(256 * 1024) == (3, 0.5)
+    assert WISE(shard_size=3, mask_ratio=0.5)._room(256 * 1024) == (3, 0.5)
 
 
-@pytest.mark.parametrize("wrong", [{"mask": 0.0}, {"mask": 2.0}, {"density": 0.0}])
+@pytest.mark.parametrize("wrong", [{"mask_ratio": 0.0}, {"mask_ratio": 2.0}, {"density": 0.0}])
 def test_shards_without_room_are_refused(wrong):
     with pytest.raises(InputError, match=f"expected {next(iter(wrong))} above 0 up to 1; got"):
         WISE(**wrong)

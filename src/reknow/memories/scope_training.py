@@ -154,7 +154,7 @@ class ScopeLearner:
     def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
         asked = self._learning
         places = [asked.place[case.edit.text] for case in batch]
-        inside, outside, answer = self._read(asked, places, chance, self._method.answered)
+        inside, outside, answer = self._read(asked, places, chance, self._method.max_questions)
         scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
         return scope + answer, {"scope": scope.item(), "answer": answer.item()}
 

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Rate, Seed, Share, Weight
+from reknow.checks.bounds import Formerly, Number, Rate, Seed, Share, Units, Weight
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_states
 from reknow.edits import Edit
@@ -78,8 +78,9 @@ class DEFER(BesideMatrix):
     """The gate opens at this probability."""
     stop_loss: Weight = 0.05
     """An edit is finished when its loss (nats a token) is below; 0: all steps."""
-    absolute: bool = False
-    """One learning rate of all weights as a plain number (the authors': 0.1); `gate_learning_rate` is not used."""
+    units: Units = "relative"
+    """`absolute`: all weights have one learning rate, a plain number (the authors': 0.1), and `gate_learning_rate` is
+    not used."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
     seed: Seed = 0
@@ -113,8 +114,12 @@ class DEFER(BesideMatrix):
         scale = float(outputs.square().mean().sqrt())
         move = torch.zeros(len(outputs[0]), device=lm.device, requires_grad=True)  # u
         opening = torch.zeros((), device=lm.device, requires_grad=True)
-        rates = (self.learning_rate,) * 2 if self.absolute else (self.learning_rate * scale, self.gate_learning_rate)
-        units = (1.0, 1.0) if self.absolute else (1 / reach, 1 / reach)
+        rates = (
+            (self.learning_rate,) * 2
+            if self.units == "absolute"
+            else (self.learning_rate * scale, self.gate_learning_rate)
+        )
+        units = (1.0, 1.0) if self.units == "absolute" else (1 / reach, 1 / reach)
         optimizer = torch.optim.Adam(
             [{"params": [p], "lr": rate * unit} for p, rate, unit in zip((move, opening), rates, units, strict=True)]
         )

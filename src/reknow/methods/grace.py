@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Rate, Seed, Units, Weight
 from reknow.editing.descent import Answers, check_finite
 from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
@@ -77,9 +77,9 @@ class GRACE(BesideMatrix):
     the last."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
-    absolute: bool = False
-    """ε and learning rate as plain numbers (both 1 in the papers), values that start uniform in [0, 1) instead of at
-    the matrix's own output."""
+    units: Units = "relative"
+    """`absolute`: ε and the learning rate are plain numbers (both 1 in the papers), and values start uniform in
+    [0, 1) instead of at the matrix's own output."""
     seed: Seed = 0
     """Of values that start at random."""
 
@@ -92,7 +92,7 @@ class GRACE(BesideMatrix):
         book = self.memory(lm, before) if before else Codebook.empty(lm, modules[0], self.replacement)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, outputs = prompt_states(lm, rows, book.module)
-        unit = 1.0 if self.absolute else spread(lm, layer)
+        unit = 1.0 if self.units == "absolute" else spread(lm, layer)
         slots = [self._place(book, key, row.target_ids, unit) for key, row in zip(keys, rows, strict=True)]
         losses = self._train(lm, rows, layer, book, torch.tensor(slots, device=keys.device), outputs)
         touched = sorted(book.touched)
@@ -154,7 +154,7 @@ class GRACE(BesideMatrix):
         places, mine = slots.unique(return_inverse=True)  # (values,), (edits,)
         owner = [int((mine == i).nonzero()[0]) for i in range(len(places))]  # an edit of each value
         start, scale = outputs[owner], outputs[owner].square().mean(1, keepdim=True).sqrt()
-        if self.absolute:
+        if self.units == "absolute":
             generator = torch.Generator().manual_seed(self.seed)
             start = torch.rand(start.shape, generator=generator).to(start)
             scale = torch.ones_like(scale)

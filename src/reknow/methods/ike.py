@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 
-from reknow.checks.bounds import Name, Natural, Number, Seed
+from reknow.checks.bounds import Formerly, Name, Natural, Number, Seed
 from reknow.contract import checked
 from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe, as_json
@@ -33,6 +33,7 @@ from reknow.memories.nearest import Nearest
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, Per
 from reknow.patching.patches import Kind, Patch
+from reknow.registry import make
 from reknow.texts.writing import joined
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class IKE(MemoryMethod):
     demonstrations: Natural = 32
     """How many at most; 0: the edit alone stands before the question (zero-shot). Those that do not fit into the
     model's positions are left out, the least similar first."""
-    shares: tuple[Natural, Natural, Natural] | None = (4, 12, 16)
+    demonstration_mix: Annotated[tuple[Natural, Natural, Natural] | None, Formerly("shares")] = (4, 12, 16)
     """Of copies, updates and retentions. None: whatever is most similar, most similar first, and no copy of the edit
     itself, as in EasyEdit."""
     cases: Name | None = None
@@ -69,21 +70,21 @@ class IKE(MemoryMethod):
     """Folder or name of a sentence-transformers model that compares facts; None: the model's own hidden states."""
     conflict: Literal["update", "refuse"] = "update"
     """What to do with an edit whose prompt has another answer in the memory: replace that one, or refuse."""
-    room: Number = 100
+    answer_tokens: Annotated[Number, Formerly("room")] = 100
     """Tokens kept free behind the question for the answer."""
     seed: Seed = 0
     """Of which demonstration is of which kind, and which rephrasing it shows."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.shares is not None and not any(self.shares):
-            raise InputError(f"expected three shares that are not all 0; got {self.shares}: correct them")
+        if self.demonstration_mix is not None and not any(self.demonstration_mix):
+            raise InputError(f"expected three shares that are not all 0; got {self.demonstration_mix}: correct them")
 
     @property
     def name(self) -> str:
         if self.demonstrations == 0:
             return "ike-zero"
-        return "ike" if self.shares is not None else "ike-easyedit"
+        return "ike" if self.demonstration_mix is not None else "ike-easyedit"
 
     def fit(self, lm: LM, cases: Sequence[Case], out: str | Path) -> IKE:
         """Keeps the cases as demonstrations in the file `out`, and gives the method that shows them.
@@ -106,7 +107,8 @@ class IKE(MemoryMethod):
         facts = [edit.text for edit in edits]
         shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]
         kept = [
-            _fitting(lm, each, _tail(edit), edit.text, self.room) for each, edit in zip(shown, edits, strict=True)
+            _fitting(lm, each, _tail(edit), edit.text, self.answer_tokens)
+            for each, edit in zip(shown, edits, strict=True)
         ]
         notes = {"demonstrations": [len(each) for each in kept], "conflicts": replaced}
         if any(len(some) < len(each) for some, each in zip(kept, shown, strict=True)):
@@ -123,7 +125,7 @@ class IKE(MemoryMethod):
         cases, vectors = self._pool(lm)
         facts = [fact(edit) for edit in edits]
         queries = [
-            edit.text if self.shares is not None else f"New Fact: {stated}\nPrompt: {edit.text}"
+            edit.text if self.demonstration_mix is not None else f"New Fact: {stated}\nPrompt: {edit.text}"
             for edit, stated in zip(edits, facts, strict=True)
         ]
         _, places = Nearest(vectors).search(embed(lm, queries, self.encoder), len(vectors))
@@ -135,11 +137,11 @@ class IKE(MemoryMethod):
         return found
 
     def _worded(self, near: list[tuple[Case, str]], edit: Edit) -> list[str]:
-        if self.shares is None:
+        if self.demonstration_mix is None:
             return [text for _, text in near]
         chance = random.Random(f"{self.seed}/{edit.text}")
-        unit = math.gcd(*self.shares)
-        block = [kind for kind, share in enumerate(self.shares) for _ in range(share // unit)]
+        unit = math.gcd(*self.demonstration_mix)
+        block = [kind for kind, share in enumerate(self.demonstration_mix) for _ in range(share // unit)]
         kinds: list[int] = []
         while len(kinds) < len(near):  # block by block, so that those that fit are mixed in proportion too
             chance.shuffle(block)
@@ -153,13 +155,13 @@ class IKE(MemoryMethod):
 
         def read() -> tuple[list[tuple[Case, str]], torch.Tensor]:
             cases = load_cases(BUNDLED, offset=OFFSET) if self.cases is None else _read(self.cases)
-            if self.shares is None:
+            if self.demonstration_mix is None:
                 shown = [(case, text) for case in cases for texts in _wordings(case) for text in texts[:1]]
             else:
                 shown = [(case, case.edit.text) for case in cases]
             return shown, embed(lm, [text.strip() for _, text in shown], self.encoder)
 
-        return lm.cached(("ike", self.cases, self.encoder, self.shares is None), read)
+        return lm.cached(("ike", self.cases, self.encoder, self.demonstration_mix is None), read)
 
 
 class Contexts:
@@ -174,8 +176,8 @@ class Contexts:
                 newest[edit.text] = (edit, shown, key)  # a later edit of the same prompt replaces an earlier one
         self._edits = [(edit, shown) for edit, shown, _ in newest.values()]
         self._keys = torch.stack([key for _, _, key in newest.values()])
-        settings = patches[-1].settings
-        self._encoder, self._room = settings["encoder"], settings["room"]
+        settings = make(patches[-1].method, patches[-1].settings)
+        self._encoder, self._answer_tokens = settings.encoder, settings.answer_tokens
 
     def prompts(self, lm: LM, texts: Sequence[str]) -> list[str]:
         """Each question behind its context."""
@@ -192,7 +194,7 @@ class Contexts:
         found = []
         for text, place in zip(texts, chosen, strict=True):
             edit, shown = self._edits[place]
-            found.append("".join(_fitting(lm, shown, _tail(edit), text, self._room)) + _tail(edit) + text)
+            found.append("".join(_fitting(lm, shown, _tail(edit), text, self._answer_tokens)) + _tail(edit) + text)
         return found
 
 
@@ -235,12 +237,12 @@ def _wordings(case: Case) -> tuple[list[str], list[str], list[str]]:
     )
 
 
-def _fitting(lm: LM, shown: Sequence[str], tail: str, question: str, room: int) -> list[str]:
-    """The last demonstrations, as many as leave room for the question and an answer of `room` tokens."""
+def _fitting(lm: LM, shown: Sequence[str], tail: str, question: str, answer_tokens: int) -> list[str]:
+    """The last demonstrations, as many as leave room for the question and an answer of `answer_tokens` tokens."""
     if lm.max_tokens is None or not shown:
         return list(shown)
     encoded = lm.tokenizer([*shown, tail + question], add_special_tokens=True)["input_ids"]
-    free = lm.max_tokens - room - len(encoded[-1])
+    free = lm.max_tokens - answer_tokens - len(encoded[-1])
     kept: list[str] = []
     for text, ids in zip(reversed(shown), reversed(encoded[:-1]), strict=True):
         free -= len(ids)

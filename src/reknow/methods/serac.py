@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from reknow.checks.bounds import Name, Number, Rank, Rate, Share
+from reknow.checks.bounds import Formerly, Name, Number, Rank, Rate, Share
 from reknow.contract import checked
 from reknow.editing.descent import Scored, check_finite, predicted
 from reknow.edits import Case, Edit
@@ -42,11 +42,12 @@ from reknow.patching.kept import Kept
 from reknow.patching.memory import Route, versions
 from reknow.patching.patches import Kind, LowRank, Patch
 from reknow.patching.weights import beside
+from reknow.registry import make
 
 if TYPE_CHECKING:
     from reknow.lm import LM, Score
 
-TRAINED = ("classifier", "encoder", "counterfactual", "template", "size", "queries", "rank")
+TRAINED = ("classifier", "encoder", "counterfactual", "template", "embedding_size", "pooling_queries", "rank")
 """Fields that an editor is trained with, which an edit cannot change."""
 
 
@@ -66,17 +67,17 @@ class SERAC(Learned, MemoryMethod):
     kind: ClassVar[Kind] = "router"
     kept: ClassVar[Kept] = Kept(
         {
-            "keys": "float32 texts size",
+            "keys": "float32 texts embedding_size",
             "owners": "int64 texts",
-            "scope.attention.weight?": "float queries features",
-            "scope.value.weight?": "float size features",
+            "scope.attention.weight?": "float pooling_queries features",
+            "scope.value.weight?": "float embedding_size features",
             "left.*?": "float out.* rank",
             "right.*?": "float rank in.*",
             "scope.*?": "float …",
             "cross.*?": "float …",
         },
         Memory,
-        settings=("size", "queries", "rank"),
+        settings=("embedding_size", "pooling_queries", "rank"),
     )
 
     threshold: Share = 0.5
@@ -98,15 +99,15 @@ class SERAC(Learned, MemoryMethod):
     with a trained low-rank change."""
     template: str = "Fact: {edit} {answer}. {input}"
     """What the counterfactual model reads; the paper: `{edit} {answer} {input}`."""
-    size: Rank = 64
+    embedding_size: Annotated[Rank, Formerly("size")] = 64
     """Numbers in a vector."""
-    queries: Number = 4
+    pooling_queries: Annotated[Number, Formerly("queries")] = 4
     """Learned queries that gather it, each a share of the numbers."""
     rank: Rank = 8
     """Of the counterfactual model's change of every value matrix."""
     learning_rate: Rate = 5e-3
     """Of Adam."""
-    answered: Number = 32
+    max_questions: Annotated[Number, Formerly("answered")] = 32
     """Questions of a batch, at most, that the counterfactual model learns to answer; fewer make a step cheaper."""
 
     def __post_init__(self):
@@ -117,10 +118,10 @@ class SERAC(Learned, MemoryMethod):
                 f"expected a template with {{edit}}, {{answer}} and {{input}} and no other braces; got "
                 f"{self.template!r}: correct it"
             )
-        if not 0 < self.threshold < 1 or self.size % self.queries:
+        if not 0 < self.threshold < 1 or self.embedding_size % self.pooling_queries:
             raise InputError(
-                "expected 0 < threshold < 1 and a size that the queries share out; "
-                f"got {self.threshold}, {self.size} and {self.queries}: correct them"
+                "expected 0 < threshold < 1 and an embedding_size that is a multiple of pooling_queries; "
+                f"got {self.threshold}, {self.embedding_size} and {self.pooling_queries}: correct them"
             )
 
     @property
@@ -138,11 +139,13 @@ class SERAC(Learned, MemoryMethod):
         edits = checked(self, edits)
         stored = versions(lm.patches, self.name)
         begun = {} if stored else self._trained(lm)
-        if stored and (changed := [name for name in TRAINED if stored[0].settings[name] != getattr(self, name)]):
-            raise InputError(
-                f"expected the settings that the memory was begun with; got another {changed[0]}: set "
-                f"{changed[0]}={stored[0].settings[changed[0]]}, or take the memory off first"
-            )
+        if stored:
+            begun_by = make(self.name, stored[0].settings)
+            if changed := [name for name in TRAINED if getattr(begun_by, name) != getattr(self, name)]:
+                raise InputError(
+                    f"expected the settings that the memory was begun with; got another {changed[0]}: set "
+                    f"{changed[0]}={getattr(begun_by, changed[0])}, or take the memory off first"
+                )
         modules = Modules(self, lm, stored[0].state if stored else begun)
         texts, owners = _wordings(edits)
         keys = modules.embed(texts)
@@ -170,11 +173,11 @@ class SERAC(Learned, MemoryMethod):
 
     def _trained(self, lm: LM) -> dict[str, Tensor]:
         editor: Editor = open_editor(self, lm)
-        trained_settings(type(self), editor)
+        trained = trained_settings(type(self), editor)
         for name in TRAINED:
-            if editor.settings.get(name) != getattr(self, name):
+            if getattr(trained, name) != getattr(self, name):
                 raise InputError(
-                    f"expected {name}={editor.settings.get(name)}, with which the editor was trained; got "
+                    f"expected {name}={getattr(trained, name)}, with which the editor was trained; got "
                     f"{getattr(self, name)}: change it, or train another with `reknow train serac`"
                 )
         return editor.tensors
@@ -189,9 +192,9 @@ class Modules(nn.Module):
         self._reader = counterfactual_model(lm, method.counterfactual)
         self.digests = [self._states.digest, None if self._reader is lm else self._reader.fingerprint.digest]
         self._names = list(self._reader.parts.value)
-        with seeded("serac", method.size, method.rank):
+        with seeded("serac", method.embedding_size, method.rank):
             self.cosine = method.classifier == "cosine"
-            self.scope = Embedding(self._states.features, method.size, method.queries)
+            self.scope = Embedding(self._states.features, method.embedding_size, method.pooling_queries)
             self.cross = Cross(self._states.features) if method.classifier == "cross" else None
             shapes = [tuple(self._reader.weight(name).shape) for name in self._names]
             self.left = nn.ParameterList([torch.zeros(out, method.rank) for out, _ in shapes])
@@ -252,7 +255,8 @@ class EditMemory:
     """The running memory: sends a question in the scope of a stored edit to the counterfactual model."""
 
     def __init__(self, lm: LM, patches: Sequence[Patch]):
-        self._method = SERAC(**patches[-1].settings)
+        methods = [make(patch.method, patch.settings) for patch in patches]
+        self._method: SERAC = methods[-1]
         self._modules = Modules(self._method, lm, patches[0].state)
         if self._modules.digests != patches[0].memory["digests"]:
             raise PatchError(
@@ -263,9 +267,9 @@ class EditMemory:
         replaced = {i for patch in patches for i in patch.memory["replaces"]}
         self._stored = [i for i in range(len(self.edits)) if i not in replaced]
         keys, owners, before = [], [], 0
-        for patch in patches:
+        for patch, method in zip(patches, methods, strict=True):
             own = patch.state["owners"].unique().tolist() == list(range(len(patch.edits)))
-            alike = all(patch.settings[name] == getattr(self._method, name) for name in TRAINED)
+            alike = all(getattr(method, name) == getattr(self._method, name) for name in TRAINED)
             if not own or not alike or any(i >= before for i in patch.memory["replaces"]):
                 raise PatchError(f"expected versions of one memory; {patch.label} is of another: make the edit again")
             keys.append(patch.state["keys"])

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Part, Rate, Seed, Weight
+from reknow.checks.bounds import Formerly, Number, Part, Rate, Seed, Units, Weight
 from reknow.datasets import load_facts
 from reknow.editing.descent import Answers, check_finite
 from reknow.editing.keys import prompt_inputs
@@ -90,11 +90,11 @@ class WISE(BesideMatrix):
     """Margin γ: how much farther an edit's prompt must move than unrelated text, in that unit."""
     threshold: Weight = 0.6
     """A prompt is routed when it moves farther than this share of the least that any edit moved (the paper: 0.88)."""
-    absolute: bool = False
-    """Learning rate, clamp and margins as plain numbers (in the paper 1, 1, 5, 20, 10)."""
+    units: Units = "relative"
+    """`absolute`: learning rate, clamp and margins are plain numbers (in the paper 1, 1, 5, 20, 10)."""
     stop_loss: Weight = 0.05
     """An edit is finished when its whole loss is below."""
-    mask: Part | None = None
+    mask_ratio: Annotated[Part | None, Formerly("mask")] = None
     """Share ρ of the weights that a shard may change; None: what leaves an edit 18,000 weights, 0.2 at least."""
     shard_size: Number | None = None
     """Edits per shard; None: those for which a fifth of the weights is enough, 10 at least."""
@@ -104,7 +104,7 @@ class WISE(BesideMatrix):
     """WISE-Retrieve: every shard is a memory of its own, and the one that a prompt moves most answers."""
     context_groups: tuple[tuple[Number, Number], ...] = ((2, 5), (2, 10))
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
-    unrelated: Number = 16
+    unrelated_facts: Annotated[Number, Formerly("unrelated")] = 16
     """Bundled facts about other subjects that must not move, other ones for every edit."""
     conflict: Literal["update", "refuse"] = "update"
     """What becomes of an edit whose prompt is stored with another answer."""
@@ -153,7 +153,7 @@ class WISE(BesideMatrix):
                 f"expected the shards that the memory was begun with; got shard_size {size}: set it to {stored}, or "
                 "take the memory off first"
             )
-        return size, self.mask or min(1.0, max(SHARE, size * ROOM / weights))
+        return size, self.mask_ratio or min(1.0, max(SHARE, size * ROOM / weights))
 
     def _learn(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
         """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""
@@ -167,9 +167,9 @@ class WISE(BesideMatrix):
             inside = prompt_inputs(lm, rows, module)
             outside = prompt_inputs(lm, lm.encode([Text(text) for text in self._others(edit, number)]), module)
             size = float(weight.square().mean().sqrt())
-            unit = 1.0 if self.absolute else float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean())
-            bound = self.clamp if self.absolute else self.clamp * size
-            rate = self.learning_rate if self.absolute else None
+            unit = 1.0 if self.units == "absolute" else float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean())
+            bound = self.clamp if self.units == "absolute" else self.clamp * size
+            rate = self.learning_rate if self.units == "absolute" else None
             answers = Answers(lm, rows, layer)
             for _ in range(self.steps):
                 with torch.enable_grad():
@@ -192,7 +192,7 @@ class WISE(BesideMatrix):
         """Facts about other subjects than the edit's, drawn for edit number `number`."""
         texts = [fact.text for fact in load_facts(FACTS) if edit.subject is None or edit.subject not in fact.text]
         generator = torch.Generator().manual_seed(self.seed + number)
-        return [texts[i] for i in torch.randperm(len(texts), generator=generator)[: self.unrelated].tolist()]
+        return [texts[i] for i in torch.randperm(len(texts), generator=generator)[: self.unrelated_facts].tolist()]
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:

@@ -159,7 +159,7 @@ def _patch(sealed: Sealed) -> Patch:
         sizes = {"edits": len(patch.edits)}
         for name, delta in deltas.items():
             sizes |= {f"out.{name}": delta.shape[0], f"in.{name}": delta.shape[1]}
-        kept.check(patch.state, patch.memory, patch.settings, sizes)
+        kept.check(patch.state, patch.memory, current_names(METHODS[patch.method].method, patch.settings), sizes)
     return patch
 
 
