@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 PHASES = {
-    "lower blocks, left columns": [("reknow.model.replay", "Suffix.__init__")],
+    "lower blocks, left columns": [("reknow.model.replay", "BlockReplay.__init__")],
     "search of δ": [("reknow.editing.values", "_descend")],
     "keys and states": [("reknow.editing.keys", "Subjects.keys"), ("reknow.editing.keys", "Subjects.states")],
     "least squares": [

@@ -148,14 +148,14 @@ def test_merged_subjects_share_one_addition(gpt2):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "granite"])
 def test_an_addition_at_attention_is_what_a_full_pass_computes(family):
     from reknow.model.hooks import added_at, output_edited
-    from reknow.model.replay import Suffix
+    from reknow.model.replay import BlockReplay
 
     lm = make_lm(family)
     (row,) = lm.encode([Text.of("The capital of {} is", "Peru", "Lima")])
     batch, column = lm.pad([row]), row.subject_last
     value, attention = torch.randn(2, 1, lm.parts.hidden_size)
     here = torch.arange(column, len(row.ids))
-    ours = Suffix(lm, batch, 1, column)(value, torch.zeros_like(here), here, attention=attention)
+    ours = BlockReplay(lm, batch, 1, column)(value, torch.zeros_like(here), here, attention=attention)
     with (
         output_edited(lm.model.get_submodule(lm.parts.value[1]), added_at(value, column)),
         output_edited(lm.model.get_submodule(lm.parts.attention_out[1]), added_at(attention, column)),

@@ -14,7 +14,7 @@ from conftest import close, make_lm
 from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.model.hooks import added_at, fused_gelu, output_edited, recorded, weight_replaced
-from reknow.model.replay import Suffix, head
+from reknow.model.replay import BlockReplay, head
 from reknow.model.tokens import Batch, Row, pad
 
 TALL = {
@@ -66,7 +66,7 @@ def test_a_replay_is_the_full_pass(built, name, where):
     start = torch.randn(3, lm.parts.hidden_size, generator=torch.Generator().manual_seed(2))
     weights = torch.randn(len(rows), 320, generator=torch.Generator().manual_seed(3))
     for layer in range(lm.layers):
-        suffix = Suffix(lm, batch, layer, column)
+        replay = BlockReplay(lm, batch, layer, column)
         ours, theirs = (start.clone().requires_grad_() for _ in range(2))
         matrix = lm.parts.value[layer]
         with (
@@ -75,33 +75,33 @@ def test_a_replay_is_the_full_pass(built, name, where):
         ):
             wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
         for _ in range(2):  # a replay leaves its cache as it was
-            found = suffix(ours, rows, columns)
+            found = replay(ours, rows, columns)
             assert close(found, wanted)
         (found * weights).sum().backward()
         (wanted * weights).sum().backward()
         assert close(ours.grad, theirs.grad, 1e-3)
         assert bool(ours.grad.abs().sum(1).gt(0).all())
-        assert close(suffix.key, keys[matrix].view(3, -1, suffix.key.shape[1])[:, column])
-        plain = values[matrix].view(3, -1, suffix.value.shape[1])[:, column] - start
+        assert close(replay.key, keys[matrix].view(3, -1, replay.key.shape[1])[:, column])
+        plain = values[matrix].view(3, -1, replay.value.shape[1])[:, column] - start
         module = lm.model.get_submodule(matrix)
-        assert close(suffix.value, module(suffix.key)), "not what the block made of it in place"
-        assert close(suffix.value, plain)
+        assert close(replay.value, module(replay.key)), "not what the block made of it in place"
+        assert close(replay.value, plain)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_some_rows_are_replayed_as_among_all(built, name, monkeypatch):
     lm = built(name)
-    assert lm.parts.rowwise == (name not in ("bloom", "mpt")), "their biases have an entry per head"
+    assert lm.parts.row_selectable == (name not in ("bloom", "mpt")), "their biases have an entry per head"
     batch, rows, columns = batch_of(lm, (9, 2, 4))
     delta = torch.randn(3, lm.parts.hidden_size, generator=torch.Generator().manual_seed(2))
-    suffix = Suffix(lm, batch, 1, 9)
-    wanted = suffix(delta, rows, columns)
-    if lm.parts.rowwise:
+    replay = BlockReplay(lm, batch, 1, 9)
+    wanted = replay(delta, rows, columns)
+    if lm.parts.row_selectable:
         monkeypatch.setattr(lm, "forward", None)  # nothing is run
     kept, mine = torch.tensor([2, 0]), rows != 1
-    twin = suffix.keep(kept)
-    assert close(twin(delta[kept], (rows[mine] == 0).long(), columns[mine]), wanted[mine])
-    assert close(twin.keys, suffix.keys[kept]) and close(twin.block, suffix.block[kept])
+    selected = replay.select(kept)
+    assert close(selected(delta[kept], (rows[mine] == 0).long(), columns[mine]), wanted[mine])
+    assert close(selected.keys, replay.keys[kept]) and close(selected.block, replay.block[kept])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "bloom"])
@@ -109,10 +109,10 @@ def test_without_replay_the_full_pass_gives_the_same(built, name, monkeypatch):
     lm = built(name)
     batch, rows, columns = batch_of(lm, (9, 2, 4))
     delta = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
-    fast = Suffix(lm, batch, 1, 9)
+    fast = BlockReplay(lm, batch, 1, 9)
     logits, again = fast(delta, rows, columns), fast.rerun(rows, columns)
     monkeypatch.setattr(lm, "parts", replace(lm.parts, replayable=False))
-    slow = Suffix(lm, batch, 1, 9)
+    slow = BlockReplay(lm, batch, 1, 9)
     assert close(slow(delta, rows, columns), logits)
     assert close(slow.rerun(rows, columns), again)
     assert close(slow.key, fast.key) and close(slow.value, fast.value)
@@ -138,8 +138,8 @@ def test_a_replay_keeps_nothing_of_the_blocks_it_skips(built):
     """What is kept per block are its arguments, not the hidden states of every layer."""
     lm = built("llama")
     batch, *_ = batch_of(lm, (9, 2, 4))
-    suffix = Suffix(lm, batch, 0, 9)
-    kept = [a for args, kwargs in suffix._calls for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    replay = BlockReplay(lm, batch, 0, 9)
+    kept = [a for args, kwargs in replay._calls for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     assert not [a for a in kept if a.shape[-1] == lm.parts.hidden_size and a.is_floating_point() and a.dim() == 3]
 
 
@@ -149,19 +149,19 @@ def test_rerun_sees_the_weights_as_they_are_now(built, name):
     batch, rows, columns = batch_of(lm, (9, 2, 4))
     layer = lm.layers - 2
     matrix = lm.parts.value[layer]
-    suffix = Suffix(lm, batch, layer, 0)
-    before = suffix.rerun(rows, columns)
+    replay = BlockReplay(lm, batch, layer, 0)
+    before = replay.rerun(rows, columns)
     generator = torch.Generator().manual_seed(5)
     weight = (lm.weight(matrix) + 0.3 * torch.randn(lm.weight(matrix).shape, generator=generator)).requires_grad_()
     with weight_replaced(lm.model.get_submodule(matrix), weight):
-        found = suffix.rerun(rows, columns)
+        found = replay.rerun(rows, columns)
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
     assert close(found, wanted)
     assert not torch.allclose(found, before, atol=1e-2)
     (grad,) = torch.autograd.grad(found.square().sum(), weight)
     (full,) = torch.autograd.grad(wanted.square().sum(), weight)
     assert torch.allclose(grad, full, atol=1e-2, rtol=1e-3)
-    assert torch.equal(suffix.rerun(rows, columns), before), "its own weight is back"
+    assert torch.equal(replay.rerun(rows, columns), before), "its own weight is back"
 
 
 def conv(bias: bool) -> nn.Module:

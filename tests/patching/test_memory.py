@@ -17,7 +17,7 @@ from reknow.errors import PatchError
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.memories.base import MemoryMethod, memory_patch
 from reknow.model.hooks import added_at, output_edited
-from reknow.model.replay import Suffix
+from reknow.model.replay import BlockReplay
 from reknow.model.scoring import Score
 from reknow.model.tokens import Text
 from reknow.patching.memory import on_output, versions
@@ -172,7 +172,7 @@ def test_the_raw_model_takes_all_text_for_the_prompt(hooked):
     assert torch.equal(lm.model(ids).logits, plain)
 
 
-def test_a_replayed_suffix_runs_the_hooks(hooked):
+def test_a_block_replay_runs_the_hooks(hooked):
     """Weight methods replay blocks on top of a memory: same logits as a full pass, whatever was read since."""
     lm, patch = hooked
     rows = lm.encode([Text(prompt, "of the") for prompt in PROMPTS])
@@ -180,7 +180,7 @@ def test_a_replayed_suffix_runs_the_hooks(hooked):
     with lm.patched(patch):
         for layer in range(lm.layers):
             batch = lm.pad(rows, anchors=columns)
-            suffix = Suffix(lm, batch, layer, max(columns))
+            replay = BlockReplay(lm, batch, layer, max(columns))
             everywhere = torch.arange(len(rows))
             places = batch.ends  # behind the prompt, where the decision still holds
             lm.score(["I know"], ["of"])
@@ -188,9 +188,9 @@ def test_a_replayed_suffix_runs_the_hooks(hooked):
             edit = added_at(delta, max(columns))
             with output_edited(lm.model.get_submodule(lm.parts.value[layer]), edit):
                 full = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends).logits
-            assert torch.allclose(suffix(delta, everywhere, places), full[everywhere, places], atol=1e-3)
+            assert torch.allclose(replay(delta, everywhere, places), full[everywhere, places], atol=1e-3)
             full = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends).logits
-            assert torch.allclose(suffix.rerun(everywhere, places), full[everywhere, places], atol=1e-3)
+            assert torch.allclose(replay.rerun(everywhere, places), full[everywhere, places], atol=1e-3)
 
 
 @pytest.mark.parametrize(

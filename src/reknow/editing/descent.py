@@ -19,7 +19,7 @@ from reknow.checks.bounds import Rate, Weight, check
 from reknow.errors import EditFailed
 from reknow.model.generation import decoded, draw
 from reknow.model.hooks import fused_gelu, weight_replaced
-from reknow.model.replay import Suffix
+from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Row, batches
 from reknow.patching.patches import Delta, Dense
 
@@ -172,13 +172,13 @@ class Scored:
         self.real = self._batch.mask.bool()
         self.places = torch.zeros_like(self.real)
         self.places[self.of_row, self._columns] = True
-        self._suffix = None if layer is None else Suffix(lm, self._batch, layer, 0)
+        self._replay = None if layer is None else BlockReplay(lm, self._batch, layer, 0)
 
     @property
     def keys(self) -> Tensor:
         """Input of the value matrix of `layer`, which no change of that matrix moves. (rows, columns, in)"""
-        assert self._suffix is not None, "a layer was given"
-        return self._suffix.keys
+        assert self._replay is not None, "a layer was given"
+        return self._replay.keys
 
     def log_probs(self, added: Tensor | None = None) -> Tensor:
         """Log-probabilities of all tokens at the scored places, with the weights as they are now. (n, vocabulary)
@@ -186,9 +186,9 @@ class Scored:
         Args:
             added: (rows, columns, hidden), added at the output of that value matrix.
         """
-        if self._suffix is not None:
+        if self._replay is not None:
             places = self.of_row, self._columns
-            logits = self._suffix.rerun(*places) if added is None else self._suffix(added, *places)
+            logits = self._replay.rerun(*places) if added is None else self._replay(added, *places)
             return logits.float().log_softmax(-1)
         batch, first = self._batch, int(self._columns.min())
         keep = batch.ids.shape[1] - first

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from reknow.editing.sinks import contexts_of, warn_of_sink
 from reknow.edits import Edit
 from reknow.model.parts import embedding
-from reknow.model.replay import Suffix
+from reknow.model.replay import BlockReplay
 from reknow.model.tokens import TOKENS_PER_BATCH, Row, Text
 
 if TYPE_CHECKING:
@@ -123,12 +123,12 @@ class Run:
         asked, essence = [row for fact in facts for row in fact[:-1]], [fact[-1] for fact in facts]
         spared = len(facts) * (max(map(_replayed, asked)) - max(map(_replayed, essence)))
         # The essence is read at the subject already, so its rows are short.
-        self._suffixes = []
+        self._replays = []
         for rows in [asked, essence] if spared > SMALL else [asked + essence]:
             # The last token of a target predicts nothing that is scored.
             cut = [Row(row.ids[:-1], row.prompt_length) if row.target_ids else row for row in rows]
             anchors = [row.subject_last for row in rows if row.subject_last is not None]
-            self._suffixes.append(Suffix(lm, lm.pad(cut, anchors), layer, max(anchors)))
+            self._replays.append(BlockReplay(lm, lm.pad(cut, anchors), layer, max(anchors)))
         self._rows_of, self.weights = facts, weights
         self._place()
 
@@ -142,10 +142,10 @@ class Run:
         here = torch.arange(len(facts), device=device)
         self._owners = here.repeat_interleave(len(self.weights))  # fact of each row that is asked
         ends = torch.tensor([len(fact[-1].ids) - 1 for fact in facts], device=device)
-        starts = torch.cat([suffix.batch.starts for suffix in self._suffixes])
+        starts = torch.cat([replay.batch.starts for replay in self._replays])
         groups = [(self._rows, places + starts[self._rows]), (here, ends + starts[len(asked) :])]
         self._deltas, self._places = [self._owners, here], groups
-        if len(self._suffixes) == 1:
+        if len(self._replays) == 1:
             rows, columns = zip(groups[0], (here + len(asked), groups[1][1]), strict=True)
             self._deltas, self._places = [torch.cat(self._deltas)], [(torch.cat(rows), torch.cat(columns))]
 
@@ -155,16 +155,16 @@ class Run:
         asked = torch.tensor([i * len(each) + j for i in which for j in each[hand]])
         essence = torch.tensor(which)
         both = torch.cat([asked, essence + self.facts * len(each)])
-        groups = [asked, essence] if len(self._suffixes) == 2 else [both]
-        twin._suffixes = [suffix.keep(rows) for suffix, rows in zip(self._suffixes, groups, strict=True)]
+        groups = [asked, essence] if len(self._replays) == 2 else [both]
+        twin._replays = [replay.select(rows) for replay, rows in zip(self._replays, groups, strict=True)]
         twin._rows_of = [[*self._rows_of[i][:-1][hand], self._rows_of[i][-1]] for i in which]
         twin.weights = self.weights[hand]
         twin._place()
         return twin
 
     def by_fact(self, name: str) -> Tensor:
-        """An attribute of `Suffix` as (facts, contexts, features), float32; the essence is left out."""
-        states = getattr(self._suffixes[0], name)[: len(self._owners)]
+        """An attribute of `BlockReplay` as (facts, contexts, features), float32; the essence is left out."""
+        states = getattr(self._replays[0], name)[: len(self._owners)]
         return states.view(self.facts, len(self.weights), -1).float()
 
     def mean(self, name: str) -> Tensor:
@@ -175,9 +175,9 @@ class Run:
     def score(self, delta: Tensor) -> Scores:
         """delta: (sites, facts, hidden); the value matrix's last."""
         logits = []
-        for suffix, owners, places in zip(self._suffixes, self._deltas, self._places, strict=True):
+        for replay, owners, places in zip(self._replays, self._deltas, self._places, strict=True):
             *attention, added = (site[owners] for site in delta)
-            logits.append(suffix(added, *places, attention=attention[0] if attention else None).float())
+            logits.append(replay(added, *places, attention=attention[0] if attention else None).float())
         scored, essence = logits if len(logits) == 2 else logits[0].split([len(self._rows), self.facts])
         wanted = -cross_entropy(scored, self._targets, reduction="none")  # (n,)
         owners = self._owners[self._rows]

@@ -26,7 +26,7 @@ from reknow.contract import Method, checked, weights_patch
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.model.exact import exact
-from reknow.model.replay import Suffix
+from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Delta, LowRank, Patch, merge
 from reknow.tracing.causal import LONGEST_ANSWER, UNFINISHED
@@ -157,13 +157,13 @@ def attributions(lm: LM, prompt: str, answer: str, steps: int, separator: str | 
     scale = torch.linspace(0, 1, steps, device=lm.device).repeat(len(ends))[:, None]  # (rows, 1)
     found = []
     for layer in range(lm.layers):
-        suffix = Suffix(lm, batch, layer, column)
+        replay = BlockReplay(lm, batch, layer, column)
         weight = lm.weight(lm.parts.value[layer]).float()  # (out, in)
-        key = suffix.key.float()  # (rows, in)
+        key = replay.key.float()  # (rows, in)
         with torch.enable_grad():
             # Scaling the neurons moves the value matrix's output by W (scale − 1) a.
             delta = ((scale - 1) * key @ weight.T).requires_grad_()
-            logits = suffix(delta, here, torch.full_like(here, column)).float()
+            logits = replay(delta, here, torch.full_like(here, column)).float()
             probability = logits.softmax(-1).gather(1, targets[:, None]).sum()
             (gradient,) = torch.autograd.grad(probability, delta)  # (rows, out)
         found.append((key * (gradient @ weight)).mean(0))

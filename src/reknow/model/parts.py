@@ -44,8 +44,8 @@ class Parts:
     False where a norm or a multiplier follows the MLP (Gemma 2 and 3, OLMo 2, GLM-4, Granite).
     """
     replayable: bool = True
-    """Whether the blocks above a layer can be run by themselves (`replay.Suffix`)."""
-    rowwise: bool = False
+    """Whether the blocks above a layer can be run by themselves (`replay.BlockReplay`)."""
+    row_selectable: bool = False
     """Whether some rows can be, with what was kept of all (not with BLOOM's biases, which mix rows and heads)."""
 
 

@@ -1,6 +1,6 @@
 """Running only the blocks that matter.
 
-Every decoder calls its blocks as `block(hidden, …)`. `Suffix` records the arguments of each call once and then
+Every decoder calls its blocks as `block(hidden, …)`. `BlockReplay` records the arguments of each call once and then
 replays the blocks above a layer, and the columns from the subject's last token on, with no code for any family.
 """
 
@@ -52,17 +52,17 @@ def _fresh(cache: Cache | None) -> Cache | None:
     """A cache that may grow without touching the original: layers are copied, their tensors shared."""
     if cache is None:
         return None
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def widened(cache: Cache | None, layer: int, rows: Tensor) -> Cache | None:
     """A fresh cache whose layer `layer` holds the given rows, repeated at will; its other layers are unchanged."""
-    twin = _fresh(cache)
-    if twin is not None:
-        twin.layers[layer].batch_select_indices(rows)  # type: ignore[union-attr]
-    return twin
+    copied = _fresh(cache)
+    if copied is not None:
+        copied.layers[layer].batch_select_indices(rows)  # type: ignore[union-attr]
+    return copied
 
 
 Call = tuple[tuple, dict]
@@ -108,7 +108,7 @@ def of_rows(value, rows: Tensor, count: int):
     return type(value)(of_rows(each, rows, count) for each in value) if isinstance(value, (tuple, list)) else value
 
 
-class Suffix:
+class BlockReplay:
     """A batch run once, of which the blocks above `layer` can be replayed from column `column` on.
 
     An addition δ that enters at the output of layer `layer`'s value matrix in column `column` changes nothing
@@ -134,24 +134,24 @@ class Suffix:
         self._cache = self._prefill() if self._start else None
         self._record()
 
-    def keep(self, rows: Tensor) -> Suffix:
-        """The suffix of some of the rows; what lies left of `column` is not run again, and nothing where the blocks'
-        arguments are told apart by row (`parts.rowwise`). rows: (n,)"""
-        twin, batch = copy.copy(self), self.batch
-        twin.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
-        twin._cache, twin._calls = _fresh(self._cache), []
-        for layer in [] if twin._cache is None else twin._cache.layers:
+    def select(self, rows: Tensor) -> BlockReplay:
+        """The replay of some of the rows; what lies left of `column` is not run again, and nothing where the blocks'
+        arguments are told apart by row (`parts.row_selectable`). rows: (n,)"""
+        selected, batch = copy.copy(self), self.batch
+        selected.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
+        selected._cache, selected._calls = _fresh(self._cache), []
+        for layer in [] if selected._cache is None else selected._cache.layers:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
-        if self.lm.parts.rowwise and not self.lm.hooked:
-            twin._calls = of_rows(self._calls, rows, len(batch.ids))
+        if self.lm.parts.row_selectable and not self.lm.hooked:
+            selected._calls = of_rows(self._calls, rows, len(batch.ids))
             for name in ("_block_input", "_block_output", "keys", "key", "value", "attention", "block"):
-                setattr(twin, name, getattr(self, name)[rows])
+                setattr(selected, name, getattr(self, name)[rows])
         else:
-            twin._record()
-        return twin
+            selected._record()
+        return selected
 
     @property
-    def rowwise(self) -> bool:
+    def row_selectable(self) -> bool:
         """Whether every tensor among the blocks' arguments has an entry per row, or is the same for all rows."""
         return all(each.dim() < 2 or len(each) in (1, len(self.batch.ids)) for each in tensors(self._calls))
 
@@ -188,7 +188,7 @@ class Suffix:
         outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
         with hooked(*hooks), recorded(model, [self.name], outputs) as (seen_in, seen_out):
             self._run(slice(self._start, width), _fresh(self._cache), logits_to_keep=1)
-        self._reading = self.lm.running.context
+        self._context = self.lm.running.context
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
         right = [by_row(state, rows)[:, self.column - self._start :] for state in states]
@@ -229,7 +229,7 @@ class Suffix:
         """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
         cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
         columns = columns - self._start
-        self.lm.running.context = self._reading  # another text may have been read since
+        self.lm.running.context = self._context  # another text may have been read since
         for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
             args = (cache if isinstance(a, Cache) else a for a in args)
             kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from reknow.model.decoder import Decoder
 from reknow.model.hooks import added_at, output_edited, recorded
 from reknow.model.parts import Parts, embedding, refusal
-from reknow.model.replay import Suffix
+from reknow.model.replay import BlockReplay
 from reknow.model.scoring import are_numbers
 from reknow.model.tokens import Batch, Row, Text, encode, pad
 
@@ -51,7 +51,7 @@ def verify(lm: Decoder) -> Parts:
 def _measure(
     lm: Decoder, batch: Batch, column: int, scored: tuple[Tensor, Tensor], tolerance: float, generator
 ) -> Parts:
-    """The parts with `residual_identity`, `replayable` and `rowwise` as an addition at a middle layer shows them."""
+    """The parts, with the three properties that an addition at a middle layer shows."""
     parts, layer = lm.parts, len(lm.parts.blocks) // 2
     block = parts.blocks[layer]
     with recorded(lm.model, outputs=[block]) as (_, before):
@@ -66,19 +66,19 @@ def _measure(
     ):
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[scored].float()
     moved = (after[block] - before[block])[:, column].float()
-    lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance), rowwise=True)
-    same = rowwise = False
+    lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance), row_selectable=True)
+    same = row_selectable = False
     try:
-        suffix = Suffix(lm, batch, layer, column)
-        same = _close(suffix(delta, *scored).float(), wanted, tolerance)
+        replay = BlockReplay(lm, batch, layer, column)
+        same = _close(replay(delta, *scored).float(), wanted, tolerance)
         some = torch.arange(1, len(batch.ids), device=lm.device)
-        found = suffix.keep(some)(delta[some], some - 1, scored[1][some]).float()
-        rowwise = suffix.rowwise and _close(found, wanted[some], tolerance)
+        found = replay.select(some)(delta[some], some - 1, scored[1][some]).float()
+        row_selectable = replay.row_selectable and _close(found, wanted[some], tolerance)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
     if not same:
         log.warning("%s: blocks cannot be replayed; full passes are run instead, which is slower", lm.name)
-    return replace(lm.parts, replayable=same, rowwise=rowwise)
+    return replace(lm.parts, replayable=same, row_selectable=row_selectable)
 
 
 def _logits(lm: Decoder, row: Row) -> Tensor:
