@@ -85,11 +85,12 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
     Raises:
         InputError: no such method, or no such field (names the near ones), or a value that the field cannot have.
     """
-    from reknow.checks.bounds import current_names  # the names alone are needed at once
+    from reknow.checks.bounds import current_names, refuse_mixed  # the names alone are needed at once
 
     if name not in METHODS:
         raise did_you_mean("method", name, METHODS)
     row, kind = METHODS[name], METHODS[name].method
+    refuse_mixed(kind, {**row.settings, **settings})
     settings = current_names(kind, settings)
     known = [field.name for field in fields(kind)]
     for key in settings:

@@ -189,7 +189,7 @@ def test_settings_are_checked_when_they_are_made(name, field, value):
         ("rome", "learning_rate=1", 1.0),
         ("rome", "learning_rate=5e-1", 0.5),
         ("rome", "covariance_text=123", "123"),
-        ("ice", 'link=" "', " "),
+        ("ice", 'context_separator=" "', " "),
     ],
 )
 def test_settings_are_taken_as_people_type_them(name, typed, held):

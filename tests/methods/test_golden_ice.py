@@ -34,9 +34,9 @@ def test_steps_are_the_authors(models, name, monkeypatch):
     method = ICE(
         layers=tuple(case["layers"]),
         steps=case["num_steps"],
-        learning_rate_absolute=case["lr"],
-        clamp_absolute=case["norm_constraint"],
-        clamp=None,
+        learning_rate=case["lr"],
+        clamp=case["norm_constraint"],
+        units="absolute",
         targets="static" if case["static_target"] else "dynamic",
         with_context=case["sample_with_context"],
         samples=case["num_return_sequences"],

@@ -53,7 +53,7 @@ def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
 def test_labels_part_the_variants_of_a_method():
     methods = _methods(PRESETS["ice-ablation"].methods, [*PRESETS["ice-ablation"].settings])
     assert methods["ice"] == ICE() and methods["static"] == ICE(targets="static")
-    assert methods["t0.1"] == ICE(temperature=0.1) and methods["no-now"] == ICE(link=" ")
+    assert methods["t0.1"] == ICE(temperature=0.1) and methods["no-now"] == ICE(context_separator=" ")
     assert methods["bare-context"] == ICE(context_introductions=("",)) and len(set(methods.values())) == len(methods)
     weights = _methods(PRESETS["ice-lambda"].methods, [*PRESETS["ice-lambda"].settings])
     assert [method.consistency_weight for method in weights.values()] == [0, 0.25, 0.5, 1, 2, 4]

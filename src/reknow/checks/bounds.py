@@ -87,6 +87,22 @@ def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def refuse_mixed(owner: type, settings: Mapping[str, Any]) -> None:
+    """Raises InputError where a former name stands for a setting in other units and another setting, by what is given
+    or by default, has a value in the units of before: the two cannot be said together any more."""
+    known = get_type_hints(owner, include_extras=True)
+    marks = {name: mark for name, hint in known.items() for mark in _marks(hint) if mark.also}
+    given = {name: mark for name, mark in marks.items() if settings.get(mark.name) is not None}
+    for name in marks.keys() - given.keys() if given else ():
+        if (value := settings.get(name, getattr(owner, name))) is not None:
+            used, mark = next(iter(given.items()))
+            units = ", ".join(f"{key}={other}" for key, other in mark.also.items())
+            raise InputError(
+                f"expected {name} in the units of {mark.name}; got {value}, which is in others: give {used} and "
+                f"{name} as numbers, with {units}"
+            )
+
+
 def _marks(hint: Any) -> list[Formerly]:
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Formerly)]
 

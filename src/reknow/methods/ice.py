@@ -16,12 +16,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Rate, Seed, Weight
+from reknow.checks.bounds import Formerly, Number, Rate, Seed, Units, Weight
 from reknow.contract import Method, checked, weights_patch
 from reknow.editing.descent import Matrices, Pace, Scored, check_finite, predicted, sample
 from reknow.editing.layers import resolve_layers
@@ -49,6 +49,7 @@ LOSSES = ("losses", "target_losses", "consistency_losses", "answer_losses")
 """Noted for every step, before it: whole, its two terms, and the answer's tokens by themselves."""
 
 LAYERS = 5
+ABSOLUTE = {"units": "absolute"}
 
 Targets = Literal["dynamic", "static"]
 Contexts = Literal["any", "given", "statement"]
@@ -63,14 +64,13 @@ class ICE(Method):
     """Layers whose value matrices are trained; None: five, as in the paper, around `suggest_layer`."""
     steps: Number = 25
     """Updates of each batch."""
-    learning_rate: Rate = 0.01
-    """Of Adam, in units of the matrix's root mean square, so that it means the same in every model."""
-    learning_rate_absolute: Rate | None = None
-    """The same as a number, as the papers give it (7e-4); then it holds."""
-    clamp: Weight | None = 0.12
-    """Largest change of a single weight, in units of the matrix's root mean square; None: none, harming others."""
-    clamp_absolute: Weight | None = None
-    """The same as a number (paper: 5e-4)."""
+    learning_rate: Annotated[Rate, Formerly("learning_rate_absolute", also=ABSOLUTE)] = 0.01
+    """Step size of Adam (paper: 7e-4)."""
+    clamp: Annotated[Weight | None, Formerly("clamp_absolute", also=ABSOLUTE)] = 0.12
+    """Largest change of a single weight (paper: 5e-4); None: no bound, which harms other facts."""
+    units: Units = "relative"
+    """`relative`: learning rate and clamp are multiples of the matrix's root mean square, so that they mean the same
+    in every model; `absolute`: they are numbers, as in the paper, and both must be given."""
     consistency_weight: Weight = 1.0
     """λ, weight of L_ice; 0: plain fine-tuning, nothing is sampled."""
     target_weight: Weight = 1.0
@@ -95,7 +95,7 @@ class ICE(Method):
     """`any`: `Edit.context`, or the edit as a statement; `given`: demand a context; `statement`: ignore it."""
     context_introductions: Annotated[tuple[str, ...], Formerly("lead_ins")] = LEAD_INS
     """What introduces the context."""
-    link: str = " Now: "
+    context_separator: Annotated[str, Formerly("link")] = " Now: "
     """What stands between context and question."""
     variant: Variant = "paper"
     """`code`: −log p(y*|q) − log p(y*|[c,q]) + λ Σ KL over the vocabulary at the sampled tokens, as the script."""
@@ -105,8 +105,8 @@ class ICE(Method):
     """Edits per update."""
     seed: Seed = 0
     """Of the samples and the lead-ins."""
-    track: bool = False
-    """Note at every step which tokens are likeliest behind the answer, with and without context (first edit)."""
+    removed: ClassVar[tuple[str, ...]] = ("track",)
+    """Settings of earlier versions that mean nothing any more."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -131,7 +131,13 @@ class ICE(Method):
         edits = checked(self, edits)
         layers = resolve_layers(lm, self.layers, LAYERS)
         names = [lm.parts.value[layer] for layer in layers]
-        pace = Pace(self.learning_rate, self.learning_rate_absolute, self.clamp, self.clamp_absolute)
+        absolute = self.units == "absolute"
+        pace = Pace(
+            self.learning_rate,
+            learning_rate_absolute=self.learning_rate if absolute else None,
+            clamp=None if absolute else self.clamp,
+            clamp_absolute=self.clamp if absolute else None,
+        )
         matrices = Matrices(lm, names, pace)
         generator = torch.Generator().manual_seed(self.seed)
         size = self.batch_size
@@ -150,10 +156,6 @@ class ICE(Method):
             for key in LOSSES:
                 steps[-1][key] /= count
             told(step, self.steps, steps[-1]["losses"])
-            if self.track:
-                edit = batches[0].edits[0]
-                with matrices.in_use():
-                    steps[-1]["likeliest"] = likeliest(lm, edit, self.contexts_of(edit)[0])
             if self.variant == "paper" and steps[-1]["answer_losses"] < self.stop_loss:
                 break
         return steps
@@ -168,9 +170,9 @@ class ICE(Method):
         return edit.context if edit.context and self.contexts != "statement" else (edit.statement,)
 
 
-def informed(edit: Edit, context: str, lead_in: str = "", link: str = " Now: ") -> Text:
+def informed(edit: Edit, context: str, lead_in: str = "", separator: str = " Now: ") -> Text:
     """The question with the new knowledge in front: `Fact: Peru is in Asia. Now: Peru is in`."""
-    return Text.asked(edit, led(f"{lead_in}{context.strip()}{link}", edit.text))
+    return Text.asked(edit, led(f"{lead_in}{context.strip()}{separator}", edit.text))
 
 
 class _Batch:
@@ -216,7 +218,7 @@ class _Batch:
             len(method.context_introductions), (len(self._units),), generator=self.generator
         ).tolist()
         texts = [
-            informed(*unit, method.context_introductions[i], method.link)
+            informed(*unit, method.context_introductions[i], method.context_separator)
             for unit, i in zip(self._units, chosen, strict=True)
         ]
         # The answer's tokens are those of the bare row, so that both sides are scored at the same places.
@@ -304,8 +306,8 @@ def consistency(
     edits: Sequence[Edit],
     *,
     contexts: Contexts = "any",
-    context_introductions: Annotated[Sequence[str], Formerly("lead_ins")] = LEAD_INS,
-    link: str = " Now: ",
+    context_introductions: Sequence[str] = LEAD_INS,
+    context_separator: str = " Now: ",
 ) -> list[float]:
     """How far the model is from the consistency condition p(x | [c, q]) = p(x | q), which an edit should establish.
 
@@ -317,7 +319,7 @@ def consistency(
     for edit in edits:
         (plain,) = lm.encode([Text.asked(edit)])
         texts = [
-            informed(edit, context, lead_in, link)
+            informed(edit, context, lead_in, context_separator)
             for context in method.contexts_of(edit)
             for lead_in in context_introductions
         ]

@@ -18,7 +18,7 @@ from reknow.edits import Edit
 from reknow.errors import OF_ONE
 from reknow.files.locks import writing
 from reknow.files.rows import Rows, open_manifest
-from reknow.methods.ice import ICE, consistency
+from reknow.methods.ice import ICE, consistency, likeliest
 from reknow.model.exclusive import exclusively
 from reknow.progress import progress_bar
 
@@ -66,23 +66,32 @@ def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path,
 
 
 def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> Iterator[dict]:
-    """A descent for every edit, target and temperature; the first edit's is watched token by token."""
+    """A descent for every edit, target and temperature; of the first edit the likeliest tokens too."""
     for targets in TARGETS:
         for temperature in TEMPERATURES:
             label = f"{targets}, T = {temperature:g}"
             for number, edit in enumerate(edits):
                 if ("losses", label, number) in rows:
                     continue
-                tracked = number == 0 and targets == "dynamic" and temperature == TEMPERATURES[-1]
-                method = replace(ICE(stop_loss=0.0), targets=targets, temperature=temperature, track=tracked)
+                shown = number == 0 and targets == "dynamic" and temperature == TEMPERATURES[-1]
+                method = replace(ICE(stop_loss=0.0), targets=targets, temperature=temperature)
                 row: dict = {"part": "losses", "label": label, "edit": number}
                 try:
                     notes = method.edit(lm, [edit]).notes
+                    tokens = {"likeliest": _likeliest_by_step(lm, method, edit)} if shown else {}
                 except OF_ONE as failure:
                     yield row | {"error": str(failure)}
                     continue
-                tokens = {"likeliest": [notes["likeliest"][at] for at in SHOWN]} if tracked else {}
                 yield row | {key: notes[key] for key in ("losses", "answer_losses", "repetitions")} | tokens
+
+
+def _likeliest_by_step(lm: LM, method: ICE, edit: Edit) -> list[dict[str, list[str]]]:
+    """The tokens likeliest behind the new answer after each of the steps `SHOWN`, by descents that end there."""
+    (context, *_), found = method.contexts_of(edit), []
+    for at in SHOWN:
+        with lm.patched(replace(method, steps=at + 1).edit(lm, [edit])):
+            found.append(likeliest(lm, edit, context))
+    return found
 
 
 def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows: Rows) -> Iterator[dict]:

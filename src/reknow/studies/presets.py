@@ -95,7 +95,7 @@ PRESETS: dict[str, Preset] = {
             *("static.targets=static", "no-context.with_context=false", "no-answer.sample_target=false"),
             *("static-no-context.targets=static", "static-no-context.with_context=false"),
             *("t0.1.temperature=0.1", "t10.temperature=10", "t100.temperature=100"),
-            *('bare-context.context_introductions=[""]', 'no-now.link=" "', "script.variant=code"),
+            *('bare-context.context_introductions=[""]', 'no-now.context_separator=" "', "script.variant=code"),
         ),
         data="wiki_recent,wiki_counterfact",
         limit=15,
