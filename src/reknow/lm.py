@@ -14,7 +14,7 @@ from torch import Tensor
 from reknow.checks.arguments import typed
 from reknow.model.chat import Chat, as_chat
 from reknow.model.decoder import Decoder
-from reknow.model.exclusive import door
+from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import Fingerprint
 from reknow.model.generation import check_sampling, continuations
 from reknow.model.loading import check_tokenizer, open_model
@@ -85,7 +85,7 @@ class LM(Decoder):
 
     # --- structure ---------------------------------------------------------------------------------------
 
-    @door
+    @typed_exclusively
     def weight(self, name: str) -> Tensor:
         """The current weight of the matrix `name`, seen as (out, in).
 
@@ -98,7 +98,7 @@ class LM(Decoder):
         """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
         return self._weights.beside
 
-    @door
+    @typed_exclusively
     def base_weight(self, name: str) -> Tensor:
         """The weight of the matrix `name` with no patch applied, (out, in). Read only."""
         return self._weights.base(name)
@@ -120,7 +120,7 @@ class LM(Decoder):
     def patched_now(self) -> bool:
         return bool(self.patches)
 
-    @door
+    @typed_exclusively
     @torch.no_grad()
     def score(
         self, prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
@@ -141,7 +141,7 @@ class LM(Decoder):
 
         return self._memories.answered(prompts, answer)
 
-    @door
+    @typed_exclusively
     @torch.no_grad()
     def generate(
         self,
@@ -175,7 +175,7 @@ class LM(Decoder):
 
         return self._memories.answered(prompts, answer)
 
-    @door
+    @typed_exclusively
     def perplexity(self, texts: Sequence[str], max_tokens: int = 256) -> float:
         """exp of the mean token NLL over the texts, each cut at `max_tokens`; a text's first token is not scored.
 
@@ -191,7 +191,7 @@ class LM(Decoder):
         """The applied patches, the newest last."""
         return self._applied.patches
 
-    @door
+    @typed_exclusively
     def apply(self, patch: Patch, *, force: bool = False) -> None:
         """Puts the patch on top of the stack.
 
@@ -203,7 +203,7 @@ class LM(Decoder):
         if force:
             note_force(patch, self.fingerprint)
 
-    @door
+    @typed_exclusively
     def revert(self, patch: Patch | str) -> None:
         """Takes the patch (or the one of this id) off; any order. With no patch left the weights are the base's bits.
 
@@ -212,7 +212,7 @@ class LM(Decoder):
         """
         self._applied.set(without_patch(self.patches, patch if isinstance(patch, str) else patch.id))
 
-    @door
+    @typed_exclusively
     def rebuild(self, *, without: Patch | str) -> None:
         """Takes any version of a memory off: the later edits of its method are made again without it.
 

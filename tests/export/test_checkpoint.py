@@ -16,7 +16,7 @@ from conftest import make_lm
 from reknow import FT, ROME, Edit
 from reknow.errors import InputError, PatchError
 from reknow.export.checkpoint import export_checkpoint, export_lora
-from reknow.files.atomic import folder_aside
+from reknow.files.atomic import atomic_write_folder
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
 METHOD = ROME(layer=1, steps=5, context_groups=(), covariance_tokens=0)
@@ -114,7 +114,7 @@ def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_pa
     monkeypatch.setattr("reknow.files.atomic._exchanged", lambda *_: False)  # as where there is no such step
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        folder_aside(old, lambda new: None, overwrite=True)
+        atomic_write_folder(old, lambda new: None, overwrite=True)
     assert (old / "file").read_text() == "old" and list(tmp_path.iterdir()) == [old]
 
 

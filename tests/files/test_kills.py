@@ -17,7 +17,7 @@ from conftest import make_lm, some_patch
 from reknow import LM, Patch
 from reknow.cli.stacks import merge
 from reknow.export.checkpoint import export_checkpoint, export_lora
-from reknow.files.atomic import ASIDE, put_back, write_text
+from reknow.files.atomic import HIDDEN, restore_interrupted, write_text
 from reknow.methods import method
 from reknow.patching.stack import read_stack, save_stack
 
@@ -91,7 +91,7 @@ def contents(place: Path) -> dict[str, bytes]:
     return {path.relative_to(place.parent).as_posix(): path.read_bytes() for path in sorted(files)}
 
 
-def check(folder: Path, place: Path, action: Callable[[], object], look=put_back) -> int:
+def check(folder: Path, place: Path, action: Callable[[], object], look=restore_interrupted) -> int:
     """Kills the action at every step: what is at `place` is as before or as afterwards, and then it succeeds."""
     before = folder.with_name("before")
     shutil.copytree(folder, before)
@@ -107,7 +107,7 @@ def check(folder: Path, place: Path, action: Callable[[], object], look=put_back
         assert contents(place) in (old, new), number
         run(action)
         assert contents(place) == new, number
-        assert not [name for name in os.listdir(folder) if name.startswith(ASIDE)], number
+        assert not [name for name in os.listdir(folder) if name.startswith(HIDDEN)], number
     return steps
 
 
@@ -200,16 +200,16 @@ def test_a_stack(scene):
 
 def test_a_living_process_is_not_swept(scene):
     """While one writes, others that write there leave its hidden folder alone, and take a dead one's away."""
-    dead = scene.folder / f"{ASIDE}dead"
+    dead = scene.folder / f"{HIDDEN}dead"
     (dead / "old").mkdir(parents=True)
     (dead / "old" / "moved").write_text("what had to make room")
 
-    def write(aside: str) -> None:
+    def write(new: str) -> None:
         write_text(scene.folder / "other", "meanwhile")
         run(lambda: write_text(scene.folder / "third", "from another process"))
-        Path(aside).write_text("whole")
+        Path(new).write_text("whole")
 
-    reknow.files.atomic.write_aside(scene.folder / "one", write)
+    reknow.files.atomic.atomic_write(scene.folder / "one", write)
     assert {path.name: path.read_text() for path in scene.folder.iterdir()} == {
         "one": "whole",
         "other": "meanwhile",

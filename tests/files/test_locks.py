@@ -28,7 +28,7 @@ from reknow.editing.layers import FILE, suggest_layer
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Results, bench
 from reknow.files.atomic import write_text
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 from reknow.files.rows import BEFORE_FILE, MANIFEST_FILE, ROWS_FILE
 from reknow.learning.loop import LOG_FILE
 from reknow.patching.stack import read_stack, save_stack
@@ -88,7 +88,7 @@ def files(folder: Path) -> list[str]:
 
 
 def held(place: Path, pipe) -> None:
-    with writing(place):
+    with write_lock(place):
         pipe.send("ready")
         pipe.recv()
 
@@ -108,17 +108,17 @@ def other(tmp_path):
 def test_a_second_writer_is_told_who_writes(other, tmp_path):
     place, process, _ = other
     message = f"expected nobody else to write to .*; process {process.pid} does: wait"
-    with pytest.raises(InputError, match=message), writing(place):
+    with pytest.raises(InputError, match=message), write_lock(place):
         pytest.fail("both write")
     (tmp_path / "link").symlink_to(place)
-    with pytest.raises(InputError, match=str(process.pid)), writing(tmp_path / "link"):
+    with pytest.raises(InputError, match=str(process.pid)), write_lock(tmp_path / "link"):
         pytest.fail("another name is the same folder")
 
 
 def test_who_waits_says_so_and_gets_its_turn(other, caplog):
     place, process, done = other
     threading.Timer(1.5, done).start()
-    with caplog.at_level(logging.WARNING), writing(place, wait=60):
+    with caplog.at_level(logging.WARNING), write_lock(place, wait=60):
         pass
     assert [f"waiting for process {process.pid}, which writes to {place}"] == caplog.messages
 
@@ -127,7 +127,7 @@ def test_a_lock_dies_with_its_process(other, tmp_path):
     place, process, _ = other
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    with writing(place):
+    with write_lock(place):
         assert files(tmp_path) == [".place.lock"]
     assert files(tmp_path) == []
 
@@ -137,12 +137,12 @@ def test_a_thread_may_ask_again_and_another_may_not(tmp_path):
 
     def ask():
         try:
-            with writing(tmp_path / "run"):
+            with write_lock(tmp_path / "run"):
                 pass
         except InputError as error:
             refused.append(str(error))
 
-    with writing(tmp_path / "run"), writing(tmp_path / "run"):
+    with write_lock(tmp_path / "run"), write_lock(tmp_path / "run"):
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()
@@ -153,7 +153,7 @@ def test_a_thread_may_ask_again_and_another_may_not(tmp_path):
 
 def counted(file: Path, times: int) -> None:
     for _ in range(times):
-        with writing(file, wait=60):
+        with write_lock(file, wait=60):
             number = int(file.read_text()) if file.exists() else 0
             file.write_text(str(number + 1))
 
@@ -169,9 +169,9 @@ def read_without_rights(folder: Path, results) -> None:
         os.setuid(65534)
     for path in (folder, *folder.iterdir()):
         assert not os.access(path, os.W_OK)
-    with writing(folder / "stack"):  # nobody can write there, so there is nothing to guard
+    with write_lock(folder / "stack"):  # nobody can write there, so there is nothing to guard
         results.put(len(read_stack(folder / "stack")[1]))
-    with writing(folder / "run"):
+    with write_lock(folder / "run"):
         results.put(len(Results.load(folder / "run").rows))
 
 
@@ -194,11 +194,11 @@ def test_folders_that_cannot_be_written_are_read(lm):
 
 
 def test_folders_made_for_a_lock_go_with_it(tmp_path):
-    with pytest.raises(KeyError), writing(tmp_path / "runs" / "first" / "run"):
+    with pytest.raises(KeyError), write_lock(tmp_path / "runs" / "first" / "run"):
         assert files(tmp_path / "runs" / "first") == [".run.lock"]
         raise KeyError
     assert files(tmp_path) == []
-    with writing(tmp_path / "runs" / "first"):
+    with write_lock(tmp_path / "runs" / "first"):
         (tmp_path / "runs" / "mine").write_text("kept")
     assert files(tmp_path / "runs") == ["mine"]
 
@@ -207,10 +207,13 @@ def test_what_cannot_be_locked_is_refused_by_whoever_writes(tmp_path):
     """A folder that is a file, a name that is too long: there is nothing to guard."""
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file" / "run", tmp_path / ("long" * 70) / "run"):
-        with writing(place), pytest.raises(InputError, match="could not be written"):
+        with write_lock(place), pytest.raises(InputError, match="could not be written"):
             write_text(place, "")
     (tmp_path / ".run.lock").mkdir()
-    with pytest.raises(InputError, match=r"expected .*\.run\.lock, which says who writes"), writing(tmp_path / "run"):
+    with (
+        pytest.raises(InputError, match=r"expected .*\.run\.lock, which says who writes"),
+        write_lock(tmp_path / "run"),
+    ):
         pytest.fail("the lock is somebody's folder")
 
 

@@ -15,7 +15,7 @@ from reknow.cli import app
 from reknow.cli.places import trace_place
 from reknow.errors import InputError
 from reknow.export.checkpoint import export_checkpoint, export_lora
-from reknow.files.atomic import folder_aside, write_text
+from reknow.files.atomic import atomic_write_folder, write_text
 from reknow.files.outputs import MARK, growing_folder, output_file, output_folder, stack_folder
 from reknow.methods import method
 from reknow.patching.stack import save_stack
@@ -78,7 +78,7 @@ def test_a_link_stays_and_what_it_names_is_replaced(here):
     write_text("link", "new")
     assert os.readlink("link") == "elsewhere/file" and (here / "elsewhere" / "file").read_text() == "new"
     os.symlink("elsewhere", "folder")
-    folder_aside("folder", lambda new: write_text(new / "file", "newer") and None, overwrite=True)
+    atomic_write_folder("folder", lambda new: write_text(new / "file", "newer") and None, overwrite=True)
     assert os.readlink("folder") == "elsewhere" and (here / "elsewhere" / "file").read_text() == "newer"
 
 

@@ -24,7 +24,7 @@ from reknow.datasets import load_cases, load_edits
 from reknow.editing.covariance import statistics
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Plan, Results, bench
-from reknow.files.schema import Broken
+from reknow.files.schema import FormatError
 from reknow.files.tensors import read_tensors, write_tensors
 from reknow.instructions.llm import _read as read_contexts
 from reknow.learning.editors import Editor
@@ -180,13 +180,13 @@ def test_a_header_is_no_larger_than_its_file_and_no_deeper_than_a_parser(tmp_pat
     file = tmp_path / "odd"
     for content in (b"\xff" * 8 + b"{}", (2).to_bytes(8, "little") + b"{}" + b"x", b"\x05"):
         file.write_bytes(content)
-        with pytest.raises(Broken):
+        with pytest.raises(FormatError):
             read_tensors(file)
     place = {"dtype": "F32", "shape": [2**39, 2**20], "data_offsets": [0, 2**61]}
     for header in ({"a": place}, {"a": place | {"shape": [-1]}}, {"a": place | {"dtype": "F33"}}, {"a": [[]]}):
         text = json.dumps(header).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text)
-        with pytest.raises(Broken):
+        with pytest.raises(FormatError):
             read_tensors(file)
     write_tensors(file, {"a": torch.ones(2)}, {"reknow": "[" * 100_000})
     with pytest.raises(PatchError, match="recursion limit"):
@@ -197,7 +197,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(PatchError, match="no regular file"):
         Patch.load(tmp_path / "pipe")
-    with pytest.raises(Broken, match="no regular file"):
+    with pytest.raises(FormatError, match="no regular file"):
         read_contexts(Path("/dev/zero"))
     (tmp_path / "stack").mkdir()
     os.mkfifo(tmp_path / "stack" / STACK_FILE)
@@ -403,7 +403,7 @@ def test_half_a_character_is_refused_at_every_door(tmp_path):
     odd = "Per\ud800"
     file = tmp_path / "edits.json"
     file.write_text(json.dumps([{"prompt": "The capital of {} is", "subject": odd, "target_new": "x"}]))
-    doors = (
+    readers = (
         lambda: Edit("I know", target_new=odd),
         lambda: Edit("I know", target_new="x", context=[odd]),
         lambda: Probe(odd, ("x",), "locality", "n"),
@@ -412,9 +412,9 @@ def test_half_a_character_is_refused_at_every_door(tmp_path):
         lambda: make_lm("gpt2").generate(odd, 2),
         lambda: load_edits(file),
     )
-    for door in doors:
+    for read in readers:
         with pytest.raises(InputError, match="half of a pair"):
-            door()
+            read()
 
 
 def test_a_record_without_end_or_sense_is_named(tmp_path):

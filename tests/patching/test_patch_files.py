@@ -19,7 +19,7 @@ import reknow
 from conftest import bits, make_lm, same, some_patch
 from reknow import LM, Patch
 from reknow.errors import InputError, PatchError
-from reknow.files.atomic import write_aside
+from reknow.files.atomic import atomic_write
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 
 # --- files -----------------------------------------------------------------------------------------------
@@ -115,14 +115,14 @@ def test_a_failed_save_leaves_the_old_file(lm, tmp_path):
     path = some_patch(lm, 1).save(tmp_path / "one.patch")
     old = path.read_bytes()
 
-    def fail(aside: str):
-        Path(aside).write_bytes(b"half")
+    def fail(new: str):
+        Path(new).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(InputError, match=r"No space left on device.*intact"):
-        write_aside(path, fail)
+        atomic_write(path, fail)
     with pytest.raises(KeyboardInterrupt):
-        write_aside(path, lambda aside: (_ for _ in ()).throw(KeyboardInterrupt))
+        atomic_write(path, lambda new: (_ for _ in ()).throw(KeyboardInterrupt))
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["one.patch"]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="could not be written"):

@@ -12,7 +12,7 @@ import typer
 from reknow.cli.places import run_place
 from reknow.cli.terminal import DEMO, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
 from reknow.errors import EditFailed
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.contract import Method
@@ -54,7 +54,7 @@ def demo(
     cases = (known or candidates)[: 6 if quick else 20]
 
     patches = _show(lm, cases[: 2 if quick else 4])
-    with writing(out):
+    with write_lock(out):
         _measure(lm, cases, out, quick)
     _take_back(lm, patches, bits)
     say(f"{time.perf_counter() - started:.0f} s in all")

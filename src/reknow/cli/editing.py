@@ -31,7 +31,7 @@ from reknow.cli.terminal import (
     warn,
 )
 from reknow.errors import EditFailed, InputError, did_you_mean
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.contract import Method
@@ -90,7 +90,7 @@ def edit(
     chosen = chosen_method(method, each_once(settings), layer=layer)
     checked(chosen, edits)
     out = out if plan else _place(chosen, out, force, (model, file))
-    with nullcontext() if plan else writing(out):
+    with nullcontext() if plan else write_lock(out):
         if not plan:
             _place(chosen, out, force, (model, file))  # another process may have been here meanwhile
         lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)

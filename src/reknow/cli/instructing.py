@@ -24,7 +24,7 @@ from reknow.cli.terminal import (
     say_table,
 )
 from reknow.errors import InputError, did_you_mean
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.instructions import Family, Found, Proposer
@@ -88,7 +88,7 @@ def instruct(
     lm = open_lm(model, dtype, device, tokenizer, own_code)
     mark_folder(out, "instruct")
     started = time.perf_counter()
-    with writing(out):
+    with write_lock(out):
         method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
         trial = Trial(lm, method, {family.name: Material.of(family).trial for family in chosen})
         about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}

@@ -26,7 +26,7 @@ from reknow.cli.terminal import (
     warn,
 )
 from reknow.errors import InputError, PatchError, did_you_mean
-from reknow.files.locks import PATIENCE, writing
+from reknow.files.locks import PATIENCE, write_lock
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -61,7 +61,7 @@ def apply(
 
     stack = stack_folder(stack)
     loaded = [Patch.load(path) for path in patches]
-    with writing(stack, wait=PATIENCE):
+    with write_lock(stack, wait=PATIENCE):
         base, active = read_stack(stack)
         if base == stack and model is None:
             raise InputError(f"expected --model for the new stack {stack}; got none: name the base model")
@@ -95,7 +95,7 @@ def revert(
     from reknow.patching.patches import Patch
     from reknow.patching.stack import save_stack, without_patch
 
-    with writing(stack, wait=PATIENCE):
+    with write_lock(stack, wait=PATIENCE):
         base, active = _existing(stack)
         ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
         rest = tuple(active)
@@ -124,7 +124,7 @@ def merge(
     from reknow.patching.patches import merge as merged
 
     out = output_file(out, force, patches)
-    with writing(out):
+    with write_lock(out):
         output_file(out, force, patches)  # another process may have been here meanwhile
         patch = merged([Patch.load(path) for path in patches])
         patch.save(out)

@@ -22,7 +22,7 @@ from reknow.cli.terminal import (
     whole_numbers,
 )
 from reknow.errors import InputError, did_you_mean
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 
 GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
 FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
@@ -67,7 +67,7 @@ def study(
     out = study_place(out or run_folder("instructedit", model), name, model)
     lm = open_lm(model, dtype, device, tokenizer, own_code)
     chosen = None if families is None else str(families)
-    with writing(out):
+    with write_lock(out):
         if name == "gradients":
             return say(*gradient_study(lm, out, size, families=chosen, say=say))
         if name == "domains":

@@ -26,7 +26,7 @@ from reknow.cli.terminal import (
     say_table,
 )
 from reknow.errors import InputError
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -82,7 +82,7 @@ def trace(
     lm = open_lm(model, dtype, device, tokenizer, own_code)
     if edit is not None:
         return _trace_one(lm, edit, settings, out, as_json)
-    with writing(out):
+    with write_lock(out):
         _trace_many(lm, facts or FACTS, limit or LIMIT, settings, out, force, as_json)
 
 
@@ -158,20 +158,20 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
 def _read(path: Path, header: dict, force: bool) -> list[Trace]:
     """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped."""
     from reknow.files.atomic import write_text
-    from reknow.files.schema import Broken, content, parsed, reason
+    from reknow.files.schema import FormatError, explain, parse_json, read_content
     from reknow.tracing.causal import StoredTrace
 
     def refusal(number: int, error: Exception) -> InputError:
         return InputError(
-            f"expected one trace per line in {path}; line {number}: {reason(error)}: delete that line, and the trace "
+            f"expected one trace per line in {path}; line {number}: {explain(error)}: delete that line, and the trace "
             "is made again"
         )
 
     traces: list[Trace] = []
     first = json.dumps(header) + "\n"
     try:
-        text = content(path).decode() if path.exists() and not force else ""
-    except (OSError, UnicodeDecodeError, Broken) as error:
+        text = read_content(path).decode() if path.exists() and not force else ""
+    except (OSError, UnicodeDecodeError, FormatError) as error:
         raise refusal(1, error) from error
     whole = text[: text.rfind("\n") + 1] or first
     if not whole.startswith(first):
@@ -180,8 +180,8 @@ def _read(path: Path, header: dict, force: bool) -> list[Trace]:
         )
     for number, line in enumerate(whole.split("\n")[1:-1], 2):
         try:
-            traces.append(parsed(StoredTrace, line, once=True).trace())
-        except Broken as error:
+            traces.append(parse_json(StoredTrace, line, once=True).trace())
+        except FormatError as error:
             raise refusal(number, error) from error
     write_text(path, whole)
     return traces

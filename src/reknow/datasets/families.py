@@ -20,7 +20,7 @@ from reknow.datasets.sources import read_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditRefused, InputError, did_you_mean
 from reknow.files.rows import write_json
-from reknow.files.schema import Broken, Object, parsed
+from reknow.files.schema import FormatError, Object, parse_json
 
 BUNDLED = "instructions.json"
 
@@ -120,7 +120,7 @@ def load_card(path: str | Path | None = None) -> dict[str, Any]:
 
 
 def save_families(path: str | Path, families: Sequence[Family], card: Mapping[str, Any]) -> None:
-    """Writes the file aside and renames it."""
+    """Writes the file atomically."""
     content = {family.name: {k: v for k, v in asdict(family).items() if k != "name"} for family in families}
     write_json(Path(path), {"card": dict(card), "families": content})
 
@@ -129,8 +129,8 @@ def _content(path: str | Path | None) -> Any:
     source = files("reknow") / "assets" / BUNDLED if path is None else Path(path)
     text = read_text(source, BUNDLED if path is None else str(path))
     try:
-        return parsed(Object, text, once=True)
-    except Broken as error:
+        return parse_json(Object, text, once=True)
+    except FormatError as error:
         raise InputError(f"expected JSON in {path or BUNDLED}; got {error}: correct the file") from error
 
 

@@ -33,11 +33,11 @@ from reknow.datasets.text import TextSource, text_source
 from reknow.editing.triangle import Triangle, block_shapes
 from reknow.errors import EditFailed, InputError
 from reknow.files.cache import bound, cache_folder, keeping, make_room, touch
-from reknow.files.locks import writing
-from reknow.files.schema import Broken, Count, parsed, reason
+from reknow.files.locks import write_lock
+from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
 from reknow.model.exact import exact, exact_device
-from reknow.model.exclusive import door
+from reknow.model.exclusive import typed_exclusively
 from reknow.model.hooks import by_row, recorded
 from reknow.model.parts import device_of, shape
 from reknow.model.tokens import Row, Text, encode
@@ -80,7 +80,7 @@ def covariance(
     return statistics(lm, [layer], tokens=tokens, text=text)[layer].covariance
 
 
-@door
+@typed_exclusively
 def statistics(
     lm: LM,
     layers: Sequence[int],
@@ -163,11 +163,11 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
     try:
         sealed = read_tensors(file)
         if any(sealed.metadata.get(name) != value for name, value in key.items()):
-            raise Broken("it is that of another matrix")
+            raise FormatError("it is that of another matrix")
         blocks = _checked(sealed.tensors, _blocks(lm, key["matrix"]), "float32")
-        count = parsed(Count, sealed.metadata.get("read", ""))
-    except (OSError, Broken) as error:
-        log.warning("%s is broken and is made again: %s", file, reason(error))
+        count = parse_json(Count, sealed.metadata.get("read", ""))
+    except (OSError, FormatError) as error:
+        log.warning("%s is broken and is made again: %s", file, explain(error))
         return None
     touch(file)
     return Statistics(Triangle(blocks).to(_device(lm, key["matrix"])).full(), count, file)
@@ -180,12 +180,12 @@ def _blocks(lm: LM, name: str) -> dict[str, tuple[int, int]]:
 
 
 def _checked(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]], kind: str) -> list[Tensor]:
-    """The tensors of these names in order; raises Broken where they are others."""
+    """The tensors of these names in order; raises FormatError where they are others."""
     found = [check_tensor(name, tensors.get(name), kind, 2) for name in shapes]
     if [tuple(block.shape) for block in found] != list(shapes.values()) or len(tensors) != len(shapes):
-        raise Broken("its matrices are of other sizes")
+        raise FormatError("its matrices are of other sizes")
     if not _finite(found):
-        raise Broken("it has NaN or infinity")
+        raise FormatError("it has NaN or infinity")
     return found
 
 
@@ -198,12 +198,12 @@ def _computed(
 ) -> dict[int, Statistics]:
     """The statistics, read from text and kept, or what another process has kept meanwhile."""
     rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
-    aside = _file("sums", [list(keys.values()), rank, world])
-    with writing(aside, wait=math.inf):
+    sums_file = _file("sums", [list(keys.values()), rank, world])
+    with write_lock(sums_file, wait=math.inf):
         kept = {layer: one for layer, key in keys.items() if (one := _load(lm, key))}
         if world == 1 and len(kept) == len(keys):
             return kept
-        return _read_and_kept(lm, keys, source, tokens, state, aside)
+        return _read_and_kept(lm, keys, source, tokens, state, sums_file)
 
 
 def _read_and_kept(
@@ -212,11 +212,11 @@ def _read_and_kept(
     source: TextSource,
     tokens: int,
     state: PartialState | None,
-    aside: Path,
+    sums_file: Path,
 ) -> dict[int, Statistics]:
     rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
     names = [key["matrix"] for key in keys.values()]
-    totals, count = _sums(lm, names, source, tokens, aside, rank, world)
+    totals, count = _sums(lm, names, source, tokens, sums_file, rank, world)
     if world > 1:
         totals = {name: Triangle([_summed(block) for block in total.blocks]) for name, total in totals.items()}
         count = int(_summed(torch.tensor(count, device=lm.device)))
@@ -229,14 +229,14 @@ def _read_and_kept(
         blocks, file = totals.pop(key["matrix"]).blocks, _file("covariance", key)
         mean = Triangle([block.div_(count).float() for block in blocks])
         if not _finite(mean.blocks):
-            _remove(aside)
+            _remove(sums_file)
             raise EditFailed(
                 f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
             )
         if state is None or state.is_local_main_process:
             _save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
         found[layer] = Statistics(mean.full(), count, file)
-    _remove(aside)
+    _remove(sums_file)
     make_room(using=[one.file for one in found.values()])
     if state is not None:
         state.wait_for_everyone()
@@ -252,14 +252,14 @@ def _summed(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _sums(
-    lm: LM, names: Sequence[str], source: TextSource, tokens: int, aside: Path, rank: int, world: int
+    lm: LM, names: Sequence[str], source: TextSource, tokens: int, sums_file: Path, rank: int, world: int
 ) -> tuple[dict[str, Triangle], int]:
     """Σ k kᵀ by matrix name and the number of keys, over every `world`th batch from number `rank` on.
 
-    The file `aside` keeps both, with the number of the next batch, and what an earlier run left there is taken up.
+    `sums_file` keeps both, with the number of the next batch, and what an earlier run left there is taken up.
     """
     widths = {name: shape(lm.model.get_submodule(name))[1] for name in names}
-    totals, count, following = _resumed(aside, widths)
+    totals, count, following = _resumed(sums_file, widths)
     if not totals:
         totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(exact_device(_device(lm, name))) for name, total in totals.items()}
@@ -279,29 +279,29 @@ def _sums(
             count += int(batch.mask.sum())
             if time.monotonic() - saved >= SAVE_SECONDS:
                 running = {part: block for name in names for part, block in totals[name].named(name).items()}
-                _save(running, aside, {"count": str(count), "following": str(number + 1), "name": lm.name})
+                _save(running, sums_file, {"count": str(count), "following": str(number + 1), "name": lm.name})
                 saved = time.monotonic()
     return totals, count
 
 
-def _resumed(aside: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle], int, int]:
+def _resumed(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle], int, int]:
     """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file.
 
     Args:
         widths: of the matrices that are summed, by name.
     """
-    if aside.is_file():
+    if sums_file.is_file():
         try:
-            sealed, totals = read_tensors(aside), {}
+            sealed, totals = read_tensors(sums_file), {}
             for name, width in widths.items():
                 shapes = {f"{name}.{i}": block for i, block in enumerate(block_shapes(width))}
                 own = {part: tensor for part, tensor in sealed.tensors.items() if part in shapes}
                 totals[name] = Triangle(_checked(own, shapes, "float64"))
-            count, following = (parsed(Count, sealed.metadata.get(part, "")) for part in ("count", "following"))
+            count, following = (parse_json(Count, sealed.metadata.get(part, "")) for part in ("count", "following"))
             log.info("going on behind %d tokens that an earlier run read", count)
             return totals, count, following
-        except (OSError, Broken) as error:
-            log.warning("%s is broken (%s); the text is read from its beginning", aside, reason(error))
+        except (OSError, FormatError) as error:
+            log.warning("%s is broken (%s); the text is read from its beginning", sums_file, explain(error))
     return {}, 0, 0
 
 

@@ -25,8 +25,8 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.atomic import write_text
 from reknow.files.cache import cache_folder, keeping
-from reknow.files.locks import PATIENCE, writing
-from reknow.files.schema import Broken, Count, Listed, Strict, complaint, parsed, reason
+from reknow.files.locks import PATIENCE, write_lock
+from reknow.files.schema import Count, FormatError, Listed, Strict, explain, first_problem, parse_json
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
 from reknow.progress import stage
@@ -149,7 +149,7 @@ def _looked_up(lm: LM) -> int:
             "layer %d of %s is a guess by depth or by papers: it knows too few trial facts", entry["layer"], lm.name
         )
     cache, key = cache_folder() / FILE, _key(lm, relations)
-    with keeping(), writing(cache, wait=PATIENCE):
+    with keeping(), write_lock(cache, wait=PATIENCE):
         write_text(cache, json.dumps({**_read(cache), key: entry}, indent=1))
     return entry["layer"]
 
@@ -167,16 +167,16 @@ def _read(file) -> dict[str, dict]:
     if not file.is_file():
         return {}
     try:
-        entries = parsed(dict[str, JsonValue], file.read_bytes())
-    except (OSError, Broken) as error:
-        log.warning("%s is broken and is made again: %s", file, reason(error))
+        entries = parse_json(dict[str, JsonValue], file.read_bytes())
+    except (OSError, FormatError) as error:
+        log.warning("%s is broken and is made again: %s", file, explain(error))
         return {}
     known = {}
     for key, entry in entries.items():
         try:
             known[key] = Choice.model_validate(entry).model_dump()
         except ValidationError as error:
-            log.warning("%s: the layer of %s is chosen again: %s", file, key, complaint(error))
+            log.warning("%s: the layer of %s is chosen again: %s", file, key, first_problem(error))
     return known
 
 

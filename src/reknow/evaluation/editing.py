@@ -14,7 +14,7 @@ from pydantic import RootModel
 from reknow.edits import Edit
 from reknow.errors import OF_ONE, InputError, ReknowError, TextRefused
 from reknow.files.rows import write_json
-from reknow.files.schema import Broken, Count, Strict, read_json, reason
+from reknow.files.schema import Count, FormatError, Strict, explain, read_json
 from reknow.lm import LM
 from reknow.patching.patches import Patch
 
@@ -87,12 +87,12 @@ def _read_costs(note: Path, edits: int) -> list[dict]:
     """The costs of so many edits; raises InputError where the file has something else."""
 
     def refusal(error: Exception) -> InputError:
-        return InputError(f"expected the costs of {edits} edits in {note}; {reason(error)}: delete the file")
+        return InputError(f"expected the costs of {edits} edits in {note}; {explain(error)}: delete the file")
 
     found = read_json(note, Costs, refusal).root
     costs = found if isinstance(found, list) else [found] * edits
     if len(costs) != edits:
-        raise refusal(Broken(f"it has those of {len(costs)}"))
+        raise refusal(FormatError(f"it has those of {len(costs)}"))
     return [cost.model_dump(exclude_unset=True) for cost in costs]
 
 

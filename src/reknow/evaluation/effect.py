@@ -20,7 +20,7 @@ from reknow.checks.arguments import typed
 from reknow.datasets import Fact, load_facts, sample_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, TextRefused
-from reknow.model.exclusive import door
+from reknow.model.exclusive import typed_exclusively
 from reknow.model.tokens import Text
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Observation:
     """Of a few paragraphs of plain text."""
 
 
-@door
+@typed_exclusively
 def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observation:
     """How the model, as it is now, answers the edits' prompts and the facts, and how it reads plain text.
 

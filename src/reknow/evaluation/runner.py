@@ -16,7 +16,7 @@ from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.probing import perplexity, read_each
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
 from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 from reknow.files.rows import (
     BEFORE_FILE,
     BEFORE_KEY,
@@ -28,7 +28,7 @@ from reknow.files.rows import (
 )
 from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
-from reknow.model.exclusive import door
+from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import unreadable
 from reknow.progress import progress_bar, watched
 
@@ -88,7 +88,7 @@ class Plan:
             raise InputError(f"expected in_context in single mode only; got mode {self.mode}: change them")
 
 
-@door
+@typed_exclusively
 def evaluate(
     lm: LM,
     cases: Sequence[Case],
@@ -115,7 +115,7 @@ def evaluate(
     return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, run.before, run.rows)
 
 
-@door
+@typed_exclusively
 def bench(
     lm: LM,
     cases: Sequence[Case],
@@ -150,7 +150,7 @@ def bench(
     folder, named = Path(out), _named(cases)
     labelled = _labelled(methods)
     about = {**_about(lm), "refused": list(refused)}
-    with writing(folder):
+    with write_lock(folder):
         manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
         run = run_digest(manifest["settings"])
         before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)

@@ -25,9 +25,9 @@ from transformers.utils import (
 import reknow
 from reknow.errors import InputError, PatchError
 from reknow.export.plain import adapters, cast, checkpoint_casts, rounded, without_adapters
-from reknow.files.atomic import folder_aside
+from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import mark_files, marked_files, output_folder
-from reknow.model.exclusive import door
+from reknow.model.exclusive import typed_exclusively
 from reknow.model.parts import Conv1D
 from reknow.patching.patches import LowRank, check_weights, factored, merge
 from reknow.patching.peft_folder import base_of, write_adapter
@@ -74,7 +74,7 @@ class CheckpointReport:
     written bit for bit."""
 
 
-@door
+@typed_exclusively
 def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) -> CheckpointReport:
     """Writes the model as it is now, patches included, as a folder that `AutoModelForCausalLM` loads.
 
@@ -102,13 +102,13 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
     held = _held(lm, model, casts, edits) if casts or model is not lm.model else None
     written = cast(model, casts) if casts else model
 
-    def write(aside: Path) -> None:
-        _save(written, aside)
-        lm.tokenizer.save_pretrained(aside)
-        _copy_companions(lm, aside)
-        mark_files(aside, _about(lm))
+    def write(new: Path) -> None:
+        _save(written, new)
+        lm.tokenizer.save_pretrained(new)
+        _copy_companions(lm, new)
+        mark_files(new, _about(lm))
 
-    return CheckpointReport(folder_aside(folder, write, overwrite), written.dtype, len(edits), held)
+    return CheckpointReport(atomic_write_folder(folder, write, overwrite), written.dtype, len(edits), held)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
@@ -179,7 +179,7 @@ def _file_of(source: str, name: str, revision: str | None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-@door
+@typed_exclusively
 def export_lora(
     lm: LM, folder: str | Path, *, max_rank: int | None = None, truncate: bool = False, overwrite: bool = False
 ) -> LoraReport:
@@ -220,8 +220,8 @@ def export_lora(
     ranks = {name: factor.rank for name, factor in factors.items()}
     conv = {isinstance(lm.model.get_submodule(name), Conv1D) for name in ranks}
 
-    def write(aside: Path) -> None:
-        write_adapter(aside, factors, base_of(lm, conv == {True}))
-        mark_files(aside, _about(lm))
+    def write(new: Path) -> None:
+        write_adapter(new, factors, base_of(lm, conv == {True}))
+        mark_files(new, _about(lm))
 
-    return LoraReport(folder_aside(folder, write, overwrite), ranks, error)
+    return LoraReport(atomic_write_folder(folder, write, overwrite), ranks, error)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from reknow.errors import PatchError
 from reknow.model.exact import exact
-from reknow.model.exclusive import undone
+from reknow.model.exclusive import undo_on_exit
 from reknow.model.loading import carries_adapters
 from reknow.model.parts import Conv1D
 from reknow.patching.patches import total
@@ -152,7 +152,7 @@ def rounded(casts: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         for parameter, own in kept.items():
             parameter.data = own
 
-    with undone(back):
+    with undo_on_exit(back):
         for parameter, narrow in casts.items():
             parameter.data = narrow.to(parameter.dtype)
         yield

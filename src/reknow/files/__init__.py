@@ -1,1 +1,1 @@
-"""Files that are old or whole: written aside, locked, checked when they are read."""
+"""Files that are old or whole: written atomically, locked, checked when they are read."""

@@ -20,13 +20,13 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from reknow.errors import InputError
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 
-ASIDE = ".reknow-"
+HIDDEN = ".reknow-"
 """How the names of hidden folders begin; each has a `lock`, what is `new`, and in `old` what had to make room."""
 
 
-def write_aside(path: str | Path, write: Callable[[str], object]) -> Path:
+def atomic_write(path: str | Path, write: Callable[[str], object]) -> Path:
     """Calls `write` with a name to write to, and puts the file into its place when it is whole.
 
     Raises:
@@ -35,18 +35,18 @@ def write_aside(path: str | Path, write: Callable[[str], object]) -> Path:
     with _writing(path) as place:
         if place.exists() and not place.is_file():
             raise InputError(f"expected a file to replace; {path} is none: choose another name")
-        with _aside(place) as aside:
-            new = aside / "new" / place.name
+        with _hidden_folder(place) as hidden:
+            new = hidden / "new" / place.name
             write(str(new))
-            _settle(aside, new)
+            _settle(hidden, new)
             os.replace(new, place)
             _sync(place.parent)
     return Path(path)
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Writes a UTF-8 text as in `write_aside`."""
-    return write_aside(path, lambda aside: Path(aside).write_text(text, encoding="utf-8"))
+    """Writes a UTF-8 text as in `atomic_write`."""
+    return atomic_write(path, lambda new: Path(new).write_text(text, encoding="utf-8"))
 
 
 def append_line(path: str | Path, text: str) -> Path:
@@ -69,35 +69,36 @@ def append_line(path: str | Path, text: str) -> Path:
     return Path(path)
 
 
-def folder_aside(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
+def atomic_write_folder(folder: str | Path, write: Callable[[Path], None], overwrite: bool) -> Path:
     """Calls `write` with an empty folder to fill, and puts it into its place when it is whole.
 
     An old folder is exchanged for the new one in one step. Where system or disk have no such step, it is moved into
-    the hidden folder first; if the process ends before the new one is in its place, `put_back` brings it back.
+    the hidden folder first; if the process ends before the new one is in its place, `restore_interrupted` brings it
+    back.
 
     Raises:
         InputError: it cannot be written, another process writes there, its place is taken by something else than a
             folder or a file, or there is one and `overwrite` is off.
     """
-    with writing(folder), _writing(folder) as place:
+    with write_lock(folder), _writing(folder) as place:
         if place.exists() and not overwrite:
             raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
         if place.exists() and not (place.is_dir() or place.is_file()):
             raise InputError(f"expected a folder or a file to replace; {folder} is neither: choose another name")
-        with _aside(place) as aside:
-            new = aside / "new" / place.name
+        with _hidden_folder(place) as hidden:
+            new = hidden / "new" / place.name
             new.mkdir()
             write(new)
-            _settle(aside, new)
+            _settle(hidden, new)
             if not place.exists():
                 os.rename(new, place)
             elif not _exchanged(new, place):
-                _in_two_steps(new, place, aside / "old" / place.name)
+                _in_two_steps(new, place, hidden / "old" / place.name)
             _sync(place.parent)
     return Path(folder)
 
 
-def put_back(path: str | Path) -> None:
+def restore_interrupted(path: str | Path) -> None:
     """Brings back what a process that has died had moved away to make room at `path`, and has not replaced."""
     with suppress(OSError, ValueError):  # a name of the hub is no path
         place = Path(os.path.realpath(path))
@@ -123,52 +124,52 @@ def _writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _aside(place: Path) -> Iterator[Path]:
+def _hidden_folder(place: Path) -> Iterator[Path]:
     """A hidden folder beside `place`, locked; empty again and gone at the end."""
     place.parent.mkdir(parents=True, exist_ok=True)
     _sweep(place.parent)
-    aside, lock = _locked(place.parent)
+    hidden, lock = _locked(place.parent)
     try:
         for part in ("new", "old"):
-            (aside / part).mkdir()
-        yield aside
+            (hidden / part).mkdir()
+        yield hidden
     finally:
-        _restore(aside)
+        _restore(hidden)
         lock.release()
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _locked(parent: Path) -> tuple[Path, FileLock]:
     """A new hidden folder and its lock."""
     while True:
-        aside = Path(tempfile.mkdtemp(dir=parent, prefix=ASIDE))
-        lock = FileLock(aside / "lock")
+        hidden = Path(tempfile.mkdtemp(dir=parent, prefix=HIDDEN))
+        lock = FileLock(hidden / "lock")
         try:
             lock.acquire(timeout=0)
         except (FileNotFoundError, Timeout):  # before it was locked, another process took it for a dead one's
             continue
         except OSError:  # a disk without locks, where nobody can sweep either
-            return aside, lock
-        if (aside / "lock").exists():
-            return aside, lock
+            return hidden, lock
+        if (hidden / "lock").exists():
+            return hidden, lock
         lock.release()
 
 
 def _sweep(parent: Path) -> None:
     """Removes hidden folders of processes that have died; what they had moved away and not replaced comes back."""
-    for aside in parent.glob(f"{ASIDE}*"):
-        lock = FileLock(aside / "lock")
+    for hidden in parent.glob(f"{HIDDEN}*"):
+        lock = FileLock(hidden / "lock")
         with suppress(OSError, Timeout):
             lock.acquire(timeout=0)
-            _restore(aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            _restore(hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
             lock.release()
 
 
-def _restore(aside: Path) -> None:
-    for old in (aside / "old").glob("*"):
-        if not (aside.parent / old.name).exists():
-            os.rename(old, aside.parent / old.name)
+def _restore(hidden: Path) -> None:
+    for old in (hidden / "old").glob("*"):
+        if not (hidden.parent / old.name).exists():
+            os.rename(old, hidden.parent / old.name)
 
 
 def _in_two_steps(new: Path, place: Path, old: Path) -> None:
@@ -186,9 +187,9 @@ def _exchanged(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _settle(aside: Path, new: Path) -> None:
+def _settle(hidden: Path, new: Path) -> None:
     """Brings what is new to the disk, with the modes that the user's files have."""
-    probe = aside / "mode"
+    probe = hidden / "mode"
     probe.touch()
     mode = probe.stat().st_mode  # safetensors makes files that only their owner may read
     for path in (new, *new.rglob("*")) if new.is_dir() else (new,):

@@ -30,7 +30,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 @contextmanager
-def writing(place: str | Path, *, wait: float = 0.0) -> Iterator[None]:
+def write_lock(place: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     """While open, nobody else who asks may write to the file or folder: no process, no thread but this one.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.files.atomic import append_line, write_text
-from reknow.files.schema import Broken, Object, Strict, parsed, read_json, reason
+from reknow.files.schema import FormatError, Object, Strict, explain, parse_json, read_json
 
 BEFORE_FILE, ROWS_FILE, MANIFEST_FILE = "before.jsonl", "cases.jsonl", "manifest.json"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
@@ -64,17 +64,17 @@ class Rows(dict[tuple, dict]):
         foreign = 0
         for number, line in enumerate(whole.split(b"\n")[:-1], 1):
             try:
-                row = parsed(Object, line, once=True)
+                row = parse_json(Object, line, once=True)
                 of = row.pop(RUN, self.run)
                 if of != self.run and self.run is not None:
                     foreign += 1
                     continue
-                parsed(self.form, line)
+                parse_json(self.form, line)
                 key = tuple(row[name] for name in self.names)
                 if not all(isinstance(part, str | int) for part in key):
-                    raise Broken(f"{', '.join(self.names)}: expected texts and numbers")
+                    raise FormatError(f"{', '.join(self.names)}: expected texts and numbers")
                 self.setdefault(key, row)
-            except (Broken, KeyError) as error:
+            except (FormatError, KeyError) as error:
                 raise InputError(
                     f"expected one row as JSON with {', '.join(self.names)}; line {number} of {self.path} has "
                     f"something else ({error}): delete that line, and the run makes it again"
@@ -99,7 +99,7 @@ def _whole_lines(path: Path) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file aside and renames it."""
+    """Writes a JSON file atomically."""
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
     write_text(path, text)
 
@@ -162,7 +162,7 @@ def read_manifest(folder: Path, form: type[Strict] = Manifest) -> dict[str, Any]
 
     def refusal(error: Exception) -> InputError:
         return InputError(
-            f"expected a run folder with {MANIFEST_FILE}; {folder} has none that can be read ({reason(error)}): "
+            f"expected a run folder with {MANIFEST_FILE}; {folder} has none that can be read ({explain(error)}): "
             "give the folder that `bench` wrote"
         )
 

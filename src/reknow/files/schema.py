@@ -36,11 +36,11 @@ SHOWN = 60
 """Characters of a wrong value that a message shows."""
 
 
-class Broken(ValueError):
+class FormatError(ValueError):
     """What is wrong with a file's content, and where in it; who opened the file adds its name and a remedy."""
 
 
-class Newer(Broken):
+class NewerFormat(FormatError):
     """The file is of the format of that number, which only a later version of the library knows."""
 
 
@@ -80,17 +80,17 @@ Listed = Annotated[list[Read], FailFast()]
 
 
 @overload
-def parsed(model: type[Read], text: str | bytes, *, once: bool = ...) -> Read: ...
+def parse_json(model: type[Read], text: str | bytes, *, once: bool = ...) -> Read: ...
 @overload
-def parsed(model: Any, text: str | bytes, *, once: bool = ...) -> Any: ...
-def parsed(model: Any, text: str | bytes, *, once: bool = False) -> Any:
+def parse_json(model: Any, text: str | bytes, *, once: bool = ...) -> Any: ...
+def parse_json(model: Any, text: str | bytes, *, once: bool = False) -> Any:
     """The JSON text as a `model`: a `Strict` class, a dataclass, or any other type that pydantic knows.
 
     Args:
         once: no object may name a field twice, of which JSON parsers take the last.
 
     Raises:
-        Broken: it is no JSON, or of another form; `Newer`, where its field `format` is too high.
+        FormatError: it is no JSON, or of another form; `NewerFormat`, where its field `format` is too high.
         InputError: a dataclass of the model refuses its values.
     """
     try:
@@ -100,8 +100,8 @@ def parsed(model: Any, text: str | bytes, *, once: bool = False) -> Any:
         return found
     except ValidationError as error:
         if any(e["loc"] == ("format",) and e["type"] == "less_than_equal" for e in _plain(error)):
-            raise Newer(str(next(e["input"] for e in error.errors() if e["loc"] == ("format",)))) from None
-        raise Broken(complaint(error)) from None
+            raise NewerFormat(str(next(e["input"] for e in error.errors() if e["loc"] == ("format",)))) from None
+        raise FormatError(first_problem(error)) from None
 
 
 @lru_cache
@@ -110,24 +110,24 @@ def _adapter(model: Any) -> TypeAdapter[Any]:
 
 
 def check_fields(owner: type, values: Mapping[str, Any], where: str) -> None:
-    """Raises Broken where a value is not of the type of its field in the class `owner`; others are passed over."""
+    """Raises FormatError where a value is not of its field's type in the class `owner`; others are passed over."""
     hints = get_type_hints(owner)
     for name in values.keys() & hints:
         try:
-            parsed(hints[name], json.dumps(values[name]))
-        except Broken as error:
-            raise Broken(f"{where}.{name}: {error}") from None
+            parse_json(hints[name], json.dumps(values[name]))
+        except FormatError as error:
+            raise FormatError(f"{where}.{name}: {error}") from None
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise Broken(f"the field {twice[:SHOWN]!r} is there twice")
+        raise FormatError(f"the field {twice[:SHOWN]!r} is there twice")
     return found
 
 
-def complaint(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """The first thing that is wrong, with its place, on one line."""
     first, *others = _plain(error)
     said = first["msg"].removeprefix("Value error, ")
@@ -153,27 +153,27 @@ def regular(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is nothing.
-        Broken: it is something else.
+        FormatError: it is something else.
     """
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode):
-        raise Broken("it is no regular file")
+        raise FormatError("it is no regular file")
     return path
 
 
-def content(path: str | Path) -> bytes:
+def read_content(path: str | Path) -> bytes:
     """All of a regular file that holds no tensors.
 
     Raises:
         OSError: it cannot be read.
-        Broken: it is no regular file, or larger than what such a file can be.
+        FormatError: it is no regular file, or larger than what such a file can be.
     """
     if (size := regular(path).stat().st_size) > MOST_BYTES:
-        raise Broken(f"it has {size} bytes, more than {MOST_BYTES}")
+        raise FormatError(f"it has {size} bytes, more than {MOST_BYTES}")
     return Path(path).read_bytes()
 
 
-def reason(error: Exception) -> str:
+def explain(error: Exception) -> str:
     """Why a file could not be read, as a clause of a message."""
     if isinstance(error, FileNotFoundError):
         return "there is no such file"
@@ -191,12 +191,12 @@ def read_json(
     path: str | Path, model: Any, refuse: Callable[[Exception], ReknowError], *, once: bool = ...
 ) -> Any: ...
 def read_json(path: str | Path, model: Any, refuse: Callable[[Exception], ReknowError], *, once: bool = True) -> Any:
-    """A JSON file as a `model`; `refuse` makes the error of what is wrong with it, see `reason`.
+    """A JSON file as a `model`; `refuse` makes the error of what is wrong with it, see `explain`.
 
     Raises:
         ReknowError: what `refuse` made.
     """
     try:
-        return parsed(model, content(path), once=once)
-    except (OSError, Broken, ReknowError) as error:
+        return parse_json(model, read_content(path), once=once)
+    except (OSError, FormatError, ReknowError) as error:
         raise refuse(error) from error

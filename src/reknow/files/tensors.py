@@ -19,8 +19,8 @@ from pydantic import Field, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reknow.files.atomic import write_aside
-from reknow.files.schema import Broken, Object, Strict, complaint, parsed, regular
+from reknow.files.atomic import atomic_write
+from reknow.files.schema import FormatError, Object, Strict, first_problem, parse_json, regular
 
 HEADER, DIGEST = "reknow", "sha256"
 MOST_HEADER = 10**8
@@ -43,11 +43,11 @@ class _Place(Strict):
 
     @classmethod
     def of(cls, name: str, value: Any) -> _Place:
-        """Raises Broken where the value is none."""
+        """Raises FormatError where the value is none."""
         try:
             return cls.model_validate(value)
         except ValidationError as error:
-            raise Broken(f"tensor {name[:80]}: {complaint(error)}") from None
+            raise FormatError(f"tensor {name[:80]}: {first_problem(error)}") from None
 
 
 class Sealed(NamedTuple):
@@ -69,7 +69,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
         if owners.setdefault(tensor.untyped_storage().data_ptr(), name) != name and tensor.numel():
             kept[name] = tensor.clone()
     texts = {**metadata, DIGEST: digest(metadata, kept)}
-    return write_aside(path, lambda aside: save_file(kept, aside, metadata=texts))
+    return atomic_write(path, lambda new: save_file(kept, new, metadata=texts))
 
 
 def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -94,63 +94,63 @@ def read_tensors(path: str | Path) -> Sealed:
 
     Raises:
         OSError: it cannot be read.
-        Broken: it is no safetensors file, or not the one that was written.
+        FormatError: it is no safetensors file, or not the one that was written.
     """
     with open(regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MOST_HEADER):
-            raise Broken("it is no safetensors file, or cut short")
-        found = parsed(Object, file.read(length), once=True)
+            raise FormatError("it is no safetensors file, or cut short")
+        found = parse_json(Object, file.read(length), once=True)
         metadata = found.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-            raise Broken("its metadata are no texts")
+            raise FormatError("its metadata are no texts")
         places = {name: _Place.of(name, value) for name, value in found.items()}
         _check_places(places, size - 8 - length)
         tensors = {}
         for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
             tensors[name] = torch.empty(place.shape, dtype=DTYPES[place.dtype])
             if tensors[name].numel() and file.readinto(_bytes(tensors[name])) != tensors[name].nbytes:
-                raise Broken("it was cut short while it was read")
+                raise FormatError("it was cut short while it was read")
     if DIGEST in metadata and digest(metadata, tensors) != metadata[DIGEST]:
-        raise Broken("its content is not what was written: a part of it was changed or damaged")
+        raise FormatError("its content is not what was written: a part of it was changed or damaged")
     return Sealed(metadata.get(HEADER, ""), metadata, tensors)
 
 
 def _check_places(places: Mapping[str, _Place], size: int) -> None:
-    """Raises Broken where tensors do not lie one behind the other in `size` bytes."""
+    """Raises FormatError where tensors do not lie one behind the other in `size` bytes."""
     at = 0
     for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
         if place.dtype not in DTYPES:
-            raise Broken(f"tensor {name}: its numbers are of the kind {place.dtype[:20]!r}, which is not known")
+            raise FormatError(f"tensor {name}: its numbers are of the kind {place.dtype[:20]!r}, which is not known")
         end = at + math.prod(place.shape) * DTYPES[place.dtype].itemsize
         if place.data_offsets != [at, end]:
-            raise Broken(f"tensor {name}: its place in the file does not fit its size")
+            raise FormatError(f"tensor {name}: its place in the file does not fit its size")
         at = end
     if at != size:
-        raise Broken(f"expected {at} bytes of tensors, got {size}")
+        raise FormatError(f"expected {at} bytes of tensors, got {size}")
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raises Broken where a tensor has NaN or infinity."""
+    """Raises FormatError where a tensor has NaN or infinity."""
     for name, tensor in tensors.items():
         numbers = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # of eight bits only few things are asked
         if tensor.is_floating_point() and not bool(numbers.isfinite().all()):
-            raise Broken(f"tensor {name}: it has NaN or infinity")
+            raise FormatError(f"tensor {name}: it has NaN or infinity")
 
 
 def check_tensor(name: str, tensor: Tensor | None, kind: str, dimensions: int) -> Tensor:
-    """The tensor itself; raises Broken where it is missing, or of another kind of number or number of dimensions.
+    """The tensor itself; raises FormatError where it is missing, or its kind of number or its dimensions are others.
 
     Args:
         kind: `float` for any with a fraction, or the name of a dtype.
     """
     if tensor is None:
-        raise Broken(f"the tensor {name} is missing")
+        raise FormatError(f"the tensor {name} is missing")
     if not is_kind(tensor, kind):
-        raise Broken(f"tensor {name}: expected numbers of the kind {kind}, got {tensor.dtype}")
+        raise FormatError(f"tensor {name}: expected numbers of the kind {kind}, got {tensor.dtype}")
     if tensor.dim() != dimensions:
-        raise Broken(f"tensor {name}: expected {dimensions} dimensions, got {tensor.dim()}")
+        raise FormatError(f"tensor {name}: expected {dimensions} dimensions, got {tensor.dim()}")
     return tensor
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ReknowError
 from reknow.files.atomic import append_line
-from reknow.files.locks import writing
-from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
+from reknow.files.locks import write_lock
+from reknow.files.schema import FormatError, Listed, Strict, explain, parse_json, read_content
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +125,8 @@ def with_contexts(edits: Sequence[Edit], llm: LLM, *, kept: str | Path | None = 
     file = None if kept is None else Path(kept)
     try:
         known = _read(file) if file is not None and file.exists() else {}
-    except (OSError, Broken) as error:
-        raise InputError(f"expected a file of contexts at {kept}; {reason(error)}: give another name") from error
+    except (OSError, FormatError) as error:
+        raise InputError(f"expected a file of contexts at {kept}; {explain(error)}: give another name") from error
     result, failures = [], 0
     for edit in edits:
         context = edit.context or known.get((edit.text, edit.target_new), ())
@@ -158,12 +158,12 @@ class _Kept(Strict):
 def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
     """The contexts that were written before; lines that are broken are passed over, and so asked for again."""
     found, broken = {}, []
-    for number, line in enumerate(content(file).split(b"\n"), 1):
+    for number, line in enumerate(read_content(file).split(b"\n"), 1):
         try:
             if line.strip():
-                record = parsed(_Kept, line)
+                record = parse_json(_Kept, line)
                 found[record.text, record.target_new] = tuple(record.context)
-        except Broken as error:
+        except FormatError as error:
             broken.append(f"line {number} ({error})")
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
@@ -173,5 +173,5 @@ def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
 
 def _append(file: Path, edit: Edit, context: tuple[str, ...], model: str) -> None:
     record = {"text": edit.text, "target_new": edit.target_new, "context": list(context), "model": model}
-    with writing(file, wait=60):
+    with write_lock(file, wait=60):
         append_line(file, json.dumps(record, ensure_ascii=False))

@@ -17,7 +17,7 @@ from typing import Any
 from reknow.checks.bounds import Number, Seed, check
 from reknow.datasets.families import Family, Instruction
 from reknow.errors import InputError
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 from reknow.files.rows import Rows, open_manifest
 from reknow.instructions.llm import NoAnswer
 from reknow.instructions.propose import Proposer, usable
@@ -89,7 +89,7 @@ def search(
     folder = Path(out)
     starts = {family.name: family.texts()[0] for family in families}
     asked = {"search": asdict(settings), "proposer": proposer.name, "starts": starts, **(about or {})}
-    with writing(folder):
+    with write_lock(folder):
         open_manifest(folder, asked, {"kind": "instruction search"})
         run = _Run(proposer, score, folder, settings, advance)
         found = [run.family(family, starts[family.name]) for family in families]

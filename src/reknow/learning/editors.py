@@ -18,7 +18,7 @@ import reknow
 from reknow.checks.bounds import current_names
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
-from reknow.files.schema import Broken, Newer, Object, Strict, check_fields, parsed, reason
+from reknow.files.schema import FormatError, NewerFormat, Object, Strict, check_fields, explain, parse_json
 from reknow.files.tensors import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
@@ -88,16 +88,18 @@ class Editor:
         path = Path(path) / EDITOR_FILE if Path(path).is_dir() else Path(path)
         try:
             sealed = read_tensors(path)
-            header, tensors = parsed(_Header, sealed.header, once=True), dict(sealed.tensors)
+            header, tensors = parse_json(_Header, sealed.header, once=True), dict(sealed.tensors)
             check_finite(tensors)
             base = header.base.fingerprint(tensors)
             seen = check_tensor("seen", tensors.pop("seen", None), "int64", 1)
             if others := [name for name in tensors if not name.startswith("editor.")]:
-                raise Broken(f"tensor {others[0]}: an editor has none of this name")
-        except Newer as error:
+                raise FormatError(f"tensor {others[0]}: an editor has none of this name")
+        except NewerFormat as error:
             raise InputError(f"expected editor format {FORMAT}; {path} has {error}: upgrade reknow") from error
-        except (OSError, Broken) as error:
-            why = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({reason(error)})"
+        except (OSError, FormatError) as error:
+            why = (
+                "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({explain(error)})"
+            )
             raise InputError(
                 f"expected a trained editor at {path}; {why}: give a file that `reknow train` wrote"
             ) from error
@@ -170,9 +172,9 @@ def trained_settings(kind: type[AnyLearned], editor: Editor) -> AnyLearned:
         settings = current_names(kind, editor.settings)
         check_fields(kind, settings, "settings")
         if odd := settings.keys() - own:
-            raise Broken(f"settings.{min(odd)}: {editor.method} has no such field")
+            raise FormatError(f"settings.{min(odd)}: {editor.method} has no such field")
         return kind(**{name: _tuples(value) for name, value in settings.items()})
-    except (Broken, InputError) as error:
+    except (FormatError, InputError) as error:
         raise InputError(
             f"expected an editor with settings of {editor.method}; got others ({error}): train another with "
             f"`reknow train {editor.method}`"
@@ -196,10 +198,10 @@ def filled(make: Callable[[], Network], tensors: Mapping[str, Tensor]) -> Networ
             network = make()
         wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
         if odd := [name for name in wanted.keys() | tensors.keys() if _shape(tensors, name) != wanted.get(name)]:
-            raise Broken(f"tensor {min(odd)}: expected {wanted.get(min(odd))}, got {_shape(tensors, min(odd))}")
+            raise FormatError(f"tensor {min(odd)}: expected {wanted.get(min(odd))}, got {_shape(tensors, min(odd))}")
         network.load_state_dict(dict(tensors), assign=True)
         return network
-    except (Broken, RuntimeError, TypeError, ValueError, OverflowError) as error:
+    except (FormatError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"expected an editor whose tensors fit its settings; got another ({error}): train one with `reknow train`"
         ) from error

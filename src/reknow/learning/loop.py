@@ -28,7 +28,7 @@ from torch import Tensor
 from reknow.edits import FROM_FILES, Case
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.files.rows import Rows
-from reknow.files.schema import Broken, Count, Strict, parsed, reason
+from reknow.files.schema import Count, FormatError, Strict, explain, parse_json
 from reknow.files.tensors import HEADER, check_finite, read_tensors, write_tensors
 from reknow.progress import progress_bar
 
@@ -223,14 +223,14 @@ class Loop:
             return
         try:
             sealed = read_tensors(path)
-            header = parsed(_Header, sealed.header, once=True)
+            header = parse_json(_Header, sealed.header, once=True)
             module = self.learner.module.state_dict()
             for part in ("module", "best") if header.state.best_step else ("module",):
                 _check_like(part, _part(sealed.tensors, part), module)
             optimizer = self._moments(_part(sealed.tensors, "optimizer"))
-        except (OSError, Broken) as error:
+        except (OSError, FormatError) as error:
             raise InputError(
-                f"expected a checkpoint of this training at {path}; it is none ({reason(error)}): delete it to start "
+                f"expected a checkpoint of this training at {path}; it is none ({explain(error)}): delete it to start "
                 "anew"
             ) from error
         self.learner.module.load_state_dict(_part(sealed.tensors, "module"))
@@ -244,7 +244,7 @@ class Loop:
         """What the optimizer keeps of each parameter, by the parameter's number.
 
         Raises:
-            Broken: there is no such parameter, or it is of another shape.
+            FormatError: there is no such parameter, or it is of another shape.
         """
         order = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         numbers = {str(number): number for number in range(len(order))}
@@ -252,19 +252,19 @@ class Loop:
         for key, tensor in tensors.items():
             number, _, name = key.partition(".")
             if number not in numbers or tensor.shape not in (order[numbers[number]].shape, ()):
-                raise Broken(f"tensor optimizer.{key}: there is no such parameter, or it is of another shape")
+                raise FormatError(f"tensor optimizer.{key}: there is no such parameter, or it is of another shape")
             found.setdefault(numbers[number], {})[name] = tensor
         kinds = {tuple(sorted((n, t.dim() and 1) for n, t in found[i].items())) for i in found if order[i].dim()}
         if len(kinds) > 1 or len({tuple(sorted(of)) for of in found.values()}) > 1:
-            raise Broken("the optimizer keeps not the same of every parameter")
+            raise FormatError("the optimizer keeps not the same of every parameter")
         return found
 
 
 def _check_like(part: str, tensors: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> None:
-    """Raises Broken where the tensors are not, by name and shape, those of the module."""
+    """Raises FormatError where the tensors are not, by name and shape, those of the module."""
     shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (tensors, module))
     if odd := [name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)]:
-        raise Broken(f"tensor {part}.{min(odd)}: expected {wanted.get(min(odd))}, got {shapes.get(min(odd))}")
+        raise FormatError(f"tensor {part}.{min(odd)}: expected {wanted.get(min(odd))}, got {shapes.get(min(odd))}")
     check_finite(tensors)
 
 

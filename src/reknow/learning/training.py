@@ -19,7 +19,7 @@ import reknow
 from reknow.checks.bounds import Natural, Number, Rate, Seed, check
 from reknow.edits import Case
 from reknow.errors import EditFailed, InputError
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 from reknow.files.rows import cases_digest, open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
@@ -181,7 +181,7 @@ def train(
     folder = Path(out)
     run = Loop(lm, learner, draw, held, folder, training)
     path = folder / EDITOR_FILE
-    with writing(folder) if run.main else nullcontext():
+    with write_lock(folder) if run.main else nullcontext():
         if run.main:
             settings = {
                 "reknow": reknow.__version__,

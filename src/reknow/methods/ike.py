@@ -26,7 +26,7 @@ from reknow.datasets import load_cases
 from reknow.edits import Case, Edit, Probe, as_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
-from reknow.files.schema import Broken, Listed, Strict, content, parsed, reason
+from reknow.files.schema import FormatError, Listed, Strict, explain, parse_json, read_content
 from reknow.memories.base import MemoryMethod, conflicts, memory_patch
 from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
@@ -260,11 +260,11 @@ def _read(path: str) -> list[Case]:
     """
     try:
         # Not splitlines(): JSON texts may hold U+2028 and other characters that it takes for line ends.
-        lines = [line for line in content(path).split(b"\n") if line.strip()]
+        lines = [line for line in read_content(path).split(b"\n") if line.strip()]
         if not lines:
-            raise Broken("it is empty")
-        return [parsed(Case, line) for line in lines]
-    except (OSError, Broken, InputError) as error:
+            raise FormatError("it is empty")
+        return [parse_json(Case, line) for line in lines]
+    except (OSError, FormatError, InputError) as error:
         raise InputError(
-            f"expected a file of demonstrations at {path}; {reason(error)}: write one with IKE().fit"
+            f"expected a file of demonstrations at {path}; {explain(error)}: write one with IKE().fit"
         ) from error

@@ -26,8 +26,8 @@ from reknow.editing.descent import check_finite
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError
-from reknow.model.exclusive import undone
-from reknow.model.hooks import swapped, weight_replaced
+from reknow.model.exclusive import undo_on_exit
+from reknow.model.hooks import forward_replaced, weight_replaced
 from reknow.model.loading import carries_adapters
 from reknow.model.parts import Conv1D, is_matrix
 from reknow.model.tokens import Row, Text
@@ -133,7 +133,7 @@ class LoRA(Method):
                 delattr(lm.model, name)
             lm.model.requires_grad_(False).eval()
 
-        with undone(removed):
+        with undo_on_exit(removed):
             if self.kind == "adalora":
                 # Ranks are free for a fifth of the steps, shared out until two fifths from the end, then fixed.
                 config = AdaLoraConfig(
@@ -183,7 +183,7 @@ def _loss(lm: LM, tuner: nn.Module, rows: Sequence[Row]) -> Tensor:
         labels[i, row.prompt_length : len(row.ids)] = batch.ids[i, row.prompt_length : len(row.ids)]
     found = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, labels=labels)
     # AdaLoRA's would call the model past its hooks, by which memories know what is read.
-    with swapped(lm.model, lambda **_: found):
+    with forward_replaced(lm.model, lambda **_: found):
         return tuner(input_ids=batch.ids).loss
 
 

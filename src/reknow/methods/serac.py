@@ -36,7 +36,7 @@ from reknow.memories.base import MemoryMethod, memory_patch, settled
 from reknow.memories.nearest import Nearest
 from reknow.memories.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.memories.scope_training import ScopeLearner
-from reknow.model.hooks import all_swapped
+from reknow.model.hooks import forwards_replaced
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept
 from reknow.patching.memory import Route, versions
@@ -231,7 +231,9 @@ class Modules(nn.Module):
         with self._reader.unpatched():
             modules = [self._reader.model.get_submodule(name) for name in self._names]
             changes = (LowRank(left, right) for left, right in zip(self.left, self.right, strict=True))
-            with all_swapped({m: beside(m.forward, change) for m, change in zip(modules, changes, strict=True)}):
+            with forwards_replaced(
+                {m: beside(m.forward, change) for m, change in zip(modules, changes, strict=True)}
+            ):
                 yield self._reader
 
     def answers(self, questions: Sequence[Text]) -> Tensor:

@@ -49,7 +49,7 @@ def _lock(model: nn.Module) -> Any:
 
 
 @contextmanager
-def undone(undo: Undo):
+def undo_on_exit(undo: Undo):
     """While open, something is changed; `undo` brings back what was, however much of the change was made.
 
     It may be called twice, if an interrupt comes while it runs.
@@ -125,6 +125,6 @@ def exclusively(operation: Callable[P, T]) -> Callable[P, T]:
     return alone
 
 
-def door(operation: Callable[P, T]) -> Callable[P, T]:
+def typed_exclusively(operation: Callable[P, T]) -> Callable[P, T]:
     """An operation on a model that users call: its arguments are checked too, see `reknow.checks.arguments`."""
     return typed(exclusively(operation))

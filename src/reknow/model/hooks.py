@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
-from reknow.model.exclusive import undone
+from reknow.model.exclusive import undo_on_exit
 
 if TYPE_CHECKING:
     pass
@@ -31,7 +31,7 @@ def first(output) -> Tensor:
 def hooked(*hooks: Callable[[], RemovableHandle]):
     """While open, these hooks are on; each is given as what puts it on."""
     handles: list[RemovableHandle] = []
-    with undone(lambda: [handle.remove() for handle in handles]):
+    with undo_on_exit(lambda: [handle.remove() for handle in handles]):
         for put_on in hooks:
             handles.append(put_on())
         yield
@@ -84,13 +84,13 @@ def recorded(model: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str
         yield seen_in, seen_out
 
 
-def swapped(module: nn.Module, forward: Callable):
+def forward_replaced(module: nn.Module, forward: Callable):
     """While open, calling the module calls `forward`."""
-    return all_swapped({module: forward})
+    return forwards_replaced({module: forward})
 
 
 @contextmanager
-def all_swapped(forwards: Mapping[nn.Module, Callable]):
+def forwards_replaced(forwards: Mapping[nn.Module, Callable]):
     """While open, calling each of the modules calls its function."""
     own = {module: own_forward(module) for module in forwards}
 
@@ -98,7 +98,7 @@ def all_swapped(forwards: Mapping[nn.Module, Callable]):
         for module, forward in own.items():
             set_forward(module, forward)
 
-    with undone(back):
+    with undo_on_exit(back):
         for module, forward in forwards.items():
             set_forward(module, forward)
         yield
@@ -122,7 +122,7 @@ def fused_gelu(model: nn.Module):
     time of a small model's block. The same function up to rounding."""
     fused = partial(nn.functional.gelu, approximate="tanh")
     slow = (NewGELUActivation, FastGELUActivation)
-    return all_swapped({module: fused for module in model.modules() if isinstance(module, slow)})
+    return forwards_replaced({module: fused for module in model.modules() if isinstance(module, slow)})
 
 
 def weight_replaced(module: nn.Module, weight: Tensor):
@@ -136,7 +136,7 @@ def weight_replaced(module: nn.Module, weight: Tensor):
                 bias = own(states.new_zeros(1, states.shape[-1]))[0].to(weight.dtype)
         return nn.functional.linear(states.to(weight.dtype), weight, bias).to(states.dtype)
 
-    return swapped(module, forward)
+    return forward_replaced(module, forward)
 
 
 def by_row(states: Tensor, rows: int) -> Tensor:

@@ -21,13 +21,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from reknow.model.hooks import (
     Stop,
     added_at,
-    all_swapped,
     by_row,
     first,
+    forward_replaced,
+    forwards_replaced,
     hooked,
     output_edited,
     recorded,
-    swapped,
 )
 from reknow.model.tokens import Batch
 
@@ -43,7 +43,7 @@ def head(lm: Decoder, hidden: Tensor) -> Tensor:
     for name in lm.parts.tail:
         hidden = lm.model.get_submodule(name)(hidden)
     states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
-    with swapped(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
+    with forward_replaced(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
         dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         return lm.model(input_ids=dummy, use_cache=False).logits[0]
 
@@ -84,7 +84,7 @@ def block_calls(lm: Decoder, run: Callable[[], object], trailing: Sequence[tuple
             raise Stop
         return args[0] if rest is None else (args[0], *rest)
 
-    with all_swapped({lm.model.get_submodule(name): keep for name in lm.parts.blocks}), suppress(Stop):
+    with forwards_replaced({lm.model.get_submodule(name): keep for name in lm.parts.blocks}), suppress(Stop):
         run()
     return calls
 
@@ -251,4 +251,4 @@ def _mlp_only_at(lm: Decoder, rows: Tensor, columns: Tensor):
         return states.new_zeros(*states.shape[:2], found.shape[-1]).index_put((wanted,), found)
 
     # A memory wants to see whole rows.
-    return nullcontext() if name == block or lm.hooked else swapped(module, forward)
+    return nullcontext() if name == block or lm.hooked else forward_replaced(module, forward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-from reknow.model.exclusive import undone
+from reknow.model.exclusive import undo_on_exit
 from reknow.patching.memory import Memories
 from reknow.patching.patches import Patch
 from reknow.patching.weights import Weights
@@ -25,7 +25,7 @@ class Applied:
 
     def set(self, patches: tuple[Patch, ...]) -> None:
         """Applies exactly these patches, or changes nothing; raises PatchError where one does not fit the model."""
-        with undone(self._settle):
+        with undo_on_exit(self._settle):
             self._show(patches)
             self.patches = patches
 
@@ -33,7 +33,7 @@ class Applied:
     def kept(self):
         """While open, other patches may be applied; afterwards those from before are."""
         before = self.patches
-        with undone(lambda: self.set(before)):
+        with undo_on_exit(lambda: self.set(before)):
             yield
 
     def _settle(self) -> None:

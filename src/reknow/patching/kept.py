@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from reknow.errors import PatchError
-from reknow.files.schema import Broken, Strict, complaint
+from reknow.files.schema import FormatError, Strict, first_problem
 from reknow.files.tensors import check_tensor
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Kept:
         settings: Mapping[str, Any],
         sizes: dict[str, int],
     ) -> None:
-        """Raises Broken where a patch keeps something else.
+        """Raises FormatError where a patch keeps something else.
 
         Args:
             sizes: dimensions that are known already.
@@ -74,7 +74,7 @@ class Kept:
         try:
             found = self.memory.model_validate(memory)
         except ValidationError as error:
-            raise Broken(f"memory: {complaint(error)}") from None
+            raise FormatError(f"memory: {first_problem(error)}") from None
         for name, about in self.memory.model_fields.items():
             for mark in (mark for mark in about.metadata if isinstance(mark, Per)):
                 value = getattr(found, name)
@@ -97,12 +97,12 @@ def _pattern(name: str, described: Mapping[str, str]) -> tuple[str, str]:
         head, star, tail = pattern.partition("*")
         if star and (found := re.fullmatch(f"{re.escape(head)}(.+){re.escape(tail)}", name, re.DOTALL)):
             return pattern, found[1]
-    raise Broken(f"tensor {name[:80]}: its method keeps none of this name")
+    raise FormatError(f"tensor {name[:80]}: its method keeps none of this name")
 
 
 def _agree(sizes: dict[str, int], dimension: str, size: Any, where: str) -> None:
     if sizes.setdefault(dimension, size) != size:
-        raise Broken(f"{where}: expected {sizes[dimension]} ({dimension.partition('.')[0]}), got {size}")
+        raise FormatError(f"{where}: expected {sizes[dimension]} ({dimension.partition('.')[0]}), got {size}")
 
 
 def on_matrix(lm: Decoder, name: str, tensors: Mapping[str, tuple[Tensor, int]]) -> None:

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from reknow.errors import PatchError
 from reknow.model.decoder import Decoder
-from reknow.model.exclusive import exclusive, undone
+from reknow.model.exclusive import exclusive, undo_on_exit
 from reknow.model.forward_context import ForwardContext, context_of
 from reknow.model.hooks import by_row, first
 from reknow.patching.patches import Patch
@@ -140,7 +140,7 @@ class Memories:
         """While open, this is the memory of the method, whatever the stack says."""
         with exclusive(self._lm.model):
             before = self._active
-            with undone(lambda: self._attach(before)):
+            with undo_on_exit(lambda: self._attach(before)):
                 self._attach({**before, method: ("hook", memory)})
                 yield
 

@@ -14,7 +14,16 @@ from torch import Tensor
 from reknow.checks.bounds import current_names
 from reknow.edits import Edit
 from reknow.errors import PatchError, ReknowError
-from reknow.files.schema import Broken, Listed, Newer, Object, Strict, check_fields, parsed, reason
+from reknow.files.schema import (
+    FormatError,
+    Listed,
+    NewerFormat,
+    Object,
+    Strict,
+    check_fields,
+    explain,
+    parse_json,
+)
 from reknow.files.tensors import (
     HEADER,
     Sealed,
@@ -52,7 +61,7 @@ class Base(Strict):
     dtype: Annotated[str, AfterValidator(_of_torch)]
 
     def fingerprint(self, tensors: dict[str, Tensor]) -> Fingerprint:
-        """With the samples, which are taken out of the tensors; raises Broken where they are none."""
+        """With the samples, which are taken out of the tensors; raises FormatError where they are none."""
         samples = check_tensor("base.samples", tensors.pop("base.samples", None), "float32", 1)
         return Fingerprint(self.structure, self.tokenizer, self.dtype, samples)
 
@@ -122,25 +131,25 @@ def read_patch(path: str | Path, *, beside: str | None = None) -> Patch:
     try:
         sealed = read_tensors(path)
         if beside is not None and sealed.metadata.get(BESIDE, beside) != beside:
-            raise Broken("the file of tensors beside it is that of another patch, or damaged")
+            raise FormatError("the file of tensors beside it is that of another patch, or damaged")
         return _patch(sealed)
-    except Newer as error:
+    except NewerFormat as error:
         raise PatchError(f"expected patch format {FORMAT}; {path} has {error}: upgrade reknow") from error
-    except (OSError, ReknowError, Broken) as error:
-        why = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({reason(error)})"
+    except (OSError, ReknowError, FormatError) as error:
+        why = "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({explain(error)})"
         raise PatchError(f"expected a patch file at {path}; {why}: give a file that `save` wrote") from error
 
 
 def _patch(sealed: Sealed) -> Patch:
-    header, tensors = parsed(Header, sealed.header, once=True), dict(sealed.tensors)
+    header, tensors = parse_json(Header, sealed.header, once=True), dict(sealed.tensors)
     check_finite(tensors)
     base = header.base.fingerprint(tensors)
     state = {name.removeprefix("state."): tensors.pop(name) for name in list(tensors) if name.startswith("state.")}
     deltas = read_deltas(tensors)
     if header.kind != "weights" and (deltas or not header.edits):
-        raise Broken("a memory has edits, and changes no weights")
+        raise FormatError("a memory has edits, and changes no weights")
     if header.kind == "weights" and (header.memory or header.follows):
-        raise Broken("a change of weights continues no memory")
+        raise FormatError("a change of weights continues no memory")
     patch = Patch(
         method=header.method,
         settings=header.settings,
@@ -167,17 +176,17 @@ def read_deltas(tensors: Mapping[str, Tensor]) -> dict[str, Delta]:
     """ΔW by matrix name from `delta.NAME.dense`, or `.left` and `.right`.
 
     Raises:
-        Broken: a part is missing, or the parts do not fit.
+        FormatError: a part is missing, or the parts do not fit.
     """
     deltas: dict[str, Delta] = {}
     for key, tensor in tensors.items():
         name, _, part = key.removeprefix("delta.").rpartition(".")
         if not key.startswith("delta.") or not name or part not in ("dense", "left", "right"):
-            raise Broken(f"tensor {key[:80]}: a patch has none of this name")
+            raise FormatError(f"tensor {key[:80]}: a patch has none of this name")
         check_tensor(key, tensor, "float", 2)
         if part == "dense":
             if f"delta.{name}.left" in tensors:
-                raise Broken(f"{name} is changed by a matrix and by factors")
+                raise FormatError(f"{name} is changed by a matrix and by factors")
             deltas[name] = Dense(tensor)
         else:
             left, right = (check_tensor(p, tensors.get(p), "float", 2) for p in _factors(name))
@@ -190,9 +199,9 @@ def _factors(name: str) -> tuple[str, str]:
 
 
 def low_rank(name: str, left: Tensor, right: Tensor) -> LowRank:
-    """ΔW as a product; raises Broken where the factors are of different rank."""
+    """ΔW as a product; raises FormatError where the factors are of different rank."""
     if left.shape[1] != right.shape[0]:
-        raise Broken(f"the factors of {name} have ranks {left.shape[1]} and {right.shape[0]}")
+        raise FormatError(f"the factors of {name} have ranks {left.shape[1]} and {right.shape[0]}")
     return LowRank(left, right)
 
 
@@ -200,16 +209,16 @@ def kept_by(patch: Patch) -> Kept | None:
     """What the patch's method says that its patches keep; None where it says nothing.
 
     Raises:
-        Broken: it is a memory of a method that this library does not have, or not of its kind.
+        FormatError: it is a memory of a method that this library does not have, or not of its kind.
     """
     if patch.kind == "weights" and not patch.state:
         return None  # the matrices are all there is, and importing the methods takes seconds
     entry = METHODS.get(patch.method)
     if entry is None:
         if patch.kind != "weights":
-            raise Broken(f"{patch.method!r} is no method that this version has, so nothing could run its memory")
+            raise FormatError(f"{patch.method!r} is no method that this version has, so nothing could run its memory")
         return None
     if (kind := entry.method.kind) != patch.kind:
-        raise Broken(f"it is said to be a {patch.kind} of {patch.method}, whose patches are of the kind {kind}")
+        raise FormatError(f"it is said to be a {patch.kind} of {patch.method}, whose patches are of the kind {kind}")
     check_fields(entry.method, current_names(entry.method, patch.settings), "settings")
     return entry.method.kept

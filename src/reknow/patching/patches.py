@@ -16,7 +16,7 @@ from torch import Tensor
 from reknow.checks.arguments import typed
 from reknow.edits import Edit, as_json
 from reknow.errors import InputError, PatchError
-from reknow.files.atomic import put_back
+from reknow.files.atomic import restore_interrupted
 from reknow.model.exact import exact
 from reknow.model.fingerprint import Fingerprint
 
@@ -171,7 +171,7 @@ class Patch:
         from reknow.patching.patch_files import read_patch  # files know patches
         from reknow.patching.peft_folder import is_adapter, load
 
-        put_back(path)
+        restore_interrupted(path)
         return load(path) if Path(path).is_dir() and is_adapter(path) else read_patch(path)
 
     @typed

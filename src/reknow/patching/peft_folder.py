@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from reknow.errors import PatchError
-from reknow.files.atomic import folder_aside
+from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import check_replaced
-from reknow.files.schema import Broken, Count, parsed, reason
+from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_finite, check_tensor, digest, read_tensors
 from reknow.patching.patch_files import low_rank, read_patch, write_patch
 from reknow.patching.patches import Delta, LowRank, Patch
@@ -73,13 +73,13 @@ def save(patch: Patch, folder: str | Path) -> Path:
     check_replaced(Path(folder), own_files(folder))
     factors = {name: delta for name, delta in patch.deltas.items() if isinstance(delta, LowRank)}
 
-    def write(aside: Path) -> None:
-        write_adapter(aside, factors, patch.notes["adapter"])
+    def write(new: Path) -> None:
+        write_adapter(new, factors, patch.notes["adapter"])
         # Read again, so that the digest is of what lies there, whatever way it was written.
-        sealed = read_tensors(aside / WEIGHTS)
-        write_patch(replace(patch, deltas={}), aside / REST, beside=digest(sealed.metadata, sealed.tensors))
+        sealed = read_tensors(new / WEIGHTS)
+        write_patch(replace(patch, deltas={}), new / REST, beside=digest(sealed.metadata, sealed.tensors))
 
-    return folder_aside(folder, write, overwrite=True)
+    return atomic_write_folder(folder, write, overwrite=True)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -102,7 +102,7 @@ def load(folder: str | Path) -> Patch:
     try:
         sealed = read_tensors(folder / WEIGHTS)
         check_finite(sealed.tensors)
-        ranks = parsed(dict[str, Count], sealed.metadata.get(RANKS, "{}"), once=True)
+        ranks = parse_json(dict[str, Count], sealed.metadata.get(RANKS, "{}"), once=True)
         deltas: dict[str, Delta] = {}
         for key in sealed.tensors:
             name = key.removeprefix(PREFIX).removesuffix(RIGHT).removesuffix(LEFT)
@@ -112,9 +112,9 @@ def load(folder: str | Path) -> Patch:
             )
             rank = ranks.get(name)  # None: a folder from before ranks were padded
             deltas[name] = low_rank(name, left[:, :rank].contiguous(), right[:rank].contiguous())
-    except (OSError, Broken) as error:
+    except (OSError, FormatError) as error:
         raise PatchError(
-            f"expected an adapter in {folder}; {WEIGHTS} is broken ({reason(error)}): restore it"
+            f"expected an adapter in {folder}; {WEIGHTS} is broken ({explain(error)}): restore it"
         ) from error
     rest = read_patch(folder / REST, beside=digest(sealed.metadata, sealed.tensors))
     return replace(rest, deltas=deltas)

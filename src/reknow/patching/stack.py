@@ -14,10 +14,10 @@ from pydantic import AfterValidator, Field
 
 from reknow.checks.arguments import typed
 from reknow.errors import PatchError
-from reknow.files.atomic import put_back, write_text
-from reknow.files.locks import PATIENCE, writing
+from reknow.files.atomic import restore_interrupted, write_text
+from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE, stack_folder
-from reknow.files.schema import Listed, Newer, Strict, read_json, reason
+from reknow.files.schema import Listed, NewerFormat, Strict, explain, read_json
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patches import Patch
 
@@ -112,14 +112,14 @@ def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
     """Writes a stack folder: a reference to the base model and the patches in order. `LM(folder)` opens it.
 
     Files of patches that were taken out stay in the folder; only those that `stack.json` names are applied. To change
-    what is there, hold `locks.writing(folder)` from the reading on, so that no other change is lost.
+    what is there, hold `locks.write_lock(folder)` from the reading on, so that no other change is lost.
 
     Raises:
         InputError: it cannot be written, or others write there for ten minutes.
     """
     folder = stack_folder(folder)
     names = [f"{patch.id}.patch" for patch in patches]
-    with writing(folder, wait=PATIENCE):
+    with write_lock(folder, wait=PATIENCE):
         for name, patch in zip(names, patches, strict=True):
             if not _holds(folder / name, patch):
                 patch.save(folder / name)
@@ -142,7 +142,7 @@ def base_name(base: str) -> str:
 
 def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     """(base model, patches) of a stack folder; any other source comes back as it is, with no patches."""
-    put_back(source)
+    restore_interrupted(source)
     file = Path(source) / STACK_FILE
     if not str(source).strip() or not os.path.isfile(file):  # a name may be too long for a path
         return source, []
@@ -162,6 +162,6 @@ def _named(file: Path) -> Patch:
 
 
 def _refusal(source: str | Path, error: Exception) -> PatchError:
-    if isinstance(error, Newer):
+    if isinstance(error, NewerFormat):
         return PatchError(f"expected stack format {FORMAT}; {source} has {error}: upgrade reknow")
-    return PatchError(f"expected a stack folder at {source}; {STACK_FILE} is broken ({reason(error)}): restore it")
+    return PatchError(f"expected a stack folder at {source}; {STACK_FILE} is broken ({explain(error)}): restore it")

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.exact import exact
-from reknow.model.hooks import all_swapped, own_forward, set_forward
+from reknow.model.hooks import forwards_replaced, own_forward, set_forward
 from reknow.model.parts import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
 from reknow.patching.patches import Delta, Dense, LowRank, Patch, summed, total
 
@@ -84,7 +84,7 @@ class Weights:
         # A quantised or adapted matrix shows its weight when it multiplies the identity.
         states = embedding(self._model)
         unit = torch.eye(shape(module)[1], dtype=states.dtype, device=device_of(module, states.device))
-        with all_swapped({module: self._forward(name, module)}):
+        with forwards_replaced({module: self._forward(name, module)}):
             return (module(unit) - module(torch.zeros_like(unit[:1]))).T
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
 from reknow.evaluation.results import Results, stage_label
-from reknow.files.atomic import write_aside, write_text
+from reknow.files.atomic import atomic_write, write_text
 from reknow.report import plots, tables
 
 CARDS = 5
@@ -86,7 +86,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     write_text(folder / "report.csv", results.to_csv())
     write_text(folder / "report.md", _markdown(results, list(figures)))
     for number, figure in enumerate(figures.values(), 1):
-        write_aside(folder / f"figure{number}.png", lambda aside, figure=figure: plots.save_png(figure, Path(aside)))
+        atomic_write(folder / f"figure{number}.png", lambda path, figure=figure: plots.save_png(figure, Path(path)))
     return folder / "report.html"
 
 

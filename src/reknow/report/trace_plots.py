@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from reknow.files.atomic import write_aside
+from reknow.files.atomic import atomic_write
 from reknow.tracing.causal import TOKEN_CLASSES, AverageEffects, Trace
 from reknow.tracing.restoration import Kind
 
@@ -118,9 +118,9 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
     endings: dict[str, dict[str, Any]] = {"png": {"facecolor": "white"}, "svg": {"metadata": {"Date": None}}}
     with matplotlib.rc_context(_STYLE):
         return [
-            write_aside(
+            atomic_write(
                 path.with_name(f"{path.name}.{ending}"),
-                lambda aside, options=options: figure.savefig(aside, **options),
+                lambda path, options=options: figure.savefig(path, **options),
             )
             for ending, options in endings.items()
         ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from reknow.edits import Edit
 from reknow.errors import OF_ONE
-from reknow.files.locks import writing
+from reknow.files.locks import write_lock
 from reknow.files.rows import Rows, open_manifest
 from reknow.methods.ice import ICE, consistency, likeliest
 from reknow.model.exclusive import exclusively
@@ -54,7 +54,7 @@ def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path,
         "methods": {label: {"name": method.name, **asdict(method)} for label, method in methods.items()},
         "losses": asdict(ICE(stop_loss=0.0)),
     }
-    with writing(out):
+    with write_lock(out):
         open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")})
         rows = Rows(out / ROWS_FILE, KEY)
         total = len(edits) * (len(TARGETS) * len(TEMPERATURES) + 1 + len(methods))

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from reknow.evaluation.results import Cell, markdown, summarise
-from reknow.files.atomic import write_aside, write_text
+from reknow.files.atomic import atomic_write, write_text
 from reknow.files.rows import Rows, read_manifest
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 from reknow.studies.ice import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
@@ -27,7 +27,7 @@ def write_convergence(run_folder: Path, out: Path | None = None) -> Path:
     """
     manifest, rows = read_manifest(run_folder), Rows.reading(run_folder / ROWS_FILE, KEY)
     folder = out or run_folder
-    write_aside(folder / "convergence.png", lambda aside: save_png(losses_figure(loss_curves(rows)), Path(aside)))
+    atomic_write(folder / "convergence.png", lambda path: save_png(losses_figure(loss_curves(rows)), Path(path)))
     text, answer = manifest["settings"]["edits"][0]
     count = len(manifest["settings"]["edits"])
     parts = [

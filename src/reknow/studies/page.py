@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, summarise, when
-from reknow.files.atomic import write_aside, write_text
+from reknow.files.atomic import atomic_write, write_text
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
 from reknow.texts.writing import pieces
@@ -61,7 +61,7 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
     if len(gains) > 1:
         parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{markdown(gains)}")
     parts += [NOTE, "![Portability and locality](study.png)"]
-    write_aside(folder / "study.png", lambda aside: save_png(trade_off(sets), Path(aside)))
+    atomic_write(folder / "study.png", lambda path: save_png(trade_off(sets), Path(path)))
     return write_text(folder / "study.md", "\n\n".join(parts) + "\n")
 
 

@@ -31,7 +31,7 @@ from reknow.datasets.known import Fact
 from reknow.errors import InputError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.model.exact import exact
-from reknow.model.exclusive import door
+from reknow.model.exclusive import typed_exclusively
 from reknow.model.generation import decoded
 from reknow.model.parts import embedding
 from reknow.model.tokens import Row, Text
@@ -158,7 +158,7 @@ class StoredTrace(Strict):
         return Trace(**{**self.model_dump(exclude={"restored"}), **lists})
 
 
-@door
+@typed_exclusively
 def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
     """Standard deviation, over all dimensions, of the embeddings of all subjects' tokens as the prompts have them."""
     if not facts:
@@ -169,7 +169,7 @@ def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
     return float(embedded.float().std())
 
 
-@door
+@typed_exclusively
 def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tracing | None = None) -> Trace:
     """The trace of one prompt, towards whatever the model answers; patches stay as they are.
 
@@ -201,7 +201,7 @@ def trace_facts(
         yield trace_prompt(lm, fact.prompt, fact.subject, spread, settings)
 
 
-@door
+@typed_exclusively
 def known_facts(lm: LM, facts: Sequence[Fact]) -> list[Fact]:
     """The facts that the model answers right: greedy decoding gives the answer's tokens."""
     if not facts:
