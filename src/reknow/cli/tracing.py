@@ -163,8 +163,8 @@ def _read(path: Path, header: dict, force: bool) -> list[Trace]:
 
     def refusal(number: int, error: Exception) -> InputError:
         return InputError(
-            f"expected one trace per line in {path}; line {number}: {explain(error)}: delete that line, and the trace "
-            "is made again"
+            f"expected one trace per line in {path}; line {number}: {explain(error)}: delete that line, and the "
+            "trace is made again"
         )
 
     traces: list[Trace] = []

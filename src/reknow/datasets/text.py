@@ -146,9 +146,8 @@ def _field(record, where: str) -> str:
 
 def _hub_source(address: str) -> TextSource:
     try:
-        import huggingface_hub as hub
-
         import datasets  # type: ignore[import-not-found]
+        import huggingface_hub as hub
     except ImportError as error:
         raise MissingExtra(error.name or "datasets", "hub", "streaming a data set from the hub") from None
     name, configuration, split, *_ = [*address.removeprefix("hub:").split(":"), "", ""]

@@ -230,8 +230,8 @@ class Loop:
             optimizer = self._moments(_part(sealed.tensors, "optimizer"))
         except (OSError, FormatError) as error:
             raise InputError(
-                f"expected a checkpoint of this training at {path}; it is none ({explain(error)}): delete it to start "
-                "anew"
+                f"expected a checkpoint of this training at {path}; it is none ({explain(error)}): delete it to "
+                "start anew"
             ) from error
         self.learner.module.load_state_dict(_part(sealed.tensors, "module"))
         self.best = {n: t.to(self.lm.device) for n, t in _part(sealed.tensors, "best").items()}
