@@ -6,7 +6,8 @@ A class is imported when it is asked for: who edits with one method waits for no
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from contextlib import suppress
+from dataclasses import asdict, fields
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
@@ -100,3 +101,13 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
         return kind(**{**row.settings, **settings})
     except TypeError as error:
         raise InputError(f"expected valid settings for {name}; got {settings}: {error}") from error
+
+
+def as_now(saved: Any) -> Any:
+    """What a manifest says, with the settings of methods in it (`name` and fields) as this version writes them."""
+    if not isinstance(saved, Mapping):
+        return saved
+    if isinstance(name := saved.get("name"), str) and name in METHODS:
+        with suppress(InputError):
+            return {"name": name, **asdict(make(name, {key: saved[key] for key in saved if key != "name"}))}
+    return {key: as_now(value) for key, value in saved.items()}

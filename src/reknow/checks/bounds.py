@@ -64,14 +64,18 @@ Units = Annotated[Literal["relative", "absolute"], Formerly("absolute", {True: "
 """Of learning rates, bounds and radii: relative to what the model's own numbers are, or plain, as in the papers."""
 
 
+def former_names(owner: type) -> dict[str, tuple[str, Formerly]]:
+    """Former name → the field that it is now, and what is known of it."""
+    known = get_type_hints(owner, include_extras=True)
+    return {mark.name: (name, mark) for name, hint in known.items() for mark in _marks(hint)}
+
+
 def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings under the names that their fields have now; warns where one is given under a former name.
 
     Settings that the class has no more, its `removed`, are left out.
     """
-    known = get_type_hints(owner, include_extras=True)
-    former = {mark.name: (name, mark) for name, hint in known.items() for mark in _marks(hint)}
-    removed = getattr(owner, "removed", ())
+    former, removed = former_names(owner), getattr(owner, "removed", ())
     found = {name: value for name, value in settings.items() if name not in former and name not in removed}
     for old in [name for name in settings if name in former]:
         name, mark = former[old]

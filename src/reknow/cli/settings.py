@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any
 
-from reknow.checks.bounds import fitted, hints
+from reknow.checks.bounds import current_names, fitted, former_names, hints
 from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
 from reknow.methods import METHODS
@@ -29,7 +29,7 @@ def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = N
     if name not in METHODS:
         raise did_you_mean("method", name, METHODS)
     entry = METHODS[name]
-    known = hints(entry.method)
+    known, former = hints(entry.method), former_names(entry.method)
     if layer is not None:
         field = "layers" if "layers" in known else "layer"
         if any(pair.partition("=")[0] == field for pair in pairs):
@@ -39,9 +39,14 @@ def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = N
     for key, equals, text in (pair.partition("=") for pair in pairs):
         if not equals:
             raise InputError(f"expected --set FIELD=VALUE; got {key!r}: see `reknow methods {name}`")
-        if key not in known:
+        if key in former:
+            field, mark = former[key]
+            value = read_value(key, text, bool if mark.values else known[field] | None)
+            values |= current_names(entry.method, {key: value})
+        elif key in known:
+            values[key] = read_value(key, text, known[key])
+        else:
             raise did_you_mean(f"setting of {name}", key, known)
-        values[key] = read_value(key, text, known[key])
     return entry.method(**values)
 
 

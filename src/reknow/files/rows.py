@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from reknow.edits import Case, as_json
 from reknow.errors import InputError
 from reknow.files.atomic import append_line, write_text
 from reknow.files.schema import FormatError, Object, Strict, explain, parse_json, read_json
+from reknow.registry import as_now
 
 BEFORE_FILE, ROWS_FILE, MANIFEST_FILE = "before.jsonl", "cases.jsonl", "manifest.json"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
@@ -123,8 +124,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def open_manifest(folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+def open_manifest(
+    folder: Path,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+    former: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> dict[str, Any]:
     """The manifest of a run folder: written where there is none, otherwise compared with the settings wanted now.
+
+    Args:
+        former: the settings that an earlier version wrote, in the form of this one.
 
     Raises:
         InputError: the folder belongs to a run with other settings, or its manifest is broken.
@@ -135,7 +144,7 @@ def open_manifest(folder: Path, settings: Mapping[str, Any], about: Mapping[str,
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_json(path, {**about, "started": started, "machine": machine(), "settings": settings})
     manifest = read_manifest(folder)
-    before, now = _flat(manifest["settings"]), _flat(settings)
+    before, now = _flat(json.loads(json.dumps(as_now(former(manifest["settings"])), default=str))), _flat(settings)
     changes = [
         f"{name} is {now.get(name)!r} and was {before.get(name)!r}"
         for name in sorted(before | now)

@@ -105,7 +105,7 @@ class MALMENNetwork(nn.Module):
             }
         )
         self.step = nn.Parameter(torch.full((len(self.names),), method.step_size))  # α
-        self.regularization = nn.Parameter(torch.zeros(len(self.names)))  # λ
+        self.stiffness = nn.Parameter(torch.zeros(len(self.names)))  # log λ, under its name in editor files
 
     def observe(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Takes the factors k (n, in) and g (n, out) of each matrix into the statistics."""
@@ -133,7 +133,7 @@ class MALMENNetwork(nn.Module):
     def solved(self, name: str, k: Tensor) -> Tensor:
         """K (KᵀK + e^λ I)⁻¹, by which Vᵀ becomes ΔW; float64 inside. (n, in)"""
         k64 = exact(k)
-        ridge = exact(self.regularization[self.names.index(name)]).exp()
+        ridge = exact(self.stiffness[self.names.index(name)]).exp()
         if len(k) <= k.shape[1]:  # the same by the smaller of the two systems
             gram = _ridged(k64 @ k64.T, ridge)
             return torch.linalg.solve(gram, k64).to(k)
@@ -177,10 +177,10 @@ def surrogate(network: MALMENNetwork, factors: dict[str, tuple[Tensor, Tensor]],
         k, gradient = factors[name][0], deltas[name].grad
         assert gradient is not None
         total = total + ((network.solved(name, k) @ gradient.T) * wishes[name]).sum()
-        k64, ridge = exact(k), exact(network.regularization[i].detach()).exp()
+        k64, ridge = exact(k), exact(network.stiffness[i].detach()).exp()
         gram = _ridged(k64.T @ k64, ridge)
         m = torch.linalg.solve(gram, exact(gradient).T).T  # (out, in)
-        total = total - (ridge * (m * exact(deltas[name].detach())).sum()).float() * network.regularization[i]
+        total = total - (ridge * (m * exact(deltas[name].detach())).sum()).float() * network.stiffness[i]
     return total
 
 

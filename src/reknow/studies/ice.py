@@ -52,10 +52,10 @@ def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path,
         "model": lm.fingerprint.digest,
         "edits": [[edit.text, edit.target_new] for edit in edits],
         "methods": {label: {"name": method.name, **asdict(method)} for label, method in methods.items()},
-        "losses": asdict(ICE(stop_loss=0.0)),
+        "losses": {"name": "ice", **asdict(ICE(stop_loss=0.0))},
     }
     with write_lock(out):
-        open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")})
+        open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}, _former)
         rows = Rows(out / ROWS_FILE, KEY)
         total = len(edits) * (len(TARGETS) * len(TEMPERATURES) + 1 + len(methods))
         with progress_bar(progress, "edits", total, len(rows)) as (advance, _):
@@ -63,6 +63,11 @@ def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path,
                 rows.add(row)
                 advance()
     return rows
+
+
+def _former(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as written when those of the losses had no name."""
+    return {**settings, "losses": {"name": "ice", **settings["losses"]}}
 
 
 def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> Iterator[dict]:
