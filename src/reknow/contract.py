@@ -76,6 +76,14 @@ class Method(ABC):
         """Whether of edits with the same text up to the subject's end only one can be made in a patch."""
         return self.needs_subject
 
+    def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
+        """Those of the edits from which it has learned to edit `lm`: their scores would mean nothing.
+
+        Raises:
+            InputError: it has not learned to edit this model.
+        """
+        return []
+
     def own_layers(self, lm: LM) -> list[int] | None:
         """The layers that it changes where it chooses by itself; None: it does as its fields say, or `suggest_layer`.
 

@@ -217,12 +217,12 @@ def test_a_broken_checkpoint_is_refused(whole, tmp_path):
 
 
 def test_split_and_order():
-    learning, held = split([*cases(), *cases(3)], QUICK)
-    assert len(held) == 6 and len(learning) == 18
-    assert not set(case_keys(held).tolist()) & set(case_keys(learning).tolist())
-    draw = shuffled(learning, QUICK)
+    train, validation = split([*cases(), *cases(3)], QUICK)
+    assert len(validation) == 6 and len(train) == 18
+    assert not set(case_keys(validation).tolist()) & set(case_keys(train).tolist())
+    draw = shuffled(train, QUICK)
     once = [case.edit.id for number in range(6) for case in draw(number)]
-    assert sorted(once) == sorted(case.edit.id for case in learning), "a pass has every case once"
+    assert sorted(once) == sorted(case.edit.id for case in train), "a pass has every case once"
     assert once != [case.edit.id for number in range(6, 12) for case in draw(number)]
     assert [case.edit.id for case in draw(3)] == once[9:12]
     with pytest.raises(InputError, match="at least 9 different cases"):
@@ -263,7 +263,7 @@ def test_ke_reads_embeddings_that_are_narrower_than_states(edit):
 def test_an_editor_is_a_file(whole, tmp_path):
     editor = Editor.load(Path(whole.editor).parent)
     path = editor.halved().save(tmp_path / "small.safetensors")
-    small = open_editor(replace(whole, editor=str(path)), make_lm())
+    small = open_editor("mend", str(path), make_lm())
     assert path.stat().st_size < Path(whole.editor).stat().st_size
     for name, tensor in small.tensors.items():
         torch.testing.assert_close(tensor, editor.tensors[name], rtol=1e-3, atol=1e-3)

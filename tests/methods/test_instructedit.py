@@ -22,7 +22,7 @@ from reknow.learning.editors import Editor
 from reknow.learning.examples import lessons
 from reknow.learning.gradient_network import new_network, transformed
 from reknow.learning.gradients import flat_factors
-from reknow.learning.training import Training, in_turn
+from reknow.learning.training import Training, interleave
 from reknow.model.tokens import Text
 from reknow.studies.domains import domain_cases, domain_study
 from reknow.studies.gradients import gradient_study
@@ -85,7 +85,7 @@ def test_unit_gradients_make_every_token_count_alike():
 def test_tasks_take_turns_however_many_cases_they_have():
     many = [Case(Edit(f"a {i}", target_new="x", task="A")) for i in range(50)]
     few = [Case(Edit(f"b {i}", target_new="x", task="B")) for i in range(3)]
-    draw = in_turn([many, few], Training(batch_size=5))
+    draw = interleave([many, few], Training(batch_size=5))
     drawn = [case.edit for number in range(6) for case in draw(number)]
     assert Counter(edit.task for edit in drawn) == {"A": 15, "B": 15}
     assert len({edit.text for edit in drawn if edit.task == "A"}) == 15

@@ -170,17 +170,13 @@ def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[s
 
 def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
     """A study's methods but for those that learn to edit and have no editor for this model; says which."""
-    from reknow.learning.editors import open_editor
-    from reknow.learning.learned import Learned
-
     ready = dict(chosen)
     for label, method in chosen.items():
-        if isinstance(method, Learned):
-            try:
-                open_editor(method, lm)
-            except InputError as error:
-                del ready[label]
-                say(f"left out: {error}")
+        try:
+            method.seen(lm, [])
+        except InputError as error:
+            del ready[label]
+            say(f"left out: {error}")
     return ready
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +26,6 @@ from reknow.files.rows import (
     cases_digest,
     open_manifest,
 )
-from reknow.learning.editors import refuse_seen
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import unreadable
@@ -175,7 +174,7 @@ class _Run:
 
     def all(self, methods: Mapping[str, Any], progress: bool) -> None:
         for method in methods.values():
-            refuse_seen(method, self.lm, list(self.cases.values()))
+            _refuse_seen(method, self.lm, self.cases.values())
         stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
         readings = stages * len(methods) + len(set(self.plan.in_context) & set(methods))
         steps = len(self.cases) * (1 + bool(self.plan.in_context) + len(self.plan.seeds) * readings)
@@ -339,6 +338,16 @@ def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Any], plan: P
 
 def _about(lm: LM) -> dict:
     return {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
+
+
+def _refuse_seen(method: Method, lm: LM, cases: Collection[Case]) -> None:
+    """Raises InputError where the method was trained on one of the cases, whose scores would mean nothing."""
+    seen = method.seen(lm, [edit for case in cases for edit in case.edits])
+    if seen:
+        raise InputError(
+            f"expected cases on which the editor of {method.name} was not trained; it was on {len(seen)} of "
+            f"{len(cases)}, such as {seen[0].id or seen[0].text!r}: evaluate on others, or train on others"
+        )
 
 
 def _blocks(names: list[str], size: int = BLOCK) -> list[list[str]]:

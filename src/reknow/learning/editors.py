@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -24,8 +24,6 @@ from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
 
 if TYPE_CHECKING:
-    from reknow.contract import Method
-    from reknow.learning.learned import Learned
     from reknow.lm import LM
 
 FORMAT = 1
@@ -115,25 +113,28 @@ class Editor:
         return replace(self, tensors=small)
 
 
-def open_editor(method: Learned, lm: LM) -> Editor:
-    """The trained editor of a method, on the model's device, in float32: from its file, or the bundled one.
+def open_editor(method: str, path: str | None, lm: LM) -> Editor:
+    """The trained editor of the method of this name, on the model's device, in float32.
+
+    Args:
+        path: its file or folder; None: the one that is bundled for the model.
 
     Raises:
         InputError: none is given and none is bundled for this model; or it is of another method or model.
     """
-    if method.editor is None:
+    if path is None:
         editor, where = _bundled(method, lm), "the bundled editor"
     else:
-        editor, where = Editor.load(method.editor), str(method.editor)
-    if editor.method != method.name:
+        editor, where = Editor.load(path), path
+    if editor.method != method:
         raise InputError(
-            f"expected an editor for {method.name}; {where} is one for {editor.method}: give another, or use "
+            f"expected an editor for {method}; {where} is one for {editor.method}: give another, or use "
             f"{editor.method}"
         )
     if problem := editor.base.difference(lm.fingerprint):
         raise InputError(
             f"expected an editor that was trained for {lm.name}; {where} belongs to a model with {problem}: "
-            f"train one with `reknow train {method.name} --model {lm.name}`"
+            f"train one with `reknow train {method} --model {lm.name}`"
         )
     tensors = {
         n: t.to(lm.device, torch.float32 if t.is_floating_point() else None) for n, t in editor.tensors.items()
@@ -141,39 +142,39 @@ def open_editor(method: Learned, lm: LM) -> Editor:
     return replace(editor, tensors=tensors)
 
 
-def _bundled(method: Learned, lm: LM) -> Editor:
+def _bundled(method: str, lm: LM) -> Editor:
     """The editor of this method for this very model that comes with the library."""
     folder = files("reknow") / "assets" / "editors"
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     for name in names:
-        if name.startswith(f"{method.name}-") and name.endswith(".safetensors"):
+        if name.startswith(f"{method}-") and name.endswith(".safetensors"):
             with as_file(folder / name) as path:
                 editor = Editor.load(path)
             if editor.base.difference(lm.fingerprint) is None:
                 return editor
     raise InputError(
-        f"{method.name} learns to edit and needs an editor trained for {lm.name}; none is given and none is bundled: "
-        f"train one with `reknow train {method.name} --model {lm.name} --data … --out FOLDER` and set editor=FOLDER"
+        f"{method} learns to edit and needs an editor trained for {lm.name}; none is given and none is bundled: "
+        f"train one with `reknow train {method} --model {lm.name} --data … --out FOLDER` and set editor=FOLDER"
     )
 
 
-AnyLearned = TypeVar("AnyLearned", bound="Learned")
+Settings = TypeVar("Settings")
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def trained_settings(kind: type[AnyLearned], editor: Editor) -> AnyLearned:
-    """The method with the settings that its editor was trained with.
+def trained_settings(method: type[Settings], editor: Editor) -> Settings:
+    """A method of this class with the settings that its editor was trained with.
 
     Raises:
         InputError: they are none of this method.
     """
-    own = {field.name for field in fields(kind)}
+    own = {field.name for field in fields(method)}
     try:
-        settings = current_names(kind, editor.settings)
-        check_fields(kind, settings, "settings")
+        settings = current_names(method, editor.settings)
+        check_fields(method, settings, "settings")
         if odd := settings.keys() - own:
             raise FormatError(f"settings.{min(odd)}: {editor.method} has no such field")
-        return kind(**{name: _tuples(value) for name, value in settings.items()})
+        return method(**{name: _tuples(value) for name, value in settings.items()})
     except (FormatError, InputError) as error:
         raise InputError(
             f"expected an editor with settings of {editor.method}; got others ({error}): train another with "
@@ -213,23 +214,9 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
 
 def case_keys(cases: Iterable[Case]) -> Tensor:
     """What identifies the facts that are asked, whatever file they come from. (cases,) int64"""
-    return torch.tensor([_key(case.edit) for case in cases], dtype=torch.int64)
+    return torch.tensor([edit_key(case.edit) for case in cases], dtype=torch.int64)
 
 
-def _key(edit: Edit) -> int:
+def edit_key(edit: Edit) -> int:
+    """What identifies the fact that is asked, in 64 bits."""
     return int.from_bytes(hashlib.sha256(edit.text.strip().encode()).digest()[:8], "big", signed=True)
-
-
-def refuse_seen(method: Method, lm: LM, cases: Sequence[Case]) -> None:
-    """Raises InputError where a method's editor was trained on one of the cases, whose scores would mean nothing."""
-    from reknow.learning.learned import Learned
-
-    if not isinstance(method, Learned):
-        return
-    seen = set(open_editor(method, lm).seen.tolist())
-    known = [edit for case in cases for edit in case.edits if _key(edit) in seen]
-    if known:
-        raise InputError(
-            f"expected cases on which the editor of {method.name} was not trained; it was on {len(known)} of "
-            f"{len(cases)}, such as {known[0].id or known[0].text!r}: evaluate on others, or train on others"
-        )

@@ -42,9 +42,7 @@ def bare(cases: Sequence[Case]) -> list[Case]:
     return [replace(case, edit=replace(case.edit, instruction=None)) for case in cases]
 
 
-def lessons(
-    batch: Sequence[Case], chance: random.Random, *, together: int = 1, locality_facts: int = 1
-) -> list[Lesson]:
+def lessons(batch: Sequence[Case], rng: random.Random, *, together: int = 1, locality_facts: int = 1) -> list[Lesson]:
     """A lesson of each case. One rewording and `locality_facts` are drawn; the fact of a case that is edited in
     another group of `together` cases must stay too.
 
@@ -65,8 +63,8 @@ def lessons(
         own = Text.asked(edit, edit.instructed(edit.text))
         inside = [own]
         if rewordings:
-            inside.append(chance.choice(rewordings))
-        outside = chance.sample(others, min(len(others), locality_facts))
+            inside.append(rng.choice(rewordings))
+        outside = rng.sample(others, min(len(others), locality_facts))
         j = (i + together) % len(batch)
         beside = batch[j].edit
         if i // together != j // together and beside.text != edit.text:

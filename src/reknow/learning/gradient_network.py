@@ -144,19 +144,19 @@ class TransformLearner:
             ]
         )
 
-    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
-        outcome = self._trial(batch, chance, learn=True)
+    def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        outcome = self._trial(batch, rng, learn=True)
         return self.settings.edit_weight * outcome.edit + outcome.stay, outcome.shown()
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        found = averaged(lambda part, chance: self._trial(part, chance).shown(), cases, self.batch_size)
+        found = averaged(lambda part, rng: self._trial(part, rng).shown(), cases, self.batch_size)
         return found | {"loss": self.settings.edit_weight * found["L_edit"] + found["L_loc"]}
 
-    def _trial(self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False) -> Outcome:
+    def _trial(self, batch: Sequence[Case], rng: random.Random, *, learn: bool = False) -> Outcome:
         """Each group of cases is edited by itself, all groups in one batch, and examined."""
         together = self.settings.edits_per_example
-        found = self.settings.lessons(self.prepare(batch, chance), chance, together=together)
+        found = self.settings.lessons(self.prepare(batch, rng), rng, together=together)
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
         flat = {name: one.flat() for name, one in factors.items()}

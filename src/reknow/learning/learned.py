@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import logging
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
+import torch
 from typing_extensions import Self
 
+import reknow
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import Name
 from reknow.contract import Method
-from reknow.edits import Case
-from reknow.learning.training import Draw, Learner, Training, readable, shuffled, split, train
+from reknow.edits import Case, Edit
+from reknow.errors import EditFailed
+from reknow.files.locks import write_lock
+from reknow.files.rows import cases_digest, open_manifest
+from reknow.learning.editors import EDITOR_FILE, Editor, case_keys, edit_key, open_editor
+from reknow.learning.loop import CHECKPOINT_FILE, Loop
+from reknow.learning.training import Draw, Learner, Training, shuffled, split
 from reknow.lm import LM
+from reknow.model.readable import unreadable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,22 +38,26 @@ class Learned(Method):
     editor: Name | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
 
-    @property
-    @abstractmethod
-    def training(self) -> Training:
-        """How this method is trained where nothing else is asked for."""
+    training: ClassVar[Training]
+    """How this method is trained where nothing else is asked for."""
 
     def for_model(self, lm: LM) -> Self:
         """The settings with which an editor for this model is trained and which it keeps."""
         return replace(self, editor=None)
 
     @abstractmethod
-    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
-        """What is trained, of settings that `for_model` gave; `held` are the cases to validate on."""
+    def learner(
+        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
+    ) -> Learner:
+        """What is trained, of settings that `for_model` gave."""
 
-    def draw(self, learning: Sequence[Case], training: Training) -> Draw:
+    def draw(self, train_cases: Sequence[Case], training: Training) -> Draw:
         """Which cases make which micro-batch."""
-        return shuffled(learning, training)
+        return shuffled(train_cases, training)
+
+    def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
+        keys = set(open_editor(self.name, self.editor, lm).seen.tolist())
+        return [edit for edit in edits if edit_key(edit) in keys]
 
     @typed
     def fit(
@@ -54,18 +72,64 @@ class Learned(Method):
         """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
 
         Called again on the same folder with the same arguments it goes on where it was. The cases' probes are
-        training material here: rewordings that must follow, other facts that must stay. So they must be other cases
+        training material here: paraphrases that must follow, other facts that must stay. So they must be other cases
         than those of an evaluation, which refuses cases that the editor has seen. The base model is what is
         learned for, without the patches that are applied. Cases that it cannot read are left out, logged.
 
+        The folder has `editor.safetensors` (the best editor, when the training has ended), `checkpoint.safetensors`
+        (until then), `log.jsonl` (the losses) and `manifest.json` (what was asked for).
+
         Raises:
-            InputError: too few cases, or a folder that was started with other arguments.
-            EditFailed: the losses are no numbers.
+            InputError: too few cases, a folder that was started with other arguments or where another process
+                trains, or micro-batches that the processes cannot share.
+            EditFailed: a loss that is no number; the last checkpoint is as it was.
         """
         training = training or self.training
-        learning, held = split(readable(lm, cases), training)
+        train_cases, validation_cases = split(_readable(lm, cases), training)
         method = self.for_model(lm)
         with lm.unpatched():
-            learner = method.learner(lm, learning, held, training)
-        path = train(method, lm, learner, learning, held, out, training, method.draw(learning, training), progress)
-        return replace(self, editor=path)
+            learner = method.learner(lm, train_cases, validation_cases, training)
+        draw = method.draw(train_cases, training)
+        loop = Loop(lm, learner, draw, validation_cases, Path(out), training)
+        with write_lock(loop.folder) if loop.main else nullcontext():
+            _run(method, loop, [*train_cases, *validation_cases], progress)
+        return replace(self, editor=str(loop.folder / EDITOR_FILE))
+
+
+def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> None:
+    """Trains and writes the editor, unless the folder has it already."""
+    lm, path = loop.lm, loop.folder / EDITOR_FILE
+    if loop.main:
+        asked = {
+            "reknow": reknow.__version__,
+            "model": lm.fingerprint.digest,
+            "method": {"name": method.name, **asdict(method)},
+            "training": {**asdict(loop.training), "tensorboard": None},
+            "cases": len(cases),
+            "cases_digest": cases_digest(cases),
+        }
+        open_manifest(loop.folder, asked, {"model": lm.name})
+    loop.accelerator.wait_for_everyone()
+    if path.exists():
+        return
+    with lm.unpatched(), torch.enable_grad():
+        notes = loop.all(progress)
+    if not loop.best:
+        raise EditFailed("expected a validation loss that is a number; got none: lower the learning rate")
+    if loop.main:
+        settings = json.loads(json.dumps(asdict(method) | {"editor": None}))
+        Editor(method.name, settings, loop.best, lm.fingerprint, case_keys(cases), notes).save(path)
+        (loop.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+    loop.accelerator.wait_for_everyone()
+
+
+def _readable(lm: LM, cases: Sequence[Case]) -> list[Case]:
+    """The cases without those that are too long for the model, which are logged: one would end a training midway."""
+    reasons = unreadable(lm, cases)
+    found = [(case.edit, reason) for case, reason in zip(cases, reasons, strict=True) if reason is not None]
+    if found:
+        edit, reason = found[0]
+        logger.warning(
+            "%d of %d cases left out; the first: %s, %s", len(found), len(cases), edit.id or edit.text, reason
+        )
+    return [case for case, reason in zip(cases, reasons, strict=True) if reason is None]

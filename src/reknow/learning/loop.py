@@ -30,10 +30,10 @@ from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.files.rows import Rows
 from reknow.files.schema import Count, FormatError, Strict, explain, parse_json
 from reknow.files.tensors import HEADER, check_finite, read_tensors, write_tensors
+from reknow.learning.training import Draw, Learner, Training
 from reknow.progress import progress_bar
 
 if TYPE_CHECKING:
-    from reknow.learning.training import Draw, Learner, Training
     from reknow.lm import LM
 
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
@@ -42,11 +42,11 @@ CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
 @contextmanager
 def seeded(*parts: object, device: torch.device | str = "cpu"):
     """While open, torch's random state depends on the parts alone; gives Python's for the same parts."""
-    chance = random.Random("/".join(map(str, parts)))
+    rng = random.Random("/".join(map(str, parts)))
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(chance.getrandbits(63))
-        yield chance
+        torch.manual_seed(rng.getrandbits(63))
+        yield rng
 
 
 @dataclass
@@ -76,7 +76,15 @@ class _Header(Strict):
 class Loop:
     """One training: the loop and what it keeps."""
 
-    def __init__(self, lm: LM, learner: Learner, draw: Draw, held: Sequence[Case], folder: Path, training: Training):
+    def __init__(
+        self,
+        lm: LM,
+        learner: Learner,
+        draw: Draw,
+        validation_cases: Sequence[Case],
+        folder: Path,
+        training: Training,
+    ):
         if training.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise MissingExtra("tensorboard", "train", "logging for TensorBoard")
         if training.precision == "fp16" and lm.device.type == "cpu":
@@ -95,7 +103,7 @@ class Loop:
                 f"expected micro_batches that {self.processes} processes can share; got {training.micro_batches}: "
                 f"set micro_batches to a multiple of {self.processes}"
             )
-        self.lm, self.learner, self.draw, self.held = lm, learner, draw, held
+        self.lm, self.learner, self.draw, self.validation_cases = lm, learner, draw, validation_cases
         self.folder, self.training, self.state = folder, training, State()
         self.parameters = [p for p in learner.module.parameters() if p.requires_grad]
         self.optimizer = self.accelerator.prepare_optimizer(learner.optimizer(), device_placement=False)
@@ -142,8 +150,8 @@ class Loop:
         share = range(self.accelerator.process_index, training.micro_batches, self.processes)
         for micro in share:
             number = state.step * training.micro_batches + micro
-            with seeded(training.seed, "batch", number, device=self.lm.device) as chance, self.accelerator.autocast():
-                loss, shown = self.learner.loss(self.draw(number), chance)
+            with seeded(training.seed, "batch", number, device=self.lm.device) as rng, self.accelerator.autocast():
+                loss, shown = self.learner.loss(self.draw(number), rng)
             if not math.isfinite(loss.item()):
                 raise EditFailed(
                     f"expected losses that are numbers; got {loss.item()} at step {state.step}: lower the learning "
@@ -175,12 +183,12 @@ class Loop:
                 buffer.copy_(broadcast(buffer))
 
     def _validate(self) -> None:
-        """Reads the cases set aside, keeps the module if it is the best so far, and writes a row of the log."""
+        """Reads the validation cases, keeps the module if it is the best so far, and writes a row of the log."""
         state = self.state
         found = [{}]
-        if self.main and self.held:
+        if self.main and self.validation_cases:
             with seeded(self.training.seed, "validation", device=self.lm.device), self.accelerator.autocast():
-                found = [self.learner.validate(self.held)]
+                found = [self.learner.validate(self.validation_cases)]
         if self.processes > 1:
             broadcast_object_list(found)
         self._share_buffers()

@@ -47,9 +47,9 @@ class MatrixEditor(Learned):
         trained, tensors = self.trained(lm)
         return tokens * len(trained.layers or ()) * sum(t.numel() for t in tensors.values())
 
-    def lessons(self, batch: Sequence[Case], chance: random.Random, *, together: int = 1) -> list[Lesson]:
+    def lessons(self, batch: Sequence[Case], rng: random.Random, *, together: int = 1) -> list[Lesson]:
         """What is to be learned from the cases."""
-        return lessons(batch, chance, together=together, locality_facts=self.locality_facts)
+        return lessons(batch, rng, together=together, locality_facts=self.locality_facts)
 
     def exam(self, lm: LM, found: Sequence[Lesson]) -> Exam:
         """Their texts, of settings that `for_model` gave."""
@@ -66,7 +66,7 @@ class MatrixEditor(Learned):
         Raises:
             InputError: as in `open_editor`.
         """
-        editor = open_editor(self, lm)
+        editor = open_editor(self.name, self.editor, lm)
         trained = trained_settings(type(self), editor)
         if trained.layers is None:
             raise InputError(

@@ -1,35 +1,20 @@
-"""How a method that learns to edit is trained: what it is given, what it gives, what comes out."""
+"""How a method that learns to edit is trained: its settings, what it gives to the loop, the order of the cases."""
 
 from __future__ import annotations
 
-import json
-import logging
 import random
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-import reknow
 from reknow.checks.bounds import Natural, Number, Rate, Seed, check
 from reknow.edits import Case
-from reknow.errors import EditFailed, InputError
-from reknow.files.locks import write_lock
-from reknow.files.rows import cases_digest, open_manifest
-from reknow.learning.editors import EDITOR_FILE, Editor, case_keys
-from reknow.learning.loop import CHECKPOINT_FILE, Loop
-from reknow.model.readable import unreadable
-
-if TYPE_CHECKING:
-    from reknow.learning.learned import Learned
-    from reknow.lm import LM
-
-logger = logging.getLogger(__name__)
+from reknow.errors import InputError
+from reknow.learning.editors import case_keys
 
 
 @dataclass(frozen=True)
@@ -79,10 +64,10 @@ class Learner(Protocol):
         """The optimizer of the module's parameters, with the paper's learning rates."""
         ...
 
-    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         """The scalar whose gradient is followed, and the paper's losses by name, to show.
 
-        All choices come from `chance`; torch's own random state may be used too, it is seeded for the call.
+        All choices come from `rng`; torch's own random state may be used too, it is seeded for the call.
         """
         ...
 
@@ -95,33 +80,21 @@ Draw = Callable[[int], Sequence[Case]]
 """The micro-batch of this number: always the same for the same number."""
 
 
-def readable(lm: LM, cases: Sequence[Case]) -> list[Case]:
-    """The cases without those that are too long for the model, which are logged: one would end a training midway."""
-    reasons = unreadable(lm, cases)
-    found = [(case.edit, reason) for case, reason in zip(cases, reasons, strict=True) if reason is not None]
-    if found:
-        edit, reason = found[0]
-        logger.warning(
-            "%d of %d cases left out; the first: %s, %s", len(found), len(cases), edit.id or edit.text, reason
-        )
-    return [case for case, reason in zip(cases, reasons, strict=True) if reason is None]
-
-
 def split(cases: Sequence[Case], training: Training) -> tuple[list[Case], list[Case]]:
-    """(cases to learn from, cases set aside for validation); facts that are asked twice are kept once.
+    """(train cases, validation cases); facts that are asked twice are kept once.
 
     Raises:
-        InputError: fewer cases to learn from than one batch takes.
+        InputError: fewer train cases than one batch takes.
     """
     unique = list({key: case for key, case in zip(case_keys(cases).tolist(), cases, strict=True)}.values())
     random.Random(f"{training.seed}/split").shuffle(unique)
-    held, learning = unique[: training.validation], unique[training.validation :]
-    if len(learning) < training.batch_size:
+    validation_cases, train_cases = unique[: training.validation], unique[training.validation :]
+    if len(train_cases) < training.batch_size:
         raise InputError(
             f"expected at least {training.batch_size + training.validation} different cases, a batch and those for "
             f"validation; got {len(unique)}: give more data, or lower batch_size or validation"
         )
-    return learning, held
+    return train_cases, validation_cases
 
 
 def shuffled(cases: Sequence[Case], training: Training) -> Draw:
@@ -139,69 +112,12 @@ def shuffled(cases: Sequence[Case], training: Training) -> Draw:
     return draw
 
 
-def in_turn(groups: Sequence[Sequence[Case]], training: Training) -> Draw:
+def interleave(groups: Sequence[Sequence[Case]], training: Training) -> Draw:
     """Micro-batches to which the groups contribute one case after the other, however many each has."""
     draws = [shuffled(group, replace(training, batch_size=1)) for group in groups]
 
     def draw(number: int) -> list[Case]:
-        places = range(number * training.batch_size, (number + 1) * training.batch_size)
-        return [case for at in places for case in draws[at % len(draws)](at // len(draws))]
+        numbers = range(number * training.batch_size, (number + 1) * training.batch_size)
+        return [case for i in numbers for case in draws[i % len(draws)](i // len(draws))]
 
     return draw
-
-
-def train(
-    method: Learned,
-    lm: LM,
-    learner: Learner,
-    learning: Sequence[Case],
-    held: Sequence[Case],
-    out: str | Path,
-    training: Training,
-    draw: Draw,
-    progress: bool = False,
-) -> str:
-    """Trains and writes the editor; the same call on the same folder goes on where a killed one was.
-
-    The folder has `editor.safetensors` (the best editor, when the training has ended), `checkpoint.safetensors`
-    (until then), `log.jsonl` (the losses) and `manifest.json` (what was asked for).
-
-    Args:
-        learning, held: cases to learn from and to validate on, from `split`.
-        draw: which cases make which micro-batch.
-
-    Returns:
-        The path of the editor.
-
-    Raises:
-        InputError: the folder was started with other arguments, another process trains there, or micro-batches that
-            the processes cannot share.
-        EditFailed: a loss that is no number; the last checkpoint is as it was.
-    """
-    folder = Path(out)
-    run = Loop(lm, learner, draw, held, folder, training)
-    path = folder / EDITOR_FILE
-    with write_lock(folder) if run.main else nullcontext():
-        if run.main:
-            settings = {
-                "reknow": reknow.__version__,
-                "model": lm.fingerprint.digest,
-                "method": {"name": method.name, **asdict(method)},  # type: ignore[call-overload]
-                "training": {**asdict(training), "tensorboard": None},
-                "cases": len(learning) + len(held),
-                "cases_digest": cases_digest([*learning, *held]),
-            }
-            open_manifest(folder, settings, {"model": lm.name})
-        run.accelerator.wait_for_everyone()
-        if not path.exists():
-            with lm.unpatched(), torch.enable_grad():
-                notes = run.all(progress)
-            if not run.best:
-                raise EditFailed("expected a validation loss that is a number; got none: lower the learning rate")
-            if run.main:
-                settings = json.loads(json.dumps(asdict(method) | {"editor": None}))  # type: ignore[call-overload]
-                seen = case_keys([*learning, *held])
-                Editor(method.name, settings, run.best, lm.fingerprint, seen, notes).save(path)
-                (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
-            run.accelerator.wait_for_everyone()
-    return str(path)

@@ -38,7 +38,7 @@ TRIES = 10
 
 
 class ScopeCases:
-    """Questions about each case's edit, drawn by chance.
+    """Questions about each case's edit, drawn by rng.
 
     Args:
         neighbors, skipped: hard negatives are the edits and locality probes of other cases nearest to an edit, so
@@ -67,35 +67,35 @@ class ScopeCases:
             self._alike[case.edit.prompt].append(i)
         self._near = self._neighbors(lm, neighbors, skipped)
 
-    def inside(self, i: int, chance: random.Random) -> str:
+    def inside(self, i: int, rng: random.Random) -> str:
         """A question that falls in the scope of edit i: its own prompt or another wording."""
         edit = self.cases[i].edit
         wordings = [edit.text, *self._rephrasings[i]]
         if edit.subject is not None:
-            borrowed = self._templates[chance.choice(self._alike[edit.prompt])]
+            borrowed = self._templates[rng.choice(self._alike[edit.prompt])]
             wordings += [edit.fill(template) for template in borrowed if template != edit.prompt]
-        return self._behind(chance.choice(wordings), chance)
+        return self._behind(rng.choice(wordings), rng)
 
-    def outside(self, i: int, chance: random.Random) -> list[str]:
+    def outside(self, i: int, rng: random.Random) -> list[str]:
         """Four questions that do not: two of its own, a near neighbour of other cases, the subject in another one."""
-        own = chance.sample(self._outside[i], min(2, len(self._outside[i])))
-        near = [chance.choice(self._near[i]) for _ in range(3 - len(own))]
-        crossed = self.crossed(i, chance) or chance.choice(self._near[i])
-        return [*own, *(self._behind(text, chance) for text in (*near, crossed))]
+        own = rng.sample(self._outside[i], min(2, len(self._outside[i])))
+        near = [rng.choice(self._near[i]) for _ in range(3 - len(own))]
+        crossed = self.crossed(i, rng) or rng.choice(self._near[i])
+        return [*own, *(self._behind(text, rng) for text in (*near, crossed))]
 
-    def _behind(self, question: str, chance: random.Random) -> str:
-        if chance.random() >= PREFIXED:
+    def _behind(self, question: str, rng: random.Random) -> str:
+        if rng.random() >= PREFIXED:
             return question
-        other = chance.randrange(len(self.cases))
-        return f"{chance.choice(self._outside[other] or [self.cases[other].edit.text])}. {question}"
+        other = rng.randrange(len(self.cases))
+        return f"{rng.choice(self._outside[other] or [self.cases[other].edit.text])}. {question}"
 
-    def crossed(self, i: int, chance: random.Random) -> str | None:
+    def crossed(self, i: int, rng: random.Random) -> str | None:
         """Another case's question about this one's subject; None where none was found."""
         edit = self.cases[i].edit
         for _ in range(TRIES):
-            other = chance.randrange(len(self.cases))
+            other = rng.randrange(len(self.cases))
             if edit.subject is not None and self._templates[other] and not self._related(i, other):
-                return edit.fill(chance.choice(self._templates[other]))
+                return edit.fill(rng.choice(self._templates[other]))
         return None
 
     def _related(self, i: int, other: int) -> bool:
@@ -142,26 +142,28 @@ def _words(edit: Edit) -> str:
 class ScopeLearner:
     """Draws questions, and trains classifier and counterfactual model on them, each with its own loss."""
 
-    def __init__(self, method: SERAC, module: Modules, lm: LM, learning: Sequence[Case], held: Sequence[Case]):
+    def __init__(
+        self, method: SERAC, module: Modules, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case]
+    ):
         self._method, self.module = method, module
         self._states = Remembered(module.states)
-        self._learning = ScopeCases(lm, learning)
-        self._held = ScopeCases(lm, held) if held else None
+        self._train = ScopeCases(lm, train_cases)
+        self._validation = ScopeCases(lm, validation_cases) if validation_cases else None
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.module.parameters(), lr=self._method.learning_rate)
 
-    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
-        asked = self._learning
+    def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        asked = self._train
         places = [asked.place[case.edit.text] for case in batch]
-        inside, outside, answer = self._read(asked, places, chance, self._method.max_questions)
+        inside, outside, answer = self._read(asked, places, rng, self._method.max_questions)
         scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
         return scope + answer, {"scope": scope.item(), "answer": answer.item()}
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        assert self._held is not None
-        inside, outside, answer = self._read(self._held, range(len(cases)), random.Random(0), len(cases))
+        assert self._validation is not None
+        inside, outside, answer = self._read(self._validation, range(len(cases)), random.Random(0), len(cases))
         limit = math.log(self._method.threshold)
         scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
         return {
@@ -172,12 +174,12 @@ class ScopeLearner:
         }
 
     def _read(
-        self, asked: ScopeCases, places: Sequence[int], chance: random.Random, answered: int
+        self, asked: ScopeCases, places: Sequence[int], rng: random.Random, answered: int
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
         edits = [asked.cases[i].edit for i in places]
         sets = max(DRAWS, SETS // len(asked.cases))
-        drawn = [random.Random(f"{i}/{chance.randrange(sets)}") for i in places]
+        drawn = [random.Random(f"{i}/{rng.randrange(sets)}") for i in places]
         inside = [asked.inside(i, one) for i, one in zip(places, drawn, strict=True)]
         outside = [text for i, one in zip(places, drawn, strict=True) for text in asked.outside(i, one)]
         count, hard = len(edits), len(outside) // len(edits)

@@ -24,7 +24,7 @@ from reknow.datasets.families import Family, family_of, load_families
 from reknow.edits import Case, Edit
 from reknow.learning.gradient_network import TransformLearner, transformed
 from reknow.learning.settings import NetworkSettings
-from reknow.learning.training import Draw, Learner, Training, in_turn
+from reknow.learning.training import Draw, Learner, Training, interleave
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 
@@ -48,13 +48,15 @@ class InstructEdit(NetworkSettings):
     def name(self) -> str:
         return "instructedit"
 
-    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+    def learner(
+        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
+    ) -> Learner:
         """What learns from cases of the task families. A case's family is its edit's `task`, or that of the data set
         which its id names."""
         families = load_families(self.families)
 
-        def prepare(batch: Sequence[Case], chance: random.Random) -> list[Case]:
-            return [self.told(case, families, chance) for case in batch]
+        def prepare(batch: Sequence[Case], rng: random.Random) -> list[Case]:
+            return [self.told(case, families, rng) for case in batch]
 
         return TransformLearner(self, lm, training.batch_size, prepare)
 
@@ -68,23 +70,23 @@ class InstructEdit(NetworkSettings):
         deltas, loss = transformed(lm, trained, tensors, texts)
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
 
-    def told(self, case: Case, families: Mapping[str, Family], chance: random.Random | None = None) -> Case:
+    def told(self, case: Case, families: Mapping[str, Family], rng: random.Random | None = None) -> Case:
         """The case behind its own instruction, or else one of its task that may be trained on, the first without
-        `chance`; bare where the editor reads none."""
+        `rng`; bare where the editor reads none."""
         if not self.instructed:
             return replace(case, edit=replace(case.edit, instruction=None))
         if case.edit.instruction is not None:
             return case
         family = family_of(case.edit, families)
         texts = family.texts()
-        return family.instruct(case, texts[0] if chance is None else chance.choice(texts))
+        return family.instruct(case, texts[0] if rng is None else rng.choice(texts))
 
-    def draw(self, learning: Sequence[Case], training: Training) -> Draw:
+    def draw(self, train_cases: Sequence[Case], training: Training) -> Draw:
         if not self.balanced:
-            return super().draw(learning, training)
+            return super().draw(train_cases, training)
         families = load_families(self.families)
         tasks: dict[str | None, list[Case]] = {}
-        for case in learning:
+        for case in train_cases:
             told = case.edit.instruction is not None
             tasks.setdefault(case.edit.task if told else family_of(case.edit, families).title, []).append(case)
-        return in_turn(list(tasks.values()), training)
+        return interleave(list(tasks.values()), training)

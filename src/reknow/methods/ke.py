@@ -75,7 +75,9 @@ class KE(MatrixEditor):
     def name(self) -> str:
         return "ke"
 
-    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+    def learner(
+        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
+    ) -> Learner:
         return _Learner(self, lm)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
@@ -188,11 +190,11 @@ class _Learner:
             centered=True,
         )
 
-    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         network = self.module
         with torch.no_grad():
             network.multiplier.clamp_(min=0)
-        outcome = self._trial(batch, chance)
+        outcome = self._trial(batch, rng)
         excess = outcome.stay - network.margin
         # The multiplier goes up the gradient that the network goes down.
         loss = outcome.edit + network.multiplier.detach() * excess - network.multiplier * excess.detach()
@@ -200,12 +202,12 @@ class _Learner:
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        found = averaged(lambda part, chance: self._trial(part, chance).shown(), cases, VALIDATED)
+        found = averaged(lambda part, rng: self._trial(part, rng).shown(), cases, VALIDATED)
         if found["made"] > 0.9:
             self.module.margin.mul_(0.8).clamp_(min=self.method.min_margin)
         return found | {"loss": found["L_edit"] + DIVERGENCE_WEIGHT * found["L_loc"]}
 
-    def _trial(self, batch: Sequence[Case], chance: random.Random) -> Outcome:
-        found = self.method.lessons(bare(batch), chance)
+    def _trial(self, batch: Sequence[Case], rng: random.Random) -> Outcome:
+        found = self.method.lessons(bare(batch), rng)
         changes, _ = self.module(self.lm, [case.edit for case in batch], [lesson.edit for lesson in found])
         return self.method.exam(self.lm, found).read(changes, smoothing=self.method.smoothing)

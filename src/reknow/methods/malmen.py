@@ -64,7 +64,9 @@ class MALMEN(MatrixEditor):
     def name(self) -> str:
         return "malmen"
 
-    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+    def learner(
+        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
+    ) -> Learner:
         return _Learner(self, lm, training.batch_size)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
@@ -194,20 +196,20 @@ class _Learner:
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.module.parameters(), lr=self.method.learning_rate)
 
-    def loss(self, batch: Sequence[Case], chance: random.Random) -> tuple[Tensor, dict[str, float]]:
-        factors, deltas, shown = self._trial(batch, chance, learn=True)
+    def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
+        factors, deltas, shown = self._trial(batch, rng, learn=True)
         return surrogate(self.module, factors, deltas), shown
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        found = averaged(lambda part, chance: self._trial(part, chance)[2], cases, self.together)
+        found = averaged(lambda part, rng: self._trial(part, rng)[2], cases, self.together)
         return found | {"loss": found["L_edit"] + self.method.locality_weight * found["L_loc"]}
 
     def _trial(
-        self, batch: Sequence[Case], chance: random.Random, *, learn: bool = False
+        self, batch: Sequence[Case], rng: random.Random, *, learn: bool = False
     ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, float]]:
         """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
-        found = self.method.lessons(bare(batch), chance, together=len(batch))
+        found = self.method.lessons(bare(batch), rng, together=len(batch))
         rows = self.lm.encode([lesson.edit for lesson in found])
         factors, _ = flat_factors(self.lm, self.module.names, rows, answers_only=True)
         if learn:

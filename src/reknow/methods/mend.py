@@ -39,7 +39,9 @@ class MEND(NetworkSettings):
     def name(self) -> str:
         return "mend"
 
-    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
+    def learner(
+        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
+    ) -> Learner:
         return TransformLearner(self, lm, training.batch_size, lambda batch, _: bare(batch))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:

@@ -110,6 +110,10 @@ class SERAC(Learned, MemoryMethod):
     max_questions: Annotated[Number, Formerly("answered")] = 32
     """Questions of a batch, at most, that the counterfactual model learns to answer; fewer make a step cheaper."""
 
+    training: ClassVar[Training] = Training(
+        steps=400, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6
+    )
+
     def __post_init__(self):
         super().__post_init__()
         rest = re.sub(r"\{(edit|answer|input)\}", "", self.template)  # a format could ask for a gigabyte of spaces
@@ -128,12 +132,10 @@ class SERAC(Learned, MemoryMethod):
     def name(self) -> str:
         return "serac"
 
-    @property
-    def training(self) -> Training:
-        return Training(steps=400, batch_size=32, warmup=20, decay=True, validate_every=100, patience=6)
-
-    def learner(self, lm: LM, learning: Sequence[Case], held: Sequence[Case], training: Training) -> Learner:
-        return ScopeLearner(self, Modules(self, lm), lm, learning, held)
+    def learner(
+        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
+    ) -> Learner:
+        return ScopeLearner(self, Modules(self, lm), lm, train_cases, validation_cases)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits)
@@ -172,7 +174,7 @@ class SERAC(Learned, MemoryMethod):
         return template.format(edit=edit.text, answer=edit.target_new, stated=stated, input=text)
 
     def _trained(self, lm: LM) -> dict[str, Tensor]:
-        editor: Editor = open_editor(self, lm)
+        editor: Editor = open_editor(self.name, self.editor, lm)
         trained = trained_settings(type(self), editor)
         for name in TRAINED:
             if getattr(trained, name) != getattr(self, name):
