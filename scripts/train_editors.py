@@ -20,7 +20,7 @@ import torch
 
 from demo_facts import Fact, Sizes, collect_facts, relation_wordings
 from reknow import LM, Case, Edit, Probe, load_cases
-from reknow.cli.training import settled
+from reknow.cli.training import choose_method
 from reknow.datasets import sample_text
 from reknow.learning.editors import Editor, case_keys
 
@@ -124,7 +124,7 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    method, training = settled(args.method, args.set)
+    method, training = choose_method(args.method, args.set)
     cases = Maker(args.data).all(args.counterfact)
     print(f"{len(cases):,} cases")
     trained = method.fit(LM.demo(args.family), cases, args.run, training, progress=True)

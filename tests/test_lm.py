@@ -14,7 +14,7 @@ from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM
 from reknow.errors import InputError, ModelError
 from reknow.model import generation
-from reknow.model.generation import draw
+from reknow.model.generation import sample_tokens
 from reknow.model.tokens import Text
 
 SHAPES = {
@@ -178,7 +178,7 @@ def test_texts_are_those_of_transformers(family):
 def test_samples_follow_the_probabilities():
     logits, count = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.9]), 20_000
     chances = (logits[[1, 3, 4]] / 0.7).softmax(-1)
-    drawn = draw(logits.repeat(count, 1), 3, 0.7, torch.Generator().manual_seed(0)).bincount(minlength=5)
+    drawn = sample_tokens(logits.repeat(count, 1), 3, 0.7, torch.Generator().manual_seed(0)).bincount(minlength=5)
     assert drawn[[0, 2]].tolist() == [0, 0]
     deviation = (count * chances * (1 - chances)).sqrt()
     assert bool(((drawn[[1, 3, 4]] - count * chances).abs() < 3 * deviation).all())
@@ -256,14 +256,14 @@ def test_empty_answers_and_texts_are_refused(gpt2):
 
 
 def test_one_long_text_is_a_batch_by_itself():
-    from reknow.model.tokens import batches
+    from reknow.model.tokens import make_batches
 
-    assert batches([9000, 3, 4000, 2]) == [[3, 1], [2], [0]]
-    parts = batches([7] * 1000)
+    assert make_batches([9000, 3, 4000, 2]) == [[3, 1], [2], [0]]
+    parts = make_batches([7] * 1000)
     assert sorted(i for part in parts for i in part) == list(range(1000))
     assert all(7 * len(part) <= reknow.model.tokens.TOKENS_PER_BATCH for part in parts)
-    assert batches([]) == []
-    assert [len(part) for part in batches([7] * 1000, at_least=7 * 900)] == [900, 100]
+    assert make_batches([]) == []
+    assert [len(part) for part in make_batches([7] * 1000, at_least=7 * 900)] == [900, 100]
 
 
 def test_chat_prompts_go_through_the_template():

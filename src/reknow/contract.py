@@ -14,15 +14,15 @@ from torch import Tensor
 
 from reknow import __version__
 from reknow.checks.arguments import typed
-from reknow.checks.bounds import check
+from reknow.checks.bounds import check_settings
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, InputError
 from reknow.model.exclusive import exclusively
 from reknow.patching.kept import Kept
 from reknow.patching.patches import Delta, Kind, LowRank, Patch
 from reknow.registry import METHODS
-from reknow.texts.templates import sections
-from reknow.texts.writing import plain
+from reknow.texts.templates import split_template
+from reknow.texts.writing import normalize
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -47,7 +47,7 @@ class Method(ABC):
             setattr(cls, name, exclusively(vars(cls)[name]))
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
 
     @property
     @abstractmethod
@@ -118,8 +118,8 @@ def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
                 f"needs none: {', '.join(_without_subject())}",
                 edit,
             )
-        other = answers.setdefault(plain(edit.text), edit)
-        if plain(other.target_new) != plain(edit.target_new):
+        other = answers.setdefault(normalize(edit.text), edit)
+        if normalize(other.target_new) != normalize(edit.target_new):
             raise EditRefused(
                 f"expected edits that agree; {edit.text!r} shall be both {other.target_new!r} and "
                 f"{edit.target_new!r}: keep one of them",
@@ -136,7 +136,7 @@ def _without_subject() -> list[str]:
 
 
 def _warn_of_shared_keys(method: Method, edits: list[Edit]) -> None:
-    begins = {edit.text: sections(edit.prompt)[0] + str(edit.subject) for edit in edits}
+    begins = {edit.text: split_template(edit.prompt)[0] + str(edit.subject) for edit in edits}
     keys = Counter(begins.values())
     shared = {key: count for key, count in keys.items() if count > 1}
     if shared:

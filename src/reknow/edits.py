@@ -13,9 +13,8 @@ from typing import Annotated, Literal, get_args
 from pydantic import ConfigDict, FailFast
 
 from reknow.errors import InputError
-from reknow.texts.templates import filled, templated
-from reknow.texts.templates import marked as in_braces
-from reknow.texts.writing import full_stop, joined, led
+from reknow.texts.templates import fill, make_template, parse_marked
+from reknow.texts.writing import full_stop, join_texts, prepend
 
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
 """What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
@@ -80,7 +79,7 @@ class Edit:
         for name, value in vars(self).items():
             check_encodable(f"'{name}' of an edit", value)
         if self.subject is not None:
-            prompt, subject = templated(self.prompt, self.subject)
+            prompt, subject = make_template(self.prompt, self.subject)
             object.__setattr__(self, "prompt", prompt)
             object.__setattr__(self, "subject", subject)
 
@@ -97,7 +96,7 @@ class Edit:
 
     def answered(self, prompt: str, answer: str) -> str:
         """The answer behind the prompt, with between them what the edit's separator says."""
-        return joined(prompt, answer) if self.separator is None else prompt.rstrip(" ") + self.separator + answer
+        return join_texts(prompt, answer) if self.separator is None else prompt.rstrip(" ") + self.separator + answer
 
     def instructed(self, prompt: str) -> str:
         """The prompt behind task and instruction, as InstructEdit reads it; unchanged where there is none."""
@@ -108,7 +107,7 @@ class Edit:
 
     def fill(self, template: str) -> str:
         """`template` with the subject in place of `{}`, and single braces for doubled ones."""
-        return filled(template, self.subject)
+        return fill(template, self.subject)
 
     @classmethod
     def parse(cls, marked: str, target_new: str, **fields) -> Edit:
@@ -120,7 +119,7 @@ class Edit:
             InputError: the braces do not enclose exactly one non-empty subject, or may be part of the text.
         """
         _check_text("prompt", marked)
-        template, subject = in_braces(marked)
+        template, subject = parse_marked(marked)
         return cls(template, subject=subject, target_new=target_new, **fields)
 
 
@@ -224,7 +223,7 @@ class Case:
     @property
     def statement(self) -> str:
         """All edits as sentences."""
-        return reduce(led, (edit.statement for edit in self.edits))
+        return reduce(prepend, (edit.statement for edit in self.edits))
 
 
 def _each(name: str, kind: type, values) -> tuple:
@@ -239,7 +238,7 @@ def _own(edit: Edit, prompt: str, kind: Kind) -> Probe:
     return Probe(prompt, (edit.target_new,), kind, "rewrite", edit.separator)
 
 
-def as_json(stated: Edit | Case) -> dict:
+def to_json(stated: Edit | Case) -> dict:
     """The fields as JSON values; a separator and further edits that are not given are left out, as in files of
     before."""
 

@@ -58,7 +58,7 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM came: what runs ends as after Ctrl-C."""
 
 
-OF_ONE = (EditFailed, EditRefused, TextRefused)
+SINGLE_EDIT_ERRORS = (EditFailed, EditRefused, TextRefused)
 """What a run of many edits counts as the failure of one."""
 
 

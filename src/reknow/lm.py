@@ -16,10 +16,10 @@ from reknow.model.chat import Chat, as_chat
 from reknow.model.decoder import Decoder
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import Fingerprint
-from reknow.model.generation import check_sampling, continuations
+from reknow.model.generation import check_sampling, continue_texts
 from reknow.model.loading import check_tokenizer, open_model
-from reknow.model.scoring import Score, perplexity, scores
-from reknow.model.tokens import Text, as_list, paired
+from reknow.model.scoring import Score, perplexity, score_texts
+from reknow.model.tokens import Text, as_list, pair_texts
 from reknow.model.verify import verify
 from reknow.patching.applied import Applied
 from reknow.patching.memory import HookMemory, Memories
@@ -131,12 +131,12 @@ class LM(Decoder):
         Raises:
             InputError: a target is empty, or nothing stands before it; or there are more of one than of the other.
         """
-        asked = paired(prompts, targets, separators)
+        asked = pair_texts(prompts, targets, separators)
 
         def answer(who, which: list[int], texts: list[str]) -> list[Score]:
             parts = [replace(asked[i], prompt=text) for i, text in zip(which, texts, strict=True)]
             if who is None:
-                return scores(self, parts)
+                return score_texts(self, parts)
             return who.score(texts, [part.target for part in parts], [part.separator for part in parts])
 
         return self._memories.answered(prompts, answer)
@@ -171,7 +171,7 @@ class LM(Decoder):
                 return who.generate(texts, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
             rows = self.encode([Text(text) for text in texts])
             self.check_length(rows, max_new_tokens - 1)
-            return continuations(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+            return continue_texts(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
 
         return self._memories.answered(prompts, answer)
 

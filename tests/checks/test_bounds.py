@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from reknow import METHODS, method
-from reknow.checks.bounds import Name, Number, Part, Rate, Share, check, fitted, hints, shown_type
+from reknow.checks.bounds import Name, Number, Part, Rate, Share, check_settings, convert, describe_type, field_types
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, read_value
 from reknow.errors import InputError
@@ -38,7 +38,7 @@ class Example:
     link: str = " "
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_a_field_cannot_have_is_one_sentence(name, value, said):
 
 
 def test_types_say_their_bounds():
-    assert {name: shown_type(hint) for name, hint in hints(Example).items()} == {
+    assert {name: describe_type(hint) for name, hint in field_types(Example).items()} == {
         "steps": "int ≥ 1",
         "rate": "float > 0 or none",
         "share": "float from 0 to 1",
@@ -120,7 +120,7 @@ WRONG = [math.nan, math.inf, -math.inf, -1, 10**22, "word", "", b"bytes", object
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)
 def test_every_field_of_every_group_of_settings_refuses_what_is_absurd(group):
     """Each either holds a value of its type, or says in one sentence why not."""
-    known, refused = hints(group), 0
+    known, refused = field_types(group), 0
     for field in fields(group):
         for value in WRONG:
             try:
@@ -129,7 +129,7 @@ def test_every_field_of_every_group_of_settings_refuses_what_is_absurd(group):
                 assert f"{field.name}" in str(error) and "\n" not in str(error) and "; got" in str(error)
                 refused += 1
             else:
-                assert fitted(field.name, held, known[field.name]) == held
+                assert convert(field.name, held, known[field.name]) == held
                 assert not isinstance(held, float) or math.isfinite(held)
     assert refused > 8 * len(fields(group))
 
@@ -137,7 +137,7 @@ def test_every_field_of_every_group_of_settings_refuses_what_is_absurd(group):
 def test_numbers_have_bounds_in_every_method():
     """A new field that is a plain number would let NaN's kin through: all but the layers say what they may be."""
     for name, entry in METHODS.items():
-        for field, hint in hints(entry.method).items():
+        for field, hint in field_types(entry.method).items():
             if field not in ("layer", "layers"):
                 assert hint not in (int, float, int | None, float | None), f"{name}.{field}: see reknow.checks.bounds"
 
@@ -227,7 +227,7 @@ def test_what_is_typed_wrong_is_one_sentence(name, typed, said):
 def test_a_value_reads_as_itself_again():
     for entry in METHODS.values():
         made = entry.method(**entry.settings)
-        for field, hint in hints(entry.method).items():
+        for field, hint in field_types(entry.method).items():
             value = getattr(made, field)
             assert read_value(field, json.dumps(value), hint) == value
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_lm
 from mutations import altered, flipped
 from reknow import FT, ROME, Case, Edit, Probe
-from reknow.datasets import DATASETS, address, load_cases, load_edits
+from reknow.datasets import DATASETS, load_cases, load_edits, parse_address
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench, evaluate
 from reknow.files.rows import cases_digest
@@ -263,7 +263,7 @@ def test_a_file_of_no_known_form_names_its_fields_and_the_forms(tmp_path):
     ],
 )
 def test_what_bench_is_given_is_a_name_or_a_file(text, wanted):
-    assert tuple(address(text)) == wanted
+    assert tuple(parse_address(text)) == wanted
 
 
 @pytest.mark.parametrize("seed", range(4))

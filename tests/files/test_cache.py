@@ -18,7 +18,7 @@ from reknow.editing.triangle import ROWS, Triangle, block_shapes, kept_bytes
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.evaluation.cost import estimate
-from reknow.files.cache import bound, cache_folder, clear_kept, kept, make_room
+from reknow.files.cache import cache_folder, cache_limit, clear_cache, evict, statistics_files
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.memit import MEMIT
 from reknow.methods.rome import ROME
@@ -60,7 +60,7 @@ def test_a_covariance_takes_a_quarter_of_the_matrix_in_float64():
 def test_files_tell_what_they_are():
     lm = make_lm("llama")
     found = statistics(lm, [0, 2], text=TEXTS)
-    listed = kept()
+    listed = statistics_files()
     assert {each.file for each in listed} == {one.file for one in found.values()}
     assert {each.matrix for each in listed} == {lm.parts.value[0], lm.parts.value[2]}
     assert {each.model for each in listed} == {lm.name} and all(each.tokens == found[0].tokens for each in listed)
@@ -73,7 +73,7 @@ def test_what_was_used_longest_ago_makes_room(monkeypatch, caplog):
         aged(file, 100 - number)
     size = files[0].stat().st_size
     covariance(lm, 0, text=TEXTS)  # reading is use
-    assert [each.file for each in kept()] == [files[1], files[2], files[0]]
+    assert [each.file for each in statistics_files()] == [files[1], files[2], files[0]]
     monkeypatch.setenv("REKNOW_CACHE_GB", str(3.5 * size / 1e9))
     with caplog.at_level(logging.INFO):
         statistics(lm, [1], text=TEXTS[:1])
@@ -92,7 +92,7 @@ def test_what_is_in_use_stays_whatever_the_bound(monkeypatch):
     found = statistics(lm, [0, 2], text=TEXTS)
     assert {*cache_folder().iterdir()} == {running, *(one.file for one in found.values())}
     assert not old.exists()
-    assert [each.file for each in make_room(using=[running])] == [one.file for one in found.values()]
+    assert [each.file for each in evict(using=[running])] == [one.file for one in found.values()]
 
 
 def test_other_files_are_left_alone(monkeypatch):
@@ -100,7 +100,7 @@ def test_other_files_are_left_alone(monkeypatch):
     chosen = cache_folder() / "layers.json"
     chosen.write_text("{}")
     monkeypatch.setenv("REKNOW_CACHE_GB", "0")
-    assert len(clear_kept()) == 1 and clear_kept() == [] == make_room()
+    assert len(clear_cache()) == 1 and clear_cache() == [] == evict()
     assert [*cache_folder().iterdir()] == [chosen]
 
 
@@ -112,7 +112,7 @@ def test_a_bound_that_is_no_size_is_refused_before_the_work(monkeypatch, wrong):
     with pytest.raises(InputError, match="REKNOW_CACHE_GB as a number of gigabytes"):
         covariance(lm, 1, text=TEXTS)
     monkeypatch.setenv("REKNOW_CACHE_GB", "0.5")
-    assert bound() == 5e8
+    assert cache_limit() == 5e8
 
 
 def test_the_command_shows_and_clears_them():

@@ -9,7 +9,7 @@ import pytest
 
 from reknow import Edit
 from reknow.errors import InputError, MissingExtra
-from reknow.instructions.llm import LLM, NoAnswer, statements, with_contexts
+from reknow.instructions.llm import LLM, NoAnswer, parse_statements, with_contexts
 
 pytest.importorskip("openai")
 
@@ -87,7 +87,7 @@ def test_a_broken_line_of_kept_contexts_is_named_and_asked_for_again(serve, tmp_
     [(FIVE, 5), (FIVE + "\nLima, too.", 5), (FIVE.replace("Lima", "Santiago"), 0), (FIVE.replace("5.", "1."), 5)],
 )
 def test_statements_must_name_the_new_answer(answer, count):
-    assert len(statements(answer, EDIT)) == count
+    assert len(parse_statements(answer, EDIT)) == count
 
 
 def test_without_the_package_the_message_names_the_extra(monkeypatch):

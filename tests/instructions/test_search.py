@@ -16,7 +16,7 @@ from reknow import Case, Edit
 from reknow.errors import InputError
 from reknow.instructions import Family, Instruction, Rewriter, Search, Writer, family_of, load_families, save_families
 from reknow.instructions import search as run_search
-from reknow.instructions.propose import question, usable
+from reknow.instructions.propose import instruction_question, usable
 
 FAMILY = Family("recent", "Recent", "wiki_recent", "New facts.", instructions=(Instruction("Add a fact about it."),))
 SMALL = Search(count=4, proposals=3, rounds=4)
@@ -203,7 +203,7 @@ def test_a_chat_server_is_told_the_task_and_the_scores(serve, tmp_path):
     assert len(asked) == 2 == found.cost["questions"] and found.cost["words sent and received"] > 50
     assert "Task: Recent. New facts." in asked[0] and "- Add a fact about it. (reliability 50 %" in asked[0]
     assert asked[1].index("Write the newest fact") < asked[1].index("Add a fact about it.")  # the best one first
-    assert asked[0] == question(
+    assert asked[0] == instruction_question(
         FAMILY, [Instruction(FAMILY.instructions[0].text, True, by_length(None, "a b c d e"))], 3
     )
 

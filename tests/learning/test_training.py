@@ -26,7 +26,7 @@ from reknow.learning.editors import Editor, case_keys, open_editor
 from reknow.learning.examples import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
 from reknow.learning.learned import Learned
 from reknow.learning.training import Training, shuffled, split
-from reknow.model.tokens import Text, even
+from reknow.model.tokens import Text, split_by_length
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
 METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_learning_rate=1e-3)
@@ -101,7 +101,11 @@ def test_what_counts_alike_in_an_exam():
     tokens = read(found, "answer", "tokens")
     weighted = sum(n * one.edit.item() for n, one in zip(sizes, alone, strict=True)) / sum(sizes)
     assert sizes[0] > sizes[1] and tokens.edit.item() == pytest.approx(weighted, rel=1e-4)
-    assert even([9, 2, 2, 2]) == [[1, 2, 3], [0]] and even([5, 4, 5]) == [[1, 0, 2]] and even([3]) == [[0]]
+    assert (
+        split_by_length([9, 2, 2, 2]) == [[1, 2, 3], [0]]
+        and split_by_length([5, 4, 5]) == [[1, 0, 2]]
+        and split_by_length([3]) == [[0]]
+    )
 
 
 SCRIPT = """

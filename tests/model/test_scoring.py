@@ -15,7 +15,7 @@ from reknow.cli import app
 from reknow.errors import EditFailed, InputError, ModelError
 from reknow.evaluation.effect import observe
 from reknow.evaluation.metrics import unchanged
-from reknow.model.scoring import NOTHING
+from reknow.model.scoring import NO_TOKEN
 from reknow.patching.patches import LowRank, Patch
 from reknow.tracing.causal import Tracing, trace_prompt
 
@@ -114,7 +114,7 @@ def test_what_a_patch_has_wrecked_is_wrong_and_never_as_before():
     with lm.patched(wrecked(lm)):
         for score, text in zip(lm.score(PROMPTS, TARGETS), lm.generate(PROMPTS, 3), strict=True):
             assert math.isnan(score.nll) and not any(score.hits) and text == ""
-            assert score.rank == 320 and set(score.top) == {NOTHING}
+            assert score.rank == 320 and set(score.top) == {NO_TOKEN}
         assert lm.generate(PROMPTS, 3, top_k=5) == ["", ""]
         assert math.isnan(lm.perplexity(["The capital of Peru is Lima"]))
         after = lm.score(PROMPTS, TARGETS)

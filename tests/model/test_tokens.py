@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from families import TEXT, tiny_tokenizer
 from reknow.errors import InputError, ModelError
 from reknow.model.tokens import Row, Text, encode, pad
-from reknow.texts.writing import between
+from reknow.texts.writing import separator_between
 
 
 def byte_level(*, trim: bool = False):
@@ -148,7 +148,7 @@ def test_parts_spell_what_they_name(name, template, subject, target):
     row = one(tokenizer, text)
     upto, prompt, answer = parts(tokenizer, row)
     extra = b" " if prompt[:1] == b" " else b""  # metaspace writes a space in front of the first word
-    space = between(text.prompt, target)
+    space = separator_between(text.prompt, target)
     assert prompt == extra + text.prompt.encode()
     assert answer == (space + target).encode()
     if subject:
@@ -174,7 +174,7 @@ def test_any_text_is_cut_at_its_characters(name, before, subject, after, target,
     upto, prompt, answer = parts(tokenizer, row)
     extra = b" " if prompt[:1] == b" " else b""
     assert prompt == extra + text.prompt.encode()
-    assert answer == f"{between(text.prompt, target)}{target}".encode()
+    assert answer == f"{separator_between(text.prompt, target)}{target}".encode()
     end = len(extra + text.prompt[: text.subject[1]].encode())
     assert len(upto) - len(spelling(tokenizer, row.ids[row.subject_last])) < end <= len(upto)
 

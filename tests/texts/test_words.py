@@ -17,7 +17,7 @@ from reknow.evaluation.metrics import (
     unchanged_generated,
 )
 from reknow.evaluation.readings import Reading
-from reknow.texts.writing import clipped, pieces, words
+from reknow.texts.writing import clip, pieces, words
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_words_and_pieces():
         *("the", "us", "has", "1234.5", "c++", "users", "obriens", "上", "海")
     ]
     assert pieces("The (big) 上海。") == ["The", "(big)", "上", "海", "。"]
-    assert clipped("one  two three", 2) == "one two …" and clipped("one\ntwo", 2) == "one two"
-    assert clipped("上海是中国", 3) == "上海是 …"
+    assert clip("one  two three", 2) == "one two …" and clip("one\ntwo", 2) == "one two"
+    assert clip("上海是中国", 3) == "上海是 …"
 
 
 def test_overlap_counts_characters_where_no_spaces_are():

@@ -11,11 +11,11 @@ from families import tiny_model, tiny_tokenizer
 from reknow import FT, IKE, LM, ROME, Case, Edit, Patch, Probe
 from reknow.datasets.edits_file import load_edits
 from reknow.editing.value_batch import encode_facts
-from reknow.edits import as_json
+from reknow.edits import to_json
 from reknow.errors import InputError
 from reknow.evaluation.probing import read
 from reknow.model.tokens import Text, encode
-from reknow.texts.writing import between, full_stop, joined
+from reknow.texts.writing import full_stop, join_texts, separator_between
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ from reknow.texts.writing import between, full_stop, joined
     ],
 )
 def test_what_a_writer_sets_between_two_texts(before, after, space):
-    assert between(before, after) == space
-    assert joined(before + "  ", after) == before + space + after
+    assert separator_between(before, after) == space
+    assert join_texts(before + "  ", after) == before + space + after
 
 
 def test_sentences_end_as_their_script_ends_them():
@@ -122,7 +122,7 @@ def test_a_separator_is_written_to_files_only_where_it_is_given(lm, edit, tmp_pa
     spaced = Edit(edit.prompt, subject=edit.subject, target_new="English", separator="\n")
     again = Patch.load(ROME(layer=1, steps=2).edit(lm, [spaced]).save(tmp_path / "a.patch"))
     assert again.edits == (spaced,)
-    assert as_json(Case(edit, (Probe("a", ("b",), "locality", "c"),)))["probes"][0] == {
+    assert to_json(Case(edit, (Probe("a", ("b",), "locality", "c"),)))["probes"][0] == {
         "prompt": "a",
         "answers": ("b",),
         "kind": "locality",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_ori
 
 from pydantic import ConfigDict, InstanceOf, TypeAdapter
 
-from reknow.checks.bounds import SHOWN, fits, shown_type
+from reknow.checks.bounds import SHOWN, convert_with, describe_type
 from reknow.errors import InputError
 
 P = ParamSpec("P")
@@ -35,10 +35,10 @@ class _Argument(NamedTuple):
         listed = any(get_origin(part) is tuple for part in parts)
         if listed and isinstance(value, str) and str not in parts:
             raise InputError(
-                f"expected {name} as {shown_type(self.hint)}; got one text {value[:SHOWN]!r}: put it in brackets"
+                f"expected {name} as {describe_type(self.hint)}; got one text {value[:SHOWN]!r}: put it in brackets"
             )
         if not listed or isinstance(value, WHOLE) or not isinstance(value, Iterable):
-            fits(name, value, self.hint, self.adapter)
+            convert_with(name, value, self.hint, self.adapter)
 
 
 def typed(operation: Callable[P, T]) -> Callable[P, T]:

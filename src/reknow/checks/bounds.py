@@ -119,7 +119,7 @@ def _unmarked(hint: Any) -> Any:
     return Annotated[(hint.__origin__, *rest)] if rest else hint.__origin__
 
 
-def check(settings: Any) -> None:
+def check_settings(settings: Any) -> None:
     """Checks every field of a dataclass against its type; a list becomes a tuple, a whole number a float where one is
     wanted.
 
@@ -127,16 +127,16 @@ def check(settings: Any) -> None:
         InputError: a value that its field cannot have.
     """
     for name, (hint, adapter) in _fields(type(settings)).items():
-        value = fits(name, getattr(settings, name), hint, adapter)
+        value = convert_with(name, getattr(settings, name), hint, adapter)
         object.__setattr__(settings, name, value)
 
 
-def hints(owner: type) -> Mapping[str, Any]:
+def field_types(owner: type) -> Mapping[str, Any]:
     """Field → type, with its bounds, of a dataclass."""
     return {name: hint for name, (hint, _) in _fields(owner).items()}
 
 
-def fitted(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
+def convert(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
     """The value as one of the type `hint`, of the setting `name`.
 
     Args:
@@ -145,7 +145,7 @@ def fitted(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
     Raises:
         InputError: it is none.
     """
-    return fits(name, value, hint, _adapter(hint), got)
+    return convert_with(name, value, hint, _adapter(hint), got)
 
 
 @lru_cache
@@ -159,8 +159,8 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True))
 
 
-def fits(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], got: str | None = None) -> Any:
-    """As `fitted`, with the adapter of the type made before."""
+def convert_with(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], got: str | None = None) -> Any:
+    """As `convert`, with the adapter of the type made before."""
     try:
         return adapter.validate_python(_plain(value))
     except ValidationError as error:
@@ -194,17 +194,17 @@ def _wanted(hint: Any, error: ValidationError) -> str:
         for sign, limit in one.get("ctx", {}).items():
             if sign in WORDS and not any(isinstance(step, int) for step in one["loc"]):
                 return f"{WORDS[sign]} {int(limit):,}"
-    return f"as {shown_type(hint)}"
+    return f"as {describe_type(hint)}"
 
 
-def shown_type(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type in words: `int ≥ 1 or none`, `float from 0 to 1`, `one of a, b`, `[[int, int], …]`."""
     parts = _parts(hint)
     if len(parts) > 1:
-        return " or ".join(map(shown_type, parts))
+        return " or ".join(map(describe_type, parts))
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        shown, bounds = shown_type(arguments[0]), _bounds(hint)
+        shown, bounds = describe_type(arguments[0]), _bounds(hint)
         if (range_ := _range(hint)) is not None:
             return f"{shown} {range_}"
         if "min_length" in bounds:
@@ -213,7 +213,7 @@ def shown_type(hint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
-        return f"[{', '.join('…' if argument is ... else shown_type(argument) for argument in arguments)}]"
+        return f"[{', '.join('…' if argument is ... else describe_type(argument) for argument in arguments)}]"
     return "none" if hint is NoneType else getattr(hint, "__name__", str(hint))
 
 

@@ -192,12 +192,12 @@ def _sets(
 ) -> dict[str, list[Case]]:
     """Name of each run → its cases; only those that the model `knowing` knows, if there is one; and only those that
     agree where several make one patch. `refused` takes name of a set → its records that could not be read."""
-    from reknow.datasets import address, load_cases
+    from reknow.datasets import load_cases, parse_address
     from reknow.studies.presets import agreeing, in_turn, thinned
 
     sets = {}
     for source in study.data.split(","):
-        label, name, path = address(source.strip())
+        label, name, path = parse_address(source.strip())
         wanted = study.limits.get(label, study.limit)
         limit = None if knowing or one_patch else wanted
         bad = refused.setdefault(label, [])
@@ -279,7 +279,7 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
 ) -> None:
     """List the methods, or explain one and its settings."""
-    from reknow.checks.bounds import hints, shown_type
+    from reknow.checks.bounds import describe_type, field_types
     from reknow.cli.settings import chosen_method, field_docs
     from reknow.methods import METHODS
 
@@ -288,10 +288,10 @@ def methods(
         say_table(["method", "paper", "settings"], rows)
         return say("", "reknow methods NAME explains the settings of one")
     method = chosen_method(name)
-    docs, known = field_docs(type(method)), hints(type(method))
+    docs, known = field_docs(type(method)), field_types(type(method))
     say(f"{name}: {METHODS[name].paper}", (type(method).__doc__ or "").split("\n")[0], "")
     rows = [
-        [field, str(getattr(method, field)), shown_type(known[field]), docs.get(field, "")]
+        [field, str(getattr(method, field)), describe_type(known[field]), docs.get(field, "")]
         for field in _fields(type(method))
     ]
     say_table(["setting", "default", "type", "meaning"], rows)

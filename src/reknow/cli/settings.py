@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Any
 
-from reknow.checks.bounds import current_names, fitted, former_names, hints
+from reknow.checks.bounds import convert, current_names, field_types, former_names
 from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
 from reknow.methods import METHODS
@@ -29,7 +29,7 @@ def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = N
     if name not in METHODS:
         raise did_you_mean("method", name, METHODS)
     entry = METHODS[name]
-    known, former = hints(entry.method), former_names(entry.method)
+    known, former = field_types(entry.method), former_names(entry.method)
     if layer is not None:
         field = "layers" if "layers" in known else "layer"
         if any(pair.partition("=")[0] == field for pair in pairs):
@@ -70,7 +70,7 @@ def read_value(name: str, text: str, hint: Any) -> Any:
     refused: list[InputError] = []
     for value in _readings(text):
         try:
-            return fitted(name, value, hint, repr(text))
+            return convert(name, value, hint, repr(text))
         except InputError as error:
             refused.append(error)
     raise refused[0]

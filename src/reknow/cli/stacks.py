@@ -17,7 +17,7 @@ from reknow.cli.terminal import (
     Json,
     OwnCode,
     Tokenizer,
-    looked_for,
+    check_model,
     open_lm,
     refuse_beside,
     say,
@@ -43,7 +43,7 @@ def apply(
     patches: Patches,
     stack: Stack,
     model: Annotated[
-        str | None, typer.Option("--model", help="The base model; needed for a new stack.", callback=looked_for)
+        str | None, typer.Option("--model", help="The base model; needed for a new stack.", callback=check_model)
     ] = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -136,7 +136,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
     to: Annotated[str, typer.Option("--to", help="hf: a whole checkpoint; lora: a PEFT adapter for the base model.")],
     model: Annotated[
-        str | None, typer.Option("--model", help="The base model, for a patch file.", callback=looked_for)
+        str | None, typer.Option("--model", help="The base model, for a patch file.", callback=check_model)
     ] = None,
     max_rank: Annotated[
         int | None, typer.Option("--max-rank", min=1, help=f"Largest rank of an adapter. [{MAX_RANK}]")

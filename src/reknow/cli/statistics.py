@@ -97,9 +97,9 @@ def cache(
 
     Together they stay within $REKNOW_CACHE_GB (20): where new ones would not fit, those used longest ago go.
     """
-    from reknow.files.cache import bound, cache_folder, clear_kept, kept
+    from reknow.files.cache import cache_folder, cache_limit, clear_cache, statistics_files
 
-    found = clear_kept() if clear else kept()
+    found = clear_cache() if clear else statistics_files()
     rows = [
         {"model": each.model, "matrix": each.matrix, "tokens": each.tokens, "bytes": each.size}
         | {"used": datetime.fromtimestamp(each.used).isoformat(" ", "minutes"), "file": str(each.file)}
@@ -110,4 +110,5 @@ def cache(
     columns = ["model", "matrix", " tokens", " bytes", "last used", "file"]
     say_table(columns, [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows])
     size, what = sum(each.size for each in found) / 1e9, "removed" if clear else "kept"
-    say(f"{what}: {len(rows)} files, {size:.3g} GB in {cache_folder()}; bound {bound() / 1e9:g} GB (REKNOW_CACHE_GB)")
+    limit = f"bound {cache_limit() / 1e9:g} GB (REKNOW_CACHE_GB)"
+    say(f"{what}: {len(rows)} files, {size:.3g} GB in {cache_folder()}; {limit}")

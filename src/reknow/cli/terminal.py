@@ -27,7 +27,7 @@ COMPLAINTS = 10
 """How many records that could not be read are named one by one."""
 
 
-def looked_for(model: str | None) -> str | None:
+def check_model(model: str | None) -> str | None:
     """The name itself; one that stands for nothing is refused before torch is loaded, which takes seconds."""
     if model is not None and not os.path.exists(os.path.expanduser(model)):
         from reknow.model.sources import find_source
@@ -39,7 +39,7 @@ def looked_for(model: str | None) -> str | None:
 Model = Annotated[
     str,
     typer.Option(
-        "--model", help="Name or path of a model, a stack folder, demo:gpt2 or demo:llama.", callback=looked_for
+        "--model", help="Name or path of a model, a stack folder, demo:gpt2 or demo:llama.", callback=check_model
     ),
 ]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; else the checkpoint's.")]

@@ -60,7 +60,7 @@ def train(
 
     reknow train mend --data counterfact --data zsre --out runs/mend
     """
-    chosen, training = settled(method, settings)
+    chosen, training = choose_method(method, settings)
     out = training_place(out or run_folder(f"train-{method}", model), model)
     cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
     lm = open_lm(model, dtype, device or _own_gpu(), tokenizer, own_code, chat, chat_set)
@@ -68,13 +68,13 @@ def train(
     _say_result(trained, out)
 
 
-def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
+def choose_method(name: str, pairs: list[str]) -> tuple[Learned, Training]:
     """The method and its training, each with the settings that name one of its fields.
 
     Raises:
         InputError: a method that does not learn, or a setting of neither.
     """
-    from reknow.checks.bounds import hints
+    from reknow.checks.bounds import field_types
     from reknow.cli.settings import chosen_method, each_once, read_value
     from reknow.learning.learned import Learned
     from reknow.learning.training import Training
@@ -88,7 +88,7 @@ def settled(name: str, pairs: list[str]) -> tuple[Learned, Training]:
             f"expected a method that learns to edit, which are {', '.join(learned)}; {name} needs no training: "
             "use it as it is"
         )
-    settings, own = hints(Training), hints(METHODS[name].method)
+    settings, own = field_types(Training), field_types(METHODS[name].method)
     for_training = [pair for pair in each_once(pairs) if pair.partition("=")[0] in settings.keys() - own.keys()]
     method = chosen_method(name, [pair for pair in pairs if pair not in for_training])
     assert isinstance(method, Learned)
@@ -104,7 +104,7 @@ def _cases(data: list[str], limit: int | None, offset: int, without: list[str], 
     from reknow.learning.editors import case_keys
 
     def load(address: str, **part) -> list[Case]:
-        _, name, path = datasets.address(address)
+        _, name, path = datasets.parse_address(address)
         bad: list[str] = []
         cases = datasets.load_cases(name, path=path, encoding=encoding, refused=bad, **part)
         warn_of_records(bad)

@@ -22,7 +22,7 @@ from reknow.datasets.text import sample_text
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 
-__all__ = ["DATASETS", "FACTS", "Fact", "address", "load_cases", "load_edits", "load_facts", "sample_text"]
+__all__ = ["DATASETS", "FACTS", "Fact", "load_cases", "load_edits", "load_facts", "parse_address", "sample_text"]
 
 logger = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -53,7 +53,7 @@ class Address(NamedTuple):
     path: str | None
 
 
-def address(text: str) -> Address:
+def parse_address(text: str) -> Address:
     """The data set, the file, or both, that a user names."""
     name, _, path = text.partition(":")
     if name in DATASETS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.probes import optional, probes_in, probes_paired
+from reknow.datasets.probes import optional_texts, probes_in, probes_paired
 from reknow.datasets.reading import Record
 from reknow.edits import Case, Kind, Probe
 
@@ -26,10 +26,10 @@ def read_case(name: str, record: Record) -> Case:
         "{}",
         subject=record.text("prompt"),
         target_new=target,
-        target_true=next(iter(optional(record, "target_old")), None),
+        target_true=next(iter(optional_texts(record, "target_old")), None),
         id=f"{name}/{record.index}",
     )
-    probes = [Probe(text, (target,), "generalization", "rephrase") for text in optional(record, "rephrase")]
+    probes = [Probe(text, (target,), "generalization", "rephrase") for text in optional_texts(record, "rephrase")]
     for kind in KINDS:
         probes += probes_in(record, kind, kind, kind)
         probes += probes_paired(record, f"{kind}_prompt", f"{kind}_answer", kind, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.probes import first, optional, probes_in, probes_paired
+from reknow.datasets.probes import first_text, optional_texts, probes_in, probes_paired
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
@@ -36,15 +36,15 @@ def read_case(name: str, record: Record) -> Case:
     subject = record.text("subject") if record.has("subject") else None
     if subject is not None:
         prompt, subject = place_subject(prompt, subject)
-    target = first(record, "target_new")
+    target = first_text(record, "target_new")
     edit = record.edit(
         prompt,
         subject=subject,
         target_new=target,
-        target_true=next(iter(optional(record, "ground_truth")), None),
+        target_true=next(iter(optional_texts(record, "ground_truth")), None),
         id=f"{name}/{record.fields.get('case_id', record.index)}",
     )
-    rewordings = optional(record, "rephrase_prompt", "rephrase_prompts", "rephrase")
+    rewordings = optional_texts(record, "rephrase_prompt", "rephrase_prompts", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in rewordings]
     for kind, own in PAIRS:
         probes += probes_paired(record, f"{kind}_prompt", f"{kind}_ground_truth", kind, own)

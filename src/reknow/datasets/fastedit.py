@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.probes import optional
+from reknow.datasets.probes import optional_texts
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Probe
 
@@ -15,5 +15,5 @@ def read_case(name: str, record: Record) -> Case:
     target = record.text("target")
     prompt, subject = place_subject(record.text("prompt"), record.text("subject"))
     edit = record.edit(prompt, subject=subject, target_new=target, id=f"{name}/{record.index}")
-    queries = optional(record, "queries")
+    queries = optional_texts(record, "queries")
     return Case(edit, tuple(Probe(query, (target,), "generalization", "query") for query in queries))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.probes import first, optional, probes_in
+from reknow.datasets.probes import first_text, optional_texts, probes_in
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
@@ -25,17 +25,17 @@ def read_case(name: str, record: Record) -> Case:
     order. Questions without any answer are left out (3 in wiki_recent, 2 in wiki_counterfact), logged.
     """
     biography = "text" in record.fields
-    request = first(record, "text" if biography else "prompt")
-    target = first(record, "labels" if biography else "target_new")
+    request = first_text(record, "text" if biography else "prompt")
+    target = first_text(record, "labels" if biography else "target_new")
     prompt, subject = place_subject(request, record.text("concept" if biography else "subject"))
     edit = record.edit(
         prompt,
         subject=subject,
         target_new=target,
-        target_true=next(iter(optional(record, "ground_truth")), None),
+        target_true=next(iter(optional_texts(record, "ground_truth")), None),
         id=f"{name}/{record.index}",
     )
-    rewordings = optional(record, "rephrase_prompt", "rephrase")
+    rewordings = optional_texts(record, "rephrase_prompt", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in rewordings]
     for kind in KINDS:
         probes += probes_in(record, kind, kind, kind)

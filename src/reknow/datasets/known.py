@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from reknow.datasets.reading import Record, place_subject
 from reknow.errors import InputError
-from reknow.texts.templates import filled, sections
+from reknow.texts.templates import fill, split_template
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Fact:
     """Other prompts with `{}` for the same question, where the data set has some."""
 
     def __post_init__(self):
-        if len(sections(self.prompt)) != 2 or not (self.subject.strip() and self.answer.strip()):
+        if len(split_template(self.prompt)) != 2 or not (self.subject.strip() and self.answer.strip()):
             raise InputError(
                 f"expected a prompt with one {{}}, a subject and an answer; got {self}: fill in the missing"
             )
@@ -35,7 +35,7 @@ class Fact:
     @property
     def text(self) -> str:
         """The prompt with the subject filled in."""
-        return filled(self.prompt, self.subject)
+        return fill(self.prompt, self.subject)
 
 
 def read_known(record: Record) -> list[Fact]:

@@ -13,13 +13,13 @@ ANSWERS = ("ground_truth", "answer", "answers", "target")
 """Names of the field that holds the answer of a question."""
 
 
-def first(record: Record, field: str) -> str:
+def first_text(record: Record, field: str) -> str:
     """The text of a field, or the first of its list of texts."""
     texts = record.texts(field) if isinstance(record.fields.get(field), list) else ()
     return texts[0] if texts else record.text(field)  # text() says what is wrong with a blank one
 
 
-def optional(record: Record, *fields: str) -> tuple[str, ...]:
+def optional_texts(record: Record, *fields: str) -> tuple[str, ...]:
     """The texts of those fields that are there."""
     return tuple(text for field in fields if record.has(field) for text in record.texts(field))
 
@@ -55,7 +55,7 @@ def _listed(items: list[Record], kind: Kind, name: str) -> list[Probe]:
     for item in items:
         field = next((field for field in ANSWERS if field in item.fields), ANSWERS[0])
         if answers := tuple(dict.fromkeys(item.texts(field))):
-            probes.append(Probe(first(item, "prompt"), answers, kind, name))
+            probes.append(Probe(first_text(item, "prompt"), answers, kind, name))
         else:
             logger.info("%s: %s left out, it has no answer", item.where, item.prefix.rstrip("."))
     return probes

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 from reknow.datasets.sources import read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
-from reknow.texts.templates import literal, sections
-from reknow.texts.writing import places
+from reknow.texts.templates import escape_braces, split_template
+from reknow.texts.writing import find_all
 
 
 class Record:
@@ -96,7 +96,7 @@ class Record:
     def edit(self, prompt: str, **fields: Any) -> Edit:
         """`Edit(prompt, **fields)`; what it complains about gets this record's place in front."""
         try:
-            return Edit(literal(prompt), **fields)
+            return Edit(escape_braces(prompt), **fields)
         except InputError as error:
             raise InputError(self.placed(error)) from None
 
@@ -308,7 +308,7 @@ def place_subject(prompt: str, subject: str) -> tuple[str, str | None]:
         if found and "{}" not in prompt:
             start, end = found[-1].span()
             return f"{prompt[:start]}{{}}{prompt[end:]}", found[-1].group()
-    if "{}" not in prompt and (alike := places(prompt, subject)):
+    if "{}" not in prompt and (alike := find_all(prompt, subject)):
         start, end = alike[-1]
         return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]
-    return prompt, subject if len(sections(prompt)) == 2 and not places(prompt, subject) else None
+    return prompt, subject if len(split_template(prompt)) == 2 and not find_all(prompt, subject) else None

@@ -32,7 +32,7 @@ from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
 from reknow.editing.triangle import Triangle, block_shapes
 from reknow.errors import EditFailed, InputError
-from reknow.files.cache import bound, cache_folder, keeping, make_room, touch
+from reknow.files.cache import cache_folder, cache_limit, evict, mark_used, warn_if_unwritable
 from reknow.files.locks import write_lock
 from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
@@ -119,7 +119,7 @@ def statistics(
             f"run reknow stats --layers {numbers} first, or leave --no-stats out"
         )
     if missing:
-        bound()  # a wrong one is refused before the work
+        cache_limit()  # a wrong one is refused before the work
         log.info("reading %d tokens of %s for the statistics of layers %s", tokens, source.name, missing)
         found |= _computed(lm, {layer: keys[layer] for layer in missing}, source, tokens, state)
     return {layer: found[layer] for layer in keys}
@@ -146,7 +146,7 @@ def _device(lm: LM, name: str) -> torch.device:
 
 
 def _save(tensors: dict[str, Tensor], file: Path, about: dict[str, str]) -> None:
-    with keeping():
+    with warn_if_unwritable():
         write_tensors(file, tensors, about)
 
 
@@ -169,7 +169,7 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
     except (OSError, FormatError) as error:
         log.warning("%s is broken and is made again: %s", file, explain(error))
         return None
-    touch(file)
+    mark_used(file)
     return Statistics(Triangle(blocks).to(_device(lm, key["matrix"])).full(), count, file)
 
 
@@ -237,7 +237,7 @@ def _read_and_kept(
             _save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
         found[layer] = Statistics(mean.full(), count, file)
     _remove(sums_file)
-    make_room(using=[one.file for one in found.values()])
+    evict(using=[one.file for one in found.values()])
     if state is not None:
         state.wait_for_everyone()
     return found

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Rate, Weight, check
+from reknow.checks.bounds import Rate, Weight, check_settings
 from reknow.errors import EditFailed
-from reknow.model.generation import decoded, draw
+from reknow.model.generation import decode, sample_tokens
 from reknow.model.hooks import fused_gelu, weight_replaced
 from reknow.model.replay import BlockReplay
-from reknow.model.tokens import Row, batches
+from reknow.model.tokens import Row, make_batches
 from reknow.patching.patches import Delta, Dense
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Pace:
     """The same as a number; where both are given the smaller bound holds."""
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
 
     def of(self, weight: Tensor) -> tuple[float, float]:
         """(learning rate, largest change) of this matrix, as numbers."""
@@ -210,7 +210,7 @@ class Answers:
 
     def __init__(self, lm: LM, rows: Sequence[Row], layer: int):
         self._parts: list[tuple[Tensor, Scored, Tensor]] = []
-        for part in batches([len(row.ids) for row in rows]):
+        for part in make_batches([len(row.ids) for row in rows]):
             here = [rows[i] for i in part]
             scored = Scored(lm, here, [predicted(row, row.prompt_length) for row in here], layer)
             lengths = torch.tensor([len(row.target_ids) for row in here], device=lm.device)
@@ -286,6 +286,6 @@ def sample(
         check_finite(logits.sum())
         if end is not None:
             logits[:, end] = -torch.inf
-        return draw(logits, top_k or logits.shape[1], temperature, generator)
+        return sample_tokens(logits, top_k or logits.shape[1], temperature, generator)
 
-    return [tuple(tokens) for tokens in decoded(lm, rows, count, choose).tolist()]
+    return [tuple(tokens) for tokens in decode(lm, rows, count, choose).tolist()]

@@ -24,7 +24,7 @@ from reknow.editing.published import published
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.atomic import write_text
-from reknow.files.cache import cache_folder, keeping
+from reknow.files.cache import cache_folder, warn_if_unwritable
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.schema import Count, FormatError, Listed, Strict, explain, first_problem, parse_json
 from reknow.model.exclusive import exclusively
@@ -149,7 +149,7 @@ def _looked_up(lm: LM) -> int:
             "layer %d of %s is a guess by depth or by papers: it knows too few trial facts", entry["layer"], lm.name
         )
     cache, key = cache_folder() / FILE, _key(lm, relations)
-    with keeping(), write_lock(cache, wait=PATIENCE):
+    with warn_if_unwritable(), write_lock(cache, wait=PATIENCE):
         write_text(cache, json.dumps({**_read(cache), key: entry}, indent=1))
     return entry["layer"]
 

@@ -12,7 +12,7 @@ import torch
 from pydantic import RootModel
 
 from reknow.edits import Edit
-from reknow.errors import OF_ONE, InputError, ReknowError, TextRefused
+from reknow.errors import SINGLE_EDIT_ERRORS, InputError, ReknowError, TextRefused
 from reknow.files.rows import write_json
 from reknow.files.schema import Count, FormatError, Strict, explain, read_json
 from reknow.lm import LM
@@ -106,7 +106,7 @@ def _measured(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tu
         makeable = [edits[i] for i in left]
         try:
             found, failure = run(makeable), None
-        except OF_ONE as error:
+        except SINGLE_EDIT_ERRORS as error:
             found, failure = None, error
         if lm.device.type == "cuda":
             torch.cuda.synchronize(lm.device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import MissingExtra
-from reknow.model.scoring import are_numbers
+from reknow.model.scoring import check_logits
 from reknow.model.tokens import Text
 from reknow.texts.writing import words
 
@@ -115,7 +115,7 @@ def written_ratios(
     for row in rows:
         batch, ids = lm.pad([row]), torch.tensor(row.ids, device=lm.device)
         logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0]
-        are_numbers(lm, logits)
+        check_logits(lm, logits)
         found.append([token_nll(logits, ids, shifted=shifted) for shifted in (True, False)])
     first = rows[1].prompt_length
     right, unshifted = (

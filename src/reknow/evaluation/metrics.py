@@ -26,7 +26,7 @@ from reknow.errors import InputError, MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.long_text import rouge_l, token_f1
 from reknow.evaluation.readings import Reading
-from reknow.model.scoring import NOTHING
+from reknow.model.scoring import NO_TOKEN
 from reknow.texts.writing import pieces, words
 
 PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
@@ -88,10 +88,10 @@ def _begins_with(text: str, answer: str) -> bool:
 def unchanged(before: Sequence[int], after: Sequence[int]) -> list[bool]:
     """Per position: is the argmax the one from before the edit? Right or wrong is not asked (EasyEdit locality).
 
-    `teacher_forced_tokens` and `teacher_forced_exact` turn it into a score. Where either says nothing (`NOTHING`,
+    `teacher_forced_tokens` and `teacher_forced_exact` turn it into a score. Where either says nothing (`NO_TOKEN`,
     its logits are no numbers) it is not.
     """
-    return [then == now != NOTHING for then, now in zip(before, after, strict=True)]
+    return [then == now != NO_TOKEN for then, now in zip(before, after, strict=True)]
 
 
 def unchanged_generated(before: str, after: str, answers: Sequence[str]) -> float:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import reknow
-from reknow.checks.bounds import Natural, Number, Seed, check
-from reknow.edits import Case, as_json
+from reknow.checks.bounds import Natural, Number, Seed, check_settings
+from reknow.edits import Case, to_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.probing import perplexity, read_each
@@ -70,7 +70,7 @@ class Plan:
     too: what knowing it would give."""
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
         check_seeds(self.seeds)
         wrong = [at for at in self.checkpoints if at % self.batch_size]
         if wrong or (self.checkpoints and self.mode != "sequential"):
@@ -197,7 +197,7 @@ class _Run:
                     if isinstance(found, str):
                         self.unreadable[name], found = found, []
                     edit = {
-                        key: value for key, value in as_json(self.cases[name].edit).items() if value or value == ""
+                        key: value for key, value in to_json(self.cases[name].edit).items() if value or value == ""
                     }
                     self.before.add({"case": name, "edit": edit, "held_out_perplexity": held_out, "readings": found})
                     self.advance()

@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def keeping() -> Iterator[None]:
+def warn_if_unwritable() -> Iterator[None]:
     """While open, something that was computed is written into the cache; where that fails, a warning says so."""
     try:
         yield
@@ -48,7 +48,7 @@ def keeping() -> Iterator[None]:
         )
 
 
-def bound() -> float:
+def cache_limit() -> float:
     """How many bytes the files of statistics may take together: `$REKNOW_CACHE_GB`, or 20 GB.
 
     Raises:
@@ -65,7 +65,7 @@ def bound() -> float:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StatisticsFile:
     """One file of statistics."""
 
     file: Path
@@ -79,7 +79,7 @@ class Kept:
     """When it was last made or read, in seconds since 1970."""
 
 
-def kept() -> list[Kept]:
+def statistics_files() -> list[StatisticsFile]:
     """The files of statistics in the cache folder, those used longest ago first; running sums are among them."""
     found = []
     for file in cache_folder().glob("*.safetensors"):
@@ -89,7 +89,7 @@ def kept() -> list[Kept]:
         except (OSError, ValueError):  # another process removed it, or it is damaged
             continue
         matrix = about.get("matrix", "running sum")
-        found.append(Kept(file, about.get("name", ""), matrix, tokens, status.st_size, status.st_mtime))
+        found.append(StatisticsFile(file, about.get("name", ""), matrix, tokens, status.st_size, status.st_mtime))
     return sorted(found, key=lambda each: (each.used, each.file.name))
 
 
@@ -101,7 +101,7 @@ def _about(file: Path) -> dict[str, str]:
         return {}
 
 
-def touch(file: Path) -> None:
+def mark_used(file: Path) -> None:
     """Notes that the file is used now; where it belongs to someone else it just grows old."""
     try:
         os.utime(file)
@@ -109,7 +109,7 @@ def touch(file: Path) -> None:
         log.debug("%s could not be marked as used", file)
 
 
-def make_room(using: Collection[Path] = ()) -> list[Kept]:
+def evict(using: Collection[Path] = ()) -> list[StatisticsFile]:
     """Removes files of statistics, those used longest ago first, until all together are within the bound.
 
     Args:
@@ -118,7 +118,7 @@ def make_room(using: Collection[Path] = ()) -> list[Kept]:
     Returns:
         what was removed.
     """
-    everything, limit = kept(), bound()
+    everything, limit = statistics_files(), cache_limit()
     total, removed = sum(each.size for each in everything), []
     for each in everything:
         running = each.file.name.startswith(RUNNING) and time.time() - each.used < IN_USE_SECONDS
@@ -132,9 +132,9 @@ def make_room(using: Collection[Path] = ()) -> list[Kept]:
     return removed
 
 
-def clear_kept() -> list[Kept]:
+def clear_cache() -> list[StatisticsFile]:
     """Removes all files of statistics and says which; layers that were chosen stay."""
-    return [each for each in kept() if _removed(each.file)]
+    return [each for each in statistics_files() if _removed(each.file)]
 
 
 def _removed(file: Path) -> bool:

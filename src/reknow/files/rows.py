@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from reknow.edits import Case, as_json
+from reknow.edits import Case, to_json
 from reknow.errors import InputError
 from reknow.files.atomic import append_line, write_text
 from reknow.files.schema import FormatError, Object, Strict, explain, parse_json, read_json
@@ -107,7 +107,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def cases_digest(cases: Iterable[Case]) -> str:
     """A hash of everything in the cases, in order."""
-    return hashlib.sha256(json.dumps([as_json(case) for case in cases]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([to_json(case) for case in cases]).encode()).hexdigest()[:16]
 
 
 def machine() -> dict[str, Any]:

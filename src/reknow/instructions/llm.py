@@ -89,7 +89,7 @@ class LLM:
         )
 
 
-def question(edit: Edit, count: int = STATEMENTS) -> str:
+def context_question(edit: Edit, count: int = STATEMENTS) -> str:
     """What the model is asked to write for an edit."""
     return (
         f"Take this as true: {edit.answered(edit.text, edit.target_new)}\n"
@@ -98,7 +98,7 @@ def question(edit: Edit, count: int = STATEMENTS) -> str:
     )
 
 
-def statements(answer: str, edit: Edit, count: int = STATEMENTS) -> tuple[str, ...]:
+def parse_statements(answer: str, edit: Edit, count: int = STATEMENTS) -> tuple[str, ...]:
     """The statements of an answer: its lines without numbers and bullets, those that name the new answer.
 
     Empty where there are fewer than `count`, since then the model did not do as told.
@@ -132,14 +132,14 @@ def with_contexts(edits: Sequence[Edit], llm: LLM, *, kept: str | Path | None = 
         context = edit.context or known.get((edit.text, edit.target_new), ())
         if not context and failures < PATIENCE:
             try:
-                answer = llm.ask(question(edit), lambda text, edit=edit: bool(statements(text, edit)))
+                answer = llm.ask(context_question(edit), lambda text, edit=edit: bool(parse_statements(text, edit)))
             except NoAnswer as error:
                 failures += 1
                 log.warning("%s; built-in lead-ins are used for %r", error, edit.text)
                 if failures == PATIENCE:
                     log.warning("%s is not asked any more: built-in lead-ins are used from here on", llm.model)
             else:
-                failures, context = 0, statements(answer, edit)
+                failures, context = 0, parse_statements(answer, edit)
                 if file is not None:
                     _append(file, edit, context, llm.model)
         result.append(replace(edit, context=context))

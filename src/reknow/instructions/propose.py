@@ -112,7 +112,7 @@ class Writer:
 
     def propose(self, family: Family, scored: Sequence[Instruction], count: int, round: int) -> list[str]:
         known = {each.text for each in scored}
-        asked = question(family, scored, count)
+        asked = instruction_question(family, scored, count)
         self.questions += 1
         self.words += len(asked.split())
 
@@ -128,7 +128,7 @@ class Writer:
         return {"questions": self.questions, "words sent and received": self.words}
 
 
-def question(family: Family, scored: Sequence[Instruction], count: int, shown: int = 8) -> str:
+def instruction_question(family: Family, scored: Sequence[Instruction], count: int, shown: int = 8) -> str:
     """What the language model is asked: the task, the best instructions so far with their scores, how many more."""
     tried = "\n".join(
         f"- {each.text} ({', '.join(f'{name} {100 * value:.0f} %' for name, value in each.scores.items())})"

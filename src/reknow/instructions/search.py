@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from reknow.checks.bounds import Number, Seed, check
+from reknow.checks.bounds import Number, Seed, check_settings
 from reknow.datasets.families import Family, Instruction
 from reknow.errors import InputError
 from reknow.files.locks import write_lock
@@ -46,7 +46,7 @@ class Search:
     """Of the choice of the unseen instruction."""
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
         if self.count < 2:
             raise InputError(f"expected a count of at least 2, one seen and one unseen; got {self.count}: raise it")
 
@@ -109,7 +109,7 @@ class _Run:
         tried = [self.trial(family, start, 0)]
         self.stopped[family.name] = f"{self.settings.rounds} rounds were made"
         for round in range(1, self.settings.rounds + 1):
-            texts = self.proposed(family, ranked(tried), round)
+            texts = self.proposed(family, rank(tried), round)
             if texts is None:
                 break
             best = _best(tried)
@@ -152,7 +152,7 @@ class _Run:
 
     def chosen(self, family: Family, tried: Sequence[Instruction]) -> tuple[Instruction, ...]:
         """The best ones; one of them, drawn by chance so that it is no worse than the others, stays unseen."""
-        best = ranked(tried)[: self.settings.count]
+        best = rank(tried)[: self.settings.count]
         if len(best) < self.settings.count:
             log.warning("%s has %d instructions of %d wanted", family.name, len(best), self.settings.count)
         if len(best) < 2:  # nothing to spare
@@ -161,7 +161,7 @@ class _Run:
         return (*best[:unseen], *best[unseen + 1 :], replace(best[unseen], seen=False))
 
 
-def ranked(tried: Sequence[Instruction]) -> list[Instruction]:
+def rank(tried: Sequence[Instruction]) -> list[Instruction]:
     """Best mean of the metrics first; the earlier one where they are equal."""
     return sorted(tried, key=lambda each: -mean(each.scores))
 

@@ -16,7 +16,7 @@ from reknow.editing.descent import Scored, predicted
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.gradients import changed, row_changes
-from reknow.model.tokens import Text, even
+from reknow.model.tokens import Text, split_by_length
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -110,7 +110,7 @@ class Asked:
         rows = lm.encode([text for _, text in texts])
         self.rows, self._parts = len(rows), []
         answers = []
-        for part in even([len(row.ids) for row in rows]):
+        for part in split_by_length([len(row.ids) for row in rows]):
             here = [rows[i] for i in part]
             pairs = [predicted(row, row.prompt_length if answers_only else 1) for row in here]
             lessons_of = torch.tensor([texts[i][0] for i in part], device=lm.device)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from reknow.editing.descent import Scored, check_finite, predicted
 from reknow.model.exact import exact
-from reknow.model.hooks import by_row, first, hooked
-from reknow.model.tokens import Row, batches
+from reknow.model.hooks import by_row, hidden_states, hooked
+from reknow.model.tokens import Row, make_batches
 from reknow.patching.patches import Delta, Dense, LowRank
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def gradient_factors(
         def after(_module, args, output):
             inputs[name] = args[0].detach()
             # An addition of zero, whose gradient is the output's.
-            shifts[name] = torch.zeros_like(first(output), requires_grad=True)
+            shifts[name] = torch.zeros_like(hidden_states(output), requires_grad=True)
             return output + shifts[name]
 
         return after
@@ -118,7 +118,7 @@ def flat_factors(
     """
     parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     total = 0.0
-    for part in batches([len(row.ids) for row in rows]):
+    for part in make_batches([len(row.ids) for row in rows]):
         found, loss = gradient_factors(lm, names, [rows[i] for i in part], answers_only=answers_only)
         total += loss * len(part)
         for name, factors in found.items():

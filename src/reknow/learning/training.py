@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from reknow.checks.bounds import Natural, Number, Rate, Seed, check
+from reknow.checks.bounds import Natural, Number, Rate, Seed, check_settings
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.editors import case_keys
@@ -49,7 +49,7 @@ class Training:
     """Also write the losses for TensorBoard."""
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
 
 
 class Learner(Protocol):

@@ -15,7 +15,7 @@ from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
 from reknow.patching.memory import versions
 from reknow.patching.patches import Kind, Patch
-from reknow.texts.writing import plain
+from reknow.texts.writing import normalize
 
 
 class MemoryMethod(Method):
@@ -52,11 +52,11 @@ def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) 
         InputError, EditRefused: see `settled`.
     """
     edited = [edit for patch in versions(lm.patches, method.name) for edit in patch.edits]
-    stored = {plain(edit.text): edit.target_new for edit in edited}
+    stored = {normalize(edit.text): edit.target_new for edit in edited}
     found = [
-        ({"prompt": edit.text, "old": stored[plain(edit.text)], "new": edit.target_new}, edit)
+        ({"prompt": edit.text, "old": stored[normalize(edit.text)], "new": edit.target_new}, edit)
         for edit in edits
-        if plain(stored.get(plain(edit.text), edit.target_new)) != plain(edit.target_new)
+        if normalize(stored.get(normalize(edit.text), edit.target_new)) != normalize(edit.target_new)
     ]
     return settled(method, found, wanted)
 

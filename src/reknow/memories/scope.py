@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reknow.errors import InputError
 from reknow.model.fingerprint import Fingerprint
 from reknow.model.hooks import by_row, recorded
-from reknow.model.tokens import Row, Text, batches, encode
+from reknow.model.tokens import Row, Text, encode, make_batches
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -70,7 +70,7 @@ class OwnStates:
         lengths = [len(row.ids) for row in rows]
         states = torch.zeros(len(rows), max(lengths), self.features, device=lm.device)
         with lm.unpatched():
-            for part in batches(lengths):
+            for part in make_batches(lengths):
                 batch = lm.pad([rows[i] for i in part], anchors=[0] * len(part))
                 with recorded(lm.model, self._names, stop=True) as (seen, _):
                     lm.forward(batch.ids, batch.mask, batch.positions, None)

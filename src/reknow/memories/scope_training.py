@@ -22,7 +22,7 @@ from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
 from reknow.memories.scope import Remembered, log_in_scope, scope_loss
 from reknow.model.tokens import Text
-from reknow.texts.templates import sections
+from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -136,7 +136,7 @@ def _templates(case: Case, rephrasings: Sequence[str]) -> list[str]:
 
 def _words(edit: Edit) -> str:
     """The longest part of the prompt beside the subject."""
-    return max(sections(edit.prompt), key=len).strip().lower()
+    return max(split_template(edit.prompt), key=len).strip().lower()
 
 
 class ScopeLearner:

@@ -30,7 +30,7 @@ from reknow.errors import EditRefused, InputError
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Patch
 from reknow.progress import told
-from reknow.texts.writing import led
+from reknow.texts.writing import prepend
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -172,7 +172,7 @@ class ICE(Method):
 
 def informed(edit: Edit, context: str, lead_in: str = "", separator: str = " Now: ") -> Text:
     """The question with the new knowledge in front: `Fact: Peru is in Asia. Now: Peru is in`."""
-    return Text.asked(edit, led(f"{lead_in}{context.strip()}{separator}", edit.text))
+    return Text.asked(edit, prepend(f"{lead_in}{context.strip()}{separator}", edit.text))
 
 
 class _Batch:

@@ -23,7 +23,7 @@ import torch
 from reknow.checks.bounds import Formerly, Name, Natural, Number, Seed
 from reknow.contract import checked
 from reknow.datasets import load_cases
-from reknow.edits import Case, Edit, Probe, as_json
+from reknow.edits import Case, Edit, Probe, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
 from reknow.files.schema import FormatError, Listed, Strict, explain, parse_json, read_content
@@ -34,7 +34,7 @@ from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, Per
 from reknow.patching.patches import Kind, Patch
 from reknow.registry import make
-from reknow.texts.writing import joined
+from reknow.texts.writing import join_texts
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -96,7 +96,7 @@ class IKE(MemoryMethod):
             raise InputError("expected cases to show; got none: give some, or edit without to show the bundled ones")
         for case in cases:
             _wordings(case)
-        lines = "".join(json.dumps(as_json(case), ensure_ascii=False) + "\n" for case in cases)
+        lines = "".join(json.dumps(to_json(case), ensure_ascii=False) + "\n" for case in cases)
         path = write_text(out, lines)
         return IKE(**{**asdict(self), "cases": str(path)})
 
@@ -233,7 +233,7 @@ def _wordings(case: Case) -> tuple[list[str], list[str], list[str]]:
     return (
         [demonstration(stated, stated)],
         [demonstration(stated, edit.answered(probe.prompt, edit.target_new)) for probe in shown("generalization")],
-        [demonstration(stated, joined(probe.prompt, probe.answers[0])) for probe in shown("locality")],
+        [demonstration(stated, join_texts(probe.prompt, probe.answers[0])) for probe in shown("locality")],
     )
 
 

@@ -40,7 +40,7 @@ from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, on_matrix
 from reknow.patching.memory import Hooks, on_output
 from reknow.patching.patches import Patch
-from reknow.texts.writing import led
+from reknow.texts.writing import prepend
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -159,7 +159,7 @@ class WISE(BesideMatrix):
         """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""
         module, weight = lm.parts.value[layer], lm.weight(lm.parts.value[layer]).float()
         prefixes = contexts(lm, self.context_groups, seed=self.seed)
-        rows = lm.encode([Text.asked(edit, led(prefix, edit.text)) for prefix in prefixes])
+        rows = lm.encode([Text.asked(edit, prepend(prefix, edit.text)) for prefix in prefixes])
         part, before = shard.mask.to(lm.device), shard.change.to(lm.device)
         delta = before.clone().requires_grad_()
         losses: list[float] = []

@@ -16,7 +16,7 @@ from reknow.model.exclusive import exclusive, exclusively
 from reknow.model.forward_context import RunningPass
 from reknow.model.hooks import by_row, fused_gelu, recorded
 from reknow.model.parts import Parts, accepts_positions, device_of, embedding, find_parts
-from reknow.model.tokens import Batch, Row, Text, batches, encode, pad
+from reknow.model.tokens import Batch, Row, Text, encode, make_batches, pad
 
 T = TypeVar("T")
 
@@ -175,7 +175,7 @@ class Decoder(ABC):
             name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
         """
         found: dict[str, list[Tensor]] = {}
-        parts = batches([len(row.ids) for row in rows], self.device)
+        parts = make_batches([len(row.ids) for row in rows], self.device)
         for part in parts:
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
             column = max(columns[i] for i in part)

@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache
 
 from reknow.errors import InputError
 from reknow.model.parts import embedding
-from reknow.model.scoring import are_numbers
-from reknow.model.tokens import Row, batches
+from reknow.model.scoring import check_logits
+from reknow.model.tokens import Row, make_batches
 
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
@@ -33,15 +33,15 @@ def check_sampling(top_k: int | None, temperature: float) -> None:
         )
 
 
-def continuations(
+def continue_texts(
     lm: Decoder, rows: Sequence[Row], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
 ) -> list[str]:
     """What follows the rows; see `LM.generate`."""
 
     def choose(logits: Tensor) -> Tensor:
-        fine = are_numbers(lm, logits)
+        fine = check_logits(lm, logits)
         logits = logits.where(fine[:, None], 0.0)
-        token = logits.argmax(-1) if top_k is None else draw(logits, top_k, temperature)
+        token = logits.argmax(-1) if top_k is None else sample_tokens(logits, top_k, temperature)
         return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
     ends = torch.tensor(_ends(lm), dtype=torch.long, device=lm.device)
@@ -50,7 +50,7 @@ def continuations(
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         for part in _parts(lm, [len(row.ids) + max_new_tokens for row in rows]):
-            drawn = decoded(lm, [rows[i] for i in part], max_new_tokens, choose, ends)
+            drawn = decode(lm, [rows[i] for i in part], max_new_tokens, choose, ends)
             for i, tokens in zip(part, drawn, strict=True):
                 ended = torch.isin(tokens, ends).nonzero()
                 kept = tokens[: int(ended[0]) + 1] if len(ended) else tokens
@@ -68,7 +68,7 @@ def _continued(lm: Decoder, row: Row, tokens: list[int]) -> str:
     return whole.removeprefix(before) if whole.startswith(before) else text(tokens)
 
 
-def draw(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+def sample_tokens(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
     """A token for each row of logits (rows, vocabulary), drawn among its `top_k` likeliest. (rows,)
 
     Args:
@@ -81,7 +81,7 @@ def draw(logits: Tensor, top_k: int, temperature: float, generator: torch.Genera
 
 
 @torch.no_grad()
-def decoded(
+def decode(
     lm: Decoder, rows: Sequence[Row], count: int, choose: Callable[[Tensor], Tensor], ends: Tensor | None = None
 ) -> Tensor:
     """`count` tokens behind each row; fewer if every row has come to one of the tokens `ends`. (rows, tokens)
@@ -112,7 +112,7 @@ def _parts(lm: Decoder, lengths: Sequence[int]) -> list[list[int]]:
     """Indices of texts in batches of like length."""
     room = CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
     parts = []
-    for part in batches(lengths, at_least=room):
+    for part in make_batches(lengths, at_least=room):
         size = -(-len(part) // -(-len(part) // ROWS))
         parts += [part[i : i + size] for i in range(0, len(part), size)]
     return parts

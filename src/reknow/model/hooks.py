@@ -22,7 +22,7 @@ class Stop(Exception):
     """Ends a forward pass once everything wanted was seen."""
 
 
-def first(output) -> Tensor:
+def hidden_states(output) -> Tensor:
     """The hidden states of a module's output, which may be a tuple or a list."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
@@ -72,7 +72,7 @@ def recorded(model: nn.Module, inputs: Iterable[str] = (), outputs: Iterable[str
 
     def after(name):
         def hook(_module, _args, output):
-            seen_out[name] = first(output).clone()  # Falcon goes on to add to it in place
+            seen_out[name] = hidden_states(output).clone()  # Falcon goes on to add to it in place
             check()
 
         return hook

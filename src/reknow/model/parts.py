@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
-from reknow.model.hooks import first, hooked
+from reknow.model.hooks import hidden_states, hooked
 
 if TYPE_CHECKING:
     pass
@@ -147,7 +147,7 @@ def _call_order(model: PreTrainedModel) -> tuple[list[str], dict[str, int]]:
 
     def left(name: str, output) -> None:
         calls.append(name)
-        if isinstance(states := first(output), Tensor):
+        if isinstance(states := hidden_states(output), Tensor):
             widths[name] = states.shape[-1]
 
     hooks = (

@@ -9,7 +9,7 @@ from reknow.edits import Case, Edit, Probe
 from reknow.errors import TextRefused
 from reknow.model.decoder import Decoder
 from reknow.model.tokens import Text
-from reknow.texts.writing import led
+from reknow.texts.writing import prepend
 
 
 def unreadable(lm: Decoder, cases: Sequence[Case], *, in_context: bool = False) -> list[str | None]:
@@ -33,7 +33,7 @@ def _unread(lm: Decoder, case: Case, in_context: bool) -> str | None:
 def in_context_questions(case: Case) -> list[tuple[Edit, Probe]]:
     """The case's questions with its edits as statements in front."""
     front = f"Fact: {case.statement}"
-    return [(edit, replace(one, prompt=led(front, one.prompt))) for edit, one in case.asked]
+    return [(edit, replace(one, prompt=prepend(front, one.prompt))) for edit, one in case.asked]
 
 
 def scored_answers(edit: Edit, probe: Probe) -> list[str]:

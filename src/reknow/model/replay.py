@@ -22,9 +22,9 @@ from reknow.model.hooks import (
     Stop,
     added_at,
     by_row,
-    first,
     forward_replaced,
     forwards_replaced,
+    hidden_states,
     hooked,
     output_edited,
     recorded,
@@ -233,7 +233,7 @@ class BlockReplay:
         for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
             args = (cache if isinstance(a, Cache) else a for a in args)
             kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
-            hidden = first(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
+            hidden = hidden_states(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
         return head(self.lm, hidden[rows, columns])
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from reknow.errors import InputError, ModelError
-from reknow.model.tokens import Row, Text, batches, encode
+from reknow.model.tokens import Row, Text, encode, make_batches
 
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
 
 
-NOTHING = -1
+NO_TOKEN = -1
 """In the place of a token where a model that edits have wrecked says none."""
 
 
@@ -25,7 +25,7 @@ class Score:
     """How a model reads an answer behind a prompt, teacher-forced.
 
     Where patches have wrecked the model so that its logits are no numbers, every answer is wrong, likeliest is
-    `NOTHING` and the rank the last.
+    `NO_TOKEN` and the rank the last.
     """
 
     nll: float
@@ -43,7 +43,7 @@ class Score:
         return all(self.hits)
 
 
-def are_numbers(lm: Decoder, logits: Tensor, asked: Tensor | None = None) -> Tensor:
+def check_logits(lm: Decoder, logits: Tensor, asked: Tensor | None = None) -> Tensor:
     """Where logits can be read: no NaN among them, no infinity that would be the likeliest. (..., vocabulary) → (...)
 
     All that reads scores asks here. What patches have wrecked is read on, as wrong; a model without any has to be
@@ -67,7 +67,7 @@ def are_numbers(lm: Decoder, logits: Tensor, asked: Tensor | None = None) -> Ten
 
 
 @torch.no_grad()
-def scores(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
+def score_texts(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
     """How the model itself reads each text's target behind its prompt, whatever routers say; see `LM.score`."""
     rows = lm.encode(texts)
     for row, text in zip(rows, texts, strict=True):
@@ -79,7 +79,7 @@ def scores(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
         sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
     runs = list(sharing)
     found: dict[Row, Score] = {}
-    for part in batches([len(run.ids) for run in runs], lm.device):
+    for part in make_batches([len(run.ids) for run in runs], lm.device):
         found |= _batch(lm, {runs[i]: list(sharing[runs[i]]) for i in part})
     return [found[row] for row in rows]
 
@@ -92,8 +92,8 @@ def _batch(lm: Decoder, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
     scored = {}
     for rows, logits in zip(texts.values(), found.logits, strict=True):
         logits = logits[-len(rows[0].target_ids) :].float()  # (tokens of the target, vocabulary)
-        fine, log_probs = are_numbers(lm, logits), logits.log_softmax(-1)
-        best = log_probs.argmax(-1).where(fine, NOTHING)
+        fine, log_probs = check_logits(lm, logits), logits.log_softmax(-1)
+        best = log_probs.argmax(-1).where(fine, NO_TOKEN)
         for row in rows:
             wanted = torch.tensor(row.target_ids, device=logits.device)
             chosen = log_probs.gather(1, wanted[:, None])[:, 0]
@@ -111,12 +111,12 @@ def perplexity(lm: Decoder, texts: Sequence[str], max_tokens: int) -> float:
     cut = min(max_tokens, lm.max_tokens or max_tokens)
     plain = encode(lm.tokenizer, [Text(text) for text in texts])  # text to read is no chat
     rows = [Row(row.ids[:cut], 1) for row in plain if len(row.ids) > 1]
-    for part in batches([len(row.ids) for row in rows], lm.device):
+    for part in make_batches([len(row.ids) for row in rows], lm.device):
         batch = lm.pad([rows[i] for i in part])
         logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
         nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
         scored = batch.mask[:, :-1] * batch.mask[:, 1:]  # a token behind padding has no context
-        are_numbers(lm, logits, scored.bool())
+        check_logits(lm, logits, scored.bool())
         scored = scored.flatten()
         total += float((nll * scored).sum())
         count += int(scored.sum())

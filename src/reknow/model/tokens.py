@@ -18,8 +18,8 @@ from torch import Tensor
 from reknow.edits import check_encodable
 from reknow.errors import InputError, ModelError, TextRefused
 from reknow.model.chat import Chat
-from reknow.texts.templates import sections
-from reknow.texts.writing import between, led
+from reknow.texts.templates import split_template
+from reknow.texts.writing import prepend, separator_between
 
 if TYPE_CHECKING:
     from reknow.edits import Edit, Probe
@@ -46,7 +46,7 @@ class Text:
     subject: tuple[int, int] | None = None
     """First character of the subject and the one behind its last, in the prompt."""
     separator: str | None = None
-    """What stands between prompt and target; None: what a writer sets there, see `writing.between`."""
+    """What stands between prompt and target; None: what a writer sets there, see `writing.separator_between`."""
 
     @classmethod
     def of(
@@ -54,9 +54,9 @@ class Text:
     ) -> Text:
         """The text of a template with `{}`: knows the subject's place even if its name stands there twice."""
         name = subject.strip()  # a space that ends a subject may be a token of its own, and names nobody
-        before, *behind = sections(template)
+        before, *behind = split_template(template)
         filled = before + subject + "{}".join(behind)
-        prompt = led(prefix, filled)
+        prompt = prepend(prefix, filled)
         start = len(prompt) - len(filled) + len(before) + subject.index(name)
         return cls(prompt, target, (start, start + len(name)), separator)
 
@@ -84,7 +84,7 @@ def as_list(texts: Sequence[T], what: str) -> list[T]:
     return list(texts)
 
 
-def paired(
+def pair_texts(
     prompts: Sequence[str], targets: Sequence[str], separators: Sequence[str | None] | None = None
 ) -> list[Text]:
     """Each prompt with its target; raises InputError where they are not as many, or one is a single text."""
@@ -169,7 +169,7 @@ def _parts(tokenizer, text: Text, chat: bool | Chat) -> tuple[str, str, int]:
             raise ModelError("expected a chat template that keeps the prompt; this one changes it: use chat=False")
         return head, (text.separator or "") + text.target.strip(), place - text.prompt.find(content)
     head = text.prompt.rstrip(" \u3000")
-    separator = between(head, text.target) if text.separator is None else text.separator
+    separator = separator_between(head, text.target) if text.separator is None else text.separator
     return head, separator + text.target if text.target else "", 0
 
 
@@ -246,7 +246,7 @@ def pad(rows: Sequence[Row], pad_id: int, *, anchors: Sequence[int] | None = Non
     return Batch(ids.to(device), mask.to(device), starts.to(device), ends.to(device))
 
 
-def even(lengths: Sequence[int]) -> list[list[int]]:
+def split_by_length(lengths: Sequence[int]) -> list[list[int]]:
     """Indices in order of length, in one batch, or in two where that spares a fifth of the padded rectangle."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
     longest = lengths[order[-1]]
@@ -257,7 +257,7 @@ def even(lengths: Sequence[int]) -> list[list[int]]:
     return [order[:best], order[best:]]
 
 
-def batches(lengths: Sequence[int], device: torch.device | None = None, *, at_least: int = 0) -> list[list[int]]:
+def make_batches(lengths: Sequence[int], device: torch.device | None = None, *, at_least: int = 0) -> list[list[int]]:
     """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens, or
     `at_least` where that is more, or CACHED_TOKENS where the `device` of passes that are read once is a CPU."""
     on_cpu = device is not None and device.type == "cpu"

@@ -12,7 +12,7 @@ from reknow.model.decoder import Decoder
 from reknow.model.hooks import added_at, output_edited, recorded
 from reknow.model.parts import Parts, embedding, refusal
 from reknow.model.replay import BlockReplay
-from reknow.model.scoring import are_numbers
+from reknow.model.scoring import check_logits
 from reknow.model.tokens import Batch, Row, Text, encode, pad
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def verify(lm: Decoder) -> Parts:
     rows = [Row(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
     plain = [_logits(lm, row) for row in rows]
     for logits in (*plain, _logits(lm, _sentence(lm))):
-        are_numbers(lm, logits)
+        check_logits(lm, logits)
     tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
     if not _close(_logits(lm, Row(rows[-1].ids[:4], 4))[-1], plain[-1][3], tolerance):
         raise refusal(lm.model, "its tokens see later ones")

@@ -22,7 +22,7 @@ from reknow.errors import PatchError
 from reknow.model.decoder import Decoder
 from reknow.model.exclusive import exclusive, undo_on_exit
 from reknow.model.forward_context import ForwardContext, context_of
-from reknow.model.hooks import by_row, first
+from reknow.model.hooks import by_row, hidden_states
 from reknow.patching.patches import Patch
 from reknow.registry import METHODS
 
@@ -75,7 +75,7 @@ def on_output(lm: Decoder, name: str, change: Change) -> RemovableHandle:
     """Makes the output of the module `name` what `change` says."""
 
     def hook(_module, args, kwargs, output):
-        context, states = lm.running.context, first(output)
+        context, states = lm.running.context, hidden_states(output)
         assert context is not None
         rows = len(context.ends)
         inputs = args[0] if args else next(iter(kwargs.values()))

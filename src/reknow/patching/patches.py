@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.arguments import typed
-from reknow.edits import Edit, as_json
+from reknow.edits import Edit, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import restore_interrupted
 from reknow.model.exact import exact
@@ -129,7 +129,7 @@ class Patch:
             "kind": self.kind,
             "method": self.method,
             "settings": self.settings,
-            "edits": [as_json(edit) for edit in self.edits],
+            "edits": [to_json(edit) for edit in self.edits],
             "made_on": list(self.made_on),
             "notes": self.notes,
             "version": self.version,

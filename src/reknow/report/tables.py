@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from reknow.evaluation.metrics import generated, unchanged_generated
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import Results, readings
-from reknow.texts.templates import filled, sections
-from reknow.texts.writing import clipped
+from reknow.texts.templates import fill, split_template
+from reknow.texts.writing import clip
 
 MODES = {
     "single": "single: each case by itself on the unedited model",
@@ -68,7 +68,7 @@ def cards(results: Results) -> Iterator[Card]:
             missed = any(
                 a.mark in ("wrong", "changed") for q in questions if q.kind != "portability" for a in q.answers
             )
-            head, *tail = sections(row["edit"]["prompt"])
+            head, *tail = split_template(row["edit"]["prompt"])
             request = (head, row["edit"].get("subject", ""), "{}".join(tail))
             if shown := _selected(questions):
                 yield Card(request, row["edit"], shown, missed)
@@ -99,7 +99,7 @@ def _selected(questions: list[Question]) -> list[Question]:
 
 
 def _shown(text: str | None, words: int = 60) -> str:
-    return clipped(text or "", words)
+    return clip(text or "", words)
 
 
 def headline(results: Results) -> list[str]:
@@ -160,7 +160,7 @@ def failures(results: Results) -> list[dict[str, Any]]:
     for row in results.rows.values():
         if row["error"] is not None:
             edit = results.before[row["case"],]["edit"]
-            request = filled(edit["prompt"], edit.get("subject")) + " → " + edit["target_new"]
+            request = fill(edit["prompt"], edit.get("subject")) + " → " + edit["target_new"]
             found[row["method"], row["seed"], row["case"]] = {**row, "request": request}
     return list(found.values())
 

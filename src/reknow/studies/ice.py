@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reknow.edits import Edit
-from reknow.errors import OF_ONE
+from reknow.errors import SINGLE_EDIT_ERRORS
 from reknow.files.locks import write_lock
 from reknow.files.rows import Rows, open_manifest
 from reknow.methods.ice import ICE, consistency, likeliest
@@ -84,7 +84,7 @@ def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> Iterator[dict]:
                 try:
                     notes = method.edit(lm, [edit]).notes
                     tokens = {"likeliest": _likeliest_by_step(lm, method, edit)} if shown else {}
-                except OF_ONE as failure:
+                except SINGLE_EDIT_ERRORS as failure:
                     yield row | {"error": str(failure)}
                     continue
                 yield row | {key: notes[key] for key in ("losses", "answer_losses", "repetitions")} | tokens
@@ -109,7 +109,7 @@ def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows
             try:
                 with lm.patched(*([] if method is None else [method.edit(lm, [edit])])):
                     found = {"divergence": consistency(lm, [edit])[0], **_answered(lm, edit)}
-            except OF_ONE as failure:
+            except SINGLE_EDIT_ERRORS as failure:
                 found = {"error": str(failure)}
             yield row | found
 

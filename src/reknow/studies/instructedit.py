@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from reknow.checks.bounds import Number, Rank, Seed, check
+from reknow.checks.bounds import Number, Rank, Seed, check_settings
 from reknow.contract import Method
 from reknow.datasets.families import Family, load_families
 from reknow.edits import Case
@@ -117,7 +117,7 @@ class Size:
     seeds: tuple[Seed, ...] = (0,)
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
         check_seeds(self.seeds)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from reknow.errors import InputError
-from reknow.texts.writing import difference, places
+from reknow.texts.writing import explain_difference, find_all
 
 _DOUBLED = re.compile(r"(\{\{|\}\}|\{\})")
 _MARKED = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
@@ -19,7 +19,7 @@ _CODE_INSIDE = re.compile(r"\d$|.*[\\^=]|.*[\"']\s*:|.*(:[.\d]|![rsa]$)")
 ESCAPE = "write {{ and }} for braces that are meant"
 
 
-def sections(template: str) -> list[str]:
+def split_template(template: str) -> list[str]:
     """The texts between the places of the subject, with single braces."""
     parts = _DOUBLED.split(template)
     if set("{}") & set("".join(parts[::2])):
@@ -28,19 +28,19 @@ def sections(template: str) -> list[str]:
     return single.split("\0")
 
 
-def filled(template: str, subject: str | None) -> str:
+def fill(template: str, subject: str | None) -> str:
     """The template with the subject in its places; None leaves them as they are."""
-    return ("{}" if subject is None else subject).join(sections(template))
+    return ("{}" if subject is None else subject).join(split_template(template))
 
 
-def literal(text: str) -> str:
+def escape_braces(text: str) -> str:
     """The template of a text whose braces are meant as they stand, but for the `{}`."""
     parts = text.split("{}")
     doubled = "{}".join(part.replace("{", "{{").replace("}", "}}") for part in parts)
-    return text if sections(text) == parts else doubled
+    return text if split_template(text) == parts else doubled
 
 
-def templated(prompt: str, subject: str) -> tuple[str, str]:
+def make_template(prompt: str, subject: str) -> tuple[str, str]:
     """The prompt with exactly one `{}`, and the subject as the prompt spells it.
 
     The subject may stand in the prompt, also in braces, in any Unicode form.
@@ -53,7 +53,7 @@ def templated(prompt: str, subject: str) -> tuple[str, str]:
         _refuse_code(prompt, found)
     for found in reversed(marks):
         prompt = f"{prompt[: found.start()]}{{}}{prompt[found.end() :]}"
-    parts = sections(prompt)
+    parts = split_template(prompt)
     if len(parts) == 2:
         return prompt, subject
     if len(parts) > 2:
@@ -62,9 +62,11 @@ def templated(prompt: str, subject: str) -> tuple[str, str]:
             f"{ESCAPE}"
         )
     (text,) = parts
-    found = places(text, subject)
+    found = find_all(text, subject)
     if len(found) != 1:
-        what = f"contains it {len(found)} times" if found else f"does not contain it{difference(text, subject)}"
+        what = (
+            f"contains it {len(found)} times" if found else f"does not contain it{explain_difference(text, subject)}"
+        )
         raise InputError(
             f"expected the subject {subject!r} in the prompt; {prompt!r} {what}: write {{}} where it stands"
         )
@@ -75,7 +77,7 @@ def templated(prompt: str, subject: str) -> tuple[str, str]:
     return f"{head}{{}}{tail}", text[start:end]
 
 
-def marked(text: str) -> tuple[str, str | None]:
+def parse_marked(text: str) -> tuple[str, str | None]:
     """Template and subject of a prompt whose subject stands in braces; None where all braces are doubled ones.
 
     Raises:

@@ -28,7 +28,7 @@ _FULL_STOPS = {"\u1000-\u109f": "။", "\u1780-\u17ff": "។", "\u0f00-\u0fff": 
 """What ends a sentence whose last character is in a range, the first range that has it."""
 
 
-def between(before: str, after: str) -> str:
+def separator_between(before: str, after: str) -> str:
     """What a writer sets between two texts that follow each other: a space, or nothing.
 
     Nothing stands behind a script without spaces, within a text that is mostly in one, behind an opening mark, or
@@ -43,15 +43,15 @@ def between(before: str, after: str) -> str:
     return "" if before and _opens(before[:-1], before[-1], after) else " "
 
 
-def joined(before: str, after: str) -> str:
+def join_texts(before: str, after: str) -> str:
     """Both texts with what belongs between them, in place of the spaces that end the first."""
     before = before.rstrip(" ")
-    return before + between(before, after) + after if before else after
+    return before + separator_between(before, after) + after if before else after
 
 
-def led(prefix: str, text: str) -> str:
+def prepend(prefix: str, text: str) -> str:
     """The text behind sentences that lead to it; in a script without spaces it keeps the tokens that it has alone."""
-    return prefix.rstrip(" ") + text if _BEGINS_UNSPACED.match(text) else joined(prefix, text)
+    return prefix.rstrip(" ") + text if _BEGINS_UNSPACED.match(text) else join_texts(prefix, text)
 
 
 def full_stop(sentence: str) -> str:
@@ -108,7 +108,7 @@ def pieces(text: str) -> list[str]:
     return [text[slice(*found.span())] for found in _PIECE.finditer(shape(text))]
 
 
-def clipped(text: str, count: int) -> str:
+def clip(text: str, count: int) -> str:
     """The text up to so many pieces, on one line."""
     ends = [found.end() for found in _PIECE.finditer(shape(text))]
     return " ".join(text.split()) if len(ends) <= count else " ".join(text[: ends[count - 1]].split()) + " …"
@@ -142,12 +142,12 @@ def _kind(character: str) -> str:
 _ALIKE = str.maketrans({**{c: "'" for c in "’‘ʼ´"}, **{c: '"' for c in "“”„«»"}, **{c: "-" for c in "‐‑–−"}})
 
 
-def plain(text: str) -> str:
+def normalize(text: str) -> str:
     """A text as what it says, whatever Unicode's form of its characters and the spaces around: to tell equal ones."""
     return unicodedata.normalize("NFC", text).strip()
 
 
-def places(text: str, wanted: str) -> list[tuple[int, int]]:
+def find_all(text: str, wanted: str) -> list[tuple[int, int]]:
     """Where a text holds another one: (first character, the one behind the last).
 
     Where it is not there letter for letter, Unicode's forms of a character count as the same, and so do typographic
@@ -166,7 +166,7 @@ def places(text: str, wanted: str) -> list[tuple[int, int]]:
     ]
 
 
-def difference(text: str, wanted: str) -> str:
+def explain_difference(text: str, wanted: str) -> str:
     """What keeps a text from holding another one, where it is hard to see: one character that looks like another."""
     windows = [text[start : start + len(wanted)] for start in range(max(0, len(text) - len(wanted) + 1))]
     same = [sum(a == b for a, b in zip(window, wanted, strict=True)) for window in windows]

@@ -26,16 +26,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from reknow.checks.arguments import typed
-from reknow.checks.bounds import Number, Rate, Seed, check
+from reknow.checks.bounds import Number, Rate, Seed, check_settings
 from reknow.datasets.known import Fact
 from reknow.errors import InputError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
-from reknow.model.generation import decoded
+from reknow.model.generation import decode
 from reknow.model.parts import embedding
 from reknow.model.tokens import Row, Text
-from reknow.texts.templates import filled, sections
+from reknow.texts.templates import fill, split_template
 from reknow.tracing.restoration import Kind, Prompt, restorations
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Tracing:
     """Of the noise; every prompt starts from it."""
 
     def __post_init__(self):
-        check(self)
+        check_settings(self)
         if not self.kinds:
             raise InputError(f"expected kinds among {', '.join(get_args(Kind))}; got none: choose from these")
 
@@ -177,13 +177,13 @@ def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tra
         prompt: with `{}` for the subject.
         spread: of the embeddings of subjects' tokens, see `embedding_spread`.
     """
-    if len(sections(prompt)) != 2 or not subject.strip():
+    if len(split_template(prompt)) != 2 or not subject.strip():
         raise InputError(
             f"expected a prompt with one {{}} and a subject; got {prompt!r} and {subject!r}: mark the place"
         )
     (row,) = lm.encode([Text.of(prompt, subject)])
     lm.check_length([row])
-    return _trace_row(lm, filled(prompt, subject), row, spread, settings or Tracing())
+    return _trace_row(lm, fill(prompt, subject), row, spread, settings or Tracing())
 
 
 @typed
@@ -235,7 +235,7 @@ def said_first(lm: LM, row: Row) -> list[int]:
     """The tokens with which the model's answer to a prompt begins: one, or as many as say a number or a character."""
 
     def likeliest(count: int) -> list[int]:
-        return decoded(lm, [row], count, lambda logits: logits.argmax(-1))[0].tolist()
+        return decode(lm, [row], count, lambda logits: logits.argmax(-1))[0].tolist()
 
     if _whole(lm.tokenizer.decode(tokens := likeliest(1))):
         return tokens

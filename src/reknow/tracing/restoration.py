@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from reknow.errors import InputError
-from reknow.model.hooks import by_row, first, hooked, output_edited
+from reknow.model.hooks import by_row, hidden_states, hooked, output_edited
 from reknow.model.replay import Call, block_calls, head, widened
-from reknow.model.scoring import are_numbers
+from reknow.model.scoring import check_logits
 from reknow.model.tokens import Row
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Restoration:
     kind: Kind
     layer: int
     """The column of the table that it fills."""
-    first: int
+    hidden_states: int
     last: int
 
 
@@ -129,7 +129,7 @@ class Prompt:
         def keep_states(name: str):
             def hook(_module, _args, output):
                 # A copy, since Falcon adds attention's output to the MLP's in place.
-                seen[name] = by_row(first(output), rows).clone()
+                seen[name] = by_row(hidden_states(output), rows).clone()
 
             return hook
 
@@ -143,7 +143,7 @@ class Prompt:
         )
         with hooked(*calls, *states):
             logits = self._run(rows, slice(0, self._columns), None, noised=noised).logits
-        if not bool(are_numbers(self.lm, logits).all()):
+        if not bool(check_logits(self.lm, logits).all()):
             raise InputError(
                 "expected a model to trace whose logits are numbers; with the applied patches they are NaN: take "
                 "them off"
@@ -194,7 +194,7 @@ class Prompt:
 
         args, kwargs = self._calls[layer]
         with output_edited(self.lm.model.get_submodule(matrix), restore):
-            return first(self.lm.model.get_submodule(block)(*args, **kwargs))
+            return hidden_states(self.lm.model.get_submodule(block)(*args, **kwargs))
 
     def _matrices(self, kind: str) -> tuple[str, ...]:
         """Names of the matrices whose output a kind restores or holds, one per layer."""
@@ -214,7 +214,7 @@ class Prompt:
             if hidden is not None:
                 args, kwargs = arguments(layer, joined, hidden)
                 with self._held(runs[:joined], layer, column):
-                    hidden = first(self.lm.model.get_submodule(block)(*args, **kwargs))
+                    hidden = hidden_states(self.lm.model.get_submodule(block)(*args, **kwargs))
             batch = [] if hidden is None else [hidden]
             for run in (run for run in runs if run.first == layer):
                 state = self.corrupted[block][:, column:].clone()  # (samples, columns, hidden)
