@@ -15,8 +15,9 @@ from reknow.cli.measuring import _methods
 from reknow.editing.descent import Matrices, Pace, Scored, predicted, sample
 from reknow.errors import EditFailed, InputError
 from reknow.methods import ice
-from reknow.methods.ice import consistency, divergence, informed, likeliest
+from reknow.methods.ice import consistency, informed, likeliest
 from reknow.model.hooks import weight_replaced
+from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row, Text
 from reknow.studies.presets import PRESETS
 
@@ -172,7 +173,7 @@ def test_consistency_is_the_divergence_between_both_sides(lm, edit):
             sides.append(lm.model(torch.tensor([row.ids])).logits[0, row.prompt_length - 1 :].log_softmax(-1))
     wanted = torch.nn.functional.kl_div(sides[1], sides[0], log_target=True, reduction="none").sum(-1).mean()
     assert value == pytest.approx(float(wanted), rel=1e-4)
-    assert float(divergence(sides[0], sides[0]).abs().max()) < 1e-6
+    assert float(kl_divergence(sides[0], sides[0]).abs().max()) < 1e-6
 
 
 def test_the_code_variant_brings_both_sides_together(lm, edit, monkeypatch):

@@ -16,6 +16,7 @@ from reknow.evaluation.long_text import written_ratios
 from reknow.evaluation.readings import Reading
 from reknow.lm import LM
 from reknow.model.readable import in_context_questions, scored_answers
+from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 
@@ -127,7 +128,7 @@ def with_divergence(
         now = scored.log_probs()
         with lm.stacked(unedited):
             before = scored.log_probs()
-        divergence = (before.exp() * (before - now)).sum(-1)  # (tokens,)
+        divergence = kl_divergence(before, now)  # (tokens,)
         means = [divergence[scored.of_row == i].mean().item() for i in range(len(part))]
         found |= dict(zip(sorted(asked)[start:], map(_finite, means), strict=False))
     return [

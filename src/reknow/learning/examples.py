@@ -16,6 +16,7 @@ from reknow.editing.descent import Scored, predicted
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.gradients import changed, row_changes
+from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Text, split_by_length
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class Exam:
             nll = (1 - smoothing - other) * nll - other * log_probs.sum(1)
         right = log_probs.argmax(1) == self._inside.targets
         after = self._outside.log_probs(change)
-        divergence = (self._before.exp() * (self._before - after)).sum(1)
+        divergence = kl_divergence(self._before, after)
         same = (after.argmax(1) == self._before.argmax(1)) | ~self._outside.in_answer
         made = _all_of(right, self._inside.of_row, self._inside.rows)
         kept = _all_of(same, self._outside.of_row, self._outside.rows)

@@ -27,6 +27,7 @@ from reknow.editing.descent import Matrices, Pace, Scored, check_finite, predict
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
+from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Patch
 from reknow.progress import told
@@ -271,7 +272,7 @@ class _Batch:
             aware = self._full.log_probs() if self._fixed is None else self._fixed
             chosen = self._bare.targets[answer, None]
             first = -(alone[answer].gather(1, chosen) + aware[answer].gather(1, chosen))[:, 0]
-            second = divergence(aware[~answer].detach(), alone[~answer])
+            second = kl_divergence(aware[~answer].detach(), alone[~answer])
         else:
             nll = self._bare.nll()
             first, second = nll[answer], nll[~answer]
@@ -293,11 +294,6 @@ def _longer(row: Row, tokens: Sequence[int]) -> Row:
 
 def _question(row: Row) -> Row:
     return Row(row.ids[: row.prompt_length], row.prompt_length)
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats of log-probabilities (n, vocabulary). (n,)"""
-    return (p.exp() * (p - q)).sum(-1)
 
 
 @torch.no_grad()
@@ -325,7 +321,7 @@ def consistency(
         ]
         full = [_longer(_question(row), plain.target_ids) for row in lm.encode(texts)]
         aware = _behind(lm, full).unflatten(0, (len(full), -1))
-        found.append(float(divergence(aware, _behind(lm, [plain])).mean()))
+        found.append(float(kl_divergence(aware, _behind(lm, [plain])).mean()))
     return found
 
 

@@ -66,6 +66,11 @@ def check_logits(lm: Decoder, logits: Tensor, asked: Tensor | None = None) -> Te
     return fine
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats of log-probabilities. (…, vocabulary) → (…)"""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 @torch.no_grad()
 def score_texts(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
     """How the model itself reads each text's target behind its prompt, whatever routers say; see `LM.score`."""
