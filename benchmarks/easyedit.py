@@ -26,7 +26,8 @@ from reknow.editing.covariance import covariance
 from reknow.edits import Case
 from reknow.evaluation.probing import SAMPLED_TOKENS
 from reknow.model.parts import Conv1D
-from reknow.patching.patches import Dense, Patch
+from reknow.patching.deltas import Dense
+from reknow.patching.patches import Patch
 from speed_work import now
 
 UNUSED = ("datasets", "nltk", "openai", "sklearn.metrics", "regex", "scipy", "matplotlib.style")

@@ -20,7 +20,7 @@ from llm_server import serve  # noqa: E402, F401, a fixture
 from reknow import LM, Edit, Patch  # noqa: E402
 from reknow.editing.values import ValueSearch  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402
-from reknow.patching.patches import Dense, LowRank  # noqa: E402
+from reknow.patching.deltas import Dense, LowRank  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")

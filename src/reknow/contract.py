@@ -18,8 +18,10 @@ from reknow.checks.bounds import check_settings
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, InputError
 from reknow.model.exclusive import exclusively
+from reknow.patching.deltas import Delta, LowRank
 from reknow.patching.kept import Kept
-from reknow.patching.patches import Delta, Kind, LowRank, Patch
+from reknow.patching.patches import Patch
+from reknow.patching.record import PatchKind
 from reknow.registry import METHODS
 from reknow.texts.templates import split_template
 from reknow.texts.writing import normalize
@@ -35,7 +37,7 @@ class Method(ABC):
     """How many edits `edit_each` is given at a time."""
     kept: ClassVar[Kept | None] = None
     """What its patches keep besides ΔW, which is checked when one is read; None: anything that is finite."""
-    kind: ClassVar[Kind] = "weights"
+    kind: ClassVar[PatchKind] = "weights"
     """Of its patches."""
     needs_subject: ClassVar[bool] = False
     """Whether it edits at the subject's last token, so that an edit must name one."""

@@ -23,7 +23,7 @@ from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.runner import _named, _Run, progress_bar
 from reknow.files.rows import BEFORE_KEY, ROW_KEY, Rows
-from reknow.patching.patches import Dense
+from reknow.patching.deltas import Dense
 
 METHOD = FT(layer=2, steps=40, learning_rate=0.17)
 SEQUENCE = Plan("sequential", checkpoints=(2,))

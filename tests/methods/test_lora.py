@@ -14,7 +14,7 @@ from reknow import Edit, Patch, method
 from reknow.errors import InputError, MissingExtra, PatchError
 from reknow.export.checkpoint import export_lora
 from reknow.methods import lora
-from reknow.patching.patches import LowRank
+from reknow.patching.deltas import LowRank
 
 pytest.importorskip("peft")
 

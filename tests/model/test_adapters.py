@@ -13,7 +13,7 @@ from reknow import LM, Edit, method
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.loading import carries_adapters
 from reknow.model.tokens import Text
-from reknow.patching.patches import total
+from reknow.patching.deltas import add_deltas
 
 peft = pytest.importorskip("peft")
 
@@ -88,7 +88,7 @@ def test_a_patch_does_what_it_does_to_the_merged_model_and_comes_off_bit_for_bit
     assert lm.beside == (tuple(patch.deltas) if kind in INSIDE_THE_MLP else ())
     assert close(logits(lm), logits(merged)) and not close(logits(lm), read)
     for name, delta in patch.deltas.items():
-        assert close(lm.weight(name), total(merged.base_weight(name).double(), [delta]).float())
+        assert close(lm.weight(name), add_deltas(merged.base_weight(name).double(), [delta]).float())
     lm.revert(patch)
     merged.revert(patch)
     assert same(bits(lm), before) and torch.equal(logits(lm), read)

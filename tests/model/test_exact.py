@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reknow
-from reknow.editing.solvers import _columns, outer, rank_one
+from reknow.editing.solvers import _columns, rank_one
 from reknow.editing.triangle import Triangle
 from reknow.methods.calinet import own_keys
 from reknow.model.exact import exact, exact_device
-from reknow.patching.patches import Dense, LowRank, summed, total
+from reknow.patching.deltas import Dense, LowRank, add_deltas, as_delta, sum_deltas
 
 SOURCE = Path(reknow.__file__).parent
 
@@ -63,21 +63,21 @@ def test_patches_and_solvers_do_without(apple):
     base = torch.randn(8, 16, device=apple)
     for delta in (low, dense):
         assert delta.dense().dtype == torch.float64
-        assert total(exact(base), [delta]).to(base).device == base.device
-    assert summed([low, dense]).shape == (8, 16)
+        assert add_deltas(exact(base), [delta]).to(base).device == base.device
+    assert sum_deltas([low, dense]).shape == (8, 16)
     triangle = Triangle.zeros(16, apple)
     triangle.add_products(exact(torch.randn(5, 16, device=apple)))
     factor = _columns(torch.randn(16, 16, device=apple))
     keys, residual = exact(torch.randn(3, 16, device=apple)), exact(torch.randn(3, 8, device=apple))
     solved = torch.linalg.solve(factor, keys.T).T
-    assert outer(residual, solved).shape == (8, 16)
+    assert as_delta(residual, solved).shape == (8, 16)
     assert rank_one(solved[0], keys[0], residual[0]).shape == (8, 16)
     assert own_keys(torch.randn(3, 8, device=apple), torch.randn(20, 8, device=apple)).device.type == "mps"
 
 
 def test_nothing_casts_to_float64_past_it():
     """`exact` casts; the others make tensors on a device that it names, on the CPU, or name what is in a file."""
-    allowed = {"exact.py", "solvers.py", "triangle.py", "patches.py", "tensors.py"}
+    allowed = {"exact.py", "solvers.py", "triangle.py", "deltas.py", "tensors.py"}
     found = set()
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -15,8 +15,8 @@ from conftest import bits, make_lm, same, some_patch
 from reknow import FT, GRACE, KN, LM, ROME, Edit, LoRA, Patch
 from reknow.errors import PatchError
 from reknow.model.tokens import Text
+from reknow.patching.deltas import Dense
 from reknow.patching.memory import Hooks
-from reknow.patching.patches import Dense
 
 swallowed = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 """An interrupt may come while Python throws a generator away, and is lost there."""

@@ -13,7 +13,7 @@ from reknow import LM
 from reknow.errors import ModelError
 from reknow.model.parts import find_parts, shape
 from reknow.model.tokens import Text
-from reknow.patching.patches import LowRank
+from reknow.patching.deltas import LowRank
 from reknow.patching.weights import Weights
 
 LLAMA = ("model", "layers", "norm", "mlp.down_proj", "mlp.gate_proj mlp.up_proj", "self_attn.o_proj")

@@ -16,7 +16,8 @@ from reknow.errors import EditFailed, InputError, ModelError
 from reknow.evaluation.effect import observe
 from reknow.evaluation.metrics import unchanged
 from reknow.model.scoring import NO_TOKEN
-from reknow.patching.patches import LowRank, Patch
+from reknow.patching.deltas import LowRank
+from reknow.patching.patches import Patch
 from reknow.tracing.causal import Tracing, trace_prompt
 
 WIDER = r"gives NaN or infinity: open it with a wider dtype, bfloat16 or float32 \(--dtype\)"

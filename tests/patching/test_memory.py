@@ -372,5 +372,5 @@ def test_a_cache_from_before_the_memory_is_refused(hooked):
 
 def test_weight_patches_keep_their_ids():
     """The fields of memories are no part of a weight patch's content."""
-    header = some_patch(make_lm())._header()
+    header = some_patch(make_lm()).header()
     assert not {"follows", "memory"} & set(header) and header["kind"] == "weights"

@@ -75,7 +75,7 @@ def test_a_file_is_safetensors_and_json_alone(lm, tmp_path):
 
 def broken_files(patch: Patch, folder: Path) -> dict[str, Path]:
     raw = patch.save(folder / "whole").read_bytes()
-    header = patch._header()
+    header = patch.header()
     made = {"empty": b"", "cut": raw[: len(raw) // 2], "text": b"hello", "zeros": bytes(len(raw))}
     for name, content in made.items():
         (folder / name).write_bytes(content)
@@ -105,8 +105,8 @@ def test_what_is_no_patch_is_refused_in_one_sentence(lm, tmp_path):
 
 def test_a_newer_format_asks_for_a_newer_library(lm, tmp_path):
     patch = some_patch(lm)
-    header = {"reknow": json.dumps(patch._header() | {"format": 2})}
-    save_file(patch._tensors(), tmp_path / "new", metadata=header)
+    header = {"reknow": json.dumps(patch.header() | {"format": 2})}
+    save_file(patch.tensors(), tmp_path / "new", metadata=header)
     with pytest.raises(PatchError, match="upgrade reknow"):
         Patch.load(tmp_path / "new")
 

@@ -14,7 +14,8 @@ from reknow import LM
 from reknow.errors import InputError, PatchError
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching import weights
-from reknow.patching.patches import LowRank, diff, merge
+from reknow.patching.deltas import LowRank
+from reknow.patching.patches import diff, merge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -118,7 +118,7 @@ def test_a_separator_is_kept_on_the_whole_path(lm):
 
 def test_a_separator_is_written_to_files_only_where_it_is_given(lm, edit, tmp_path):
     patch = ROME(layer=1, steps=2).edit(lm, [edit])
-    assert "separator" not in json.dumps(patch._header())
+    assert "separator" not in json.dumps(patch.header())
     spaced = Edit(edit.prompt, subject=edit.subject, target_new="English", separator="\n")
     again = Patch.load(ROME(layer=1, steps=2).edit(lm, [spaced]).save(tmp_path / "a.patch"))
     assert again.edits == (spaced,)

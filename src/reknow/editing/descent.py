@@ -21,7 +21,7 @@ from reknow.model.generation import decode, sample_tokens
 from reknow.model.hooks import fused_gelu, weight_replaced
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Row, make_batches
-from reknow.patching.patches import Delta, Dense
+from reknow.patching.deltas import Delta, Dense
 
 if TYPE_CHECKING:
     from reknow.lm import LM

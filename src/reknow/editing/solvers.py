@@ -26,7 +26,7 @@ from torch import Tensor
 
 from reknow.errors import EditFailed, InputError
 from reknow.model.exact import exact, exact_device
-from reknow.patching.patches import Delta, Dense, LowRank
+from reknow.patching.deltas import LowRank
 
 log = logging.getLogger(__name__)
 
@@ -174,11 +174,3 @@ def _singular(keys: Tensor, names: Sequence[str]) -> EditFailed:
         f"expected facts with different keys; the system of {len(keys)} is singular, and {about}: "
         "raise the regularization, or leave one of them out"
     )
-
-
-def outer(residual: Tensor, right: Tensor) -> Delta:
-    """residualᵀ right: a product while that is smaller than the matrix. (facts, out), (facts, in) → (out, in)"""
-    facts, out, inside = len(residual), residual.shape[1], right.shape[1]
-    if facts * (out + inside) < out * inside:
-        return LowRank(residual.T.float().contiguous(), right.float())
-    return Dense((residual.T @ right).float())

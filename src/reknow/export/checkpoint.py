@@ -29,8 +29,10 @@ from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import mark_files, marked_files, output_folder
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.parts import Conv1D
-from reknow.patching.patches import LowRank, check_weights, factored, merge
+from reknow.patching.deltas import LowRank, factorize
+from reknow.patching.patches import merge
 from reknow.patching.peft_folder import base_of, write_adapter
+from reknow.patching.record import check_weights
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -210,7 +212,7 @@ def export_lora(
     factors: dict[str, LowRank] = {}
     error = 0.0
     for name, delta in merge(lm.patches).deltas.items():
-        exact, lost = factored(delta, limit)
+        exact, lost = factorize(delta, limit)
         if lost > 1e-6 and not truncate:
             raise PatchError(
                 f"expected changes of rank {limit} at most; {name} needs more (the rest is {lost:.1%} of its norm): "

@@ -20,7 +20,7 @@ from reknow.model.exact import exact
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.loading import carries_adapters
 from reknow.model.parts import Conv1D
-from reknow.patching.patches import total
+from reknow.patching.deltas import add_deltas
 from reknow.patching.weights import takes_changes
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def checkpoint_casts(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tenso
 
 def _summed(lm: LM, name: str, base: Tensor) -> Tensor:
     """base + Σ ΔW of the applied patches, in float64. (out, in)"""
-    return total(exact(base), [patch.deltas[name] for patch in lm.patches if name in patch.deltas])
+    return add_deltas(exact(base), [patch.deltas[name] for patch in lm.patches if name in patch.deltas])
 
 
 def _stored(module: nn.Module, weight: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from reknow.edits import Case
 from reknow.learning.editors import filled
 from reknow.learning.examples import Outcome, averaged
-from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, gradient_factors, matrices
+from reknow.learning.gradients import RunningNorm, Shapes, flat_factors, gradient_factors, matrices, used_rows
 from reknow.learning.loop import seeded
 from reknow.model.tokens import Text
-from reknow.patching.patches import Delta
+from reknow.patching.deltas import Delta, as_delta
 
 if TYPE_CHECKING:
     from reknow.learning.settings import NetworkSettings
@@ -48,7 +48,7 @@ def transformed(
     network = new_network(settings, lm, tensors)
     with torch.no_grad():
         factors, loss = flat_factors(lm, network.names, lm.encode(texts))
-        deltas = {name: as_delta(left, right) for name, (left, right) in network(factors).items()}
+        deltas = {name: as_delta(*used_rows(left, right)) for name, (left, right) in network(factors).items()}
     return deltas, loss
 
 

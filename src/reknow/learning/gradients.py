@@ -19,7 +19,6 @@ from reknow.editing.descent import Scored, check_finite, predicted
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, hidden_states, hooked
 from reknow.model.tokens import Row, make_batches
-from reknow.patching.patches import Delta, Dense, LowRank
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -130,13 +129,10 @@ def flat_factors(
     return joined, total / len(rows)
 
 
-def as_delta(left: Tensor, right: Tensor) -> Delta:
-    """leftᵀ right (n, out), (n, in) as a change of a matrix: its factors while they are few, else itself."""
+def used_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the rows in which `left` is zero, which change nothing. (n, out), (n, in)"""
     used = (left != 0).any(1)
-    left, right = left[used], right[used]
-    if len(left) >= min(left.shape[1], right.shape[1]):
-        return Dense(left.T @ right)
-    return LowRank(left.T.contiguous(), right.contiguous())
+    return left[used], right[used]
 
 
 def _behind(lm: LM, hooks: Mapping[str, Callable]):

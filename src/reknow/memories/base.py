@@ -14,14 +14,15 @@ from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
 from reknow.patching.memory import versions
-from reknow.patching.patches import Kind, Patch
+from reknow.patching.patches import Patch
+from reknow.patching.record import PatchKind
 from reknow.texts.writing import normalize
 
 
 class MemoryMethod(Method):
     """A method whose patches leave the weights alone; see `reknow.patching.memory`."""
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[PatchKind]
 
     @staticmethod
     @abstractmethod
@@ -35,7 +36,7 @@ class MemoryMethod(Method):
 class BesideMatrix(MemoryMethod):
     """A memory beside the value matrix of a layer, or of a few, which its versions share."""
 
-    kind: ClassVar[Kind] = "hook"
+    kind: ClassVar[PatchKind] = "hook"
     depth: ClassVar[float]
     """Of its layer where none is given, as a share."""
     layer: int | None

@@ -28,12 +28,13 @@ from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchSettings
-from reknow.editing.solvers import least_squares, null_space, outer
+from reknow.editing.solvers import least_squares, null_space
 from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
 from reknow.model.exact import exact
+from reknow.patching.deltas import Delta, as_delta
 from reknow.patching.kept import Kept
-from reknow.patching.patches import Delta, Patch
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -87,7 +88,7 @@ class AlphaEdit(SearchSettings):
                 missing = z - subjects.states(target, "block")  # (facts, hidden)
                 shares = 1 if self.boundary_layers else len(layers) - i
                 right = self._right(lm, edits, layer, subjects.keys(layer))  # (facts, in)
-                change = {lm.parts.value[layer]: outer(missing / shares, right)}
+                change = {lm.parts.value[layer]: as_delta(missing / shares, right)}
                 lm.apply(weights_patch(self, lm, edits, change))
                 deltas |= change
             for layer in layers:

@@ -20,10 +20,11 @@ from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
-from reknow.editing.solvers import Whitening, cholesky, least_squares, outer
+from reknow.editing.solvers import Whitening, cholesky, least_squares
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.model.exact import exact
+from reknow.patching.deltas import as_delta
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -61,5 +62,5 @@ class EMMET(SearchSettings):
             names=[edit.text for edit in edits],
         )  # (facts, in)
         # δ is R: the wanted state less the present one, which nothing has moved since.
-        deltas = {lm.parts.value[layer]: outer(exact(found.delta), right)}
+        deltas = {lm.parts.value[layer]: as_delta(exact(found.delta), right)}
         return weights_patch(self, lm, edits, deltas, notes={"layers": [layer], "losses": found.losses})

@@ -28,7 +28,8 @@ from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
 from reknow.model.hooks import fused_gelu
 from reknow.model.tokens import Row, Text
-from reknow.patching.patches import Dense, Patch
+from reknow.patching.deltas import Dense
+from reknow.patching.patches import Patch
 from reknow.progress import told
 
 if TYPE_CHECKING:

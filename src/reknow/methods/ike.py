@@ -32,7 +32,8 @@ from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
 from reknow.model.tokens import Text
 from reknow.patching.kept import Kept, Per
-from reknow.patching.patches import Kind, Patch
+from reknow.patching.patches import Patch
+from reknow.patching.record import PatchKind
 from reknow.registry import make
 from reknow.texts.writing import join_texts
 
@@ -54,7 +55,7 @@ class Memory(Strict):
 class IKE(MemoryMethod):
     """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
 
-    kind: ClassVar[Kind] = "prompt"
+    kind: ClassVar[PatchKind] = "prompt"
     kept: ClassVar[Kept] = Kept({"keys": "float32 edits features"}, Memory)
 
     demonstrations: Natural = 32

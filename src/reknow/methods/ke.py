@@ -28,12 +28,13 @@ from reknow.contract import checked, weights_patch
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
 from reknow.learning.examples import Outcome, averaged, bare
-from reknow.learning.gradients import as_delta, gradient_factors, matrices
+from reknow.learning.gradients import gradient_factors, matrices, used_rows
 from reknow.learning.loop import seeded
 from reknow.learning.settings import MatrixEditor
 from reknow.learning.training import Learner, Training
 from reknow.model.parts import embedding
 from reknow.model.tokens import Text
+from reknow.patching.deltas import as_delta
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ class KE(MatrixEditor):
         with torch.no_grad():
             changes, loss = network(lm, edits, [Text.asked(edit) for edit in edits])
         # Several edits: the sum of what each asks for.
-        deltas = {name: as_delta(left.flatten(0, 1), right.flatten(0, 1)) for name, (left, right) in changes.items()}
+        deltas = {
+            name: as_delta(*used_rows(left.flatten(0, 1), right.flatten(0, 1)))
+            for name, (left, right) in changes.items()
+        }
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
 
     def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:

@@ -28,7 +28,8 @@ from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.model.exact import exact
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Row, Text
-from reknow.patching.patches import Delta, LowRank, Patch, merge
+from reknow.patching.deltas import Delta, LowRank
+from reknow.patching.patches import Patch, merge
 from reknow.tracing.causal import LONGEST_ANSWER, UNFINISHED
 
 if TYPE_CHECKING:

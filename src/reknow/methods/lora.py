@@ -31,7 +31,8 @@ from reknow.model.hooks import forward_replaced, weight_replaced
 from reknow.model.loading import carries_adapters
 from reknow.model.parts import Conv1D, is_matrix
 from reknow.model.tokens import Row, Text
-from reknow.patching.patches import LowRank, Patch
+from reknow.patching.deltas import LowRank
+from reknow.patching.patches import Patch
 from reknow.patching.peft_folder import base_of
 from reknow.progress import told
 

@@ -26,12 +26,13 @@ from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import filled
 from reknow.learning.examples import averaged, bare
-from reknow.learning.gradients import RunningNorm, Shapes, as_delta, flat_factors, matrices
+from reknow.learning.gradients import RunningNorm, Shapes, flat_factors, matrices, used_rows
 from reknow.learning.loop import seeded
 from reknow.learning.settings import MatrixEditor
 from reknow.learning.training import Learner, Training
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
+from reknow.patching.deltas import as_delta
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class MALMEN(MatrixEditor):
         with torch.no_grad():
             factors, loss = flat_factors(lm, network.names, rows, answers_only=True)
             for name, v in network(factors).items():
-                deltas[name] = as_delta(v, network.solved(name, factors[name][0]))
+                deltas[name] = as_delta(*used_rows(v, network.solved(name, factors[name][0])))
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
 
     def _network(self, lm: LM) -> MALMENNetwork:

@@ -21,11 +21,12 @@ from reknow.contract import checked, weights_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchSettings
-from reknow.editing.solvers import Whitening, cholesky, least_squares, outer
+from reknow.editing.solvers import Whitening, cholesky, least_squares
 from reknow.editing.values import Site, Values, find_values
 from reknow.edits import Edit
 from reknow.model.exact import exact
-from reknow.patching.patches import Delta, Patch
+from reknow.patching.deltas import Delta, as_delta
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -59,7 +60,7 @@ class Band(SearchSettings):
                     weight=self.covariance_weight,
                     names=[edit.text for edit in edits],
                 )  # (facts, in)
-                change = {lm.parts.value[layer]: outer(missing / (len(layers) - i) ** power, right)}
+                change = {lm.parts.value[layer]: as_delta(missing / (len(layers) - i) ** power, right)}
                 lm.apply(weights_patch(self, lm, edits, change))
                 deltas |= change
         return weights_patch(self, lm, edits, deltas, notes={"layers": list(layers), "losses": found.losses})

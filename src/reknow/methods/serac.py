@@ -38,9 +38,11 @@ from reknow.memories.scope import TEXTS, Cross, Embedding, States, log_in_scope,
 from reknow.memories.scope_training import ScopeLearner
 from reknow.model.hooks import forwards_replaced
 from reknow.model.tokens import Text
+from reknow.patching.deltas import LowRank
 from reknow.patching.kept import Kept
 from reknow.patching.memory import Route, versions
-from reknow.patching.patches import Kind, LowRank, Patch
+from reknow.patching.patches import Patch
+from reknow.patching.record import PatchKind
 from reknow.patching.weights import beside
 from reknow.registry import make
 
@@ -64,7 +66,7 @@ class Memory(Strict):
 class SERAC(Learned, MemoryMethod):
     """An edit memory with a scope classifier and a counterfactual model, both trained. Needs no subject."""
 
-    kind: ClassVar[Kind] = "router"
+    kind: ClassVar[PatchKind] = "router"
     kept: ClassVar[Kept] = Kept(
         {
             "keys": "float32 texts embedding_size",

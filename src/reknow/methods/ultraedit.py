@@ -27,8 +27,9 @@ from reknow.edits import Edit
 from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
+from reknow.patching.deltas import Delta, Dense, LowRank
 from reknow.patching.kept import Kept
-from reknow.patching.patches import Delta, Dense, LowRank, Patch
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM

@@ -16,9 +16,10 @@ from reknow.errors import PatchError
 from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import check_replaced
 from reknow.files.schema import Count, FormatError, explain, parse_json
-from reknow.files.tensors import check_finite, check_tensor, digest, read_tensors
-from reknow.patching.patch_files import low_rank, read_patch, write_patch
-from reknow.patching.patches import Delta, LowRank, Patch
+from reknow.files.tensors import check_finite, digest, read_tensors
+from reknow.patching.deltas import Delta, LowRank, check_factors
+from reknow.patching.patch_files import read_patch, write_patch
+from reknow.patching.record import PatchRecord
 
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
@@ -64,7 +65,7 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", RANKS: ranks})
 
 
-def save(patch: Patch, folder: str | Path) -> Path:
+def write_folder(patch: PatchRecord, folder: str | Path) -> Path:
     """Writes a patch whose notes name its base for `peft` as such a folder; an old one stays until this is whole.
 
     Raises:
@@ -77,22 +78,22 @@ def save(patch: Patch, folder: str | Path) -> Path:
         write_adapter(new, factors, patch.notes["adapter"])
         # Read again, so that the digest is of what lies there, whatever way it was written.
         sealed = read_tensors(new / WEIGHTS)
-        write_patch(replace(patch, deltas={}), new / REST, beside=digest(sealed.metadata, sealed.tensors))
+        write_patch(replace(patch, deltas={}), new / REST, companion=digest(sealed.metadata, sealed.tensors))
 
     return atomic_write_folder(folder, write, overwrite=True)
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Whether this is a folder that `save` wrote."""
+    """Whether this is a folder that `write_folder` wrote."""
     return (Path(path) / REST).is_file()
 
 
 def own_files(path: str | Path) -> set[str]:
-    """What `save` has written into this folder; nothing where it has not."""
+    """What `write_folder` has written into this folder; nothing where it has not."""
     return {CONFIG, WEIGHTS, REST} if is_adapter(path) else set()
 
 
-def load(folder: str | Path) -> Patch:
+def read_folder(folder: str | Path) -> PatchRecord:
     """The patch in such a folder.
 
     Raises:
@@ -106,15 +107,12 @@ def load(folder: str | Path) -> Patch:
         deltas: dict[str, Delta] = {}
         for key in sealed.tensors:
             name = key.removeprefix(PREFIX).removesuffix(RIGHT).removesuffix(LEFT)
-            left, right = (
-                check_tensor(part, sealed.tensors.get(part), "float", 2)
-                for part in (f"{PREFIX}{name}{LEFT}", f"{PREFIX}{name}{RIGHT}")
-            )
+            padded = check_factors(name, sealed.tensors, f"{PREFIX}{name}{LEFT}", f"{PREFIX}{name}{RIGHT}")
             rank = ranks.get(name)  # None: a folder from before ranks were padded
-            deltas[name] = low_rank(name, left[:, :rank].contiguous(), right[:rank].contiguous())
+            deltas[name] = LowRank(padded.left[:, :rank].contiguous(), padded.right[:rank].contiguous())
     except (OSError, FormatError) as error:
         raise PatchError(
             f"expected an adapter in {folder}; {WEIGHTS} is broken ({explain(error)}): restore it"
         ) from error
-    rest = read_patch(folder / REST, beside=digest(sealed.metadata, sealed.tensors))
+    rest = read_patch(folder / REST, companion=digest(sealed.metadata, sealed.tensors))
     return replace(rest, deltas=deltas)

@@ -19,7 +19,8 @@ from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.exact import exact
 from reknow.model.hooks import forwards_replaced, own_forward, set_forward
 from reknow.model.parts import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
-from reknow.patching.patches import Delta, Dense, LowRank, Patch, summed, total
+from reknow.patching.deltas import Delta, Dense, LowRank, add_deltas, sum_deltas
+from reknow.patching.patches import Patch
 
 UNSURE: tuple[Delta, ...] = (Dense(torch.empty(0, 0)),)
 """In place of a matrix's changes while it is written: equal to none."""
@@ -52,7 +53,7 @@ class Weights:
         if takes_changes(module):
             return _oriented(module, module.weight)  # type: ignore[arg-type]
         base = self.base(name)
-        return total(exact(base), self._changes.get(name, ())).to(base)
+        return add_deltas(exact(base), self._changes.get(name, ())).to(base)
 
     def _module(self, name: str) -> nn.Module:
         """The module of that name; raises InputError where the model has none."""
@@ -142,12 +143,12 @@ class Weights:
         value = exact(value)
         for start in range(len(known), len(deltas) - BLOCK + 1, BLOCK):
             known = deltas[: start + BLOCK]
-            value = total(value, known[start:])
+            value = add_deltas(value, known[start:])
             self._sums[name] = known, value
-        return total(value, deltas[len(known) :])
+        return add_deltas(value, deltas[len(known) :])
 
     def _put_beside(self, name: str, module: nn.Module, deltas: tuple[Delta, ...]) -> None:
-        both = beside(self._forward(name, module), summed(deltas)) if deltas else None
+        both = beside(self._forward(name, module), sum_deltas(deltas)) if deltas else None
         own = self._beside.setdefault(name, own_forward(module))
         self._changes[name] = UNSURE
         if both is not None:
