@@ -5,12 +5,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+# How many processes run the tests; each has one thread.
+WORKERS ?= 2
 
 .PHONY: help setup demo test test-fast lint format wheel clean
 
 help:
 	@echo "make demo       edit facts in the bundled model, measure, report, take the edits back"
 	@echo "make test       all tests;  make test-fast: without those that take minutes;  ARGS='-k name' is passed on"
+	@echo "                WORKERS=4 for four processes instead of two"
 	@echo "make lint       ruff and pyright;  make format: let ruff rewrite"
 	@echo "make wheel      build dist/*.whl"
 	@echo "make clean      remove what make made"
@@ -29,10 +32,10 @@ demo: $(READY)
 	$(BIN)/reknow demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -102,3 +102,15 @@ def alone(lm: LM, prompt: str, tokens: int) -> list[int]:
         logits = lm.forward(text, torch.ones_like(text), places, None, ends=end).logits
         ids.append(int(logits[0, -1].argmax()))
     return ids[len(row.ids) :]
+
+
+MARKERS = ("contract", "golden", "slow")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How long the tests of each marker took, and all of them: seconds of the processes that ran them."""
+    reports = [one for found in terminalreporter.stats.values() for one in found if hasattr(one, "duration")]
+    seconds = {name: sum(one.duration for one in reports if name in one.keywords) for name in MARKERS}
+    shares = ", ".join(f"{name} {total:.0f} s" for name, total in seconds.items() if total)
+    total = sum(one.duration for one in reports)
+    terminalreporter.write_line(f"time in tests: {total:.0f} s{f' ({shares})' if shares else ''}")

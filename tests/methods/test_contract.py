@@ -22,6 +22,8 @@ from reknow.errors import EditFailed, InputError, ModelError, ReknowError
 from reknow.memories.base import MemoryMethod
 from reknow.methods import Method
 
+pytestmark = pytest.mark.contract
+
 FAMILIES = (*CORE_FAMILIES, "gemma2")  # where additions do not reach the block's output as they are
 RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
 """Small models need long strides, and no bound on them."""

@@ -16,6 +16,8 @@ import pytest
 from reknow import LM, ROME, Edit
 from reknow.methods import method
 
+pytestmark = pytest.mark.golden
+
 FILE = Path(__file__).parent.parent / "golden" / "defaults.json"
 EDITS = [
     Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"),

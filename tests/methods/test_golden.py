@@ -15,6 +15,8 @@ from reknow.editing.covariance import covariance
 from reknow.editing.solvers import cholesky, rank_one, solve
 from reknow.editing.values import find_values
 
+pytestmark = pytest.mark.golden
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from reknow import ICE, LM, Edit
 from reknow.methods import ice
 
+pytestmark = pytest.mark.golden
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "ice.json").read_text())["cases"]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, close
@@ -15,6 +16,8 @@ from reknow.learning.gradient_network import GradientNetwork
 from reknow.learning.gradients import changed, flat_factors
 from reknow.methods.malmen import MALMENNetwork, surrogate
 from reknow.model.tokens import Text
+
+pytestmark = pytest.mark.golden
 
 
 def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
@@ -109,7 +112,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     network = MALMENNetwork(MALMEN(layers=(0, 1), rank=4), lm)
     network.names = names  # theirs changes the value matrices only
     network.step = torch.nn.Parameter(torch.zeros(2))
-    network.regularization = torch.nn.Parameter(torch.zeros(2))
+    network.stiffness = torch.nn.Parameter(torch.zeros(2))
     network.shapes.scale = dict.fromkeys(names, 1.0)
 
     rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
@@ -131,7 +134,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
             for ours, other in named.items():
                 getattr(block, ours).copy_(theirs[f"{prefix}blocks.{i}.{other}"])
         network.step.copy_(theirs[f"{prefix}lr.weight"][:, 0])
-        network.regularization.copy_(theirs[f"{prefix}lamda.weight"][:, 0])
+        network.stiffness.copy_(theirs[f"{prefix}lamda.weight"][:, 0])
 
     deltas = {name: v.T @ network.solved(name, factors[name][0]) for name, v in network(factors).items()}
     for name in names:
@@ -152,4 +155,4 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
                 other
             )
     assert close(network.step.grad, theirs["gradient/(40, 32).lr.weight"][:, 0], 2e-3)
-    assert close(network.regularization.grad, theirs["gradient/(40, 32).lamda.weight"][:, 0], 2e-3)
+    assert close(network.stiffness.grad, theirs["gradient/(40, 32).lamda.weight"][:, 0], 2e-3)

@@ -19,6 +19,8 @@ from reknow.methods.kn import KN, attributions
 from reknow.methods.memit import MEMIT
 from reknow.methods.pmet import PMET
 
+pytestmark = pytest.mark.golden
+
 HEAD = json.loads((GOLDEN / "mass.json").read_text())
 CASES = {case["name"]: case for case in HEAD["cases"]}
 TENSORS = load_file(GOLDEN / "mass.safetensors") | {
