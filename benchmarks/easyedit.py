@@ -191,7 +191,7 @@ def _modules(lm: LM) -> dict[str, str]:
     every = {key: f"{name}.".replace(".0.", ".{}.", 1)[:-1] for key, name in names.items()}
     # It looks the matrix up among the parameters, where one that is tied to the embedding has that name.
     matrix = next(name for name, weight in lm.model.named_parameters() if weight is head.weight)
-    return every | {"ln_f_module": lm.parts.tail[-1], "lm_head_module": matrix.removesuffix(".weight")}
+    return every | {"ln_f_module": lm.parts.final_norm[-1], "lm_head_module": matrix.removesuffix(".weight")}
 
 
 def _template(prefix: str) -> str:

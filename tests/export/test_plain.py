@@ -167,7 +167,7 @@ def test_weights_that_were_wider_in_the_checkpoint_stay_wide(tmp_path):
     """Models keep some weights in float32 beside half ones; so does what was trained on since."""
     base = saved("llama", tmp_path / "base", torch.float16)
     lm = LM(base)
-    norm = lm.model.get_submodule(lm.parts.tail[0]).weight
+    norm = lm.model.get_submodule(lm.parts.final_norm[0]).weight
     norm.data += 1e-5
     lm.apply(some_patch(lm))
     export_checkpoint(lm, tmp_path / "out")
@@ -175,7 +175,7 @@ def test_weights_that_were_wider_in_the_checkpoint_stay_wide(tmp_path):
 
     found = load_file(tmp_path / "out" / "model.safetensors")
     wide = [name for name, tensor in found.items() if tensor.dtype == torch.float32]
-    assert wide == [f"{lm.parts.tail[0]}.weight"] and torch.equal(found[wide[0]], norm)
+    assert wide == [f"{lm.parts.final_norm[0]}.weight"] and torch.equal(found[wide[0]], norm)
 
 
 def test_edits_are_read_in_the_weights_as_they_are_written(tmp_path, capsys):

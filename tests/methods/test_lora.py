@@ -32,7 +32,7 @@ def test_the_answer_becomes_likelier_and_the_model_is_left_alone(family, name, e
     assert dict(lm.model.named_modules()) == modules and set(vars(lm.model)) == attributes
     assert all(torch.equal(before[name], p) and not p.requires_grad for name, p in lm.model.named_parameters())
     assert torch.equal(state, torch.get_rng_state())
-    matrices = {n for i in (1, 2) for n in (lm.parts.value[i], lm.parts.attention_out[i], *lm.parts.up[i])}
+    matrices = {n for i in (1, 2) for n in (lm.parts.value[i], lm.parts.attention_out[i], *lm.parts.mlp_in[i])}
     assert set(patch.deltas) == matrices if name == "lora" else set(patch.deltas) <= matrices
     assert all(isinstance(delta, LowRank) for delta in patch.deltas.values())
     with lm.patched(patch):
@@ -98,7 +98,7 @@ def test_several_edits_share_one_adapter(lm, edit):
 
 def test_adalora_shares_the_rank_out(lm, edit):
     patch = method("adalora", rank=4, places=PLACES, layers=(0, 1, 2), learning_rate=2e-2).edit(lm, [edit])
-    matrices = [n for i in range(3) for n in (lm.parts.value[i], lm.parts.attention_out[i], *lm.parts.up[i])]
+    matrices = [n for i in range(3) for n in (lm.parts.value[i], lm.parts.attention_out[i], *lm.parts.mlp_in[i])]
     ranks = [delta.rank for delta in patch.deltas.values()]
     assert sum(ranks) == 4 * len(matrices) and 0 not in ranks  # a matrix left without any rank is not in the patch
     assert len(set(ranks)) > 1

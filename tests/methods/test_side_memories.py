@@ -103,7 +103,7 @@ def test_slots_add_to_the_mlp_what_the_equation_says():
     patch = CaliNet(layer=1, trained_keys=True, slots=5, steps=3).edit(lm, [edit(PROMPTS[0])])
     assert patch.state["keys"].shape == (5, 32) == patch.state["values"].shape
     (row,) = lm.encode([Text(PROMPTS[0])])
-    mlp_input, _ = prompt_states(lm, [row], lm.parts.up[1][0])
+    mlp_input, _ = prompt_states(lm, [row], lm.parts.mlp_in[1][0])
     _, before = prompt_states(lm, [row], lm.parts.value[1])
     with lm.patched(patch):
         _, after = prompt_states(lm, [row], lm.parts.value[1])
@@ -127,7 +127,7 @@ def test_a_slot_answers_to_its_own_fact_more_than_to_others():
     lm = make_lm()
     patch = CaliNet(layer=1).edit(lm, [edit(PROMPTS[0])])
     (row,) = lm.encode([Text(PROMPTS[0])])
-    reader = lm.parts.up[1][0]
+    reader = lm.parts.mlp_in[1][0]
     own, _ = prompt_states(lm, [row], reader)
     others = other_inputs(lm, reader)
     assert float(own @ patch.state["keys"].T) == pytest.approx(3, abs=1e-3)

@@ -75,7 +75,7 @@ def test_the_parts_are_those_of_the_model_without(twins):
     assert lm.parts == merged.parts == make_lm("llama").parts
     assert carries_adapters(lm.model) and not carries_adapters(merged.model)
     assert close(logits(lm), logits(merged))
-    for name in (lm.parts.value[1], *lm.parts.up[1], lm.parts.attention_out[1]):
+    for name in (lm.parts.value[1], *lm.parts.mlp_in[1], lm.parts.attention_out[1]):
         assert close(lm.weight(name), merged.weight(name)), kind
 
 

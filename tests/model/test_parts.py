@@ -84,11 +84,11 @@ def test_parts_have_these_names(built, family):
     stack, blocks, norm, value, up, out = NAMES[family]
     parts = built(family).parts
     layers = 4 if family == "gpt_neo" else 3
-    assert parts.stack == stack
+    assert parts.backbone == stack
     assert parts.blocks == tuple(f"{stack}.{blocks}.{i}" for i in range(layers))
-    assert parts.tail == (f"{stack}.{norm}",)
+    assert parts.final_norm == (f"{stack}.{norm}",)
     assert parts.value == tuple(f"{block}.{value}" for block in parts.blocks)
-    assert parts.up == tuple(tuple(f"{block}.{u}" for u in up.split()) for block in parts.blocks)
+    assert parts.mlp_in == tuple(tuple(f"{block}.{u}" for u in up.split()) for block in parts.blocks)
     assert parts.attention_out == tuple(f"{block}.{out}" for block in parts.blocks)
     assert parts.hidden_size == 32
 
@@ -104,7 +104,7 @@ def test_what_is_measured(built, name):
 @pytest.mark.parametrize("name", ALL)
 def test_value_matrices_map_the_mlp_to_the_stream(built, name):
     lm = built(name)
-    for value, ups in zip(lm.parts.value, lm.parts.up, strict=True):
+    for value, ups in zip(lm.parts.value, lm.parts.mlp_in, strict=True):
         hidden, inner = lm.weight(value).shape
         assert hidden == lm.parts.hidden_size
         assert {shape(lm.model.get_submodule(up)) for up in ups} <= {(inner, hidden), (2 * inner, hidden)}

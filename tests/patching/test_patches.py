@@ -260,7 +260,7 @@ def test_the_fingerprint_survives_a_checkpoint(lm, tmp_path):
 def test_a_matrix_that_is_not_there_is_refused_though_forced(lm, name):
     patch = some_patch(lm)
     (delta,) = patch.deltas.values()
-    names = {"stack": lm.parts.stack, "norm": lm.parts.tail[0], "other": lm.parts.attention_out[0]}
+    names = {"stack": lm.parts.backbone, "norm": lm.parts.final_norm[0], "other": lm.parts.attention_out[0]}
     broken = replace(patch, deltas={lm.parts.value[0]: delta, name.format(**names): delta})
     before = bits(lm)
     with pytest.raises(PatchError, match="expected a matrix"):

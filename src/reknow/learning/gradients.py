@@ -46,7 +46,7 @@ class Factors:
 
 def matrices(lm: LM, layers: Sequence[int]) -> list[str]:
     """Names of the MLPs' matrices in these layers: those that read the stream, then the value matrix."""
-    return [name for layer in layers for name in (*lm.parts.up[layer], lm.parts.value[layer])]
+    return [name for layer in layers for name in (*lm.parts.mlp_in[layer], lm.parts.value[layer])]
 
 
 class Shapes:

@@ -107,7 +107,7 @@ class CaliNet(BesideMatrix):
         (layer,) = self.own_layers(lm)
         texts = [Text.asked(edit, text) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)
-        reader, writer = lm.parts.up[layer][0], lm.parts.value[layer]
+        reader, writer = lm.parts.mlp_in[layer][0], lm.parts.value[layer]
         inputs, _ = prompt_states(lm, rows, reader)  # (rows, hidden)
         _, outputs = prompt_states(lm, rows, writer)
         assessed = [[assessment(lm, edit, answer, self.smoothing) for answer in _answers(edit)] for edit in edits]
@@ -137,7 +137,7 @@ class CaliNet(BesideMatrix):
         slots = [Slots.of(patch).to(lm.device) for patch in patches]
         for one in slots:
             on_matrix(lm, one.writer, {"out": (one.values, 1)})
-            own = lm.parts.up[lm.parts.value.index(one.writer)][0], activation(lm)
+            own = lm.parts.mlp_in[lm.parts.value.index(one.writer)][0], activation(lm)
             if (one.reader, one.activation) != own or one.keys.shape[1] != lm.weight(own[0]).shape[1]:
                 raise PatchError(
                     f"expected slots that read {own[0]} through {own[1]}; got others at {one.reader!r}: load the "

@@ -107,7 +107,7 @@ class LoRA(Method):
         parts = lm.parts
         found = {
             "value": (parts.value[layer],),
-            "up": parts.up[layer],
+            "up": parts.mlp_in[layer],
             "attention_out": (parts.attention_out[layer],),
         }
         return [name for place in self.places for name in found[place]]

@@ -80,7 +80,7 @@ class UltraEdit(Method):
         names = [
             name
             for layer in layers
-            for name in ([lm.parts.value[layer]] if self.matrices == "value" else lm.parts.up[layer])
+            for name in ([lm.parts.value[layer]] if self.matrices == "value" else lm.parts.mlp_in[layer])
         ]
         rows = lm.encode([Text.asked(edit) for edit in edits])
         before = _merged(lm, names)

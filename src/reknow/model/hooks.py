@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from reknow.model.exclusive import undo_on_exit
-
-if TYPE_CHECKING:
-    pass
 
 
 class Stop(Exception):

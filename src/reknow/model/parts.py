@@ -6,7 +6,6 @@ import inspect
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,6 @@ from transformers.pytorch_utils import Conv1D
 from reknow.errors import ModelError
 from reknow.model.hooks import hidden_states, hooked
 
-if TYPE_CHECKING:
-    pass
-
 log = logging.getLogger(__name__)
 
 
@@ -26,14 +22,14 @@ log = logging.getLogger(__name__)
 class Parts:
     """Module names of a decoder; the lists have one entry per layer."""
 
-    stack: str
+    backbone: str
     """Module that holds the blocks and returns the hidden states that the head reads."""
     blocks: tuple[str, ...]
-    tail: tuple[str, ...]
-    """What the stack applies behind its last block, in order: the final norm, rarely a projection."""
+    final_norm: tuple[str, ...]
+    """What the backbone applies behind its last block, in order: the final norm, rarely a projection too."""
     value: tuple[str, ...]
     """The value matrix: the MLP's projection back into the residual stream."""
-    up: tuple[tuple[str, ...], ...]
+    mlp_in: tuple[tuple[str, ...], ...]
     """The matrices that read the normed hidden state into the MLP: up, or gate and up, or both fused."""
     attention_out: tuple[str, ...]
     """Attention's projection back into the residual stream."""
@@ -107,13 +103,13 @@ def find_parts(model: PreTrainedModel) -> Parts:
         raise refusal(model, f"it is a mixture of experts ({experts[0]}), which has no single value matrix per layer")
     calls, widths = _call_order(model)
     blocks = _blocks(model, getattr(config, "num_hidden_layers", None), set(calls))
-    stack = blocks[0].rpartition(".")[0].rpartition(".")[0]
+    backbone = blocks[0].rpartition(".")[0].rpartition(".")[0]
     hidden_size = widths.get(blocks[0], 0)
     layers = [_block_parts(model, block, calls, hidden_size) for block in blocks]
     last = max(i for i, name in enumerate(calls) if name == blocks[-1])
-    tail = [name for name in calls[last + 1 :] if name.startswith(f"{stack}.") and name.rpartition(".")[0] == stack]
-    value, up, attention_out = zip(*layers, strict=True)
-    return Parts(stack, tuple(blocks), tuple(tail), value, up, attention_out, hidden_size)
+    behind = tuple(name for name in calls[last + 1 :] if name.rpartition(".")[0] == backbone)
+    value, mlp_in, attention_out = zip(*layers, strict=True)
+    return Parts(backbone, tuple(blocks), behind, value, mlp_in, attention_out, hidden_size)
 
 
 def _has_experts(model: PreTrainedModel) -> bool:
@@ -182,14 +178,14 @@ def _block_parts(
     value = names[wide[-1]]
     inner, mlp = shapes[value][1], value.rpartition(".")[0]
     before = names[: wide[-1]]
-    up: list[str] = []
+    mlp_in: list[str] = []
     while before and shapes[before[-1]] in ((inner, hidden), (2 * inner, hidden)):
         if before[-1].rpartition(".")[0] != mlp:
             break
-        up.insert(0, before.pop())
-    if len(up) not in (1, 2) or not before or shapes[before[-1]][0] != hidden:
+        mlp_in.insert(0, before.pop())
+    if len(mlp_in) not in (1, 2) or not before or shapes[before[-1]][0] != hidden:
         raise refusal(model, f"no matrices from the hidden state into the MLP were found in {block}")
-    return value, tuple(up), before[-1]
+    return value, tuple(mlp_in), before[-1]
 
 
 def accepts_positions(model: PreTrainedModel) -> bool:

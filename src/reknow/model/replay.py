@@ -40,10 +40,10 @@ def head(lm: Decoder, hidden: Tensor) -> Tensor:
 
     The model's own `forward` does it, around a decoder stack that is replaced by the given states.
     """
-    for name in lm.parts.tail:
+    for name in lm.parts.final_norm:
         hidden = lm.model.get_submodule(name)(hidden)
     states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
-    with forward_replaced(lm.model.get_submodule(lm.parts.stack), lambda *args, **kwargs: states):
+    with forward_replaced(lm.model.get_submodule(lm.parts.backbone), lambda *args, **kwargs: states):
         dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         return lm.model(input_ids=dummy, use_cache=False).logits[0]
 

@@ -80,7 +80,7 @@ def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.nd
     trained, tensors = method.trained(lm)
     network = new_network(trained, lm, tensors)
     families = load_families(method.families)
-    name = lm.parts.up[max(network.layers)][0]
+    name = lm.parts.mlp_in[max(network.layers)][0]
     points = []
     for case in cases:  # one by one, so that none is padded
         told = trained.told(case, families).edit
