@@ -189,7 +189,7 @@ def test_patches(name, tmp_path):
 
 
 def test_a_method_with_a_memory_has_a_specimen():
-    memories = {name for name, entry in METHODS.items() if entry.method.kept is not None}
+    memories = {name for name, entry in METHODS.items() if entry.method.state_spec is not None}
     assert memories - {"ike-easyedit", "alphaedit-blue"} == {"alphaedit", "ike", "serac", *QUICK}
 
 

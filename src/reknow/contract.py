@@ -19,9 +19,9 @@ from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, InputError
 from reknow.model.exclusive import exclusively
 from reknow.patching.deltas import Delta, LowRank
-from reknow.patching.kept import Kept
 from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
+from reknow.patching.state_spec import StateSpec
 from reknow.registry import METHODS
 from reknow.texts.templates import split_template
 from reknow.texts.writing import normalize
@@ -35,7 +35,7 @@ class Method(ABC):
 
     together: ClassVar[int] = 1
     """How many edits `edit_each` is given at a time."""
-    kept: ClassVar[Kept | None] = None
+    state_spec: ClassVar[StateSpec | None] = None
     """What its patches keep besides ΔW, which is checked when one is read; None: anything that is finite."""
     kind: ClassVar[PatchKind] = "weights"
     """Of its patches."""

@@ -94,9 +94,9 @@ class LM(Decoder):
         return self._weights.current(name)
 
     @property
-    def beside(self) -> tuple[str, ...]:
+    def unmerged(self) -> tuple[str, ...]:
         """Matrices whose weight is as it was, with the change of the applied patches computed beside them."""
-        return self._weights.beside
+        return self._weights.unmerged
 
     @typed_exclusively
     def base_weight(self, name: str) -> Tensor:
@@ -243,9 +243,9 @@ class LM(Decoder):
                 self.apply(patch)
             yield self
 
-    def trying(self, method: str, memory: HookMemory):
+    def temporary_memory(self, method: str, memory: HookMemory):
         """While open, this is the memory of the method in place of the applied one: for training it."""
-        return self._memories.trying(method, memory)
+        return self._memories.temporary_memory(method, memory)
 
     @contextmanager
     def unpatched(self):

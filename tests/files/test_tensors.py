@@ -274,7 +274,7 @@ def test_a_memory_replaces_only_what_was_stored_before(change, tmp_path):
 def test_every_memory_says_what_it_keeps():
     from reknow.memories.base import MemoryMethod
 
-    assert all(entry.method.kept for entry in METHODS.values() if issubclass(entry.method, MemoryMethod))
+    assert all(entry.method.state_spec for entry in METHODS.values() if issubclass(entry.method, MemoryMethod))
 
 
 def test_an_invented_dtype_does_not_widen_what_fits():

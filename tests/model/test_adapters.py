@@ -85,7 +85,7 @@ def test_a_patch_does_what_it_does_to_the_merged_model_and_comes_off_bit_for_bit
     patch = some_patch(lm, layers=(0, 2))
     lm.apply(patch)
     merged.apply(patch, force=True)
-    assert lm.beside == (tuple(patch.deltas) if kind in INSIDE_THE_MLP else ())
+    assert lm.unmerged == (tuple(patch.deltas) if kind in INSIDE_THE_MLP else ())
     assert close(logits(lm), logits(merged)) and not close(logits(lm), read)
     for name, delta in patch.deltas.items():
         assert close(lm.weight(name), add_deltas(merged.base_weight(name).double(), [delta]).float())
@@ -138,7 +138,7 @@ def test_adapters_on_four_bits():
     patch = some_patch(lm, size=0.5)
     read = logits(lm)
     with lm.patched(patch):
-        (name,) = lm.beside
+        (name,) = lm.unmerged
         states = torch.randn(4, 128)
         change = lm.model.get_submodule(name)(states)
     assert close(change - lm.model.get_submodule(name)(states), states @ patch.deltas[name].dense().float().T, 1e-3)

@@ -259,6 +259,7 @@ def test_what_fails_half_way_leaves_nothing_behind(lm):
         half.apply(again)
     assert half.patches == (many,) and same(bits(half), one)
     half.revert(many)
-    with pytest.raises(AttributeError), half.trying("grace", Hooks({name: lambda *a: a[2], "nowhere": None})):  # type: ignore[dict-item]
+    hooks = Hooks({name: lambda *a: a[2], "nowhere": None})  # type: ignore[dict-item]
+    with pytest.raises(AttributeError), half.temporary_memory("grace", hooks):
         pass
     assert same(bits(half), base) and at_rest(half) == rest

@@ -20,7 +20,7 @@ from reknow.model.hooks import added_at, output_edited
 from reknow.model.replay import BlockReplay
 from reknow.model.scoring import Score
 from reknow.model.tokens import Text
-from reknow.patching.memory import on_output, versions
+from reknow.patching.memory import hook_output, versions
 from reknow.patching.stack import save_stack
 from reknow.registry import Row
 
@@ -68,7 +68,7 @@ class _Shift:
             chosen = reading.decision(self, nearest)
             return outputs + torch.where(chosen[:, None, None] >= 0, self.values[chosen][:, None], 0.0)
 
-        return [on_output(lm, self.module, change)]
+        return [hook_output(lm, self.module, change)]
 
 
 @dataclass(frozen=True)

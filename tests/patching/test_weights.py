@@ -91,20 +91,20 @@ def test_a_change_is_computed_beside_a_quantised_matrix(quantised):
     name = lm.parts.value[1]
     weight = lm.weight(name)
     with lm.patched(low, dense):
-        assert set(lm.beside) == {lm.parts.value[0], name}
+        assert set(lm.unmerged) == {lm.parts.value[0], name}
         both = logits(lm)
         wanted = weight + (low.deltas[name].dense() + dense.deltas[name].dense()).float()
         assert torch.allclose(lm.weight(name), wanted, atol=1e-4) and torch.equal(lm.base_weight(name), weight)
         assert weight_bits(lm.model) == stored, "what is stored stays"
         lm.revert(low)
-        assert lm.beside == (name,) and not torch.equal(logits(lm), both)
+        assert lm.unmerged == (name,) and not torch.equal(logits(lm), both)
         lm.apply(low)
         assert torch.allclose(logits(lm), both, atol=1e-4)
         lm.revert(low)  # as `patched` found it
         lm.revert(dense)
         lm.apply(low)
         lm.apply(dense)
-    assert lm.beside == () and torch.equal(logits(lm), before), "taken off, the answers are the base's bit for bit"
+    assert lm.unmerged == () and torch.equal(logits(lm), before), "taken off, the answers are the base's bit for bit"
     assert not any("forward" in vars(module) for module in lm.model.modules())
 
 
@@ -112,7 +112,7 @@ def test_beside_gives_the_scores_of_a_change_inside(quantised):
     twin = plain_twin(quantised)
     patch, inside = some_patch(quantised, layers=(0, 1), rank=2), some_patch(twin, layers=(0, 1), rank=2)
     with quantised.patched(patch), twin.patched(inside):
-        assert twin.beside == () and quantised.beside
+        assert twin.unmerged == () and quantised.unmerged
         ours, theirs = logits(quantised), logits(twin)
         assert (ours - theirs).norm() < 5 * tolerance(quantised) * theirs.norm()
 
@@ -126,9 +126,9 @@ def test_methods_edit_quantised_models(quantised, name):
         settings.pop("learning_rate")
     stored, before, answer = weight_bits(lm.model), logits(lm), nll(lm)
     patch = method(name, **{key: value for key, value in settings.items() if key in known}).edit(lm, [EDIT])
-    assert weight_bits(lm.model) == stored and lm.beside == ()
+    assert weight_bits(lm.model) == stored and lm.unmerged == ()
     with lm.patched(patch):
-        assert lm.beside == tuple(patch.deltas)
+        assert lm.unmerged == tuple(patch.deltas)
         if name != "kn":
             assert nll(lm) < answer - 1
         second = method("rome", layer=1, **QUICK).edit(lm, [OTHER])  # on top
@@ -183,7 +183,7 @@ def test_offloaded_layers_are_edited_too(family, how, tmp_path):
     with lm.patched(patch), whole.patched(patch):
         assert nll(lm) < answer - 1 and nll(lm) == pytest.approx(nll(whole), abs=1e-3)
         assert torch.allclose(lm.weight(name), whole.weight(name), atol=1e-5)
-        assert lm.beside == tuple(patch.deltas)
+        assert lm.unmerged == tuple(patch.deltas)
     assert torch.equal(logits(lm), before)
 
 
@@ -203,7 +203,7 @@ def test_an_in_memory_layer_of_a_split_model_is_changed_inside(tmp_path):
     lm = offloaded("llama", tmp_path / "disk", "cpu and disk")
     kept = {name: bits_ for name, bits_ in bits(lm).items() if "layers.0." in name}
     with lm.patched(some_patch(lm, layers=(0,))):
-        assert lm.beside == ()
+        assert lm.unmerged == ()
         assert not same({n: b for n, b in bits(lm).items() if n in kept}, kept)
     assert same({n: b for n, b in bits(lm).items() if n in kept}, kept)
 
@@ -212,5 +212,5 @@ def test_copies_of_a_plain_model_are_not_affected():
     lm = make_lm("llama")
     twin = copy.deepcopy(lm.model)
     with lm.patched(some_patch(lm)):
-        assert lm.beside == ()
+        assert lm.unmerged == ()
     assert same({n: p.view(torch.uint8) for n, p in twin.named_parameters()}, bits(lm))

@@ -6,7 +6,6 @@ never changed, and only they get gradients: autograd keeps nothing of the blocks
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Rate, Weight, check_settings
-from reknow.errors import EditFailed
+from reknow.model.exact import finite_loss
 from reknow.model.generation import decode, sample_tokens
 from reknow.model.hooks import fused_gelu, weight_replaced
 from reknow.model.replay import BlockReplay
@@ -244,7 +243,7 @@ def descend(
     losses: list[float] = []
     for _ in range(steps):
         found = loss()
-        losses.append(check_finite(found.mean()))
+        losses.append(finite_loss(found.mean()))
         if done(found.detach()):
             break
         optimizer.zero_grad()
@@ -256,14 +255,6 @@ def descend(
 def predicted(row: Row, first: int) -> list[tuple[int, int]]:
     """(index of the token that predicts, token predicted) of the row's tokens from the index `first` on."""
     return [(i - 1, row.ids[i]) for i in range(first, len(row.ids))]
-
-
-def check_finite(value: Tensor) -> float:
-    """A loss, or a sum that is checked, as a number; raises EditFailed where it is none."""
-    number = float(value.detach())
-    if not math.isfinite(number):
-        raise EditFailed("expected finite losses and logits; got NaN or infinity: lower learning_rate")
-    return number
 
 
 def sample(
@@ -283,7 +274,7 @@ def sample(
     end = lm.tokenizer.eos_token_id
 
     def choose(logits: Tensor) -> Tensor:
-        check_finite(logits.sum())
+        finite_loss(logits.sum())
         if end is not None:
             logits[:, end] = -torch.inf
         return sample_tokens(logits, top_k or logits.shape[1], temperature, generator)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from reknow.editing.descent import check_finite
 from reknow.editing.value_batch import Run, Scores, dealt, encode_facts, parts_of, room
 from reknow.edits import Edit
+from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu
 from reknow.model.tokens import Row
 from reknow.progress import stage, told
@@ -191,7 +191,7 @@ def _descend(hands: list[Run], sizes: Tensor, units: Tensor, width: int, owners:
         drift = search.kl_weight * (new.exp() * (new - old)).sum(-1)  # KL(new ‖ old), as in the authors' code
         size = (mine.norm(dim=2) / sizes[:, active] ** (2 if search.units == "absolute" else 1)).sum(0)
         loss = weight[active] * scores.nll + drift + search.weight_decay * size
-        check_finite(loss.sum())
+        finite_loss(loss.sum())
         for i, value in zip(active.tolist(), loss.tolist(), strict=True):
             if running[i]:
                 losses[i].append(value)

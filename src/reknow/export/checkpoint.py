@@ -92,9 +92,9 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
     """
     check_weights(lm.patches, "export")
     adapted = adapters(lm.model)
-    if left := [name for name in lm.beside if name not in adapted]:
+    if left := [name for name in lm.unmerged if name not in adapted]:
         raise PatchError(
-            f"expected weights that hold the change; {left[0]} has it beside, being quantised or offloaded: "
+            f"expected weights that hold the change; {left[0]} has it unmerged, being quantised or offloaded: "
             "export an adapter, or load the model whole and in memory"
         )
     folder = _place(lm, folder, overwrite)

@@ -49,7 +49,7 @@ def without_adapters(lm: LM) -> PreTrainedModel:
     while names := adapters(plain):  # what is within an adapter may have one too
         parent, _, leaf = names[0].rpartition(".")
         module = _merged(plain.get_submodule(names[0]), names[0])
-        if names[0] in lm.beside:
+        if names[0] in lm.unmerged:
             weight: Any = module.weight
             weight.data = _stored(module, _summed(lm, names[0], _stored(module, weight))).to(weight.dtype)
         setattr(plain.get_submodule(parent), leaf, module)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from reknow.editing.descent import Scored, check_finite, predicted
-from reknow.model.exact import exact
+from reknow.editing.descent import Scored, predicted
+from reknow.model.exact import exact, finite_loss
 from reknow.model.hooks import by_row, hidden_states, hooked
 from reknow.model.tokens import Row, make_batches
 
@@ -98,7 +98,7 @@ def gradient_factors(
         nll = scored.nll()
         lengths = torch.tensor([len(one) for one in pairs], device=nll.device)
         loss = (nll / lengths[scored.of_row]).sum()
-        value = check_finite(loss)
+        value = finite_loss(loss)
         gradients = torch.autograd.grad(loss, [shifts[name] for name in names])
     wanted = scored.places if answers_only else scored.real
     found = {}

@@ -33,8 +33,8 @@ from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
 from reknow.model.exact import exact
 from reknow.patching.deltas import Delta, as_delta
-from reknow.patching.kept import Kept
 from reknow.patching.patches import Patch
+from reknow.patching.state_spec import StateSpec
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -47,7 +47,7 @@ KEPT_NORMS = 0.95
 class AlphaEdit(SearchSettings):
     """Mass editing in the null space of general text, made for edit after edit."""
 
-    kept: ClassVar[Kept] = Kept({"keys.*?": "float32 edits in.*", "anchor.*?": "float32 one"})
+    state_spec: ClassVar[StateSpec] = StateSpec({"keys.*?": "float32 edits in.*", "anchor.*?": "float32 one"})
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""

@@ -44,9 +44,9 @@ from reknow.memories.base import BesideMatrix, conflicts, memory_patch
 from reknow.model.exact import exact
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
-from reknow.patching.kept import Kept, on_matrix
 from reknow.patching.memory import Hooks, versions
 from reknow.patching.patches import Patch
+from reknow.patching.state_spec import StateSpec, check_matrix
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -75,7 +75,7 @@ class CaliNet(BesideMatrix):
     """Slots beside an MLP, trained on the edits in all their wordings."""
 
     depth: ClassVar[float] = DEPTH
-    kept: ClassVar[Kept] = Kept({"keys": "float32 slots in", "values": "float32 slots out"}, Memory)
+    state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 slots in", "values": "float32 slots out"}, Memory)
 
     layer: int | None = None
     """Layer whose MLP gets slots; None: at three fifths of the depth."""
@@ -124,7 +124,7 @@ class CaliNet(BesideMatrix):
         optimizer = torch.optim.Adam(groups)
         before = [Slots.of(patch).to(lm.device) for patch in versions(lm.patches, self.name)]
         trial = beside([*before, Slots(reader, writer, activation(lm), keys, values)])
-        with lm.trying(self.name, trial), torch.enable_grad():
+        with lm.temporary_memory(self.name, trial), torch.enable_grad():
             answers = Answers(lm, rows, layer)
             losses = descend(answers.nll, optimizer, self.steps, lambda found: float(found.mean()) < self.stop_loss)
         state = {"keys": keys.detach(), "values": values.detach()}
@@ -136,7 +136,7 @@ class CaliNet(BesideMatrix):
     def memory(lm: LM, patches: Sequence[Patch]) -> Hooks:
         slots = [Slots.of(patch).to(lm.device) for patch in patches]
         for one in slots:
-            on_matrix(lm, one.writer, {"out": (one.values, 1)})
+            check_matrix(lm, one.writer, {"out": (one.values, 1)})
             own = lm.parts.mlp_in[lm.parts.value.index(one.writer)][0], activation(lm)
             if (one.reader, one.activation) != own or one.keys.shape[1] != lm.weight(own[0]).shape[1]:
                 raise PatchError(

@@ -32,9 +32,9 @@ from reknow.files.schema import Strict
 from reknow.memories.base import BesideMatrix, begun, memory_patch
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
-from reknow.patching.kept import Kept, on_matrix
-from reknow.patching.memory import Hooks, on_output
+from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
+from reknow.patching.state_spec import StateSpec, check_matrix
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -55,7 +55,7 @@ class DEFER(BesideMatrix):
     """A gate and a linear map beside one value matrix, trained edit by edit."""
 
     depth: ClassVar[float] = DEPTH
-    kept: ClassVar[Kept] = Kept(
+    state_spec: ClassVar[StateSpec] = StateSpec(
         {
             "signs": "int8 edits in",
             "moves": "float32 edits out",
@@ -140,7 +140,7 @@ class DEFER(BesideMatrix):
         def done(found: Tensor) -> bool:
             return float(found) < self.stop_loss and mixed is not None and float(mixed[1].detach()) >= self.threshold
 
-        with lm.trying(self.name, Hooks({gate.module: mix})), torch.enable_grad():
+        with lm.temporary_memory(self.name, Hooks({gate.module: mix})), torch.enable_grad():
             answers = Answers(lm, rows, layer)
             losses = descend(loss, optimizer, self.steps, done)
         gate.add(signs, move.detach(), opening.detach())
@@ -150,7 +150,7 @@ class DEFER(BesideMatrix):
     def memory(lm: LM, patches: Sequence[Patch]) -> Gate:
         parts = [torch.cat([patch.state[part] for patch in patches]) for part in ("signs", "moves", "opened")]
         first, about = patches[0].state, patches[-1].memory
-        on_matrix(lm, about["modules"][0], {"in": (parts[0], 1), "out": (parts[1], 1)})
+        check_matrix(lm, about["modules"][0], {"in": (parts[0], 1), "out": (parts[1], 1)})
         if first["map"].shape != (parts[1].shape[1], parts[0].shape[1] + 1) or len(first["gate"]) != len(
             first["map"].T
         ):
@@ -192,7 +192,7 @@ class Gate:
         return value, inputs @ self.gate[:-1] + self.gate[-1] + seen @ self.opened
 
     def attach(self, lm: LM):
-        return [on_output(lm, self.module, self._defer)]
+        return [hook_output(lm, self.module, self._defer)]
 
     def _defer(self, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> tuple[Tensor, Tensor]:

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.contract import Method, checked, weights_patch
-from reknow.editing.descent import Matrices, Pace, Scored, SideBySide, check_finite, predicted
+from reknow.editing.descent import Matrices, Pace, Scored, SideBySide, predicted
 from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
+from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu
 from reknow.model.tokens import Row, Text
 from reknow.patching.deltas import Dense
@@ -118,7 +119,7 @@ class FT(Method):
                 batch = _Batch(lm, [rows[i] for i in inside], self.loss, layer)
             with fused_gelu(lm.model), torch.enable_grad():
                 found = batch.losses(side.added(batch.keys, inside))
-                check_finite(found.sum())
+                finite_loss(found.sum())
                 values = dict(zip(inside, found.tolist(), strict=True))
                 for i in running:
                     losses[i].append(values[i])
@@ -162,7 +163,7 @@ class FT(Method):
             total, count = 0.0, 0
             for batch in (batches[i] for i in order):
                 loss = batch.loss()
-                value = check_finite(loss)
+                value = finite_loss(loss)
                 total, count = total + value * batch.size, count + batch.size
                 if value >= self.stop_loss:
                     matrices.step(loss)

@@ -21,17 +21,18 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Units, Weight
-from reknow.editing.descent import Answers, check_finite
+from reknow.editing.descent import Answers
 from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Row, Text
-from reknow.patching.kept import Kept, Per, on_matrix
-from reknow.patching.memory import Hooks, on_output
+from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
+from reknow.patching.state_spec import CountedBy, StateSpec, check_matrix
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -47,7 +48,7 @@ class Memory(Strict):
 
     modules: list[str] = Field(min_length=1, max_length=1)
     replacement: Replacement
-    labels: Annotated[Listed[Listed[Count]], Per("keys")]
+    labels: Annotated[Listed[Listed[Count]], CountedBy("keys")]
     """Tokens of each key's answer."""
 
 
@@ -56,7 +57,7 @@ class GRACE(BesideMatrix):
     """A codebook of edits beside one value matrix."""
 
     depth: ClassVar[float] = DEPTH
-    kept: ClassVar[Kept] = Kept(
+    state_spec: ClassVar[StateSpec] = StateSpec(
         {"slots": "int64 keys", "keys": "float32 keys in", "values": "float32 keys out", "radii": "float32 keys"},
         Memory,
     )
@@ -120,7 +121,7 @@ class GRACE(BesideMatrix):
         keys, values, radii = (torch.cat([p.state[part] for p in patches])[newest].to(lm.device) for part in parts)
         labels = [tuple(label) for patch in patches for label in patch.memory["labels"]]
         about = patches[-1].memory
-        on_matrix(lm, about["modules"][0], {"in": (keys, 1), "out": (values, 1)})
+        check_matrix(lm, about["modules"][0], {"in": (keys, 1), "out": (values, 1)})
         return Codebook(about["modules"][0], about["replacement"], keys, values, radii, [labels[i] for i in newest])
 
     def _place(self, book: Codebook, key: Tensor, label: tuple[int, ...], unit: float) -> int:
@@ -176,12 +177,12 @@ class GRACE(BesideMatrix):
             chosen = part
 
         losses: list[float] = []
-        with lm.trying(self.name, Hooks({book.module: put})), torch.enable_grad():
+        with lm.temporary_memory(self.name, Hooks({book.module: put})), torch.enable_grad():
             answers = Answers(lm, rows, layer)
             for _ in range(self.steps):
                 values = (start + scale * scaled)[mine]
                 loss = answers.nll(choose)
-                losses.append(check_finite(loss.mean()))
+                losses.append(finite_loss(loss.mean()))
                 worst = torch.zeros_like(scale[:, 0]).scatter_reduce(0, mine, loss.detach(), "amax")
                 running = worst >= self.stop_loss
                 if not bool(running.any()):
@@ -243,7 +244,7 @@ class Codebook:
         return found.values, found.indices
 
     def attach(self, lm: LM):
-        return [on_output(lm, self.module, self._look_up)]
+        return [hook_output(lm, self.module, self._look_up)]
 
     def _look_up(self, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> Tensor:

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Rate, Seed, Units, Weight
 from reknow.contract import Method, checked, weights_patch
-from reknow.editing.descent import Matrices, Pace, Scored, check_finite, predicted, sample
+from reknow.editing.descent import Matrices, Pace, Scored, predicted, sample
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
+from reknow.model.exact import finite_loss
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Patch
@@ -205,7 +206,7 @@ class _Batch:
                 self._draw()
         with matrices.in_use(), torch.enable_grad():
             target, consistency, answer = self._terms()
-            value = check_finite(target + consistency)
+            value = finite_loss(target + consistency)
             if answer >= method.stop_loss or method.variant == "code":
                 matrices.step(target + consistency)
         losses = (value, float(target.detach()), float(consistency.detach()), answer)

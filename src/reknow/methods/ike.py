@@ -31,9 +31,9 @@ from reknow.memories.base import MemoryMethod, conflicts, memory_patch
 from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
 from reknow.model.tokens import Text
-from reknow.patching.kept import Kept, Per
 from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
+from reknow.patching.state_spec import CountedBy, StateSpec
 from reknow.registry import make
 from reknow.texts.writing import join_texts
 
@@ -47,7 +47,7 @@ BUNDLED, OFFSET = "counterfact", 500
 class Memory(Strict):
     """What a version knows besides its tensors."""
 
-    demonstrations: Annotated[Listed[Listed[str]], Per("edits")]
+    demonstrations: Annotated[Listed[Listed[str]], CountedBy("edits")]
     """Of each edit, in the order in which they stand in the prompt."""
 
 
@@ -56,7 +56,7 @@ class IKE(MemoryMethod):
     """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
 
     kind: ClassVar[PatchKind] = "prompt"
-    kept: ClassVar[Kept] = Kept({"keys": "float32 edits features"}, Memory)
+    state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 edits features"}, Memory)
 
     demonstrations: Natural = 32
     """How many at most; 0: the edit alone stands before the question (zero-shot). Those that do not fit into the

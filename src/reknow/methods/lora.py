@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
 from reknow.contract import Method, checked, weights_patch
-from reknow.editing.descent import check_finite
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError
+from reknow.model.exact import finite_loss
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.hooks import forward_replaced, weight_replaced
 from reknow.model.loading import carries_adapters
@@ -161,7 +161,7 @@ class LoRA(Method):
             total, count = 0.0, 0
             for rows in batches:
                 loss = _loss(lm, tuner, rows)
-                value = check_finite(loss)
+                value = finite_loss(loss)
                 total, count = total + value * len(rows), count + len(rows)
                 if adaptive or value >= self.stop_loss:
                     optimizer.zero_grad()

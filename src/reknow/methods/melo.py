@@ -29,9 +29,9 @@ from reknow.files.schema import Count, Listed, Strict
 from reknow.memories.base import BesideMatrix, begun, memory_patch
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Row, Text
-from reknow.patching.kept import Kept, Per, on_matrix
-from reknow.patching.memory import Hooks, on_output
+from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
+from reknow.patching.state_spec import CountedBy, StateSpec, check_matrix
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -46,10 +46,10 @@ class Memory(Strict):
     modules: list[str] = Field(min_length=1)
     unit: float = Field(ge=0)
     radius: float = Field(ge=0)
-    opened: Annotated[Count, Per("blocks")]
-    labels: Annotated[Listed[Listed[Count]], Per("edits")]
+    opened: Annotated[Count, CountedBy("blocks")]
+    labels: Annotated[Listed[Listed[Count]], CountedBy("edits")]
     """Tokens of each edit's answer."""
-    blocks: Annotated[Listed[Count], Per("edits")]
+    blocks: Annotated[Listed[Count], CountedBy("edits")]
     """The block of each edit, counted over all versions."""
 
 
@@ -58,7 +58,7 @@ class MELO(BesideMatrix):
     """LoRA blocks beside value matrices, looked up by the prompt."""
 
     depth: ClassVar[float] = DEPTH
-    kept: ClassVar[Kept] = Kept(
+    state_spec: ClassVar[StateSpec] = StateSpec(
         {"keys": "float32 edits in", "down.*": "float32 blocks rank in.*", "up.*": "float32 blocks out.* rank"},
         Memory,
     )
@@ -132,7 +132,10 @@ class MELO(BesideMatrix):
             down, up = block[module]
             return outputs + inputs.to(down.dtype) @ down.T @ up.T
 
-        with lm.trying(self.name, Hooks({name: partial(add, name) for name in modules})), torch.enable_grad():
+        with (
+            lm.temporary_memory(self.name, Hooks({name: partial(add, name) for name in modules})),
+            torch.enable_grad(),
+        ):
             answers = Answers(lm, rows, layer)
             losses = descend(answers.nll, optimizer, self.steps, lambda found: float(found.max()) < self.stop_loss)
         return [(down.detach(), up.detach()) for down, up in block.values()], losses
@@ -155,8 +158,8 @@ class MELO(BesideMatrix):
             for module in modules
         }
         for module, (down, up) in factors.items():
-            on_matrix(lm, module, {"in": (down, 2), "out": (up, 1)})
-        on_matrix(lm, modules[0], {"in": (table.centres, 1)})
+            check_matrix(lm, module, {"in": (down, 2), "out": (up, 1)})
+        check_matrix(lm, modules[0], {"in": (table.centres, 1)})
         return Blocks(table, factors)
 
 
@@ -225,7 +228,7 @@ class Blocks:
         ]
 
     def attach(self, lm: LM):
-        return (on_output(lm, module, partial(self._add, module)) for module in self.factors)
+        return (hook_output(lm, module, partial(self._add, module)) for module in self.factors)
 
     def _block(self, query: Tensor) -> int:
         """The block of a prompt whose key is `query` (in,), or −1."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from reknow.checks.bounds import Formerly, Name, Number, Rank, Rate, Share
 from reknow.contract import checked
-from reknow.editing.descent import Scored, check_finite, predicted
+from reknow.editing.descent import Scored, predicted
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Count, Listed, Strict
@@ -36,14 +36,15 @@ from reknow.memories.base import MemoryMethod, memory_patch, settled
 from reknow.memories.nearest import Nearest
 from reknow.memories.scope import TEXTS, Cross, Embedding, States, log_in_scope, token_states
 from reknow.memories.scope_training import ScopeLearner
+from reknow.model.exact import finite_loss
 from reknow.model.hooks import forwards_replaced
 from reknow.model.tokens import Text
 from reknow.patching.deltas import LowRank
-from reknow.patching.kept import Kept
 from reknow.patching.memory import Route, versions
 from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
-from reknow.patching.weights import beside
+from reknow.patching.state_spec import StateSpec
+from reknow.patching.weights import with_unmerged
 from reknow.registry import make
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class SERAC(Learned, MemoryMethod):
     """An edit memory with a scope classifier and a counterfactual model, both trained. Needs no subject."""
 
     kind: ClassVar[PatchKind] = "router"
-    kept: ClassVar[Kept] = Kept(
+    state_spec: ClassVar[StateSpec] = StateSpec(
         {
             "keys": "float32 texts embedding_size",
             "owners": "int64 texts",
@@ -159,7 +160,7 @@ class SERAC(Learned, MemoryMethod):
         with lm.unpatched(), torch.no_grad():
             asked = [Text.asked(edit, self.question(edit, edit.text)) for edit in edits]
             parts = [modules.answers(asked[start : start + TEXTS]) for start in range(0, len(asked), TEXTS)]
-            loss = check_finite(torch.cat(parts).mean())
+            loss = finite_loss(torch.cat(parts).mean())
         state = {"keys": keys.cpu(), "owners": torch.tensor(owners), **{n: t.cpu() for n, t in begun.items()}}
         memory = {"replaces": sorted({i for i, _, _ in clashes}), "digests": modules.digests}
         notes = {"conflicts": replaced, "loss": loss}
@@ -236,7 +237,7 @@ class Modules(nn.Module):
             modules = [self._reader.model.get_submodule(name) for name in self._names]
             changes = (LowRank(left, right) for left, right in zip(self.left, self.right, strict=True))
             with forwards_replaced(
-                {m: beside(m.forward, change) for m, change in zip(modules, changes, strict=True)}
+                {m: with_unmerged(m.forward, change) for m, change in zip(modules, changes, strict=True)}
             ):
                 yield self._reader
 

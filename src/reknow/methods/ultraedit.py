@@ -28,8 +28,8 @@ from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, Dense, LowRank
-from reknow.patching.kept import Kept
 from reknow.patching.patches import Patch
+from reknow.patching.state_spec import StateSpec
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -42,7 +42,7 @@ DEPTH = (0.64, 0.96)
 class UltraEdit(Method):
     """Lifelong editing in one backward pass per turn."""
 
-    kept: ClassVar[Kept] = Kept(
+    state_spec: ClassVar[StateSpec] = StateSpec(
         {"norm.*.count?": "float32", "norm.*.mean?": "float32 size.*", "norm.*.squares?": "float32 size.*"}
     )
 

@@ -28,18 +28,19 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Part, Rate, Seed, Units, Weight
 from reknow.datasets import load_facts
-from reknow.editing.descent import Answers, check_finite
+from reknow.editing.descent import Answers
 from reknow.editing.keys import prompt_inputs
 from reknow.editing.values import contexts
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
 from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
-from reknow.patching.kept import Kept, on_matrix
-from reknow.patching.memory import Hooks, on_output
+from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
+from reknow.patching.state_spec import StateSpec, check_matrix
 from reknow.texts.writing import prepend
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class WISE(BesideMatrix):
     """A side memory beside one value matrix, and routing by activation."""
 
     depth: ClassVar[float] = DEPTH
-    kept: ClassVar[Kept] = Kept(
+    state_spec: ClassVar[StateSpec] = StateSpec(
         {"distances": "float32 edits", "mask.*": "uint8 bytes.*", "delta.*": "float32 weights.*"}, Memory
     )
 
@@ -163,7 +164,9 @@ class WISE(BesideMatrix):
         part, before = shard.mask.to(lm.device), shard.change.to(lm.device)
         delta = before.clone().requires_grad_()
         losses: list[float] = []
-        with lm.trying(self.name, Hooks({module: lambda _, inputs, outputs: outputs + inputs.float() @ delta.T})):
+        with lm.temporary_memory(
+            self.name, Hooks({module: lambda _, inputs, outputs: outputs + inputs.float() @ delta.T})
+        ):
             inside = prompt_inputs(lm, rows, module)
             outside = prompt_inputs(lm, lm.encode([Text(text) for text in self._others(edit, number)]), module)
             size = float(weight.square().mean().sqrt())
@@ -176,7 +179,7 @@ class WISE(BesideMatrix):
                     near, far = (distance(*states, delta) for states in (inside, outside))
                     margins = margin_loss(near / unit, far / unit, self.alpha, self.beta, self.gamma)
                     loss = answers.nll().mean() + margins
-                    losses.append(check_finite(loss))
+                    losses.append(finite_loss(loss))
                     if losses[-1] < self.stop_loss:
                         break
                     gradient = torch.autograd.grad(loss, delta)[0] * part
@@ -198,7 +201,7 @@ class WISE(BesideMatrix):
     def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
         about = patches[-1].memory
         (module,) = about["modules"]
-        on_matrix(lm, module, {})
+        check_matrix(lm, module, {})
         shards = _shards(patches, lm.weight(module).shape)
         deltas = [shards[index].change for index in sorted(shards)]
         reached = torch.cat([patch.state["distances"] for patch in patches])
@@ -289,7 +292,7 @@ class SideMemory:
     thresholds: Tensor  # (memories,)
 
     def attach(self, lm: LM):
-        return [on_output(lm, self.module, self._route)]
+        return [hook_output(lm, self.module, self._route)]
 
     def _route(self, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> Tensor:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-REMEMBERED = 4
+CACHE_SIZE = 4
 """Memories that are kept ready for the next change of the stack."""
 
 
 class HookMemory(Protocol):
-    """Changes what modules of the model compute; see `on_output`."""
+    """Changes what modules of the model compute; see `hook_output`."""
 
     def attach(self, lm: Decoder) -> Iterable[RemovableHandle]: ...
 
@@ -47,7 +47,7 @@ class PromptMemory(Protocol):
     def prompts(self, lm: Decoder, texts: Sequence[str]) -> list[str]: ...
 
 
-class Answerer(Protocol):
+class AnswerModel(Protocol):
     """Another model that answers; an `LM` is one."""
 
     def score(
@@ -57,7 +57,7 @@ class Answerer(Protocol):
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **sampling: Any) -> list[str]: ...
 
 
-Route = tuple[Answerer, str]
+Route = tuple[AnswerModel, str]
 """Who answers, and the prompt for that model. The edited model itself may be named, with a prompt of the router's."""
 
 
@@ -71,7 +71,7 @@ Change = Callable[[ForwardContext, Tensor, Tensor], Tensor]
 """(context, inputs, outputs) → outputs; (rows, columns, features), of the columns that are new in this pass."""
 
 
-def on_output(lm: Decoder, name: str, change: Change) -> RemovableHandle:
+def hook_output(lm: Decoder, name: str, change: Change) -> RemovableHandle:
     """Makes the output of the module `name` what `change` says."""
 
     def hook(_module, args, kwargs, output):
@@ -90,14 +90,14 @@ class Hooks:
     """A memory that is nothing but changes of outputs; what is in use while a method learns.
 
     Args:
-        changes: module → change, see `on_output`.
+        changes: module → change, see `hook_output`.
     """
 
     def __init__(self, changes: Mapping[str, Change]):
         self._changes = changes
 
     def attach(self, lm: Decoder) -> Iterator[RemovableHandle]:
-        return (on_output(lm, name, change) for name, change in self._changes.items())
+        return (hook_output(lm, name, change) for name, change in self._changes.items())
 
 
 def versions(patches: Sequence[Patch], method: str) -> list[Patch]:
@@ -136,7 +136,7 @@ class Memories:
             ) from error
 
     @contextmanager
-    def trying(self, method: str, memory: HookMemory):
+    def temporary_memory(self, method: str, memory: HookMemory):
         """While open, this is the memory of the method, whatever the stack says."""
         with exclusive(self._lm.model):
             before = self._active
@@ -178,12 +178,12 @@ class Memories:
                     f"({type(error).__name__}: {error}): make the edit again"
                 ) from error
         self._built[key] = memory  # the last one used stands last
-        while len(self._built) > REMEMBERED:
+        while len(self._built) > CACHE_SIZE:
             del self._built[next(iter(self._built))]
         return patches[-1].kind, memory
 
     def answered(
-        self, prompts: Sequence[str], answer: Callable[[Answerer | None, list[int], list[str]], Sequence[T]]
+        self, prompts: Sequence[str], answer: Callable[[AnswerModel | None, list[int], list[str]], Sequence[T]]
     ) -> list[T]:
         """One answer per prompt, by the model whom the routers name.
 
@@ -196,9 +196,9 @@ class Memories:
             found.update(zip(which, answer(who, which, texts), strict=True))
         return [found[i] for i in range(len(prompts))]
 
-    def _asked(self, prompts: list[str]) -> list[tuple[Answerer | None, list[int], list[str]]]:
+    def _asked(self, prompts: list[str]) -> list[tuple[AnswerModel | None, list[int], list[str]]]:
         """Who answers which prompts, and what they are asked."""
-        asked: dict[int, tuple[Answerer | None, list[int], list[str]]] = {}
+        asked: dict[int, tuple[AnswerModel | None, list[int], list[str]]] = {}
         own = list(range(len(prompts)))
         for kind, memory in reversed(self._active.values()):
             if kind != "router" or not own:

@@ -152,8 +152,8 @@ def _check_state(patch: PatchRecord) -> None:
         )
     settings = current_names(method, patch.settings)
     check_fields(method, settings, "settings")
-    if method.kept is not None:
+    if method.state_spec is not None:
         sizes = {"edits": len(patch.edits)}
         for name, delta in patch.deltas.items():
             sizes |= {f"out.{name}": delta.shape[0], f"in.{name}": delta.shape[1]}
-        method.kept.check(patch.state, patch.memory, settings, sizes)
+        method.state_spec.check(patch.state, patch.memory, settings, sizes)

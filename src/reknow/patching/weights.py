@@ -1,7 +1,8 @@
 """The matrices of a model as base + Σ ΔW, seen as (out, in).
 
 Where a weight is a plain tensor in memory the changes are added to it, and the base's bits are kept. Where it is not,
-because it is quantised, offloaded or adapted, the product with ΔW is computed beside it and added to the output.
+because it is quantised, offloaded or adapted, ΔW stays unmerged: its product is computed beside the matrix and added
+to the output.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ class Weights:
         self._changes: dict[str, tuple[Delta, ...]] = {}
         self._sums: dict[str, tuple[tuple[Delta, ...], Tensor]] = {}
         """The first changes of a matrix, whole blocks of them, and base + their sum in float64."""
-        self._beside: dict[str, Callable | None] = {}
-        """Of each matrix whose change is beside it: what stood in place of its `forward` before."""
+        self._unmerged: dict[str, Callable | None] = {}
+        """Matrix whose change is unmerged → what stood in place of its `forward` before."""
 
     @property
-    def beside(self) -> tuple[str, ...]:
-        """Names of the matrices whose change is computed beside them."""
-        return tuple(self._beside)
+    def unmerged(self) -> tuple[str, ...]:
+        """Names of the matrices whose change is not added to their weight but computed beside it."""
+        return tuple(self._unmerged)
 
     def current(self, name: str) -> Tensor:
-        """The weight as it is, (out, in). Writing to the view writes to the model, unless changes are beside it."""
+        """The weight as it is, (out, in). Writing to the view writes to the model, unless changes are unmerged."""
         module = self._module(name)
         if takes_changes(module):
             return _oriented(module, module.weight)  # type: ignore[arg-type]
@@ -119,7 +120,7 @@ class Weights:
             return
         module = self._model.get_submodule(name)
         if not takes_changes(module):
-            return self._put_beside(name, module, deltas)
+            return self._put_unmerged(name, module, deltas)
         weight = self.current(name)
         if name not in self._base:
             self._base[name] = _oriented(module, weight).detach().clone()
@@ -147,20 +148,20 @@ class Weights:
             self._sums[name] = known, value
         return add_deltas(value, deltas[len(known) :])
 
-    def _put_beside(self, name: str, module: nn.Module, deltas: tuple[Delta, ...]) -> None:
-        both = beside(self._forward(name, module), sum_deltas(deltas)) if deltas else None
-        own = self._beside.setdefault(name, own_forward(module))
+    def _put_unmerged(self, name: str, module: nn.Module, deltas: tuple[Delta, ...]) -> None:
+        both = with_unmerged(self._forward(name, module), sum_deltas(deltas)) if deltas else None
+        own = self._unmerged.setdefault(name, own_forward(module))
         self._changes[name] = UNSURE
         if both is not None:
             set_forward(module, both)
             self._changes[name] = deltas
         else:
             set_forward(module, own)
-            del self._beside[name], self._changes[name]
+            del self._unmerged[name], self._changes[name]
 
     def _forward(self, name: str, module: nn.Module) -> Callable:
-        """What the matrix computes with no change beside it."""
-        own = self._beside.get(name, own_forward(module))
+        """What the matrix computes without its unmerged change."""
+        own = self._unmerged.get(name, own_forward(module))
         return partial(type(module).forward, module) if own is None else own
 
     def _shape(self, name: str) -> tuple[int, int] | None:
@@ -181,7 +182,7 @@ def takes_changes(module: nn.Module) -> bool:
     return weight.is_floating_point() and weight.device.type != "meta" and weight.dim() == 2
 
 
-def beside(forward: Callable, change: Delta) -> Callable:
+def with_unmerged(forward: Callable, change: Delta) -> Callable:
     """`forward` of a matrix, with the product of its input and `change` in float32 added to its output."""
     factors = [change.right, change.left] if isinstance(change, LowRank) else [change.matrix]
 

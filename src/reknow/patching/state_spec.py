@@ -1,11 +1,11 @@
 """What a method keeps in its patches besides ΔW: names, shapes and kinds of numbers, checked when a file is read.
 
-    Kept({"keys": "float keys in", "down.*": "float blocks rank in.*"}, memory=Memory)
+    StateSpec({"keys": "float keys in", "down.*": "float blocks rank in.*"}, memory=Memory)
 
 A tensor is described by its kind of number and its dimensions. Dimensions of one name agree, over all tensors and the
 fields of `memory` that are counted by it; `edits` are the patch's edits, `out.NAME` and `in.NAME` the sizes of a
 matrix that it changes. A star stands for a part of the name, in the dimensions too. What a model's matrices must be
-for a memory to fit them is checked by `on_matrix`, when the memory is put in use.
+for a memory to fit them is checked by `check_matrix`, when the memory is put in use.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ ANY = "…"
 """Instead of dimensions: any."""
 
 
-class Per(NamedTuple):
+class CountedBy(NamedTuple):
     """Marks a field of a memory that has an entry for each thing of a dimension, or is their number."""
 
     dimension: str
 
 
-class Nothing(Strict):
+class NoMemory(Strict):
     """A memory that knows nothing besides its tensors."""
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What the patches of a method keep."""
+class StateSpec:
+    """The tensors and the memory of a method's patches."""
 
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Name, with a question mark behind where it may be missing and a star for a part of it → its description."""
-    memory: type[Strict] = Nothing
+    memory: type[Strict] = NoMemory
     settings: tuple[str, ...] = ()
     """Fields of the method that are dimensions of that name."""
 
@@ -76,7 +76,7 @@ class Kept:
         except ValidationError as error:
             raise FormatError(f"memory: {first_problem(error)}") from None
         for name, about in self.memory.model_fields.items():
-            for mark in (mark for mark in about.metadata if isinstance(mark, Per)):
+            for mark in (mark for mark in about.metadata if isinstance(mark, CountedBy)):
                 value = getattr(found, name)
                 _agree(sizes, mark.dimension, value if isinstance(value, int) else len(value), f"memory.{name}")
         for name in self.settings:
@@ -105,7 +105,7 @@ def _agree(sizes: dict[str, int], dimension: str, size: Any, where: str) -> None
         raise FormatError(f"{where}: expected {sizes[dimension]} ({dimension.partition('.')[0]}), got {size}")
 
 
-def on_matrix(lm: Decoder, name: str, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
+def check_matrix(lm: Decoder, name: str, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
     """Raises PatchError where `name` is no value matrix of the model, or of other sizes than the tensors.
 
     Args:
