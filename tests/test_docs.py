@@ -48,3 +48,13 @@ def test_every_public_name_is_there():
 
     for name in reknow.__all__:
         assert getattr(reknow, name) is not None
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_that_a_page_names_are_there(page):
+    named = re.findall(
+        r"`((?:src/|tests/|docs/|scripts/)?[a-z_]+/[a-z_/]+\.(?:py|md))`", (ROOT / page).read_text(encoding="utf-8")
+    )
+    assert named and not [
+        name for name in named if not (ROOT / name).exists() and not (ROOT / "src/reknow" / name).exists()
+    ]

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from house import HERE, ORDER, functions, imports, modules, room
@@ -36,3 +41,26 @@ def test_files_and_functions_can_be_read_at_once(name):
     lines = len(MODULES[name].read_text(encoding="utf-8").splitlines())
     assert lines <= (190 if name.startswith("methods.") else 350)
     assert not {function: length for length, function in functions(MODULES[name]) if length > 60}
+
+
+APPLIED = """
+import sys
+from reknow import LM, Patch
+lm = LM("models/gpt2")
+lm.apply(Patch.load(sys.argv[1]))
+print(*sorted(name for name in sys.modules if name.startswith("reknow.methods.")))
+"""
+
+
+@pytest.mark.parametrize(("patch", "needed"), [("rome", []), ("grace", ["reknow.methods.grace"])])
+def test_a_patch_needs_the_code_of_its_memory_and_no_other_method(patch, needed):
+    folder = Path(__file__).parent / "data/before"
+    run = subprocess.run(
+        [sys.executable, "-c", APPLIED, f"patches/{patch}.patch"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.split() == needed
