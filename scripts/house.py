@@ -29,6 +29,7 @@ ORDER = (
     "files",
     "datasets",
     "model",
+    "published",
     "patching",
     "lm",
     "contract",

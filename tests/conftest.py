@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded, here and by programs of the tests
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +40,22 @@ def make_lm(family: str = "gpt2", **changes) -> LM:
     """A tiny random LM of a family, on the device that REKNOW_TEST_DEVICE names."""
     device = os.environ.get("REKNOW_TEST_DEVICE")
     return LM((tiny_model(family, **changes), tiny_tokenizer(bos=family == "llama")), device=device)
+
+
+VALUES = ("mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.down_proj")
+"""Ends of the names of value matrices."""
+
+
+def without_weights(kind: str, **sizes) -> LM:
+    """An LM of these sizes that cannot be run: its weights take no memory."""
+    config = AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    lm = object.__new__(LM)
+    value = next(name for name, _ in model.named_modules() if name.endswith(VALUES))
+    parts = SimpleNamespace(blocks=range(config.num_hidden_layers), value=[value], hidden_size=config.hidden_size)
+    lm.name, lm.model, lm.parts = "no weights", model, parts
+    return lm
 
 
 def saved(folder, family: str = "gpt2", **changes) -> str:

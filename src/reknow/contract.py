@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from reknow import __version__
 from reknow.checks.arguments import typed
@@ -22,7 +23,8 @@ from reknow.patching.deltas import Delta, LowRank
 from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
 from reknow.patching.state_spec import StateSpec
-from reknow.registry import METHODS
+from reknow.published import published
+from reknow.registry import METHODS, known_settings, make
 from reknow.texts.templates import split_template
 from reknow.texts.writing import normalize
 
@@ -50,6 +52,26 @@ class Method(ABC):
 
     def __post_init__(self):
         check_settings(self)
+
+    @classmethod
+    def paper(cls, model: LM | str | None = None, *, source: str | None = None, **settings: Any) -> Self:
+        """The method with what its paper, or the authors' code, sets for this model: `ROME.paper("gpt2-xl")`.
+
+        Of a class with several rows in the table of methods the settings say which is meant:
+        `ROME.paper("gpt2-xl", average_keys=True)` is R-ROME. `reknow.published.published` says where the values are
+        from and what cannot be said.
+
+        Args:
+            model: its name, or an LM, which is recognised by its sizes; None: where the same holds for all models.
+            source: part of the name of another repository, as `easyedit`; None: the authors', or whose there is.
+            settings: fields that shall be different.
+
+        Raises:
+            InputError: nothing is published for this method and model, or by this source; or a setting is none.
+        """
+        settings = known_settings(cls, settings, cls.__name__)
+        row = cls(**settings).name
+        return make(row, {**published(row, model, source).settings, **settings})
 
     @property
     @abstractmethod

@@ -80,23 +80,31 @@ METHODS: dict[str, Row] = {
 }
 
 
+def known_settings(kind: type, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings under the names that their fields have now; raises InputError where one is no field of `kind`."""
+    from reknow.checks.bounds import current_names  # the names alone are needed at once
+
+    settings = current_names(kind, settings)
+    known = [field.name for field in fields(kind)]
+    for key in settings:
+        if key not in known:
+            raise did_you_mean(f"setting of {name}", key, known)
+    return settings
+
+
 def make(name: str, settings: Mapping[str, Any]) -> Any:
     """The `Method` of that name with these settings; names that a setting had before are understood, with a warning.
 
     Raises:
         InputError: no such method, or no such field (names the near ones), or a value that the field cannot have.
     """
-    from reknow.checks.bounds import current_names, refuse_mixed  # the names alone are needed at once
+    from reknow.checks.bounds import refuse_mixed
 
     if name not in METHODS:
         raise did_you_mean("method", name, METHODS)
     row, kind = METHODS[name], METHODS[name].method
     refuse_mixed(kind, {**row.settings, **settings})
-    settings = current_names(kind, settings)
-    known = [field.name for field in fields(kind)]
-    for key in settings:
-        if key not in known:
-            raise did_you_mean(f"setting of {name}", key, known)
+    settings = known_settings(kind, settings, name)
     try:
         return kind(**{**row.settings, **settings})
     except TypeError as error:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from importlib.resources import files
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoConfig
 
-from conftest import make_lm
+from conftest import make_lm, without_weights
 from reknow import FT, LM, ROME, Edit
 from reknow.datasets import Fact, load_facts
 from reknow.editing import layers
@@ -79,7 +77,8 @@ SHAPES = [
     ("gpt2", dict(n_layer=36, n_embd=1280, n_head=20), [12, 6], [10, 11, 12, 13, 14]),
     ("gptj", dict(n_layer=28, n_embd=4096, n_head=16), [5, 5], [3, 4, 5, 6, 7, 8]),
     ("llama", dict(num_hidden_layers=32, hidden_size=4096), [5, 5], [4, 5, 6, 7, 8]),
-    ("qwen2", dict(num_hidden_layers=28, hidden_size=3584), [5, 5], [4, 5, 6, 7, 8]),
+    ("llama", dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336), [5, 5], [4, 5, 6, 7, 8]),
+    ("qwen2", dict(num_hidden_layers=28, hidden_size=3584, intermediate_size=18944), [5, 5], [4, 5, 6, 7, 8]),
     ("mistral", dict(num_hidden_layers=32, hidden_size=4096), [5, 5], [4, 5, 6, 7, 8]),
     ("mistral", dict(num_hidden_layers=40, hidden_size=5120), [7], [5, 6, 7, 8, 9]),  # of no paper
 ]
@@ -87,16 +86,10 @@ SHAPES = [
 
 @pytest.mark.parametrize(("kind", "shape", "wanted", "around"), SHAPES)
 def test_models_that_papers_edited_are_known_by_their_shape(kind, shape, wanted, around):
-    """Their configurations, without the weights."""
-    config = AutoConfig.for_model(kind, **shape)
-    lm = SimpleNamespace(
-        model=SimpleNamespace(config=config),
-        layers=config.num_hidden_layers,
-        parts=SimpleNamespace(hidden_size=config.hidden_size),
-    )
-    assert papers_layers(lm) == wanted  # type: ignore[arg-type]
-    assert band(lm, wanted[0]) == around  # type: ignore[arg-type]
-    assert len(band(lm, 20)) == 5 and 20 in band(lm, 20)  # type: ignore[arg-type], where no paper edited
+    lm = without_weights(kind, **shape)
+    assert papers_layers(lm) == wanted
+    assert band(lm, wanted[0]) == around
+    assert len(band(lm, 20)) == 5 and 20 in band(lm, 20)  # where no paper edited
 
 
 def test_wide_models_get_two_tokens_per_input_in_trials():

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import JsonValue, ValidationError
 
 from reknow.datasets import Fact, load_facts
-from reknow.editing.published import published
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.atomic import write_text
@@ -30,6 +29,7 @@ from reknow.files.schema import Count, FormatError, Listed, Strict, explain, fir
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
 from reknow.progress import stage
+from reknow.published import published_layers
 from reknow.registry import make
 from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 
@@ -120,8 +120,7 @@ def depth_layer(lm: LM, depth: float = DEPTH) -> int:
 
 def papers_layers(lm: LM) -> list[int]:
     """The layer that a paper edited in models of this shape, if one did, and the one at the papers' depth."""
-    row = published(lm)
-    return [depth_layer(lm)] if row is None else [row.rome, depth_layer(lm)]
+    return [*published_layers("rome", lm), depth_layer(lm)]
 
 
 def trial_settings(lm: LM, layer: int) -> dict[str, Any]:
@@ -285,9 +284,9 @@ def resolve_layers(lm: LM, layers: Sequence[int] | None, count: int | None = Non
 def band(lm: LM, layer: int, count: int | None = None) -> list[int]:
     """So many layers around this one; None: those of a paper that edited this layer among others in models of this
     shape, or a sixth of the model, five at most, as the papers train of 32 and 48."""
-    row = published(lm)
-    if count is None and row is not None and row.memit is not None and row.memit[0] <= layer <= row.memit[1]:
-        return list(range(row.memit[0], row.memit[1] + 1))
+    papers = published_layers("memit", lm)
+    if count is None and papers and papers[0] <= layer <= papers[-1]:
+        return papers
     count = min(1 + 2 * min(2, lm.layers // 12) if count is None else count, lm.layers)
     first = min(max(0, layer - count // 2), lm.layers - count)
     return list(range(first, first + count))

@@ -1,0 +1,135 @@
+"""What papers set, in one call: every table makes a method, models are recognised, what there is not is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from conftest import make_lm, without_weights
+from reknow import FT, ICE, IKE, KN, LM, MEMIT, MEND, METHODS, ROME, SERAC, LoRA, method
+from reknow.errors import InputError
+from reknow.learning.training import Training
+from reknow.published import _contents, _tables, published, published_models, published_sources
+
+ROWS = [row for row in METHODS if _tables(row)]
+CASES = [(row, model, None) for row in ROWS for model in published_models(row) or [None]]
+CASES += [(row, model, by) for row, model, _ in CASES for by in published_sources(row, model)]
+
+
+def test_all_rows_but_two_have_settings_and_every_table_belongs_to_a_row():
+    assert set(METHODS) - set(ROWS) == {"lora", "qlora"}
+    assert set(_contents()) - {"models", "other_names", "search"} <= set(METHODS)
+    assert len(CASES) > 160
+
+
+@pytest.mark.parametrize(("row", "model", "by"), CASES)
+def test_every_table_makes_a_method_and_has_a_source(row, model, by):
+    found = published(row, model, by)
+    assert set(found.settings) <= {field.name for field in fields(METHODS[row].method)}  # no former names
+    assert method(row, **found.settings).name == row
+    assert found.source and "{" not in found.source
+    Training(**found.training)
+
+
+def test_rome_is_the_authors():
+    rome = ROME.paper("gpt2-xl")
+    assert (rome.layer, rome.learning_rate, rome.weight_decay, rome.clamp, rome.steps) == (17, 0.5, 0.5, 4.0, 20)
+    assert (rome.units, rome.stop_probability, rome.min_delta, rome.context_batches) == ("absolute", 1.0, 0.0, 1)
+    assert rome.context_groups == ((10, 4), (10, 9)) and rome.context_first_words == ()
+    assert ROME.paper("gpt2-medium").clamp == 3.0
+    assert published("rome", "gpt2-xl").source.startswith("kmeng01/rome 0874014: hparams/ROME/gpt2-xl.json")
+
+
+def test_settings_given_go_over_the_papers():
+    assert ROME.paper("gpt2-xl", layer=3, steps=2) == method(
+        "rome", **published("rome", "gpt2-xl").settings | dict(layer=3, steps=2)
+    )
+
+
+def test_the_settings_say_which_row_of_a_class_is_meant():
+    assert ROME.paper("gpt2-xl", average_keys=True).name == "r-rome"
+    assert "rebuilding-rome" in published("r-rome", "gpt2-xl").source
+    assert FT.paper("gpt2-xl", loss="last_token").name == "ft-l"
+    assert FT.paper("gpt2-xl").batch_size == 3  # ft-m
+
+
+def test_none_takes_a_default_away():
+    assert method("ft-l").clamp == 0.03
+    assert FT.paper("llama-2-7b", loss="last_token").clamp is None
+
+
+def test_another_source_may_be_asked_for():
+    assert ROME.paper("gpt2-xl").covariance_tokens == 100_000
+    assert ROME.paper("gpt2-xl", source="EasyEdit").covariance_tokens == 0
+    assert ROME.paper("llama-2-7b", source="EasyEdit") == ROME.paper("llama-2-7b")  # there is no other
+    assert FT.paper("llama-2-7b", source="ice").layer == (4, 5, 6, 7, 8)
+    with pytest.raises(InputError, match=r"expected a source .* got easyedit: there are MEMIT's baseline"):
+        ROME.paper("gpt-neox-20b", source="easyedit")
+
+
+def test_the_same_for_all_models_needs_none():
+    assert KN.paper().normalize and KN.paper("bert-base").new_weight == 8
+    assert not KN.paper("gpt2-xl").normalize
+    assert IKE.paper(make_lm()).demonstrations == 32
+    assert MEND.paper().locality_tokens == "all"
+    for call in (ROME.paper, SERAC.paper):
+        with pytest.raises(InputError, match=r"are published, which are .*gpt2-xl.*; got none: name one"):
+            call()
+
+
+SIZES = [
+    ("gpt2-xl", "gpt2", dict(n_layer=48, n_embd=1600, n_head=25)),
+    ("gpt-j-6b", "gptj", dict()),
+    ("gpt-neox-20b", "gpt_neox", dict()),
+    ("llama-2-7b", "llama", dict()),
+    ("llama-3-8b", "llama", dict(intermediate_size=14336, max_position_embeddings=8192)),
+    ("mistral-7b", "mistral", dict()),
+    ("qwen2.5-7b", "qwen2", dict(hidden_size=3584, num_hidden_layers=28, intermediate_size=18944)),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "sizes"), SIZES)
+def test_a_model_is_recognised_by_its_sizes(name, kind, sizes):
+    assert published("rome", without_weights(kind, **sizes)).model == name
+
+
+def test_models_of_one_size_are_told_apart():
+    lm = without_weights("llama", intermediate_size=14336, max_position_embeddings=131072)
+    assert published("alphaedit", lm).model == "llama-3.1-8b"
+    with pytest.raises(InputError, match=r"got no weights \(no file names it; its sizes are those of llama-3-8b\)"):
+        ROME.paper(lm)
+
+
+def test_models_of_the_same_sizes_have_the_same_settings():
+    """Qwen 2 and 2.5 cannot be told apart, so it must not matter."""
+    for row in ROWS:
+        if {"qwen2-7b", "qwen2.5-7b"} <= set(published_models(row)):
+            assert published(row, "qwen2-7b").settings == published(row, "qwen2.5-7b").settings
+
+
+@pytest.mark.parametrize("name", ["openai-community/gpt2-xl", "GPT2-XL", "gpt2-xl"])
+def test_names_are_read_without_owner_and_case(name):
+    assert published("memit", name).model == "gpt2-xl"
+
+
+def test_what_there_is_not_is_refused():
+    with pytest.raises(InputError, match=r"which are gpt2-xl, gpt-j-6b.*; got demo: name one of them"):
+        MEMIT.paper("demo")
+    with pytest.raises(InputError, match=r"got lora, which has none, for qwen2.5-7b \(EasyEdit's"):
+        LoRA.paper("qwen2.5-7b")
+    with pytest.raises(InputError, match=r"unknown setting of ROME 'layr'. Did you mean 'layer'"):
+        ROME.paper("gpt2-xl", layr=3)
+    with pytest.raises(InputError, match=r"expected model as"):
+        ROME.paper(3)  # type: ignore[arg-type]
+
+
+def test_the_article_of_ice_or_its_script():
+    assert ICE.paper("gpt2-xl").variant == "code"
+    assert ICE.paper("gpt2-xl", variant="paper").temperature == 100.0
+
+
+def test_an_lm_of_no_paper_is_named():
+    lm: LM = make_lm()
+    with pytest.raises(InputError, match=r"settings of rome are published"):
+        ROME.paper(lm)
