@@ -15,7 +15,7 @@ import torch
 
 from reknow import LM, SERAC, load_cases
 from reknow.memories.nearest import Nearest
-from reknow.methods.serac import Modules
+from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
 
 QUESTIONS, RELATIONS, SPREAD, DISTANCE = 200, 34, 0.7, 0.1
 
@@ -44,7 +44,7 @@ def measured(index: Nearest, questions: torch.Tensor, asked: torch.Tensor) -> tu
 
 def classifiers():
     """(name, CPU milliseconds of each question) of what comes before and behind the look-up, not trained."""
-    modules = Modules(SERAC(classifier="cross"), LM.demo("gpt2"))
+    modules = ScopeAndCounterfactual(SERAC(classifier="cross"), LM.demo("gpt2"))
     texts = [case.edit.text for case in load_cases("counterfact", limit=48)]
     reads = {
         "vector of the question": lambda i: modules.embed([texts[i]]),

@@ -12,12 +12,12 @@ paraphrase must also find its own edit.
 import argparse
 import math
 import random
+from collections.abc import Sequence
 
 import torch
 
 from reknow import LM, SERAC, load_cases
 from reknow.memories.embedding import embed
-from reknow.memories.scope import calibration
 from reknow.memories.scope_training import ScopeCases
 
 CASES, HARD, CROSSED = 200, 5, 3
@@ -25,15 +25,15 @@ CASES, HARD, CROSSED = 200, 5, 3
 
 def questions(lm, cases):
     """kind → [(index of the case, question)]."""
-    asked, chance = ScopeCases(lm, cases), random.Random(0)
+    asked, rng = ScopeCases(lm, cases), random.Random(0)
     found = {"paraphrases": [], "hard negatives": [], "same subject": []}
     for i, case in enumerate(cases):
         near = [probe.prompt for probe in case.probes if probe.kind == "locality"]
         likeness = embed(lm, near) @ embed(lm, [case.edit.text])[0]
         found["hard negatives"] += [(i, near[k]) for k in likeness.topk(min(HARD, len(near))).indices.tolist()]
         found["paraphrases"] += [(i, probe.prompt) for probe in case.probes if probe.kind == "generalization"]
-        crossed = [asked.crossed(i, chance) for _ in range(CROSSED)]
-        found["same subject"] += [(i, text) for text in crossed if text is not None]
+        same_subject = [asked.same_subject(i, rng) for _ in range(CROSSED)]
+        found["same subject"] += [(i, text) for text in same_subject if text is not None]
     return found
 
 
@@ -70,6 +70,19 @@ def main() -> None:
         print(f"| {row['threshold']:.2f} | {' | '.join(numbers)} |")
     if args.figure:
         draw(table, other, serac.threshold, args.figure)
+
+
+def calibration(inside: Sequence[float], outside: Sequence[float]) -> list[dict[str, float]]:
+    """What each threshold from 0.05 to 0.95 would do: shares of pairs in scope and out of scope told rightly."""
+    p_in, p_out = torch.tensor(inside), torch.tensor(outside)
+    return [
+        {
+            "threshold": step / 20,
+            "in_scope": float((p_in > step / 20).float().mean()),
+            "out_of_scope": float((p_out <= step / 20).float().mean()),
+        }
+        for step in range(1, 20)
+    ]
 
 
 def draw(table, other, threshold: float, file: str) -> None:

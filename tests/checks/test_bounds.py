@@ -150,7 +150,7 @@ BEYOND = {
     "wise": [("mask_ratio", 0.0), ("density", 1.5), ("shard_size", 0), ("context_groups", ((2, 0),))],
     "mend": [("rank", 2**20), ("step_size", 0), ("editor", "")],
     "ike": [("demonstration_mix", (0, -1, 2)), ("answer_tokens", 0), ("cases", "")],
-    "serac": [("threshold", 2), ("size", 10**9), ("classifier", "none")],
+    "serac": [("threshold", 2), ("embedding_size", 10**9), ("classifier", "none")],
 }
 
 

@@ -241,9 +241,9 @@ def test_layers_that_are_not_there_are_refused(models, name, layer, wrong):
             quick(name, lm, layers=layers).edit(lm, [EDIT])
 
 
-COUNTS = {"steps", "context_batches", "turn", "batch_size", "block_size", "shard_size", "span", "slots", "unrelated",
-          "room", "samples", "sample_tokens", "sample_every", "top_k", "candidates", "queries",
-          "answered"}  # fmt: skip
+COUNTS = {"steps", "context_batches", "turn", "batch_size", "block_size", "shard_size", "span", "slots",
+          "unrelated_facts", "answer_tokens", "samples", "sample_tokens", "sample_every", "top_k", "candidates",
+          "pooling_queries", "max_questions"}  # fmt: skip
 
 
 def test_counts_below_one_are_refused(name):

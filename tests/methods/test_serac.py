@@ -17,18 +17,9 @@ from reknow import LM, SERAC, Case, Edit, Patch, Probe
 from reknow.errors import InputError, PatchError
 from reknow.learning.editors import Editor
 from reknow.learning.training import Training
-from reknow.memories.scope import (
-    Cross,
-    Embedding,
-    Remembered,
-    calibration,
-    log_in_scope,
-    scope_loss,
-    token_states,
-)
+from reknow.memories.scope import Cross, Embedding, StateCache, log_in_scope, scope_loss, token_states
+from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
 from reknow.memories.scope_training import ScopeCases
-from reknow.methods.serac import Modules
-from reknow.model.tokens import Text
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "serac.json").read_text())
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]
@@ -119,27 +110,21 @@ def test_token_states_are_those_of_the_base(setting):
 @pytest.mark.parametrize("limit", [2**20, 1])
 def test_states_are_read_once_while_there_is_room(limit):
     read, asked = token_states(make_lm(), None), []
-    remembered = Remembered(lambda texts: (asked.append(list(texts)), read(texts))[1], limit)
+    cache = StateCache(lambda texts: (asked.append(list(texts)), read(texts))[1], limit)
     texts = [QUESTION, "Lima", QUESTION]
     for _ in range(2):
-        (found, real), (expected, mask) = remembered(texts), read(texts)
+        (found, real), (expected, mask) = cache(texts), read(texts)
         assert torch.equal(real, mask)
         torch.testing.assert_close(found[real], expected[mask], rtol=1e-3, atol=2e-3)
     assert asked == [[QUESTION, "Lima"]] if limit > 1 else len(asked) == 2
 
 
-def test_calibration_counts_both_sides():
-    table = calibration([0.9, 0.6, 0.2], [0.1, 0.5])
-    assert table[9] == {"threshold": 0.5, "in_scope": pytest.approx(2 / 3), "out_of_scope": 1.0}
-    assert [row["threshold"] for row in table] == sorted(row["threshold"] for row in table) and len(table) == 19
-
-
 def test_questions_inside_and_outside():
-    asked, chance = ScopeCases(make_lm(), CASES, neighbors=10, skipped=2), random.Random(0)
+    cases, rng = ScopeCases(make_lm(), CASES, neighbors=10, skipped=2), random.Random(0)
     for _ in range(50):
-        i = chance.randrange(len(CASES))
+        i = rng.randrange(len(CASES))
         edit = CASES[i].edit
-        inside, outside = asked.inside(i, chance), asked.outside(i, chance)
+        inside, outside = cases.in_scope(i, rng), cases.out_of_scope(i, rng)
         own = "capital" if "capital" in edit.prompt else "own"
         assert edit.subject in inside and own in inside.rsplit(". ", 1)[-1] and len(outside) == 4
         for text in outside:
@@ -152,10 +137,11 @@ def test_training_learns_the_scope(setting):
     notes = Editor.load(serac.editor).notes
     # Six cases of a random model: guessing would give 1.
     assert notes["validation"]["in_scope"] + notes["validation"]["out_of_scope"] > 1.3
-    questions = [Text(serac.question(c.edit, c.probes[0].prompt), c.edit.target_new) for c in CASES]
+    questions = [(case.edit, case.probes[0].prompt) for case in CASES]
     with torch.no_grad():
         before, after = (
-            Modules(serac, lm, t).answers(questions).mean() for t in (None, Editor.load(serac.editor).tensors)
+            ScopeAndCounterfactual(serac, lm, tensors).answer_loss(questions)
+            for tensors in (None, Editor.load(serac.editor).tensors)
         )
     assert after < before
 
@@ -219,11 +205,11 @@ def test_edited_weights_answer_what_is_out_of_scope(setting):
 
 def test_rephrasings_given_with_the_edit_are_stored(setting):
     lm, serac = setting
-    wording = "Now tell me about {} and of what"
-    patch = serac.edit(lm, [replace(EDIT, rephrasings=(wording,)), CASES[7].edit])
+    paraphrase = "Now tell me about {} and of what"
+    patch = serac.edit(lm, [replace(EDIT, rephrasings=(paraphrase,)), CASES[7].edit])
     assert patch.state["owners"].tolist() == [0, 0, 1]
     with lm.patched(patch):
-        assert routes(lm, EDIT.fill(wording))[0] is not None
+        assert routes(lm, EDIT.fill(paraphrase))[0] is not None
 
 
 def test_an_edit_that_contradicts_the_memory(setting):
@@ -285,7 +271,9 @@ def test_another_decoder_as_counterfactual_model(tmp_path):
     patch = serac.edit(lm, [EDIT])
     with lm.patched(patch):
         (route,) = routes(lm, EDIT.text)
-        assert route[0]._reader.layers == 2 and lm.score([EDIT.text], ["of"]) == route[0].score([route[1]], ["of"])
+        assert route[0].counterfactual_lm.layers == 2 and lm.score([EDIT.text], ["of"]) == route[0].score(
+            [route[1]], ["of"]
+        )
     make_lm("llama", seed=4, num_hidden_layers=2).model.save_pretrained(tmp_path / "small")
     with pytest.raises(PatchError, match="expected the encoder and the counterfactual model"):
         make_lm("llama").apply(patch)
@@ -315,7 +303,7 @@ def test_bad_requests(setting, tmp_path):
         SERAC().edit(lm, [EDIT])
     with pytest.raises(InputError, match="expected embedding_size=16, with which the editor was trained"):
         replace(serac, embedding_size=32).edit(lm, [EDIT])
-    with lm.patched(serac.edit(lm, [EDIT])), pytest.raises(InputError, match="the memory was begun with"):
+    with lm.patched(serac.edit(lm, [EDIT])), pytest.raises(InputError, match="with which the memory was begun; got"):
         replace(serac, template="{edit} {answer} {input}").edit(lm, [CASES[3].edit])
     with pytest.raises(InputError, match="expected a template"):
         SERAC(template="{edit} {input}")

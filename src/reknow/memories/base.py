@@ -1,9 +1,14 @@
-"""What a method is whose patches leave the weights alone, and what such methods share."""
+"""What a method is whose patches leave the weights alone, and the steps that every such edit goes through.
+
+prepare            checks the edits and finds the place, the versions stored there, and conflicts with them
+memory_patch       makes what was learned the next version of the memory
+"""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
@@ -18,11 +23,26 @@ from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
 from reknow.texts.writing import normalize
 
+__all__ = [
+    "MemoryMethod",
+    "Prepared",
+    "SideModuleMethod",
+    "conflicts",
+    "memory_patch",
+    "prepare",
+    "resolve_conflicts",
+]
 
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryMethod(Method):
     """A method whose patches leave the weights alone; see `reknow.patching.memory`."""
 
     kind: ClassVar[PatchKind]
+
+    conflict: Literal["update", "refuse"] = "update"
+    """What happens to an edit that gives a stored prompt another answer: `update` replaces the stored edit and notes
+    both in the patch, `refuse` raises an error."""
 
     @staticmethod
     @abstractmethod
@@ -33,92 +53,77 @@ class MemoryMethod(Method):
         """
 
 
-class BesideMatrix(MemoryMethod):
+@dataclass(frozen=True)
+class SideModuleMethod(MemoryMethod):
     """A memory beside the value matrix of a layer, or of a few, which its versions share."""
 
     kind: ClassVar[PatchKind] = "hook"
     depth: ClassVar[float]
-    """Of its layer where none is given, as a share."""
-    layer: int | None
-    conflict: Literal["update", "refuse"]
+    """The papers' layer as a share of the depth."""
+
+    layer: int | None = None
+    """Layer beside whose value matrix the memory stands; None: at the share of the depth where the papers put it."""
 
     def own_layers(self, lm: LM) -> list[int]:
         return [depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)]
 
 
-def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit], wanted: str) -> list[dict[str, str]]:
-    """The edits whose prompt the method's memory on `lm` answers in another way, for the notes of the patch.
-
-    Raises:
-        InputError, EditRefused: see `settled`.
-    """
-    edited = [edit for patch in versions(lm.patches, method.name) for edit in patch.edits]
-    stored = {normalize(edit.text): edit.target_new for edit in edited}
-    found = [
-        ({"prompt": edit.text, "old": stored[normalize(edit.text)], "new": edit.target_new}, edit)
-        for edit in edits
-        if normalize(stored.get(normalize(edit.text), edit.target_new)) != normalize(edit.target_new)
-    ]
-    return settled(method, found, wanted)
-
-
-def settled(method: MemoryMethod, clashes: list[tuple[dict[str, str], Edit]], wanted: str) -> list[dict[str, str]]:
-    """Stored edits (prompt, old) that get another answer (new), if that is wanted.
-
-    Args:
-        clashes: each with the new edit.
-        wanted: "update" lets the new edit stand, "refuse" does not.
-
-    Raises:
-        InputError: `wanted` is neither.
-        EditRefused: it is "refuse" and there are some.
-    """
-    if wanted not in ("update", "refuse"):
-        raise InputError(f"expected conflict to be update or refuse; got {wanted!r}: choose one")
-    if clashes and wanted == "refuse":
-        told, edit = clashes[0]
-        prompt, old, new = (told[key] for key in ("prompt", "old", "new"))
-        raise EditRefused(
-            f"expected edits that agree with the {method.name} memory; {prompt!r} is stored as {old!r}, got {new!r}: "
-            "rebuild without the old edit, or set conflict to update",
-            edit,
-        )
-    return [told for told, _ in clashes]
-
-
-class Begun(NamedTuple):
+class Prepared(NamedTuple):
     """What an edit of a memory beside a matrix starts from."""
 
     edits: list[Edit]
     layer: int
     modules: list[str]
-    """The value matrices of that layer and of those above."""
-    before: list[Patch]
-    """The memory's versions so far."""
+    """The value matrices of that layer and of those above that take part."""
+    versions: list[Patch]
+    """The memory so far, oldest first."""
     notes: dict[str, Any]
     """For the patch: `layer` and `conflicts`."""
 
 
-def begun(method: BesideMatrix, lm: LM, edits: Sequence[Edit], span: int = 1) -> Begun:
+def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int = 1) -> Prepared:
     """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
 
     Args:
         span: how many layers take part.
 
     Raises:
-        InputError: see `checked` and `conflicts`; or the memory stands elsewhere.
-        EditRefused: see there too.
+        InputError: no edits, or a layer that the model lacks; or the memory stands elsewhere.
+        EditRefused: see `checked` and `resolve_conflicts`.
     """
     edits = checked(method, edits)
-    clashes = conflicts(method, lm, edits, method.conflict)
+    resolved = resolve_conflicts(method, conflicts(method, lm, edits))
     (layer,) = method.own_layers(lm)
     modules = list(lm.parts.value[layer : layer + span])
-    before = versions(lm.patches, method.name)
-    if before and (there := before[-1].memory["modules"]) != modules:
+    stored = versions(lm.patches, method.name)
+    if stored and (there := stored[-1].memory["modules"]) != modules:
         raise InputError(
             f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer"
         )
-    return Begun(edits, layer, modules, before, {"layer": layer, "conflicts": clashes})
+    return Prepared(edits, layer, modules, stored, {"layer": layer, "conflicts": resolved})
+
+
+def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit]) -> list[tuple[Edit, Edit]]:
+    """(stored edit, new edit) where the method's memory on `lm` holds another answer to the same prompt."""
+    stored = {normalize(edit.text): edit for patch in versions(lm.patches, method.name) for edit in patch.edits}
+    pairs = [(stored.get(normalize(edit.text), edit), edit) for edit in edits]
+    return [(old, new) for old, new in pairs if normalize(old.target_new) != normalize(new.target_new)]
+
+
+def resolve_conflicts(method: MemoryMethod, pairs: Sequence[tuple[Edit, Edit]]) -> list[dict[str, str]]:
+    """For the notes of the patch: what becomes of these stored edits as `method.conflict` says; see `conflicts`.
+
+    Raises:
+        EditRefused: it says "refuse", and there are some.
+    """
+    if pairs and method.conflict == "refuse":
+        old, new = pairs[0]
+        raise EditRefused(
+            f"expected edits that agree with the {method.name} memory; {old.text!r} is stored as {old.target_new!r}, "
+            f"got {new.target_new!r}: rebuild without the old edit, or set conflict to update",
+            new,
+        )
+    return [{"prompt": old.text, "old": old.target_new, "new": new.target_new} for old, new in pairs]
 
 
 def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
@@ -130,6 +135,6 @@ def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dic
     for name, tensor in state.items():
         check_finite(f"{name} in the memory", tensor)
     state = {name: tensor.cpu() for name, tensor in state.items()}
-    before = versions(lm.patches, method.name)
-    follows = before[-1].id if before else None
+    stored = versions(lm.patches, method.name)
+    follows = stored[-1].id if stored else None
     return make_patch(method, lm, edits, deltas={}, state=state, kind=method.kind, follows=follows, **rest)

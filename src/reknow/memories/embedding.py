@@ -50,7 +50,7 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
 def sentence_encoder(lm: LM, name: str) -> Any:
     """The sentence-transformers model of this name or folder, kept with the LM; see `embed` for the errors."""
 
-    def opened() -> Any:
+    def load() -> Any:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
@@ -65,4 +65,4 @@ def sentence_encoder(lm: LM, name: str) -> Any:
             ) from error
         return loaded.eval().requires_grad_(False)
 
-    return lm.cached(("encoder", name), opened)
+    return lm.cached(("encoder", name), load)

@@ -47,10 +47,10 @@ def token_states(lm: LM, encoder: str | None) -> TokenStates:
         InputError: the encoder cannot be loaded.
     """
 
-    def opened() -> TokenStates:
+    def load() -> TokenStates:
         return OwnStates(lm) if encoder is None else EncoderStates(lm, encoder)
 
-    return lm.cached(("token_states", encoder), opened)
+    return lm.cached(("token_states", encoder), load)
 
 
 class OwnStates:
@@ -81,25 +81,25 @@ class OwnStates:
         return states, columns[None] < torch.tensor(lengths, device=lm.device)[:, None]
 
 
-class Remembered:
+class StateCache:
     """Reads every text once: its states are kept in half precision until they fill `limit` bytes."""
 
     def __init__(self, read: Callable[[Sequence[str]], States], limit: int = 2**31):
-        self._read, self._left = read, limit
-        self._kept: dict[str, Tensor] = {}
+        self._read, self._bytes_left = read, limit
+        self._cached: dict[str, Tensor] = {}
 
     def __call__(self, texts: Sequence[str]) -> States:
-        found = {text: self._kept[text] for text in texts if text in self._kept}
-        new = [text for text in dict.fromkeys(texts) if text not in found]
+        states = {text: self._cached[text] for text in texts if text in self._cached}
+        new = [text for text in dict.fromkeys(texts) if text not in states]
         if new:
             for text, tokens, mask in zip(new, *self._read(new), strict=True):
-                found[text] = tokens[mask].half()  # (tokens, features)
-                self._left -= found[text].nbytes
-                if self._left > 0:
-                    self._kept[text] = found[text]
-        lengths = torch.tensor([len(found[text]) for text in texts], device=found[texts[0]].device)
-        states = nn.utils.rnn.pad_sequence([found[text] for text in texts], batch_first=True).float()
-        return states, torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]
+                states[text] = tokens[mask].half()  # (tokens, features)
+                self._bytes_left -= states[text].nbytes
+                if self._bytes_left > 0:
+                    self._cached[text] = states[text]
+        lengths = torch.tensor([len(states[text]) for text in texts], device=states[texts[0]].device)
+        padded = nn.utils.rnn.pad_sequence([states[text] for text in texts], batch_first=True).float()
+        return padded, torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None]
 
 
 class EncoderStates:
@@ -135,9 +135,14 @@ class EncoderStates:
 
 
 class Embedding(nn.Module):
-    """Learned queries that each attend to the tokens of a text; what they gather, side by side, is its vector."""
+    """Learned queries that each attend to the tokens of a text; what they gather, side by side, is its vector.
 
-    def __init__(self, features: int, size: int = 64, queries: int = 8):
+    Args:
+        features: numbers of a token's states.
+        size: numbers of the vector, a multiple of `queries`.
+    """
+
+    def __init__(self, features: int, size: int, queries: int):
         super().__init__()
         self.attention = nn.Linear(features, queries)
         self.value = nn.Linear(features, size, bias=False)
@@ -190,16 +195,3 @@ def scope_loss(log_inside: Tensor, log_outside: Tensor) -> Tensor:
     """Mean −log p over pairs that are in scope, plus mean −log(1 − p) over pairs that are not."""
     outside = 1 - log_outside.exp()
     return -log_inside.mean() - outside.clamp(min=torch.finfo(outside.dtype).eps).log().mean()
-
-
-def calibration(inside: Sequence[float], outside: Sequence[float]) -> list[dict[str, float]]:
-    """What each threshold from 0.05 to 0.95 would do: shares of pairs in scope and out of scope told rightly."""
-    p_in, p_out = torch.tensor(inside), torch.tensor(outside)
-    return [
-        {
-            "threshold": step / 20,
-            "in_scope": float((p_in > step / 20).float().mean()),
-            "out_of_scope": float((p_out <= step / 20).float().mean()),
-        }
-        for step in range(1, 20)
-    ]

@@ -1,7 +1,7 @@
 """Training a scope classifier: what can be asked about an edit inside and outside its scope, and the losses.
 
-Rephrasings and other facts come from the cases themselves. What they lack is made from one another, since a data set
-rarely has enough of it: wordings borrowed from cases that ask the same of another subject, sentences put in front,
+Paraphrases and other facts come from the cases themselves. What they lack is made from one another, since a data set
+rarely has enough of it: paraphrases borrowed from cases that ask the same of another subject, sentences put in front,
 near neighbours that ask about other subjects, and other questions about the same subject.
 """
 
@@ -20,17 +20,18 @@ from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
-from reknow.memories.scope import Remembered, log_in_scope, scope_loss
-from reknow.model.tokens import Text
+from reknow.memories.scope import StateCache, log_in_scope, scope_loss
+from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
 from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
     from reknow.lm import LM
-    from reknow.methods.serac import SERAC, Modules
+
+__all__ = ["ScopeCases", "ScopeLearner"]
 
 PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
-SETS, DRAWS = 16384, 4
+SETS, LEAST_SETS = 16384, 4
 """Sets of questions about all cases, and about one at least; one is asked at a time. So few that their states can be
 kept and each is read only once."""
 TRIES = 10
@@ -38,58 +39,53 @@ TRIES = 10
 
 
 class ScopeCases:
-    """Questions about each case's edit, drawn by rng.
+    """Questions about each case's edit, drawn at random.
 
     Args:
         neighbors, skipped: hard negatives are the edits and locality probes of other cases nearest to an edit, so
             many of them, without the very nearest, which may ask the same.
 
     Raises:
-        InputError: no case has a rephrasing.
+        InputError: no case has a paraphrase.
     """
 
     def __init__(self, lm: LM, cases: Sequence[Case], *, neighbors: int = 50, skipped: int = 5):
         self.cases = list(cases)
         self.place = {case.edit.text: i for i, case in enumerate(self.cases)}
-        self._rephrasings = [_rephrasings(case) for case in self.cases]
-        if not any(self._rephrasings):
+        self._paraphrases = [_paraphrases(case) for case in self.cases]
+        if not any(self._paraphrases):
             raise InputError(
                 f"expected cases with rephrasings to learn scopes from; got {len(self.cases)} without any: give "
                 "cases with generalization probes, or edits with rephrasings"
             )
-        self._outside = [_prompts(case, "locality") for case in self.cases]
-        self._templates = [_templates(case, own) for case, own in zip(self.cases, self._rephrasings, strict=True)]
-        self._told = [
+        self._unrelated = [_prompts(case, "locality") for case in self.cases]
+        self._templates = [_templates(case, own) for case, own in zip(self.cases, self._paraphrases, strict=True)]
+        self._texts = [
             "\n".join([case.edit.text, *(probe.prompt for probe in case.probes)]).lower() for case in self.cases
         ]
-        self._alike: dict[str, list[int]] = defaultdict(list)
+        self._same_prompt: dict[str, list[int]] = defaultdict(list)
         for i, case in enumerate(self.cases):
-            self._alike[case.edit.prompt].append(i)
+            self._same_prompt[case.edit.prompt].append(i)
         self._near = self._neighbors(lm, neighbors, skipped)
 
-    def inside(self, i: int, rng: random.Random) -> str:
-        """A question that falls in the scope of edit i: its own prompt or another wording."""
+    def in_scope(self, i: int, rng: random.Random) -> str:
+        """A question that falls in the scope of edit i: its own prompt or a paraphrase."""
         edit = self.cases[i].edit
-        wordings = [edit.text, *self._rephrasings[i]]
+        questions = [edit.text, *self._paraphrases[i]]
         if edit.subject is not None:
-            borrowed = self._templates[rng.choice(self._alike[edit.prompt])]
-            wordings += [edit.fill(template) for template in borrowed if template != edit.prompt]
-        return self._behind(rng.choice(wordings), rng)
+            borrowed = self._templates[rng.choice(self._same_prompt[edit.prompt])]
+            questions += [edit.fill(template) for template in borrowed if template != edit.prompt]
+        return self._prefixed(rng.choice(questions), rng)
 
-    def outside(self, i: int, rng: random.Random) -> list[str]:
-        """Four questions that do not: two of its own, a near neighbour of other cases, the subject in another one."""
-        own = rng.sample(self._outside[i], min(2, len(self._outside[i])))
+    def out_of_scope(self, i: int, rng: random.Random) -> list[str]:
+        """Four questions that do not: two of its own, a near neighbour of other cases, and another case's question
+        about the same subject."""
+        own = rng.sample(self._unrelated[i], min(2, len(self._unrelated[i])))
         near = [rng.choice(self._near[i]) for _ in range(3 - len(own))]
-        crossed = self.crossed(i, rng) or rng.choice(self._near[i])
-        return [*own, *(self._behind(text, rng) for text in (*near, crossed))]
+        same_subject = self.same_subject(i, rng) or rng.choice(self._near[i])
+        return [*own, *(self._prefixed(text, rng) for text in (*near, same_subject))]
 
-    def _behind(self, question: str, rng: random.Random) -> str:
-        if rng.random() >= PREFIXED:
-            return question
-        other = rng.randrange(len(self.cases))
-        return f"{rng.choice(self._outside[other] or [self.cases[other].edit.text])}. {question}"
-
-    def crossed(self, i: int, rng: random.Random) -> str | None:
+    def same_subject(self, i: int, rng: random.Random) -> str | None:
         """Another case's question about this one's subject; None where none was found."""
         edit = self.cases[i].edit
         for _ in range(TRIES):
@@ -98,40 +94,47 @@ class ScopeCases:
                 return edit.fill(rng.choice(self._templates[other]))
         return None
 
+    def _prefixed(self, question: str, rng: random.Random) -> str:
+        """The question, or, for a share of them, behind an unrelated statement."""
+        if rng.random() >= PREFIXED:
+            return question
+        other = rng.randrange(len(self.cases))
+        return f"{rng.choice(self._unrelated[other] or [self.cases[other].edit.text])}. {question}"
+
     def _related(self, i: int, other: int) -> bool:
         """Whether the words of one's question occur in the other: they may ask the same."""
         mine, theirs = (_words(self.cases[k].edit) for k in (i, other))
-        return theirs in self._told[i] or mine in self._told[other]
+        return theirs in self._texts[i] or mine in self._texts[other]
 
     def _neighbors(self, lm: LM, count: int, skipped: int) -> list[list[str]]:
         edits = [case.edit.text for case in self.cases]
-        pool = list(dict.fromkeys(edits + [text for texts in self._outside for text in texts[:1]]))
+        pool = list(dict.fromkeys(edits + [text for texts in self._unrelated for text in texts[:1]]))
         vectors = embed(lm, pool)
         places = Nearest(vectors).search(vectors[: len(edits)], count + skipped)[1].tolist()
-        found = []
+        neighbors = []
         for case, near in zip(self.cases, places, strict=True):
             name = case.edit.subject or case.edit.text
-            found.append([pool[k] for k in near[skipped:] if name not in pool[k]] or [pool[near[-1]]])
-        return found
+            neighbors.append([pool[k] for k in near[skipped:] if name not in pool[k]] or [pool[near[-1]]])
+        return neighbors
 
 
 def _prompts(case: Case, kind: str) -> list[str]:
     return list(dict.fromkeys(probe.prompt for probe in case.probes if probe.kind == kind))
 
 
-def _rephrasings(case: Case) -> list[str]:
+def _paraphrases(case: Case) -> list[str]:
     edit = case.edit
-    own = [edit.fill(wording) for wording in edit.rephrasings]
+    own = [edit.fill(template) for template in edit.rephrasings]
     return [text for text in dict.fromkeys([*own, *_prompts(case, "generalization")]) if text != edit.text]
 
 
-def _templates(case: Case, rephrasings: Sequence[str]) -> list[str]:
-    """The case's wordings with `{}` for the subject, where its name stands there once."""
+def _templates(case: Case, paraphrases: Sequence[str]) -> list[str]:
+    """The case's prompt and paraphrases with `{}` for the subject, where its name stands there once."""
     subject = case.edit.subject
     if subject is None:
         return []
-    found = [text.replace(subject, "{}") for text in rephrasings if text.count(subject) == 1]
-    return [case.edit.prompt, *(template for template in found if template.count("{}") == 1)]
+    templates = [text.replace(subject, "{}") for text in paraphrases if text.count(subject) == 1]
+    return [case.edit.prompt, *(template for template in templates if template.count("{}") == 1)]
 
 
 def _words(edit: Edit) -> str:
@@ -140,23 +143,36 @@ def _words(edit: Edit) -> str:
 
 
 class ScopeLearner:
-    """Draws questions, and trains classifier and counterfactual model on them, each with its own loss."""
+    """Draws questions, and trains classifier and counterfactual model on them, each with its own loss.
+
+    Args:
+        max_questions: of a batch, that the counterfactual model learns to answer.
+        threshold: p above which a question counts as in scope, in the validation.
+    """
 
     def __init__(
-        self, method: SERAC, module: Modules, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case]
+        self,
+        module: ScopeAndCounterfactual,
+        lm: LM,
+        train_cases: Sequence[Case],
+        validation_cases: Sequence[Case],
+        *,
+        learning_rate: float,
+        max_questions: int,
+        threshold: float,
     ):
-        self._method, self.module = method, module
-        self._states = Remembered(module.states)
+        self.module = module
+        self._states = StateCache(module.states)
         self._train = ScopeCases(lm, train_cases)
         self._validation = ScopeCases(lm, validation_cases) if validation_cases else None
+        self._learning_rate, self._max_questions, self._threshold = learning_rate, max_questions, threshold
 
     def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.module.parameters(), lr=self._method.learning_rate)
+        return torch.optim.Adam(self.module.parameters(), lr=self._learning_rate)
 
     def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        asked = self._train
-        places = [asked.place[case.edit.text] for case in batch]
-        inside, outside, answer = self._read(asked, places, rng, self._method.max_questions)
+        places = [self._train.place[case.edit.text] for case in batch]
+        inside, outside, answer = self._read(self._train, places, rng, self._max_questions)
         scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
         return scope + answer, {"scope": scope.item(), "answer": answer.item()}
 
@@ -164,7 +180,7 @@ class ScopeLearner:
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
         assert self._validation is not None
         inside, outside, answer = self._read(self._validation, range(len(cases)), random.Random(0), len(cases))
-        limit = math.log(self._method.threshold)
+        limit = math.log(self._threshold)
         scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
         return {
             "loss": scope + float(answer),
@@ -174,14 +190,14 @@ class ScopeLearner:
         }
 
     def _read(
-        self, asked: ScopeCases, places: Sequence[int], rng: random.Random, answered: int
+        self, cases: ScopeCases, places: Sequence[int], rng: random.Random, max_questions: int
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
-        edits = [asked.cases[i].edit for i in places]
-        sets = max(DRAWS, SETS // len(asked.cases))
+        edits = [cases.cases[i].edit for i in places]
+        sets = max(LEAST_SETS, SETS // len(cases.cases))
         drawn = [random.Random(f"{i}/{rng.randrange(sets)}") for i in places]
-        inside = [asked.inside(i, one) for i, one in zip(places, drawn, strict=True)]
-        outside = [text for i, one in zip(places, drawn, strict=True) for text in asked.outside(i, one)]
+        inside = [cases.in_scope(i, own) for i, own in zip(places, drawn, strict=True)]
+        outside = [text for i, own in zip(places, drawn, strict=True) for text in cases.out_of_scope(i, own)]
         count, hard = len(edits), len(outside) // len(edits)
         tokens, mask = self._states([*(edit.text for edit in edits), *inside, *outside])
         vectors = self.module.scope((tokens, mask))
@@ -190,13 +206,12 @@ class ScopeLearner:
         # As many questions of other cases as hard ones, so that either half of the mean counts the same.
         easy = [log_p[own, (own + shift) % count] for shift in range(1, min(hard, count - 1) + 1)]
         apart = log_p[count:].view(count, hard, count)[own, :, own].flatten()
-        found = [log_p[own, own]], [torch.cat([apart, *easy])]
+        log_inside, log_outside = [log_p[own, own]], [torch.cat([apart, *easy])]
         if self.module.cross is not None:
             which = torch.cat([own, own.repeat_interleave(hard), (own + 1) % count])
-            asks = torch.cat([count + own, torch.arange(2 * count, len(tokens), device=own.device), count + own])
-            judged = self.module.cross((tokens[which], mask[which]), (tokens[asks], mask[asks]))
-            found[0].append(judged[:count])
-            found[1].append(judged[count:])
-        asks = zip(edits[:answered], inside[:answered], strict=True)
-        texts = [Text.asked(edit, self._method.question(edit, text)) for edit, text in asks]
-        return *found, self.module.answers(texts).mean()
+            asked = torch.cat([count + own, torch.arange(2 * count, len(tokens), device=own.device), count + own])
+            judged = self.module.cross((tokens[which], mask[which]), (tokens[asked], mask[asked]))
+            log_inside.append(judged[:count])
+            log_outside.append(judged[count:])
+        answered = list(zip(edits, inside, strict=True))[:max_questions]
+        return log_inside, log_outside, self.module.answer_loss(answered)

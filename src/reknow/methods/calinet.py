@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from reknow.editing.keys import prompt_inputs, prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
-from reknow.memories.base import BesideMatrix, conflicts, memory_patch
+from reknow.memories.base import SideModuleMethod, conflicts, memory_patch, resolve_conflicts
 from reknow.model.exact import exact
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
@@ -71,14 +71,12 @@ class Memory(Strict):
 
 
 @dataclass(frozen=True)
-class CaliNet(BesideMatrix):
+class CaliNet(SideModuleMethod):
     """Slots beside an MLP, trained on the edits in all their wordings."""
 
     depth: ClassVar[float] = DEPTH
     state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 slots in", "values": "float32 slots out"}, Memory)
 
-    layer: int | None = None
-    """Layer whose MLP gets slots; None: at three fifths of the depth."""
     trained_keys: bool = False
     """As in the paper: keys start at random and are trained with the values."""
     slots: Number | None = None
@@ -92,8 +90,6 @@ class CaliNet(BesideMatrix):
     """Finished when the mean loss (nats a token) is below."""
     smoothing: Weight = 1e-3
     """α of the score, a probability."""
-    conflict: Literal["update", "refuse"] = "update"
-    """What becomes of an edit whose prompt is stored with another answer."""
     seed: Seed = 0
     """Of the slots at the start."""
 
@@ -103,7 +99,7 @@ class CaliNet(BesideMatrix):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits)
-        clashes = conflicts(self, lm, edits, self.conflict)
+        clashes = resolve_conflicts(self, conflicts(self, lm, edits))
         (layer,) = self.own_layers(lm)
         texts = [Text.asked(edit, text) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,7 +29,7 @@ from reknow.editing.keys import prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
-from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
 from reknow.patching.memory import Hooks, hook_output
@@ -51,7 +51,7 @@ class Memory(Strict):
 
 
 @dataclass(frozen=True)
-class DEFER(BesideMatrix):
+class DEFER(SideModuleMethod):
     """A gate and a linear map beside one value matrix, trained edit by edit."""
 
     depth: ClassVar[float] = DEPTH
@@ -66,8 +66,6 @@ class DEFER(BesideMatrix):
         Memory,
     )
 
-    layer: int | None = None
-    """Layer whose value matrix is deferred from; None: at four fifths of the depth."""
     steps: Number = 100
     """Updates of one edit at most."""
     learning_rate: Rate = 0.1
@@ -81,8 +79,6 @@ class DEFER(BesideMatrix):
     units: Units = "relative"
     """`absolute`: all weights have one learning rate, a plain number (the authors': 0.1), and `gate_learning_rate` is
     not used."""
-    conflict: Literal["update", "refuse"] = "update"
-    """What becomes of an edit whose prompt is stored with another answer."""
     seed: Seed = 0
     """Of the weights at the start."""
 
@@ -91,7 +87,7 @@ class DEFER(BesideMatrix):
         return "defer"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits)
+        edits, layer, modules, before, notes = prepare(self, lm, edits)
         if before:
             gate = self.memory(lm, before)
         else:

@@ -26,7 +26,7 @@ from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
-from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Row, Text
@@ -53,7 +53,7 @@ class Memory(Strict):
 
 
 @dataclass(frozen=True)
-class GRACE(BesideMatrix):
+class GRACE(SideModuleMethod):
     """A codebook of edits beside one value matrix."""
 
     depth: ClassVar[float] = DEPTH
@@ -62,8 +62,6 @@ class GRACE(BesideMatrix):
         Memory,
     )
 
-    layer: int | None = None
-    """Layer whose value matrix has the codebook; None: at four fifths of the depth."""
     epsilon: Weight = 0.9
     """Radius ε of a new key, in units of the distance in that layer between questions of the same wording
     about different subjects."""
@@ -76,8 +74,6 @@ class GRACE(BesideMatrix):
     replacement: Replacement = "prompt"
     """Where the value is put: at all tokens of the prompt; at its last; or, as the authors' code does, at all before
     the last."""
-    conflict: Literal["update", "refuse"] = "update"
-    """What becomes of an edit whose prompt is stored with another answer."""
     units: Units = "relative"
     """`absolute`: ε and the learning rate are plain numbers (both 1 in the papers), and values start uniform in
     [0, 1) instead of at the matrix's own output."""
@@ -89,7 +85,7 @@ class GRACE(BesideMatrix):
         return "grace"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits)
+        edits, layer, modules, before, notes = prepare(self, lm, edits)
         book = self.memory(lm, before) if before else Codebook.empty(lm, modules[0], self.replacement)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, outputs = prompt_states(lm, rows, book.module)

@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 
@@ -27,7 +27,7 @@ from reknow.edits import Case, Edit, Probe, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
 from reknow.files.schema import FormatError, Listed, Strict, explain, parse_json, read_content
-from reknow.memories.base import MemoryMethod, conflicts, memory_patch
+from reknow.memories.base import MemoryMethod, conflicts, memory_patch, resolve_conflicts
 from reknow.memories.embedding import embed
 from reknow.memories.nearest import Nearest
 from reknow.model.tokens import Text
@@ -69,8 +69,6 @@ class IKE(MemoryMethod):
     about the edit's own subject are passed over."""
     encoder: Name | None = None
     """Folder or name of a sentence-transformers model that compares facts; None: the model's own hidden states."""
-    conflict: Literal["update", "refuse"] = "update"
-    """What to do with an edit whose prompt has another answer in the memory: replace that one, or refuse."""
     answer_tokens: Annotated[Number, Formerly("room")] = 100
     """Tokens kept free behind the question for the answer."""
     seed: Seed = 0
@@ -103,7 +101,7 @@ class IKE(MemoryMethod):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = checked(self, edits)
-        replaced = conflicts(self, lm, edits, self.conflict)
+        replaced = resolve_conflicts(self, conflicts(self, lm, edits))
         lm.check_length(lm.encode([Text.asked(edit, _tail(edit) + edit.text) for edit in edits]))
         facts = [edit.text for edit in edits]
         shown = self._demonstrations(lm, edits) if self.demonstrations else [[] for _ in edits]

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -26,7 +26,7 @@ from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
-from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Row, Text
 from reknow.patching.memory import Hooks, hook_output
@@ -54,7 +54,7 @@ class Memory(Strict):
 
 
 @dataclass(frozen=True)
-class MELO(BesideMatrix):
+class MELO(SideModuleMethod):
     """LoRA blocks beside value matrices, looked up by the prompt."""
 
     depth: ClassVar[float] = DEPTH
@@ -63,8 +63,6 @@ class MELO(BesideMatrix):
         Memory,
     )
 
-    layer: int | None = None
-    """Layer whose value matrix gives the keys and has the lowest blocks; None: at three quarters of the depth."""
     span: Number = 2
     """How many layers, from that one up, have blocks."""
     radius: Weight = 1.0
@@ -80,8 +78,6 @@ class MELO(BesideMatrix):
     """Of Adam, in units in which one step moves a matrix's output by about this many of its root mean squares."""
     stop_loss: Weight = 0.05
     """A block is finished when the loss of its edits (nats a token) is below."""
-    conflict: Literal["update", "refuse"] = "update"
-    """What becomes of an edit whose prompt is stored with another answer."""
     seed: Seed = 0
     """Of the blocks at the start."""
 
@@ -90,7 +86,7 @@ class MELO(BesideMatrix):
         return "melo"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits, self.span)
+        edits, layer, modules, before, notes = prepare(self, lm, edits, self.span)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, _ = prompt_states(lm, rows, modules[0])
         first = sum(patch.memory["opened"] for patch in before)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from reknow.editing.values import contexts
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
-from reknow.memories.base import BesideMatrix, begun, memory_patch
+from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
 from reknow.model.tokens import Text
@@ -67,7 +67,7 @@ class Memory(Strict):
 
 
 @dataclass(frozen=True)
-class WISE(BesideMatrix):
+class WISE(SideModuleMethod):
     """A side memory beside one value matrix, and routing by activation."""
 
     depth: ClassVar[float] = DEPTH
@@ -75,8 +75,6 @@ class WISE(BesideMatrix):
         {"distances": "float32 edits", "mask.*": "uint8 bytes.*", "delta.*": "float32 weights.*"}, Memory
     )
 
-    layer: int | None = None
-    """Layer whose value matrix has a side memory; None: deep in the model."""
     steps: Number = 70
     """Updates of one edit at most."""
     learning_rate: Rate = 0.3
@@ -107,8 +105,6 @@ class WISE(BesideMatrix):
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
     unrelated_facts: Annotated[Number, Formerly("unrelated")] = 16
     """Bundled facts about other subjects that must not move, other ones for every edit."""
-    conflict: Literal["update", "refuse"] = "update"
-    """What becomes of an edit whose prompt is stored with another answer."""
     seed: Seed = 0
     """Of the masks, contexts and facts."""
 
@@ -117,7 +113,7 @@ class WISE(BesideMatrix):
         return "wise-retrieve" if self.retrieve else "wise"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = begun(self, lm, edits)
+        edits, layer, modules, before, notes = prepare(self, lm, edits)
         shape, stored = lm.weight(modules[0]).shape, sum(len(patch.edits) for patch in before)
         shard_size, share = self._room(shape.numel(), before[-1].memory["shard_size"] if before else None)
         shards = _shards(before, shape)
