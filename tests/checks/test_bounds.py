@@ -20,7 +20,7 @@ from reknow.errors import InputError
 from reknow.evaluation.runner import Plan
 from reknow.instructions.search import Search
 from reknow.learning.training import Training
-from reknow.studies.instructedit import Size
+from reknow.studies.instructedit.editors import Size
 from reknow.tracing.causal import Tracing
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from reknow import ICE, LM, Edit
-from reknow.methods import ice
+from reknow.editing import self_distillation
 
 pytestmark = pytest.mark.golden
 
@@ -32,7 +32,7 @@ def test_steps_are_the_authors(models, name, monkeypatch):
         sources.append([list(row.ids) for row in rows])
         return [tuple(tokens) for tokens in next(given)]
 
-    monkeypatch.setattr(ice, "sample", sample)
+    monkeypatch.setattr(self_distillation, "sample", sample)
     method = ICE(
         layers=tuple(case["layers"]),
         steps=case["num_steps"],

@@ -12,13 +12,14 @@ from conftest import make_lm
 from families import CORE_FAMILIES
 from reknow import FT, ICE, LM, Patch, method
 from reknow.cli.measuring import _methods
+from reknow.editing import self_distillation
 from reknow.editing.descent import Matrices, Pace, Scored, predicted, sample
+from reknow.editing.self_distillation import prepend_context
 from reknow.errors import EditFailed, InputError
-from reknow.methods import ice
-from reknow.methods.ice import consistency, informed, likeliest
 from reknow.model.hooks import weight_replaced
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row, Text
+from reknow.studies.ice.convergence import consistency, likeliest
 from reknow.studies.presets import PRESETS
 
 FAST = dict(layers=(1, 2), learning_rate=0.03, steps=12, clamp=None)
@@ -45,7 +46,7 @@ def test_the_answer_becomes_likelier_and_the_model_is_left_alone(family, setting
 
 def test_the_first_loss_is_algorithm_1(lm, edit, monkeypatch):
     drawn = (7, 8, 9)
-    monkeypatch.setattr(ice, "sample", lambda *args, **options: [drawn])
+    monkeypatch.setattr(self_distillation, "sample", lambda *args, **options: [drawn])
     notes = ICE(layers=(1,), steps=1, consistency_weight=0.5).edit(lm, [edit]).notes
     (row,) = lm.encode([Text(edit.text, "English")])
     ids = torch.tensor([[*row.ids, *drawn]])
@@ -65,10 +66,10 @@ def test_pure_consistency_samples_behind_the_question(lm, edit, monkeypatch):
         seen.extend(rows)
         return [(5,) * count for _ in rows]
 
-    monkeypatch.setattr(ice, "sample", fixed)
+    monkeypatch.setattr(self_distillation, "sample", fixed)
     settings = dict(sample_target=False, target_weight=0.0, context_introductions=("Fact: ",), sample_tokens=2)
     notes = ICE(layers=(1,), steps=1, **settings).edit(lm, [edit]).notes
-    question = lm.encode([informed(edit, edit.statement, "Fact: ")])[0]
+    question = lm.encode([prepend_context(edit, edit.statement, "Fact: ")])[0]
     assert seen[0].ids == question.ids[: question.prompt_length]
     (row,) = lm.encode([Text(edit.text, "English")])
     ids = torch.tensor([[*row.ids[: row.prompt_length], 5, 5]])
@@ -108,7 +109,7 @@ def test_static_targets_come_from_the_model_before_the_edit(lm, edit, monkeypatc
     """Dynamic samples meet replaced matrices, static ones the model's own."""
     module, calls = lm.model.get_submodule(lm.parts.value[1]), []
     monkeypatch.setattr(
-        ice, "sample", lambda *args, **options: calls.append("forward" in vars(module)) or [(3, 4, 5)]
+        self_distillation, "sample", lambda *args, **options: calls.append("forward" in vars(module)) or [(3, 4, 5)]
     )
     for targets in ("static", "dynamic"):
         ICE(layers=(1,), steps=2, targets=targets).edit(lm, [edit])
@@ -117,14 +118,16 @@ def test_static_targets_come_from_the_model_before_the_edit(lm, edit, monkeypatc
 
 def test_samples_are_drawn_as_often_as_asked(lm, edit, monkeypatch):
     calls = []
-    monkeypatch.setattr(ice, "sample", lambda _lm, rows, count, **_: calls.append(len(rows)) or [(3,)] * len(rows))
+    monkeypatch.setattr(
+        self_distillation, "sample", lambda _lm, rows, count, **_: calls.append(len(rows)) or [(3,)] * len(rows)
+    )
     many = replace(edit, context=("One fact.", "Another."))
     ICE(layers=(1,), steps=5, sample_every=2, samples=3, sample_tokens=1).edit(lm, [many, edit])
     assert calls == [9, 9, 9]  # (2 contexts + 1 statement) · 3 samples, in steps 0, 2 and 4
 
 
 def test_a_reused_sample_gives_the_same_steps_with_the_lower_blocks_reused(lm, edit, monkeypatch):
-    monkeypatch.setattr(ice, "sample", lambda _lm, rows, count, **_: [(3, 4, 5)] * len(rows))
+    monkeypatch.setattr(self_distillation, "sample", lambda _lm, rows, count, **_: [(3, 4, 5)] * len(rows))
     each = ICE(layers=(1,), steps=4).edit(lm, [edit])
     once = ICE(layers=(1,), steps=4, sample_every=4).edit(lm, [edit])
     assert each.notes["losses"] == pytest.approx(once.notes["losses"], rel=1e-5)
@@ -160,14 +163,14 @@ def test_repetitions_count_what_was_there_before(lm, edit, monkeypatch):
     (row,) = lm.encode([Text(edit.text, "English")])
     first = row.target_ids[0]
     fresh = next(token for token in range(100) if token not in row.target_ids)
-    monkeypatch.setattr(ice, "sample", lambda *args, **options: [(first, fresh, fresh)])
+    monkeypatch.setattr(self_distillation, "sample", lambda *args, **options: [(first, fresh, fresh)])
     assert ICE(layers=(1,), steps=1).edit(lm, [edit]).notes["repetitions"] == [2]
 
 
 def test_consistency_is_the_divergence_between_both_sides(lm, edit):
-    (value,) = consistency(lm, [edit], context_introductions=("Fact: ",))
+    (value,) = consistency(lm, [edit], introductions=("Fact: ",))
     sides = []
-    for text in (informed(edit, edit.statement, "Fact: "), Text(edit.text, "English")):
+    for text in (prepend_context(edit, edit.statement, "Fact: "), Text(edit.text, "English")):
         (row,) = lm.encode([text])
         with torch.no_grad():
             sides.append(lm.model(torch.tensor([row.ids])).logits[0, row.prompt_length - 1 :].log_softmax(-1))
@@ -177,7 +180,7 @@ def test_consistency_is_the_divergence_between_both_sides(lm, edit):
 
 
 def test_the_code_variant_brings_both_sides_together(lm, edit, monkeypatch):
-    monkeypatch.setattr(ice, "sample", lambda *args, **options: [(7, 8, 9)])
+    monkeypatch.setattr(self_distillation, "sample", lambda *args, **options: [(7, 8, 9)])
     notes = ICE(**FAST, variant="code", context_introductions=("Fact: ",)).edit(lm, [edit]).notes
     assert notes["consistency_losses"][-1] < 0.7 * notes["consistency_losses"][0]
 

@@ -24,10 +24,10 @@ from reknow.learning.gradient_network import new_network, transformed
 from reknow.learning.gradients import flat_factors
 from reknow.learning.training import Training, interleave
 from reknow.model.tokens import Text
-from reknow.studies.domains import domain_cases, domain_study
-from reknow.studies.gradients import gradient_study
-from reknow.studies.instructedit import STUDIES, TASKS, Size, as_trained, run_study
-from reknow.studies.tables import gain
+from reknow.studies.instructedit.domains import domain_cases, domain_study
+from reknow.studies.instructedit.editors import STUDIES, TASKS, Size, as_trained, run_study
+from reknow.studies.instructedit.gradients import gradient_study
+from reknow.studies.instructedit.tables import gain
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
 

@@ -21,7 +21,7 @@ from reknow.cli import tracing as command
 from reknow.datasets import Fact
 from reknow.report.plots import STYLE, to_svg
 from reknow.report.trace_plots import average_figure, effect_bars, save_figure, trace_figure
-from reknow.studies.gradient_plots import gradient_figure
+from reknow.studies.instructedit.gradient_plot import gradient_figure
 from reknow.tracing.causal import Trace, average
 
 

@@ -89,7 +89,7 @@ def bench(
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.cli.settings import each_once
     from reknow.evaluation import bench as run
-    from reknow.studies.ice import inside
+    from reknow.studies.ice.convergence import inside
     from reknow.studies.presets import PRESETS
 
     if out is not None:
@@ -255,9 +255,9 @@ def report(
     from reknow.files.outputs import mark_folder
     from reknow.files.rows import MANIFEST_FILE
     from reknow.report import write_report
-    from reknow.studies.ice import ROWS_FILE
-    from reknow.studies.ice_page import write_convergence
-    from reknow.studies.page import by_set, write_study
+    from reknow.studies.comparison_page import by_set, write_study
+    from reknow.studies.ice.convergence import ROWS_FILE
+    from reknow.studies.ice.convergence_page import write_convergence
 
     out = None if out is None else report_place(run, out)
     inside = (run / ROWS_FILE).exists()

@@ -50,9 +50,9 @@ def study(
 
     reknow study tasks          reknow study gradients
     """
-    from reknow.studies.domains import QUESTION, domain_study
-    from reknow.studies.gradients import gradient_study
-    from reknow.studies.instructedit import STUDIES, Size, run_study
+    from reknow.studies.instructedit.domains import QUESTION, domain_study
+    from reknow.studies.instructedit.editors import STUDIES, Size, run_study
+    from reknow.studies.instructedit.gradients import gradient_study
 
     questions = {key: each.question for key, each in STUDIES.items()}
     questions |= {"domains": QUESTION, "gradients": GRADIENTS}

@@ -13,7 +13,7 @@ from reknow.evaluation.results import Cell, markdown, summarise
 from reknow.files.atomic import atomic_write, write_text
 from reknow.files.rows import Rows, read_manifest
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
-from reknow.studies.ice import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
+from reknow.studies.ice.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 
 Curve = list[tuple[float, float, float]]
 """(mean, low, high) step by step."""

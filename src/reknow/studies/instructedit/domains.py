@@ -14,8 +14,8 @@ from reknow.evaluation import Plan, bench
 from reknow.instructions.trial import few_probes
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
-from reknow.studies.instructedit import SMALL, Editors, Size
-from reknow.studies.tables import written
+from reknow.studies.instructedit.editors import SMALL, Editors, Size
+from reknow.studies.instructedit.tables import written
 
 DOMAINS = {
     "geography": ("P17", "P30", "P36", "P131", "P190", "P276"),

@@ -12,14 +12,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+
+from reknow.editing.descent import Scored, predicted
+from reknow.editing.self_distillation import prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
 from reknow.files.locks import write_lock
 from reknow.files.rows import Rows, open_manifest
-from reknow.methods.ice import ICE, consistency, likeliest
+from reknow.methods.ice import ICE, INTRODUCTIONS
 from reknow.model.exclusive import exclusively
+from reknow.model.scoring import kl_divergence
+from reknow.model.tokens import Row, Text
 from reknow.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -117,3 +124,48 @@ def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows
 def _answered(lm: LM, edit: Edit) -> dict:
     (score,) = lm.score([edit.text], [edit.target_new], [edit.separator])
     return {"success": float(score.said), "nll": score.nll if math.isfinite(score.nll) else None}
+
+
+@torch.no_grad()
+def consistency(
+    lm: LM,
+    edits: Sequence[Edit],
+    *,
+    contexts: Literal["any", "given", "statement"] = "any",
+    introductions: Sequence[str] = INTRODUCTIONS,
+    separator: str = " Now: ",
+) -> list[float]:
+    """How far the model is from the consistency condition p(x | [c, q]) = p(x | q), which an edit should establish.
+
+    Returns:
+        By edit, KL(p(· | [c, q]) ‖ p(· | q)) in nats, a mean over the tokens of the new answer and the one behind it,
+        over the edit's contexts and over the introductions.
+    """
+    method, found = ICE(contexts=contexts), []
+    for edit in edits:
+        (plain,) = lm.encode([Text.asked(edit)])
+        texts = [
+            prepend_context(edit, context, introduction, separator)
+            for context in method.contexts_of(edit)
+            for introduction in introductions
+        ]
+        full = [Row(row.ids[: row.prompt_length] + plain.target_ids, row.prompt_length) for row in lm.encode(texts)]
+        aware = _behind(lm, full).unflatten(0, (len(full), -1))
+        found.append(float(kl_divergence(aware, _behind(lm, [plain])).mean()))
+    return found
+
+
+def _behind(lm: LM, rows: Sequence[Row]) -> Tensor:
+    """Log-probabilities at the answer's tokens and at the one behind it, row by row. (n, vocabulary)"""
+    places = [[*predicted(row, row.prompt_length), (len(row.ids) - 1, 0)] for row in rows]
+    return Scored(lm, rows, places, None).log_probs()
+
+
+@torch.no_grad()
+def likeliest(lm: LM, edit: Edit, context: str, count: int = 6) -> dict[str, list[str]]:
+    """The tokens that the model finds likeliest behind the new answer, `with` the context in front and `without`."""
+    found = {}
+    for name, text in (("with", prepend_context(edit, context)), ("without", Text.asked(edit))):
+        top = _behind(lm, lm.encode([text]))[-1].topk(count).indices
+        found[name] = [lm.tokenizer.decode(token) for token in top]
+    return found

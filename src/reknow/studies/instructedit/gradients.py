@@ -18,7 +18,16 @@ from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
 from reknow.model.exclusive import exclusively
 from reknow.model.tokens import Text
-from reknow.studies.instructedit import INSTRUCT, MULTI, SMALL, TASKS, Editors, Size, reading_cases, task_families
+from reknow.studies.instructedit.editors import (
+    INSTRUCT,
+    MULTI,
+    SMALL,
+    TASKS,
+    Editors,
+    Size,
+    reading_cases,
+    task_families,
+)
 
 CASES = 40
 """Of each task."""
@@ -46,7 +55,7 @@ def gradient_study(
         from sklearn.metrics import silhouette_score
     except ImportError:
         raise MissingExtra("scikit-learn", "analysis", "t-SNE of the gradients") from None
-    from reknow.studies.gradient_plots import gradient_figure
+    from reknow.studies.instructedit.gradient_plot import gradient_figure
 
     known, folder, seed = task_families(families), Path(out), size.seeds[0]
     cases = {task: reading_cases(known[task], min(CASES, size.test), unseen=False) for task in TASKS}

@@ -25,7 +25,7 @@ from reknow.learning.learned import Learned
 from reknow.lm import LM
 from reknow.methods import method
 from reknow.methods.instructedit import InstructEdit
-from reknow.studies.tables import written
+from reknow.studies.instructedit.tables import written
 
 AnyLearned = TypeVar("AnyLearned", bound=Learned)
 
