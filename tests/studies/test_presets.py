@@ -13,9 +13,8 @@ from reknow.cli.measuring import _methods, _ready, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
-from reknow.methods.ice import consistency
 from reknow.studies.comparison_page import by_set, write_study
-from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, inside
+from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, consistency, inside
 from reknow.studies.presets import PRESETS, agreeing, in_turn, thinned
 
 
