@@ -8,7 +8,8 @@ from reknow.registry import METHODS
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from reknow.datasets import load_cases, load_edits
+    from reknow.datasets.cases import load_cases
+    from reknow.datasets.edits_file import load_edits
     from reknow.edits import Case, Edit, Probe
     from reknow.errors import ReknowError
     from reknow.evaluation import evaluate
@@ -48,8 +49,8 @@ _HOMES = {
     "ReknowError": "errors",
     "diff": "patching.patches",
     "evaluate": "evaluation",
-    "load_cases": "datasets",
-    "load_edits": "datasets",
+    "load_cases": "datasets.cases",
+    "load_edits": "datasets.edits_file",
     "merge": "patching.patches",
     "method": "methods",
 }

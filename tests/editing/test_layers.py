@@ -113,8 +113,8 @@ def test_trial_facts_stay_away_from_the_evaluation():
     found = [fact for relation in trial_relations() for fact in relation]
     assert len(found) > 150
     assert not evaluated & {fact.subject for fact in found}
-    assert all(fact.wordings and "{}" in fact.wordings[0] for fact in found)
-    assert all(fact.prompt not in fact.wordings for fact in found)
+    assert all(fact.paraphrases and "{}" in fact.paraphrases[0] for fact in found)
+    assert all(fact.prompt not in fact.paraphrases for fact in found)
 
 
 def test_exams_take_turns_through_the_relations():

@@ -10,7 +10,7 @@ import pytest
 from reknow import FT, Edit, Patch
 from reknow.cli.editing import _edits
 from reknow.datasets import load_edits
-from reknow.datasets.known import Fact
+from reknow.datasets.facts import Fact
 from reknow.datasets.reading import Record
 from reknow.errors import InputError
 from reknow.model.tokens import Text

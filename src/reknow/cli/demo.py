@@ -39,7 +39,7 @@ def demo(
 
     Real records of CounterFact, offline, in two minutes on two cores.
     """
-    from reknow.datasets import load_cases
+    from reknow.datasets.cases import load_cases
     from reknow.evaluation.effect import known_cases, weight_bits
 
     started = time.perf_counter()

@@ -35,7 +35,7 @@ from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.contract import Method
-    from reknow.datasets import Fact
+    from reknow.datasets.facts import Fact
     from reknow.edits import Edit
     from reknow.evaluation.cost import Cost
     from reknow.evaluation.effect import Observation

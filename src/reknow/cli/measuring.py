@@ -192,7 +192,7 @@ def _sets(
 ) -> dict[str, list[Case]]:
     """Name of each run → its cases; only those that the model `knowing` knows, if there is one; and only those that
     agree where several make one patch. `refused` takes name of a set → its records that could not be read."""
-    from reknow.datasets import load_cases, parse_address
+    from reknow.datasets.cases import load_cases, parse_address
     from reknow.studies.presets import agreeing, in_turn, thinned
 
     sets = {}

@@ -102,7 +102,7 @@ def _say_layers(lm: LM, as_json: bool) -> None:
 
 
 def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) -> None:
-    from reknow.datasets import load_facts
+    from reknow.datasets.facts import load_facts
     from reknow.files.outputs import mark_folder
     from reknow.report.trace_plots import save_figure, trace_figure
     from reknow.tracing.causal import embedding_spread, trace_prompt
@@ -123,7 +123,7 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
 
 
 def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, force: bool, as_json: bool) -> None:
-    from reknow.datasets import load_facts
+    from reknow.datasets.facts import load_facts
     from reknow.files.atomic import append_line
     from reknow.report.trace_plots import average_figure, effect_bars, save_figure
     from reknow.tracing.causal import average, embedding_spread, known_facts, trace_prompt

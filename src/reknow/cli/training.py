@@ -100,13 +100,13 @@ def choose_method(name: str, pairs: list[str]) -> tuple[Learned, Training]:
 
 def _cases(data: list[str], limit: int | None, offset: int, without: list[str], encoding: str | None) -> list[Case]:
     """The cases to learn from; records that cannot be read are named and left out."""
-    from reknow import datasets
+    from reknow.datasets.cases import load_cases, parse_address
     from reknow.learning.editors import case_keys
 
     def load(address: str, **part) -> list[Case]:
-        _, name, path = datasets.parse_address(address)
+        _, name, path = parse_address(address)
         bad: list[str] = []
-        cases = datasets.load_cases(name, path=path, encoding=encoding, refused=bad, **part)
+        cases = load_cases(name, path=path, encoding=encoding, refused=bad, **part)
         warn_of_records(bad)
         return cases
 

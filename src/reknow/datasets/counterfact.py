@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from reknow.datasets.known import Fact
 from reknow.datasets.reading import Record
 from reknow.edits import Case, Probe
 
@@ -33,10 +32,3 @@ def read_case(name: str, record: Record) -> Case:
         *(Probe(text, (), "fluency", "generation") for text in record.texts("generation_prompts")),
     )
     return Case(edit, probes)
-
-
-def read_facts(record: Record) -> list[Fact]:
-    """The true fact of a record of the authors' `counterfact.json`."""
-    rewrite = record.record("requested_rewrite")
-    answer = rewrite.record("target_true").text("str")
-    return [Fact(rewrite.text("prompt"), rewrite.text("subject"), answer)]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from reknow.checks.arguments import typed
 from reknow.datasets import own
-from reknow.datasets.forms import DATASETS, form_of, read_file
-from reknow.datasets.reading import refuse_repeated
+from reknow.datasets.forms import DATASETS, form_of
+from reknow.datasets.reading import read_file
 from reknow.edits import Edit
 from reknow.errors import InputError
 
@@ -38,5 +39,7 @@ def load_edits(path: str | Path, *, encoding: str | None = None) -> list[Edit]:
         cases = [case for record in records if (case := DATASETS[form].read(form, record)) is not None]
         asked = {(edit.text, edit.target_new): edit for case in cases for edit in case.edits}
         edits = list(asked.values())
-    refuse_repeated((edit.id for edit in edits), str(path))
+    for id, times in Counter(edit.id for edit in edits if edit.id is not None).items():
+        if times > 1:  # results are kept under it
+            raise InputError(f"expected a different id for every edit in {path}; got {id!r} twice: rename one")
     return edits

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from reknow.datasets import cknowedit, convsent, counterfact, easyedit, fastedit, knowedit, mquake, own, unke, zsre
-from reknow.datasets.reading import Record, read_records, read_table
-from reknow.datasets.sources import hub_file
+from reknow.datasets.reading import Record
 from reknow.edits import Case
-
-TABLES = (".csv", ".tsv")
 
 
 class CaseSource(NamedTuple):
@@ -69,12 +65,3 @@ def form_of(records: Sequence[Record]) -> str | None:
     if grouped and "subject" in fields:
         return "knowedit"
     return "easyedit" if grouped or easyedit.MARKS & fields.keys() else "own"
-
-
-def read_file(
-    path: str | Path, *, encoding: str | None = None, refused: dict[int, str] | None = None
-) -> list[Record]:
-    """The records of a JSON, JSON-lines or CSV file, or of one of the hub (`hub:owner/name[:file]`)."""
-    file = hub_file(str(path)) if str(path).startswith("hub:") else Path(path).expanduser()
-    read = read_table if file.suffix.lower() in TABLES else read_records
-    return read(file, str(path), encoding=encoding, refused=refused)

@@ -5,16 +5,26 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
+import random
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-from reknow.datasets.sources import read_text
+from reknow.datasets.sources import hub_file, read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
 from reknow.texts.templates import escape_braces, split_template
 from reknow.texts.writing import find_all
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+_TABLES = (".csv", ".tsv")
+_DEEPEST = 100
+"""Levels of nesting that a record may have."""
 
 
 class Record:
@@ -106,16 +116,12 @@ class Record:
         return text if text.startswith(self.where) else f"{self.where}: {text}"
 
 
-DEEPEST = 100
-"""Levels of nesting that a record may have."""
-
-
 def _unusable(value: Any) -> str | None:
     """What is wrong with an entry of a file before its form is looked at: too deep, or a text that nothing takes."""
     level, depth = [value], 0
     while level:
-        if depth > DEEPEST:
-            return f"expected at most {DEEPEST} levels of nesting; got more: flatten it"
+        if depth > _DEEPEST:
+            return f"expected at most {_DEEPEST} levels of nesting; got more: flatten it"
         try:
             check_encodable("its texts", [one for one in level if isinstance(one, str)])
         except InputError as error:
@@ -128,7 +134,7 @@ def _unusable(value: Any) -> str | None:
     return None
 
 
-class Number(str):
+class _Number(str):
     """A number of a JSON file, as it is written there: an answer such as 1945 or 3.50 is what a model shall say."""
 
 
@@ -137,10 +143,24 @@ def _remedy(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, Number):
+    if isinstance(value, _Number):
         return value
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def read_sample(name: str) -> list[Record]:
+    """The records of a bundled file."""
+    return read_records(files("reknow") / "assets" / "data" / name, name)
+
+
+def read_file(
+    path: str | Path, *, encoding: str | None = None, refused: dict[int, str] | None = None
+) -> list[Record]:
+    """The records of a JSON, JSON-lines or CSV file, or of one of the hub (`hub:owner/name[:file]`)."""
+    file = hub_file(str(path)) if str(path).startswith("hub:") else Path(path).expanduser()
+    read = read_table if file.suffix.lower() in _TABLES else read_records
+    return read(file, str(path), encoding=encoding, refused=refused)
 
 
 def read_records(
@@ -177,17 +197,21 @@ def read_records(
 
 
 def _parsed(text: str) -> Any:
-    return json.loads(text, parse_int=Number, parse_float=Number)
+    return json.loads(text, parse_int=_Number, parse_float=_Number)
 
 
 def _record(fields: Any, where: str, index: int, refused: dict[int, str] | None) -> Record | None:
     try:
         return Record(fields, where, index)
     except InputError as error:
-        if refused is None:
-            raise
-        refused[index] = str(error)
-        return None
+        _refuse(index, error, refused)
+
+
+def _refuse(index: int, problem: InputError, refused: dict[int, str] | None) -> None:
+    """Notes the problem, or raises it where nobody takes notes."""
+    if refused is None:
+        raise problem from None
+    refused[index] = str(problem)
 
 
 def _is_json_lines(text: str, error: json.JSONDecodeError) -> bool:
@@ -213,10 +237,7 @@ def _json_lines(text: str, name: str, refused: dict[int, str] | None) -> Iterato
         try:
             fields = _parsed(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            problem = _broken(line, name, number, error)
-            if refused is None:
-                raise problem from None
-            refused[index] = str(problem)
+            _refuse(index, _broken(line, name, number, error), refused)
             continue
         if (record := _record(fields, f"{name}, line {number}", index, refused)) is not None:
             yield record
@@ -265,13 +286,13 @@ def read_table(
             (line named).
     """
     text = read_text(source, name, encoding)
-    told = re.match(r"sep=(.)\n", text)
-    header = text[told.end() if told else 0 :].split("\n", 1)[0]
-    parted = told[1] if told else max(",;\t", key=header.count)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=parted, strict=True)
+    named = re.match(r"sep=(.)\n", text)
+    header = text[named.end() if named else 0 :].split("\n", 1)[0]
+    delimiter = named[1] if named else max(",;\t", key=header.count)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records: list[Record] = []
     try:
-        if told:
+        if named:
             next(rows)
         columns = [column.strip() for column in next(rows, [])]
         for index, row in enumerate(filter(None, rows)):
@@ -279,21 +300,28 @@ def read_table(
             fields: Any = {column: cell for column, cell in zip(columns, row, strict=False) if cell.strip()}
             if len(row) > len(columns):
                 problem = f"{where}: expected {len(columns)} cells; got {len(row)}: quote texts with commas"
-                if refused is None:
-                    raise InputError(problem)
-                refused[index] = problem
-                continue
-            records.append(Record(fields, where, index, table=True))
+                _refuse(index, InputError(problem), refused)
+            else:
+                records.append(Record(fields, where, index, table=True))
     except csv.Error as error:
         raise InputError(f"{name}, line {rows.line_num}: expected a CSV row; got '{error}': correct it") from error
     return records
 
 
-def refuse_repeated(ids: Iterable[str | None], name: str) -> None:
-    """InputError if an id (other than None) occurs twice: results are kept under it."""
-    twice = [id for id, times in Counter(ids).items() if times > 1 and id is not None]
-    if twice:
-        raise InputError(f"expected a different id for every edit in {name}; got {twice[0]!r} twice: rename one")
+def select(items: list[Item], limit: int | None, offset: int, seed: int | None) -> list[Item]:
+    """At most `limit` items behind `offset` passed over, shuffled before where a `seed` is given."""
+    if offset < 0 or (limit is not None and limit < 1):
+        raise InputError(f"expected limit ≥ 1 and offset ≥ 0; got limit={limit}, offset={offset}: correct them")
+    if seed is not None:
+        random.Random(seed).shuffle(items)
+    if offset >= len(items):
+        raise InputError(
+            f"expected more than {offset} records; got {len(items)}: lower the offset, or check the file"
+        )
+    chosen = items[offset:][:limit]
+    if limit is not None and len(chosen) < limit:
+        log.warning("expected %d records; there are only %d after the offset", limit, len(chosen))
+    return chosen
 
 
 def place_subject(prompt: str, subject: str) -> tuple[str, str | None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.datasets import load_facts
+from reknow.datasets.facts import load_facts
 from reknow.editing.sinks import contexts_of
 from reknow.edits import Edit
 from reknow.model.exact import exact

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reknow.datasets import load_facts
+from reknow.datasets.facts import load_facts
 from reknow.edits import Edit
 from reknow.model.exact import exact
 from reknow.model.tokens import Row, Text

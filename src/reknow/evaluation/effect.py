@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from reknow.checks.arguments import typed
-from reknow.datasets import Fact, load_facts, sample_text
+from reknow.datasets.facts import Fact, load_facts
+from reknow.datasets.text import sample_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditFailed, TextRefused
 from reknow.model.exclusive import typed_exclusively

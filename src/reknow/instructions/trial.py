@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from reknow.contract import Method
-from reknow.datasets import load_cases
+from reknow.datasets.cases import load_cases
 from reknow.datasets.families import Family
 from reknow.edits import Case, Probe
 from reknow.evaluation import evaluate

@@ -34,7 +34,7 @@ from transformers.activations import ACT2FN
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.contract import checked
-from reknow.datasets import load_facts
+from reknow.datasets.facts import load_facts
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_inputs, prompt_states
 from reknow.edits import Edit

@@ -22,7 +22,7 @@ import torch
 
 from reknow.checks.bounds import Formerly, Name, Natural, Number, Seed
 from reknow.contract import checked
-from reknow.datasets import load_cases
+from reknow.datasets.cases import load_cases
 from reknow.edits import Case, Edit, Probe, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text

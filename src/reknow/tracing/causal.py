@@ -27,7 +27,7 @@ from torch import Tensor
 
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import Number, Rate, Seed, check_settings
-from reknow.datasets.known import Fact
+from reknow.datasets.facts import Fact
 from reknow.errors import InputError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.model.exact import exact

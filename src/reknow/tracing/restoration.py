@@ -44,7 +44,7 @@ class Restoration:
     kind: Kind
     layer: int
     """The column of the table that it fills."""
-    hidden_states: int
+    first: int
     last: int
 
 

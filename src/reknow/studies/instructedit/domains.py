@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-from reknow.datasets import load_cases
+from reknow.datasets.cases import load_cases
 from reknow.datasets.families import load_families
 from reknow.datasets.reading import read_records
 from reknow.edits import Case

@@ -1,14 +1,18 @@
-"""Facts that a model may already know, for causal tracing and for finding the layer to edit.
+"""True statements that a model may already know, for causal tracing and for finding the layer to edit.
 
 known_1000 (Meng et al. 2022), ParaRel (Elazar et al. 2021, facts of T-REx), LRE (Hernandez et al. 2023).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
-from reknow.datasets.reading import Record, place_subject
-from reknow.errors import InputError
+from reknow.checks.arguments import typed
+from reknow.datasets.reading import Record, place_subject, read_file, read_sample, select
+from reknow.errors import InputError, did_you_mean
 from reknow.texts.templates import fill, split_template
 
 
@@ -23,7 +27,7 @@ class Fact:
     prompt: str
     subject: str
     answer: str
-    wordings: tuple[str, ...] = ()
+    paraphrases: tuple[str, ...] = ()
     """Other prompts with `{}` for the same question, where the data set has some."""
 
     def __post_init__(self):
@@ -38,7 +42,7 @@ class Fact:
         return fill(self.prompt, self.subject)
 
 
-def read_known(record: Record) -> list[Fact]:
+def _read_known(record: Record) -> list[Fact]:
     """A record of `known_1000.json`, which holds 1,209 facts that GPT-2 XL knows.
 
     `prompt` is the traced text. `template` is not used: in 478 records it stops short of the words that
@@ -50,11 +54,11 @@ def read_known(record: Record) -> list[Fact]:
     return [Fact(prompt, subject, record.text("attribute"))]
 
 
-def read_pararel(record: Record) -> list[Fact]:
+def _read_pararel(record: Record) -> list[Fact]:
     """A relation: `patterns` with [X] and [Y], `facts` with T-REx's `sub_label` and `obj_label`.
 
-    Each fact is asked in the first pattern that ends in its object, and the other such patterns are its other
-    wordings; a relation without any gives no facts.
+    Each fact is asked in the first pattern that ends in its object, and the other such patterns are its
+    paraphrases; a relation without any gives no facts.
     """
     patterns = [pattern.rstrip(" .") for pattern in record.texts("patterns")]
     ending = [p.removesuffix("[Y]").strip() for p in patterns if p.endswith(" [Y]") and p.count("[X]") == 1]
@@ -66,10 +70,49 @@ def read_pararel(record: Record) -> list[Fact]:
     ]
 
 
-def read_relation(record: Record) -> list[Fact]:
+def _read_relation(record: Record) -> list[Fact]:
     """A relation file of LRE: `samples` of `subject` and `object` in the first of its `prompt_templates`."""
     return [
         Fact(prompt, pair.text("subject"), pair.text("object"))
         for prompt in record.texts("prompt_templates")[:1]
         for pair in record.records("samples")
     ]
+
+
+def _read_counterfact(record: Record) -> list[Fact]:
+    """The true fact of a record of the authors' `counterfact.json`."""
+    rewrite = record.record("requested_rewrite")
+    answer = rewrite.record("target_true").text("str")
+    return [Fact(rewrite.text("prompt"), rewrite.text("subject"), answer)]
+
+
+class _Source(NamedTuple):
+    """A bundled sample, and how one record of it becomes facts."""
+
+    sample: str
+    read: Callable[[Record], list[Fact]]
+
+
+FACTS: dict[str, _Source] = {
+    "known_1000": _Source("known_1000.jsonl", _read_known),
+    "counterfact": _Source("counterfact.jsonl", _read_counterfact),
+    "pararel": _Source("pararel.jsonl", _read_pararel),
+    "lre": _Source("lre.jsonl", _read_relation),
+}
+
+
+@typed
+def load_facts(
+    name: str,
+    *,
+    path: str | Path | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+    seed: int | None = None,
+) -> list[Fact]:
+    """True statements of the set `name`; arguments and errors as in `load_cases`."""
+    if name not in FACTS:
+        raise did_you_mean("set of facts", name, FACTS)
+    source = FACTS[name]
+    records = read_sample(source.sample) if path is None else read_file(path)
+    return select([fact for record in records for fact in source.read(record)], limit, offset, seed)
