@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import JsonValue, ValidationError
 
-from reknow.datasets import Fact, load_facts
+from reknow.datasets.facts import Fact, load_facts
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.atomic import write_text
@@ -50,7 +50,7 @@ ASKED_PER_RELATION = 6
 CANDIDATES = 6
 """Layers tried at most, beside those of the papers."""
 WORDINGS = 3
-"""Other wordings and other subjects that one trial edit is asked."""
+"""Paraphrases and other subjects that one trial edit is asked."""
 TRIAL: dict[str, Any] = dict(
     steps=20, stop_probability=0.9, min_delta=0, context_batches=1, context_groups=((4, 5),), covariance_tokens=20_000
 )
@@ -180,12 +180,12 @@ def _read(file) -> dict[str, dict]:
 
 
 def trial_relations() -> list[list[Fact]]:
-    """Facts of ParaRel by relation, with other wordings; none about a subject of the bundled CounterFact sample."""
+    """Facts of ParaRel by relation, with paraphrases; none about a subject of the bundled CounterFact sample."""
     evaluated = {fact.subject for fact in load_facts("counterfact")}
     relations: dict[tuple, list[Fact]] = {}
     for fact in load_facts("pararel"):
-        if fact.wordings and fact.subject not in evaluated:
-            relations.setdefault((fact.prompt, fact.wordings), []).append(fact)
+        if fact.paraphrases and fact.subject not in evaluated:
+            relations.setdefault((fact.prompt, fact.paraphrases), []).append(fact)
     return [facts[:ASKED_PER_RELATION] for facts in relations.values()]
 
 
@@ -194,7 +194,7 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
     """Trial edits at the candidate layers of the base model; none where it knows too few facts.
 
     Args:
-        relations: facts with other wordings, grouped by relation; None: `trial_relations()`.
+        relations: facts with paraphrases, grouped by relation; None: `trial_relations()`.
     """
     relations = trial_relations() if relations is None else relations
     with lm.unpatched():
@@ -253,11 +253,11 @@ def _exam(fact: Fact, relation: Sequence[Fact], known: set[Fact]) -> Exam | None
 
 
 def _try(lm: LM, layer: int, effect: float, exams: Sequence[Exam]) -> Trial:
-    """Edits every fact alone at the layer and asks for it, in other wordings, and for what must stay."""
+    """Edits every fact alone at the layer and asks for it, in paraphrases, and for what must stay."""
     rates = []
     for fact, new, stay in exams:
         edit = Edit(fact.prompt, subject=fact.subject, target_new=new)
-        reworded = [edit.fill(wording) for wording in fact.wordings[:WORDINGS]]
+        reworded = [edit.fill(paraphrase) for paraphrase in fact.paraphrases[:WORDINGS]]
         prompts = [edit.text, *reworded, *(f.text for f in stay)]
         answers = [new] * (1 + len(reworded)) + [f.answer for f in stay]
         with lm.patched(make("rome", {"layer": layer, **trial_settings(lm, layer)}).edit(lm, [edit])):

@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Part, Rate, Seed, Units, Weight
-from reknow.datasets import load_facts
+from reknow.datasets.facts import load_facts
 from reknow.editing.descent import Answers
 from reknow.editing.keys import prompt_inputs
 from reknow.editing.values import contexts
