@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from importlib.resources import files
 from itertools import zip_longest
 from statistics import fmean, harmonic_mean
@@ -107,9 +107,9 @@ def remembered_layer(lm: LM) -> int | None:
 
 
 def _key(lm: LM, relations: Sequence[Sequence[Fact]]) -> str:
-    """The name under which the choice is kept: all that it depends on."""
-    facts = [asdict(fact) for relation in relations for fact in relation]
-    settings = json.dumps([facts, FACTS, CANDIDATES, WORDINGS, trial_settings(lm, 0), papers_layers(lm)])
+    """The name under which the choice is kept: all that it depends on, whatever the settings are called."""
+    facts, trial = [astuple(fact) for relation in relations for fact in relation], [*trial_settings(lm, 0).values()]
+    settings = json.dumps([facts, FACTS, CANDIDATES, WORDINGS, trial, papers_layers(lm)])
     return f"{lm.fingerprint.digest}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
