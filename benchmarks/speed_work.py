@@ -20,7 +20,7 @@ PHASES = {
         ("reknow.methods.rome", "rank_one"),
     ],
     "putting patches on and off": [("reknow.patching.applied", "Applied.set")],
-    "making patches": [("reknow.methods.memit", "weights_patch"), ("reknow.methods.rome", "weights_patch")],
+    "making patches": [("reknow.methods.memit", "make_patch"), ("reknow.methods.rome", "make_patch")],
 }
 """Functions whose time and operations are shown by themselves; what they call of one another is not counted twice."""
 

@@ -1,48 +1,50 @@
-"""What a method is, and the two doors that every one goes through: edits in, patch out."""
+"""What a method is, and what every one does first and last: check the edits, make the patch."""
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from reknow import __version__
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import check_settings
-from reknow.edits import Edit
-from reknow.errors import EditFailed, EditRefused, InputError
+from reknow.edits import Edit, refuse_contradictions
+from reknow.errors import EditFailed, InputError
 from reknow.model.exclusive import exclusively
-from reknow.patching.deltas import Delta, LowRank
+from reknow.patching.deltas import Delta, delta_tensors
 from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
 from reknow.patching.state_spec import StateSpec
 from reknow.published import published
-from reknow.registry import METHODS, known_settings, make
-from reknow.texts.templates import split_template
-from reknow.texts.writing import normalize
+from reknow.registry import known_settings, make
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
+class Footprint(NamedTuple):
+    """Where a method works that chooses its layers itself, and what it multiplies, to estimate what an edit costs."""
+
+    layers: list[int]
+    takes_gradient: bool = False  # of the edits, once, to transform it by weights of its own:
+    weights_per_token: int = 0
+    weights_per_edit: int = 0
+
+
 class Method(ABC):
     """A frozen dataclass of settings that turns edits into a patch. Concrete methods are final."""
 
-    together: ClassVar[int] = 1
-    """How many edits `edit_each` is given at a time."""
+    edits_per_call: ClassVar[int] = 1
+    """How many edits `edit_each` is best given at a time."""
+    kind: ClassVar[PatchKind] = "weights"
+    """What its patches are."""
     state_spec: ClassVar[StateSpec | None] = None
     """What its patches keep besides ΔW, which is checked when one is read; None: anything that is finite."""
-    kind: ClassVar[PatchKind] = "weights"
-    """Of its patches."""
-    needs_subject: ClassVar[bool] = False
-    """Whether it edits at the subject's last token, so that an edit must name one."""
 
     def __init_subclass__(cls, **options: Any):
         """What works on the model has it for itself; see `reknow.model.exclusive`."""
@@ -90,114 +92,51 @@ class Method(ABC):
 
     @exclusively
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        """A patch for every edit by itself, each on `lm` as it is now; what `edit` gives for them one by one.
-
-        Methods that can compute many at a time do.
-        """
+        """What `edit` gives for each edit by itself; methods that can compute many at a time do."""
         return [self.edit(lm, [edit]) for edit in edits]
 
-    def one_answer_per_key(self) -> bool:
-        """Whether of edits with the same text up to the subject's end only one can be made in a patch."""
-        return self.needs_subject
+    def check(self, edits: Sequence[Edit]) -> None:  # noqa: B027, most can make any
+        """Raises EditRefused for an edit that it cannot make; warns where one patch cannot make all of them."""
 
     def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
-        """Those of the edits from which it has learned to edit `lm`: their scores would mean nothing.
+        """Those of the edits from which it has learned to edit `lm`, so that their scores would mean nothing.
 
         Raises:
-            InputError: it has not learned to edit this model.
+            InputError: it must learn to edit this model first.
         """
         return []
 
-    def own_layers(self, lm: LM) -> list[int] | None:
-        """The layers that it changes where it chooses by itself; None: it does as its fields say, or `suggest_layer`.
-
-        Raises:
-            InputError: it cannot edit this model.
-        """
-        return None
-
-    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int | None:
-        """How often weights of its own are multiplied where it takes the edits' gradient once and transforms it, for
-        an estimate of what that costs; None: it works otherwise."""
+    def footprint(self, lm: LM) -> Footprint | None:
+        """None: where its fields or `suggest_layer` say. Raises InputError where it cannot edit this model."""
         return None
 
 
 @typed
-def checked(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
-    """The edits as a list. Warns where the method cannot make all of them in one patch.
+def check_edits(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
+    """The edits as a list.
 
     Raises:
         InputError: there are none.
-        EditRefused: one of them lacks the subject that the method needs, or contradicts an earlier one.
+        EditRefused: one of them contradicts an earlier one, or the method cannot make it.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     if not edits:
         raise InputError(f"expected at least one edit for {method.name}; got none: give an Edit")
-    answers: dict[str, Edit] = {}
-    for edit in edits:
-        if method.needs_subject and edit.subject is None:
-            raise EditRefused(
-                f"{method.name} edits at the subject's last token and needs a subject; {edit.prompt!r} has none: put "
-                "it into braces, as in 'The capital of {France} is' (in Python: Edit.parse), or take a method that "
-                f"needs none: {', '.join(_without_subject())}",
-                edit,
-            )
-        other = answers.setdefault(normalize(edit.text), edit)
-        if normalize(other.target_new) != normalize(edit.target_new):
-            raise EditRefused(
-                f"expected edits that agree; {edit.text!r} shall be both {other.target_new!r} and "
-                f"{edit.target_new!r}: keep one of them",
-                edit,
-            )
-    if method.one_answer_per_key():
-        _warn_of_shared_keys(method, edits)
+    refuse_contradictions(edits)
+    method.check(edits)
     return edits
 
 
-def _without_subject() -> list[str]:
-    """The methods whose edits need no subject, by the table."""
-    return [name for name, row in METHODS.items() if not row.method.needs_subject]
-
-
-def _warn_of_shared_keys(method: Method, edits: list[Edit]) -> None:
-    begins = {edit.text: split_template(edit.prompt)[0] + str(edit.subject) for edit in edits}
-    keys = Counter(begins.values())
-    shared = {key: count for key, count in keys.items() if count > 1}
-    if shared:
-        key, count = next(iter(shared.items()))
-        more = f" (and {len(shared) - 1} more such texts)" if len(shared) > 1 else ""
-        warnings.warn(
-            f"{method.name} finds one key for all {count} edits that begin with {key!r}{more}, so at most one of "
-            "them will be made: memit-merge makes them together",
-            stacklevel=1,  # said once, whoever calls
-        )
-
-
-def weights_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
-    """The patch of a finished computation; `rest` are `state` and `notes`.
+def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
+    """The patch of a finished computation on `lm` as it is now; `rest` are other fields of `Patch`.
 
     Raises:
-        EditFailed: a change is not finite, so nothing is handed out.
+        EditFailed: a number is not finite, so nothing is handed out.
     """
-    for name, delta in deltas.items():
-        for part in (delta.left, delta.right) if isinstance(delta, LowRank) else (delta.matrix,):
-            check_finite(f"change of {name}", part)
-    return make_patch(method, lm, edits, deltas=deltas, **rest)
-
-
-def check_finite(what: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
-        raise EditFailed(f"expected a finite {what}; got NaN or infinity: lower the learning rate")
-
-
-def make_patch(method: Method, lm: LM, edits: Sequence[Edit], **rest) -> Patch:
-    assert is_dataclass(method) and not isinstance(method, type)
-    return Patch(
-        method=method.name,
-        settings=asdict(method),
-        edits=tuple(edits),
-        base=lm.fingerprint,
-        made_on=tuple(patch.id for patch in lm.patches),
-        version=__version__,
-        **rest,
-    )
+    settings, made_on = asdict(method), tuple(patch.id for patch in lm.patches)  # type: ignore[call-overload]
+    about = {"method": method.name, "settings": settings, "base": lm.fingerprint, "version": __version__}
+    patch = Patch(edits=tuple(edits), deltas=deltas, made_on=made_on, **about, **rest)
+    for name, tensor in (delta_tensors(deltas) | patch.state).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise EditFailed(f"expected finite numbers in {name}; got NaN or infinity: lower the learning rate")
+    return patch

@@ -12,9 +12,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import ConfigDict, FailFast
 
-from reknow.errors import InputError
+from reknow.errors import EditRefused, InputError
 from reknow.texts.templates import fill, make_template, parse_marked
-from reknow.texts.writing import full_stop, join_texts, prepend
+from reknow.texts.writing import full_stop, join_texts, normalize, prepend
 
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
 """What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
@@ -134,6 +134,19 @@ def _texts(name: str, value) -> tuple[str, ...]:
     if texts is None or not all(isinstance(text, str) for text in texts):
         raise InputError(f"'{name}' must be a list of texts; got {value!r}: put texts in brackets")
     return texts
+
+
+def refuse_contradictions(edits: Iterable[Edit]) -> None:
+    """Raises EditRefused for the first edit that asks what an earlier one asks and wants another answer."""
+    answers: dict[str, Edit] = {}
+    for edit in edits:
+        other = answers.setdefault(normalize(edit.text), edit)
+        if normalize(other.target_new) != normalize(edit.target_new):
+            raise EditRefused(
+                f"expected edits that agree; {edit.text!r} shall be both {other.target_new!r} and "
+                f"{edit.target_new!r}: keep one of them",
+                edit,
+            )
 
 
 def check_encodable(what: str, texts: str | Iterable[str] | None) -> None:

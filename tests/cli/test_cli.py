@@ -157,7 +157,7 @@ def test_plan_writes_nothing(model, empty_folder):
     lm, plan = LM(model), ["--model", model, "--plan", "--json", "--method"]
     for method in (UltraEdit(), GRACE()):  # which choose by themselves
         cost = json.loads(done("edit", PROMPT, "English", *plan, method.name))
-        assert cost["layers"] == method.own_layers(lm) and not cost["guessed"]
+        assert cost["layers"] == method.footprint(lm).layers and not cost["guessed"]
     assert [step["what"] for step in json.loads(done("edit", PROMPT, "English", *plan, "ultraedit"))["steps"]] == [
         "gradient of the edits",
         "its transform",

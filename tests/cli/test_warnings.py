@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from conftest import make_lm, saved
 from reknow import Edit, Patch, method, progress
 from reknow.cli import app
-from reknow.contract import checked
+from reknow.contract import check_edits
 from reknow.editing.covariance import statistics
 from reknow.errors import InputError
 from reknow.evaluation.effect import Observation, collapsed
@@ -129,9 +129,9 @@ def test_facts_with_one_key_are_warned_of_before_any_work(name):
 @pytest.mark.filterwarnings("error")
 def test_facts_with_keys_of_their_own_are_not_warned_of():
     for edits in (APART, [SHARED[0], SHARED[0]]):
-        assert checked(method("rome"), edits) == edits
+        assert check_edits(method("rome"), edits) == edits
     for name in ("memit-merge", "ft-m", "grace", "ike"):
-        assert checked(method(name), SHARED) == SHARED
+        assert check_edits(method(name), SHARED) == SHARED
 
 
 def test_the_command_line_warns_before_a_model_is_opened(empty_folder):

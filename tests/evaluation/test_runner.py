@@ -16,7 +16,7 @@ import torch
 
 from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
-from reknow.contract import Method, weights_patch
+from reknow.contract import Method, make_patch
 from reknow.errors import EditFailed, InputError
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.metrics import PROTOCOLS, case_metrics
@@ -68,7 +68,7 @@ class Nothing(Method):
             raise EditFailed("expected a finite loss; got NaN: lower the learning rate")
         matrix = lm.parts.value[0]
         deltas: dict = {matrix: Dense(torch.full(lm.weight(matrix).shape, 1e38))} if self.wrecks else {}
-        return weights_patch(self, lm, edits, deltas, notes={"seed": self.seed})
+        return make_patch(self, lm, edits, deltas, notes={"seed": self.seed})
 
 
 def comparable(rows) -> list:

@@ -142,7 +142,7 @@ def test_two_edits_in_one_call(models, name):
 def test_edits_made_side_by_side_are_those_made_alone(models, name):
     """`edit_each` gives a patch per edit, each what `edit` makes of it; they may contradict each other."""
     lm, other = models["llama"], replace(EDIT, target_new="in")
-    if (edited := quick(name, lm)).together == 1:
+    if (edited := quick(name, lm)).edits_per_call == 1:
         pytest.skip("computes one edit at a time")
     patches = edited.edit_each(lm, [EDIT, OTHER, other])
     for edit, patch in zip([EDIT, OTHER, other], patches, strict=True):

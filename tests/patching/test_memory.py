@@ -12,7 +12,7 @@ import torch
 from conftest import alone, bits, make_lm, same, some_patch
 from families import CORE_FAMILIES
 from reknow import FT, LM, MELO, METHODS, ROME, Edit, Patch, diff, merge
-from reknow.contract import checked
+from reknow.contract import check_edits
 from reknow.errors import PatchError
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.memories.base import MemoryMethod, memory_patch
@@ -39,7 +39,7 @@ class Shift(MemoryMethod):
         return "shift"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         name = lm.parts.value[1]
         rows = lm.encode([Text(edit.text) for edit in edits])
         keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name]
@@ -82,7 +82,7 @@ class Preface(MemoryMethod):
         return "preface"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         return memory_patch(self, lm, edits, {}, memory={"facts": [f"{e.text} {e.target_new} . " for e in edits]})
 
     @staticmethod

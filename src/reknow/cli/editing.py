@@ -84,11 +84,11 @@ def edit(
     edits = _edits(prompt, target, subject, true, file, encoding, separator)
     out = out or Path(_slug(edits) + ".patch")
     from reknow.cli.settings import chosen_method, each_once
-    from reknow.contract import checked
+    from reknow.contract import check_edits
     from reknow.evaluation.cost import estimate
 
     chosen = chosen_method(method, each_once(settings), layer=layer)
-    checked(chosen, edits)
+    check_edits(chosen, edits)
     out = out if plan else _place(chosen, out, force, (model, file))
     with nullcontext() if plan else write_lock(out):
         if not plan:

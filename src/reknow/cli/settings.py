@@ -8,7 +8,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from reknow.checks.bounds import convert, current_names, field_types, former_names
@@ -108,4 +108,5 @@ def field_docs(method: type) -> dict[str, str]:
         and isinstance(doc.value, ast.Constant)
         and isinstance(doc.value.value, str)
     }
-    return {name: text for docs in (*inherited, own) for name, text in docs.items()}
+    known = {field.name for field in fields(method)}
+    return {name: text for docs in (*inherited, own) for name, text in docs.items() if name in known}

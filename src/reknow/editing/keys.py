@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from reknow.edits import Edit
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import Row, Text
+from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
     from reknow.editing.values import Site
@@ -112,3 +115,17 @@ def prompt_inputs(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Ten
         lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
     columns = torch.arange(batch.ids.shape[1], device=lm.device)
     return by_row(seen[module], len(rows)).float(), (columns < batch.ends[:, None]) & batch.mask.bool()
+
+
+def warn_of_shared_keys(method: str, edits: Sequence[Edit]) -> None:
+    """Warns where edits begin with the same text up to the subject's end: one key can have one value only."""
+    begins = {edit.text: split_template(edit.prompt)[0] + str(edit.subject) for edit in edits}
+    shared = {begin: count for begin, count in Counter(begins.values()).items() if count > 1}
+    if shared:
+        begin, count = next(iter(shared.items()))
+        more = f" (and {len(shared) - 1} more such texts)" if len(shared) > 1 else ""
+        warnings.warn(
+            f"{method} finds one key for all {count} edits that begin with {begin!r}{more}, so at most one of "
+            "them will be made: memit-merge makes them together",
+            stacklevel=1,  # said once, whoever calls
+        )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
@@ -12,9 +12,13 @@ from torch import Tensor
 from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Seed, Share, Units, Weight
 from reknow.contract import Method
 from reknow.editing.covariance import covariance
+from reknow.editing.keys import warn_of_shared_keys
 from reknow.editing.values import ValueSearch, contexts
+from reknow.errors import EditRefused
+from reknow.registry import METHODS
 
 if TYPE_CHECKING:
+    from reknow.edits import Edit
     from reknow.lm import LM
 
 KEPT_BYTES = 2**31
@@ -26,8 +30,6 @@ GPU_SHARE = 16
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(Method):
     """Settings of every method that searches a wanted state and spares general text. No method by itself."""
-
-    needs_subject: ClassVar[bool] = True
 
     steps: Number = 60
     """Passes of the search at most, one more than updates; in the papers 20 to 30, all of them."""
@@ -68,6 +70,23 @@ class SearchSettings(Method):
     """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
     seed: Seed = 0
     """Of the sampled contexts."""
+
+    def check(self, edits: Sequence[Edit]) -> None:
+        for edit in edits:
+            if edit.subject is None:
+                others = [name for name, row in METHODS.items() if not issubclass(row.method, SearchSettings)]
+                raise EditRefused(
+                    f"{self.name} edits at the subject's last token and needs a subject; {edit.prompt!r} has none: "
+                    "put it into braces, as in 'The capital of {France} is' (in Python: Edit.parse), or take a "
+                    f"method that needs none: {', '.join(others)}",
+                    edit,
+                )
+        if self.one_value_per_key():
+            warn_of_shared_keys(self.name, edits)
+
+    def one_value_per_key(self) -> bool:
+        """Whether of edits with the same text up to the subject's end only one can be made in a patch."""
+        return True
 
     def search(self, **rest) -> ValueSearch:
         """The search with these settings; `rest` are its fields that this method does not leave to the user."""

@@ -71,8 +71,8 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
         InputError: the method cannot edit this model, for want of a trained editor.
     """
     settings = asdict(method)  # type: ignore[call-overload]
-    own = method.own_layers(lm)
-    layers, guessed = _layers(lm, settings) if own is None else (own, False)
+    own = method.footprint(lm)
+    layers, guessed = _layers(lm, settings) if own is None else (own.layers, False)
     matrices = {lm.parts.value[layer]: shape(lm.model.get_submodule(lm.parts.value[layer])) for layer in layers}
     parameters = sum(p.numel() for p in lm.model.parameters())
     block = sum(p.numel() for p in lm.model.get_submodule(lm.parts.blocks[layers[0]]).parameters())
@@ -97,7 +97,8 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
     if passes := settings.get("steps", 0):
         flops = TRAIN * (block * above + head) * passes * tokens
         steps.append(Step("gradient descent", passes, passes * tokens, flops))
-    if (weights := method.transform_weights(lm, len(edits), tokens)) is not None:
+    if own is not None and own.takes_gradient:
+        weights = own.weights_per_token * tokens + own.weights_per_edit * len(edits)
         flops = (FORWARD * (block * lm.layers + head) + BACKWARD * (block * above + head)) * tokens
         steps.append(Step("gradient of the edits", 1, tokens, flops))
         steps.append(Step("its transform", 0, tokens, FORWARD * weights))

@@ -209,7 +209,7 @@ class _Run:
         """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
         time."""
         stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
-        for names in _blocks(list(self.cases), method.together):
+        for names in _blocks(list(self.cases), method.edits_per_call):
             if all(self.done(label, seed, stage, names) for stage in stages):
                 continue
             about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"

@@ -38,8 +38,7 @@ class Learned(Method):
     editor: Name | None = None
     """File or folder of the trained editor; None: the one that is bundled for the model."""
 
-    training: ClassVar[Training]
-    """How this method is trained where nothing else is asked for."""
+    training: ClassVar[Training]  # where nothing else is asked for
 
     def for_model(self, lm: LM) -> Self:
         """The settings with which an editor for this model is trained and which it keeps."""

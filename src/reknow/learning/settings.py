@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, Natural, Number, Rank, Rate, Seed, Weight
+from reknow.contract import Footprint
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Case
 from reknow.errors import InputError
@@ -39,13 +40,11 @@ class MatrixEditor(Learned):
     seed: Seed = 0
     """Of the network's first weights."""
 
-    def own_layers(self, lm: LM) -> list[int]:
-        return list(self.trained(lm)[0].layers or ())
-
-    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
+    def footprint(self, lm: LM) -> Footprint:
         # Matrices of one shape share a network, so each token meets all networks once for each layer.
         trained, tensors = self.trained(lm)
-        return tokens * len(trained.layers or ()) * sum(t.numel() for t in tensors.values())
+        layers = list(trained.layers or ())
+        return Footprint(layers, True, weights_per_token=len(layers) * sum(t.numel() for t in tensors.values()))
 
     def lessons(self, batch: Sequence[Case], rng: random.Random, *, together: int = 1) -> list[Lesson]:
         """What is to be learned from the cases."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from reknow.contract import Method, check_finite, checked, make_patch
+from reknow.contract import Footprint, Method, check_edits, make_patch
 from reknow.editing.layers import depth_layer
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
@@ -64,8 +64,12 @@ class SideModuleMethod(MemoryMethod):
     layer: int | None = None
     """Layer beside whose value matrix the memory stands; None: at the share of the depth where the papers put it."""
 
-    def own_layers(self, lm: LM) -> list[int]:
-        return [depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)]
+    def chosen_layer(self, lm: LM) -> int:
+        """The layer that is given, or else that at `depth`."""
+        return depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)
+
+    def footprint(self, lm: LM) -> Footprint:
+        return Footprint([self.chosen_layer(lm)])
 
 
 class Prepared(NamedTuple):
@@ -89,11 +93,11 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int =
 
     Raises:
         InputError: no edits, or a layer that the model lacks; or the memory stands elsewhere.
-        EditRefused: see `checked` and `resolve_conflicts`.
+        EditRefused: see `check_edits` and `resolve_conflicts`.
     """
-    edits = checked(method, edits)
+    edits = check_edits(method, edits)
     resolved = resolve_conflicts(method, conflicts(method, lm, edits))
-    (layer,) = method.own_layers(lm)
+    layer = method.chosen_layer(lm)
     modules = list(lm.parts.value[layer : layer + span])
     stored = versions(lm.patches, method.name)
     if stored and (there := stored[-1].memory["modules"]) != modules:
@@ -132,8 +136,6 @@ def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dic
     Raises:
         EditFailed: a tensor is not finite, so nothing is handed out.
     """
-    for name, tensor in state.items():
-        check_finite(f"{name} in the memory", tensor)
     state = {name: tensor.cpu() for name, tensor in state.items()}
     stored = versions(lm.patches, method.name)
     follows = stored[-1].id if stored else None

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Share, Weight
-from reknow.contract import checked, weights_patch
+from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchSettings
@@ -70,7 +70,7 @@ class AlphaEdit(SearchSettings):
         return "alphaedit-blue" if self.boundary_layers else "alphaedit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         layers = resolve_layers(lm, self.layers)
         if self.boundary_layers:
             layers = sorted({layers[0], layers[-1]})
@@ -89,12 +89,12 @@ class AlphaEdit(SearchSettings):
                 shares = 1 if self.boundary_layers else len(layers) - i
                 right = self._right(lm, edits, layer, subjects.keys(layer))  # (facts, in)
                 change = {lm.parts.value[layer]: as_delta(missing / shares, right)}
-                lm.apply(weights_patch(self, lm, edits, change))
+                lm.apply(make_patch(self, lm, edits, change))
                 deltas |= change
             for layer in layers:
                 state[f"keys.{lm.parts.value[layer]}"] = subjects.keys(layer).float()
         notes = {"layers": list(layers), "losses": found.losses if found else []}
-        return weights_patch(self, lm, edits, deltas, state=state, notes=notes)
+        return make_patch(self, lm, edits, deltas, state=state, notes=notes)
 
     def _right(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers.activations import ACT2FN
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
-from reknow.contract import checked
+from reknow.contract import check_edits
 from reknow.datasets.facts import load_facts
 from reknow.editing.descent import Answers, descend
 from reknow.editing.keys import prompt_inputs, prompt_states
@@ -98,9 +98,9 @@ class CaliNet(SideModuleMethod):
         return "calinet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         clashes = resolve_conflicts(self, conflicts(self, lm, edits))
-        (layer,) = self.own_layers(lm)
+        layer = self.chosen_layer(lm)
         texts = [Text.asked(edit, text) for edit in edits for text in wordings(edit)]
         rows = lm.encode(texts)
         reader, writer = lm.parts.mlp_in[layer][0], lm.parts.value[layer]

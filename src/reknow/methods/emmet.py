@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from reknow.checks.bounds import Formerly, Weight
-from reknow.contract import checked, weights_patch
+from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
@@ -49,7 +49,7 @@ class EMMET(SearchSettings):
         return "emmet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         layer = resolve_layer(lm, self.layer)
         prefixes = self.contexts(lm)
         found = find_values(lm, edits, layer, prefixes, self.search(site="block"))
@@ -63,4 +63,4 @@ class EMMET(SearchSettings):
         )  # (facts, in)
         # δ is R: the wanted state less the present one, which nothing has moved since.
         deltas = {lm.parts.value[layer]: as_delta(exact(found.delta), right)}
-        return weights_patch(self, lm, edits, deltas, notes={"layers": [layer], "losses": found.losses})
+        return make_patch(self, lm, edits, deltas, notes={"layers": [layer], "losses": found.losses})

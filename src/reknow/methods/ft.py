@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Weight
-from reknow.contract import Method, checked, weights_patch
+from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import Matrices, Pace, Scored, SideBySide, predicted
 from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
@@ -50,7 +50,7 @@ REUSED_TOKENS = 200_000
 class FT(Method):
     """Fine-tuning of one or more value matrices, several edits at once."""
 
-    together = 32
+    edits_per_call = 32
 
     loss: Loss = "target"
     """What is predicted: the answer from the prompt's last token alone, the answer token by token, or all text."""
@@ -82,7 +82,7 @@ class FT(Method):
         return "locft-bf" if self.breadth_first else NAMES[self.loss]
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layers = checked(self, edits), self._layers(lm)
+        edits, layers = check_edits(self, edits), self._layers(lm)
         if len(edits) == 1 and _addable(lm, layers):
             return self.edit_each(lm, edits)[0]
         matrices = Matrices(lm, [lm.parts.value[layer] for layer in layers], self._pace)
@@ -90,10 +90,10 @@ class FT(Method):
         with matrices.in_use(), torch.enable_grad():
             losses = self._descend(batches, matrices)
         notes = {"layer": layers[0] if len(layers) == 1 else layers, "losses": losses}
-        return weights_patch(self, lm, edits, matrices.deltas(), notes=notes)
+        return make_patch(self, lm, edits, matrices.deltas(), notes=notes)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits, layers = [one for edit in edits for one in checked(self, edit)], self._layers(lm)
+        edits, layers = [one for edit in edits for one in check_edits(self, edit)], self._layers(lm)
         if not _addable(lm, layers):
             return super().edit_each(lm, edits)
         rows, name = self._rows(lm, edits), lm.parts.value[layers[0]]
@@ -104,7 +104,7 @@ class FT(Method):
             changes, losses = self._apart(lm, [rows[i] for i in part], layers[0])
             for i, change, course in zip(part, changes, losses, strict=True):
                 notes = {"layer": layers[0], "losses": course}
-                patches[i] = weights_patch(self, lm, [edits[i]], {name: Dense(change.clone())}, notes=notes)
+                patches[i] = make_patch(self, lm, [edits[i]], {name: Dense(change.clone())}, notes=notes)
         return [patches[i] for i in range(len(edits))]
 
     def _apart(self, lm: LM, rows: Sequence[Row], layer: int) -> tuple[list[Tensor], list[list[float]]]:

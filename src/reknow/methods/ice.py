@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 
 from reknow.checks.bounds import Formerly, Number, Rate, Seed, Units, Weight
-from reknow.contract import Method, checked, weights_patch
+from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import Matrices, Pace
 from reknow.editing.layers import resolve_layers
 from reknow.editing.self_distillation import SampledAnswers, algorithm_1, authors_script
@@ -120,7 +120,7 @@ class ICE(Method):
         return "ice"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         layers = resolve_layers(lm, self.layers, LAYERS)
         absolute = self.units == "absolute"
         pace = Pace(
@@ -148,7 +148,7 @@ class ICE(Method):
             told(step, self.steps, notes["losses"][-1])
             if notes["answer_losses"][-1] < stop_loss:
                 break
-        return weights_patch(self, lm, edits, matrices.deltas(), notes={"layers": layers, **notes})
+        return make_patch(self, lm, edits, matrices.deltas(), notes={"layers": layers, **notes})
 
     def _batch(self, lm: LM, edits: Sequence[Edit], lowest: int) -> SampledAnswers:
         contexts = [(e, context) for e in edits for context in self.contexts_of(e) for _ in range(self.samples)]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 
 from reknow.checks.bounds import Formerly, Name, Natural, Number, Seed
-from reknow.contract import checked
+from reknow.contract import check_edits
 from reknow.datasets.cases import load_cases
 from reknow.edits import Case, Edit, Probe, to_json
 from reknow.errors import InputError, PatchError
@@ -100,7 +100,7 @@ class IKE(MemoryMethod):
         return IKE(**{**asdict(self), "cases": str(path)})
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         replaced = resolve_conflicts(self, conflicts(self, lm, edits))
         lm.check_length(lm.encode([Text.asked(edit, _tail(edit) + edit.text) for edit in edits]))
         facts = [edit.text for edit in edits]

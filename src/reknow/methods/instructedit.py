@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Name
-from reknow.contract import checked, weights_patch
+from reknow.contract import check_edits, make_patch
 from reknow.datasets.families import Family, family_of, load_families
 from reknow.edits import Case, Edit
 from reknow.learning.gradient_network import TransformLearner, transformed
@@ -62,13 +62,13 @@ class InstructEdit(NetworkSettings):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         """The patch of edits that have an instruction, or a task whose first instruction is then taken."""
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         trained, tensors = self.trained(lm)
         families = load_families(self.families)
         told = [trained.told(Case(edit), families).edit for edit in edits]
         texts = [Text.asked(edit, edit.instructed(edit.text)) for edit in told]
         deltas, loss = transformed(lm, trained, tensors, texts)
-        return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
+        return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
 
     def told(self, case: Case, families: Mapping[str, Family], rng: random.Random | None = None) -> Case:
         """The case behind its own instruction, or else one of its task that may be trained on, the first without

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.checks.bounds import Formerly, Rank, Rate, Share, Units, Weight
-from reknow.contract import checked, weights_patch
+from reknow.contract import Footprint, check_edits, make_patch
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
 from reknow.learning.examples import Outcome, averaged, bare
@@ -82,7 +82,7 @@ class KE(MatrixEditor):
         return _Learner(self, lm)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         trained, tensors = self.trained(lm)
         network = filled(lambda: KENetwork(trained, lm), tensors)
         with torch.no_grad():
@@ -92,12 +92,13 @@ class KE(MatrixEditor):
             name: as_delta(*used_rows(left.flatten(0, 1), right.flatten(0, 1)))
             for name, (left, right) in changes.items()
         }
-        return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
+        return make_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
 
-    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
-        # The reader meets every token, the rest every edit.
-        tensors = self.trained(lm)[1]
-        return sum((tokens if n.startswith("reader.") else edits) * t.numel() for n, t in tensors.items())
+    def footprint(self, lm: LM) -> Footprint:
+        trained, tensors = self.trained(lm)
+        reader = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("reader."))
+        rest = sum(tensor.numel() for tensor in tensors.values()) - reader
+        return Footprint(list(trained.layers or ()), True, weights_per_token=reader, weights_per_edit=rest)
 
     def _network(self, lm: LM) -> KENetwork:
         with seeded(self.seed, "ke"):

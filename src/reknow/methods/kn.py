@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Share, Weight
-from reknow.contract import Method, checked, weights_patch
+from reknow.contract import Method, check_edits, make_patch
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.model.exact import exact
@@ -65,7 +65,7 @@ class KN(Method):
         return "kn-erase" if self.erase else "kn"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         patches = []
         with lm.patched():
             for edit in edits:
@@ -103,7 +103,7 @@ class KN(Method):
             rows = torch.nn.functional.one_hot(mine, weight.shape[1]).float()  # (neurons, in)
             deltas[name] = LowRank(change.float(), rows.to(change.device))
         notes = {"neurons": [list(neuron) for neuron in neurons], "old_answer": old}
-        return weights_patch(self, lm, [edit], deltas, notes=notes)
+        return make_patch(self, lm, [edit], deltas, notes=notes)
 
     def _neurons(self, scores: Sequence[Tensor]) -> list[Neuron]:
         """Neurons above the threshold in more than the share of wordings. scores: (layers, in) each"""

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
-from reknow.contract import Method, checked, weights_patch
+from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import InputError, MissingExtra, ModelError
@@ -84,7 +84,7 @@ class LoRA(Method):
                 f"expected a model without adapters, since {self.name} puts its own into it; {lm.name} carries some: "
                 "merge them, model.merge_and_unload(), or use another method"
             )
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         layers = resolve_layers(lm, self.layers)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         lm.check_length(rows)
@@ -101,7 +101,7 @@ class LoRA(Method):
         conv = any(isinstance(lm.model.get_submodule(name), Conv1D) for name in names)
         notes = {"layers": layers, "losses": losses, "adapter": base_of(lm, conv)}
         left = {name: delta for name, delta in deltas.items() if delta.rank}  # AdaLoRA may give a matrix none
-        return weights_patch(self, lm, edits, dict(left), notes=notes)
+        return make_patch(self, lm, edits, dict(left), notes=notes)
 
     def _matrices(self, lm: LM, layer: int) -> list[str]:
         parts = lm.parts

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Number, Rank, Rate, Weight
-from reknow.contract import checked, weights_patch
+from reknow.contract import check_edits, make_patch
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import filled
@@ -71,7 +71,7 @@ class MALMEN(MatrixEditor):
         return _Learner(self, lm, training.batch_size)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         trained, tensors = self.trained(lm)
         if trained.blocks > len(tensors):
             raise InputError(
@@ -84,7 +84,7 @@ class MALMEN(MatrixEditor):
             factors, loss = flat_factors(lm, network.names, rows, answers_only=True)
             for name, v in network(factors).items():
                 deltas[name] = as_delta(*used_rows(v, network.solved(name, factors[name][0])))
-        return weights_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
+        return make_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
 
     def _network(self, lm: LM) -> MALMENNetwork:
         with seeded(self.seed, "malmen"):

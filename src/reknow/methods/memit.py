@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from reknow.checks.bounds import Formerly, Weight
-from reknow.contract import checked, weights_patch
+from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchSettings
@@ -61,9 +61,9 @@ class Band(SearchSettings):
                     names=[edit.text for edit in edits],
                 )  # (facts, in)
                 change = {lm.parts.value[layer]: as_delta(missing / (len(layers) - i) ** power, right)}
-                lm.apply(weights_patch(self, lm, edits, change))
+                lm.apply(make_patch(self, lm, edits, change))
                 deltas |= change
-        return weights_patch(self, lm, edits, deltas, notes={"layers": list(layers), "losses": found.losses})
+        return make_patch(self, lm, edits, deltas, notes={"layers": list(layers), "losses": found.losses})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +77,11 @@ class MEMIT(Band):
     def name(self) -> str:
         return "memit-merge" if self.merge_subjects else "memit"
 
-    def one_answer_per_key(self) -> bool:
+    def one_value_per_key(self) -> bool:
         return not self.merge_subjects
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         layers = resolve_layers(lm, self.layers)
         found = find_values(lm, edits, layers[-1], self.contexts(lm), self.search(site="block"))
         return self.spread(lm, edits, layers, found, "block", 1.0)

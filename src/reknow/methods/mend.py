@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reknow.contract import checked, weights_patch
+from reknow.contract import check_edits, make_patch
 from reknow.edits import Case, Edit
 from reknow.learning.examples import bare
 from reknow.learning.gradient_network import TransformLearner, transformed
@@ -45,8 +45,8 @@ class MEND(NetworkSettings):
         return TransformLearner(self, lm, training.batch_size, lambda batch, _: bare(batch))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         trained, tensors = self.trained(lm)
         texts = [Text.asked(edit) for edit in edits]
         deltas, loss = transformed(lm, trained, tensors, texts)
-        return weights_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
+        return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from reknow.checks.bounds import Formerly, Number, Share, Weight
-from reknow.contract import checked
+from reknow.contract import check_edits
 from reknow.editing.layers import resolve_layers
 from reknow.editing.values import find_values
 from reknow.edits import Edit
@@ -46,7 +46,7 @@ class PMET(Band):
         return "pmet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         layers = resolve_layers(lm, self.layers)
         found = find_values(lm, edits, layers[-1], self.contexts(lm), self.search(attention=True))
         return self.spread(lm, edits, layers, found, "value", 0.5)

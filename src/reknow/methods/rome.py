@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from reknow.checks.bounds import Formerly, Natural, Number, Weight
-from reknow.contract import checked, weights_patch
+from reknow.contract import check_edits, make_patch
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
 from reknow.editing.solvers import cholesky, rank_one, solve
@@ -45,14 +45,14 @@ class ROME(SearchSettings):
     average_keys: bool = False
     """R-ROME: the mean key and the mean value everywhere."""
 
-    together = 16
+    edits_per_call = 16
 
     @property
     def name(self) -> str:
         return "r-rome" if self.average_keys else "rome"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         patches = []
         with lm.patched():
             for edit in edits:
@@ -61,7 +61,7 @@ class ROME(SearchSettings):
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits = [one for edit in edits for one in checked(self, edit)]
+        edits = [one for edit in edits for one in check_edits(self, edit)]
         layer = resolve_layer(lm, self.layer)
         found = find_values(lm, edits, layer, self.contexts(lm), self.search())
         mean_key = exact(found.mean_key)  # (edits, in)
@@ -74,5 +74,5 @@ class ROME(SearchSettings):
         for i, edit in enumerate(edits):
             notes = {"layer": layer, "losses": found.losses[i]}
             delta = rank_one(u[i], key[i], residual[i])
-            patches.append(weights_patch(self, lm, [edit], {lm.parts.value[layer]: delta}, notes=notes))
+            patches.append(make_patch(self, lm, [edit], {lm.parts.value[layer]: delta}, notes=notes))
         return patches

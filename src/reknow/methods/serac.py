@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Rate, Share
-from reknow.contract import checked
+from reknow.contract import check_edits
 from reknow.edits import Case, Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Count, Listed, Strict
@@ -111,7 +111,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
         )
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
+        edits = check_edits(self, edits)
         stored = versions(lm.patches, self.name)
         trained = self._trained(lm, stored)
         modules = ScopeAndCounterfactual(self, lm, trained)

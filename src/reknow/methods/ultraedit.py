@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Natural, Number, Rate, Weight
-from reknow.contract import Method, checked, weights_patch
+from reknow.contract import Footprint, Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
 from reknow.edits import Edit
@@ -66,17 +66,17 @@ class UltraEdit(Method):
     def name(self) -> str:
         return "ultraedit"
 
-    def own_layers(self, lm: LM) -> list[int]:
+    def _layers(self, lm: LM) -> list[int]:
         first, last = (round(share * lm.layers) for share in DEPTH)
         own = range(min(first, lm.layers - 1), max(last, first + 1))
         return resolve_layers(lm, own if self.layers is None else self.layers)
 
-    def transform_weights(self, lm: LM, edits: int, tokens: int) -> int:
-        return 0
+    def footprint(self, lm: LM) -> Footprint:
+        return Footprint(self._layers(lm), takes_gradient=True)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = checked(self, edits)
-        layers = self.own_layers(lm)
+        edits = check_edits(self, edits)
+        layers = self._layers(lm)
         names = [
             name
             for layer in layers
@@ -89,7 +89,7 @@ class UltraEdit(Method):
         losses = []
         for start in range(0, len(rows), self.turn):
             # The statistics so far are part of what the next turn needs, the changes too.
-            with lm.patched(*([weights_patch(self, lm, edits, deltas)] if deltas else [])):
+            with lm.patched(*([make_patch(self, lm, edits, deltas)] if deltas else [])):
                 factors, loss = flat_factors(lm, names, rows[start : start + self.turn], answers_only=True)
                 turn = self._turn(lm, factors, before, own)
             deltas = {name: _sum(deltas.get(name), delta) for name, delta in turn.items()}
@@ -97,7 +97,7 @@ class UltraEdit(Method):
         state = {
             f"norm.{kind}.{name}": value for kind, norm in own.items() for name, value in norm.state_dict().items()
         }
-        return weights_patch(self, lm, edits, deltas, state=state, notes={"layers": layers, "losses": losses})
+        return make_patch(self, lm, edits, deltas, state=state, notes={"layers": layers, "losses": losses})
 
     def _turn(
         self,
