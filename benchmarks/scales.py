@@ -27,7 +27,11 @@ SETTINGS = [
     ("alphaedit", "default", {}),
     ("alphaedit", "eigenvalues < 0.02, L2 10, as published", {"null_threshold": 0.02, "l2": 10.0}),
     ("ft-l", "default", {}),
-    ("ft-l", "5e-4 a step and at most, as for GPT-2 XL", {"learning_rate_absolute": 5e-4, "clamp_absolute": 5e-4}),
+    (
+        "ft-l",
+        "5e-4 a step and at most, as for GPT-2 XL",
+        {"learning_rate": 5e-4, "clamp": 5e-4, "units": "absolute"},
+    ),
 ]
 
 

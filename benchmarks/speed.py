@@ -32,7 +32,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
-from reknow.editing.descent import sample
 from reknow.editing.layers import band
 from reknow.editing.search import SearchSettings
 from reknow.editing.values import contexts
@@ -40,6 +39,7 @@ from reknow.edits import Case
 from reknow.evaluation.effect import known_cases
 from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.probing import read
+from reknow.model.generation import sample
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 from speed_reading import evaluation
@@ -207,7 +207,7 @@ def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -
 
 def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     """FT-M with the published learning rate, fact by fact and all in one call; ICE beside it."""
-    plain_ft, fast = FT(layer=layer, learning_rate_absolute=RATE), FT(layer=layer)
+    plain_ft, fast = FT(layer=layer, learning_rate=RATE, units="absolute"), FT(layer=layer)
     methods = {
         "reknow FT-M": plain_ft,
         "reknow FT-M, 25 steps": replace(fast, stop_loss=0.0),

@@ -111,8 +111,9 @@ def test_fine_tuning_follows_the_authors_steps(models, name):
         loss="last_token" if name.startswith("ft_l") else "target",
         layer=case["layer"],
         steps=case["num_steps"],
-        learning_rate_absolute=case["lr"],
-        clamp_absolute=case["norm_constraint"] or None,
+        learning_rate=case["lr"],
+        clamp=case["norm_constraint"] or None,
+        units="absolute",
     )
     edits = [Edit(r["prompt"], subject=r["subject"], target_new=r["target_new"]) for r in case["requests"]]
     patch = method.edit(lm, edits)

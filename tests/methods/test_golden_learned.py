@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from test_golden import GOLDEN, close
 
 from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
-from reknow.editing.descent import Scored, predicted
 from reknow.learning.editors import Editor, case_keys
 from reknow.learning.gradient_network import GradientNetwork
 from reknow.learning.gradients import changed, flat_factors
 from reknow.methods.malmen import MALMENNetwork, surrogate
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
 
 pytestmark = pytest.mark.golden
@@ -142,7 +142,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
 
     # The gradient of the answers' loss on the changed model, by every parameter.
     changes = {name: delta.detach().requires_grad_() for name, delta in deltas.items()}
-    scored = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], None)
+    scored = ScoredTokens(lm, rows, [predictions(row, row.prompt_length) for row in rows], None)
     with changed(lm, changes):
         loss = scored.nll().mean()
     assert abs(loss.item() - about["loss_after"]) < 1e-3

@@ -13,10 +13,12 @@ from families import CORE_FAMILIES
 from reknow import FT, ICE, LM, Patch, method
 from reknow.cli.measuring import _methods
 from reknow.editing import self_distillation
-from reknow.editing.descent import Matrices, Pace, Scored, predicted, sample
+from reknow.editing.descent import StepSize, TrainableMatrices
 from reknow.editing.self_distillation import prepend_context
 from reknow.errors import EditFailed, InputError
+from reknow.model.generation import sample
 from reknow.model.hooks import weight_replaced
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row, Text
 from reknow.studies.ice.convergence import consistency, likeliest
@@ -267,7 +269,7 @@ def test_sampling_without_a_cache_gives_the_same(lm, edit, monkeypatch):
 def test_scored_places_are_those_of_one_row_alone(lm, edit, layer):
     texts = [Text(edit.text, "English"), Text("Lima is the capital of", "Peru")]
     rows = lm.encode(texts)
-    scored = Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], layer)
+    scored = ScoredTokens(lm, rows, [predictions(row, row.prompt_length) for row in rows], layer)
     with torch.no_grad():
         alone = torch.cat([nll(lm, text) for text in texts])
         assert torch.allclose(scored.nll(), alone, atol=1e-4)
@@ -275,9 +277,9 @@ def test_scored_places_are_those_of_one_row_alone(lm, edit, layer):
 
 def test_matrices_are_used_only_while_open(lm, edit):
     name = lm.parts.value[0]
-    matrices = Matrices(lm, [name], Pace(0.1))
+    matrices = TrainableMatrices(lm, [name], StepSize(0.1))
     rows = lm.encode([Text(edit.text, "English")])
-    scored = Scored(lm, rows, [predicted(rows[0], rows[0].prompt_length)], None)
+    scored = ScoredTokens(lm, rows, [predictions(rows[0], rows[0].prompt_length)], None)
     with matrices.in_use():
         matrices.step(scored.nll().sum())
         inside = scored.nll().detach()

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.editing.descent import Scored, predicted, sample
 from reknow.edits import Edit
+from reknow.model.generation import sample
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row, Text
 from reknow.texts.writing import prepend
@@ -43,7 +44,7 @@ class SampledAnswers:
         lengths: how many tokens are scored of the answer and sample that each of them belongs to.
     """
 
-    plain: Scored
+    plain: ScoredTokens
     is_answer: Tensor
     lengths: list[int]
 
@@ -114,7 +115,7 @@ class SampledAnswers:
         mean = (answers.detach() * of_answers).sum() / of_answers.sum()
         return (answers * of_answers).sum(), (sampled * of_sampled).sum(), float(mean)
 
-    def score_informed(self) -> Scored:
+    def score_informed(self) -> ScoredTokens:
         """The tokens that `plain` scores, with the context in front."""
         return self._score([_longer(row, drawn) for row, drawn in zip(self._informed, self.samples, strict=True)])
 
@@ -123,8 +124,8 @@ class SampledAnswers:
         new = [len({*drawn} - {*row.target_ids}) for row, drawn in zip(self._rows, self.samples, strict=True)]
         return sum(map(len, self.samples)) - sum(new)
 
-    def _score(self, rows: list[Row]) -> Scored:
-        return Scored(self._lm, rows, [predicted(row, row.prompt_length) for row in rows], self._layer)
+    def _score(self, rows: list[Row]) -> ScoredTokens:
+        return ScoredTokens(self._lm, rows, [predictions(row, row.prompt_length) for row in rows], self._layer)
 
 
 def algorithm_1(texts: SampledAnswers) -> tuple[Tensor, Losses]:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from reknow.editing.descent import Scored, predicted
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import TextRefused
 from reknow.evaluation.convsent import OTHER_TOPIC
@@ -16,6 +15,7 @@ from reknow.evaluation.long_text import written_ratios
 from reknow.evaluation.readings import Reading
 from reknow.lm import LM
 from reknow.model.readable import in_context_questions, scored_answers
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
@@ -124,7 +124,7 @@ def with_divergence(
     found: dict[tuple[str, str], float] = {}
     for start in range(0, len(rows), TEXTS_PER_PASS):
         part = rows[start : start + TEXTS_PER_PASS]
-        scored = Scored(lm, part, [predicted(row, row.prompt_length) for row in part], None)
+        scored = ScoredTokens(lm, part, [predictions(row, row.prompt_length) for row in part], None)
         now = scored.log_probs()
         with lm.stacked(unedited):
             before = scored.log_probs()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from reknow.editing.descent import Scored, predicted
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.gradients import changed, row_changes
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Text, split_by_length
 
@@ -103,7 +103,7 @@ class Asked:
 
     Args:
         texts: (number of the lesson, text).
-        layer: as in `Scored`.
+        layer: as in `ScoredTokens`.
         answers_only: score the answers' tokens, not the prompts'.
     """
 
@@ -113,9 +113,9 @@ class Asked:
         answers = []
         for part in split_by_length([len(row.ids) for row in rows]):
             here = [rows[i] for i in part]
-            pairs = [predicted(row, row.prompt_length if answers_only else 1) for row in here]
+            pairs = [predictions(row, row.prompt_length if answers_only else 1) for row in here]
             lessons_of = torch.tensor([texts[i][0] for i in part], device=lm.device)
-            self._parts.append((lessons_of, Scored(lm, here, pairs, layer)))
+            self._parts.append((lessons_of, ScoredTokens(lm, here, pairs, layer)))
             answers += [at + 1 >= row.prompt_length for row, of in zip(here, pairs, strict=True) for at, _ in of]
         starts = accumulate((len(lessons_of) for lessons_of, _ in self._parts), initial=0)
         scored = [scored for _, scored in self._parts]

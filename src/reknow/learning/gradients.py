@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from reknow.editing.descent import Scored, predicted
 from reknow.model.exact import exact, finite_loss
 from reknow.model.hooks import by_row, hidden_states, hooked
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Row, make_batches
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def gradient_factors(
         InputError: a row is longer than the model's positions.
         EditFailed: the loss is not finite.
     """
-    pairs = [predicted(row, row.prompt_length) for row in rows]
-    scored = Scored(lm, rows, pairs, None)
+    pairs = [predictions(row, row.prompt_length) for row in rows]
+    scored = ScoredTokens(lm, rows, pairs, None)
     inputs: dict[str, Tensor] = {}
     shifts: dict[str, Tensor] = {}
 

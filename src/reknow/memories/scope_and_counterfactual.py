@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from reknow.checks.bounds import Formerly, Name, Number, Rank, check_settings
-from reknow.editing.descent import Scored, predicted
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.loop import seeded
 from reknow.memories.scope import TEXTS, Cross, Embedding, token_states
 from reknow.model.hooks import forwards_replaced
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
 from reknow.patching.deltas import LowRank
 from reknow.patching.weights import with_unmerged
@@ -150,7 +150,7 @@ class ScopeAndCounterfactual(nn.Module):
         with self.counterfactual() as lm:
             for batch in _batches(texts):
                 rows = lm.encode(batch)
-                nll.append(Scored(lm, rows, [predicted(row, row.prompt_length) for row in rows], None).nll())
+                nll.append(ScoredTokens(lm, rows, [predictions(row, row.prompt_length) for row in rows], None).nll())
         return torch.cat(nll).mean()
 
     def score(

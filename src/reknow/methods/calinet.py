@@ -35,7 +35,7 @@ from transformers.activations import ACT2FN
 from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.contract import check_edits
 from reknow.datasets.facts import load_facts
-from reknow.editing.descent import Answers, descend
+from reknow.editing.descent import adam_update, descend
 from reknow.editing.keys import prompt_inputs, prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
@@ -43,6 +43,7 @@ from reknow.files.schema import Strict
 from reknow.memories.base import SideModuleMethod, conflicts, memory_patch, resolve_conflicts
 from reknow.model.exact import exact
 from reknow.model.forward_context import ForwardContext
+from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Text
 from reknow.patching.memory import Hooks, versions
 from reknow.patching.patches import Patch
@@ -121,10 +122,13 @@ class CaliNet(SideModuleMethod):
         before = [Slots.of(patch).to(lm.device) for patch in versions(lm.patches, self.name)]
         trial = beside([*before, Slots(reader, writer, activation(lm), keys, values)])
         with lm.temporary_memory(self.name, trial), torch.enable_grad():
-            answers = Answers(lm, rows, layer)
-            losses = descend(answers.nll, optimizer, self.steps, lambda found: float(found.mean()) < self.stop_loss)
+            answers = AnswerLoss(lm, rows, layer)
+            passes = descend(
+                [answers.nll], adam_update(optimizer), self.steps, lambda losses: losses.mean() < self.stop_loss
+            )
         state = {"keys": keys.detach(), "values": values.detach()}
         about = {"reader": reader, "writer": writer, "activation": activation(lm)}
+        losses = [fmean(losses) for losses in passes]
         notes = {"layer": layer, "losses": losses, "conflicts": clashes, "assessment": assessed}
         return memory_patch(self, lm, edits, state, memory=about, notes=notes)
 

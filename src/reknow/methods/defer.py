@@ -24,13 +24,14 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Rate, Seed, Share, Units, Weight
-from reknow.editing.descent import Answers, descend
+from reknow.editing.descent import adam_update, descend
 from reknow.editing.keys import prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.forward_context import ForwardContext
+from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
@@ -133,14 +134,15 @@ class DEFER(SideModuleMethod):
             mixed = value + reach * move, (logit + reach * opening).sigmoid()
             return answers.nll()
 
-        def done(found: Tensor) -> bool:
-            return float(found) < self.stop_loss and mixed is not None and float(mixed[1].detach()) >= self.threshold
+        def finished(losses: Tensor) -> Tensor:
+            is_open = mixed is not None and float(mixed[1].detach()) >= self.threshold
+            return (losses < self.stop_loss) & is_open
 
         with lm.temporary_memory(self.name, Hooks({gate.module: mix})), torch.enable_grad():
-            answers = Answers(lm, rows, layer)
-            losses = descend(loss, optimizer, self.steps, done)
+            answers = AnswerLoss(lm, rows, layer)
+            passes = descend([loss], adam_update(optimizer), self.steps, finished)
         gate.add(signs, move.detach(), opening.detach())
-        return losses
+        return [loss for (loss,) in passes]
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> Gate:

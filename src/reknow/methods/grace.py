@@ -21,7 +21,6 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Units, Weight
-from reknow.editing.descent import Answers
 from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
@@ -29,6 +28,7 @@ from reknow.files.schema import Count, Listed, Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
+from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Row, Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
@@ -174,7 +174,7 @@ class GRACE(SideModuleMethod):
 
         losses: list[float] = []
         with lm.temporary_memory(self.name, Hooks({book.module: put})), torch.enable_grad():
-            answers = Answers(lm, rows, layer)
+            answers = AnswerLoss(lm, rows, layer)
             for _ in range(self.steps):
                 values = (start + scale * scaled)[mine]
                 loss = answers.nll(choose)

@@ -22,7 +22,7 @@ import torch
 
 from reknow.checks.bounds import Formerly, Number, Rate, Seed, Units, Weight
 from reknow.contract import Method, check_edits, make_patch
-from reknow.editing.descent import Matrices, Pace
+from reknow.editing.descent import StepSize, TrainableMatrices
 from reknow.editing.layers import resolve_layers
 from reknow.editing.self_distillation import SampledAnswers, algorithm_1, authors_script
 from reknow.edits import Edit
@@ -122,14 +122,9 @@ class ICE(Method):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)
         layers = resolve_layers(lm, self.layers, LAYERS)
-        absolute = self.units == "absolute"
-        pace = Pace(
-            self.learning_rate,
-            learning_rate_absolute=self.learning_rate if absolute else None,
-            clamp=None if absolute else self.clamp,
-            clamp_absolute=self.clamp if absolute else None,
+        matrices = TrainableMatrices(
+            lm, [lm.parts.value[layer] for layer in layers], StepSize(self.learning_rate, self.clamp, self.units)
         )
-        matrices = Matrices(lm, [lm.parts.value[layer] for layer in layers], pace)
         generator, size = torch.Generator().manual_seed(self.seed), self.batch_size
         parts = [edits[i : i + size] for i in range(0, len(edits), size)]
         batches = [self._batch(lm, part, layers[0]) for part in parts]
@@ -168,7 +163,7 @@ class ICE(Method):
             generator=generator,
         )
 
-    def _update(self, batch: SampledAnswers, matrices: Matrices, stop_loss: float) -> tuple[float, ...]:
+    def _update(self, batch: SampledAnswers, matrices: TrainableMatrices, stop_loss: float) -> tuple[float, ...]:
         """Takes one step; gives the losses before it, in the order of `LOSSES`."""
         with matrices.in_use(), torch.enable_grad():
             target, consistency, answer = batch.losses()

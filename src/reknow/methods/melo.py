@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
@@ -21,13 +22,14 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
-from reknow.editing.descent import Answers, descend
+from reknow.editing.descent import adam_update, descend
 from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.forward_context import ForwardContext
+from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Row, Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
@@ -132,9 +134,11 @@ class MELO(SideModuleMethod):
             lm.temporary_memory(self.name, Hooks({name: partial(add, name) for name in modules})),
             torch.enable_grad(),
         ):
-            answers = Answers(lm, rows, layer)
-            losses = descend(answers.nll, optimizer, self.steps, lambda found: float(found.max()) < self.stop_loss)
-        return [(down.detach(), up.detach()) for down, up in block.values()], losses
+            answers = AnswerLoss(lm, rows, layer)
+            passes = descend(
+                [answers.nll], adam_update(optimizer), self.steps, lambda losses: losses.max() < self.stop_loss
+            )
+        return [(down.detach(), up.detach()) for down, up in block.values()], [fmean(losses) for losses in passes]
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> Blocks:

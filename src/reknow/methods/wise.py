@@ -28,7 +28,6 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Part, Rate, Seed, Units, Weight
 from reknow.datasets.facts import load_facts
-from reknow.editing.descent import Answers
 from reknow.editing.keys import prompt_inputs
 from reknow.editing.values import contexts
 from reknow.edits import Edit
@@ -37,6 +36,7 @@ from reknow.files.schema import Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
+from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
@@ -169,7 +169,7 @@ class WISE(SideModuleMethod):
             unit = 1.0 if self.units == "absolute" else float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean())
             bound = self.clamp if self.units == "absolute" else self.clamp * size
             rate = self.learning_rate if self.units == "absolute" else None
-            answers = Answers(lm, rows, layer)
+            answers = AnswerLoss(lm, rows, layer)
             for _ in range(self.steps):
                 with torch.enable_grad():
                     near, far = (distance(*states, delta) for states in (inside, outside))

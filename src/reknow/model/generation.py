@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from reknow.errors import InputError
+from reknow.model.exact import finite_loss
 from reknow.model.parts import embedding
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import Row, make_batches
@@ -78,6 +79,31 @@ def sample_tokens(logits: Tensor, top_k: int, temperature: float, generator: tor
     chances = (kept / temperature).softmax(-1)
     chosen = torch.multinomial(chances if generator is None else chances.cpu(), 1, generator=generator)
     return tokens.gather(1, chosen.to(tokens.device))[:, 0]
+
+
+def sample(
+    lm: Decoder, rows: Sequence[Row], count: int, *, temperature: float, top_k: int | None, generator: torch.Generator
+) -> list[tuple[int, ...]]:
+    """`count` tokens drawn behind each row, never the end-of-text token.
+
+    Args:
+        top_k: draw among so many of the most likely tokens; None: among all.
+        generator: on the CPU; all randomness comes from it.
+
+    Raises:
+        InputError: a row and its sample do not fit into the model's positions.
+        EditFailed: the model's logits are not finite.
+    """
+    lm.check_length(rows, count - 1)
+    end = lm.tokenizer.eos_token_id
+
+    def choose(logits: Tensor) -> Tensor:
+        finite_loss(logits.sum())
+        if end is not None:
+            logits[:, end] = -torch.inf
+        return sample_tokens(logits, top_k or logits.shape[1], temperature, generator)
+
+    return [tuple(tokens) for tokens in decode(lm, rows, count, choose).tolist()]
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from reknow.editing.descent import Scored, predicted
 from reknow.editing.self_distillation import prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
@@ -25,6 +24,7 @@ from reknow.files.locks import write_lock
 from reknow.files.rows import Rows, open_manifest
 from reknow.methods.ice import ICE, INTRODUCTIONS
 from reknow.model.exclusive import exclusively
+from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row, Text
 from reknow.progress import progress_bar
@@ -157,8 +157,8 @@ def consistency(
 
 def _behind(lm: LM, rows: Sequence[Row]) -> Tensor:
     """Log-probabilities at the answer's tokens and at the one behind it, row by row. (n, vocabulary)"""
-    places = [[*predicted(row, row.prompt_length), (len(row.ids) - 1, 0)] for row in rows]
-    return Scored(lm, rows, places, None).log_probs()
+    places = [[*predictions(row, row.prompt_length), (len(row.ids) - 1, 0)] for row in rows]
+    return ScoredTokens(lm, rows, places, None).log_probs()
 
 
 @torch.no_grad()
