@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from reknow.datasets.edits_file import load_edits
     from reknow.edits import Case, Edit, Probe
     from reknow.errors import ReknowError
-    from reknow.evaluation import evaluate
+    from reknow.evaluation import Plan, evaluate
     from reknow.lm import LM
     from reknow.methods import method
     from reknow.methods.alphaedit import AlphaEdit
@@ -45,6 +45,7 @@ _HOMES = {
     "Edit": "edits",
     "LM": "lm",
     "Patch": "patching.patches",
+    "Plan": "evaluation",
     "Probe": "edits",
     "ReknowError": "errors",
     "diff": "patching.patches",

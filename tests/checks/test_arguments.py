@@ -76,8 +76,12 @@ def calls(lm: LM, folder) -> dict[str, list]:
         "evaluate": [lambda x=x: evaluate(lm, x, ft) for x in (None, 5, "It is", [], [EDIT], [None], CASE)]
         + [lambda x=x: evaluate(lm, [CASE], x) for x in (None, "rome", 5, [ft], type(ft))]
         + [lambda x=x: evaluate(x, [CASE], ft) for x in NO_MODEL]
-        + [lambda x=x: evaluate(lm, [CASE], ft, **x) for x in ({"mode": "all"}, {"seed": "1"}, {"held_out": "It is"})]
-        + [lambda x=x: evaluate(lm, [CASE], ft, checkpoints=x) for x in (None, 5, ["1"], [1])],
+        + [
+            lambda x=x: evaluate(lm, [CASE], ft, Plan(**x))
+            for x in ({"mode": "all"}, {"seeds": ("1",)}, {"held_out": "It"})
+        ]
+        + [lambda x=x: evaluate(lm, [CASE], ft, x) for x in (None, 5, "single")]
+        + [lambda x=x: evaluate(lm, [CASE], ft, Plan(checkpoints=x)) for x in (None, 5, ["1"], [1])],
         "bench": [lambda x=x: bench(lm, [CASE], x, out) for x in (None, "rome", ["rome"], [], {}, ft, {"a": "rome"})]
         + [lambda x=x: bench(lm, x, [ft], out) for x in (None, "It is", [EDIT])]
         + [lambda x=x: bench(lm, [CASE], [ft], x) for x in (None, 5, [])]
@@ -151,7 +155,7 @@ SENTENCES = {
     "nothing": (lambda lm: lm.generate(None), "expected prompts as str or [str, …]; got None: correct it"),
     "a name for a method": (
         lambda lm: evaluate(lm, [CASE], "rome"),  # type: ignore[arg-type]
-        "expected a list of methods; got ['rome']: make one, as [method('rome')]",
+        "expected method as Method; got 'rome': correct it",
     ),
     "a name for a model": (
         lambda lm: evaluate("demo:gpt2", [CASE], method("ft-m")),  # type: ignore[arg-type]

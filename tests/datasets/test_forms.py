@@ -313,7 +313,7 @@ def two_edits(first: str = "Lima", second: str = "French", id: str | None = None
 
 def test_a_case_of_two_edits_is_made_by_one_patch_and_asks_for_both():
     lm, method = make_lm(), FT(layer=2, steps=60, learning_rate=0.1)
-    results = evaluate(lm, [two_edits()], method, fluency=False)
+    results = evaluate(lm, [two_edits()], method)
     (row,) = results.rows.values()
     asked = [(one["kind"], one["prompt"], one["nll_true"] is not None) for one in row["readings"]]
     assert asked == [
@@ -331,7 +331,7 @@ def test_a_case_of_two_edits_fails_where_one_of_them_does():
     quick = ROME(layer=1, steps=3, context_groups=(), covariance_tokens=0)
     case = Case(two_edits().edit, (), (Edit("Apple lives in", target_new="Lima"),))
     for mode in ("single", "sequential"):
-        results = evaluate(make_lm(), [two_edits(), case], quick, mode=mode, fluency=False)
+        results = evaluate(make_lm(), [two_edits(), case], quick, Plan(mode=mode))
         errors = {row["case"]: row["error"] for row in results.rows.values()}
         assert errors["0"] is None and errors["1"].startswith("rome edits at the subject's last token")
         assert [one["prompt"] for one in results.before["1",]["readings"]] == [

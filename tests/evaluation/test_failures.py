@@ -64,7 +64,7 @@ def test_an_edit_without_a_subject_fails_alone_and_is_not_tried_again(tmp_path):
 def test_a_failed_edit_counts_as_no_success_even_where_the_model_says_the_answer_anyway():
     lm = make_lm()
     lm.apply(FT(layer=2, steps=40, learning_rate=0.17).edit(lm, [THREE[1].edit]))
-    results = evaluate(lm, [THREE[1], THREE[0]], SUBJECTS, fluency=False)
+    results = evaluate(lm, [THREE[1], THREE[0]], SUBJECTS)
     (row,) = [row for row in results.rows.values() if row["error"] is not None]
     assert all(row["readings"][0]["hits"])
     assert results.case_values["rome", "after_edit"]["0"]["reliability@teacher_forced_exact"] == 0.0
@@ -82,7 +82,7 @@ def test_a_failed_edit_counts_as_no_success_even_where_the_model_says_the_answer
 )
 def test_a_batch_is_made_of_the_edits_that_can_be_made(method, cases, failed):
     lm = make_lm()
-    results = evaluate(lm, cases, method, mode="batch", fluency=False, generate=False)
+    results = evaluate(lm, cases, method, Plan(mode="batch", generate=False))
     assert [i for i, row in enumerate(results.rows.values()) if row["error"] is not None] == failed
     makeable = [case.edit for i, case in enumerate(cases) if i not in failed]
     with lm.patched(method.edit(lm, makeable)):
@@ -137,7 +137,7 @@ def test_what_concerns_the_whole_run_stops_it_at_once(tmp_path):
 
 
 def test_a_method_that_makes_no_edit_at_all_is_an_error():
-    results = evaluate(make_lm(), [ask("Apple lives in"), ask("Peru has")], SUBJECTS, fluency=False)
+    results = evaluate(make_lm(), [ask("Apple lives in"), ask("Peru has")], SUBJECTS)
     with pytest.raises(EditFailed, match="edits that rome can make; all 2 failed, the first because: rome edits at"):
         results.refuse_lost()
 
@@ -150,7 +150,7 @@ def test_a_case_with_a_question_too_long_for_the_model_fails_and_the_others_are_
     lm = make_lm()  # 128 positions
     long = Probe("Peru " * 140, () if kind == "fluency" else ("Lima",), kind, "long")
     case = replace(THREE[2], probes=(long,))
-    results = evaluate(lm, [*THREE[:2], case], QUICK, fluency=True, held_out=["Lima is in Peru ."])
+    results = evaluate(lm, [*THREE[:2], case], QUICK, Plan(fluency=True, held_out=("Lima is in Peru .",)))
     assert [row["error"] and row["error"][:33] for row in results.rows.values()] == [
         None,
         None,
@@ -159,18 +159,18 @@ def test_a_case_with_a_question_too_long_for_the_model_fails_and_the_others_are_
     assert results.rows["ft-m", 0, "single", "after_edit", "2"]["readings"] == []
     assert results.cells["ft-m", "after_edit", "reliability@generated"].cases == 2
     assert results.cells["ft-m", "after_edit", "failed@edit"].mean == pytest.approx(1 / 3)
-    alone = evaluate(lm, THREE[:2], QUICK, fluency=True, held_out=["Lima is in Peru ."])
+    alone = evaluate(lm, THREE[:2], QUICK, Plan(fluency=True, held_out=("Lima is in Peru .",)))
     for found, wanted in zip(results.rows.values(), alone.rows.values(), strict=False):
         assert found["readings"] == wanted["readings"]
 
 
 def test_a_case_that_cannot_be_read_stays_out_of_a_sequence_and_out_of_the_contexts():
     case = replace(THREE[2], probes=(Probe("Peru " * 140, ("Lima",), "locality", "long"),))
-    results = evaluate(make_lm(), [THREE[0], case, THREE[1]], QUICK, mode="sequential", fluency=False)
+    results = evaluate(make_lm(), [THREE[0], case, THREE[1]], QUICK, Plan(mode="sequential"))
     assert [row["case"] for row in results.rows.values() if row["error"]] == ["1", "1"]  # after its turn, at the end
     fits = replace(THREE[2], probes=(Probe("Peru " * 38, ("Lima",), "locality", "behind the fact"),))
     plan = Plan(fluency=False, generate=False, in_context=("ft-m",))
-    assert evaluate(make_lm(), [fits], QUICK, fluency=False, generate=False).failed == {}
+    assert evaluate(make_lm(), [fits], QUICK, Plan(generate=False)).failed == {}
     results = bench_in_memory([THREE[0], fits], plan)
     assert [row["readings"] == [] for row in results if row["method"] == "ft-m"] == [False, False, True, True]
 
@@ -188,7 +188,7 @@ def test_a_case_that_a_memory_makes_too_long_to_read_fails_alone(tmp_path):
     assert "Failed edits: 1." in page and "expected texts of at most 128 tokens" in page
     assert len(bench(make_lm(), cases, [IKE(demonstrations=0), QUICK], tmp_path, plan=Plan(fluency=False)).rows) == 6
     assert len(rows_of(tmp_path)) == 6
-    alone = evaluate(lm, [cases[0], cases[2]], IKE(demonstrations=0), fluency=False)
+    alone = evaluate(lm, [cases[0], cases[2]], IKE(demonstrations=0))
     found = [row["readings"] for row in list(results.rows.values())[:3] if row["readings"]]
     assert found == [row["readings"] for row in alone.rows.values()]
 
@@ -224,12 +224,7 @@ def test_a_case_that_cannot_be_read_is_not_known():
 
 
 def bench_in_memory(cases, plan):
-    from reknow.evaluation.runner import _named, _Run
-    from reknow.files.rows import BEFORE_KEY, ROW_KEY, Rows
-
-    rows = Rows(None, ROW_KEY)
-    _Run(make_lm(), _named(cases), plan, Rows(None, BEFORE_KEY), rows).all({"ft-m": QUICK}, False)
-    return list(rows.values())
+    return list(evaluate(make_lm(), cases, QUICK, plan).rows.values())
 
 
 # ---- records that are none

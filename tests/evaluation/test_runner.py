@@ -21,9 +21,8 @@ from reknow.errors import EditFailed, InputError
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
-from reknow.evaluation.runner import _named, _Run, progress_bar
-from reknow.files.rows import BEFORE_KEY, ROW_KEY, Rows
 from reknow.patching.deltas import Dense
+from reknow.progress import progress_bar
 
 METHOD = FT(layer=2, steps=40, learning_rate=0.17)
 SEQUENCE = Plan("sequential", checkpoints=(2,))
@@ -122,7 +121,7 @@ def test_a_model_that_answers_nan_fails_and_its_rows_stay_json(tmp_path):
 
 
 def test_a_sequence_shows_forgetting():
-    results = evaluate(make_lm(), make_cases(), METHOD, mode="sequential", checkpoints=[2])
+    results = evaluate(make_lm(), make_cases(), METHOD, Plan(mode="sequential", checkpoints=(2,)))
     stages = list(dict.fromkeys(stage for method, stage, _ in results.cells if method == "ft-m"))
     assert stages == ["after_edit", "at:2", "end"]
     key = "reliability@teacher_forced_exact"
@@ -132,7 +131,7 @@ def test_a_sequence_shows_forgetting():
 
 
 def test_a_batch_is_one_patch():
-    results = evaluate(make_lm(), make_cases(), FT(layer=2, steps=80, learning_rate=0.07), mode="batch")
+    results = evaluate(make_lm(), make_cases(), FT(layer=2, steps=80, learning_rate=0.07), Plan(mode="batch"))
     assert results.cells["ft-m", "end", "reliability@teacher_forced_exact"].mean == 1.0
     assert results.cells["ft-m", "end", "seconds@edit"].cases == 4
 
@@ -190,15 +189,14 @@ def test_text_right_after_every_second_edit_of_a_sequence():
 
 
 def bench_rows(cases, plan):
-    rows = Rows(None, ROW_KEY)
-    _Run(make_lm(), _named(cases), plan, Rows(None, BEFORE_KEY), rows).all({"nothing": Nothing()}, False)
-    return [row for row in rows.values() if row["stage"] == "after_edit"]
+    rows = evaluate(make_lm(), cases, Nothing(), plan).rows.values()
+    return [row for row in rows if row["stage"] == "after_edit"]
 
 
 def test_the_ratio_of_perplexities_stands_where_the_text_follows_the_request():
     case = make_cases(1)[0]
     request = Probe(case.edit.text, (), "fluency", "request")
-    results = evaluate(make_lm(), [replace(case, probes=(*case.probes, request))], Nothing(), fluency=True)
+    results = evaluate(make_lm(), [replace(case, probes=(*case.probes, request))], Nothing(), Plan(fluency=True))
     readings = [one for one in results.before[("0",)]["readings"] if one["kind"] == "fluency"]
     assert readings[0]["ratios"] is None and len(readings[1]["ratios"]) == 2
     assert Reading.from_json(readings[1]).ratios == tuple(readings[1]["ratios"])
@@ -327,8 +325,8 @@ def test_a_killed_sequence_resumes_with_the_same_rows(tmp_path, monkeypatch):
 
 def test_without_written_answers_the_rest_is_the_same():
     lm, cases = make_lm("gpt2"), make_cases(2)
-    whole = evaluate(lm, cases, METHOD, fluency=False)
-    quick = evaluate(lm, cases, METHOD, fluency=False, generate=False)
+    whole = evaluate(lm, cases, METHOD)
+    quick = evaluate(lm, cases, METHOD, Plan(generate=False))
     kept = {key: cell for key, cell in whole.cells.items() if cell.protocol not in ("generated", "edit")}
     assert {key: cell for key, cell in quick.cells.items() if cell.protocol != "edit"} == kept
     assert "generated" in str(whole) and "generated" not in str(quick)

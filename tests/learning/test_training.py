@@ -285,9 +285,9 @@ def test_an_editor_is_a_file(whole, tmp_path):
 def test_cases_that_the_editor_has_seen_are_refused(whole):
     lm = make_lm()
     with pytest.raises(InputError, match=r"was not trained; it was on 1 of 1, such as 't/3'"):
-        evaluate(lm, [cases()[3]], whole, fluency=False)
+        evaluate(lm, [cases()[3]], whole)
     unseen = replace(cases()[3], edit=replace(cases()[3].edit, prompt="The home of {} is"))
-    assert evaluate(lm, [unseen], whole, fluency=False)
+    assert evaluate(lm, [unseen], whole)
 
 
 def test_the_command(tmp_path):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 from urllib.parse import quote
 
 import reknow
 from reknow.checks.bounds import Natural, Number, Seed, check_settings
+from reknow.contract import Method
 from reknow.edits import Case, to_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
@@ -30,9 +31,6 @@ from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import unreadable
 from reknow.progress import progress_bar, watched
-
-if TYPE_CHECKING:
-    from reknow.contract import Method
 
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""
@@ -89,28 +87,16 @@ class Plan:
 
 @typed_exclusively
 def evaluate(
-    lm: LM,
-    cases: Sequence[Case],
-    method: Method,
-    *,
-    mode: Mode = "single",
-    batch_size: int = 1,
-    checkpoints: Sequence[int] = (),
-    seed: int = 0,
-    fluency: bool = False,
-    generate: bool = True,
-    held_out: Sequence[str] = (),
-    progress: bool = False,
+    lm: LM, cases: Sequence[Case], method: Method, plan: Plan = Plan(), *, progress: bool = False
 ) -> Results:
     """Edits the cases with a method and reads their probes before and after; nothing is written to disk.
 
-    What cannot be made or read counts as failed, as in `bench`. The model is the same afterwards. See `Plan` for the
-    options, and `bench` for a run that can be resumed.
+    What cannot be made or read counts as failed, as in `bench`, whose runs can be resumed. The model is the same
+    afterwards.
     """
-    plan = Plan(mode, batch_size, tuple(checkpoints), (seed,), fluency, generate, tuple(held_out))
-    methods = _labelled([method])
-    run = _Run(lm, _named(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
-    run.all(methods, progress)
+    methods = {method.name: method}
+    run = _Run(lm, _by_id(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
+    run.run_all(methods, progress)
     return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, run.before, run.rows)
 
 
@@ -146,15 +132,14 @@ def bench(
         InputError: the folder was started with other settings, two methods or two cases have one name, or another
             process writes there.
     """
-    folder, named = Path(out), _named(cases)
-    labelled = _labelled(methods)
-    about = {**_about(lm), "refused": list(refused)}
+    folder, named, labelled = Path(out), _by_id(cases), _by_label(methods)
     with write_lock(folder):
+        about = {**_about(lm), "refused": list(refused)}
         manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
         run = run_digest(manifest["settings"])
         before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
         rows = Rows(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
-        _Run(lm, named, plan, before, rows, folder).all(labelled, progress)
+        _Run(lm, named, plan, before, rows, folder).run_all(labelled, progress)
     return Results(manifest, *own_rows(manifest, before, rows, named, folder))
 
 
@@ -172,7 +157,7 @@ class _Run:
         self.advance: Callable[[], object] = lambda: None
         self.tell: Callable[[str], object] = lambda text: None
 
-    def all(self, methods: Mapping[str, Any], progress: bool) -> None:
+    def run_all(self, methods: Mapping[str, Method], progress: bool) -> None:
         for method in methods.values():
             _refuse_seen(method, self.lm, self.cases.values())
         stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
@@ -183,34 +168,30 @@ class _Run:
             self.read_before()
             for label, method in methods.items():
                 for seed in self.plan.seeds:
-                    seeded = (
-                        replace(method, seed=seed) if "seed" in [field.name for field in fields(method)] else method
-                    )
-                    run = self.single if self.plan.mode == "single" else self.sequence
-                    run(label, seeded, seed)
+                    run = self.run_single if self.plan.mode == "single" else self.run_sequence
+                    seeded = any(field.name == "seed" for field in fields(method))  # type: ignore[arg-type]
+                    run(label, replace(method, seed=seed) if seeded else method, seed)  # type: ignore[type-var]
 
     def read_before(self) -> None:
         for names in _blocks(list(self.cases)):
             if not all((name,) in self.before for name in names):
-                readings, held_out = self.read(names, texts=True), self.held_out()
+                readings, held_out = self.read(names, texts=True), self.read_held_out()
                 for name, found in zip(names, readings, strict=True):
                     if isinstance(found, str):
                         self.unreadable[name], found = found, []
-                    edit = {
-                        key: value for key, value in to_json(self.cases[name].edit).items() if value or value == ""
-                    }
+                    edit = {key: v for key, v in to_json(self.cases[name].edit).items() if v or v == ""}
                     self.before.add({"case": name, "edit": edit, "held_out_perplexity": held_out, "readings": found})
                     self.advance()
         if self.plan.in_context:
             nothing = {name: {"error": None} for name in self.cases}
-            self.score(UNEDITED[0], self.plan.seeds[0], IN_CONTEXT, nothing, texts=False)
+            self.add_rows(UNEDITED[0], self.plan.seeds[0], IN_CONTEXT, nothing, texts=False)
 
-    def single(self, label: str, method: Any, seed: int) -> None:
+    def run_single(self, label: str, method: Method, seed: int) -> None:
         """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
         time."""
         stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
         for names in _blocks(list(self.cases), method.edits_per_call):
-            if all(self.done(label, seed, stage, names) for stage in stages):
+            if all(self.is_done(label, seed, stage, names) for stage in stages):
                 continue
             about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             makeable = [name for name in names if name not in self.unreadable]
@@ -221,12 +202,12 @@ class _Run:
                 patch, costs = made.get(name, (None, []))
                 with self.lm.patched(*filter(None, [patch])):
                     for stage in stages:
-                        self.score(label, seed, stage, {name: self.cost(name, costs)}, texts=True)
+                        self.add_rows(label, seed, stage, {name: self.case_cost(name, costs)}, texts=True)
 
-    def sequence(self, label: str, method: Any, seed: int) -> None:
+    def run_sequence(self, label: str, method: Method, seed: int) -> None:
         """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
         names, plan = list(self.cases), self.plan
-        if self.done(label, seed, "end", names):
+        if self.is_done(label, seed, "end", names):
             return
         size = len(names) if plan.mode == "batch" else plan.batch_size
         folder = None if self.folder is None else self.folder / "patches" / f"{quote(label, safe='')}-{seed}"
@@ -236,16 +217,16 @@ class _Run:
                 chunk = names[start : start + size]
                 file = None if folder is None else folder / f"{start:06d}.patch"
                 with watched(lambda text, number=start: self.tell(f"{label}, from edit {number + 1}: {text}")):
-                    now = self.made(method, chunk, file)
+                    now = self.apply_patch(method, chunk, file)
                 costs |= now
                 if plan.mode == "sequential":
                     texts = bool(plan.fluency_every) and start // size % plan.fluency_every == 0
-                    self.score(label, seed, "after_edit", now, texts=texts)
+                    self.add_rows(label, seed, "after_edit", now, texts=texts)
                 if len(costs) in plan.checkpoints and len(costs) < len(names):
-                    self.score(label, seed, f"at:{len(costs)}", costs, texts=True)
-            self.score(label, seed, "end", costs, texts=True)
+                    self.add_rows(label, seed, f"at:{len(costs)}", costs, texts=True)
+            self.add_rows(label, seed, "end", costs, texts=True)
 
-    def made(self, method: Any, names: list[str], file: Path | None) -> dict[str, dict]:
+    def apply_patch(self, method: Method, names: list[str], file: Path | None) -> dict[str, dict]:
         """Puts the patch of these cases on, if there is any; what each cost."""
         readable = [name for name in names if name not in self.unreadable]
         asked = {replace(edit, id=None): edit for name in readable for edit in self.cases[name].edits}  # each once
@@ -254,27 +235,27 @@ class _Run:
             self.lm.apply(patch)
         cost_of = dict(zip(asked, costs, strict=True))
         return {
-            name: self.cost(name, [cost_of.get(replace(edit, id=None), {}) for edit in self.cases[name].edits])
+            name: self.case_cost(name, [cost_of.get(replace(edit, id=None), {}) for edit in self.cases[name].edits])
             for name in names
         }
 
-    def cost(self, name: str, costs: list[dict]) -> dict:
+    def case_cost(self, name: str, costs: list[dict]) -> dict:
         """Of a case by those of its edits, none if the model cannot read it; all have to be made."""
         if name in self.unreadable:
             return {"error": self.unreadable[name]}
         return {**costs[0], "error": next((cost["error"] for cost in costs if cost["error"] is not None), None)}
 
-    def done(self, label: str, seed: int, stage: str, names: Sequence[str]) -> bool:
+    def is_done(self, label: str, seed: int, stage: str, names: Sequence[str]) -> bool:
         return all((label, seed, self.plan.mode, stage, name) in self.rows for name in names)
 
-    def score(self, label: str, seed: int, stage: str, costs: Mapping[str, dict], *, texts: bool) -> None:
+    def add_rows(self, label: str, seed: int, stage: str, costs: Mapping[str, dict], *, texts: bool) -> None:
         """Reads the cases on the model as it is and writes their rows; `texts`: with what the plan asks of texts."""
         for names in _blocks(list(costs)):
-            if self.done(label, seed, stage, names):
+            if self.is_done(label, seed, stage, names):
                 continue
             in_context = stage == IN_CONTEXT
             readings = self.read(names, texts=texts and not in_context, seed=seed, in_context=in_context)
-            held_out = self.held_out() if texts and not in_context else None
+            held_out = self.read_held_out() if texts and not in_context else None
             for name, found in zip(names, readings, strict=True):
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
                 cost = costs[name]
@@ -292,26 +273,20 @@ class _Run:
         each = [self.unreadable[name] if name in self.unreadable else next(found) for name in names]
         return [one if isinstance(one, str) else [reading.to_json() for reading in one] for one in each]
 
-    def held_out(self) -> float | None:
+    def read_held_out(self) -> float | None:
         """The perplexity of the held-out texts, where there are any."""
         return perplexity(self.lm, self.plan.held_out) if self.plan.held_out else None
 
 
-def _labelled(methods: Sequence[Method] | Mapping[str, Method]) -> dict[str, Method]:
-    """Methods by their label, or by their name; raises InputError where one is none, or has another one's name."""
-    from reknow.contract import Method  # whose package imports this module
-
-    given: Any = methods.values() if isinstance(methods, Mapping) else methods
-    given = list(given) if isinstance(given, Iterable) and not isinstance(given, str) else [None]
-    if not all(isinstance(one, Method) for one in given):
-        raise InputError(f"expected a list of methods; got {repr(methods)[:60]}: make one, as [method('rome')]")
-    labelled = dict(methods) if isinstance(methods, Mapping) else {method.name: method for method in given}
-    if len(labelled) != len(given) or not labelled:
+def _by_label(methods: Sequence[Method] | Mapping[str, Method]) -> dict[str, Method]:
+    """Methods by their label, or by their name; raises InputError where there is none, or two have one name."""
+    labelled = dict(methods) if isinstance(methods, Mapping) else {method.name: method for method in methods}
+    if len(labelled) != len(methods) or not labelled:
         raise InputError("expected methods with different names; got one twice, or none: give label → method")
     return labelled
 
 
-def _named(cases: Sequence[Case]) -> dict[str, Case]:
+def _by_id(cases: Sequence[Case]) -> dict[str, Case]:
     """Cases by the id of their edit, or by their number."""
     named = {case.edit.id or str(number): case for number, case in enumerate(cases)}
     if not cases or len(named) < len(cases):
@@ -322,7 +297,7 @@ def _named(cases: Sequence[Case]) -> dict[str, Case]:
     return named
 
 
-def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Any], plan: Plan, dataset: str) -> dict:
+def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Method], plan: Plan, dataset: str) -> dict:
     """What must be the same for two runs to belong together."""
     return {
         "reknow": reknow.__version__,

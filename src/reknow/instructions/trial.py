@@ -9,7 +9,7 @@ from reknow.contract import Method
 from reknow.datasets.cases import load_cases
 from reknow.datasets.families import Family
 from reknow.edits import Case, Probe
-from reknow.evaluation import evaluate
+from reknow.evaluation import Plan, evaluate
 from reknow.lm import LM
 
 METRICS = {
@@ -59,7 +59,7 @@ class Trial:
     def __call__(self, family: Family, instruction: str) -> dict[str, float]:
         """Metric → mean over the family's cases with the instruction in front."""
         cases = [family.instruct(few_probes(case), instruction) for case in self.cases[family.name]]
-        results = evaluate(self.lm, cases, self.method, fluency=False, generate=False)
+        results = evaluate(self.lm, cases, self.method, Plan(generate=False))
         self.edits += len(cases)
         cells = {name: results.cells.get((self.method.name, "after_edit", key)) for name, key in METRICS.items()}
         return {name: cell.mean for name, cell in cells.items() if cell is not None}
