@@ -82,7 +82,7 @@ class Study:
         self.points = [p for p in self.points if (p["method"], p["mode"]) != (name, "turns")]  # begun, but killed
         turn = 1 if name == "rome" else self.args.turn
         seconds = 0.0
-        with self.lm.patched():
+        with self.lm.restored_afterwards():
             for start in range(0, self.sizes[-1], turn):
                 started = time.process_time()
                 edits = [case.edit for case in self.cases[start : start + turn]][: self.sizes[-1] - start]

@@ -32,9 +32,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
+from reknow.editing.contexts import sample_contexts
 from reknow.editing.layers import band
 from reknow.editing.search import SearchSettings
-from reknow.editing.values import contexts
 from reknow.edits import Case
 from reknow.evaluation.effect import known_cases
 from reknow.evaluation.metrics import case_metrics
@@ -130,7 +130,7 @@ def variants(same: SearchSettings) -> dict[str, Any]:
 def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, steps=20, **EXACT)
     methods = variants(ours)
-    prefixes = contexts(lm, ours.context_groups)
+    prefixes = sample_contexts(lm, ours.context_groups)
     numbers = [plain(lm, case, layer, "value") for case in cases]
 
     def their(i: int, steps: int = ours.steps) -> Made:
@@ -163,7 +163,7 @@ def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     layers = band(lm, layer)
     ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, **EXACT)
-    prefixes = contexts(lm, ours.context_groups, starts=ours.context_first_words)
+    prefixes = sample_contexts(lm, ours.context_groups, first_words=ours.context_first_words)
     numbers = [plain(lm, case, layers[-1], "block") for case in cases]
     same = {key: fmean(one[key] for one in numbers) for key in numbers[0]}
     weight = effective_weight(lm, ours, cases, layers[0])
@@ -291,7 +291,7 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     one = ROME(layer=layer, steps=20, covariance_tokens=COVARIANCE_TOKENS, **EXACT)
     many = MEMIT(layers=tuple(band(lm, layer)), steps=25, covariance_tokens=COVARIANCE_TOKENS, **EXACT)
     edits = [case.edit for case in cases]
-    prefixes = contexts(lm, one.context_groups)
+    prefixes = sample_contexts(lm, one.context_groups)
     number = plain(lm, cases[0], layer, "value")
     settings = {"v_num_grad_steps": one.steps, "clamp_norm_factor": one.clamp, **number}
     theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **{**settings, "v_num_grad_steps": 2})

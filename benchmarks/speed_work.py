@@ -15,12 +15,12 @@ PHASES = {
     "search of δ": [("reknow.editing.values", "_descend")],
     "keys and states": [("reknow.editing.keys", "Subjects.keys"), ("reknow.editing.keys", "Subjects.states")],
     "least squares": [
-        ("reknow.methods.memit", "least_squares"),
-        ("reknow.methods.memit", "outer"),
+        ("reknow.editing.band", "least_squares"),
+        ("reknow.editing.band", "as_delta"),
         ("reknow.methods.rome", "rank_one"),
     ],
     "putting patches on and off": [("reknow.patching.applied", "Applied.set")],
-    "making patches": [("reknow.methods.memit", "make_patch"), ("reknow.methods.rome", "make_patch")],
+    "making patches": [("reknow.editing.band", "make_patch"), ("reknow.methods.rome", "make_patch")],
 }
 """Functions whose time and operations are shown by themselves; what they call of one another is not counted twice."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +21,8 @@ torch.set_num_threads(1)
 from families import tiny_model, tiny_tokenizer  # noqa: E402
 from llm_server import serve  # noqa: E402, F401, a fixture
 from reknow import LM, Edit, Patch  # noqa: E402
-from reknow.editing.values import ValueSearch  # noqa: E402
+from reknow.editing.keys import Site  # noqa: E402
+from reknow.editing.search import SearchSettings  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402
 from reknow.patching.deltas import Dense, LowRank  # noqa: E402
 
@@ -86,15 +88,37 @@ def some_patch(
     return Patch("rome", settings, edits, deltas, lm.fingerprint, notes={"losses": [1.5, 0.1]}, **fields)
 
 
-def authors_search(settings: dict) -> ValueSearch:
-    """The search with settings by their names in kmeng01/rome's files."""
-    return ValueSearch(
-        steps=settings["v_num_grad_steps"],
-        learning_rate=settings["v_lr"],
-        kl_weight=settings["kl_factor"],
-        weight_decay=settings["v_weight_decay"],
-        clamp=settings["clamp_norm_factor"],
-    )
+@dataclass(frozen=True, kw_only=True)
+class AuthorsSearch(SearchSettings):
+    """The search as ROME's authors run it, where what methods fix can be set too."""
+
+    name = "search"
+    steps: int = 20
+    learning_rate: float = 0.5
+    weight_decay: float = 0.5
+    clamp: float = 4.0
+    units: str = "absolute"
+    stop_probability: float = 1.0
+    min_delta: float = 0.0
+    context_batches: int = 1
+    site: Site = "value"
+    stop_loss: float = 0.05
+    stop_drift: float | None = None
+    merge_subjects: bool = False
+
+    @classmethod
+    def of(cls, settings: dict) -> AuthorsSearch:
+        """With settings by their names in kmeng01/rome's files."""
+        return cls(
+            steps=settings["v_num_grad_steps"],
+            learning_rate=settings["v_lr"],
+            kl_weight=settings["kl_factor"],
+            weight_decay=settings["v_weight_decay"],
+            clamp=settings["clamp_norm_factor"],
+        )
+
+    def edit(self, lm, edits):
+        raise NotImplementedError("it only searches")
 
 
 def bits(lm: LM) -> dict[str, torch.Tensor]:

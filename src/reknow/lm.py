@@ -238,9 +238,15 @@ class LM(Decoder):
 
         Other threads that use the model wait until it closes.
         """
-        with self.exclusive(), self._applied.kept():
+        with self.restored_afterwards():
             for patch in patches:
                 self.apply(patch)
+            yield self
+
+    @contextmanager
+    def restored_afterwards(self):
+        """While open, patches may be put on and taken off; afterwards the stack is as before. See `patched`."""
+        with self.exclusive(), self._applied.kept():
             yield self
 
     def temporary_memory(self, method: str, memory: HookMemory):

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import authors_search, make_lm
+from conftest import AuthorsSearch, make_lm
 from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit
 from reknow.editing.keys import Subjects
 from reknow.editing.sinks import NEUTRAL, contexts_of, first_token_is_sink
 from reknow.editing.solvers import rank_one
-from reknow.editing.values import ValueSearch, find_values
+from reknow.editing.values import find_values
 from reknow.model.tokens import Row, Text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -45,7 +45,7 @@ def test_the_search_gives_the_authors_vectors(case):
     tensors = load_file(GOLDEN / "rome_sites.safetensors")
     u, key = tensors[f"{case['name']}/keys"]
     value, delta, output, right = tensors[f"{case['name']}/values"]
-    search = authors_search(case["hparams"])
+    search = AuthorsSearch.of(case["hparams"])
     edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
     before = [template.removesuffix("{}") for template in case["templates"]]
     found = find_values(lm, [edit], case["layer"], ["", *before[1:]], search)
@@ -137,7 +137,7 @@ def test_one_sink_does_no_harm_to_the_batch(name):
 def test_the_step_and_the_bound_are_medians_over_the_contexts():
     """One context whose state is out of the common changes neither."""
     lm = golden_lm("sink")
-    search = ValueSearch(steps=2, units="relative", learning_rate=0.1, site="block", weight_decay=0)
+    search = AuthorsSearch(steps=2, units="relative", learning_rate=0.1, site="block", weight_decay=0)
     edit = Edit("{} is a native of", subject="Toko Yasuda", target_new="Paris")
     found = find_values(lm, [edit], 0, CONTEXTS, search)
     lengths, block = [], lm.parts.blocks[0]
@@ -156,7 +156,7 @@ def test_the_step_has_the_unit_of_what_it_is_added_to(family):
     lm = make_lm(family)
     assert not lm.parts.residual_identity
     edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
-    search = ValueSearch(steps=2, units="relative", learning_rate=0.1, weight_decay=0, clamp=100)
+    search = AuthorsSearch(steps=2, units="relative", learning_rate=0.1, weight_decay=0, clamp=100)
     found = find_values(lm, [edit], 1, [""], search)
     unit = float(found.value.norm()) / found.value.shape[1] ** 0.5 / 2
     assert found.delta[0].abs().median() == pytest.approx(0.1 * unit, rel=1e-3)

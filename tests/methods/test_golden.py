@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import authors_search
+from conftest import AuthorsSearch
 from reknow import FT, LM, ROME, Edit
 from reknow.editing.covariance import covariance
 from reknow.editing.solvers import cholesky, rank_one, solve
@@ -44,7 +44,7 @@ def test_rome_gives_the_authors_vectors(models, model, name):
     tensors = load_file(GOLDEN / f"rome_{model}.safetensors")
     mean_key, u, used_key = tensors[f"{name}/keys"]
     value, delta, subtracted, right = tensors[f"{name}/values"]
-    search = authors_search(case["hparams"])
+    search = AuthorsSearch.of(case["hparams"])
     edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
     templates = case.get("templates", head["templates"])
     found = find_values(lm, [edit], case["layer"], [t.removesuffix("{}") for t in templates], search)

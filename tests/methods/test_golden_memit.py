@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, close
 
+from conftest import AuthorsSearch
 from reknow import LM, Edit
 from reknow.editing.keys import Subjects
 from reknow.editing.solvers import null_space
-from reknow.editing.values import ValueSearch, find_values
+from reknow.editing.values import find_values
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.kn import KN, attributions
@@ -102,7 +103,7 @@ def test_wanted_states_and_keys_are_the_authors(models):
     edits = [Edit(f["prompt"], subject=f["subject"], target_new=f["target_new"]) for f in case["facts"]]
     prefixes = [template.removesuffix("{}") for template in HEAD["templates"]]
     assert close(Subjects(lm, edits, prefixes).keys(0), TENSORS["memit/keys"])
-    search = ValueSearch(steps=case["hparams"]["v_num_grad_steps"], clamp=0.75, site="block")
+    search = AuthorsSearch(steps=case["hparams"]["v_num_grad_steps"], clamp=0.75, site="block")
     assert close(find_values(lm, edits, 1, prefixes, search).z, TENSORS["memit/z"])
 
 

@@ -15,7 +15,7 @@ from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.model.hooks import added_at, fused_gelu, output_edited, recorded, weight_replaced
 from reknow.model.replay import BlockReplay, head
-from reknow.model.tokens import Batch, Row, pad
+from reknow.model.tokens import Batch, Row, Text, pad
 
 TALL = {
     "gemma2, caps": ("gemma2", dict(final_logit_softcapping=0.5, attn_logit_softcapping=1.0)),
@@ -268,3 +268,19 @@ def test_the_fused_gelu_is_the_same_function(activation):
     assert not torch.equal(fused, slope), "the other code ran"
     assert torch.allclose(found, wanted, atol=1e-6) and torch.allclose(fused, slope, atol=1e-5)
     assert torch.equal(module(states), wanted)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "granite"])
+def test_an_addition_at_attention_is_what_a_full_pass_computes(family):
+    lm = make_lm(family)
+    (row,) = lm.encode([Text.of("The capital of {} is", "Peru", "Lima")])
+    batch, column = lm.pad([row]), row.subject_last
+    value, attention = torch.randn(2, 1, lm.parts.hidden_size)
+    here = torch.arange(column, len(row.ids))
+    ours = BlockReplay(lm, batch, 1, column)(value, torch.zeros_like(here), here, attention=attention)
+    with (
+        output_edited(lm.model.get_submodule(lm.parts.value[1]), added_at(value, column)),
+        output_edited(lm.model.get_submodule(lm.parts.attention_out[1]), added_at(attention, column)),
+    ):
+        whole = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0, column:]
+    assert torch.allclose(ours, whole, atol=1e-4)

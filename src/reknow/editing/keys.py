@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from reknow.model.tokens import Row, Text
 from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
-    from reknow.editing.values import Site
     from reknow.lm import LM
+
+Site = Literal["value", "block"]
+"""Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
 
 ALIKE = 8
 """Facts of one wording that tell how far apart such questions lie."""

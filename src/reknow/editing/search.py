@@ -1,19 +1,22 @@
-"""What every method shares that searches a wanted state and spares general text: ROME, MEMIT and their kin."""
+"""The settings of every method that searches a wanted value: ROME, MEMIT, PMET, EMMET and AlphaEdit.
+
+What they mean is in the equation at the top of `values`, which has the search itself.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Seed, Share, Units, Weight
 from reknow.contract import Method
+from reknow.editing.contexts import sample_contexts
 from reknow.editing.covariance import covariance
-from reknow.editing.keys import warn_of_shared_keys
-from reknow.editing.values import ValueSearch, contexts
+from reknow.editing.keys import Site, warn_of_shared_keys
 from reknow.errors import EditRefused
 from reknow.registry import METHODS
 
@@ -21,23 +24,26 @@ if TYPE_CHECKING:
     from reknow.edits import Edit
     from reknow.lm import LM
 
-KEPT_BYTES = 2**31
+__all__ = ["SearchSettings"]
+
+_CACHE_BYTES = 2**31
 """How much memory matrices made of covariances may take between two edits."""
-GPU_SHARE = 16
+_CACHE_SHARE_OF_GPU = 1 / 16
 """Which part of a GPU's memory they may take, where that is more: one of a 7B model is 1 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchSettings(Method):
-    """Settings of every method that searches a wanted state and spares general text. No method by itself."""
+    """How a wanted value is searched and general text is spared. No method by itself: methods inherit it."""
 
     steps: Number = 60
-    """Passes of the search at most, one more than updates; in the papers 20 to 30, all of them."""
+    """Passes of the model at most; the last one only measures, so that there is one update less. In the papers 20 to
+    30, all of them."""
     learning_rate: Rate = 0.1
-    """Of Adam in the search, in units of the root mean square of the block's output, or of half that of the value
-    matrix's where a norm or a multiplier follows it."""
+    """Adam's step of one coordinate of the addition, in root mean squares of the block's output, or in half those of
+    the value matrix's output where a norm or a multiplier follows it."""
     kl_weight: Weight = 0.0625
-    """Weight of the drift of what the model says of "{subject} is a"."""
+    """Weight of the drift of what the model says after "{subject} is a"."""
     weight_decay: Annotated[Weight, Formerly("decay")] = 0.05
     """Weight of the addition's length, relative to what it is added to, in the loss."""
     clamp: Weight = 1.0
@@ -49,11 +55,11 @@ class SearchSettings(Method):
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""
     min_delta: Annotated[Weight, Formerly("stop_gain")] = 0.005
-    """End it too once the new answer is the likeliest in every context and the loss falls by less than this per pass;
-    0: never, as in the papers."""
+    """End it too once the new answer is the most likely in every context and the loss falls by less than this per
+    pass; 0: never, as in the papers."""
     context_batches: Annotated[Number, Formerly("turns")] = 2
-    """Deal the contexts into so many hands of which each pass reads the next: several times less work; 1: all of them
-    in every pass, as in the papers."""
+    """Split the contexts into so many batches, of which each pass reads the next: several times less work; 1: all
+    contexts in every pass, as in the papers."""
     context_groups: tuple[tuple[Number, Number], ...] = ((5, 9),)
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
     context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = (
@@ -67,9 +73,25 @@ class SearchSettings(Method):
     covariance_tokens: Natural = 100_000
     """Tokens of general text for C."""
     covariance_text: Name | None = None
-    """A file, a folder or `hub:owner/name` to read them from; None: the bundled WikiText sample."""
+    """A file, a folder or `hub:owner/name` to read general text from; None: the bundled WikiText sample."""
     seed: Seed = 0
-    """Of the sampled contexts."""
+    """Seed of the sampled contexts."""
+
+    # What a method fixes, whatever its user sets.
+    site: ClassVar[Site] = "block"
+    """What δ is added to, and measured against: the block's output (MEMIT) or the value matrix's (ROME, PMET)."""
+    moves_attention: ClassVar[bool] = False
+    """Search a second addition at attention's output together with δ, and throw it away (PMET)."""
+    kl_position: ClassVar[Literal["subject", "end"]] = "subject"
+    """Read the KL prompt at the subject's last token (ROME's code) or at its end (ROME's paper)."""
+    stop_loss: ClassVar[float] = 0.05
+    """End a fact's search when its whole loss is below."""
+    success_weight: ClassVar[float] = 1.0
+    """Weight of the likelihood while the target is the most likely answer in every context (PMET: 0.1)."""
+    stop_drift: ClassVar[float | None] = None
+    """End a fact's search when that is so and its weighted KL term is not above (PMET: 0.01)."""
+    merge_subjects: ClassVar[bool] = False
+    """Search one δ for all edits of the same subject (MEMIT-Merge)."""
 
     def check(self, edits: Sequence[Edit]) -> None:
         for edit in edits:
@@ -81,37 +103,27 @@ class SearchSettings(Method):
                     f"method that needs none: {', '.join(others)}",
                     edit,
                 )
-        if self.one_value_per_key():
+        if not self.merge_subjects:
             warn_of_shared_keys(self.name, edits)
-
-    def one_value_per_key(self) -> bool:
-        """Whether of edits with the same text up to the subject's end only one can be made in a patch."""
-        return True
-
-    def search(self, **rest) -> ValueSearch:
-        """The search with these settings; `rest` are its fields that this method does not leave to the user."""
-        known = {field.name for field in fields(self)}
-        shared = {field.name for field in fields(ValueSearch)} & known
-        return ValueSearch(**{name: getattr(self, name) for name in shared}, **rest)
 
     def contexts(self, lm: LM) -> tuple[str, ...]:
         """The texts to put before the prompt; the first is empty."""
-        return contexts(lm, self.context_groups, starts=self.context_first_words, seed=self.seed)
-
-    def covariance(self, lm: LM, layer: int) -> Tensor:
-        """C of the layer's keys. (in, in), float32"""
-        return covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
+        return sample_contexts(lm, self.context_groups, first_words=self.context_first_words, seed=self.seed)
 
     def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
-        """`make(C, *settings)`: a factor of C, a projector …
+        """`make(C, *settings)`, such as a factor of C or a projector, for C of the layer's keys, (in, in).
 
         The last ones are kept with the model while they are small, since one edit follows the other: reading C and
         taking it apart costs as much as many steps of the search.
         """
-        name = lm.parts.value[layer]
+        device = lm.weight(name := lm.parts.value[layer]).device
         source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
-        key = ("covariance", make.__name__, name, str(lm.weight(name).device), *source, *settings)
-        budget, device = KEPT_BYTES, lm.weight(name).device
+        budget = _CACHE_BYTES
         if device.type == "cuda":
-            budget = max(budget, torch.cuda.get_device_properties(device).total_memory // GPU_SHARE)
-        return lm.cached(key, lambda: make(self.covariance(lm, layer), *settings), budget=budget)
+            budget = max(budget, int(torch.cuda.get_device_properties(device).total_memory * _CACHE_SHARE_OF_GPU))
+
+        def compute() -> Tensor:
+            return make(covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text), *settings)
+
+        key = ("covariance", make.__name__, name, str(device), *source, *settings)
+        return lm.cached(key, compute, budget=budget)

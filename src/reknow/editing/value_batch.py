@@ -20,41 +20,43 @@ from reknow.model.tokens import TOKENS_PER_BATCH, Row, Text
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-ESSENCE = "{} is a"
-"""The prompt whose next-token distribution must not drift: what the subject is."""
+__all__ = ["FactBatch", "Scores", "encode_facts", "make_batches", "split_contexts", "token_budget"]
 
-SMALL = 32
+KL_PROMPT = "{} is a"
+"""The prompt whose next-token distribution must not drift: what kind of thing the subject is."""
+
+FREE_TOKENS = 32
 """Tokens that a step of the search hardly notices."""
-SMALL_ON_GPU = 2048
+FREE_TOKENS_ON_GPU = 2048
 """The same on a GPU, which does not run so many as long as it takes to tell it what to do."""
-LARGE = 65536
+MOST_TOKENS = 65536
 """Tokens of a batch beyond which no GPU is faster."""
 
 
-def room(lm: LM) -> tuple[int, int]:
-    """(how many tokens a batch of facts may have, how many of one step cost nothing), for `parts_of`."""
+def token_budget(lm: LM) -> tuple[int, int]:
+    """(how many tokens a batch of facts may have, how many of one step cost nothing), for `make_batches`."""
     if lm.device.type != "cuda":
-        return TOKENS_PER_BATCH, SMALL
+        return TOKENS_PER_BATCH, FREE_TOKENS
     taken = sum(p.nbytes for p in lm.model.parameters() if p.device == lm.device)
-    free = torch.cuda.get_device_properties(lm.device).total_memory - taken
+    left = torch.cuda.get_device_properties(lm.device).total_memory - taken
     vocabulary = embedding(lm.model).shape[0]
-    # Keys and values, twice while contexts are dealt; of a step's few tokens what the gradient needs, and logits.
+    # Keys and values, twice while contexts are split; of a step's few tokens what the gradient needs, and logits.
     each = 8 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize + vocabulary
-    return min(max(free // 2 // each, TOKENS_PER_BATCH // 8), LARGE), SMALL_ON_GPU
+    return min(max(left // 2 // each, TOKENS_PER_BATCH // 8), MOST_TOKENS), FREE_TOKENS_ON_GPU
 
 
 def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[Row]]:
-    """Rows of every fact: one per context, the bare prompt's first, then the essence's, up to where it is read.
+    """Rows of every fact: one per context, the bare prompt's first, then the KL prompt's, up to where it is read.
 
     A subject that is an attention sink (`sinks`) is read behind other text in all of them, with a warning.
     """
     texts = []
-    before, before_essence = contexts_of(lm, edits, contexts), contexts_of(lm, edits, contexts, ESSENCE)
-    for edit, mine, essence in zip(edits, before, before_essence, strict=True):
+    prefixes, kl_prefixes = contexts_of(lm, edits, contexts), contexts_of(lm, edits, contexts, KL_PROMPT)
+    for edit, before, before_kl in zip(edits, prefixes, kl_prefixes, strict=True):
         assert edit.subject is not None, "methods check that every edit has a subject"
-        texts += [Text.about(edit, prefix) for prefix in mine]
-        texts.append(Text.of(ESSENCE, edit.subject, prefix=essence[0]))
-        if mine is not contexts:
+        texts += [Text.about(edit, prefix) for prefix in before]
+        texts.append(Text.of(KL_PROMPT, edit.subject, prefix=before_kl[0]))
+        if before is not contexts:
             warn_of_sink(edit)
     rows = lm.encode(texts)
     each = len(contexts) + 1
@@ -68,37 +70,37 @@ def _until_subject(row: Row) -> Row:
     return Row(row.ids[: row.subject_last + 1], row.subject_last + 1, row.subject_last)
 
 
-def _replayed(row: Row) -> int:
+def replayed_tokens(row: Row) -> int:
     """Tokens of the row that are run at every step: from the subject's last to the last but one of the target."""
     assert row.subject_last is not None
     return len(row.ids) - bool(row.target_ids) - row.subject_last
 
 
-def parts_of(facts: list[list[Row]], owners: list[int], limit: int, small: int) -> list[list[int]]:
-    """Indices of facts in batches of at most `limit` tokens, one δ in one batch.
+def make_batches(facts: list[list[Row]], delta_index: list[int], limit: int, free: int) -> list[list[int]]:
+    """Indices of facts in batches of at most `limit` tokens; facts of one δ are in one batch.
 
     What is run at every step is as wide as the widest fact of a batch, so other widths open another batch, unless
-    the one at hand has fewer than `small` tokens in a step, so that its passes cost more than their tokens.
+    the one at hand has fewer than `free` tokens in a step, so that its passes cost more than their tokens.
     """
-    together: dict[int, list[int]] = {}
-    for i, owner in enumerate(owners):
-        together.setdefault(owner, []).append(i)
+    sharing: dict[int, list[int]] = {}
+    for i, index in enumerate(delta_index):
+        sharing.setdefault(index, []).append(i)
     sizes = {}  # per δ: widest of what is run at every step, widest of all
-    for owner, mine in together.items():
-        rows = [row for i in mine for row in facts[i]]
-        sizes[owner] = max(map(_replayed, rows)), max(len(row.ids) for row in rows)
-    parts: list[list[int]] = []
+    for index, members in sharing.items():
+        rows = [row for i in members for row in facts[i]]
+        sizes[index] = max(map(replayed_tokens, rows)), max(len(row.ids) for row in rows)
+    batches: list[list[int]] = []
     step, width = 0, 0
-    for owner in sorted(together, key=lambda owner: sizes[owner]):
-        mine, wider = together[owner], max(width, sizes[owner][1])
-        open_still = parts and (sizes[owner][0] == step or len(parts[-1]) * len(facts[0]) * step < small)
-        if open_still and (len(parts[-1]) + len(mine)) * len(facts[0]) * wider <= limit:
-            parts[-1] += mine
-            step, width = sizes[owner][0], wider
+    for index in sorted(sharing, key=lambda index: sizes[index]):
+        members, wider = sharing[index], max(width, sizes[index][1])
+        fits = batches and (sizes[index][0] == step or len(batches[-1]) * len(facts[0]) * step < free)
+        if fits and (len(batches[-1]) + len(members)) * len(facts[0]) * wider <= limit:
+            batches[-1] += members
+            step, width = sizes[index][0], wider
         else:
-            parts.append(list(mine))
-            step, width = sizes[owner]
-    return parts
+            batches.append(list(members))
+            step, width = sizes[index]
+    return batches
 
 
 @dataclass(frozen=True)
@@ -106,90 +108,95 @@ class Scores:
     """How a batch reads its facts with some δ."""
 
     nll: Tensor  # (facts,) mean over contexts of the target's mean NLL
-    essence: Tensor  # (facts, vocabulary) log distribution
-    lowest: Tensor  # (facts,) smallest mean probability of the target's tokens over contexts
-    hit: Tensor  # (facts,) whether every token of the target is the likeliest in every context
+    kl_prompt: Tensor  # (facts, vocabulary) log distribution behind the KL prompt
+    probability: Tensor  # (facts,) smallest mean probability of the target's tokens over contexts
+    predicted: Tensor  # (facts,) whether every token of the target is the most likely in every context
 
 
-class Run:
+class FactBatch:
     """Facts as one batch, run once up to the edited layer.
 
     Args:
-        facts: per fact its contexts' rows and the essence's.
+        facts: per fact its contexts' rows and the KL prompt's.
         weights: (contexts,) of each context in a mean.
+
+    Attributes:
+        facts: how many there are.
+        width: of an addition, the model's hidden size.
     """
 
     def __init__(self, lm: LM, facts: list[list[Row]], weights: Tensor, layer: int):
-        asked, essence = [row for fact in facts for row in fact[:-1]], [fact[-1] for fact in facts]
-        spared = len(facts) * (max(map(_replayed, asked)) - max(map(_replayed, essence)))
-        # The essence is read at the subject already, so its rows are short.
+        prompts, kl_prompts = [row for fact in facts for row in fact[:-1]], [fact[-1] for fact in facts]
+        spared = len(facts) * (max(map(replayed_tokens, prompts)) - max(map(replayed_tokens, kl_prompts)))
+        # The KL prompt is read at the subject already, so its rows are short.
         self._replays = []
-        for rows in [asked, essence] if spared > SMALL else [asked + essence]:
+        for rows in [prompts, kl_prompts] if spared > FREE_TOKENS else [prompts + kl_prompts]:
             # The last token of a target predicts nothing that is scored.
             cut = [Row(row.ids[:-1], row.prompt_length) if row.target_ids else row for row in rows]
-            anchors = [row.subject_last for row in rows if row.subject_last is not None]
-            self._replays.append(BlockReplay(lm, lm.pad(cut, anchors), layer, max(anchors)))
-        self._rows_of, self.weights = facts, weights
-        self._place()
+            columns = [row.subject_last for row in rows if row.subject_last is not None]
+            self._replays.append(BlockReplay(lm, lm.pad(cut, columns), layer, max(columns)))
+        self._rows, self.weights, self.width = facts, weights, lm.parts.hidden_size
+        self._locate()
 
-    def _place(self) -> None:
+    def _locate(self) -> None:
         """Finds what is scored in the padded rows."""
-        facts, device = self._rows_of, self.weights.device
-        asked, self.facts = [row for fact in facts for row in fact[:-1]], len(facts)
-        scored = [(r, c, t, w) for r, row in enumerate(asked) for c, t, w in _predictions(row)]
+        facts, device = self._rows, self.weights.device
+        prompts, self.facts = [row for fact in facts for row in fact[:-1]], len(facts)
+        scored = [(r, c, t, w) for r, row in enumerate(prompts) for c, t, w in _predictions(row)]
         columns = [torch.tensor(column, device=device) for column in zip(*scored, strict=True)]
-        self._rows, places, self._targets, self._shares = columns
-        here = torch.arange(len(facts), device=device)
-        self._owners = here.repeat_interleave(len(self.weights))  # fact of each row that is asked
+        self._scored_rows, places, self._targets, self._shares = columns
+        every = torch.arange(len(facts), device=device)
+        self._fact_of_row = every.repeat_interleave(len(self.weights))  # of the prompts
         ends = torch.tensor([len(fact[-1].ids) - 1 for fact in facts], device=device)
         starts = torch.cat([replay.batch.starts for replay in self._replays])
-        groups = [(self._rows, places + starts[self._rows]), (here, ends + starts[len(asked) :])]
-        self._deltas, self._places = [self._owners, here], groups
+        groups = [(self._scored_rows, places + starts[self._scored_rows]), (every, ends + starts[len(prompts) :])]
+        self._delta_of_row, self._places = [self._fact_of_row, every], groups
         if len(self._replays) == 1:
-            rows, columns = zip(groups[0], (here + len(asked), groups[1][1]), strict=True)
-            self._deltas, self._places = [torch.cat(self._deltas)], [(torch.cat(rows), torch.cat(columns))]
+            rows, columns = zip(groups[0], (every + len(prompts), groups[1][1]), strict=True)
+            self._delta_of_row = [torch.cat(self._delta_of_row)]
+            self._places = [(torch.cat(rows), torch.cat(columns))]
 
-    def keep(self, which: Sequence[int], hand: slice = slice(None)) -> Run:
-        """The run of some of the facts, with a hand of their contexts."""
-        twin, each = copy.copy(self), range(len(self.weights))
-        asked = torch.tensor([i * len(each) + j for i in which for j in each[hand]])
-        essence = torch.tensor(which)
-        both = torch.cat([asked, essence + self.facts * len(each)])
-        groups = [asked, essence] if len(self._replays) == 2 else [both]
-        twin._replays = [replay.select(rows) for replay, rows in zip(self._replays, groups, strict=True)]
-        twin._rows_of = [[*self._rows_of[i][:-1][hand], self._rows_of[i][-1]] for i in which]
-        twin.weights = self.weights[hand]
-        twin._place()
-        return twin
+    def select(self, facts: Sequence[int], contexts: slice = slice(None)) -> FactBatch:
+        """The batch of some of the facts, with some of their contexts."""
+        selected, every = copy.copy(self), range(len(self.weights))
+        prompts = torch.tensor([i * len(every) + j for i in facts for j in every[contexts]])
+        kl_prompts = torch.tensor(facts)
+        both = torch.cat([prompts, kl_prompts + self.facts * len(every)])
+        groups = [prompts, kl_prompts] if len(self._replays) == 2 else [both]
+        selected._replays = [replay.select(rows) for replay, rows in zip(self._replays, groups, strict=True)]
+        selected._rows = [[*self._rows[i][:-1][contexts], self._rows[i][-1]] for i in facts]
+        selected.weights = self.weights[contexts]
+        selected._locate()
+        return selected
 
-    def by_fact(self, name: str) -> Tensor:
-        """An attribute of `BlockReplay` as (facts, contexts, features), float32; the essence is left out."""
-        states = getattr(self._replays[0], name)[: len(self._owners)]
+    def by_context(self, name: str) -> Tensor:
+        """An attribute of `BlockReplay` as (facts, contexts, features), float32; the KL prompt is left out."""
+        states = getattr(self._replays[0], name)[: len(self._fact_of_row)]
         return states.view(self.facts, len(self.weights), -1).float()
 
     def mean(self, name: str) -> Tensor:
         """The share of these contexts in the mean over all of them. (facts, features)"""
-        states = self.by_fact(name)
+        states = self.by_context(name)
         return torch.einsum("fcn,c->fn", states, self.weights.to(states.device))
 
     def score(self, delta: Tensor) -> Scores:
-        """delta: (sites, facts, hidden); the value matrix's last."""
+        """Reads the facts with an addition. delta: (sites, facts, hidden); the value matrix's last."""
         logits = []
-        for replay, owners, places in zip(self._replays, self._deltas, self._places, strict=True):
-            *attention, added = (site[owners] for site in delta)
+        for replay, facts, places in zip(self._replays, self._delta_of_row, self._places, strict=True):
+            *attention, added = (site[facts] for site in delta)
             logits.append(replay(added, *places, attention=attention[0] if attention else None).float())
-        scored, essence = logits if len(logits) == 2 else logits[0].split([len(self._rows), self.facts])
+        scored, kl_prompt = logits if len(logits) == 2 else logits[0].split([len(self._scored_rows), self.facts])
         wanted = -cross_entropy(scored, self._targets, reduction="none")  # (n,)
-        owners = self._owners[self._rows]
+        facts = self._fact_of_row[self._scored_rows]
         zeros = wanted.new_zeros(self.facts)
-        weights = (self.weights / self.weights.sum())[self._rows % len(self.weights)]
-        nll = zeros.index_add(0, owners, -wanted * self._shares * weights)
-        missed = zeros.index_add(0, owners, (scored.detach().argmax(-1) != self._targets).float())
-        probability = wanted.new_zeros(len(self._owners)).index_add(
-            0, self._rows, wanted.detach().exp() * self._shares
+        weights = (self.weights / self.weights.sum())[self._scored_rows % len(self.weights)]
+        nll = zeros.index_add(0, facts, -wanted * self._shares * weights)
+        missed = zeros.index_add(0, facts, (scored.detach().argmax(-1) != self._targets).float())
+        probability = wanted.new_zeros(len(self._fact_of_row)).index_add(
+            0, self._scored_rows, wanted.detach().exp() * self._shares
         )
         lowest = probability.view(self.facts, -1).min(1).values
-        return Scores(nll, essence.log_softmax(-1), lowest, missed == 0)
+        return Scores(nll, kl_prompt.log_softmax(-1), lowest, missed == 0)
 
 
 def _predictions(row: Row) -> list[tuple[int, int, float]]:
@@ -198,7 +205,9 @@ def _predictions(row: Row) -> list[tuple[int, int, float]]:
     return [(row.prompt_length - 1 + i, token, 1 / len(wanted)) for i, token in enumerate(wanted)]
 
 
-def dealt(lm: LM, facts: list[list[Row]], weights: Tensor, layer: int, turns: int) -> list[Run]:
-    """The facts with every `turns`-th context, from the first on, from the second on …"""
-    whole, turns = Run(lm, facts, weights, layer), min(turns, len(weights))
-    return [whole] if turns == 1 else [whole.keep(range(len(facts)), slice(i, None, turns)) for i in range(turns)]
+def split_contexts(lm: LM, facts: list[list[Row]], weights: Tensor, layer: int, batches: int) -> list[FactBatch]:
+    """The facts with every `batches`-th context, from the first on, from the second on …"""
+    whole, batches = FactBatch(lm, facts, weights, layer), min(batches, len(weights))
+    if batches == 1:
+        return [whole]
+    return [whole.select(range(len(facts)), slice(i, None, batches)) for i in range(batches)]

@@ -79,11 +79,11 @@ class AlphaEdit(SearchSettings):
         deltas: dict[str, Delta] = {}
         state: dict[str, Tensor] = {}
         found, z = None, None
-        with lm.patched():
+        with lm.restored_afterwards():
             for i, layer in enumerate(layers):
                 if z is None or self.boundary_layers:
                     target = layer if self.boundary_layers else layers[-1]
-                    found = find_values(lm, edits, target, prefixes, self.search(site="block"))
+                    found = find_values(lm, edits, target, prefixes, self)
                     z = self._anchored(lm, found, target, state)  # (facts, hidden)
                 missing = z - subjects.states(target, "block")  # (facts, hidden)
                 shares = 1 if self.boundary_layers else len(layers) - i

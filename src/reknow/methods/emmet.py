@@ -52,7 +52,7 @@ class EMMET(SearchSettings):
         edits = check_edits(self, edits)
         layer = resolve_layer(lm, self.layer)
         prefixes = self.contexts(lm)
-        found = find_values(lm, edits, layer, prefixes, self.search(site="block"))
+        found = find_values(lm, edits, layer, prefixes, self)
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
             Whitening(self.from_covariance(lm, layer, cholesky)),

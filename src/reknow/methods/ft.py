@@ -86,7 +86,7 @@ class FT(StepSize, Method):
         return make_patch(self, lm, edits, matrices.deltas(), notes=notes)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits, layers = [one for edit in edits for one in check_edits(self, edit)], self._layers(lm)
+        edits, layers = [check_edits(self, edit)[0] for edit in edits], self._layers(lm)
         if not is_addition(lm, layers):
             return super().edit_each(lm, edits)
         (layer,), rows = layers, self._rows(lm, edits)

@@ -67,7 +67,7 @@ class KN(Method):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)
         patches = []
-        with lm.patched():
+        with lm.restored_afterwards():
             for edit in edits:
                 patches.append(self._edit_one(lm, edit))
                 lm.apply(patches[-1])

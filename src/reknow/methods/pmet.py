@@ -13,14 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, Number, Share, Weight
 from reknow.contract import check_edits
+from reknow.editing.band import BandSettings
+from reknow.editing.keys import Site
 from reknow.editing.layers import resolve_layers
 from reknow.editing.values import find_values
 from reknow.edits import Edit
-from reknow.methods.memit import Band
 from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PMET(Band):
+class PMET(BandSettings):
     """Mass editing of the MLP's share in the wanted state."""
+
+    site: ClassVar[Site] = "value"
+    moves_attention: ClassVar[bool] = True
+    distance_power: ClassVar[float] = 0.5
 
     regularization: Annotated[Weight, Formerly("stiffness")] = 0.03
     steps: Number = 30
@@ -48,5 +53,5 @@ class PMET(Band):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)
         layers = resolve_layers(lm, self.layers)
-        found = find_values(lm, edits, layers[-1], self.contexts(lm), self.search(attention=True))
-        return self.spread(lm, edits, layers, found, "value", 0.5)
+        found = find_values(lm, edits, layers[-1], self.contexts(lm), self)
+        return self.distribute_residual(lm, edits, layers, found)

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, Natural, Number, Weight
 from reknow.contract import check_edits, make_patch
+from reknow.editing.keys import Site
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
 from reknow.editing.solvers import cholesky, rank_one, solve
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 class ROME(SearchSettings):
     """Rank-one model editing, one fact after the other."""
 
+    edits_per_call: ClassVar[int] = 16
+    site: ClassVar[Site] = "value"
+
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
     clamp: Weight = 4.0
@@ -45,8 +49,6 @@ class ROME(SearchSettings):
     average_keys: bool = False
     """R-ROME: the mean key and the mean value everywhere."""
 
-    edits_per_call = 16
-
     @property
     def name(self) -> str:
         return "r-rome" if self.average_keys else "rome"
@@ -54,16 +56,16 @@ class ROME(SearchSettings):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)
         patches = []
-        with lm.patched():
+        with lm.restored_afterwards():
             for edit in edits:
                 patches += self.edit_each(lm, [edit])
                 lm.apply(patches[-1])
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits = [one for edit in edits for one in check_edits(self, edit)]
+        edits = [check_edits(self, edit)[0] for edit in edits]
         layer = resolve_layer(lm, self.layer)
-        found = find_values(lm, edits, layer, self.contexts(lm), self.search())
+        found = find_values(lm, edits, layer, self.contexts(lm), self)
         mean_key = exact(found.mean_key)  # (edits, in)
         u = mean_key
         if self.covariance_tokens:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Part, Rate, Seed, Units, Weight
 from reknow.datasets.facts import load_facts
+from reknow.editing.contexts import sample_contexts
 from reknow.editing.keys import prompt_inputs
-from reknow.editing.values import contexts
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
@@ -155,7 +155,7 @@ class WISE(SideModuleMethod):
     def _learn(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
         """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""
         module, weight = lm.parts.value[layer], lm.weight(lm.parts.value[layer]).float()
-        prefixes = contexts(lm, self.context_groups, seed=self.seed)
+        prefixes = sample_contexts(lm, self.context_groups, seed=self.seed)
         rows = lm.encode([Text.asked(edit, prepend(prefix, edit.text)) for prefix in prefixes])
         part, before = shard.mask.to(lm.device), shard.change.to(lm.device)
         delta = before.clone().requires_grad_()

@@ -1,0 +1,58 @@
+"""Writing what is missing of wanted states over a band of layers (MEMIT, arXiv 2210.07229, Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from reknow.checks.bounds import Formerly, Weight
+from reknow.contract import make_patch
+from reknow.editing.keys import Subjects
+from reknow.editing.search import SearchSettings
+from reknow.editing.solvers import Whitening, cholesky, least_squares
+from reknow.editing.values import Values
+from reknow.edits import Edit
+from reknow.model.exact import exact
+from reknow.patching.deltas import Delta, as_delta
+from reknow.patching.patches import Patch
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+__all__ = ["BandSettings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BandSettings(SearchSettings):
+    """How what is missing is written over a band of layers: MEMIT, PMET. No method by itself."""
+
+    distance_power: ClassVar[float] = 1.0
+    """A layer gets what is missing by the number of layers left to this power (PMET: 0.5)."""
+
+    layers: tuple[int, ...] | None = None
+    """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
+    regularization: Annotated[Weight, Formerly("stiffness")] = 0.1
+    """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + this) of its change in a layer."""
+    covariance_weight: Weight | None = None
+    """λ itself, instead of the regularization: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
+
+    def distribute_residual(self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values) -> Patch:
+        """The patch that brings the subjects to z behind the last layer, a part of what is missing in each layer."""
+        z, subjects = exact(found.z), Subjects(lm, edits, self.contexts(lm))  # (facts, hidden)
+        deltas: dict[str, Delta] = {}
+        with lm.restored_afterwards():
+            for i, layer in enumerate(layers):
+                keys = subjects.keys(layer)  # (facts, in)
+                missing = z - subjects.states(layers[-1], self.site)  # (facts, hidden)
+                right = least_squares(
+                    Whitening(self.from_covariance(lm, layer, cholesky)),
+                    keys,
+                    regularization=self.regularization,
+                    weight=self.covariance_weight,
+                    names=[edit.text for edit in edits],
+                )  # (facts, in)
+                change = {lm.parts.value[layer]: as_delta(missing / (len(layers) - i) ** self.distance_power, right)}
+                lm.apply(make_patch(self, lm, edits, change))
+                deltas |= change
+        return make_patch(self, lm, edits, deltas, notes={"layers": list(layers), "losses": found.losses})
