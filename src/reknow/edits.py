@@ -5,6 +5,8 @@ A method sees `Edit`s only. Probes are for the evaluation, so no method can lear
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, asdict, dataclass
 from functools import reduce
@@ -259,3 +261,8 @@ def to_json(stated: Edit | Case) -> dict:
         return {name: value for name, value in fields if name not in ("separator", "also") or value not in (None, ())}
 
     return asdict(stated, dict_factory=given)
+
+
+def cases_digest(cases: Iterable[Case]) -> str:
+    """A hash of everything in the cases, in order."""
+    return hashlib.sha256(json.dumps([to_json(case) for case in cases]).encode()).hexdigest()[:16]

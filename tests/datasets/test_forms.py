@@ -11,9 +11,9 @@ from conftest import make_lm
 from mutations import altered, flipped
 from reknow import FT, ROME, Case, Edit, Probe
 from reknow.datasets import DATASETS, load_cases, load_edits, parse_address
+from reknow.edits import cases_digest
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench, evaluate
-from reknow.files.rows import cases_digest
 from reknow.studies.presets import agreeing
 
 COUNTERFACT = {

@@ -20,7 +20,7 @@ from reknow.editing.layers import depth_layer, suggest_layer
 from reknow.errors import InputError
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.files.atomic import append_line
-from reknow.files.rows import Rows
+from reknow.files.json_lines import Rows
 from reknow.methods import method
 from reknow.patching.stack import read_stack, save_stack
 from reknow.tracing.causal import Tracing

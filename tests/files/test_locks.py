@@ -27,9 +27,10 @@ from reknow import FT, Case, Edit, Patch, Probe, method
 from reknow.editing.layers import FILE, suggest_layer
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Results, bench
+from reknow.evaluation.run_folder import BEFORE_FILE, ROWS_FILE
 from reknow.files.atomic import write_text
 from reknow.files.locks import write_lock
-from reknow.files.rows import BEFORE_FILE, MANIFEST_FILE, ROWS_FILE
+from reknow.files.manifest import MANIFEST_FILE
 from reknow.learning.loop import LOG_FILE
 from reknow.patching.stack import read_stack, save_stack
 

@@ -19,7 +19,7 @@ from reknow.datasets.reading import Record
 from reknow.datasets.sources import read_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditRefused, InputError, did_you_mean
-from reknow.files.rows import write_json
+from reknow.files.atomic import write_json
 from reknow.files.schema import FormatError, Object, parse_json
 
 BUNDLED = "instructions.json"

@@ -13,7 +13,7 @@ from pydantic import RootModel
 
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS, InputError, ReknowError, TextRefused
-from reknow.files.rows import write_json
+from reknow.files.atomic import write_json
 from reknow.files.schema import Count, FormatError, Strict, explain, read_json
 from reknow.lm import LM
 from reknow.patching.patches import Patch

@@ -15,8 +15,19 @@ import numpy as np
 
 from reknow.errors import EditFailed
 from reknow.evaluation.metrics import Reading, case_metrics, harmonic_mean
-from reknow.evaluation.run_folder import BeforeRow, CaseRow, RunManifest, own_rows, run_digest
-from reknow.files.rows import BEFORE_FILE, BEFORE_KEY, ROW_KEY, ROWS_FILE, Rows, read_manifest
+from reknow.evaluation.run_folder import (
+    BEFORE_FILE,
+    BEFORE_KEY,
+    ROW_KEY,
+    ROWS_FILE,
+    BeforeRow,
+    CaseRow,
+    RunManifest,
+    own_rows,
+    run_digest,
+)
+from reknow.files.json_lines import Rows
+from reknow.files.manifest import read_manifest
 
 RESAMPLES = 1000
 UNEDITED = ("unedited", "before")

@@ -17,6 +17,9 @@ from reknow.errors import InputError
 from reknow.evaluation.editing import Cost
 from reknow.files.schema import Count, Listed, Strict
 
+BEFORE_FILE, ROWS_FILE = "before.jsonl", "cases.jsonl"
+BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
+
 Positive = Annotated[float, Field(gt=0)]
 Nats = Annotated[float, Field(ge=-1, le=700)]
 """A mean −log P, such that its exponential and that of its negative are numbers."""

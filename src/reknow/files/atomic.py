@@ -8,6 +8,7 @@ removes what dead ones have left.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import sys
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -47,6 +49,11 @@ def atomic_write(path: str | Path, write: Callable[[str], object]) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """Writes a UTF-8 text as in `atomic_write`."""
     return atomic_write(path, lambda new: Path(new).write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Writes a JSON file atomically."""
+    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str))
 
 
 def append_line(path: str | Path, text: str) -> Path:

@@ -18,10 +18,10 @@ import reknow
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import Name
 from reknow.contract import Method
-from reknow.edits import Case, Edit
+from reknow.edits import Case, Edit, cases_digest
 from reknow.errors import EditFailed
 from reknow.files.locks import write_lock
-from reknow.files.rows import cases_digest, open_manifest
+from reknow.files.manifest import open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys, edit_key, open_editor
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
 from reknow.learning.training import Draw, Learner, Training, shuffled, split

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from reknow.edits import FROM_FILES, Case
 from reknow.errors import EditFailed, InputError, MissingExtra
-from reknow.files.rows import Rows
+from reknow.files.json_lines import Rows
 from reknow.files.schema import Count, FormatError, Strict, explain, parse_json
 from reknow.files.tensors import HEADER, check_finite, read_tensors, write_tensors
 from reknow.learning.training import Draw, Learner, Training

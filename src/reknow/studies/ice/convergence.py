@@ -20,8 +20,9 @@ from torch import Tensor
 from reknow.editing.self_distillation import prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
+from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
-from reknow.files.rows import Rows, open_manifest
+from reknow.files.manifest import open_manifest
 from reknow.methods.ice import ICE, INTRODUCTIONS
 from reknow.model.exclusive import exclusively
 from reknow.model.scored_tokens import ScoredTokens, predictions

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from reknow.evaluation.results import Cell, markdown, summarise
 from reknow.files.atomic import atomic_write, write_text
-from reknow.files.rows import Rows, read_manifest
+from reknow.files.json_lines import Rows
+from reknow.files.manifest import read_manifest
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 from reknow.studies.ice.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 

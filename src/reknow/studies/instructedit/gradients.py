@@ -11,7 +11,7 @@ import torch
 from reknow.datasets.families import load_families
 from reknow.edits import Case
 from reknow.errors import MissingExtra
-from reknow.files.rows import write_json
+from reknow.files.atomic import write_json
 from reknow.learning.gradient_network import new_network
 from reknow.learning.gradients import flat_factors
 from reknow.lm import LM

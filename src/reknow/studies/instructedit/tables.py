@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from reknow.evaluation.results import RESAMPLES, summarise
-from reknow.files.atomic import write_text
-from reknow.files.rows import write_json
+from reknow.files.atomic import write_json, write_text
 
 METRICS = (
     ("reliability@teacher_forced_tokens", "Reliability, share of tokens, asked plainly, %"),
