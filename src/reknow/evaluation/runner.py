@@ -11,22 +11,24 @@ from urllib.parse import quote
 import reknow
 from reknow.checks.bounds import Natural, Number, Seed, check_settings
 from reknow.contract import Method
-from reknow.edits import Case, to_json
+from reknow.edits import Case, cases_digest, to_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.probing import perplexity, read_each
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
-from reknow.evaluation.run_folder import BeforeRow, CaseRow, own_rows, run_digest
-from reknow.files.locks import write_lock
-from reknow.files.rows import (
+from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
     ROW_KEY,
     ROWS_FILE,
-    Rows,
-    cases_digest,
-    open_manifest,
+    BeforeRow,
+    CaseRow,
+    own_rows,
+    run_digest,
 )
+from reknow.files.json_lines import Rows
+from reknow.files.locks import write_lock
+from reknow.files.manifest import open_manifest
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import unreadable
