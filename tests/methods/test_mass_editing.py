@@ -56,7 +56,7 @@ def test_memit_without_regularization_reaches_z_in_one_layer(gpt2):
         assert torch.allclose(Subjects(gpt2, EDITS, [""]).states(1, "block"), wanted, atol=1e-4)
 
 
-def test_memit_spreads_what_is_missing_over_its_layers(gpt2):
+def test_memit_distributes_the_residual_over_its_layers(gpt2):
     patch = MEMIT(layers=(0, 1, 2), **FAST).edit(gpt2, EDITS)
     assert list(patch.deltas) == list(gpt2.parts.value)
     assert patch.notes["layers"] == [0, 1, 2]

@@ -12,8 +12,8 @@ from torch import nn
 from conftest import make_lm
 from reknow import DEFER, LM, MELO, CaliNet, Edit
 from reknow.datasets import load_facts
-from reknow.editing.keys import prompt_states, spread
 from reknow.errors import InputError
+from reknow.memories.distances import distance_scale, prompt_states
 from reknow.methods.calinet import Slots, assessment, other_inputs, together
 from reknow.methods.defer import Gate
 from reknow.methods.melo import Clusters
@@ -77,11 +77,11 @@ def test_distances_are_in_units_of_questions_alike():
     alike = [fact.text for fact in load_facts("pararel") if fact.prompt == load_facts("pararel")[0].prompt][:8]
     rows = lm.encode([Text(text) for text in alike])
     keys, _ = prompt_states(lm, rows, lm.parts.value[1])
-    unit = spread(lm, 1)
+    unit = distance_scale(lm, 1)
     assert 0 < unit < 10 * float(torch.cdist(keys, keys).max())
     with lm.patched(DEFER(layer=0, steps=2).edit(lm, [edit(PROMPTS[0])])):
         lm.memo.clear()
-        assert spread(lm, 1) == unit, "of the base model, whatever is applied"
+        assert distance_scale(lm, 1) == unit, "of the base model, whatever is applied"
 
 
 def test_melo_has_a_block_for_every_few_edits():

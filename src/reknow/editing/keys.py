@@ -7,30 +7,21 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor
 
-from reknow.datasets.facts import load_facts
 from reknow.editing.sinks import contexts_of
 from reknow.edits import Edit
 from reknow.model.exact import exact
-from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import Row, Text
 from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+__all__ = ["Site", "Subjects", "warn_of_shared_keys"]
+
 Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
-
-ALIKE = 8
-"""Facts of one wording that tell how far apart such questions lie."""
-
-SLIVER = 1e-5
-"""What keeps two radii that meet apart, in the unit of distances."""
-SAME = 1e-3
-"""Keys that are closer, in the unit of distances, are the same prompt in another batch."""
 
 
 class Subjects:
@@ -75,48 +66,6 @@ class Subjects:
         parts, bare = self._lm.parts, slice(None, None, self._contexts)
         name = parts.blocks[layer] if site == "block" and parts.residual_identity else parts.value[layer]
         return exact(self._lm.read(self._rows[bare], self._last[bare], outputs=[name])[name])
-
-
-def spread(lm: LM, layer: int) -> float:
-    """How far apart questions of the same wording lie: root mean square distance between the inputs of the layer's
-    value matrix at the last tokens of bundled facts that differ in their subjects, on the base model. What a memory
-    has to tell apart; in this unit distances mean much the same in every model.
-    """
-
-    def measure() -> float:
-        alike: dict[str, list[str]] = {}
-        for fact in load_facts("pararel"):
-            alike.setdefault(fact.prompt, []).append(fact.text)
-        groups = [texts[:ALIKE] for texts in alike.values() if len(texts) >= ALIKE]
-        rows = lm.encode([Text(text) for texts in groups for text in texts])
-        name = lm.parts.value[layer]
-        with lm.unpatched():
-            keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name])
-        apart = keys.view(len(groups), ALIKE, -1).var(1).sum(-1)  # (groups,)
-        return float((2 * apart.mean()).sqrt())
-
-    return lm.cached(("spread", layer), measure)
-
-
-def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
-    """The module's input and output at each prompt's last token. (rows, in), (rows, out), float32"""
-    prompts = [Row(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
-    found = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
-    return found[module].float(), found[f"{module}:out"].float()
-
-
-@torch.no_grad()
-def prompt_inputs(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
-    """The module's input at all tokens of a few texts, and which of them belong to the prompt.
-
-    Returns:
-        (rows, columns, in), float32; (rows, columns), boolean.
-    """
-    batch = lm.pad(rows)
-    with recorded(lm.model, inputs=[module], stop=True) as (seen, _):
-        lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
-    columns = torch.arange(batch.ids.shape[1], device=lm.device)
-    return by_row(seen[module], len(rows)).float(), (columns < batch.ends[:, None]) & batch.mask.bool()
 
 
 def warn_of_shared_keys(method: str, edits: Sequence[Edit]) -> None:

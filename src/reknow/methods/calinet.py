@@ -36,11 +36,11 @@ from reknow.checks.bounds import Number, Rate, Seed, Weight
 from reknow.contract import check_edits
 from reknow.datasets.facts import load_facts
 from reknow.editing.descent import adam_update, descend
-from reknow.editing.keys import prompt_inputs, prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
 from reknow.memories.base import SideModuleMethod, conflicts, memory_patch, resolve_conflicts
+from reknow.memories.distances import prompt_inputs, prompt_states
 from reknow.model.exact import exact
 from reknow.model.forward_context import ForwardContext
 from reknow.model.scored_tokens import AnswerLoss

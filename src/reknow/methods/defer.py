@@ -25,11 +25,11 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Rate, Seed, Share, Units, Weight
 from reknow.editing.descent import adam_update, descend
-from reknow.editing.keys import prompt_states
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
+from reknow.memories.distances import prompt_states
 from reknow.model.forward_context import ForwardContext
 from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Text

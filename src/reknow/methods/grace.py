@@ -21,11 +21,11 @@ from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Seed, Units, Weight
-from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
+from reknow.memories.distances import EPSILON, SAME_KEY_DISTANCE, distance_scale, prompt_states
 from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
 from reknow.model.scored_tokens import AnswerLoss
@@ -89,7 +89,7 @@ class GRACE(SideModuleMethod):
         book = self.memory(lm, before) if before else Codebook.empty(lm, modules[0], self.replacement)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, outputs = prompt_states(lm, rows, book.module)
-        unit = 1.0 if self.units == "absolute" else spread(lm, layer)
+        unit = 1.0 if self.units == "absolute" else distance_scale(lm, layer)
         slots = [self._place(book, key, row.target_ids, unit) for key, row in zip(keys, rows, strict=True)]
         losses = self._train(lm, rows, layer, book, torch.tensor(slots, device=keys.device), outputs)
         touched = sorted(book.touched)
@@ -131,11 +131,11 @@ class GRACE(SideModuleMethod):
             return book.add(key, radius, label)
         if label == book.labels[slot]:
             # Rounding must not put the prompt outside of what was widened for it.
-            book.change(slot, max(distance + SLIVER * unit, float(book.radii[slot])))
-        elif distance <= SAME * unit:  # the same prompt: the old answer goes
+            book.change(slot, max(distance + EPSILON * unit, float(book.radii[slot])))
+        elif distance <= SAME_KEY_DISTANCE * unit:  # the same prompt: the old answer goes
             book.change(slot, float(book.radii[slot]), label)
         else:
-            book.change(slot, distance / 2 - SLIVER * unit)
+            book.change(slot, distance / 2 - EPSILON * unit)
             return book.add(key, distance / 2, label)
         return slot
 

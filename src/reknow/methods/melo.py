@@ -23,11 +23,11 @@ from torch import Tensor
 
 from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
 from reknow.editing.descent import adam_update, descend
-from reknow.editing.keys import SAME, SLIVER, prompt_states, spread
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
+from reknow.memories.distances import EPSILON, SAME_KEY_DISTANCE, distance_scale, prompt_states
 from reknow.model.forward_context import ForwardContext
 from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Row, Text
@@ -100,8 +100,8 @@ class MELO(SideModuleMethod):
             state[f"up.{module}"] = torch.stack([block[i][1] for block, _ in learned])
         memory = {
             "modules": modules,
-            "unit": spread(lm, layer),
-            "radius": self.radius * spread(lm, layer),
+            "unit": distance_scale(lm, layer),
+            "radius": self.radius * distance_scale(lm, layer),
             "opened": len(learned),
             "labels": [list(row.target_ids) for row in rows],
             "blocks": [first + i // self.block_size for i in range(len(rows))],
@@ -194,12 +194,12 @@ class Clusters:
             points = torch.stack([point for point, _ in cluster.points])
             centre.copy_(points.mean(0))
             cluster.radius = max(float(_distances(points, centre).max()), radius)
-        elif distance <= SAME * unit:  # the same prompt: the old answer goes
+        elif distance <= SAME_KEY_DISTANCE * unit:  # the same prompt: the old answer goes
             centre.copy_(key)
             self.found[nearest] = Cluster(cluster.radius, label, [(key, block)])
         else:
-            cluster.radius = distance / 2 - SLIVER * unit
-            self._open(key, distance / 2 + SLIVER * unit, label, block)
+            cluster.radius = distance / 2 - EPSILON * unit
+            self._open(key, distance / 2 + EPSILON * unit, label, block)
             inside = [float(_distances(point[None], centre)) <= cluster.radius for point, _ in cluster.points]
             cluster.points = [point for point, kept in zip(cluster.points, inside, strict=True) if kept]
 

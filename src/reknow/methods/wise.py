@@ -29,11 +29,11 @@ from torch import Tensor
 from reknow.checks.bounds import Formerly, Number, Part, Rate, Seed, Units, Weight
 from reknow.datasets.facts import load_facts
 from reknow.editing.contexts import sample_contexts
-from reknow.editing.keys import prompt_inputs
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Strict
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
+from reknow.memories.distances import prompt_inputs
 from reknow.model.exact import finite_loss
 from reknow.model.forward_context import ForwardContext
 from reknow.model.scored_tokens import AnswerLoss

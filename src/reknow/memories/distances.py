@@ -1,0 +1,68 @@
+"""What a memory compares prompts by: the input of a value matrix, and how far apart two of them are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from reknow.datasets.facts import load_facts
+from reknow.model.exact import exact
+from reknow.model.hooks import by_row, recorded
+from reknow.model.tokens import Row, Text
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+__all__ = ["EPSILON", "SAME_KEY_DISTANCE", "distance_scale", "prompt_inputs", "prompt_states"]
+
+FACTS_PER_PROMPT = 8
+"""Facts asked with the same prompt that tell how far apart such questions lie."""
+EPSILON = 1e-5
+"""What keeps two radii that meet apart, in units of `distance_scale`."""
+SAME_KEY_DISTANCE = 1e-3
+"""Keys that are closer, in units of `distance_scale`, are the same prompt in another batch."""
+
+
+def distance_scale(lm: LM, layer: int) -> float:
+    """How far apart questions of the same wording lie: root mean square distance between the inputs of the layer's
+    value matrix at the last tokens of bundled facts that differ in their subjects, on the base model. What a memory
+    has to tell apart; in this unit distances mean much the same in every model.
+    """
+
+    def measure() -> float:
+        alike: dict[str, list[str]] = {}
+        for fact in load_facts("pararel"):
+            alike.setdefault(fact.prompt, []).append(fact.text)
+        groups = [texts[:FACTS_PER_PROMPT] for texts in alike.values() if len(texts) >= FACTS_PER_PROMPT]
+        rows = lm.encode([Text(text) for texts in groups for text in texts])
+        name = lm.parts.value[layer]
+        with lm.unpatched():
+            keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name])
+        apart = keys.view(len(groups), FACTS_PER_PROMPT, -1).var(1).sum(-1)  # (groups,)
+        return float((2 * apart.mean()).sqrt())
+
+    return lm.cached(("distance_scale", layer), measure)
+
+
+def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+    """The module's input and output at each prompt's last token. (rows, in), (rows, out), float32"""
+    prompts = [Row(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
+    found = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
+    return found[module].float(), found[f"{module}:out"].float()
+
+
+@torch.no_grad()
+def prompt_inputs(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+    """The module's input at all tokens of a few texts, and which of them belong to the prompt.
+
+    Returns:
+        (rows, columns, in), float32; (rows, columns), boolean.
+    """
+    batch = lm.pad(rows)
+    with recorded(lm.model, inputs=[module], stop=True) as (seen, _):
+        lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
+    columns = torch.arange(batch.ids.shape[1], device=lm.device)
+    return by_row(seen[module], len(rows)).float(), (columns < batch.ends[:, None]) & batch.mask.bool()
