@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 METHODS: dict[str, Row] = {
-    "adalora": Row("lora:LoRA", {"kind": "adalora", "learning_rate": 0.05}, "Zhang et al. 2023, arXiv 2303.10512"),
+    "adalora": Row("lora:LoRA", {"variant": "adalora", "learning_rate": 0.05}, "Zhang et al. 2023, arXiv 2303.10512"),
     "alphaedit": Row("alphaedit:AlphaEdit", {}, "Fang et al. 2024, arXiv 2410.02355"),
     "alphaedit-blue": Row("alphaedit:AlphaEdit", {"boundary_layers": True}, "Li et al. 2025, arXiv 2502.03748"),
     "calinet": Row("calinet:CaliNet", {}, "Dong et al. 2022, arXiv 2210.03329"),
@@ -63,14 +63,14 @@ METHODS: dict[str, Row] = {
     "locft-bf": Row(
         "ft:FT", {"breadth_first": True, "batch_size": 100, "stop_loss": 0.0}, "Yang et al. 2025, arXiv 2509.22072"
     ),
-    "lora": Row("lora:LoRA", {"kind": "lora"}, "Hu et al. 2021, arXiv 2106.09685"),
+    "lora": Row("lora:LoRA", {"variant": "lora"}, "Hu et al. 2021, arXiv 2106.09685"),
     "malmen": Row("malmen:MALMEN", {}, "Tan et al. 2023, arXiv 2311.04661"),
     "melo": Row("melo:MELO", {}, "Yu et al. 2023, arXiv 2312.11795"),
     "memit": Row("memit:MEMIT", {}, "Meng et al. 2022, arXiv 2210.07229"),
     "memit-merge": Row("memit:MEMIT", {"merge_subjects": True}, "Dong et al. 2025, arXiv 2502.07322"),
     "mend": Row("mend:MEND", {}, "Mitchell et al. 2021, arXiv 2110.11309"),
     "pmet": Row("pmet:PMET", {}, "Li et al. 2023, arXiv 2308.08742"),
-    "qlora": Row("lora:LoRA", {"kind": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
+    "qlora": Row("lora:LoRA", {"variant": "qlora"}, "Dettmers et al. 2023, arXiv 2305.14314"),
     "r-rome": Row("rome:ROME", {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Row("rome:ROME", {}, "Meng et al. 2022, arXiv 2202.05262"),
     "serac": Row("serac:SERAC", {}, "Mitchell et al. 2022, arXiv 2206.06520"),

@@ -145,7 +145,7 @@ def test_numbers_have_bounds_in_every_method():
 BEYOND = {
     "alphaedit": [("l2", -1), ("null_share", 2), ("null_threshold", -0.5)],
     "rome": [("learning_rate", 0), ("steps", 10**22), ("stop_probability", 1.5), ("seed", -1)],
-    "lora": [("rank", 100_000), ("rank", 0), ("alpha", 0), ("places", ("nowhere",)), ("places", ())],
+    "lora": [("rank", 100_000), ("rank", 0), ("alpha", 0), ("matrices", ("nowhere",)), ("matrices", ())],
     "ice": [("temperature", 0), ("consistency_weight", -1), ("targets", "both")],
     "wise": [("mask_ratio", 0.0), ("density", 1.5), ("shard_size", 0), ("context_groups", ((2, 0),))],
     "mend": [("rank", 2**20), ("step_size", 0), ("editor", "")],
@@ -183,8 +183,8 @@ def test_settings_are_checked_when_they_are_made(name, field, value):
         ("ft-m", "layer=2", 2),
         ("ft-m", "layer=1,2", (1, 2)),
         ("ike", "demonstration_mix=1,2,3", (1, 2, 3)),
-        ("lora", "places=value", ("value",)),
-        ("lora", "places=value, up", ("value", "up")),
+        ("lora", "matrices=value", ("value",)),
+        ("lora", "matrices=value, up", ("value", "up")),
         ("rome", "units=absolute", "absolute"),
         ("rome", "learning_rate=1", 1.0),
         ("rome", "learning_rate=5e-1", 0.5),
@@ -215,7 +215,7 @@ def test_settings_are_taken_as_people_type_them(name, typed, held):
         ("rome", "steps=" + "9" * 5000, "expected steps as int ≥ 1; got '9999"),
         ("rome", "layer=" + "[" * 100_000, "expected layer as int or none; got '[[["),
         ("rome", "covariance_text=", "expected covariance_text as non-empty str or none; got ''"),
-        ("lora", "places=value,nowhere", "expected places as [one of value, up, attention_out, …]"),
+        ("lora", "matrices=value,nowhere", "expected matrices as [one of value, up, attention_out, …]"),
     ],
 )
 def test_what_is_typed_wrong_is_one_sentence(name, typed, said):

@@ -64,7 +64,7 @@ def test_ultraedit_gives_the_authors_change():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ultraedit.json").read_text()), load_file(GOLDEN / "ultraedit.safetensors")
     edits = [Edit(prompt, target_new=answer) for prompt, answer in about["edits"]]
-    patch = UltraEdit(layers=(1,), learning_rate_absolute=about["lr"], min_tokens=2).edit(lm, edits)
+    patch = UltraEdit(layers=(1,), learning_rate=about["lr"], units="absolute", min_tokens=2).edit(lm, edits)
     count = patch.state["norm.32x40.count"]
     assert count == about["tokens"]
     # Their loss is a mean over the edits, ours a sum; and their variance of a batch is too large by n / (n − 1).

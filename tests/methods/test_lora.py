@@ -18,7 +18,7 @@ from reknow.patching.deltas import LowRank
 
 pytest.importorskip("peft")
 
-PLACES = ("value", "up", "attention_out")
+MATRICES = ("value", "up", "attention_out")
 
 
 @pytest.mark.parametrize("family", CORE_FAMILIES)
@@ -28,7 +28,7 @@ def test_the_answer_becomes_likelier_and_the_model_is_left_alone(family, name, e
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
     modules, attributes = dict(lm.model.named_modules()), set(vars(lm.model))
     state, first = torch.get_rng_state(), lm.score([edit.text], ["English"])[0].nll
-    patch = method(name, places=PLACES, layers=(1, 2), rank=4, learning_rate=2e-2).edit(lm, [edit])
+    patch = method(name, matrices=MATRICES, layers=(1, 2), rank=4, learning_rate=2e-2).edit(lm, [edit])
     assert dict(lm.model.named_modules()) == modules and set(vars(lm.model)) == attributes
     assert all(torch.equal(before[name], p) and not p.requires_grad for name, p in lm.model.named_parameters())
     assert torch.equal(state, torch.get_rng_state())
@@ -43,7 +43,7 @@ def test_the_answer_becomes_likelier_and_the_model_is_left_alone(family, name, e
 def test_the_patch_computes_what_peft_computed(lm, edit, name, monkeypatch):
     """The logits of peft's model at the end of training are those of the patched model."""
     last = {}
-    original = lora._factors
+    original = lora.read_factors
 
     def factors(layer):
         if not last:
@@ -51,8 +51,8 @@ def test_the_patch_computes_what_peft_computed(lm, edit, name, monkeypatch):
                 last["logits"] = lm.model(torch.tensor([[5, 6, 7, 8]])).logits
         return original(layer)
 
-    monkeypatch.setattr(lora, "_factors", factors)
-    patch = method(name, places=PLACES, learning_rate=2e-2, alpha=5.0, rank=3).edit(lm, [edit])
+    monkeypatch.setattr(lora, "read_factors", factors)
+    patch = method(name, matrices=MATRICES, learning_rate=2e-2, alpha=5.0, rank=3).edit(lm, [edit])
     with lm.patched(patch), torch.no_grad():
         ours = lm.model(torch.tensor([[5, 6, 7, 8]])).logits
         unedited = last["logits"]
@@ -64,7 +64,7 @@ def test_the_patch_computes_what_peft_computed(lm, edit, name, monkeypatch):
 def test_the_patch_is_an_adapter_folder_of_peft(lm, edit, tmp_path):
     from peft import PeftModel
 
-    patch = method("lora", places=PLACES, rank=3, learning_rate=2e-2).edit(lm, [edit])
+    patch = method("lora", matrices=MATRICES, rank=3, learning_rate=2e-2).edit(lm, [edit])
     assert Patch.load(patch.save(tmp_path / "lora.patch")).id == patch.id
     ids = torch.tensor([[5, 6, 7, 8]])
     with lm.patched(patch), torch.no_grad():
@@ -90,14 +90,14 @@ def test_a_memory_answers_in_training_as_it_will(name, lm, edit):
 
 def test_several_edits_share_one_adapter(lm, edit):
     other = type(edit)("The capital of {} is", subject="Peru", target_new="Paris")
-    patch = method("lora", learning_rate=3e-2, places=PLACES, layers=(0, 1, 2), steps=60).edit(lm, [edit, other])
+    patch = method("lora", learning_rate=3e-2, matrices=MATRICES, layers=(0, 1, 2), steps=60).edit(lm, [edit, other])
     with lm.patched(patch):
         scores = lm.score([edit.text, other.text], ["English", "Paris"])
     assert all(all(score.hits) for score in scores)
 
 
 def test_adalora_shares_the_rank_out(lm, edit):
-    patch = method("adalora", rank=4, places=PLACES, layers=(0, 1, 2), learning_rate=2e-2).edit(lm, [edit])
+    patch = method("adalora", rank=4, matrices=MATRICES, layers=(0, 1, 2), learning_rate=2e-2).edit(lm, [edit])
     matrices = [n for i in range(3) for n in (lm.parts.value[i], lm.parts.attention_out[i], *lm.parts.mlp_in[i])]
     ranks = [delta.rank for delta in patch.deltas.values()]
     assert sum(ranks) == 4 * len(matrices) and 0 not in ranks  # a matrix left without any rank is not in the patch
@@ -105,7 +105,7 @@ def test_adalora_shares_the_rank_out(lm, edit):
 
 
 def test_bad_settings_are_refused():
-    for settings in ({"places": ("down",)}, {"places": ()}, {"rank": 0}, {"steps": 0}):
+    for settings in ({"matrices": ("down",)}, {"matrices": ()}, {"rank": 0}, {"steps": 0}):
         with pytest.raises(InputError, match="got"):
             method("lora", **settings)
 
@@ -123,9 +123,9 @@ def test_a_missing_package_is_named_with_its_extra(lm, edit, monkeypatch, name, 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 def test_qlora_trains_against_rounded_weights(lm, edit):
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    patch = method("qlora", places=PLACES, learning_rate=2e-2).edit(lm, [edit])
+    patch = method("qlora", matrices=MATRICES, learning_rate=2e-2).edit(lm, [edit])
     assert all(torch.equal(before[name], p) for name, p in lm.model.named_parameters())
-    plain = method("lora", places=PLACES, learning_rate=2e-2).edit(lm, [edit])
+    plain = method("lora", matrices=MATRICES, learning_rate=2e-2).edit(lm, [edit])
     assert patch.notes["losses"][0] != pytest.approx(plain.notes["losses"][0], rel=1e-6)
     first = lm.score([edit.text], ["English"])[0].nll
     with lm.patched(patch):
@@ -136,7 +136,7 @@ def test_qlora_trains_against_rounded_weights(lm, edit):
 def test_the_saved_patch_is_the_folder_that_peft_loads(lm, edit, name, tmp_path):
     from peft import PeftModel
 
-    patch = method(name, places=PLACES, layers=(1, 2), rank=3, learning_rate=2e-2).edit(lm, [edit])
+    patch = method(name, matrices=MATRICES, layers=(1, 2), rank=3, learning_rate=2e-2).edit(lm, [edit])
     folder = patch.save(tmp_path / "x.patch")
     again = Patch.load(folder)
     assert again.id == patch.id and again.edits == patch.edits and again.notes == patch.notes

@@ -71,7 +71,9 @@ def test_uneven_ranks_give_the_same_logits_in_every_engine(family, case, tmp_pat
 
 def test_a_saved_adalora_patch_is_padded_and_loads_as_it_was(tmp_path):
     lm = make_lm("llama")
-    patch = method("adalora", rank=4, layers=(0, 1, 2), places=("value", "attention_out"), steps=10).edit(lm, [EDIT])
+    patch = method("adalora", rank=4, layers=(0, 1, 2), matrices=("value", "attention_out"), steps=10).edit(
+        lm, [EDIT]
+    )
     ranks = {name: delta.rank for name, delta in patch.deltas.items()}
     assert len(set(ranks.values())) > 1
     again = Patch.load(patch.save(tmp_path / "folder"))
@@ -101,7 +103,9 @@ def test_the_configuration_is_what_peft_itself_would_write(tmp_path):
 def test_a_folder_of_before_with_patterns_still_loads(tmp_path):
     """Its factors have each their own rank, and nothing says how far they are padded."""
     lm = make_lm("llama")
-    patch = method("adalora", rank=4, layers=(0, 1, 2), places=("value", "attention_out"), steps=10).edit(lm, [EDIT])
+    patch = method("adalora", rank=4, layers=(0, 1, 2), matrices=("value", "attention_out"), steps=10).edit(
+        lm, [EDIT]
+    )
     folder = patch.save(tmp_path / "folder")
     ranks = {name: delta.rank for name, delta in patch.deltas.items()}
     tensors = {f"{PREFIX}{name}.lora_A.weight": delta.right for name, delta in patch.deltas.items()}

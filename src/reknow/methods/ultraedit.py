@@ -4,8 +4,8 @@ Nothing is trained and nothing is searched. At the tokens that predict the answe
 output should go, h its input; both are normalised by what all edits so far looked like, and ΔW is the least change
 that moves the outputs there.
 
-    [ĥ; ĝ] = ([h; g] − μ) / σ            μ, σ: of all turns, this one included (lifelong normalisation)
-    v_i = −η ‖ĥ_i‖² ĝ_i,   ΔW = Vᵀ (H Hᵀ + I)⁻¹ H          H: the raw h, a row per token; one turn        (§3)
+    [ĥ; ĝ] = ([h; g] − μ) / σ            μ, σ: of all batches, this one included (lifelong normalisation)
+    v_i = −η ‖ĥ_i‖² ĝ_i,   ΔW = Vᵀ (H Hᵀ + I)⁻¹ H          H: the raw h, a row per token; one batch        (§3)
 
 The statistics travel in the patches, so that a later edit continues them.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Natural, Number, Rate, Weight
+from reknow.checks.bounds import Formerly, Natural, Number, Rate, Units, Weight
 from reknow.contract import Footprint, Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
@@ -27,7 +27,7 @@ from reknow.edits import Edit
 from reknow.learning.gradients import RunningNorm, flat_factors
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
-from reknow.patching.deltas import Delta, Dense, LowRank
+from reknow.patching.deltas import Delta, as_delta, sum_deltas
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec
 
@@ -40,7 +40,7 @@ DEPTH = (0.64, 0.96)
 
 @dataclass(frozen=True)
 class UltraEdit(Method):
-    """Lifelong editing in one backward pass per turn."""
+    """Lifelong editing in one backward pass per batch."""
 
     state_spec: ClassVar[StateSpec] = StateSpec(
         {"norm.*.count?": "float32", "norm.*.mean?": "float32 size.*", "norm.*.squares?": "float32 size.*"}
@@ -50,13 +50,13 @@ class UltraEdit(Method):
     """Layers that are changed; None: at the paper's depth, two thirds up to the last but one."""
     matrices: Literal["value", "up"] = "value"
     """Which of the MLP's: the matrix that writes to the residual stream (GPT-J), or those that read it (Llama)."""
-    turn: Number = 100
-    """Edits that are made at once; more than these are made turn by turn."""
-    learning_rate: Rate = 1.0
-    """η: how far an output moves for a normalised gradient of 1, in units of the outputs' root mean square, as W's
-    entries and ‖h‖ make it."""
-    learning_rate_absolute: Rate | None = None
-    """η itself, as the paper gives it (1e-6); then it holds."""
+    batch_size: Annotated[Number, Formerly("turn")] = 100
+    """Edits that are made at once; more than these are made batch by batch."""
+    learning_rate: Annotated[Rate, Formerly("learning_rate_absolute", also={"units": "absolute"})] = 1.0
+    """η: how far an output moves for a normalised gradient of 1."""
+    units: Units = "relative"
+    """`relative`: η is a multiple of the outputs' root mean square, as W's entries and ‖h‖ make it; `absolute`: it is
+    a plain number, as in the paper (1e-6)."""
     ridge: Weight = 1.0
     """Weight of the identity in the least squares."""
     min_tokens: Annotated[Natural, Formerly("least_tokens")] = 32
@@ -83,76 +83,66 @@ class UltraEdit(Method):
             for name in ([lm.parts.value[layer]] if self.matrices == "value" else lm.parts.mlp_in[layer])
         ]
         rows = lm.encode([Text.asked(edit) for edit in edits])
-        before = _merged(lm, names)
+        before = _applied_norms(lm, names)
         own: dict[str, RunningNorm] = {}
         deltas: dict[str, Delta] = {}
         losses = []
-        for start in range(0, len(rows), self.turn):
-            # The statistics so far are part of what the next turn needs, the changes too.
+        for start in range(0, len(rows), self.batch_size):
+            # The statistics so far are part of what the next batch needs, the changes too.
             with lm.patched(*([make_patch(self, lm, edits, deltas)] if deltas else [])):
-                factors, loss = flat_factors(lm, names, rows[start : start + self.turn], answers_only=True)
-                turn = self._turn(lm, factors, before, own)
-            deltas = {name: _sum(deltas.get(name), delta) for name, delta in turn.items()}
+                factors, loss = flat_factors(lm, names, rows[start : start + self.batch_size], answers_only=True)
+                batch = self._batch_deltas(lm, factors, before, own)
+            deltas = {n: sum_deltas([deltas[n], delta]) if n in deltas else delta for n, delta in batch.items()}
             losses.append(loss)
         state = {
-            f"norm.{kind}.{name}": value for kind, norm in own.items() for name, value in norm.state_dict().items()
+            f"norm.{shape}.{part}": value for shape, norm in own.items() for part, value in norm.state_dict().items()
         }
         return make_patch(self, lm, edits, deltas, state=state, notes={"layers": layers, "losses": losses})
 
-    def _turn(
+    def _batch_deltas(
         self,
         lm: LM,
         factors: dict[str, tuple[Tensor, Tensor]],
         before: dict[str, RunningNorm],
         own: dict[str, RunningNorm],
-    ) -> dict[str, LowRank]:
-        """ΔW of one turn's factors, whose statistics go to `own` first."""
+    ) -> dict[str, Delta]:
+        """ΔW of one batch's factors, whose statistics go to `own` first."""
         for h, g in factors.values():
-            kind = _kind(h, g)
-            own.setdefault(kind, RunningNorm(h.shape[1] + g.shape[1]).to(h.device)).observe(torch.cat([h, g], 1))
-        norms = {kind: before[kind].joined(norm) if kind in before else norm for kind, norm in own.items()}
-        changes = {}
+            shape = _shape(h, g)
+            own.setdefault(shape, RunningNorm(h.shape[1] + g.shape[1]).to(h.device)).observe(torch.cat([h, g], 1))
+        norms = {shape: before[shape].joined(norm) if shape in before else norm for shape, norm in own.items()}
+        deltas = {}
         for name, (h, g) in factors.items():
-            norm = norms[_kind(h, g)]
+            norm = norms[_shape(h, g)]
             if float(norm.count) >= max(2, self.min_tokens):
                 h_hat, g_hat = norm(torch.cat([h, g], 1)).split([h.shape[1], g.shape[1]], 1)
             else:
                 h_hat, g_hat = (x / x.square().mean(1, keepdim=True).sqrt() for x in (h, g))
-            rate = self.learning_rate_absolute
-            if rate is None:
+            rate = self.learning_rate
+            if self.units == "relative":
                 output = lm.base_weight(name).float().square().mean().sqrt() * h.norm(dim=1).mean()
-                rate = self.learning_rate * float(output) / h.shape[1]
+                rate *= float(output) / h.shape[1]
             v = -rate * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
             exact_h = exact(h)
             gram = exact_h @ exact_h.T  # (n, n)
             gram.diagonal().add_(self.ridge)
             right = solve(cholesky(gram), exact_h.T).T  # (n, in)
-            changes[name] = LowRank(v.T.contiguous(), right.float().to(v.device))
-        return changes
+            deltas[name] = as_delta(v, right.float().to(v.device))
+        return deltas
 
 
-def _kind(h: Tensor, g: Tensor) -> str:
+def _shape(h: Tensor, g: Tensor) -> str:
+    """The name of the statistics that matrices of one shape share."""
     return f"{g.shape[1]}x{h.shape[1]}"
 
 
-def _merged(lm: LM, names: Sequence[str]) -> dict[str, RunningNorm]:
+def _applied_norms(lm: LM, names: Sequence[str]) -> dict[str, RunningNorm]:
     """The statistics of the patches that are applied, by shape."""
-    merged: dict[str, RunningNorm] = {}
+    norms: dict[str, RunningNorm] = {}
+    device = lm.weight(names[0]).device
     for patch in (patch for patch in lm.patches if patch.method == "ultraedit"):
-        for key in patch.state:
-            if key.startswith("norm.") and key.endswith(".count"):
-                kind = key.split(".")[1]
-                norm = RunningNorm(len(patch.state[f"norm.{kind}.mean"]))
-                norm.load_state_dict({part: patch.state[f"norm.{kind}.{part}"] for part in norm.state_dict()})
-                norm = norm.to(lm.weight(names[0]).device)
-                merged[kind] = merged[kind].joined(norm) if kind in merged else norm
-    return merged
-
-
-def _sum(so_far: Delta | None, more: LowRank) -> Delta:
-    """The sum of what the turns changed: factors while they are few, else the matrix."""
-    if so_far is None:
-        return more
-    if isinstance(so_far, LowRank) and so_far.rank + more.rank < min(more.shape):
-        return LowRank(torch.cat([so_far.left, more.left], 1), torch.cat([so_far.right, more.right], 0))
-    return Dense((so_far.dense() + more.dense()).float())
+        for shape in (key.split(".")[1] for key in patch.state if key.startswith("norm.") and key.endswith(".count")):
+            norm = RunningNorm(len(patch.state[f"norm.{shape}.mean"])).to(device)
+            norm.load_state_dict({part: patch.state[f"norm.{shape}.{part}"] for part in norm.state_dict()})
+            norms[shape] = norms[shape].joined(norm) if shape in norms else norm
+    return norms
