@@ -124,7 +124,7 @@ class IndependentDeltas:
     def step(self, losses: Tensor, running: Sequence[int]) -> None:
         """One update of each `running` change against its own loss, which was read with what was added; the others
         stay."""
-        (slope,) = torch.autograd.grad(losses.sum(), self._added)  # (rows, columns, out)
+        (slope,) = torch.autograd.grad(losses, self._added, torch.ones_like(losses))  # (rows, columns, out)
         torch.bmm(slope.mT, self._keys, out=self._slopes)
         going = set(running)
         for i, own in zip(self._rows, self._slopes, strict=True):
