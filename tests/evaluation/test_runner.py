@@ -232,7 +232,7 @@ def test_other_settings_are_refused_and_named(tmp_path):
 
 def test_an_interrupted_run_goes_on_and_drops_a_torn_line(tmp_path, monkeypatch):
     """With edits that are made two at a time: what is left of a pair is made with the pair again, bit for bit."""
-    monkeypatch.setattr(FT, "together", 2)
+    monkeypatch.setattr(FT, "edits_per_call", 2)
     bench(make_lm(), make_cases(), [METHOD], tmp_path / "whole")
     edit_each = FT.edit_each
 

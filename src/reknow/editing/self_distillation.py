@@ -108,12 +108,12 @@ class SampledAnswers:
         self.is_answer = torch.tensor(is_answer, device=self._lm.device)
         self._weights, self._token_losses = self._loss(self)
 
-    def losses(self) -> tuple[Tensor, Tensor, float]:
+    def losses(self) -> tuple[Tensor, Tensor, Tensor]:
         """(L_ft, L_ice, mean loss of the answers' tokens), with the weights as they are now."""
         answers, sampled = self._token_losses()
         of_answers, of_sampled = self._weights[self.is_answer], self._weights[~self.is_answer]
         mean = (answers.detach() * of_answers).sum() / of_answers.sum()
-        return (answers * of_answers).sum(), (sampled * of_sampled).sum(), float(mean)
+        return (answers * of_answers).sum(), (sampled * of_sampled).sum(), mean
 
     def score_informed(self) -> ScoredTokens:
         """The tokens that `plain` scores, with the context in front."""

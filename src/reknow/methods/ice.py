@@ -13,23 +13,24 @@ is FT-M on the same layers. The authors' script computes another loss by default
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Rate, Seed, Units, Weight
+from reknow.checks.bounds import Formerly, Number, Rate, Seed, Weight
 from reknow.contract import Method, check_edits, make_patch
-from reknow.editing.descent import StepSize, TrainableMatrices
+from reknow.editing.descent import StepSize, TrainableMatrices, descend
 from reknow.editing.layers import resolve_layers
 from reknow.editing.self_distillation import SampledAnswers, algorithm_1, authors_script
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
-from reknow.model.exact import finite_loss
 from reknow.patching.patches import Patch
-from reknow.progress import told
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -45,24 +46,18 @@ INTRODUCTIONS = (
 LOSSES = ("losses", "target_losses", "consistency_losses", "answer_losses")
 """Noted for every step, before it: the whole loss, its two terms, and the mean loss of the answers' tokens."""
 LAYERS = 5
-ABSOLUTE = {"units": "absolute"}
 
 
 @dataclass(frozen=True)
-class ICE(Method):
+class ICE(StepSize, Method):
     """Consistent In-Context Editing of the value matrices of several layers."""
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are trained; None: five, as in the paper, around `suggest_layer`."""
     steps: Number = 25
     """Updates of each batch."""
-    learning_rate: Annotated[Rate, Formerly("learning_rate_absolute", also=ABSOLUTE)] = 0.01
-    """Step size of Adam (paper: 7e-4)."""
-    clamp: Annotated[Weight | None, Formerly("clamp_absolute", also=ABSOLUTE)] = 0.12
+    clamp: Annotated[Weight | None, Formerly("clamp_absolute", also={"units": "absolute"})] = 0.12
     """Largest change of a single weight (paper: 5e-4); None: no bound, which harms other facts."""
-    units: Units = "relative"
-    """`relative`: learning rate and clamp are multiples of the matrix's root mean square, so that they mean the same
-    in every model; `absolute`: they are numbers, as in the paper, and both must be given."""
     consistency_weight: Weight = 1.0
     """λ, the weight of L_ice; 0: plain fine-tuning, nothing is sampled."""
     target_weight: Weight = 1.0
@@ -120,36 +115,53 @@ class ICE(Method):
         return "ice"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits, size = check_edits(self, edits), self.batch_size
         layers = resolve_layers(lm, self.layers, LAYERS)
-        matrices = TrainableMatrices(
-            lm, [lm.parts.value[layer] for layer in layers], StepSize(self.learning_rate, self.clamp, self.units)
-        )
-        generator, size = torch.Generator().manual_seed(self.seed), self.batch_size
+        matrices = TrainableMatrices(lm, [lm.parts.value[layer] for layer in layers], self)
         parts = [edits[i : i + size] for i in range(0, len(edits), size)]
         batches = [self._batch(lm, part, layers[0]) for part in parts]
+        generator = torch.Generator().manual_seed(self.seed)
         stop_loss = self.stop_loss if self.variant == "paper" else 0.0
-        notes: dict[str, list[float]] = {name: [] for name in (*LOSSES, "repetitions")}
-        for step in range(self.steps):
-            losses = []
-            for batch in batches:
-                if step == 0 or (self.consistency_weight and step % self.sample_every == 0):
-                    with nullcontext() if self.targets == "static" else matrices.in_use():
-                        self._draw(batch, generator)
-                losses.append(self._update(batch, matrices, stop_loss))
-            for name, values in zip(LOSSES, zip(*losses, strict=True), strict=True):
-                notes[name].append(sum(v * len(part) for v, part in zip(values, parts, strict=True)) / len(edits))
-            notes["repetitions"].append(sum(batch.repetitions() for batch in batches))
-            told(step, self.steps, notes["losses"][-1])
-            if notes["answer_losses"][-1] < stop_loss:
-                break
-        return make_patch(self, lm, edits, matrices.deltas(), notes={"layers": layers, **notes})
+        repetitions: list[int] = []
+        with torch.enable_grad():
+            passes = descend(
+                [
+                    self._loss(batch, len(part), matrices, generator)
+                    for batch, part in zip(batches, parts, strict=True)
+                ],
+                lambda losses, running: matrices.step(losses[0, 0]),
+                self.steps,
+                lambda losses: losses[:, -1].mean() < stop_loss,
+                after_pass=lambda step: repetitions.append(sum(batch.repetitions() for batch in batches)),
+            )
+        notes = {name: [fmean(edit[i] for edit in losses) for losses in passes] for i, name in enumerate(LOSSES)}
+        notes = {"layers": layers, **notes, "repetitions": repetitions}
+        return make_patch(self, lm, edits, matrices.deltas(), notes=notes)
 
     def _batch(self, lm: LM, edits: Sequence[Edit], lowest: int) -> SampledAnswers:
         contexts = [(e, context) for e in edits for context in self.contexts_of(e) for _ in range(self.samples)]
         reused = lowest if self.sample_every > 1 or not self.consistency_weight else None
         loss = algorithm_1 if self.variant == "paper" else authors_script
         return SampledAnswers(lm, contexts, reused, loss, self.targets == "static")
+
+    def _loss(
+        self, batch: SampledAnswers, edits: int, matrices: TrainableMatrices, generator: torch.Generator
+    ) -> Callable[[], Tensor]:
+        """A function that samples where it is time, and gives the batch's `LOSSES`, the same for each of its edits.
+        (edits, 4)"""
+        steps = count()
+
+        def losses() -> Tensor:
+            step = next(steps)
+            if step == 0 or (self.consistency_weight and step % self.sample_every == 0):
+                with nullcontext() if self.targets == "static" else matrices.in_use():
+                    self._draw(batch, generator)
+            with matrices.in_use():
+                target, consistency, answer = batch.losses()
+            target, consistency = self.target_weight * target, self.consistency_weight * consistency
+            return torch.stack([target + consistency, target, consistency, answer]).expand(edits, -1)
+
+        return losses
 
     def _draw(self, batch: SampledAnswers, generator: torch.Generator) -> None:
         batch.draw(
@@ -162,16 +174,6 @@ class ICE(Method):
             top_k=self.top_k,
             generator=generator,
         )
-
-    def _update(self, batch: SampledAnswers, matrices: TrainableMatrices, stop_loss: float) -> tuple[float, ...]:
-        """Takes one step; gives the losses before it, in the order of `LOSSES`."""
-        with matrices.in_use(), torch.enable_grad():
-            target, consistency, answer = batch.losses()
-            target, consistency = self.target_weight * target, self.consistency_weight * consistency
-            loss = finite_loss(target + consistency)
-            if answer >= stop_loss:
-                matrices.step(target + consistency)
-        return loss, float(target.detach()), float(consistency.detach()), answer
 
     def contexts_of(self, edit: Edit) -> tuple[str, ...]:
         """The statements of the new knowledge; raises EditRefused where the edit must bring one and has none."""
