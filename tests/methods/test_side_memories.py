@@ -13,10 +13,10 @@ from conftest import make_lm
 from reknow import DEFER, LM, MELO, CaliNet, Edit
 from reknow.datasets import load_facts
 from reknow.errors import InputError
+from reknow.memories.codebook import Clusters
 from reknow.memories.distances import distance_scale, prompt_states
 from reknow.methods.calinet import Slots, assessment, other_inputs, together
 from reknow.methods.defer import Gate
-from reknow.methods.melo import Clusters
 from reknow.model.tokens import Text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -55,20 +55,20 @@ def test_a_gate_starts_like_a_linear_map():
 
 
 def test_clusters_join_split_and_forget():
-    table = Clusters(torch.zeros(5, 2))
+    table = Clusters()
     a, b = (1,), (2,)
-    table.take(torch.tensor([0.0, 0.0]), a, 0, radius=1.0, unit=1.0)
-    table.take(torch.tensor([1.8, 0.0]), a, 1, radius=1.0, unit=1.0)
-    (one,) = table.found
-    assert table.centres[0].tolist() == pytest.approx([0.9, 0]) and one.radius == 1.0 and len(one.points) == 2
-    table.take(torch.tensor([9.0, 0.0]), a, 2, radius=1.0, unit=1.0)
-    assert len(table.found) == 2
-    table.take(torch.tensor([0.9, 1.0]), b, 3, radius=1.0, unit=1.0)
-    split, other = table.found[0], table.found[2]
+    table.insert(torch.tensor([0.0, 0.0]), a, 0, radius=1.0, scale=1.0)
+    table.insert(torch.tensor([1.8, 0.0]), a, 1, radius=1.0, scale=1.0)
+    (one,) = table.clusters
+    assert one.centre.tolist() == pytest.approx([0.9, 0]) and one.radius == 1.0 and len(one.members) == 2
+    table.insert(torch.tensor([9.0, 0.0]), a, 2, radius=1.0, scale=1.0)
+    assert len(table.clusters) == 2
+    table.insert(torch.tensor([0.9, 1.0]), b, 3, radius=1.0, scale=1.0)
+    split, other = table.clusters[0], table.clusters[2]
     assert split.radius == pytest.approx(0.5, abs=1e-4) and other.radius == pytest.approx(0.5, abs=1e-4)
-    assert split.points == [], "both of its points lie 0.9 from the centre, and are forgotten"
-    table.take(torch.tensor([0.9, 1.0]), a, 4, radius=1.0, unit=1.0)
-    assert other is not table.found[2] and table.found[2].label == a and table.found[2].points[0][1] == 4
+    assert split.members == [], "both of its keys lie 0.9 from the centre, and are forgotten"
+    table.insert(torch.tensor([0.9, 1.0]), a, 4, radius=1.0, scale=1.0)
+    assert other is not table.clusters[2] and table.clusters[2].label == a and table.clusters[2].members[0][1] == 4
 
 
 @pytest.mark.slow

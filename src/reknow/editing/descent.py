@@ -81,11 +81,12 @@ def descend(
     return passes
 
 
-def adam_update(optimizer: torch.optim.Optimizer, rows: Tensor | None = None) -> Update:
+def adam_update(optimizer: torch.optim.Optimizer, rows: Tensor | None = None, row_of: Tensor | None = None) -> Update:
     """An update of all that the optimizer moves, against the sum of the losses.
 
     Args:
         rows: a parameter with a row for each item; those of finished items stay as they are.
+        row_of: (items,) the row of each item, where several share one; it moves while one of them runs.
     """
 
     def update(losses: Tensor, running: Tensor) -> None:
@@ -94,8 +95,9 @@ def adam_update(optimizer: torch.optim.Optimizer, rows: Tensor | None = None) ->
         losses.sum().backward()
         optimizer.step()
         if rows is not None and before is not None:  # Adam's momentum would carry finished ones on
+            moving = running if row_of is None else running.new_zeros(len(rows)).index_fill(0, row_of[running], True)
             with torch.no_grad():
-                rows.copy_(torch.where(running[:, None], rows, before))
+                rows.copy_(torch.where(moving[:, None], rows, before))
 
     return update
 

@@ -16,14 +16,10 @@ from reknow.model.tokens import Row, Text
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["EPSILON", "SAME_KEY_DISTANCE", "distance_scale", "prompt_inputs", "prompt_states"]
+__all__ = ["distance_scale", "prompt_inputs", "prompt_states"]
 
 FACTS_PER_PROMPT = 8
 """Facts asked with the same prompt that tell how far apart such questions lie."""
-EPSILON = 1e-5
-"""What keeps two radii that meet apart, in units of `distance_scale`."""
-SAME_KEY_DISTANCE = 1e-3
-"""Keys that are closer, in units of `distance_scale`, are the same prompt in another batch."""
 
 
 def distance_scale(lm: LM, layer: int) -> float:

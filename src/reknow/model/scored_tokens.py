@@ -5,7 +5,7 @@ The blocks below the layer that is trained are run once; every reading begins th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -97,6 +97,9 @@ class AnswerLoss:
 
     Args:
         rows: encoded prompts with their answers.
+
+    Attributes:
+        batch: indices of the edits whose batch runs, for hooks that do something else for each. (rows,)
     """
 
     def __init__(self, lm: Decoder, rows: Sequence[Row], layer: int):
@@ -106,14 +109,10 @@ class AnswerLoss:
             scored = ScoredTokens(lm, here, [predictions(row, row.prompt_length) for row in here], layer)
             self._batches.append((torch.tensor(batch, device=lm.device), scored))
 
-    def nll(self, choose: Callable[[Tensor], object] = lambda batch: None) -> Tensor:
-        """Mean negative log-likelihood of each answer's tokens, in nats. (edits,)
-
-        Args:
-            choose: called with the indices of the edits in the batch that is about to run.
-        """
+    def nll(self) -> Tensor:
+        """Mean negative log-likelihood of each answer's tokens, in nats. (edits,)"""
         losses: list[Tensor] = []
         for batch, scored in self._batches:
-            choose(batch)
+            self.batch = batch
             losses.append(scored.row_nll())
         return torch.cat(losses)[torch.cat([batch for batch, _ in self._batches]).argsort()]
