@@ -14,7 +14,7 @@ import torch
 
 from exam import Exam, one_search
 from reknow import LM, load_cases, method
-from reknow.editing.layers import suggest_layer
+from reknow.editing.layer_trials import suggest_layer
 from reknow.evaluation.effect import known_cases
 
 SETTINGS = [

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
 from reknow.editing.contexts import sample_contexts
-from reknow.editing.layers import band
+from reknow.editing.papers_layers import band_around
 from reknow.editing.search import SearchSettings
 from reknow.edits import Case
 from reknow.evaluation.effect import known_cases
@@ -161,7 +161,7 @@ def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 
 def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
-    layers = band(lm, layer)
+    layers = band_around(lm, layer)
     ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, **EXACT)
     prefixes = sample_contexts(lm, ours.context_groups, first_words=ours.context_first_words)
     numbers = [plain(lm, case, layers[-1], "block") for case in cases]
@@ -269,7 +269,7 @@ def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int], data: Sequence[
     cases = [case for file in data for case in load_cases("counterfact-easyedit", path=file)]
     edits = list({case.edit.text: case.edit for case in cases or load_cases("counterfact", limit=1000)}.values())
     rome = ROME(layer=layer, steps=20, covariance_tokens=COVARIANCE_TOKENS, **ALL_PASSES)
-    memit = MEMIT(layers=tuple(band(lm, layer)), covariance_tokens=COVARIANCE_TOKENS)
+    memit = MEMIT(layers=tuple(band_around(lm, layer)), covariance_tokens=COVARIANCE_TOKENS)
     if not lm.name.startswith("demo"):
         memit = replace(memit, steps=25, **ALL_PASSES)
     method = replace({"ROME": rome, "MEMIT": memit}[name], **changes)
@@ -289,7 +289,7 @@ def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int], data: Sequence[
 def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     """Operations of one ROME edit and of MEMIT on some facts, and how fast each phase of ours runs."""
     one = ROME(layer=layer, steps=20, covariance_tokens=COVARIANCE_TOKENS, **EXACT)
-    many = MEMIT(layers=tuple(band(lm, layer)), steps=25, covariance_tokens=COVARIANCE_TOKENS, **EXACT)
+    many = MEMIT(layers=tuple(band_around(lm, layer)), steps=25, covariance_tokens=COVARIANCE_TOKENS, **EXACT)
     edits = [case.edit for case in cases]
     prefixes = sample_contexts(lm, one.context_groups)
     number = plain(lm, cases[0], layer, "value")

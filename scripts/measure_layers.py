@@ -14,7 +14,7 @@ ASSETS = Path(__file__).parent.parent / "src" / "reknow" / "assets"
 
 def main() -> None:
     from reknow import LM
-    from reknow.editing.layers import FILE, suggest_layer
+    from reknow.editing.layer_trials import FILE, suggest_layer
 
     (ASSETS / FILE).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,24 +12,23 @@ import torch
 from conftest import make_lm, without_weights
 from reknow import FT, LM, ROME, Edit
 from reknow.datasets import Fact, load_facts
-from reknow.editing import layers
+from reknow.editing import layer_trials
 from reknow.editing.covariance import cache_folder
-from reknow.editing.layers import (
-    Trial,
-    band,
-    best,
+from reknow.editing.layer_trials import (
+    LayerScore,
+    best_score,
     candidates,
-    papers_layers,
-    resolve_layer,
     suggest_layer,
     trial_relations,
     trial_settings,
     try_layers,
 )
+from reknow.editing.layers import resolve_layer
+from reknow.editing.papers_layers import band_around, papers_layers
 from reknow.errors import InputError
 from reknow.lm import Score
 
-WORDINGS = ("{} was born in", "The birthplace of {} is")
+PARAPHRASES = ("{} was born in", "The birthplace of {} is")
 
 
 @pytest.fixture(autouse=True)
@@ -40,16 +39,16 @@ def empty_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def knowing(monkeypatch):
     """A tiny model that is taken to know everything, edited without statistics."""
-    for module in ("editing.layers", "tracing.causal"):
+    for module in ("editing.layer_trials", "tracing.causal"):
         monkeypatch.setattr(f"reknow.{module}.known_facts", lambda lm, facts: list(facts))
-    monkeypatch.setattr(layers, "TRIAL", dict(steps=2, context_groups=((1, 2),), covariance_tokens=0))
+    monkeypatch.setattr(layer_trials, "ROME_SETTINGS", dict(steps=2, context_groups=((1, 2),), covariance_tokens=0))
     return make_lm("gpt2")
 
 
 def relations(count: int) -> list[list[Fact]]:
     names, places = ("Zoë", "Peru", "Danielle", "Apple"), ("Lima", "Paris", "France", "Rome")
     return [
-        [Fact(f"{number} {{}} is from", n, p, WORDINGS) for n, p in zip(names, places, strict=True)]
+        [Fact(f"{number} {{}} is from", n, p, PARAPHRASES) for n, p in zip(names, places, strict=True)]
         for number in range(count)
     ]
 
@@ -88,8 +87,8 @@ SHAPES = [
 def test_models_that_papers_edited_are_known_by_their_shape(kind, shape, wanted, around):
     lm = without_weights(kind, **shape)
     assert papers_layers(lm) == wanted
-    assert band(lm, wanted[0]) == around
-    assert len(band(lm, 20)) == 5 and 20 in band(lm, 20)  # where no paper edited
+    assert band_around(lm, wanted[0]) == around
+    assert len(band_around(lm, 20)) == 5 and 20 in band_around(lm, 20)  # where no paper edited
 
 
 def test_wide_models_get_two_tokens_per_input_in_trials():
@@ -98,14 +97,14 @@ def test_wide_models_get_two_tokens_per_input_in_trials():
     wanted = {0: 0, width: 2 * width, 20_000: 20_000}
     for tokens, given in wanted.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(layers.TRIAL, "covariance_tokens", tokens)
-            assert trial_settings(lm, 1) == layers.TRIAL | {"covariance_tokens": given}
-    assert layers.TRIAL["covariance_tokens"] == 20_000
+            patch.setitem(layer_trials.ROME_SETTINGS, "covariance_tokens", tokens)
+            assert trial_settings(lm, 1) == layer_trials.ROME_SETTINGS | {"covariance_tokens": given}
+    assert layer_trials.ROME_SETTINGS["covariance_tokens"] == 20_000
 
 
 def test_the_score_is_the_harmonic_mean():
-    assert Trial(0, 0.0, 1.0, 0.5, 0.5).score == pytest.approx(0.6)
-    assert Trial(0, 0.0, 1.0, 0.0, 1.0).score == 0
+    assert LayerScore(0, 0.0, 1.0, 0.5, 0.5).score == pytest.approx(0.6)
+    assert LayerScore(0, 0.0, 1.0, 0.0, 1.0).score == 0
 
 
 def test_trial_facts_stay_away_from_the_evaluation():
@@ -117,15 +116,15 @@ def test_trial_facts_stay_away_from_the_evaluation():
     assert all(fact.prompt not in fact.paraphrases for fact in found)
 
 
-def test_exams_take_turns_through_the_relations():
+def test_trial_edits_alternate_between_the_relations():
     asked = relations(3)
     known = {fact for relation in asked for fact in relation if fact.subject != "Zoë"}
-    exams = layers._exams(asked, known)
-    assert [fact.prompt for fact, _, _ in exams][:4] == [r[0].prompt for r in (*asked, asked[0])]
-    assert len(exams) == layers.FACTS
-    for fact, new, stay in exams:
+    edits = layer_trials._trial_edits(asked, known)
+    assert [fact.prompt for fact, _, _ in edits][:4] == [r[0].prompt for r in (*asked, asked[0])]
+    assert len(edits) == layer_trials.FACTS
+    for fact, new, others in edits:
         assert fact.subject != "Zoë" and new != fact.answer
-        assert stay and all(f in known and f.subject != fact.subject and f.answer != new for f in stay)
+        assert others and all(f in known and f.subject != fact.subject and f.answer != new for f in others)
 
 
 def test_trials_edit_at_every_candidate_and_leave_the_model_alone(knowing, monkeypatch):
@@ -134,16 +133,16 @@ def test_trials_edit_at_every_candidate_and_leave_the_model_alone(knowing, monke
     def score(self, prompts, answers):
         (patch,) = self.patches
         edited.append(patch.edits[0].subject)
-        # The prompt itself and the first of two wordings are answered, and one of the three other subjects stays.
+        # The prompt itself and the first of two paraphrases are answered, and one of the three other subjects stays.
         right = [p == patch.edits[0].text or " was born in" in p or "Apple is from" in p for p in prompts]
-        assert answers[: len(WORDINGS) + 1] == [patch.edits[0].target_new] * 3
+        assert answers[: len(PARAPHRASES) + 1] == [patch.edits[0].target_new] * 3
         return [Score(0.0, (hit,), (), 1) for hit in right]
 
     monkeypatch.setattr(LM, "score", score)
     before = {name: p.clone() for name, p in knowing.model.named_parameters()}
     trials = try_layers(knowing, relations(5))
     assert [trial.layer for trial in trials] == candidates([0.0] * knowing.layers)
-    # Relations take turns: five facts about Zoë, then three about Peru.
+    # Relations alternate: five facts about Zoë, then three about Peru.
     assert edited == [*["Zoë"] * 5, *["Peru"] * 3] * len(trials)
     assert all((t.reliability, t.generalization, t.locality) == (1, 0.5, 0.5) for t in trials)
     assert len({trial.effect for trial in trials}) == len(trials)
@@ -152,8 +151,8 @@ def test_trials_edit_at_every_candidate_and_leave_the_model_alone(knowing, monke
 
 
 def test_the_best_trial_is_chosen_and_the_effect_breaks_ties(monkeypatch):
-    trials = [Trial(0, 0.1, 1, 0.5, 1), Trial(1, 0.2, 1, 1, 1), Trial(2, 0.3, 1, 1, 1)]
-    monkeypatch.setattr(layers, "try_layers", lambda lm, facts: trials)
+    trials = [LayerScore(0, 0.1, 1, 0.5, 1), LayerScore(1, 0.2, 1, 1, 1), LayerScore(2, 0.3, 1, 1, 1)]
+    monkeypatch.setattr(layer_trials, "try_layers", lambda lm, facts: trials)
     assert suggest_layer(make_lm()) == 2
 
 
@@ -170,9 +169,9 @@ def test_the_choice_is_kept_for_the_same_weights_only(monkeypatch):
 
     def once(lm, facts):
         calls.append(lm)
-        return [Trial(2, 0.1, 1.0, 1.0, 1.0)]
+        return [LayerScore(2, 0.1, 1.0, 1.0, 1.0)]
 
-    monkeypatch.setattr(layers, "try_layers", once)
+    monkeypatch.setattr(layer_trials, "try_layers", once)
     lm = make_lm()
     assert [suggest_layer(lm), suggest_layer(lm), suggest_layer(make_lm())] == [2, 2, 2]
     assert len(calls) == 1
@@ -187,8 +186,10 @@ def test_the_choice_is_kept_for_the_same_weights_only(monkeypatch):
 
 def test_the_base_model_decides_whatever_is_applied(knowing, monkeypatch):
     seen = []
-    monkeypatch.setattr(layers, "trial_relations", lambda: relations(5))
-    monkeypatch.setattr(layers, "_try", lambda lm, *_: seen.append(lm.patches) or Trial(1, 0.0, 1.0, 1.0, 1.0))
+    monkeypatch.setattr(layer_trials, "trial_relations", lambda: relations(5))
+    monkeypatch.setattr(
+        layer_trials, "_score_layer", lambda lm, *_: seen.append(lm.patches) or LayerScore(1, 0.0, 1.0, 1.0, 1.0)
+    )
     patch = FT(layer=0, steps=2).edit(knowing, [Edit("{} is", subject="Peru", target_new="Lima")])
     with knowing.patched(patch):
         assert suggest_layer(knowing) == 1
@@ -197,7 +198,7 @@ def test_the_base_model_decides_whatever_is_applied(knowing, monkeypatch):
 
 
 def test_methods_ask_for_the_layer(knowing, monkeypatch):
-    monkeypatch.setattr(layers, "trial_relations", lambda: relations(5))
+    monkeypatch.setattr(layer_trials, "trial_relations", lambda: relations(5))
     edit = Edit("{} is", subject="Peru", target_new="Lima")
     chosen = suggest_layer(knowing)
     method = ROME(steps=2, context_groups=((1, 2),), covariance_tokens=0)
@@ -220,4 +221,4 @@ def test_the_shipped_choice_is_what_trials_give(name):
     shipped = suggest_layer(lm)
     assert not (cache_folder() / "layers.json").exists()  # read, not measured
     trials = try_layers(lm)
-    assert shipped == best(trials).layer
+    assert shipped == best_score(trials).layer

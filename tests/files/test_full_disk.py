@@ -16,7 +16,8 @@ from families import TEXT
 from reknow import LM
 from reknow.cli import tracing
 from reknow.editing.covariance import statistics
-from reknow.editing.layers import depth_layer, suggest_layer
+from reknow.editing.layer_trials import suggest_layer
+from reknow.editing.papers_layers import depth_layer
 from reknow.errors import InputError
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.files.atomic import append_line

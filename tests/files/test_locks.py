@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from conftest import make_lm, some_patch
 from learned import SETTINGS, TRAINING, some_cases
 from reknow import FT, Case, Edit, Patch, Probe, method
-from reknow.editing.layers import FILE, suggest_layer
+from reknow.editing.layer_trials import FILE, suggest_layer
 from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Results, bench
 from reknow.evaluation.run_folder import BEFORE_FILE, ROWS_FILE

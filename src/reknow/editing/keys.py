@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
-from reknow.editing.sinks import contexts_of
+from reknow.editing.sinks import avoid_sinks
 from reknow.edits import Edit
 from reknow.model.exact import exact
 from reknow.model.tokens import Row, Text
@@ -34,8 +34,8 @@ class Subjects:
     """
 
     def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Sequence[str]):
-        befores = contexts_of(lm, edits, contexts)
-        texts = [Text.about(edit, prefix) for edit, mine in zip(edits, befores, strict=True) for prefix in mine]
+        prefixes = avoid_sinks(lm, edits, contexts)
+        texts = [Text.about(edit, prefix) for edit, own in zip(edits, prefixes, strict=True) for prefix in own]
         self._lm, self._contexts, self._last = lm, len(contexts), list[int]()
         self._rows: list[Row] = []
         for row in lm.encode(texts):

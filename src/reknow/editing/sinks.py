@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reknow.datasets.facts import load_facts
 from reknow.edits import Edit
 from reknow.model.exact import exact
 from reknow.model.tokens import Row, Text
@@ -22,18 +21,18 @@ from reknow.model.tokens import Row, Text
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-ALIKE = 0.8
+SAME_KEY = 0.8
 """Mean correlation between keys of different tokens from which on they are one key. SmolLM2 has 0.98 and more at the
 first position and 0.2 behind other tokens; a model without a sink 0.5 and 0.3."""
-TOKENS = 16
+FIRST_TOKENS = 16
 """Different first tokens that are compared."""
-START = 20
+CHARACTERS = 20
 """Characters of the texts that they begin."""
 NEUTRAL = "It is said that "
 """What stands before such a subject where the edit is computed without contexts."""
 
 
-def contexts_of(
+def avoid_sinks(
     lm: LM, edits: Sequence[Edit], contexts: Sequence[str], prompt: str | None = None
 ) -> list[Sequence[str]]:
     """Per edit the texts to put before its prompt: those given, but before an attention sink the second stands in for
@@ -66,19 +65,21 @@ def first_token_is_sink(lm: LM) -> bool:
 
 
 def _has_sink(lm: LM) -> bool:
-    rows = lm.encode([Text(fact.text[:START]) for fact in load_facts("counterfact")])
-    tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:TOKENS]
+    from reknow.datasets.facts import load_facts  # loaded where a subject begins a text, which is rare
+
+    rows = lm.encode([Text(fact.text[:CHARACTERS]) for fact in load_facts("counterfact")])
+    tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:FIRST_TOKENS]
     before, names = rows[0].ids, list(lm.parts.value)
     with lm.unpatched():
         bare = lm.read([Row((token,), 1) for token in tokens], [0] * len(tokens), inputs=names)
         behind = lm.read(
             [Row((*before, token), len(before) + 1) for token in tokens], [len(before)] * len(tokens), inputs=names
         )
-    return any(_alike(bare[name]) >= ALIKE > _alike(behind[name]) for name in names)
+    return any(_mean_correlation(bare[name]) >= SAME_KEY > _mean_correlation(behind[name]) for name in names)
 
 
-def _alike(keys: torch.Tensor) -> float:
+def _mean_correlation(keys: torch.Tensor) -> float:
     """Mean correlation between two of the keys; 1 for one key alone. keys: (tokens, in)"""
-    together = torch.corrcoef(exact(keys))
+    correlations = torch.corrcoef(exact(keys))
     count = len(keys)
-    return float((together.sum() - count) / (count * (count - 1))) if count > 1 else 1.0
+    return float((correlations.sum() - count) / (count * (count - 1))) if count > 1 else 1.0

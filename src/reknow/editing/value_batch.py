@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from reknow.editing.sinks import contexts_of, warn_of_sink
+from reknow.editing.sinks import avoid_sinks, warn_of_sink
 from reknow.edits import Edit
 from reknow.model.parts import embedding
 from reknow.model.replay import BlockReplay
@@ -51,7 +51,7 @@ def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_posi
     A subject that is an attention sink (`sinks`) is read behind other text in all of them, with a warning.
     """
     texts = []
-    prefixes, kl_prefixes = contexts_of(lm, edits, contexts), contexts_of(lm, edits, contexts, KL_PROMPT)
+    prefixes, kl_prefixes = avoid_sinks(lm, edits, contexts), avoid_sinks(lm, edits, contexts, KL_PROMPT)
     for edit, before, before_kl in zip(edits, prefixes, kl_prefixes, strict=True):
         assert edit.subject is not None, "methods check that every edit has a subject"
         texts += [Text.about(edit, prefix) for prefix in before]

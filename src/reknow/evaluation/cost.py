@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from reknow.editing.layers import band, papers_layers, remembered_layer, resolve_layers
+from reknow.editing.layer_trials import remembered_layer
+from reknow.editing.layers import resolve_layers
+from reknow.editing.papers_layers import band_around, papers_layers
 from reknow.editing.triangle import kept_bytes
 from reknow.edits import Edit
 from reknow.model.parts import embedding, shape
@@ -122,4 +124,4 @@ def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:
         return resolve_layers(lm, wanted if isinstance(wanted, (tuple, list)) else [wanted]), False
     remembered = remembered_layer(lm)
     layer = papers_layers(lm)[0] if remembered is None else remembered
-    return band(lm, layer, None if "layers" in settings else settings.get("span", 1)), remembered is None
+    return band_around(lm, layer, None if "layers" in settings else settings.get("span", 1)), remembered is None

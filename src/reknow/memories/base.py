@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from reknow.contract import Footprint, Method, check_edits, make_patch
-from reknow.editing.layers import depth_layer
+from reknow.editing.papers_layers import depth_layer
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM

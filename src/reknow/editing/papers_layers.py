@@ -1,0 +1,36 @@
+"""Where papers edit: the layers that they name for a model of this shape, and their depth in any other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reknow.published import published_layers
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+__all__ = ["band_around", "depth_layer", "papers_layers"]
+
+DEPTH = 0.17
+"""The papers' layers as a share of the depth: 5 of 28 (GPT-J), 5 of 32 (Llama); GPT-2 XL's 17 of 48 is deeper."""
+
+
+def depth_layer(lm: LM, depth: float = DEPTH) -> int:
+    """The layer at that share of the depth; unless told otherwise, where the papers on locating edit."""
+    return round(depth * (lm.layers - 1))
+
+
+def papers_layers(lm: LM) -> list[int]:
+    """The layer that a paper edited in models of this shape, if one did, and the one at the papers' depth."""
+    return [*published_layers("rome", lm), depth_layer(lm)]
+
+
+def band_around(lm: LM, layer: int, count: int | None = None) -> list[int]:
+    """So many layers around this one; None: those of a paper that edited this layer among others in models of this
+    shape, or a sixth of the model, five at most, as the papers train of 32 and 48."""
+    papers = published_layers("memit", lm)
+    if count is None and papers and papers[0] <= layer <= papers[-1]:
+        return papers
+    count = min(1 + 2 * min(2, lm.layers // 12) if count is None else count, lm.layers)
+    first = min(max(0, layer - count // 2), lm.layers - count)
+    return list(range(first, first + count))
