@@ -21,8 +21,9 @@ from reknow.model.loading import check_tokenizer, open_model
 from reknow.model.scoring import Score, perplexity, score_texts
 from reknow.model.tokens import Text, as_list, pair_texts
 from reknow.model.verify import verify
+from reknow.patching.active_memories import ActiveMemories
 from reknow.patching.applied import Applied
-from reknow.patching.memory import HookMemory, Memories
+from reknow.patching.memory import HookMemory
 from reknow.patching.patches import Patch
 from reknow.patching.stack import note_force, read_stack, with_patch, without_patch
 from reknow.patching.weights import Weights
@@ -72,7 +73,7 @@ class LM(Decoder):
         super().__init__(model, tokenizer, name, as_chat(chat, tokenizer, name))
         self.computes_statistics = True
         self._weights = Weights(self.model)
-        self._memories = Memories(self)
+        self._memories = ActiveMemories(self)
         self._applied = Applied(self._weights, self._memories)
         self.parts = verify(self)
         for patch in patches:
@@ -139,7 +140,7 @@ class LM(Decoder):
                 return score_texts(self, parts)
             return who.score(texts, [part.target for part in parts], [part.separator for part in parts])
 
-        return self._memories.answered(prompts, answer)
+        return self._memories.answer_each(prompts, answer)
 
     @typed_exclusively
     @torch.no_grad()
@@ -173,7 +174,7 @@ class LM(Decoder):
             self.check_length(rows, max_new_tokens - 1)
             return continue_texts(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
 
-        return self._memories.answered(prompts, answer)
+        return self._memories.answer_each(prompts, answer)
 
     @typed_exclusively
     def perplexity(self, texts: Sequence[str], max_tokens: int = 256) -> float:
@@ -251,7 +252,7 @@ class LM(Decoder):
 
     def temporary_memory(self, method: str, memory: HookMemory):
         """While open, this is the memory of the method in place of the applied one: for training it."""
-        return self._memories.temporary_memory(method, memory)
+        return self._memories.temporary(method, memory)
 
     @contextmanager
     def unpatched(self):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 from reknow.model.exclusive import undo_on_exit
-from reknow.patching.memory import Memories
+from reknow.patching.active_memories import ActiveMemories
 from reknow.patching.patches import Patch
 from reknow.patching.weights import Weights
 
@@ -17,7 +17,7 @@ class Applied:
         patches: what is applied. However a change ends, by an error or by an interrupt, the model is what this says.
     """
 
-    def __init__(self, weights: Weights, memories: Memories):
+    def __init__(self, weights: Weights, memories: ActiveMemories):
         self.patches: tuple[Patch, ...] = ()
         self._weights, self._memories = weights, memories
         self._shown: tuple[Patch, ...] | None = ()
