@@ -11,7 +11,8 @@ import torch
 from conftest import make_lm
 from reknow import WISE, Edit, Patch
 from reknow.errors import InputError
-from reknow.methods.wise import Shard, distance, margin_loss, ties
+from reknow.memories.side_memory import Shard, distance, divide, ties
+from reknow.methods.wise import margin_loss
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "wise.json").read_text())
 QUICK = dict(layer=1, steps=30, context_groups=((1, 3),), unrelated_facts=2)
@@ -45,7 +46,7 @@ def test_a_shard_changes_its_part_and_no_more():
     patch = WISE(**QUICK, mask_ratio=0.25).edit(lm, [edit("The capital of Peru is")])
     shard = Shard.new(lm.weight(lm.parts.value[1]).shape, 0.25, 0)
     assert 0.2 < float(shard.mask.float().mean()) < 0.3
-    assert torch.equal(patch.state["mask.0"], shard.packed())
+    assert torch.equal(patch.state["mask.0"], shard.packed_mask())
     assert len(patch.state["delta.0"]) == int(shard.mask.sum())
     changed = WISE.memory(lm, [patch]).deltas[0] != 0
     assert changed.any() and not (changed & ~shard.mask).any()
@@ -105,11 +106,11 @@ def test_one_memory_has_one_size_of_shards():
 
 
 def test_a_shard_has_as_much_room_for_each_edit_as_in_the_paper():
-    assert WISE()._room(4096 * 11008) == (500, 0.2)  # Llama-2 7B
-    size, share = WISE()._room(256 * 1024)
+    assert divide(4096 * 11008) == (500, 0.2)  # Llama-2 7B
+    size, share = divide(256 * 1024)
     assert size == 10 and share * 256 * 1024 == pytest.approx(10 * 18_000)
-    assert WISE()._room(32 * 128) == (10, 1.0)  # as much as there is
-    assert WISE(shard_size=3, mask_ratio=0.5)._room(256 * 1024) == (3, 0.5)
+    assert divide(32 * 128) == (10, 1.0)  # as much as there is
+    assert divide(256 * 1024, 3, 0.5) == (3, 0.5)
 
 
 @pytest.mark.parametrize("wrong", [{"mask_ratio": 0.0}, {"mask_ratio": 2.0}, {"density": 0.0}])
