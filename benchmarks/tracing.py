@@ -20,7 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from reknow import LM
 from reknow.model.tokens import Text
 from reknow.tracing.causal import Tracing
-from reknow.tracing.restoration import Prompt, restorations
+from reknow.tracing.restoration import Prompt, list_restorations
 
 
 def opened(shape: str) -> LM:
@@ -51,7 +51,7 @@ def main() -> None:
     size = (settings.samples, row.subject_last - row.subject_first + 1, lm.parts.hidden_size)
     noise = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.1
     window = settings.window_of(lm.layers)
-    runs = [run for kind in settings.kinds for run in restorations(kind, lm.layers, window)]
+    runs = [run for kind in settings.kinds for run in list_restorations(kind, lm.layers, window)]
     tokens = counted(lm)
 
     Prompt(lm, row, noise)  # warm
@@ -65,7 +65,7 @@ def main() -> None:
     some = cells[:: max(1, len(cells) // options.cells)]
     tokens.clear()
     start = time.process_time()
-    plain = {(column, number): prompt.full_pass(column, runs[number]) for column, number in some}
+    plain = {(column, number): prompt.run_full_pass(column, runs[number]) for column, number in some}
     scale = len(cells) / len(some)
     slow, slow_tokens = (time.process_time() - start) * scale, sum(tokens) * scale
 

@@ -17,7 +17,7 @@ from reknow.evaluation import Plan, bench
 from reknow.evaluation.effect import control_facts, known_cases, observe
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.patching.stack import save_stack
-from reknow.tracing.causal import Tracing, average, embedding_spread, known_facts, trace_facts, trace_prompt
+from reknow.tracing.causal import Tracing, average, embedding_std, known_facts, trace_facts, trace_prompt
 
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Rome")
 CASE = Case(EDIT)
@@ -117,7 +117,7 @@ def calls(lm: LM, folder) -> dict[str, list]:
         + [lambda x=x: trace_prompt(lm, "{} is", "Peru", 1.0, x) for x in ("a", 5, {})]
         + [lambda x=x: trace_prompt(x, "{} is", "Peru", 1.0) for x in NO_MODEL],
         "facts": [
-            lambda x=x, f=f: f(lm, x) for x in (None, 5, "Peru", ["Peru"]) for f in (embedding_spread, known_facts)
+            lambda x=x, f=f: f(lm, x) for x in (None, 5, "Peru", ["Peru"]) for f in (embedding_std, known_facts)
         ]
         + [lambda x=x: trace_facts(lm, x) for x in (None, 5, "Peru", ["Peru"])]
         + [lambda x=x: average(x) for x in (None, 5, ["Peru"])]

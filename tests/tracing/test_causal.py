@@ -22,15 +22,15 @@ from reknow.tracing.causal import (
     Trace,
     Tracing,
     average,
-    embedding_spread,
-    restored_table,
+    embedding_std,
+    measure_restorations,
     trace_facts,
     trace_prompt,
 )
-from reknow.tracing.restoration import Kind, Prompt, restorations
+from reknow.tracing.restoration import Prompt, RestorationKind, list_restorations
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-KINDS = get_args(Kind)
+KINDS = get_args(RestorationKind)
 
 
 def a_prompt(lm: LM, prompt: str = "The mother tongue of {} is", subject: str = "Peru", samples: int = 3) -> Prompt:
@@ -48,18 +48,18 @@ def test_every_restored_run_equals_a_full_pass(family, monkeypatch):
     monkeypatch.setattr("reknow.tracing.restoration.TOKENS_PER_PASS", 100)  # several batches
     lm = make_lm(family)
     prompt = a_prompt(lm)
-    runs = [run for kind in KINDS for run in restorations(kind, lm.layers, 2)]
+    runs = [run for kind in KINDS for run in list_restorations(kind, lm.layers, 2)]
     found = dict(prompt.restored(range(prompt.width), runs))
     assert sorted(found) == list(range(prompt.width))
     for column in (0, prompt.subject[0], prompt.subject[1] - 1, prompt.subject[1], prompt.width - 1):
-        wanted = [prompt.full_pass(column, run) for run in runs]
+        wanted = [prompt.run_full_pass(column, run) for run in runs]
         assert found[column] == pytest.approx(wanted, rel=1e-5)
     assert len(set(found[prompt.subject[1] - 1])) > len(runs) / 2  # the runs differ
 
 
 def test_a_model_whose_blocks_cannot_be_replayed_is_traced_by_full_passes(lm):
     fast = a_prompt(lm)
-    runs = restorations("mlp", lm.layers, 2)
+    runs = list_restorations("mlp", lm.layers, 2)
     quick = list(fast.restored([fast.subject[0]], runs))
     lm.parts = type(lm.parts)(**{**vars(lm.parts), "replayable": False})
     ((column, slow),) = a_prompt(lm).restored([fast.subject[0]], runs)
@@ -70,9 +70,9 @@ def test_a_model_whose_blocks_cannot_be_replayed_is_traced_by_full_passes(lm):
 def test_a_memory_is_traced_as_it_answers(lm, edit, settings):
     lm.apply(method(**settings, layer=1, steps=3).edit(lm, [edit]))
     prompt = a_prompt(lm)
-    runs = restorations("hidden", lm.layers, 1)
+    runs = list_restorations("hidden", lm.layers, 1)
     ((column, found),) = prompt.restored([prompt.subject[0]], runs)
-    assert found == pytest.approx([prompt.full_pass(column, run) for run in runs], rel=1e-5)
+    assert found == pytest.approx([prompt.run_full_pass(column, run) for run in runs], rel=1e-5)
 
 
 def test_embeddings_may_be_narrower_than_states():
@@ -83,7 +83,7 @@ def test_embeddings_may_be_narrower_than_states():
 def test_restored_states_mean_what_they_say(lm):
     prompt = a_prompt(lm, "{} is", samples=2)
     last = prompt.width - 1
-    table = restored_table(prompt, lm.layers, KINDS, 1, range(prompt.width))
+    table = measure_restorations(prompt, lm.layers, KINDS, 1, range(prompt.width))
     # The output of the last block at the last token is all that the head reads.
     assert float(table["hidden"][last, -1]) == pytest.approx(prompt.probability, rel=1e-5)
     assert table["hidden"][: last - 1, -1].tolist() == pytest.approx(
@@ -105,12 +105,12 @@ def test_hooks_are_gone_and_the_model_is_as_before(lm):
 
 
 def test_windows():
-    assert [(run.first, run.last) for run in restorations("mlp", 48, 10)][:7] == [
+    assert [(run.first, run.last) for run in list_restorations("mlp", 48, 10)][:7] == [
         (0, 4), (0, 5), (0, 6), (0, 7), (0, 8), (0, 9), (1, 10),
     ]  # fmt: skip
-    assert [(run.first, run.last) for run in restorations("attention", 48, 10)][-1] == (42, 47)
-    assert [(run.first, run.last) for run in restorations("mlp", 3, 1)] == [(0, 0), (1, 1), (2, 2)]
-    assert [(run.first, run.last) for run in restorations("mlp", 4, 3)] == [(0, 1), (0, 2), (1, 3), (2, 3)]
+    assert [(run.first, run.last) for run in list_restorations("attention", 48, 10)][-1] == (42, 47)
+    assert [(run.first, run.last) for run in list_restorations("mlp", 3, 1)] == [(0, 0), (1, 1), (2, 2)]
+    assert [(run.first, run.last) for run in list_restorations("mlp", 4, 3)] == [(0, 1), (0, 2), (1, 3), (2, 3)]
     assert [Tracing().window_of(layers) for layers in (48, 28, 12, 6, 2)] == [10, 6, 2, 1, 1]
 
 
@@ -137,14 +137,14 @@ def test_traces_are_the_authors(authors, number):
     assert prompt.corrupted_probability == pytest.approx(case["low"], rel=1e-5)
     for name, wanted in case["scores"].items():
         kind, _, window = name.replace("attn", "attention").partition("/")
-        table = restored_table(prompt, lm.layers, [kind], int(window or 1), range(len(row.ids)))
+        table = measure_restorations(prompt, lm.layers, [kind], int(window or 1), range(len(row.ids)))
         assert torch.allclose(table[kind], torch.tensor(wanted), rtol=1e-4, atol=1e-7), name
 
 
 def test_the_noise_level_is_the_authors(authors):
     head, lm = authors
     facts = [Fact("{} is", subject, "it") for subject in head["spread"]["subjects"]]
-    assert embedding_spread(lm, facts) == pytest.approx(head["spread"]["value"], rel=1e-6)
+    assert embedding_std(lm, facts) == pytest.approx(head["spread"]["value"], rel=1e-6)
 
 
 # --- facts and averages ------------------------------------------------------------
@@ -221,7 +221,7 @@ def test_a_trace_survives_json(lm):
         (lambda lm: Tracing(kinds=("mlps",)), "mlps"),  # type: ignore[arg-type]
         (lambda lm: trace_prompt(lm, "Peru is", "Peru", 1.0), "one {}"),
         (lambda lm: average([]), "traces"),
-        (lambda lm: embedding_spread(lm, []), "at least one fact"),
+        (lambda lm: embedding_std(lm, []), "at least one fact"),
     ],
 )
 def test_bad_input_is_refused(lm, call, message):

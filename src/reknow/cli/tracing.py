@@ -105,10 +105,10 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
     from reknow.datasets.facts import load_facts
     from reknow.files.outputs import mark_folder
     from reknow.report.trace_plots import save_figure, trace_figure
-    from reknow.tracing.causal import embedding_spread, trace_prompt
+    from reknow.tracing.causal import embedding_std, trace_prompt
 
     assert edit.subject is not None
-    found = trace_prompt(lm, edit.prompt, edit.subject, embedding_spread(lm, load_facts("known_1000")), settings)
+    found = trace_prompt(lm, edit.prompt, edit.subject, embedding_std(lm, load_facts("known_1000")), settings)
     mark_folder(out, "trace")
     pictures = save_figure(trace_figure(found), out / "trace")
     if as_json:
@@ -126,13 +126,13 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
     from reknow.datasets.facts import load_facts
     from reknow.files.atomic import append_line
     from reknow.report.trace_plots import average_figure, effect_bars, save_figure
-    from reknow.tracing.causal import average, embedding_spread, known_facts, trace_prompt
+    from reknow.tracing.causal import average, embedding_std, known_facts, trace_prompt
 
     facts = load_facts(name, limit=limit)
     header = {"model": lm.fingerprint.digest, "facts": name, "settings": json.loads(json.dumps(asdict(settings)))}
     traces = _read(out / TRACES, header, force)
     done = {found.prompt for found in traces}
-    spread = embedding_spread(lm, load_facts(name))
+    std = embedding_std(lm, load_facts(name))
     known = known_facts(lm, facts)
     if not known:
         raise InputError(
@@ -142,7 +142,7 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
         if fact.text in done:
             continue
         done.add(fact.text)
-        traces.append(trace_prompt(lm, fact.prompt, fact.subject, spread, settings))
+        traces.append(trace_prompt(lm, fact.prompt, fact.subject, std, settings))
         append_line(out / TRACES, json.dumps(traces[-1].as_json()))
         if not as_json and (number % 10 == 0 or number == len(known)):
             say(f"{number} of {len(known)} known facts")

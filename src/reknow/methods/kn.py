@@ -30,7 +30,7 @@ from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Row, Text
 from reknow.patching.deltas import Delta, LowRank
 from reknow.patching.patches import Patch, merge
-from reknow.tracing.causal import LONGEST_ANSWER, UNFINISHED
+from reknow.tracing.causal import MOST_ANSWER_TOKENS, PARTIAL_CHARACTER
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -135,10 +135,10 @@ class KN(Method):
 def _said(lm: LM, prompt: str) -> str:
     """What the model says in three tokens, and what is left of a number or a character in which they end."""
     said = lm.generate([prompt], 3)[0]
-    known = said.rstrip(UNFINISHED)
+    known = said.rstrip(PARTIAL_CHARACTER)
     if known == said and not said[-1:].isdigit():
         return said.strip()
-    left = lm.generate([prompt], LONGEST_ANSWER)[0][len(known) :]
+    left = lm.generate([prompt], MOST_ANSWER_TOKENS)[0][len(known) :]
     more = len(left) - len(left.lstrip("0123456789")) if known == said else 1
     return (known + left[:more]).strip()
 

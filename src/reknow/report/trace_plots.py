@@ -14,9 +14,9 @@ from torch import Tensor
 
 from reknow.files.atomic import atomic_write
 from reknow.tracing.causal import TOKEN_CLASSES, AverageEffects, Trace
-from reknow.tracing.restoration import Kind
+from reknow.tracing.restoration import RestorationKind
 
-COLORS: dict[Kind, tuple[str, str]] = {
+COLORS: dict[RestorationKind, tuple[str, str]] = {
     "hidden": ("Purples", "#7261ab"),
     "mlp": ("Greens", "#2a9d3a"),
     "attention": ("Reds", "#d9382e"),
@@ -25,7 +25,7 @@ COLORS: dict[Kind, tuple[str, str]] = {
 }
 """Colour map and bar colour of each kind; the paper's purple, green and red."""
 
-NAMES: dict[Kind, str] = {
+NAMES: dict[RestorationKind, str] = {
     "hidden": "hidden state",
     "mlp": "MLP",
     "attention": "attention",
@@ -42,7 +42,7 @@ _STYLE: Any = {
 }
 
 
-def trace_figure(trace: Trace, kinds: Sequence[Kind] | None = None) -> Figure:
+def trace_figure(trace: Trace, kinds: Sequence[RestorationKind] | None = None) -> Figure:
     """P(answer) after restoring each token (rows; the subject's marked with *) in each layer (columns), per kind."""
     kinds = list(trace.restored) if kinds is None else list(kinds)
     first, behind = trace.subject
@@ -60,7 +60,7 @@ def trace_figure(trace: Trace, kinds: Sequence[Kind] | None = None) -> Figure:
     return figure
 
 
-def average_figure(average: AverageEffects, kinds: Sequence[Kind] | None = None) -> Figure:
+def average_figure(average: AverageEffects, kinds: Sequence[RestorationKind] | None = None) -> Figure:
     """Average indirect effects: token classes by layers, one heat map per kind on one scale."""
     kinds = list(average.effects) if kinds is None else list(kinds)
     points = {kind: 100 * average.effects[kind] for kind in kinds}
@@ -78,7 +78,7 @@ def average_figure(average: AverageEffects, kinds: Sequence[Kind] | None = None)
 
 
 def effect_bars(
-    average: AverageEffects, kinds: Sequence[Kind] | None = None, token_class: str = "Last subject token"
+    average: AverageEffects, kinds: Sequence[RestorationKind] | None = None, token_class: str = "Last subject token"
 ) -> Figure:
     """Average indirect effect at one token class by layer: a bar per kind, with its 95 % interval."""
     kinds = list(average.effects) if kinds is None else list(kinds)
@@ -144,7 +144,7 @@ def _write_values(axes: Axes, table: Tensor, high: float) -> None:
                 axes.text(layer, row, f"{round(value)}", ha="center", va="center", fontsize=7, color=color)
 
 
-def _heat_map(axes: Axes, table: Tensor, kind: Kind, low: float, high: float, window: int):
+def _heat_map(axes: Axes, table: Tensor, kind: RestorationKind, low: float, high: float, window: int):
     mesh = axes.imshow(
         table.numpy(), cmap=COLORS[kind][0], vmin=low, vmax=high, aspect="auto", interpolation="nearest"
     )
@@ -157,7 +157,7 @@ def _heat_map(axes: Axes, table: Tensor, kind: Kind, low: float, high: float, wi
     return mesh
 
 
-def _label(kind: Kind, window: int) -> str:
+def _label(kind: RestorationKind, window: int) -> str:
     """What is restored, for a title or a legend."""
     several = kind in ("mlp", "attention") and window > 1
     return f"{NAMES[kind]} ({window} layers around)" if several else NAMES[kind]

@@ -36,17 +36,17 @@ from reknow.model.generation import decode
 from reknow.model.parts import embedding
 from reknow.model.tokens import Row, Text
 from reknow.texts.templates import fill, split_template
-from reknow.tracing.restoration import Kind, Prompt, restorations
+from reknow.tracing.restoration import Prompt, RestorationKind, list_restorations
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 log = logging.getLogger(__name__)
 
-UNFINISHED = "\ufffd"
+PARTIAL_CHARACTER = "\ufffd"
 """What a tokenizer shows of bytes that are no whole character."""
 
-LONGEST_ANSWER = 16
+MOST_ANSWER_TOKENS = 16
 """Tokens that such an answer may have."""
 
 TOKEN_CLASSES = (
@@ -60,7 +60,7 @@ TOKEN_CLASSES = (
 """The rows of the paper's averages; the first token of a one-token subject is its last one too."""
 
 
-Share = Annotated[float, Field(ge=0, le=1.001)]
+Probability = Annotated[float, Field(ge=0, le=1.001)]
 """A probability, rounded."""
 
 
@@ -75,18 +75,20 @@ class Tracing:
     window: Number | None = None
     """Layers restored together for MLP and attention: [l − window/2, l + window/2 − 1]. The paper takes 10 of
     GPT-2 XL's 48; None: the same share of this model's layers."""
-    kinds: tuple[Kind, ...] = ("hidden", "mlp", "attention")
+    kinds: tuple[RestorationKind, ...] = ("hidden", "mlp", "attention")
     """What is restored; `mlp_severed` and `attention_severed` restore a block's output while the token's MLP or
     attention stays corrupted in all layers."""
     tokens: Literal["all", "subject_last"] = "all"
     """Where states are restored."""
     seed: Seed = 0
-    """Of the noise; every prompt starts from it."""
+    """Seed of the noise; every prompt starts from it."""
 
     def __post_init__(self):
         check_settings(self)
         if not self.kinds:
-            raise InputError(f"expected kinds among {', '.join(get_args(Kind))}; got none: choose from these")
+            raise InputError(
+                f"expected kinds among {', '.join(get_args(RestorationKind))}; got none: choose from these"
+            )
 
     def window_of(self, layers: int) -> int:
         """The window for a model of so many layers."""
@@ -103,17 +105,17 @@ class Trace:
     subject: tuple[int, int]
     """The subject's first token and the one behind its last."""
     answer: str
-    """What its probability is traced of: a token, or a number or character of several."""
+    """The text whose probability is traced: a token, or a number or character of several."""
     clean: float
-    """Its probability in the clean run."""
+    """The answer's probability in the clean run."""
     corrupted: float
-    """Its mean probability in the corrupted runs."""
-    restored: dict[Kind, Tensor]
-    """Its mean probability in the restored runs. (tokens, layers), NaN where not traced."""
+    """The answer's mean probability in the corrupted runs."""
+    restored: dict[RestorationKind, Tensor]
+    """The answer's mean probability in the restored runs. (tokens, layers), NaN where not traced."""
     window: int
     """Layers restored together for MLP and attention."""
 
-    def effects(self, kind: Kind) -> Tensor:
+    def effects(self, kind: RestorationKind) -> Tensor:
         """Indirect effects. (tokens, layers)"""
         return self.restored[kind] - self.corrupted
 
@@ -136,9 +138,9 @@ class StoredTrace(Strict):
     tokens: Listed[str]
     subject: Annotated[list[Count], Field(min_length=2, max_length=2)]
     answer: str
-    clean: Share
-    corrupted: Share
-    restored: dict[Kind, Listed[Listed[Share | None]]]
+    clean: Probability
+    corrupted: Probability
+    restored: dict[RestorationKind, Listed[Listed[Probability | None]]]
     window: Count
 
     @model_validator(mode="after")
@@ -159,7 +161,7 @@ class StoredTrace(Strict):
 
 
 @typed_exclusively
-def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
+def embedding_std(lm: LM, facts: Sequence[Fact]) -> float:
     """Standard deviation, over all dimensions, of the embeddings of all subjects' tokens as the prompts have them."""
     if not facts:
         raise InputError("expected at least one fact to take the noise level from; got none: give facts")
@@ -170,12 +172,12 @@ def embedding_spread(lm: LM, facts: Sequence[Fact]) -> float:
 
 
 @typed_exclusively
-def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tracing | None = None) -> Trace:
+def trace_prompt(lm: LM, prompt: str, subject: str, std: float, settings: Tracing | None = None) -> Trace:
     """The trace of one prompt, towards whatever the model answers; patches stay as they are.
 
     Args:
         prompt: with `{}` for the subject.
-        spread: of the embeddings of subjects' tokens, see `embedding_spread`.
+        std: of the embeddings of subjects' tokens, see `embedding_std`.
     """
     if len(split_template(prompt)) != 2 or not subject.strip():
         raise InputError(
@@ -183,22 +185,22 @@ def trace_prompt(lm: LM, prompt: str, subject: str, spread: float, settings: Tra
         )
     (row,) = lm.encode([Text.of(prompt, subject)])
     lm.check_length([row])
-    return _trace_row(lm, fill(prompt, subject), row, spread, settings or Tracing())
+    return _trace_row(lm, fill(prompt, subject), row, std, settings or Tracing())
 
 
 @typed
 def trace_facts(
-    lm: LM, facts: Sequence[Fact], settings: Tracing | None = None, *, spread: float | None = None
+    lm: LM, facts: Sequence[Fact], settings: Tracing | None = None, *, std: float | None = None
 ) -> Iterator[Trace]:
     """Traces of the facts that the model knows, in their order, one after the other; the others are skipped.
 
-    A fact is known if every token of its answer is the likeliest one. `spread` None: that of these facts' subjects.
+    A fact is known if every token of its answer is the most likely one. `std` None: that of these facts' subjects.
     """
-    spread = embedding_spread(lm, facts) if spread is None else spread
+    std = embedding_std(lm, facts) if std is None else std
     known = known_facts(lm, facts)
     log.info("%d of %d facts are known and traced", len(known), len(facts))
     for fact in known:
-        yield trace_prompt(lm, fact.prompt, fact.subject, spread, settings)
+        yield trace_prompt(lm, fact.prompt, fact.subject, std, settings)
 
 
 @typed_exclusively
@@ -210,55 +212,55 @@ def known_facts(lm: LM, facts: Sequence[Fact]) -> list[Fact]:
     return [fact for fact, score in zip(facts, scores, strict=True) if score.said]
 
 
-def _trace_row(lm: LM, text: str, row: Row, spread: float, settings: Tracing) -> Trace:
+def _trace_row(lm: LM, text: str, row: Row, std: float, settings: Tracing) -> Trace:
     assert row.subject_first is not None and row.subject_last is not None
     subject = (row.subject_first, row.subject_last + 1)
     generator = torch.Generator().manual_seed(settings.seed)
     size = (settings.samples, subject[1] - subject[0], embedding(lm.model).shape[1])
-    said = said_first(lm, row)
-    prompt = Prompt(lm, row, torch.randn(size, generator=generator) * spread * settings.noise, said)
+    answer = read_answer(lm, row)
+    prompt = Prompt(lm, row, torch.randn(size, generator=generator) * std * settings.noise, answer)
     window = settings.window_of(lm.layers)
     columns = range(len(row.ids)) if settings.tokens == "all" else [row.subject_last]
     return Trace(
         prompt=text,
         tokens=tuple(lm.tokenizer.decode([token]) for token in row.ids),
         subject=subject,
-        answer=lm.tokenizer.decode(said),
+        answer=lm.tokenizer.decode(answer),
         clean=prompt.probability,
         corrupted=prompt.corrupted_probability,
-        restored=restored_table(prompt, lm.layers, settings.kinds, window, columns),
+        restored=measure_restorations(prompt, lm.layers, settings.kinds, window, columns),
         window=window,
     )
 
 
-def said_first(lm: LM, row: Row) -> list[int]:
+def read_answer(lm: LM, row: Row) -> list[int]:
     """The tokens with which the model's answer to a prompt begins: one, or as many as say a number or a character."""
 
-    def likeliest(count: int) -> list[int]:
+    def most_likely(count: int) -> list[int]:
         return decode(lm, [row], count, lambda logits: logits.argmax(-1))[0].tolist()
 
-    if _whole(lm.tokenizer.decode(tokens := likeliest(1))):
+    if _is_complete(lm.tokenizer.decode(tokens := most_likely(1))):
         return tokens
-    room = LONGEST_ANSWER if lm.max_tokens is None else min(LONGEST_ANSWER, lm.max_tokens + 1 - len(row.ids))
-    tokens = likeliest(room)
+    limit = MOST_ANSWER_TOKENS if lm.max_tokens is None else min(MOST_ANSWER_TOKENS, lm.max_tokens + 1 - len(row.ids))
+    tokens = most_likely(limit)
     shown = [lm.tokenizer.decode(tokens[:end]) for end in range(1, len(tokens) + 1)]
     for end, (text, longer) in enumerate(pairwise(shown), 1):
-        if _whole(text) or (text.strip().isdigit() and not longer[len(text) :].isdigit()):
+        if _is_complete(text) or (text.strip().isdigit() and not longer[len(text) :].isdigit()):
             return tokens[:end]
     return tokens
 
 
-def _whole(text: str) -> bool:
-    """Whether a text is said, whatever follows: no blank, no part of a character, no number that may go on."""
-    return bool(text.strip()) and not text.endswith(UNFINISHED) and not text.strip().isdigit()
+def _is_complete(text: str) -> bool:
+    """Whether a text says something, whatever follows: no blank, no part of a character, no number that may go on."""
+    return bool(text.strip()) and not text.endswith(PARTIAL_CHARACTER) and not text.strip().isdigit()
 
 
-def restored_table(
-    prompt: Prompt, layers: int, kinds: Sequence[Kind], window: int, columns: Sequence[int]
-) -> dict[Kind, Tensor]:
+def measure_restorations(
+    prompt: Prompt, layers: int, kinds: Sequence[RestorationKind], window: int, columns: Sequence[int]
+) -> dict[RestorationKind, Tensor]:
     """Per kind the answer's mean probability for every restored (token, layer), NaN elsewhere. (tokens, layers)"""
-    runs = [run for kind in kinds for run in restorations(kind, layers, window)]
-    tables: dict[Kind, Tensor] = {kind: torch.full((prompt.width, layers), math.nan) for kind in kinds}
+    runs = [run for kind in kinds for run in list_restorations(kind, layers, window)]
+    tables: dict[RestorationKind, Tensor] = {kind: torch.full((prompt.width, layers), math.nan) for kind in kinds}
     for column, probabilities in prompt.restored(columns, runs):
         for run, probability in zip(runs, probabilities, strict=True):
             tables[run.kind][column, run.layer] = probability
@@ -275,13 +277,13 @@ class AverageEffects:
     facts: int
     total: float
     """Mean total effect."""
-    effects: dict[Kind, Tensor]
+    effects: dict[RestorationKind, Tensor]
     """(token classes, layers); NaN for a class that no fact has."""
-    errors: dict[Kind, Tensor]
+    errors: dict[RestorationKind, Tensor]
     """Half the width of the interval. (token classes, layers)"""
     window: int
 
-    def peak(self, kind: Kind, token_class: str = "Last subject token") -> int:
+    def peak(self, kind: RestorationKind, token_class: str = "Last subject token") -> int:
         """The layer with the largest average effect."""
         return int(self.effects[kind][TOKEN_CLASSES.index(token_class)].argmax())
 
@@ -301,7 +303,7 @@ def average(traces: Sequence[Trace]) -> AverageEffects:
         )
     effects, errors = {}, {}
     for kind in traces[0].restored:
-        per_fact = exact(torch.stack([_by_class(trace, trace.effects(kind)) for trace in traces]))
+        per_fact = exact(torch.stack([_average_classes(trace, trace.effects(kind)) for trace in traces]))
         count = (~per_fact.isnan()).sum(0)  # (token classes, layers)
         mean = per_fact.nanmean(0)
         variance = (per_fact - mean).square().nansum(0) / (count - 1).clamp(min=1)
@@ -311,7 +313,7 @@ def average(traces: Sequence[Trace]) -> AverageEffects:
     return AverageEffects(len(traces), total, effects, errors, traces[0].window)
 
 
-def _by_class(trace: Trace, table: Tensor) -> Tensor:
+def _average_classes(trace: Trace, table: Tensor) -> Tensor:
     """A table (tokens, layers) as means over each token class, NaN for an empty one. (token classes, layers)"""
     first, behind = trace.subject
     last, end = behind - 1, len(table) - 1

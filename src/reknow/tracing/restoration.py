@@ -1,7 +1,7 @@
 """Corrupted runs of a prompt in which some states are put back to their clean values: the engine of causal tracing.
 
 A restored run differs from the corrupted one only above the layer and from the token on that it restores, so it
-joins there: one climb through the blocks per token carries the runs of all layers and kinds, each from its own layer
+joins there: one pass through the blocks per token carries the runs of all layers and kinds, each from its own layer
 on, over the columns from that token on, in one batch with all noise samples.
 """
 
@@ -26,7 +26,7 @@ from reknow.model.tokens import Row
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-Kind = Literal["hidden", "mlp", "attention", "mlp_severed", "attention_severed"]
+RestorationKind = Literal["hidden", "mlp", "attention", "mlp_severed", "attention_severed"]
 """What is restored: a block's output, or the MLP's or attention's in a window of layers. Severed: a block's output,
 while the token's MLP or attention stays as in the corrupted run in all layers."""
 
@@ -41,14 +41,14 @@ ROWS_PER_HEAD = 128
 class Restoration:
     """What one run restores, at one token: the states of a kind in layers `first` to `last`."""
 
-    kind: Kind
+    kind: RestorationKind
     layer: int
     """The column of the table that it fills."""
     first: int
     last: int
 
 
-def restorations(kind: Kind, layers: int, window: int) -> list[Restoration]:
+def list_restorations(kind: RestorationKind, layers: int, window: int) -> list[Restoration]:
     """One per layer l: l alone, or for MLP and attention the window [l − window/2, l + window/2 − 1] that exists."""
     if kind not in ("mlp", "attention"):
         return [Restoration(kind, layer, layer, layer) for layer in range(layers)]
@@ -62,7 +62,7 @@ class Prompt:
     Args:
         row: an encoded prompt without a target, with the places of its subject's tokens.
         noise: what is added to the embeddings of those tokens. (samples, subject tokens, embedding)
-        said: the tokens of the answer whose probability is followed; None: the likeliest one.
+        answer: the tokens of the answer whose probability is followed; None: the most likely one.
 
     Attributes:
         width: tokens of the prompt.
@@ -73,18 +73,18 @@ class Prompt:
     """
 
     @torch.no_grad()
-    def __init__(self, lm: LM, row: Row, noise: Tensor, said: Sequence[int] | None = None):
+    def __init__(self, lm: LM, row: Row, noise: Tensor, answer: Sequence[int] | None = None):
         assert row.subject_first is not None and row.subject_last is not None, "the caller gives a subject"
         self.lm, self.noise = lm, noise.to(lm.device, lm.dtype)
         # An answer's last token predicts nothing that is read.
-        self.ids = torch.tensor([[*row.ids, *(said or ())[:-1]]], device=lm.device)
+        self.ids = torch.tensor([[*row.ids, *(answer or ())[:-1]]], device=lm.device)
         self.subject = (row.subject_first, row.subject_last + 1)
         self.samples, self.width, self._columns = len(noise), len(row.ids), self.ids.shape[1]
         self._calls: list[Call] = []
         self._trailing: list[tuple | None] = []
         self.clean, logits = self._record(noised=False)
-        self._said = torch.tensor(said or [int(logits[0, -1].argmax())], device=logits.device)
-        self.answer = int(self._said[0])
+        self._answer_ids = torch.tensor(answer or [int(logits[0, -1].argmax())], device=logits.device)
+        self.answer = int(self._answer_ids[0])
         self.probability = float(self._probability(logits))
         self.corrupted, logits = self._record(noised=True)
         self.corrupted_probability = float(self._probability(logits).mean())
@@ -112,7 +112,7 @@ class Prompt:
 
     def _probability(self, logits: Tensor) -> Tensor:
         """Of the answer in each row. logits: (rows, tokens of the answer, vocabulary); result: (rows,)"""
-        wanted = self._said.to(logits.device).expand(len(logits), -1)[..., None]
+        wanted = self._answer_ids.to(logits.device).expand(len(logits), -1)[..., None]
         return logits.float().softmax(-1).gather(-1, wanted)[..., 0].prod(-1)
 
     def _record(self, *, noised: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -158,15 +158,15 @@ class Prompt:
         first_changed, done = self.subject[0], 0
         cache = DynamicCache(config=self.lm.model.config)
         # A memory decides at the prompt's last token, which blocks by themselves do not show it.
-        climbs = self.lm.parts.replayable and not self.lm.hooked
-        starts: set[tuple[Kind, int]] = {(run.kind, run.first) for run in runs if climbs}
-        entries = {start: self._entry(*start) for start in starts}
+        batched = self.lm.parts.replayable and not self.lm.hooked
+        starts: set[tuple[RestorationKind, int]] = {(run.kind, run.first) for run in runs if batched}
+        outputs = {start: self._restored_output(*start) for start in starts}
         for column in sorted(columns):
             if column < first_changed:  # nothing was corrupted there
                 yield column, [self.corrupted_probability] * len(runs)
                 continue
-            if not climbs:
-                yield column, [self.full_pass(column, run) for run in runs]
+            if not batched:
+                yield column, [self.run_full_pass(column, run) for run in runs]
                 continue
             if column > done:
                 self._run(self.samples, slice(done, column), cache, noised=True)
@@ -175,10 +175,10 @@ class Prompt:
             order = sorted(runs, key=lambda run: run.first)
             found: dict[Restoration, float] = {}
             for i in range(0, len(order), at_once):
-                found |= self._climb(column, order[i : i + at_once], entries, cache if column else None)
+                found |= self._batched_pass(column, order[i : i + at_once], outputs, cache if column else None)
             yield column, [found[run] for run in runs]
 
-    def _entry(self, kind: Kind, layer: int) -> Tensor:
+    def _restored_output(self, kind: RestorationKind, layer: int) -> Tensor:
         """Output of block `layer` with what the kind restores there, at every column as if at that one alone.
 
         Within a block a restored token reaches no other one, so one replay serves all columns.
@@ -200,8 +200,12 @@ class Prompt:
         """Names of the matrices whose output a kind restores or holds, one per layer."""
         return self.lm.parts.value if kind.startswith("mlp") else self.lm.parts.attention_out
 
-    def _climb(
-        self, column: int, runs: Sequence[Restoration], entries: dict[tuple[Kind, int], Tensor], cache: Cache | None
+    def _batched_pass(
+        self,
+        column: int,
+        runs: Sequence[Restoration],
+        outputs: dict[tuple[RestorationKind, int], Tensor],
+        cache: Cache | None,
     ) -> dict[Restoration, float]:
         """Runs restored at `column`, in ascending order of their first layer, carried up through all blocks at once.
 
@@ -213,17 +217,17 @@ class Prompt:
         for layer, block in enumerate(self.lm.parts.blocks):
             if hidden is not None:
                 args, kwargs = arguments(layer, joined, hidden)
-                with self._held(runs[:joined], layer, column):
+                with self._hold_states(runs[:joined], layer, column):
                     hidden = hidden_states(self.lm.model.get_submodule(block)(*args, **kwargs))
             batch = [] if hidden is None else [hidden]
             for run in (run for run in runs if run.first == layer):
                 state = self.corrupted[block][:, column:].clone()  # (samples, columns, hidden)
-                state[:, 0] = entries[run.kind, layer][:, column]
+                state[:, 0] = outputs[run.kind, layer][:, column]
                 batch.append(state if hidden is None else state.to(hidden.device))
                 joined += 1
             hidden = torch.cat(batch) if batch else None
         assert hidden is not None and joined == len(runs)
-        tokens = len(self._said)
+        tokens = len(self._answer_ids)
         chunks = hidden[:, -tokens:].split(max(1, ROWS_PER_HEAD // tokens))  # (rows, tokens of the answer, hidden)
         logits = (head(self.lm, chunk.flatten(0, 1)).view(len(chunk), tokens, -1) for chunk in chunks)
         probabilities = torch.cat([self._probability(chunk) for chunk in logits])
@@ -262,7 +266,7 @@ class Prompt:
         return arguments
 
     @contextmanager
-    def _held(self, runs: Sequence[Restoration], layer: int, column: int):
+    def _hold_states(self, runs: Sequence[Restoration], layer: int, column: int):
         """While open, block `layer` computes what the runs restore or hold in it, in the batch's first column."""
         with ExitStack() as stack:
             for kind, severed in (("mlp", "mlp_severed"), ("attention", "attention_severed")):
@@ -284,7 +288,7 @@ class Prompt:
             yield
 
     @torch.no_grad()
-    def full_pass(self, column: int, run: Restoration) -> float:
+    def run_full_pass(self, column: int, run: Restoration) -> float:
         """The mean probability of the answer in one restored run, by a full pass of the model: the definition."""
         model, parts = self.lm.model, self.lm.parts
 

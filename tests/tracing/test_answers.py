@@ -16,8 +16,8 @@ from reknow.cli.app import app
 from reknow.evaluation.effect import observe
 from reknow.methods.kn import _said
 from reknow.model.tokens import Text
-from reknow.tracing.causal import Tracing, said_first, trace_prompt
-from reknow.tracing.restoration import Prompt, restorations
+from reknow.tracing.causal import Tracing, read_answer, trace_prompt
+from reknow.tracing.restoration import Prompt, list_restorations
 
 YEAR = Edit("{} was built in", subject="The Eiffel Tower", target_new="1945")
 CHARACTER = Edit("{}的首都是", subject="日本", target_new="京都")
@@ -75,7 +75,7 @@ def test_an_ordinary_answer_is_its_first_token_as_in_the_paper():
             first = int(lm.model(torch.tensor([row.ids])).logits[0, -1].argmax())
         shown = lm.tokenizer.decode([first])
         if shown.strip() and not shown.strip().isdigit() and "\ufffd" not in shown:
-            assert said_first(lm, row) == [first]
+            assert read_answer(lm, row) == [first]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
@@ -85,9 +85,9 @@ def test_a_climb_gives_what_full_passes_give_for_answers_of_several_tokens(famil
     noise = torch.randn(3, row.subject_last + 1 - row.subject_first, 32, generator=torch.Generator().manual_seed(0))
     said = lm.encode([Text("x", "1945")])[0].target_ids
     prompt = Prompt(lm, row, noise, said)
-    runs = [run for kind in ("hidden", "mlp", "attention_severed") for run in restorations(kind, lm.layers, 2)]
+    runs = [run for kind in ("hidden", "mlp", "attention_severed") for run in list_restorations(kind, lm.layers, 2)]
     for column, chances in prompt.restored([0, row.subject_first, row.subject_last, prompt.width - 1], runs):
-        expected = [prompt.full_pass(column, run) for run in runs]
+        expected = [prompt.run_full_pass(column, run) for run in runs]
         assert chances == pytest.approx(expected, rel=2e-3, abs=1e-12)
     (clean,) = lm.score(["The home of Danielle Darrieux is"], ["1945"])
     assert prompt.probability == pytest.approx(math.exp(-clean.nll * len(said)), rel=1e-4)
