@@ -25,8 +25,8 @@ from reknow import LM, load_cases, method
 from reknow.datasets import sample_text
 from reknow.editing.layer_trials import suggest_layer
 from reknow.errors import EditFailed
-from reknow.evaluation.effect import known_cases
 from reknow.files.atomic import write_text
+from reknow.tracing.known import known_cases
 
 COLOURS = {"memit": "#0072B2", "emmet": "#E69F00", "pmet": "#009E73", "alphaedit": "#CC79A7", "rome": "#D55E00"}
 PLAIN, TOKENS = 8, 128

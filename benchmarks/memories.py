@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from exam import KINDS, Exam
 from reknow import LM, load_cases, method
 from reknow.errors import EditFailed
-from reknow.evaluation.effect import known_cases
+from reknow.tracing.known import known_cases
 
 TUNED = 850
 """Defaults were chosen on records from this one on."""

@@ -15,7 +15,7 @@ import torch
 from exam import Exam, one_search
 from reknow import LM, load_cases, method
 from reknow.editing.layer_trials import suggest_layer
-from reknow.evaluation.effect import known_cases
+from reknow.tracing.known import known_cases
 
 SETTINGS = [
     ("memit", "default", {}),

@@ -36,12 +36,12 @@ from reknow.editing.contexts import sample_contexts
 from reknow.editing.papers_layers import band_around
 from reknow.editing.search import SearchSettings
 from reknow.edits import Case
-from reknow.evaluation.effect import known_cases
 from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.probing import read
 from reknow.model.generation import sample
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
+from reknow.tracing.known import known_cases
 from speed_reading import evaluation
 from speed_report import report
 from speed_work import matmul_rate, phases, timed, total_flops

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reknow import LM, load_cases, method
-from reknow.evaluation.effect import known_cases
+from reknow.tracing.known import known_cases
 
 MODELS = Path(__file__).parents[1] / "src/reknow/assets/models"
 KNOWN = {

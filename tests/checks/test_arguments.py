@@ -14,10 +14,11 @@ from reknow.editing.covariance import covariance, statistics
 from reknow.editing.layer_trials import suggest_layer
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
-from reknow.evaluation.effect import control_facts, known_cases, observe
+from reknow.evaluation.effect import control_facts, observe
 from reknow.export.checkpoint import export_checkpoint, export_lora
 from reknow.patching.stack import save_stack
 from reknow.tracing.causal import Tracing, average, embedding_std, known_facts, trace_facts, trace_prompt
+from reknow.tracing.known import known_cases
 
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Rome")
 CASE = Case(EDIT)

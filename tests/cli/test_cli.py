@@ -134,7 +134,7 @@ def test_edits_of_a_file_become_one_patch(model, empty_folder):
     ]
     (empty_folder / "edits.json").write_text(json.dumps(rows))
     found = json.loads(done("edit", "--file", "edits.json", "--model", model, *QUICK, "--json"))
-    assert found["file"] == "danielle-darrieux-and-1-more.patch" and len(found["after"]["standings"]) == 2
+    assert found["file"] == "danielle-darrieux-and-1-more.patch" and len(found["after"]["answers"]) == 2
     assert len(Patch.load(found["file"]).edits) == 2
 
 

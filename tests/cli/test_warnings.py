@@ -16,7 +16,7 @@ from reknow.cli import app
 from reknow.contract import check_edits
 from reknow.editing.covariance import statistics
 from reknow.errors import InputError
-from reknow.evaluation.effect import Observation, collapsed
+from reknow.evaluation.effect import Snapshot, collapsed
 from reknow.methods import METHODS
 from reknow.progress import progress_line, stage, told, watched
 
@@ -64,14 +64,14 @@ SAME = ("Lima. The", "French. The", "Rome. The", "piano. The")
     ],
 )
 def test_what_counts_as_collapsed(perplexity, controls, said):
-    before, after = (Observation((), facts, value) for facts, value in zip((SAME, controls), perplexity, strict=True))
+    before, after = (Snapshot((), facts, value) for facts, value in zip((SAME, controls), perplexity, strict=True))
     found = collapsed(before, after)
     assert len(found) == len(said)
     assert all(sentence.startswith(start) for sentence, start in zip(found, said, strict=True))
 
 
 def test_without_other_facts_only_plain_text_tells():
-    assert collapsed(Observation((), (), 5.0), Observation((), (), 5.1)) == []
+    assert collapsed(Snapshot((), (), 5.0), Snapshot((), (), 5.1)) == []
 
 
 WILD = ["--method", "ft-m", "--layer", "1", "--set", "steps=4", "--set", "learning_rate=50"]

@@ -16,10 +16,10 @@ from reknow.datasets import load_cases
 from reknow.errors import EditFailed, EditRefused, InputError, TextRefused
 from reknow.evaluation import Plan, Results, bench, evaluate
 from reknow.evaluation.editing import edit_once
-from reknow.evaluation.effect import known_cases
 from reknow.learning.editors import Editor, case_keys
 from reknow.model.tokens import Text
 from reknow.report.page import write_report
+from reknow.tracing.known import known_cases
 
 QUICK = FT(layer=2, steps=3, learning_rate=0.1)
 SUBJECTS = ROME(layer=1, steps=3, context_groups=(), covariance_tokens=0)

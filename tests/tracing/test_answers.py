@@ -48,8 +48,8 @@ def test_the_model_says_what_it_was_taught(knowing, edit):
 def test_an_answer_of_which_only_the_first_tokens_come_is_not_first(knowing, edit, other):
     (score,) = knowing.score([edit.text], [other])
     assert score.hits[0] and score.said == (other == "1")
-    (standing,) = observe(knowing, [Edit(edit.prompt, subject=edit.subject, target_new=other)]).standings
-    assert standing.said == score.said and (standing.rank == 1) == score.said
+    (answer,) = observe(knowing, [Edit(edit.prompt, subject=edit.subject, target_new=other)]).answers
+    assert answer.said == score.said and (answer.rank == 1) == score.said
 
 
 def test_a_trace_follows_a_number_and_a_character_whole(knowing):
@@ -100,7 +100,7 @@ def test_the_command_counts_whole_answers(tmp_path, monkeypatch):
     shown = CliRunner().invoke(app, [*asked, "--set", "steps=1", "--out", "d.patch"])
     assert shown.exit_code == 0 and "the new answer comes first in 0 of 1 prompts" in shown.stdout
     told = json.loads(CliRunner().invoke(app, [*asked, "--set", "steps=1", "--out", "e.patch", "--json"]).stdout)
-    assert told["after"]["standings"][0]["said"] is False and told["after"]["standings"][0]["rank"] > 1
+    assert told["after"]["answers"][0]["said"] is False and told["after"]["answers"][0]["rank"] > 1
 
 
 def test_the_old_answer_of_knowledge_neurons_is_a_whole_number_or_character(knowing):

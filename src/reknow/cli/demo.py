@@ -40,7 +40,8 @@ def demo(
     Real records of CounterFact, offline, in two minutes on two cores.
     """
     from reknow.datasets.cases import load_cases
-    from reknow.evaluation.effect import known_cases, weight_bits
+    from reknow.model.fingerprint import weight_bits
+    from reknow.tracing.known import known_cases
 
     started = time.perf_counter()
     out = run_place(out or run_folder("demo-quick" if quick else "demo", model), "demo", model)[""]
@@ -112,7 +113,7 @@ def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
 
 def _take_back(lm: LM, patches: list[Patch], bits: dict[str, str]) -> None:
     """Applies all patches, reverts them in another order and compares every weight's bits."""
-    from reknow.evaluation.effect import weight_bits
+    from reknow.model.fingerprint import weight_bits
 
     for patch in patches:
         lm.apply(patch)

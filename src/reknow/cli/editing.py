@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from reknow.datasets.facts import Fact
     from reknow.edits import Edit
     from reknow.evaluation.cost import Cost
-    from reknow.evaluation.effect import Observation
+    from reknow.evaluation.effect import Snapshot
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
@@ -153,7 +153,8 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     """Makes the edits, shows what they changed, and writes the patch; `stack` is what to apply it to."""
     from reknow.cli.stacks import say_replaced
     from reknow.evaluation.cost import estimate
-    from reknow.evaluation.effect import control_facts, observe, weight_bits
+    from reknow.evaluation.effect import control_facts, observe
+    from reknow.model.fingerprint import weight_bits
     from reknow.progress import progress_line
 
     bits = weight_bits(lm.model)
@@ -185,7 +186,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack {stack}")
 
 
-def _harm(before: Observation, after: Observation, out: Path) -> list[str]:
+def _harm(before: Snapshot, after: Snapshot, out: Path) -> list[str]:
     """What of the model the edit broke, said as a warning before the patch is written."""
     from reknow.evaluation.effect import collapsed
 
@@ -197,7 +198,7 @@ def _harm(before: Observation, after: Observation, out: Path) -> list[str]:
 
 
 def _as_json(
-    patch: Patch, facts: list[Fact], before: Observation, after: Observation, seconds: float, out: Path
+    patch: Patch, facts: list[Fact], before: Snapshot, after: Snapshot, seconds: float, out: Path
 ) -> dict[str, Any]:
     from reknow.cli.stacks import describe
 
@@ -212,10 +213,10 @@ def _as_json(
     }
 
 
-def _say_answers(edits: list[Edit], before: Observation, after: Observation) -> None:
+def _say_answers(edits: list[Edit], before: Snapshot, after: Snapshot) -> None:
     """What changed: completions, probability and rank of the new answer."""
     rows = []
-    for edit, old, new in list(zip(edits, before.standings, after.standings, strict=True))[:SHOWN]:
+    for edit, old, new in list(zip(edits, before.answers, after.answers, strict=True))[:SHOWN]:
         rows.append([f"{edit.text} …", old.completion, new.completion])
         rows.append([f"  probability of “{edit.target_new}”", f"{old.probability:.4f}", f"{new.probability:.4f}"])
         rows.append(["  rank of its worst token", f"{old.rank:,}", f"{new.rank:,}"])
@@ -223,11 +224,11 @@ def _say_answers(edits: list[Edit], before: Observation, after: Observation) -> 
             name = f"  probability of “{edit.target_true}”"
             rows.append([name, f"{old.probability_true:.4f}", f"{new.probability_true:.4f}"])
     say_table(["what changed", "before", "after"], rows)
-    made = sum(standing.said for standing in after.standings)
+    made = sum(answer.said for answer in after.answers)
     say(f"the new answer comes first in {made} of {len(edits)} prompts\n")
 
 
-def _say_controls(facts: list[Fact], before: Observation, after: Observation) -> None:
+def _say_controls(facts: list[Fact], before: Snapshot, after: Snapshot) -> None:
     """What did not change, or should not have: other facts, plain text."""
     rows = [
         [f"{fact.text} …", old, new if new != old else "as before"]

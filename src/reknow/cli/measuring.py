@@ -216,7 +216,7 @@ def _sets(
 
 
 def _known(lm: LM, cases: list[Case]) -> list[Case]:
-    from reknow.evaluation.effect import known_cases
+    from reknow.tracing.known import known_cases
 
     found = known_cases(lm, cases)
     if not found:

@@ -1,4 +1,4 @@
-"""What an edit changed and what it did not: answers, other facts, plain text, and the bits of the weights.
+"""What an edit changed and what it did not: answers, other facts, and plain text.
 
 facts = control_facts(lm, edits)
 before = observe(lm, edits, facts)
@@ -8,21 +8,18 @@ with lm.patched(patch):
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from reknow.checks.arguments import typed
 from reknow.datasets.facts import Fact, load_facts
 from reknow.datasets.text import sample_text
-from reknow.edits import Case, Edit
-from reknow.errors import EditFailed, TextRefused
+from reknow.edits import Edit
+from reknow.errors import EditFailed
 from reknow.model.exclusive import typed_exclusively
-from reknow.model.tokens import Text
+from reknow.tracing.known import known_facts
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -40,35 +37,35 @@ TEXTS, TEXT_TOKENS = 8, 128
 
 
 @dataclass(frozen=True)
-class Standing:
+class AnswerStats:
     """How a model answers the prompt of an edit."""
 
     completion: str
     """Greedy continuation."""
     probability: float
-    """Of the whole new answer behind the prompt."""
+    """Probability of the whole new answer behind the prompt."""
     rank: int
     """The worst place that a token of it has among all tokens, given those before it."""
     probability_true: float | None
-    """Of the old answer, where the edit names one."""
+    """Probability of the old answer, where the edit names one."""
     said: bool
-    """Whether the model says it: every token of it is the likeliest, given those before it."""
+    """Whether the model says it: every token of it is the most likely one, given those before it."""
 
 
 @dataclass(frozen=True)
-class Observation:
+class Snapshot:
     """A model at one moment."""
 
-    standings: tuple[Standing, ...]
-    """One per edit."""
+    answers: tuple[AnswerStats, ...]
+    """How it answers each edit's prompt."""
     controls: tuple[str, ...]
     """Greedy continuation of each control fact."""
     perplexity: float
-    """Of a few paragraphs of plain text."""
+    """Perplexity of a few paragraphs of plain text."""
 
 
 @typed_exclusively
-def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observation:
+def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Snapshot:
     """How the model, as it is now, answers the edits' prompts and the facts, and how it reads plain text.
 
     Raises:
@@ -76,10 +73,10 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observ
     """
     prompts = [edit.text for edit in edits] + [fact.text for fact in facts]
     texts = [" ".join(text.split()) for text in lm.generate(prompts, ANSWER_TOKENS)]
-    standings = tuple(_standing(lm, edit, text) for edit, text in zip(edits, texts, strict=False))
+    answers = tuple(_answer_stats(lm, edit, text) for edit, text in zip(edits, texts, strict=False))
     plain = sorted(sample_text(), key=len)[-TEXTS:]
-    found = Observation(standings, tuple(texts[len(edits) :]), lm.perplexity(plain, TEXT_TOKENS))
-    if any(map(math.isnan, (found.perplexity, *(standing.probability for standing in standings)))):
+    found = Snapshot(answers, tuple(texts[len(edits) :]), lm.perplexity(plain, TEXT_TOKENS))
+    if any(map(math.isnan, (found.perplexity, *(answer.probability for answer in answers)))):
         raise EditFailed(
             f"expected numbers from {lm.name} with the patch; got NaN: open it with a wider dtype, bfloat16 or "
             "float32 (--dtype), or take another layer or method"
@@ -87,76 +84,35 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Observ
     return found
 
 
-def _standing(lm: LM, edit: Edit, completion: str) -> Standing:
-    answers = [answer for answer in (edit.target_new, edit.target_true) if answer is not None]
-    scores = lm.score([edit.text] * len(answers), answers, [edit.separator] * len(answers))
+def _answer_stats(lm: LM, edit: Edit, completion: str) -> AnswerStats:
+    targets = [target for target in (edit.target_new, edit.target_true) if target is not None]
+    scores = lm.score([edit.text] * len(targets), targets, [edit.separator] * len(targets))
     new, *old = [math.exp(-score.nll * len(score.hits)) for score in scores]
-    return Standing(completion, new, scores[0].rank, old[0] if old else None, scores[0].said)
+    return AnswerStats(completion, new, scores[0].rank, old[0] if old else None, scores[0].said)
 
 
-def collapsed(before: Observation, after: Observation) -> list[str]:
+def collapsed(before: Snapshot, after: Snapshot) -> list[str]:
     """What of the model an edit broke besides its fact, a clause for each; nothing where it is sound.
 
     Plain text whose perplexity rises by more than `RISE` or is no number, and other facts most of which are
     continued in other words.
     """
-    said = []
+    harms = []
     if not after.perplexity <= RISE * before.perplexity:
-        said.append(f"perplexity of plain text goes from {before.perplexity:.2f} to {after.perplexity:.2f}")
+        harms.append(f"perplexity of plain text goes from {before.perplexity:.2f} to {after.perplexity:.2f}")
     changed = sum(old != new for old, new in zip(before.controls, after.controls, strict=True))
     if 2 * changed > len(before.controls):
-        said.append(f"{changed} of {len(before.controls)} other facts are continued in other words than before")
-    return said
+        harms.append(f"{changed} of {len(before.controls)} other facts are continued in other words than before")
+    return harms
 
 
 @typed
 def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
-    """Facts about other subjects that the model knows, those in the wording of an edit first.
+    """Facts about other subjects that the model knows, those in the words of an edit first.
 
     A model that knows none of them gets some all the same: their answers should not change either.
     """
-    wordings, subjects = {edit.prompt for edit in edits}, {edit.subject for edit in edits}
+    prompts, subjects = {edit.prompt for edit in edits}, {edit.subject for edit in edits}
     facts = [f for f in load_facts("counterfact") if f.subject not in subjects and len(f.text) <= LONGEST]
-    facts = sorted(facts, key=lambda fact: fact.prompt not in wordings)[:CANDIDATES]
-    scores = lm.score([fact.text for fact in facts], [fact.answer for fact in facts])
-    known = [fact for fact, score in zip(facts, scores, strict=True) if score.said]
-    return (known or facts)[:count]
-
-
-@typed
-def known_cases(lm: LM, cases: Sequence[Case]) -> list[Case]:
-    """The cases whose old answer the model gives: teacher-forced, every token. What it cannot read it knows not."""
-    asked = [case for case in cases if case.edit.target_true is not None and _fits(lm, case.edit)]
-    old = [str(case.edit.target_true) for case in asked]
-    scores = lm.score([case.edit.text for case in asked], old, [case.edit.separator for case in asked])
-    return [case for case, score in zip(asked, scores, strict=True) if score.said]
-
-
-def _fits(lm: LM, edit: Edit) -> bool:
-    try:
-        lm.check_length(lm.encode([Text(edit.text, str(edit.target_true), separator=edit.separator)]))
-    except TextRefused:
-        return False
-    return True
-
-
-def weight_bits(model: torch.nn.Module) -> dict[str, str]:
-    """A hash of the bits of every parameter and buffer in memory, by name; quantised ones as they are stored."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
-        for name, tensor in tensors.items()
-        if tensor.device.type != "meta"
-    }
-
-
-def _stored(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The plain tensors in which a tensor is kept: itself, or what one of torchao's consists of."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        return [tensor]
-    return [part for name in flatten()[0] for part in _stored(getattr(tensor, name))]
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    facts = sorted(facts, key=lambda fact: fact.prompt not in prompts)[:CANDIDATES]
+    return (known_facts(lm, facts) or facts)[:count]

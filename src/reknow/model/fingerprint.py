@@ -89,3 +89,23 @@ def _read(model: nn.Module, name: str, places: Tensor) -> Tensor:
 
 def _hash(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weight_bits(model: nn.Module) -> dict[str, str]:
+    """A hash of the bits of every parameter and buffer in memory, by name; quantised ones as they are stored."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {
+        name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
+        for name, tensor in tensors.items()
+        if tensor.device.type != "meta"
+    }
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors in which a tensor is kept: itself, or what one of torchao's consists of."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return [tensor] if flatten is None else [part for name in flatten()[0] for part in _stored(getattr(tensor, name))]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

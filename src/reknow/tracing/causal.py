@@ -36,6 +36,7 @@ from reknow.model.generation import decode
 from reknow.model.parts import embedding
 from reknow.model.tokens import Row, Text
 from reknow.texts.templates import fill, split_template
+from reknow.tracing.known import known_facts
 from reknow.tracing.restoration import Prompt, RestorationKind, list_restorations
 
 if TYPE_CHECKING:
@@ -201,15 +202,6 @@ def trace_facts(
     log.info("%d of %d facts are known and traced", len(known), len(facts))
     for fact in known:
         yield trace_prompt(lm, fact.prompt, fact.subject, std, settings)
-
-
-@typed_exclusively
-def known_facts(lm: LM, facts: Sequence[Fact]) -> list[Fact]:
-    """The facts that the model answers right: greedy decoding gives the answer's tokens."""
-    if not facts:
-        return []
-    scores = lm.score([fact.text for fact in facts], [fact.answer for fact in facts])
-    return [fact for fact, score in zip(facts, scores, strict=True) if score.said]
 
 
 def _trace_row(lm: LM, text: str, row: Row, std: float, settings: Tracing) -> Trace:
