@@ -45,13 +45,14 @@ def test_defer_is_adam_on_whole_matrices():
 
 
 def test_a_gate_starts_like_a_linear_map():
-    gate = Gate.new("m", 3, 5, 0.5, 0, "cpu")
-    inputs = torch.randn(4, 5)
+    lm = make_lm()
+    module = lm.parts.value[1]
+    gate, (out, width) = Gate.new(lm, module, 0.5, 0), lm.weight(module).shape
+    inputs, linear = torch.randn(4, width), nn.Linear(width, out)
     value, logit = gate.read(inputs)
-    linear = nn.Linear(5, 3)
     linear.weight.data, linear.bias.data = gate.map[:, :-1], gate.map[:, -1]
     assert torch.allclose(value, linear(inputs), atol=1e-6) and logit.shape == (4,)
-    assert float(gate.map.abs().max()) <= 5**-0.5
+    assert float(gate.map.abs().max()) <= width**-0.5
 
 
 def test_clusters_join_split_and_forget():

@@ -40,9 +40,6 @@ from reknow.patching.state_spec import StateSpec, check_matrix
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-DEPTH = 0.8
-"""The layer of GRACE's experiments as a share of the depth."""
-
 
 class Memory(Strict):
     """What a version knows besides its tensors."""
@@ -55,7 +52,8 @@ class Memory(Strict):
 class DEFER(SideModuleMethod):
     """A gate and a linear map beside one value matrix, trained edit by edit."""
 
-    depth: ClassVar[float] = DEPTH
+    depth: ClassVar[float] = 0.8
+    """The layer of GRACE's experiments as a share of the depth."""
     state_spec: ClassVar[StateSpec] = StateSpec(
         {
             "signs": "int8 edits in",
@@ -70,91 +68,79 @@ class DEFER(SideModuleMethod):
     steps: Number = 100
     """Updates of one edit at most."""
     learning_rate: Rate = 0.1
-    """Of Adam: how far a step moves the map's output, in units of the root mean square of the matrix's output."""
+    """Learning rate of Adam: how far a step moves the map's output, in units of the root mean square of the matrix's
+    output."""
     gate_learning_rate: Annotated[Rate, Formerly("gate_rate")] = 0.5
-    """The same of the gate, in logits."""
+    """Learning rate of the gate: how far a step moves its logit; not used where units are `absolute`."""
     threshold: Share = 0.5
     """The gate opens at this probability."""
     stop_loss: Weight = 0.05
     """An edit is finished when its loss (nats a token) is below; 0: all steps."""
     units: Units = "relative"
-    """`absolute`: all weights have one learning rate, a plain number (the authors': 0.1), and `gate_learning_rate` is
-    not used."""
+    """`absolute`: all weights have one learning rate, a plain number (the authors': 0.1)."""
     seed: Seed = 0
-    """Of the weights at the start."""
+    """Seed of the weights at the start."""
 
     @property
     def name(self) -> str:
         return "defer"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, before, notes = prepare(self, lm, edits)
-        if before:
-            gate = self.memory(lm, before)
-        else:
-            out, inside = lm.weight(modules[0]).shape
-            gate = Gate.new(modules[0], out, inside, self.threshold, self.seed, lm.device)
+        edits, layer, modules, stored, notes = prepare(self, lm, edits)
+        gate = self.memory(lm, stored) if stored else Gate.new(lm, modules[0], self.threshold, self.seed)
         first = len(gate.moves)
-        losses = [self._learn(lm, edit, layer, gate) for edit in edits]
+        notes["losses"] = [self._train(lm, edit, layer, gate) for edit in edits]
         state = {"signs": gate.signs[first:], "moves": gate.moves[first:], "opened": gate.opened[first:]}
-        if not before:
+        if not stored:
             state |= {"map": gate.map, "gate": gate.gate}
         memory = {"modules": modules, "threshold": self.threshold}
-        return memory_patch(self, lm, edits, state, memory=memory, notes={**notes, "losses": losses})
+        return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
-    def _learn(self, lm: LM, edit: Edit, layer: int, gate: Gate) -> list[float]:
+    def _train(self, lm: LM, edit: Edit, layer: int, gate: Gate) -> list[float]:
         """Trains gate and map on one more edit; gives the loss before every update."""
         rows = lm.encode([Text.asked(edit)])
         inputs, outputs = prompt_states(lm, rows, gate.module)
-        signs = inputs[0].sign()  # (in,)
         reach = float(inputs[0].abs().sum()) + 1  # a step of every weight and of the bias moves the output this far
-        scale = float(outputs.square().mean().sqrt())
         move = torch.zeros(len(outputs[0]), device=lm.device, requires_grad=True)  # u
         opening = torch.zeros((), device=lm.device, requires_grad=True)
-        rates = (
-            (self.learning_rate,) * 2
-            if self.units == "absolute"
-            else (self.learning_rate * scale, self.gate_learning_rate)
-        )
-        units = (1.0, 1.0) if self.units == "absolute" else (1 / reach, 1 / reach)
-        optimizer = torch.optim.Adam(
-            [{"params": [p], "lr": rate * unit} for p, rate, unit in zip((move, opening), rates, units, strict=True)]
-        )
-        value, logit = (part.detach() for part in gate.read(inputs))  # (1, out), (1,)
-        mixed: tuple[Tensor, Tensor] | None = None  # the map's output (1, out), the gate's share (1,)
+        if self.units == "absolute":
+            rates = self.learning_rate, self.learning_rate
+        else:
+            size = float(outputs.square().mean().sqrt())
+            rates = self.learning_rate * size / reach, self.gate_learning_rate / reach
+        groups = [{"params": [move], "lr": rates[0]}, {"params": [opening], "lr": rates[1]}]
+        value, logit = gate.read(inputs)  # (1, out), (1,)
+
+        def probability() -> Tensor:  # of the gate, (1,)
+            return (logit + reach * opening).sigmoid()
 
         def mix(context: ForwardContext, _inputs: Tensor, outputs: Tensor) -> Tensor:
-            if mixed is None:  # the pass that records the blocks below
-                return outputs
-            share = (context.of_prompt.to(outputs.device) * mixed[1])[..., None]
-            return share * mixed[0][:, None] + (1 - share) * outputs
+            share = (context.of_prompt.to(outputs.device) * probability())[..., None]
+            return share * (value + reach * move)[:, None] + (1 - share) * outputs
 
-        def loss() -> Tensor:
-            nonlocal mixed
-            mixed = value + reach * move, (logit + reach * opening).sigmoid()
-            return answers.nll()
+        def loss() -> Tensor:  # (1, 2)
+            return torch.stack([answers.nll(), probability().detach()], 1)
 
         def finished(losses: Tensor) -> Tensor:
-            is_open = mixed is not None and float(mixed[1].detach()) >= self.threshold
-            return (losses < self.stop_loss) & is_open
+            return (losses[:, 0] < self.stop_loss) & (losses[:, 1] >= self.threshold)
 
         with lm.temporary_memory(self.name, Hooks({gate.module: mix})), torch.enable_grad():
             answers = AnswerLoss(lm, rows, layer)
-            passes = descend([loss], adam_update(optimizer), self.steps, finished)
-        gate.add(signs, move.detach(), opening.detach())
-        return [loss for (loss,) in passes]
+            passes = descend([loss], adam_update(torch.optim.Adam(groups)), self.steps, finished)
+        gate.add(inputs[0].sign(), move.detach(), opening.detach())
+        return [nll for ((nll, _),) in passes]
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> Gate:
-        parts = [torch.cat([patch.state[part] for patch in patches]) for part in ("signs", "moves", "opened")]
+        signs, moves, opened = (torch.cat([p.state[name] for p in patches]) for name in ("signs", "moves", "opened"))
         first, about = patches[0].state, patches[-1].memory
-        check_matrix(lm, about["modules"][0], {"in": (parts[0], 1), "out": (parts[1], 1)})
-        if first["map"].shape != (parts[1].shape[1], parts[0].shape[1] + 1) or len(first["gate"]) != len(
-            first["map"].T
-        ):
+        (module,) = about["modules"]
+        check_matrix(lm, module, {"in": (signs, 1), "out": (moves, 1)})
+        shape = moves.shape[1], signs.shape[1] + 1
+        if first["map"].shape != shape or first["gate"].shape != shape[1:]:
             raise PatchError(f"expected a map and a gate of one size in {patches[0].label}; got others: edit again")
-        tensors = [tensor.to(lm.device) for tensor in (first["map"], first["gate"], *parts)]
-        return Gate(about["modules"][0], about["threshold"], *tensors)
+        tensors = (tensor.to(lm.device) for tensor in (first["map"], first["gate"], signs, moves, opened))
+        return Gate(module, about["threshold"], *tensors)
 
 
 @dataclass(eq=False)
@@ -170,12 +156,13 @@ class Gate:
     opened: Tensor  # (edits,)
 
     @classmethod
-    def new(cls, module: str, out: int, inside: int, threshold: float, seed: int, device) -> Gate:
+    def new(cls, lm: LM, module: str, threshold: float, seed: int) -> Gate:
         """Random weights like those of `torch.nn.Linear`, and no edits."""
+        out, width = lm.weight(module).shape
         generator = torch.Generator().manual_seed(seed)
-        drawn = [(torch.rand(n, inside + 1, generator=generator) * 2 - 1) / inside**0.5 for n in (1, out)]
-        empty = [torch.zeros(0, *n, dtype=kind) for n, kind in (((inside,), torch.int8), ((out,), None), ((), None))]
-        return cls(module, threshold, *(tensor.to(device) for tensor in (drawn[1], drawn[0][0], *empty)))
+        gate, map = ((torch.rand(n, width + 1, generator=generator) * 2 - 1) / width**0.5 for n in (1, out))
+        none = torch.zeros(0, width, dtype=torch.int8), torch.zeros(0, out), torch.zeros(0)
+        return cls(module, threshold, *(tensor.to(lm.device) for tensor in (map, gate[0], *none)))
 
     def add(self, signs: Tensor, move: Tensor, opening: Tensor) -> None:
         self.signs = torch.cat([self.signs, signs.to(torch.int8)[None]])
