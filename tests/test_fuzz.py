@@ -42,7 +42,7 @@ from reknow.evaluation import Plan, Results, bench
 from reknow.files.tensors import write_tensors
 from reknow.instructions.llm import _read as read_contexts
 from reknow.learning.editors import Editor
-from reknow.patching.peft_folder import REST, WEIGHTS, base_of
+from reknow.patching.peft_folder import REST, WEIGHTS, describe_base
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 from reknow.report import tables
 from reknow.tracing.causal import Tracing, trace_prompt
@@ -196,7 +196,7 @@ def test_a_method_with_a_memory_has_a_specimen():
 @pytest.mark.parametrize("part", [REST, WEIGHTS])
 def test_adapter_folders(part, tmp_path):
     lm = model()
-    patch = replace(some_patch(lm, rank=2, layers=(1, 2)), notes={"adapter": base_of(lm, True)})
+    patch = replace(some_patch(lm, rank=2, layers=(1, 2)), notes={"adapter": describe_base(lm, lm.parts.value)})
     folder = patch.save(tmp_path / "adapter")
     if part == WEIGHTS:  # a folder from before the one file knew the other's digest
         texts, tensors = unsealed((folder / REST).read_bytes())

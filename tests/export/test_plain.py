@@ -25,7 +25,7 @@ from reknow import LM, Edit
 from reknow.cli.stacks import _say_rounding
 from reknow.errors import PatchError
 from reknow.export.checkpoint import export_checkpoint, export_lora
-from reknow.export.plain import checkpoint_casts, rounded
+from reknow.export.plain import narrow_weights, rounded_weights
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
 
@@ -189,7 +189,7 @@ def test_edits_are_read_in_the_weights_as_they_are_written(tmp_path, capsys):
     edits = (Edit(prompts[place], target_new=said), Edit(prompts[place], target_new="Lima"))
     lm.apply(replace(patch, edits=edits))
     before = bits(lm)
-    with rounded(checkpoint_casts(lm, lm.model)):
+    with rounded_weights(narrow_weights(lm, lm.model)):
         inside = lm.model(IDS).logits
     report = export_checkpoint(lm, tmp_path / "out")
     assert same(bits(lm), before) and (report.edits, report.held) == (2, (1, 1))

@@ -29,7 +29,7 @@ from reknow.files.tensors import read_tensors, write_tensors
 from reknow.instructions.llm import _read as read_contexts
 from reknow.learning.editors import Editor
 from reknow.model.fingerprint import Fingerprint
-from reknow.patching.peft_folder import WEIGHTS, base_of
+from reknow.patching.peft_folder import WEIGHTS, describe_base
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 
 FILES = Path(__file__).parent.parent / "golden" / "files"
@@ -69,7 +69,7 @@ def test_a_flipped_bit_of_an_editor_or_an_adapter_is_seen(tmp_path):
     with pytest.raises(InputError, match="changed or damaged"):
         Editor.load(flip(file, -1))
     lm = make_lm("gpt2")
-    one, two = (replace(some_patch(lm, i), notes={"adapter": base_of(lm, True)}) for i in range(2))
+    one, two = (replace(some_patch(lm, i), notes={"adapter": describe_base(lm, lm.parts.value)}) for i in range(2))
     folder = one.save(tmp_path / "adapter")
     assert Patch.load(folder).id == one.id
     with pytest.raises(PatchError, match="that of another patch, or damaged"):
@@ -118,7 +118,9 @@ def test_what_was_read_does_not_change_with_its_file(what, tmp_path):
         kept = statistics(lm, [2], text=["Peru is Lima ."])[2]
         file, tensors = kept.file, [kept.covariance]
     else:
-        folder = replace(some_patch(lm), notes={"adapter": base_of(lm, True)}).save(tmp_path / "adapter")
+        folder = replace(some_patch(lm), notes={"adapter": describe_base(lm, lm.parts.value)}).save(
+            tmp_path / "adapter"
+        )
         file, tensors = folder / WEIGHTS, [Patch.load(folder).deltas["transformer.h.1.mlp.c_proj"].left]
     before = [tensor.clone() for tensor in tensors]
     with open(file, "r+b") as stream:  # as `cp` does

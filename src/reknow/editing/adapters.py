@@ -12,18 +12,14 @@ from torch import Tensor
 from reknow.errors import MissingExtra
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.hooks import weight_replaced
-from reknow.model.parts import Conv1D, is_matrix
+from reknow.model.parts import is_matrix
 from reknow.patching.deltas import LowRank
+from reknow.patching.peft_folder import describe_base
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 _NAME = "default"
-
-
-def is_transposed(lm: LM, names: Sequence[str]) -> bool:
-    """Whether these matrices are stored as (in, out)."""
-    return any(isinstance(lm.model.get_submodule(name), Conv1D) for name in names)
 
 
 @contextmanager
@@ -41,7 +37,7 @@ def adapters_in_use(lm: LM, names: Sequence[str], *, rank: int, alpha: float, ad
     except ImportError as error:
         raise MissingExtra("peft", "lora", "training of adapters") from error
     options: dict[str, Any] = dict(target_modules=list(names), lora_alpha=alpha, lora_dropout=0.0)
-    options["fan_in_fan_out"] = is_transposed(lm, names)
+    options["fan_in_fan_out"] = describe_base(lm, names)["fan_in_fan_out"]
     originals = {name: lm.model.get_submodule(name) for name in names}
     attributes = set(vars(lm.model))
 

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -23,20 +23,17 @@ from transformers.utils import (
 )
 
 import reknow
+from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
-from reknow.export.plain import adapters, cast, checkpoint_casts, rounded, without_adapters
+from reknow.export.plain import find_adapters, merge_adapters, narrow_weights, replace_weights, rounded_weights
 from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import mark_files, marked_files, output_folder
+from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
-from reknow.model.parts import Conv1D
 from reknow.patching.deltas import LowRank, factorize
 from reknow.patching.patches import merge
-from reknow.patching.peft_folder import base_of, write_adapter
+from reknow.patching.peft_folder import describe_base, write_adapter
 from reknow.patching.record import check_weights
-
-if TYPE_CHECKING:
-    from reknow.edits import Edit
-    from reknow.lm import LM
 
 COMPANIONS = (
     IMAGE_PROCESSOR_NAME,
@@ -91,24 +88,24 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
             model has adapters that cannot be added to its weights.
     """
     check_weights(lm.patches, "export")
-    adapted = adapters(lm.model)
+    adapted = find_adapters(lm.model)
     if left := [name for name in lm.unmerged if name not in adapted]:
         raise PatchError(
             f"expected weights that hold the change; {left[0]} has it unmerged, being quantised or offloaded: "
             "export an adapter, or load the model whole and in memory"
         )
-    folder = _place(lm, folder, overwrite)
-    model = without_adapters(lm) if adapted else lm.model
-    casts = checkpoint_casts(lm, model)
+    folder = _check_place(lm, folder, overwrite)
+    model = merge_adapters(lm) if adapted else lm.model
+    narrow = narrow_weights(lm, model)
     edits = [edit for patch in lm.patches for edit in patch.edits]
-    held = _held(lm, model, casts, edits) if casts or model is not lm.model else None
-    written = cast(model, casts) if casts else model
+    held = _count_held(lm, model, narrow, edits) if narrow or model is not lm.model else None
+    written = replace_weights(model, narrow) if narrow else model
 
     def write(new: Path) -> None:
         _save(written, new)
         lm.tokenizer.save_pretrained(new)
         _copy_companions(lm, new)
-        mark_files(new, _about(lm))
+        mark_files(new, _describe(lm))
 
     return CheckpointReport(atomic_write_folder(folder, write, overwrite), written.dtype, len(edits), held)
 
@@ -125,14 +122,14 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
         settings.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
-def _place(lm: LM, folder: str | Path, overwrite: bool) -> Path:
+def _check_place(lm: LM, folder: str | Path, overwrite: bool) -> Path:
     """Where an export goes; raises InputError where it would take the place of anything but an export."""
     if Path(folder).exists() and not overwrite:
         raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
     return output_folder(Path(folder), True, marked_files, (lm.name, lm.model.name_or_path))
 
 
-def _about(lm: LM) -> dict[str, Any]:
+def _describe(lm: LM) -> dict[str, Any]:
     """What an exported folder says of its model, which other programs pass over."""
     return {
         "version": reknow.__version__,
@@ -141,15 +138,17 @@ def _about(lm: LM) -> dict[str, Any]:
     }
 
 
-def _held(lm: LM, model: PreTrainedModel, casts: dict[Parameter, Tensor], edits: list[Edit]) -> tuple[int, int]:
+def _count_held(
+    lm: LM, model: PreTrainedModel, narrow: dict[Parameter, Tensor], edits: list[Edit]
+) -> tuple[int, int]:
     """How many edits hold in the LM as it is, and in `model` with its weights rounded."""
-    from reknow.lm import LM  # LM imports patches
-
+    if not edits:
+        return 0, 0
     asked = [[edit.text for edit in edits], [edit.target_new for edit in edits], [edit.separator for edit in edits]]
-    before = sum(all(score.hits) for score in lm.score(*asked)) if edits else 0
+    before = sum(all(score.hits) for score in lm.score(*asked))
     reader = lm if model is lm.model else LM((model, lm.tokenizer), chat=lm.chat)
-    with rounded(casts):
-        return before, sum(all(score.hits) for score in reader.score(*asked)) if edits else 0
+    with rounded_weights(narrow):
+        return before, sum(all(score.hits) for score in reader.score(*asked))
 
 
 def _copy_companions(lm: LM, folder: Path) -> None:
@@ -158,7 +157,7 @@ def _copy_companions(lm: LM, folder: Path) -> None:
     config, base = lm.model.config, lm.model.name_or_path or ""
     for name in COMPANIONS:
         for source in dict.fromkeys((lm.name, base)):
-            found = _file_of(source, name, getattr(config, "_commit_hash", None))
+            found = _find_file(source, name, getattr(config, "_commit_hash", None))
             if found is not None and not (folder / name).exists():
                 shutil.copyfile(found, folder / name)
     lacks = not any((folder / name).exists() for name in (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME))
@@ -170,7 +169,7 @@ def _copy_companions(lm: LM, folder: Path) -> None:
         )
 
 
-def _file_of(source: str, name: str, revision: str | None) -> Path | None:
+def _find_file(source: str, name: str, revision: str | None) -> Path | None:
     """A file of a model's folder, or of a model of the hub that is on this machine; None where there is none."""
     if os.path.isdir(source):
         return Path(source, name) if Path(source, name).is_file() else None
@@ -199,13 +198,13 @@ def export_lora(
     """
     if not lm.patches:
         raise PatchError("expected at least one applied patch to export; got none: apply a patch first")
-    if names := adapters(lm.model):
+    if names := find_adapters(lm.model):
         raise PatchError(
             f"expected a base without adapters to export one for it; {lm.name} has some, the first at "
             f"{names[0]}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
             "holds both"
         )
-    folder = _place(lm, folder, overwrite)
+    folder = _check_place(lm, folder, overwrite)
     limit = 64 if max_rank is None else max_rank
     if limit < 1:
         raise InputError(f"expected a max_rank of at least 1; got {limit}: raise it")
@@ -220,10 +219,9 @@ def export_lora(
             )
         factors[name], error = exact, max(error, lost)
     ranks = {name: factor.rank for name, factor in factors.items()}
-    conv = {isinstance(lm.model.get_submodule(name), Conv1D) for name in ranks}
 
     def write(new: Path) -> None:
-        write_adapter(new, factors, base_of(lm, conv == {True}))
-        mark_files(new, _about(lm))
+        write_adapter(new, factors, describe_base(lm, ranks))
+        mark_files(new, _describe(lm))
 
     return LoraReport(atomic_write_folder(folder, write, overwrite), ranks, error)

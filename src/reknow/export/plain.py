@@ -19,7 +19,7 @@ from reknow.errors import PatchError
 from reknow.model.exact import exact
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.loading import carries_adapters
-from reknow.model.parts import Conv1D
+from reknow.model.parts import reorient
 from reknow.patching.deltas import add_deltas
 from reknow.patching.weights import takes_changes
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-def adapters(model: nn.Module) -> list[str]:
+def find_adapters(model: nn.Module) -> list[str]:
     """Names of the modules that `peft` has put around others; no checkpoint of the model itself holds them."""
     if "peft" not in sys.modules:  # nothing can have been made with it
         return []
@@ -38,23 +38,23 @@ def adapters(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def without_adapters(lm: LM) -> PreTrainedModel:
+def merge_adapters(lm: LM) -> PreTrainedModel:
     """A copy that computes the same with plain modules: what the active adapters and the patches add to a matrix is
     added to its weight.
 
     Raises:
         PatchError: the base is quantised, or the adapters are of a kind that cannot be added to weights.
     """
-    plain: Any = _sharing(lm.model)
-    while names := adapters(plain):  # what is within an adapter may have one too
+    plain: Any = _copy_modules(lm.model)
+    while names := find_adapters(plain):  # what is within an adapter may have one too
         parent, _, leaf = names[0].rpartition(".")
-        module = _merged(plain.get_submodule(names[0]), names[0])
+        module = _merge_module(plain.get_submodule(names[0]), names[0])
         if names[0] in lm.unmerged:
             weight: Any = module.weight
-            weight.data = _stored(module, _summed(lm, names[0], _stored(module, weight))).to(weight.dtype)
+            weight.data = reorient(module, _summed(lm, names[0], reorient(module, weight))).to(weight.dtype)
         setattr(plain.get_submodule(parent), leaf, module)
     if carries_adapters(plain):
-        raise _refusal("some of them are no part of a matrix")
+        raise _unmergeable("some of them are no part of a matrix")
     if getattr(plain, "_hf_peft_config_loaded", False):  # by transformers, which left its names
         plain._hf_peft_config_loaded, plain._weight_conversions = False, None
     vars(plain).pop("peft_config", None)
@@ -62,7 +62,7 @@ def without_adapters(lm: LM) -> PreTrainedModel:
     return plain
 
 
-def _merged(module: Any, name: str) -> nn.Module:
+def _merge_module(module: Any, name: str) -> nn.Module:
     """The module within `peft`'s, with what the active adapters make of its weights."""
     for inner in module.modules():  # the copy's own from here on, and tied to nothing
         for key, parameter in inner._parameters.items():
@@ -73,15 +73,15 @@ def _merged(module: Any, name: str) -> nn.Module:
         if hasattr(module, "unload_and_optionally_merge_module"):
             return module.unload_and_optionally_merge_module(merge=active, safe_merge=True, adapter_names=None)
         if not takes_changes(module.get_base_layer()):
-            raise _refusal(f"{name} is quantised or offloaded")
+            raise _unmergeable(f"{name} is quantised or offloaded")
         if active and not module.merged:
             module.merge(safe_merge=True)
     except (ValueError, NotImplementedError, AttributeError) as error:
-        raise _refusal(f"{name} says: {error}") from error
+        raise _unmergeable(f"{name} says: {error}") from error
     return module.base_layer
 
 
-def _refusal(why: str) -> PatchError:
+def _unmergeable(why: str) -> PatchError:
     return PatchError(
         f"expected adapters that can be added to the weights; {why}: export without them, from the base model with "
         "the patches"
@@ -100,7 +100,7 @@ def _settle_ties(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def checkpoint_casts(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tensor]:
+def narrow_weights(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tensor]:
     """What to write, in the checkpoint's dtype, of weights that were widened when the checkpoint was opened.
 
     These are all whose base that dtype holds exactly. Where patches change one, it is summed in float64 and cast
@@ -120,7 +120,7 @@ def checkpoint_casts(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tenso
             base = lm.base_weight(name)
             if torch.equal(base.to(dtype).to(base.dtype), base):
                 module, summed = lm.model.get_submodule(name), _summed(lm, name, base)
-                casts[parameter] = _stored(module, summed.to(dtype))
+                casts[parameter] = reorient(module, summed.to(dtype))
         else:
             narrow = parameter.detach().to(dtype)
             if parameter not in own or torch.equal(narrow.to(parameter.dtype), parameter):
@@ -138,13 +138,8 @@ def _summed(lm: LM, name: str, base: Tensor) -> Tensor:
     return add_deltas(exact(base), [patch.deltas[name] for patch in lm.patches if name in patch.deltas])
 
 
-def _stored(module: nn.Module, weight: Tensor) -> Tensor:
-    """From (out, in) to the way round the module stores it, and back."""
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
 @contextmanager
-def rounded(casts: dict[nn.Parameter, Tensor]) -> Iterator[None]:
+def rounded_weights(casts: dict[nn.Parameter, Tensor]) -> Iterator[None]:
     """While open, the weights have the values of their casts, in the dtype they have in memory."""
     kept = {parameter: parameter.data for parameter in casts}
 
@@ -158,10 +153,10 @@ def rounded(casts: dict[nn.Parameter, Tensor]) -> Iterator[None]:
         yield
 
 
-def cast(model: PreTrainedModel, casts: dict[nn.Parameter, Tensor]) -> PreTrainedModel:
+def replace_weights(model: PreTrainedModel, casts: dict[nn.Parameter, Tensor]) -> PreTrainedModel:
     """A copy whose weights are the casts."""
     narrow = {parameter: nn.Parameter(value, requires_grad=False) for parameter, value in casts.items()}
-    plain = _sharing(model)
+    plain = _copy_modules(model)
     for module in plain.modules():
         for key, parameter in module._parameters.items():
             if parameter in narrow:
@@ -169,6 +164,6 @@ def cast(model: PreTrainedModel, casts: dict[nn.Parameter, Tensor]) -> PreTraine
     return plain
 
 
-def _sharing(model: Any) -> Any:
+def _copy_modules(model: Any) -> Any:
     """A copy of all modules, with the same tensors."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})

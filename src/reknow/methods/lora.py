@@ -24,7 +24,7 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Rank, Rate, Seed, Weight
 from reknow.contract import Method, check_edits, make_patch
-from reknow.editing.adapters import adapters_in_use, four_bit_weights, is_transposed, read_factors
+from reknow.editing.adapters import adapters_in_use, four_bit_weights, read_factors
 from reknow.editing.descent import descend
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
@@ -33,7 +33,7 @@ from reknow.model.hooks import forward_replaced
 from reknow.model.loading import carries_adapters
 from reknow.model.tokens import Row, Text
 from reknow.patching.patches import Patch
-from reknow.patching.peft_folder import base_of
+from reknow.patching.peft_folder import describe_base
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -102,7 +102,7 @@ class LoRA(Method):
             tuner = stack.enter_context(adapters)
             losses = self._train(lm, tuner, batches)
             deltas = {name: read_factors(lm.model.get_submodule(name)) for name in names}
-        notes = {"layers": layers, "losses": losses, "adapter": base_of(lm, is_transposed(lm, names))}
+        notes = {"layers": layers, "losses": losses, "adapter": describe_base(lm, names)}
         # AdaLoRA may leave a matrix without any rank.
         return make_patch(self, lm, edits, {n: delta for n, delta in deltas.items() if delta.rank}, notes=notes)
 

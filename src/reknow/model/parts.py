@@ -63,7 +63,17 @@ def shape(module: nn.Module) -> tuple[int, int]:
     if features := _features(module):
         return features
     rows, columns = getattr(module, "weight").shape  # noqa: B009, a module's attribute has no type
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module stores its matrix as (in, out)."""
+    return isinstance(module, Conv1D)
+
+
+def reorient(module: nn.Module, weight: Tensor) -> Tensor:
+    """A matrix (out, in) the way round the module stores it, and back. A view."""
+    return weight.T if is_transposed(module) else weight
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +17,7 @@ from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import check_replaced
 from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_finite, digest, read_tensors
+from reknow.model.parts import is_transposed
 from reknow.patching.deltas import Delta, LowRank, check_factors
 from reknow.patching.patch_files import read_patch, write_patch
 from reknow.patching.record import PatchRecord
@@ -31,9 +32,10 @@ RANKS = "reknow.ranks"
 """Metadata of the weights: the rank of each change before it was padded."""
 
 
-def base_of(lm: Decoder, conv: bool) -> dict:
-    """What `peft` needs to know of the base model; `conv`: its matrices are stored as (in, out)."""
-    return {"base_model_name_or_path": lm.model.name_or_path or lm.name, "fan_in_fan_out": conv}
+def describe_base(lm: Decoder, names: Iterable[str]) -> dict:
+    """What `peft` needs to know of the base model to change its matrices of these names."""
+    transposed = any(is_transposed(lm.model.get_submodule(name)) for name in names)
+    return {"base_model_name_or_path": lm.model.name_or_path or lm.name, "fan_in_fan_out": transposed}
 
 
 def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.exact import exact
 from reknow.model.hooks import forwards_replaced, own_forward, set_forward
-from reknow.model.parts import Conv1D, device_of, embedding, is_matrix, shape, wraps_matrix
+from reknow.model.parts import device_of, embedding, is_matrix, reorient, shape, wraps_matrix
 from reknow.patching.deltas import Delta, Dense, LowRank, add_deltas, sum_deltas
 from reknow.patching.patches import Patch
 
@@ -52,7 +52,7 @@ class Weights:
         """The weight as it is, (out, in). Writing to the view writes to the model, unless changes are unmerged."""
         module = self._module(name)
         if takes_changes(module):
-            return _oriented(module, module.weight)  # type: ignore[arg-type]
+            return reorient(module, module.weight)  # type: ignore[arg-type]
         base = self.base(name)
         return add_deltas(exact(base), self._changes.get(name, ())).to(base)
 
@@ -70,14 +70,14 @@ class Weights:
         """The weight with no patch applied, (out, in). Read only."""
         module = self._module(name)
         if name in self._base:
-            return _oriented(module, self._base[name])
+            return reorient(module, self._base[name])
         if takes_changes(module):
-            return _oriented(module, module.weight)  # type: ignore[arg-type]
+            return reorient(module, module.weight)  # type: ignore[arg-type]
         with align_module_device(module):
             weight = getattr(module, "weight", None)
             plain = type(weight) is nn.Parameter and weight.is_floating_point() and not wraps_matrix(module)
             if plain and isinstance(weight, Tensor) and weight.device.type != "meta":
-                return _oriented(module, weight.detach())
+                return reorient(module, weight.detach())
             if isinstance(weight, Tensor) and weight.device.type == "meta":
                 raise ModelError(
                     f"expected the weight of {name} in memory or offloaded by Accelerate; it is nowhere: load the "
@@ -123,7 +123,7 @@ class Weights:
             return self._put_unmerged(name, module, deltas)
         weight = self.current(name)
         if name not in self._base:
-            self._base[name] = _oriented(module, weight).detach().clone()
+            self._base[name] = reorient(module, weight).detach().clone()
         base = self.base(name)
         changed = self._sum(name, base, deltas).to(weight.dtype) if deltas else base
         if deltas and not bool(changed.isfinite().all()):
@@ -197,7 +197,3 @@ def with_unmerged(forward: Callable, change: Delta) -> Callable:
         return output + added.to(output.dtype)
 
     return both
-
-
-def _oriented(module: nn.Module, weight: Tensor) -> Tensor:
-    return weight.T if isinstance(module, Conv1D) else weight
