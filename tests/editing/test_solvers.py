@@ -38,13 +38,13 @@ def test_more_facts_than_dimensions_give_the_same_equations(problem):
     assert torch.allclose(right @ (7 * covariance + keys.T @ keys), keys, atol=1e-8)
 
 
-def test_without_stiffness_every_key_gets_its_value(problem):
+def test_without_regularization_every_key_gets_its_value(problem):
     covariance, keys, residual = problem
     change = residual.T @ least_squares(whitening(covariance), keys, regularization=0)
     assert torch.allclose(change @ keys.T, residual.T, atol=1e-6)
 
 
-def test_without_stiffness_one_key_is_rome(problem):
+def test_without_regularization_one_key_is_rome(problem):
     covariance, keys, residual = problem
     right = least_squares(whitening(covariance), keys[:1], regularization=0)
     rome = rank_one(solve(cholesky(covariance), keys[:1])[0], keys[0], residual[0])
@@ -61,7 +61,7 @@ def test_emmet_with_a_ridge_is_memit_in_one_layer(problem):
 
 
 @pytest.mark.parametrize("unit", [1e-3, 1e3])
-def test_stiffness_does_not_depend_on_the_unit_of_the_keys(problem, unit):
+def test_regularization_does_not_depend_on_the_unit_of_the_keys(problem, unit):
     covariance, keys, residual = problem
     for metric in (whitening, lambda c: null_space(c, 0.05)):
         plain = residual.T @ least_squares(metric(covariance), keys, regularization=0.3)
@@ -69,7 +69,7 @@ def test_stiffness_does_not_depend_on_the_unit_of_the_keys(problem, unit):
         assert torch.allclose(other @ (unit * keys).T, plain @ keys.T, atol=1e-7)
 
 
-def test_stiffness_is_the_share_that_one_fact_lacks(problem):
+def test_regularization_is_the_share_that_one_fact_lacks(problem):
     covariance, keys, residual = problem
     change = residual[:1].T @ least_squares(whitening(covariance), keys[:1], regularization=0.25)
     assert torch.allclose(change @ keys[:1].T, residual[:1].T / 1.25)

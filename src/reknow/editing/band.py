@@ -10,7 +10,7 @@ from reknow.checks.bounds import Formerly, Weight
 from reknow.contract import make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.search import SearchSettings
-from reknow.editing.solvers import Whitening, cholesky, least_squares
+from reknow.editing.solvers import least_squares
 from reknow.editing.values import Values
 from reknow.edits import Edit
 from reknow.model.exact import exact
@@ -46,7 +46,7 @@ class BandSettings(SearchSettings):
                 keys = subjects.keys(layer)  # (facts, in)
                 missing = z - subjects.states(layers[-1], self.site)  # (facts, hidden)
                 right = least_squares(
-                    Whitening(self.from_covariance(lm, layer, cholesky)),
+                    self.whitening(lm, layer),
                     keys,
                     regularization=self.regularization,
                     weight=self.covariance_weight,

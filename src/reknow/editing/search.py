@@ -17,6 +17,7 @@ from reknow.contract import Method
 from reknow.editing.contexts import sample_contexts
 from reknow.editing.covariance import covariance
 from reknow.editing.keys import Site, warn_of_shared_keys
+from reknow.editing.solvers import Whitening, cholesky
 from reknow.errors import EditRefused
 from reknow.registry import METHODS
 
@@ -109,6 +110,10 @@ class SearchSettings(Method):
     def contexts(self, lm: LM) -> tuple[str, ...]:
         """The texts to put before the prompt; the first is empty."""
         return sample_contexts(lm, self.context_groups, first_words=self.context_first_words, seed=self.seed)
+
+    def whitening(self, lm: LM, layer: int) -> Whitening:
+        """B with B Bᵀ = C⁻¹, for C of the layer's keys. (in, in)"""
+        return Whitening(self.from_covariance(lm, layer, cholesky))
 
     def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
         """`make(C, *settings)`, such as a factor of C or a projector, for C of the layer's keys, (in, in).

@@ -20,7 +20,7 @@ from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
-from reknow.editing.solvers import Whitening, cholesky, least_squares
+from reknow.editing.solvers import least_squares
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.model.exact import exact
@@ -55,7 +55,7 @@ class EMMET(SearchSettings):
         found = find_values(lm, edits, layer, prefixes, self)
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
-            Whitening(self.from_covariance(lm, layer, cholesky)),
+            self.whitening(lm, layer),
             Subjects(lm, edits, prefixes).keys(layer),
             regularization=self.regularization,
             weight=0.0 if len(edits) == 1 else ridge,

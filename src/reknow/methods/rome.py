@@ -21,7 +21,7 @@ from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Site
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchSettings
-from reknow.editing.solvers import cholesky, rank_one, solve
+from reknow.editing.solvers import rank_one
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.model.exact import exact
@@ -69,7 +69,8 @@ class ROME(SearchSettings):
         mean_key = exact(found.mean_key)  # (edits, in)
         u = mean_key
         if self.covariance_tokens:
-            u = solve(self.from_covariance(lm, layer, cholesky), mean_key)
+            basis = self.whitening(lm, layer)
+            u = mean_key @ basis @ basis.T  # C⁻¹ k*
         key, value = (mean_key, found.mean_value) if self.average_keys else (exact(found.key), found.value)
         residual = exact(found.value) + exact(found.delta) - exact(value)  # v* − W k*, (edits, hidden)
         patches = []
