@@ -90,8 +90,8 @@ def test_it_is_the_base_s_whatever_is_applied():
 
 def test_it_is_made_once_per_everything_it_depends_on(monkeypatch, caplog):
     made = []
-    own = reknow.editing.covariance._sums
-    monkeypatch.setattr(reknow.editing.covariance, "_sums", lambda *args: made.append(1) or own(*args))
+    own = reknow.editing.covariance._sum_keys
+    monkeypatch.setattr(reknow.editing.covariance, "_sum_keys", lambda *args: made.append(1) or own(*args))
     lm = make_lm("llama")
     first = covariance(lm, 1, text=TEXTS)
     assert torch.equal(covariance(make_lm("llama"), 1, text=TEXTS), first) and len(made) == 1
@@ -176,10 +176,10 @@ def test_a_killed_run_goes_on_where_it_was(monkeypatch, caplog):
 def test_a_broken_running_sum_is_not_used(caplog):
     lm = make_lm("gpt2")
     whole = statistics(lm, [1], text=LONG)[1]
-    monkey = whole.file.with_name("sums-0.safetensors")
-    monkey.write_bytes(b"torn")
+    torn = whole.file.with_name("sums-0.safetensors")
+    torn.write_bytes(b"torn")
     with caplog.at_level(logging.WARNING):
-        totals, count, following = reknow.editing.covariance._resumed(monkey, {"a": 4})
+        totals, count, following = reknow.editing.covariance._resume(torn, {"a": 4})
     assert (totals, count, following) == ({}, 0, 0) and "broken" in caplog.text
 
 

@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -45,6 +45,8 @@ from reknow.progress import stage
 
 if TYPE_CHECKING:
     from reknow.lm import LM
+
+__all__ = ["Statistics", "covariance", "statistics"]
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ def statistics(
     if missing:
         cache_limit()  # a wrong one is refused before the work
         log.info("reading %d tokens of %s for the statistics of layers %s", tokens, source.name, missing)
-        found |= _computed(lm, {layer: keys[layer] for layer in missing}, source, tokens, state)
+        found |= _compute(lm, {layer: keys[layer] for layer in missing}, source, tokens, state)
     return {layer: found[layer] for layer in keys}
 
 
@@ -164,7 +166,7 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
         sealed = read_tensors(file)
         if any(sealed.metadata.get(name) != value for name, value in key.items()):
             raise FormatError("it is that of another matrix")
-        blocks = _checked(sealed.tensors, _blocks(lm, key["matrix"]), "float32")
+        blocks = _check_blocks(sealed.tensors, _blocks(lm, key["matrix"]), "float32")
         count = parse_json(Count, sealed.metadata.get("read", ""))
     except (OSError, FormatError) as error:
         log.warning("%s is broken and is made again: %s", file, explain(error))
@@ -179,7 +181,7 @@ def _blocks(lm: LM, name: str) -> dict[str, tuple[int, int]]:
     return {f"covariance.{i}": block for i, block in enumerate(block_shapes(width))}
 
 
-def _checked(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]], kind: str) -> list[Tensor]:
+def _check_blocks(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]], kind: str) -> list[Tensor]:
     """The tensors of these names in order; raises FormatError where they are others."""
     found = [check_tensor(name, tensors.get(name), kind, 2) for name in shapes]
     if [tuple(block.shape) for block in found] != list(shapes.values()) or len(tensors) != len(shapes):
@@ -193,7 +195,7 @@ def _finite(blocks: Sequence[Tensor]) -> bool:
     return all(bool(block.isfinite().all()) for block in blocks)
 
 
-def _computed(
+def _compute(
     lm: LM, keys: dict[int, dict[str, str]], source: TextSource, tokens: int, state: PartialState | None
 ) -> dict[int, Statistics]:
     """The statistics, read from text and kept, or what another process has kept meanwhile."""
@@ -203,71 +205,70 @@ def _computed(
         kept = {layer: one for layer, key in keys.items() if (one := _load(lm, key))}
         if world == 1 and len(kept) == len(keys):
             return kept
-        return _read_and_kept(lm, keys, source, tokens, state, sums_file)
-
-
-def _read_and_kept(
-    lm: LM,
-    keys: dict[int, dict[str, str]],
-    source: TextSource,
-    tokens: int,
-    state: PartialState | None,
-    sums_file: Path,
-) -> dict[int, Statistics]:
-    rank, world = (0, 1) if state is None else (state.process_index, state.num_processes)
-    names = [key["matrix"] for key in keys.values()]
-    totals, count = _sums(lm, names, source, tokens, sums_file, rank, world)
-    if world > 1:
-        totals = {name: Triangle([_summed(block) for block in total.blocks]) for name, total in totals.items()}
-        count = int(_summed(torch.tensor(count, device=lm.device)))
-    if not count:
-        raise InputError(
-            f"expected text to read keys from; got none in {source.name}: give texts of at least one word"
-        )
-    found = {}
-    for layer, key in keys.items():
-        blocks, file = totals.pop(key["matrix"]).blocks, _file("covariance", key)
-        mean = Triangle([block.div_(count).float() for block in blocks])
-        if not _finite(mean.blocks):
-            _remove(sums_file)
-            raise EditFailed(
-                f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
+        names = [key["matrix"] for key in keys.values()]
+        totals, count = _sum_keys(_Task(lm, names, source, tokens, sums_file, rank, world))
+        if world > 1:
+            totals = {name: Triangle([_add_up(block) for block in total.blocks]) for name, total in totals.items()}
+            count = int(_add_up(torch.tensor(count, device=lm.device)))
+        if not count:
+            raise InputError(
+                f"expected text to read keys from; got none in {source.name}: give texts of at least one word"
             )
-        if state is None or state.is_local_main_process:
-            _save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
-        found[layer] = Statistics(mean.full(), count, file)
-    _remove(sums_file)
-    evict(using=[one.file for one in found.values()])
-    if state is not None:
-        state.wait_for_everyone()
-    return found
+        found = {}
+        for layer, key in keys.items():
+            blocks, file = totals.pop(key["matrix"]).blocks, _file("covariance", key)
+            mean = Triangle([block.div_(count).float() for block in blocks])
+            if not _finite(mean.blocks):
+                _remove(sums_file)
+                raise EditFailed(
+                    f"expected finite keys; {lm.name} gives NaN or infinity at {key['matrix']}: try another dtype"
+                )
+            if state is None or state.is_local_main_process:
+                _save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
+            found[layer] = Statistics(mean.full(), count, file)
+        _remove(sums_file)
+        evict(using=[one.file for one in found.values()])
+        if state is not None:
+            state.wait_for_everyone()
+        return found
 
 
-def _summed(tensor: Tensor) -> Tensor:
+def _add_up(tensor: Tensor) -> Tensor:
     """The sum of the processes' tensors."""
     total = reduce(tensor, "sum")
     assert isinstance(total, Tensor)
     return total
 
 
-@torch.no_grad()
-def _sums(
-    lm: LM, names: Sequence[str], source: TextSource, tokens: int, sums_file: Path, rank: int, world: int
-) -> tuple[dict[str, Triangle], int]:
-    """Σ k kᵀ by matrix name and the number of keys, over every `world`th batch from number `rank` on.
+class _Task(NamedTuple):
+    """The keys that one process sums: at these matrices, in every `world`th batch of the text from number `rank` on.
 
-    `sums_file` keeps both, with the number of the next batch, and what an earlier run left there is taken up.
+    `sums_file` has what is summed so far, with the number of the next batch.
     """
+
+    lm: LM
+    names: list[str]
+    source: TextSource
+    tokens: int
+    sums_file: Path
+    rank: int
+    world: int
+
+
+@torch.no_grad()
+def _sum_keys(task: _Task) -> tuple[dict[str, Triangle], int]:
+    """Σ k kᵀ by matrix name and the number of keys; what an earlier run left in `sums_file` is taken up."""
+    lm, names, source = task.lm, task.names, task.source
     widths = {name: shape(lm.model.get_submodule(name))[1] for name in names}
-    totals, count, following = _resumed(sums_file, widths)
+    totals, count, following = _resume(task.sums_file, widths)
     if not totals:
         totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(exact_device(_device(lm, name))) for name, total in totals.items()}
     saved = time.monotonic()
-    with lm.unpatched(), stage(f"reading {source.name} for statistics, tokens", tokens) as advance:
-        for number, rows in enumerate(_batches(lm, source.texts(), tokens)):
+    with lm.unpatched(), stage(f"reading {source.name} for statistics, tokens", task.tokens) as advance:
+        for number, rows in enumerate(_batches(lm, source.texts(), task.tokens)):
             advance(sum(len(row.ids) for row in rows))
-            if number < following or number % world != rank:
+            if number < following or number % task.world != task.rank:
                 continue
             batch = lm.pad(rows)
             with recorded(lm.model, names, stop=True) as (seen, _):
@@ -279,12 +280,12 @@ def _sums(
             count += int(batch.mask.sum())
             if time.monotonic() - saved >= SAVE_SECONDS:
                 running = {part: block for name in names for part, block in totals[name].named(name).items()}
-                _save(running, sums_file, {"count": str(count), "following": str(number + 1), "name": lm.name})
+                _save(running, task.sums_file, {"count": str(count), "following": str(number + 1), "name": lm.name})
                 saved = time.monotonic()
     return totals, count
 
 
-def _resumed(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle], int, int]:
+def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle], int, int]:
     """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file.
 
     Args:
@@ -296,7 +297,7 @@ def _resumed(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangl
             for name, width in widths.items():
                 shapes = {f"{name}.{i}": block for i, block in enumerate(block_shapes(width))}
                 own = {part: tensor for part, tensor in sealed.tensors.items() if part in shapes}
-                totals[name] = Triangle(_checked(own, shapes, "float64"))
+                totals[name] = Triangle(_check_blocks(own, shapes, "float64"))
             count, following = (parse_json(Count, sealed.metadata.get(part, "")) for part in ("count", "following"))
             log.info("going on behind %d tokens that an earlier run read", count)
             return totals, count, following
