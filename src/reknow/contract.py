@@ -57,23 +57,17 @@ class Method(ABC):
 
     @classmethod
     def paper(cls, model: LM | str | None = None, *, source: str | None = None, **settings: Any) -> Self:
-        """The method with what its paper, or the authors' code, sets for this model: `ROME.paper("gpt2-xl")`.
+        """The method as its paper sets it for a model: `ROME.paper("gpt2-xl")`; `settings` go over the paper's.
 
-        Of a class with several rows in the table of methods the settings say which is meant:
-        `ROME.paper("gpt2-xl", average_keys=True)` is R-ROME. `reknow.published.published` says where the values are
-        from and what cannot be said.
-
-        Args:
-            model: its name, or an LM, which is recognised by its sizes; None: where the same holds for all models.
-            source: part of the name of another repository, as `easyedit`; None: the authors', or whose there is.
-            settings: fields that shall be different.
-
-        Raises:
-            InputError: nothing is published for this method and model, or by this source; or a setting is none.
+        They say too which row of the table is meant: `average_keys=True` makes it R-ROME's. See `published` for the
+        other arguments and the errors.
         """
-        settings = known_settings(cls, settings, cls.__name__)
-        row = cls(**settings).name
+        row = cls(**known_settings(cls, settings, cls.__name__)).name
         return make(row, {**published(row, model, source).settings, **settings})
+
+    def resolve(self, lm: LM) -> Method:
+        """The method with nothing left open that `lm` decides about; see `reknow.methods.as_published`."""
+        return self
 
     @property
     @abstractmethod

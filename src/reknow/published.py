@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Published", "published", "published_layers", "published_models", "published_sources"]
+__all__ = ["Published", "holds_for_any", "published", "published_layers", "published_models", "published_sources"]
 
 Table = Mapping[str, Any]
 
@@ -37,10 +37,14 @@ class Published(NamedTuple):
     """Fields of the method; any other field is as by default."""
     training: dict[str, Any]
     """Fields of `Training`, where the method learns to edit."""
-    source: str
-    """Repositories, commits and files."""
-    note: str
+    sources: tuple[str, ...]
+    """Repository, commit and files, those of this model first."""
+    notes: tuple[str, ...]
     """What the method cannot be told, and what else is to be known."""
+
+    @property
+    def source(self) -> str:
+        return "; ".join(self.sources)
 
 
 @typed
@@ -60,17 +64,24 @@ def published(row: str, model: Decoder | str | None = None, source: str | None =
     every = [table for table in _tables(row) if name in table.get("models", [name])]
     source = source and source.lower()
     tables = [table for table in every if table.get("by", source) == source]
-    own = [table for table in tables if "source" in table and {"models", "by"} & set(table)] or tables
+    specific = [table for table in tables[::-1] if {"models", "by"} & set(table)]
+    own = [table for table in specific if "source" in table] or tables
     if source is not None and not any(source in table.get("source", "").lower() for table in own):
         raise InputError(
             f"expected a source of {row}'s settings for {name or 'all models'}; got {source}: there are "
-            f"{_texts('; ', reversed(every), 'source', name)}"
+            f"{'; '.join(_texts(every[::-1], 'source', name))}"
         )
     fields = {key: value for table in tables for key, value in table.items() if key not in ABOUT}
     settings = {key: None if value == "none" else value for key, value in fields.items()}  # TOML has no null
     training = {key: value for table in tables for key, value in table.get("training", {}).items()}
-    source, note = _texts("; ", reversed(tables), "source", name), _texts(" ", tables, "note", name)
-    return Published(row, name, settings, training, source, note)
+    sources, notes = _texts([*specific, *tables], "source", name), _texts(tables, "note", name)
+    return Published(row, name, settings, training, sources, notes)
+
+
+def holds_for_any(row: str) -> bool:
+    """Whether there are settings for this method that hold for a model without some of its own."""
+    tables = _tables(row)
+    return bool(tables) and (not published_models(row) or any("complete" in table for table in tables))
 
 
 def published_models(row: str) -> list[str]:
@@ -118,16 +129,14 @@ def _model_name(row: str, model: Decoder | str | None) -> str | None:
     for name in given:
         if name in own:
             return name
-    tables = _tables(row)
-    if tables and (not own or any("complete" in table for table in tables)):
+    if holds_for_any(row):
         return None
     reasons = [table["absent"] for table in _tables(row, absent=True) if set(given) & set(table["models"])]
     shown = "none" if model is None else model if isinstance(model, str) else model.name
     shown += "".join(f" ({reason})" for reason in reasons)
     if not own:
         raise InputError(
-            f"expected a method with published settings; got {row}, which has none, for {shown}: set its fields "
-            "yourself"
+            f"expected a method with published settings; got {row}, model {shown}: set its fields yourself"
         )
     raise InputError(
         f"expected a model for which settings of {row} are published, which are {', '.join(own)}; got {shown}: name "
@@ -155,7 +164,7 @@ def _same_sizes(lm: Decoder) -> list[str]:
     return [name for name, about in _contents()["models"].items() if about["sizes"] == sizes]
 
 
-def _texts(between: str, tables: Iterable[Table], key: str, model: str | None) -> str:
+def _texts(tables: Sequence[Table], key: str, model: str | None) -> tuple[str, ...]:
     """What the tables have under the key, each text once."""
     file = _contents()["models"].get(model, {}).get("easyedit", "*")
-    return between.join(dict.fromkeys(table[key] for table in tables if key in table)).replace("{easyedit}", file)
+    return tuple(dict.fromkeys(table[key].replace("{easyedit}", file) for table in tables if key in table))

@@ -5,6 +5,7 @@ A class is imported when it is asked for: who edits with one method waits for no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
@@ -28,6 +29,10 @@ class Row(NamedTuple):
         """The class, a `Method`."""
         return resolve_name(f"reknow.methods.{self.home}") if isinstance(self.home, str) else self.home
 
+
+PAPER = "-paper"
+"""Behind a name: with what the paper sets for the model that is edited, or, as `rome-paper:gpt2-xl`, for another."""
+PAPER_NAME = re.compile(rf"{PAPER}(?::(.+))?$")
 
 METHODS: dict[str, Row] = {
     "adalora": Row("lora:LoRA", {"variant": "adalora", "learning_rate": 0.05}, "Zhang et al. 2023, arXiv 2303.10512"),
@@ -92,6 +97,14 @@ def known_settings(kind: type, settings: Mapping[str, Any], name: str) -> dict[s
     return settings
 
 
+def find_row(name: str) -> Row:
+    """The row of a name, with or without `PAPER` behind it; raises InputError where there is none."""
+    row = PAPER_NAME.sub("", name)
+    if row not in METHODS:
+        raise did_you_mean("method", name, METHODS)
+    return METHODS[row]
+
+
 def make(name: str, settings: Mapping[str, Any]) -> Any:
     """The `Method` of that name with these settings; names that a setting had before are understood, with a warning.
 
@@ -100,9 +113,10 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
     """
     from reknow.checks.bounds import refuse_mixed
 
-    if name not in METHODS:
-        raise did_you_mean("method", name, METHODS)
-    row, kind = METHODS[name], METHODS[name].method
+    row, kind = find_row(name), find_row(name).method
+    if paper := PAPER_NAME.search(name):
+        as_published, settings = resolve_name("reknow.methods.as_published:AsPublished"), {**settings}
+        return as_published(name[: paper.start()], paper[1], known_settings(kind, settings, name))
     refuse_mixed(kind, {**row.settings, **settings})
     settings = known_settings(kind, settings, name)
     try:

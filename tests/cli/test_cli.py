@@ -15,11 +15,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from conftest import saved
+from conftest import make_lm, saved
 from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
 from reknow.cli.settings import chosen_method, field_docs, read_value
 from reknow.cli.terminal import run_folder
+from reknow.cli.training import _for_model, choose_method
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]
@@ -320,6 +321,25 @@ def test_every_setting_of_every_method_is_explained():
     for name, entry in METHODS.items():
         assert set(field_docs(entry.method)) == {field.name for field in fields(entry.method)}, name
         assert METHODS[name].paper in done("methods", name)
+
+
+def test_published_settings_are_shown_and_taken(model, empty_folder):
+    shown = done("methods", "rome-paper")
+    assert "kmeng01/rome" in shown and "layer=17" in shown
+    assert "layer=17" not in done("methods", "rome-paper:gpt-j-6b")
+    edit(model, "--method", "rome-paper:gpt2-xl", "--out", "xl.patch")
+    patch = Patch.load("xl.patch")
+    assert (patch.method, patch.settings["units"], patch.settings["layer"]) == ("rome", "absolute", 1)
+    refused = reknow("edit", PROMPT, "English", "--model", model, "--method", "rome-paper")
+    assert refused.exit_code == 2 and "which are gpt2-medium" in refused.stderr
+    assert [path.name for path in empty_folder.iterdir()] == ["xl.patch"]
+
+
+def test_a_method_that_learns_takes_the_papers_training():
+    chosen, values = choose_method("mend-paper", ["steps=7", "rank=4"])
+    learned, training = _for_model(chosen, values, make_lm())
+    assert (learned.rank, learned.locality_tokens, learned.name) == (4, "all", "mend")
+    assert (training.steps, training.micro_batches, training.clip_norm) == (7, 10, 100.0)
 
 
 def test_settings_are_read_by_their_type():

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import json
+from dataclasses import asdict, fields
 
 import pytest
 
 from conftest import make_lm, without_weights
-from reknow import FT, ICE, IKE, KN, LM, MEMIT, MEND, METHODS, ROME, SERAC, LoRA, method
-from reknow.errors import InputError
+from reknow import FT, ICE, IKE, KN, LM, MEMIT, MEND, METHODS, ROME, SERAC, Case, Edit, LoRA, evaluate, method
+from reknow.contract import check_edits
+from reknow.errors import EditRefused, InputError
+from reknow.evaluation import bench
+from reknow.evaluation.cost import estimate
 from reknow.learning.training import Training
 from reknow.published import _contents, _tables, published, published_models, published_sources
 
@@ -116,7 +120,7 @@ def test_names_are_read_without_owner_and_case(name):
 def test_what_there_is_not_is_refused():
     with pytest.raises(InputError, match=r"which are gpt2-xl, gpt-j-6b.*; got demo: name one of them"):
         MEMIT.paper("demo")
-    with pytest.raises(InputError, match=r"got lora, which has none, for qwen2.5-7b \(EasyEdit's"):
+    with pytest.raises(InputError, match=r"got lora, model qwen2.5-7b \(EasyEdit's"):
         LoRA.paper("qwen2.5-7b")
     with pytest.raises(InputError, match=r"unknown setting of ROME 'layr'. Did you mean 'layer'"):
         ROME.paper("gpt2-xl", layr=3)
@@ -133,3 +137,49 @@ def test_an_lm_of_no_paper_is_named():
     lm: LM = make_lm()
     with pytest.raises(InputError, match=r"settings of rome are published"):
         ROME.paper(lm)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A tiny model of sizes for which settings are published."""
+    lm = make_lm("gpt2")
+    settings = {"layer": 1, "steps": 3, "covariance_tokens": 0, "context_groups": [[1, 2]]}
+    sizes = ["gpt2", lm.layers, lm.parts.hidden_size, lm.weight(lm.parts.value[0]).shape[1]]
+    table = {"models": ["tiny"], "source": "a test", **settings}
+    contents = {"models": {"tiny": {"sizes": sizes}}, "other_names": {}, "rome": [table]}
+    monkeypatch.setattr("reknow.published._contents", lambda: contents)
+    return lm
+
+
+def test_a_row_with_paper_behind_its_name_takes_the_settings_of_the_model_that_is_edited(small, edit):
+    row = method("rome-paper", seed=3)
+    assert row.name == "rome-paper"
+    patch = row.edit(small, [edit])
+    assert (patch.method, patch.settings["layer"], patch.settings["steps"], patch.settings["seed"]) == (
+        "rome",
+        1,
+        3,
+        3,
+    )
+    assert patch.settings == ROME.paper(small, seed=3).edit(small, [edit]).settings
+    assert method("rome-paper:tiny", seed=3).resolve(small) == row.resolve(small)
+    assert estimate(small, row, [edit]).layers == (1,)
+
+
+def test_what_a_row_needs_is_refused_before_its_model_is_there():
+    with pytest.raises(EditRefused, match="subject"):
+        check_edits(method("rome-paper"), Edit("Peru is", target_new="Lima"))
+    with pytest.raises(InputError, match="unknown setting of memit-paper 'layer'"):
+        method("memit-paper", layer=3)
+    with pytest.raises(InputError, match=r"unknown method 'romee-paper'. Did you mean 'rome'"):
+        method("romee-paper")
+
+
+def test_a_run_records_the_settings_and_keeps_the_name(small, edit, tmp_path):
+    cases = [Case(edit)]
+    results = bench(small, cases, [method("rome-paper")], tmp_path / "run")
+    (about,) = results.manifest["settings"]["methods"].items()
+    assert about == ("rome-paper", json.loads(json.dumps({"name": "rome", **asdict(ROME.paper(small))})))
+    assert {label for label, *_ in evaluate(small, cases, method("rome-paper")).rows} == {"rome-paper"}
+    with pytest.raises(InputError, match="settings of rome are published, which are tiny; got"):
+        evaluate(make_lm("llama"), cases, method("rome-paper"))

@@ -89,12 +89,13 @@ def edit(
 
     chosen = chosen_method(method, each_once(settings), layer=layer)
     check_edits(chosen, edits)
-    out = out if plan else _place(chosen, out, force, (model, file))
+    out = out if plan else _place(method, out, force, (model, file))
     with nullcontext() if plan else write_lock(out):
         if not plan:
-            _place(chosen, out, force, (model, file))  # another process may have been here meanwhile
+            _place(method, out, force, (model, file))  # another process may have been here meanwhile
         lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
         lm.computes_statistics = not no_stats
+        chosen = chosen.resolve(lm)
         if plan:
             cost = estimate(lm, chosen, edits)
             return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
@@ -133,13 +134,14 @@ def _edits(
     return [Edit(prompt, subject=subject, target_new=target, target_true=true, separator=between)]
 
 
-def _place(method: Method, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
+def _place(method: str, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
     """Where the patch goes, a file or for the LoRA family a folder; refused here, before any work."""
     from reknow.files.outputs import output_file, output_folder
     from reknow.methods.lora import LoRA
     from reknow.patching.peft_folder import own_files
+    from reknow.registry import find_row
 
-    if isinstance(method, LoRA):
+    if issubclass(find_row(method).method, LoRA):
         return output_folder(out, force, own_files, sources)
     return output_file(out, force, sources)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -110,6 +111,7 @@ def bench(
     sets = _sets(study, offset, shuffle, lm, encoding, refused, one_patch=one_patch)
     lm = lm or open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
     lm.computes_statistics = not no_stats
+    chosen = {label: method.resolve(lm) for label, method in chosen.items()}
     if names is None:
         chosen = _ready(lm, chosen)
     out = out or run_folder(preset or "+".join(sets), model)
@@ -283,10 +285,12 @@ def methods(
     from reknow.cli.settings import chosen_method, field_docs
     from reknow.methods import METHODS
 
+    if name is not None and name not in METHODS:
+        return _say_published(name)
     if name is None:
         rows = [[key, entry.paper, ", ".join(_fields(entry.method))] for key, entry in METHODS.items()]
         say_table(["method", "paper", "settings"], rows)
-        return say("", "reknow methods NAME explains the settings of one")
+        return say("", "reknow methods NAME explains the settings of one, NAME-paper those that papers set")
     method = chosen_method(name)
     docs, known = field_docs(type(method)), field_types(type(method))
     say(f"{name}: {METHODS[name].paper}", (type(method).__doc__ or "").split("\n")[0], "")
@@ -295,6 +299,31 @@ def methods(
         for field in _fields(type(method))
     ]
     say_table(["setting", "default", "type", "meaning"], rows)
+
+
+def _say_published(name: str) -> None:
+    """What is published for `NAME-paper`, or for one model as `NAME-paper:MODEL`: first what all share."""
+    from reknow.methods.as_published import AsPublished
+    from reknow.published import holds_for_any, published, published_models, published_sources
+    from reknow.registry import find_row, make
+
+    paper = make(name, {})
+    assert isinstance(paper, AsPublished)
+    row, models = paper.row, [paper.model]
+    if paper.model is None:
+        models = [*published_models(row), *([None] if holds_for_any(row) else [])] or models
+    known = [published(row, model, by) for model in models for by in [None, *published_sources(row, model)]]
+    every = [{**one.settings, **one.training} for one in known]
+    shared = {key: value for key, value in every[0].items() if all(one.get(key, ...) == value for one in every)}
+    say(f"{name}: {find_row(name).paper}", *([f"all: {_shown(shared)}"] if len(every) > 1 else []), "")
+    own = every if len(every) == 1 else [{k: v for k, v in one.items() if k not in shared} for one in every]
+    rows = [[one.model or "any", _shown(each), one.sources[0]] for one, each in zip(known, own, strict=True)]
+    say_table(["model", "settings", "source"], rows)
+    say("", *dict.fromkeys(note for one in known for note in one.notes))
+
+
+def _shown(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
 
 
 def _fields(method: type) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from reknow.checks.bounds import convert, current_names, field_types, former_names
 from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
-from reknow.methods import METHODS
+from reknow.registry import find_row, make
 
 
 def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = None) -> Method:
@@ -26,28 +26,26 @@ def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = N
     Raises:
         InputError: unknown method or field, a value that the field cannot have, or a layer that is given twice.
     """
-    if name not in METHODS:
-        raise did_you_mean("method", name, METHODS)
-    entry = METHODS[name]
-    known, former = field_types(entry.method), former_names(entry.method)
+    kind = find_row(name).method
+    known, former = field_types(kind), former_names(kind)
     if layer is not None:
         field = "layers" if "layers" in known else "layer"
         if any(pair.partition("=")[0] == field for pair in pairs):
             raise InputError(f"expected the layer once; got both --layer and --set {field}: leave one out")
         pairs = [*pairs, f"{field}={layer}"]
-    values = dict(entry.settings)
+    values: dict[str, Any] = {}
     for key, equals, text in (pair.partition("=") for pair in pairs):
         if not equals:
             raise InputError(f"expected --set FIELD=VALUE; got {key!r}: see `reknow methods {name}`")
         if key in former:
             field, mark = former[key]
             value = read_value(key, text, bool if mark.values else known[field] | None)
-            values |= current_names(entry.method, {key: value})
+            values |= current_names(kind, {key: value})
         elif key in known:
             values[key] = read_value(key, text, known[key])
         else:
             raise did_you_mean(f"setting of {name}", key, known)
-    return entry.method(**values)
+    return make(name, values)
 
 
 def each_once(pairs: Sequence[str]) -> Sequence[str]:

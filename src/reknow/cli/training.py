@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,12 +25,14 @@ from reknow.cli.terminal import (
     say_table,
     warn_of_records,
 )
-from reknow.errors import InputError, did_you_mean
+from reknow.errors import InputError
 
 if TYPE_CHECKING:
+    from reknow.contract import Method
     from reknow.edits import Case
     from reknow.learning.learned import Learned
     from reknow.learning.training import Training
+    from reknow.lm import LM
 
 
 def train(
@@ -60,16 +62,17 @@ def train(
 
     reknow train mend --data counterfact --data zsre --out runs/mend
     """
-    chosen, training = choose_method(method, settings)
+    chosen, values = choose_method(method, settings)
     out = training_place(out or run_folder(f"train-{method}", model), model)
     cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
     lm = open_lm(model, dtype, device or _own_gpu(), tokenizer, own_code, chat, chat_set)
-    trained = chosen.fit(lm, cases, out, training, progress=True)
+    learned, training = _for_model(chosen, values, lm)
+    trained = learned.fit(lm, cases, out, training, progress=True)
     _say_result(trained, out)
 
 
-def choose_method(name: str, pairs: list[str]) -> tuple[Learned, Training]:
-    """The method and its training, each with the settings that name one of its fields.
+def choose_method(name: str, pairs: list[str]) -> tuple[Method, dict[str, Any]]:
+    """The method, with the settings that name one of its fields, and those of its training.
 
     Raises:
         InputError: a method that does not learn, or a setting of neither.
@@ -79,23 +82,31 @@ def choose_method(name: str, pairs: list[str]) -> tuple[Learned, Training]:
     from reknow.learning.learned import Learned
     from reknow.learning.training import Training
     from reknow.methods import METHODS
+    from reknow.registry import find_row
 
-    if name not in METHODS:
-        raise did_you_mean("method", name, METHODS)
-    if not issubclass(METHODS[name].method, Learned):
+    kind = find_row(name).method
+    if not issubclass(kind, Learned):
         learned = sorted(key for key, entry in METHODS.items() if issubclass(entry.method, Learned))
         raise InputError(
             f"expected a method that learns to edit, which are {', '.join(learned)}; {name} needs no training: "
             "use it as it is"
         )
-    settings, own = field_types(Training), field_types(METHODS[name].method)
+    settings, own = field_types(Training), field_types(kind)
     for_training = [pair for pair in each_once(pairs) if pair.partition("=")[0] in settings.keys() - own.keys()]
     method = chosen_method(name, [pair for pair in pairs if pair not in for_training])
+    given = (pair.partition("=") for pair in for_training)
+    return method, {key: read_value(key, text, settings[key]) for key, _, text in given}
+
+
+def _for_model(chosen: Method, values: dict[str, Any], lm: LM) -> tuple[Learned, Training]:
+    """The method as it is for this model, and its training; `values` are settings of the latter."""
+    from reknow.learning.learned import Learned
+    from reknow.methods.as_published import AsPublished
+
+    method = chosen.resolve(lm)
     assert isinstance(method, Learned)
-    values = {
-        key: read_value(key, text, settings[key]) for key, _, text in (pair.partition("=") for pair in for_training)
-    }
-    return method, replace(method.training, **values)
+    paper = chosen.published(lm).training if isinstance(chosen, AsPublished) else {}
+    return method, replace(method.training, **{**paper, **values})
 
 
 def _cases(data: list[str], limit: int | None, offset: int, without: list[str], encoding: str | None) -> list[Case]:

@@ -72,6 +72,7 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
     Raises:
         InputError: the method cannot edit this model, for want of a trained editor.
     """
+    method = method.resolve(lm)
     settings = asdict(method)  # type: ignore[call-overload]
     own = method.footprint(lm)
     layers, guessed = _layers(lm, settings) if own is None else (own.layers, False)

@@ -96,7 +96,7 @@ def evaluate(
     What cannot be made or read counts as failed, as in `bench`, whose runs can be resumed. The model is the same
     afterwards.
     """
-    methods = {method.name: method}
+    methods = {method.name: method.resolve(lm)}
     run = _Run(lm, _by_id(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     run.run_all(methods, progress)
     return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, run.before, run.rows)
@@ -134,7 +134,7 @@ def bench(
         InputError: the folder was started with other settings, two methods or two cases have one name, or another
             process writes there.
     """
-    folder, named, labelled = Path(out), _by_id(cases), _by_label(methods)
+    folder, named, labelled = Path(out), _by_id(cases), _by_label(methods, lm)
     with write_lock(folder):
         about = {**_about(lm), "refused": list(refused)}
         manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
@@ -280,12 +280,12 @@ class _Run:
         return perplexity(self.lm, self.plan.held_out) if self.plan.held_out else None
 
 
-def _by_label(methods: Sequence[Method] | Mapping[str, Method]) -> dict[str, Method]:
-    """Methods by their label, or by their name; raises InputError where there is none, or two have one name."""
+def _by_label(methods: Sequence[Method] | Mapping[str, Method], lm: LM) -> dict[str, Method]:
+    """Methods as `lm` decides, by their label or name; raises InputError where there is none or one name twice."""
     labelled = dict(methods) if isinstance(methods, Mapping) else {method.name: method for method in methods}
     if len(labelled) != len(methods) or not labelled:
         raise InputError("expected methods with different names; got one twice, or none: give label → method")
-    return labelled
+    return {label: method.resolve(lm) for label, method in labelled.items()}
 
 
 def _by_id(cases: Sequence[Case]) -> dict[str, Case]:
