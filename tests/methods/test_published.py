@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,7 @@ from reknow.errors import EditRefused, InputError
 from reknow.evaluation import bench
 from reknow.evaluation.cost import estimate
 from reknow.learning.training import Training
-from reknow.published import _contents, _tables, published, published_models, published_sources
+from reknow.published import _contents, _tables, holds_for_any, published, published_models, published_sources
 
 ROWS = [row for row in METHODS if _tables(row)]
 CASES = [(row, model, None) for row in ROWS for model in published_models(row) or [None]]
@@ -183,3 +185,12 @@ def test_a_run_records_the_settings_and_keeps_the_name(small, edit, tmp_path):
     assert {label for label, *_ in evaluate(small, cases, method("rome-paper")).rows} == {"rome-paper"}
     with pytest.raises(InputError, match="settings of rome are published, which are tiny; got"):
         evaluate(make_lm("llama"), cases, method("rome-paper"))
+
+
+def test_the_page_lists_what_there_is():
+    page = (Path(__file__).parents[2] / "docs" / "published.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| `([\w-]+)` \|(.*)$", page, re.MULTILINE))
+    assert list(listed) == ROWS
+    for row, cells in listed.items():
+        assert set(re.findall(r"`([\w.-]+)`", cells)) == set(published_models(row)), row
+        assert ("any" in cells) == holds_for_any(row), row
