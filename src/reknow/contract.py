@@ -93,11 +93,7 @@ class Method(ABC):
         """Raises EditRefused for an edit that it cannot make; warns where one patch cannot make all of them."""
 
     def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
-        """Those of the edits from which it has learned to edit `lm`, so that their scores would mean nothing.
-
-        Raises:
-            InputError: it must learn to edit this model first.
-        """
+        """Those of the edits that it was trained on. Raises InputError where it must be trained for `lm` first."""
         return []
 
     def footprint(self, lm: LM) -> Footprint | None:
@@ -109,9 +105,7 @@ class Method(ABC):
 def check_edits(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
     """The edits as a list.
 
-    Raises:
-        InputError: there are none.
-        EditRefused: one of them contradicts an earlier one, or the method cannot make it.
+    Raises InputError where there are none, EditRefused for one that contradicts another or cannot be made.
     """
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     if not edits:
@@ -124,8 +118,7 @@ def check_edits(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
 def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
     """The patch of a finished computation on `lm` as it is now; `rest` are other fields of `Patch`.
 
-    Raises:
-        EditFailed: a number is not finite, so nothing is handed out.
+    Raises EditFailed where a number is not finite, so that nothing is handed out.
     """
     settings, made_on = asdict(method), tuple(patch.id for patch in lm.patches)  # type: ignore[call-overload]
     about = {"method": method.name, "settings": settings, "base": lm.fingerprint, "version": __version__}
