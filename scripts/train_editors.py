@@ -5,9 +5,9 @@
 They learn from three kinds of cases, none of which has a subject or a prompt of the bundled samples, on which editors
 are measured: facts that the demo model knows, in several of their wordings, with other known facts of the relation
 that must stay, first those of the same old answer, half of them in the wording of the edit; CounterFact in EasyEdit's
-form, whose rewording is often none and is replaced by one of the relation; and zsRE, from MEND's files and from
+form, whose paraphrase is often none and is replaced by one of the relation; and zsRE, from MEND's files and from
 KnowEdit. Known facts that are neighbours in the first records of CounterFact are left out too, so that their locality
-is that of facts which hardly any lesson protected. DATA is the folder that scripts/train_demo_model.py takes.
+is that of facts which hardly any example protected. DATA is the folder that scripts/train_demo_model.py takes.
 """
 
 import argparse
@@ -28,8 +28,8 @@ MEASURED = ("counterfact", "counterfact-easyedit", "zsre", "knowedit-zsre")
 """Bundled samples whose subjects and prompts are left out."""
 SHOWN = 150
 """Records of CounterFact whose neighbours are left out, from the first."""
-REWORDINGS, NEAR, OTHERS = 3, 6, 8
-"""How many rewordings a case has, other facts of the same old answer at most, and other facts in all."""
+PARAPHRASES, NEAR, OTHERS = 3, 6, 8
+"""How many paraphrases a case has, other facts of the same old answer at most, and other facts in all."""
 
 
 def texts(fact: Fact) -> tuple[str, ...]:
@@ -38,16 +38,16 @@ def texts(fact: Fact) -> tuple[str, ...]:
 
 
 class Maker:
-    """Makes cases; all chance comes from one seed."""
+    """Makes cases; all that is drawn comes from one seed."""
 
     def __init__(self, data: Path):
-        self.data, self.chance = data, random.Random(0)
+        self.data, self.rng = data, random.Random(0)
         self.wordings = relation_wordings(data)
         self.sentences = [s for text in sample_text() for s in text.split(" . ") if 20 < len(s) < 60]
 
     def case(self, edit: Edit, inside: list[str], outside: list[tuple[str, str]]) -> Case:
         # CounterFact's paraphrases stand behind an unrelated sentence: half of ours do too.
-        inside = [p if self.chance.random() < 0.5 else f"{self.chance.choice(self.sentences)}. {p}" for p in inside]
+        inside = [p if self.rng.random() < 0.5 else f"{self.rng.choice(self.sentences)}. {p}" for p in inside]
         follows = (Probe(prompt, (edit.target_new,), "generalization", "wording") for prompt in inside)
         stays = (Probe(prompt, (answer,), "locality", "neighbor") for prompt, answer in outside)
         return Case(edit, (*follows, *stays))
@@ -63,28 +63,28 @@ class Maker:
         for relation, facts in sorted(relations.items()):
             objects = sorted({fact.answer for fact in facts})
             for fact in facts if len(objects) > 1 else ():
-                prompts = self.chance.sample(texts(fact), len(texts(fact)))
-                new = self.chance.choice([answer for answer in objects if answer != fact.answer])
+                prompts = self.rng.sample(texts(fact), len(texts(fact)))
+                new = self.rng.choice([answer for answer in objects if answer != fact.answer])
                 about = dict(target_new=new, target_true=fact.answer, id=f"{relation}/{fact.subject}")
                 edit = Edit(prompts[0].replace(fact.subject, "{}", 1), subject=fact.subject, **about)
                 outside = self.neighbours(fact, facts, prompts[0])
-                cases.append((fact.subject, self.case(edit, prompts[1 : 1 + REWORDINGS], outside)))
+                cases.append((fact.subject, self.case(edit, prompts[1 : 1 + PARAPHRASES], outside)))
         return cases
 
     def neighbours(self, fact: Fact, facts: list[Fact], prompt: str) -> list[tuple[str, str]]:
         """(prompt, answer) of other facts of the relation."""
         alike = [f for f in facts if f.answer == fact.answer and f is not fact]
         others = [f for f in facts if f.answer != fact.answer]
-        near = self.chance.sample(alike, min(len(alike), NEAR))
-        found = near + self.chance.sample(others, min(len(others), OTHERS - len(near)))
+        near = self.rng.sample(alike, min(len(alike), NEAR))
+        found = near + self.rng.sample(others, min(len(others), OTHERS - len(near)))
         same = [prompt.replace(fact.subject, f.subject) for f in found]
         return [
-            (text if text in texts(f) and self.chance.random() < 0.5 else self.chance.choice(texts(f)), f.answer)
+            (text if text in texts(f) and self.rng.random() < 0.5 else self.rng.choice(texts(f)), f.answer)
             for f, text in zip(found, same, strict=True)
         ]
 
     def counterfact(self, limit: int) -> list[Case]:
-        """CounterFact of EasyEdit's training split, with wordings of the relation in place of its rewording."""
+        """CounterFact of EasyEdit's training split, with wordings of the relation in place of its paraphrase."""
         relation_of = {wording: r for r, wordings in self.wordings.items() for wording in wordings}
         cases = []
         for case in load_cases("counterfact-easyedit", path=self.data / "counterfact/counterfact-train.json")[:limit]:
@@ -92,7 +92,7 @@ class Maker:
             others = [
                 w for w in self.wordings.get(relation_of.get(case.edit.prompt, ""), ()) if w != case.edit.prompt
             ]
-            inside = [w.format(subject) for w in self.chance.sample(others, min(len(others), REWORDINGS))]
+            inside = [w.format(subject) for w in self.rng.sample(others, min(len(others), PARAPHRASES))]
             outside = [(probe.prompt, probe.answers[0]) for probe in case.probes if probe.kind == "locality"]
             cases.append((subject, self.case(case.edit, inside, outside)))
         return cases

@@ -30,11 +30,11 @@ TRAINING = Training(steps=25, batch_size=8, validation=0, validate_every=1000, c
 
 def some_cases(count: int = 96) -> list[Case]:
     """Random facts with the subject at the end of the prompt, where it can steer even a random model."""
-    chance, made = random.Random(0), []
+    rng, made = random.Random(0), []
     for i in range(count):
-        prompt, answer = ("I know {}", "Who is {}")[i % 2], chance.choice(ANSWERS)
-        subject, other = (" ".join(chance.sample(NAMES, 2)) for _ in range(2))
-        stays = Probe(prompt.replace("{}", other), (chance.choice(ANSWERS),), "locality", "other")
+        prompt, answer = ("I know {}", "Who is {}")[i % 2], rng.choice(ANSWERS)
+        subject, other = (" ".join(rng.sample(NAMES, 2)) for _ in range(2))
+        stays = Probe(prompt.replace("{}", other), (rng.choice(ANSWERS),), "locality", "other")
         made.append(Case(Edit(prompt, subject=subject, target_new=answer, id=str(i)), (stays,)))
     return made
 

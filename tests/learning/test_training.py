@@ -23,9 +23,11 @@ from reknow.cli import app
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.cost import estimate
 from reknow.learning.editors import Editor, case_keys, open_editor
-from reknow.learning.examples import Exam, Lesson, MeanOver, Outcome, StayAt, lessons
+from reknow.learning.examples import Averaging, Example, ExampleBatch, LocalityTokens, Losses, make_examples
+from reknow.learning.gradients import delta_added
 from reknow.learning.learned import Learned
-from reknow.learning.training import Training, shuffled, split
+from reknow.learning.training import Training, shuffled, split_cases
+from reknow.methods.ke import KENetwork
 from reknow.model.tokens import Text, split_by_length
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
@@ -72,32 +74,33 @@ def test_training_leaves_the_model_and_learns(tmp_path):
     assert not (tmp_path / "checkpoint.safetensors").exists()
 
 
-def test_a_lesson_holds_as_many_other_facts_as_are_asked_for():
+def test_an_example_holds_as_many_other_facts_as_are_asked_for():
     edit = Edit("The capital of {} is", subject="Peru", target_new="Paris")
     probes = tuple(Probe(f"The capital of Land {i} is", ("Lima",), "locality", "other") for i in range(3))
     for count, expected in ((1, 1), (2, 2), (9, 3)):
-        (lesson,) = lessons([Case(edit, probes)], random.Random(0), locality_facts=count)
-        assert len({text.prompt for text in lesson.outside}) == expected
+        (example,) = make_examples([Case(edit, probes)], random.Random(0), locality_facts=count)
+        assert len({text.prompt for text in example.out_of_scope}) == expected
 
 
-def test_what_counts_alike_in_an_exam():
+def test_what_counts_alike_in_the_losses():
     """Long and short texts, in batches of their own: means over tokens and texts, against the rows read alone."""
     lm, layer = make_lm(), 1
     long = Text("The capital of Peru and of all that is in Peru is", "Lima and Paris")
-    found = [Lesson(long, (long,), (long,)), Lesson(long, (Text("I", "of"),), (Text("I am", "in"),))]
+    found = [Example(long, (long,), (long,)), Example(long, (Text("I", "of"),), (Text("I am", "in"),))]
     deltas = {lm.parts.value[layer]: 0.3 * torch.randn(lm.base_weight(lm.parts.value[layer]).shape)}
 
-    def read(lessons: list[Lesson], locality_tokens: StayAt, average_over: MeanOver) -> Outcome:
-        return Exam(lm, lessons, layer, locality_tokens=locality_tokens, average_over=average_over).read_with(deltas)
+    def read(examples: list[Example], locality_tokens: LocalityTokens, average_over: Averaging) -> Losses:
+        batch = ExampleBatch(lm, examples, layer, locality_tokens=locality_tokens, average_over=average_over)
+        return batch.losses(lambda _: delta_added(lm, deltas))
 
-    kinds: tuple[StayAt, ...] = ("all", "answer")
-    alone: list[Outcome] = []
+    kinds: tuple[LocalityTokens, ...] = ("all", "answer")
+    alone: list[Losses] = []
     for locality_tokens in kinds:
-        alone = [read([lesson], locality_tokens, "tokens") for lesson in found]
+        alone = [read([example], locality_tokens, "tokens") for example in found]
         texts = read(found, locality_tokens, "texts")
         assert texts.edit.item() == pytest.approx(sum(one.edit.item() for one in alone) / 2, rel=1e-4)
-        assert texts.stay.item() == pytest.approx(sum(one.stay.item() for one in alone) / 2, rel=1e-4)
-    sizes = [len(row.target_ids) for row in lm.encode([lesson.inside[0] for lesson in found])]
+        assert texts.locality.item() == pytest.approx(sum(one.locality.item() for one in alone) / 2, rel=1e-4)
+    sizes = [len(row.target_ids) for row in lm.encode([example.in_scope[0] for example in found])]
     tokens = read(found, "answer", "tokens")
     weighted = sum(n * one.edit.item() for n, one in zip(sizes, alone, strict=True)) / sum(sizes)
     assert sizes[0] > sizes[1] and tokens.edit.item() == pytest.approx(weighted, rel=1e-4)
@@ -221,7 +224,7 @@ def test_a_broken_checkpoint_is_refused(whole, tmp_path):
 
 
 def test_split_and_order():
-    train, validation = split([*cases(), *cases(3)], QUICK)
+    train, validation = split_cases([*cases(), *cases(3)], QUICK)
     assert len(validation) == 6 and len(train) == 18
     assert not set(case_keys(validation).tolist()) & set(case_keys(train).tolist())
     draw = shuffled(train, QUICK)
@@ -230,7 +233,7 @@ def test_split_and_order():
     assert once != [case.edit.id for number in range(6, 12) for case in draw(number)]
     assert [case.edit.id for case in draw(3)] == once[9:12]
     with pytest.raises(InputError, match="at least 9 different cases"):
-        split(cases(8), QUICK)
+        split_cases(cases(8), QUICK)
     with pytest.raises(InputError, match="steps of at least 1"):
         Training(steps=0)
 
@@ -259,7 +262,7 @@ def test_the_cost_of_an_edit_is_a_gradient_and_its_transform(whole, tmp_path):
 
 def test_ke_reads_embeddings_that_are_narrower_than_states(edit):
     lm = make_lm("opt", word_embed_proj_dim=16)
-    network = KE(lstm_width=4, width=8, mlp_width=4).for_model(lm)._network(lm)
+    network = KENetwork(KE(lstm_width=4, width=8, mlp_width=4).for_model(lm), lm)
     assert network.reader.input_size == 16  # torch does not always notice
     assert network.read(lm, [edit, edit]).shape == (2, 8)
 

@@ -12,7 +12,8 @@ from test_golden import GOLDEN, close
 from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
 from reknow.learning.editors import Editor, case_keys
 from reknow.learning.gradient_network import GradientNetwork
-from reknow.learning.gradients import changed, flat_factors
+from reknow.learning.gradients import delta_added, flat_factors
+from reknow.methods.ke import KENetwork
 from reknow.methods.malmen import MALMENNetwork, surrogate
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
@@ -80,7 +81,7 @@ def test_ultraedit_gives_the_authors_change():
 def test_ke_reads_an_edit_as_the_authors_do():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ke.json").read_text()), load_file(GOLDEN / "ke.safetensors")
-    network = KE(layers=(1,), lstm_width=6, width=8, mlp_width=6, units="absolute")._network(lm)
+    network = KENetwork(KE(layers=(1,), lstm_width=6, width=8, mlp_width=6, units="absolute"), lm)
     assert network.names == about["matrices"]
 
     own = network.state_dict()
@@ -113,7 +114,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     network.names = names  # theirs changes the value matrices only
     network.step = torch.nn.Parameter(torch.zeros(2))
     network.stiffness = torch.nn.Parameter(torch.zeros(2))
-    network.shapes.scale = dict.fromkeys(names, 1.0)
+    network.groups.scale = dict.fromkeys(names, 1.0)
 
     rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
     factors, _ = flat_factors(lm, names, rows, answers_only=True)
@@ -136,14 +137,14 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
         network.step.copy_(theirs[f"{prefix}lr.weight"][:, 0])
         network.stiffness.copy_(theirs[f"{prefix}lamda.weight"][:, 0])
 
-    deltas = {name: v.T @ network.solved(name, factors[name][0]) for name, v in network(factors).items()}
+    deltas = {name: v.T @ network.weigh(name, factors[name][0]) for name, v in network(factors).items()}
     for name in names:
         assert close(deltas[name], theirs[f"delta/{name}"], 5e-4), name
 
     # The gradient of the answers' loss on the changed model, by every parameter.
     changes = {name: delta.detach().requires_grad_() for name, delta in deltas.items()}
     scored = ScoredTokens(lm, rows, [predictions(row, row.prompt_length) for row in rows], None)
-    with changed(lm, changes):
+    with delta_added(lm, changes):
         loss = scored.nll().mean()
     assert abs(loss.item() - about["loss_after"]) < 1e-3
     loss.backward()

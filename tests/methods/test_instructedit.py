@@ -19,8 +19,8 @@ from reknow.errors import InputError
 from reknow.instructions import load_families
 from reknow.instructions.trial import Material
 from reknow.learning.editors import Editor
-from reknow.learning.examples import lessons
-from reknow.learning.gradient_network import new_network, transformed
+from reknow.learning.examples import make_examples
+from reknow.learning.gradient_network import make_network, transform_gradients
 from reknow.learning.gradients import flat_factors
 from reknow.learning.training import Training, interleave
 from reknow.model.tokens import Text
@@ -42,9 +42,9 @@ def same_change(one: Patch, other: Patch) -> bool:
 def test_the_first_instruction_is_taken_where_the_edit_brings_none():
     lm, method = make_lm("gpt2"), trained("instructedit", "gpt2")
     bare = method.edit(lm, [EDIT])
-    told = replace(EDIT, task="K", instruction="Learn Danielle Darrieux.")
-    assert same_change(bare, method.edit(lm, [told]))
-    assert not same_change(bare, method.edit(lm, [replace(told, instruction="Answer.")]))
+    instructed = replace(EDIT, task="K", instruction="Learn Danielle Darrieux.")
+    assert same_change(bare, method.edit(lm, [instructed]))
+    assert not same_change(bare, method.edit(lm, [replace(instructed, instruction="Answer.")]))
     assert bare.edits == (EDIT,)
 
 
@@ -52,8 +52,8 @@ def test_the_change_is_the_networks_for_the_instructed_text():
     lm, method = make_lm("gpt2"), trained("instructedit", "gpt2")
     editor = Editor.load(method.editor)
     settings = InstructEdit(**{**editor.settings, "layers": tuple(editor.settings["layers"])})
-    told = Text("Task: K\nDescription: Learn Danielle Darrieux.\nInput: I know Danielle Darrieux", "of")
-    deltas, _ = transformed(lm, settings, editor.tensors, [told])
+    instructed = Text("Task: K\nDescription: Learn Danielle Darrieux.\nInput: I know Danielle Darrieux", "of")
+    deltas, _ = transform_gradients(lm, settings, editor.tensors, [instructed])
     patch = method.edit(lm, [EDIT])
     assert deltas.keys() == patch.deltas.keys()
     for name, delta in deltas.items():
@@ -70,7 +70,7 @@ def test_an_edit_of_no_task_is_refused():
 
 def test_unit_gradients_make_every_token_count_alike():
     lm = make_lm("gpt2")
-    network = new_network(InstructEdit(rank=4, layers=(1,), normalize_gradient=True), lm)
+    network = make_network(InstructEdit(rank=4, layers=(1,), normalize_gradient=True), lm)
     factors, _ = flat_factors(lm, network.names, lm.encode([Text("I know Peru", "of")]))
     louder = {name: (u, delta * 7) for name, (u, delta) in factors.items()}
     before, after = network(factors), network(louder)
@@ -96,31 +96,31 @@ def test_tasks_take_turns_however_many_cases_they_have():
 def test_instructions_are_drawn_from_those_for_training():
     method, families = InstructEdit(), load_families()
     family = families["recent"]
-    case, chance = Case(Edit("{} is", subject="Lima", target_new="x", task="Recent")), random.Random(0)
-    told = {method.told(case, families, chance).edit.instruction for _ in range(200)}
-    assert told == {text.replace("{}", "Lima") for text in family.texts()}
-    bare = replace(method, instructed=False).told(family.instruct(case, "Learn it."), families, chance)
+    case, rng = Case(Edit("{} is", subject="Lima", target_new="x", task="Recent")), random.Random(0)
+    instructed = {method.instruct(case, families, rng).edit.instruction for _ in range(200)}
+    assert instructed == {text.replace("{}", "Lima") for text in family.texts()}
+    bare = replace(method, instructed=False).instruct(family.instruct(case, "Learn it."), families, rng)
     assert bare.edit.instruction is None and bare.edit.text == case.edit.text
 
 
-def test_a_lesson_of_an_instructed_edit_is_also_asked_plainly():
+def test_an_example_of_an_instructed_edit_is_also_asked_plainly():
     edit = Edit("{} is in", subject="Lima", target_new="Peru", task="T", instruction="Do it.")
     other = Probe("Oslo is in", ("Norway",), "locality", "neighborhood")
-    (lesson,) = lessons([Case(edit, (other,))], random.Random(0))
-    assert lesson.edit.prompt == "Task: T\nDescription: Do it.\nInput: Lima is in"
-    assert [text.prompt for text in lesson.inside] == [lesson.edit.prompt, "Lima is in"]
+    (example,) = make_examples([Case(edit, (other,))], random.Random(0))
+    assert example.edit.prompt == "Task: T\nDescription: Do it.\nInput: Lima is in"
+    assert [text.prompt for text in example.in_scope] == [example.edit.prompt, "Lima is in"]
 
 
-def test_a_lesson_of_convsent_speaks_as_wanted():
+def test_an_example_of_convsent_speaks_as_wanted():
     probes = (
         Probe("What of Lima?", ("fine.",), "sentiment", "wanted"),
         Probe("What of Lima?", ("bad.",), "sentiment", "unwanted"),
         Probe("What of Cusco?", ("dull.",), "locality", "other_topic"),
     )
     case = Case(Edit("Be kind about {}.", subject="Lima", target_new="great."), probes)
-    (lesson,) = lessons([case], random.Random(0))
-    assert [(text.prompt, text.target) for text in lesson.inside[1:]] == [("What of Lima?", "fine.")]
-    assert [(text.prompt, text.target) for text in lesson.outside] == [("What of Cusco?", "dull.")]
+    (example,) = make_examples([case], random.Random(0))
+    assert [(text.prompt, text.target) for text in example.in_scope[1:]] == [("What of Lima?", "fine.")]
+    assert [(text.prompt, text.target) for text in example.out_of_scope] == [("What of Cusco?", "dull.")]
 
 
 def test_the_editor_remembers_whether_it_reads_instructions(tmp_path):
@@ -129,9 +129,9 @@ def test_the_editor_remembers_whether_it_reads_instructions(tmp_path):
     short = Training(steps=2, batch_size=4, validation=0, validate_every=2)
     plain = method.fit(lm, some_cases(16), tmp_path, short)
     bare = replace(EDIT, task="K")
-    told = replace(bare, instruction="Answer.")
+    instructed = replace(bare, instruction="Answer.")
     asked = replace(plain, instructed=True)  # the field of who asks does not count
-    assert same_change(asked.edit(lm, [bare]), asked.edit(lm, [told]))
+    assert same_change(asked.edit(lm, [bare]), asked.edit(lm, [instructed]))
 
 
 # --- studies ------------------------------------------------------------------------------------------

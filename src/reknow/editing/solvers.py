@@ -120,10 +120,10 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
 
 
 def least_squares(
-    basis: Tensor | Whitening,
+    basis: Tensor | Whitening | None,
     keys: Tensor,
     *,
-    regularization: float,
+    regularization: float = 0.0,
     weight: float | None = None,
     past: Tensor | None = None,
     names: Sequence[str] = (),
@@ -131,7 +131,7 @@ def least_squares(
     """X of this module's equation: the keys' side of ΔW.
 
     Args:
-        basis: B, (in, r).
+        basis: B, (in, r); None: the identity.
         keys: (facts, in).
         regularization: λ in units of the keys' mean |Bᵀk|².
         weight: λ itself, as papers give it.
@@ -144,10 +144,13 @@ def least_squares(
     Raises:
         EditFailed: two keys are the same and λ is 0, or a key has no part in the metric.
     """
-    mine = exact(keys) @ basis  # (facts, r)
+    mine = exact(keys) if basis is None else exact(keys) @ basis  # (facts, r)
     size = mine.square().sum(1).mean()
     weight = float(regularization * size) if weight is None else weight
-    rows = mine if past is None else torch.cat([mine, exact(past.to(keys.device)) @ basis])
+    rows = mine
+    if past is not None:
+        others = exact(past.to(keys.device))
+        rows = torch.cat([mine, others if basis is None else others @ basis])
     # The smaller of two systems that are equal: (Z Zᵀ + λ)⁻¹ Z = Z (Zᵀ Z + λ)⁻¹.
     dual = len(rows) <= rows.shape[1]
     system = rows @ rows.T if dual else rows.T @ rows
@@ -160,7 +163,7 @@ def least_squares(
         found = torch.cholesky_solve(wanted, factor).T @ rows
     else:
         found = torch.cholesky_solve(mine.T, factor).T
-    return found @ basis.T
+    return found if basis is None else found @ basis.T
 
 
 def _singular(keys: Tensor, names: Sequence[str]) -> EditFailed:

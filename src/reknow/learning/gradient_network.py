@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from reknow.edits import Case
+from reknow.learning.blocks import MatrixGroups, MENDBlock, RunningNorm, transform_factors
 from reknow.learning.editors import filled
-from reknow.learning.examples import Outcome, averaged
-from reknow.learning.gradients import RunningNorm, Shapes, flat_factors, gradient_factors, matrices, used_rows
+from reknow.learning.examples import Losses, mean_over_batches
+from reknow.learning.gradients import flat_factors, gradient_factors, mlp_matrices, row_changes, token_delta
 from reknow.learning.loop import seeded
+from reknow.learning.training import parameter_groups
 from reknow.model.tokens import Text
-from reknow.patching.deltas import Delta, as_delta
+from reknow.patching.deltas import Delta
 
 if TYPE_CHECKING:
     from reknow.learning.settings import NetworkSettings
@@ -33,7 +35,7 @@ Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
 """What becomes of a batch before it is learned from."""
 
 
-def new_network(settings: NetworkSettings, lm: LM, tensors: Mapping[str, Tensor] | None = None) -> GradientNetwork:
+def make_network(settings: NetworkSettings, lm: LM, tensors: Mapping[str, Tensor] | None = None) -> GradientNetwork:
     """The network as it is before training, or with what an editor has learned."""
     if tensors is not None:
         return filled(lambda: GradientNetwork(settings, lm), tensors)
@@ -41,91 +43,65 @@ def new_network(settings: NetworkSettings, lm: LM, tensors: Mapping[str, Tensor]
         return GradientNetwork(settings, lm).to(lm.device)
 
 
-def transformed(
+def transform_gradients(
     lm: LM, settings: NetworkSettings, tensors: Mapping[str, Tensor], texts: Sequence[Text]
 ) -> tuple[dict[str, Delta], float]:
     """The change of each matrix that a trained network makes of the texts' gradients, and their mean loss."""
-    network = new_network(settings, lm, tensors)
+    network = make_network(settings, lm, tensors)
     with torch.no_grad():
         factors, loss = flat_factors(lm, network.names, lm.encode(texts))
-        deltas = {name: as_delta(*used_rows(left, right)) for name, (left, right) in network(factors).items()}
-    return deltas, loss
+        return {name: token_delta(left, right) for name, (left, right) in network(factors).items()}, loss
 
 
 class GradientNetwork(nn.Module):
-    """The networks of all shapes, their statistics, and the step sizes."""
+    """The networks of all groups of matrices, their statistics, and the step sizes."""
 
     def __init__(self, settings: NetworkSettings, lm: LM):
         super().__init__()
         assert settings.layers is not None
-        self.layers, self.names, self.unit = (
-            settings.layers,
-            matrices(lm, settings.layers),
-            settings.normalize_gradient,
-        )
-        self.shapes = Shapes(lm, self.names)
+        self.normalize = settings.normalize_gradient
+        self.names = mlp_matrices(lm, settings.layers)
+        self.groups = MatrixGroups(lm, self.names)
+        shapes = self.groups.shapes.items()
         self.transforms = nn.ModuleDict(
-            {kind: Transform(inside, out, settings.rank, n) for kind, (out, inside, n) in self.shapes.kinds.items()}
+            {group: Transform(inside, out, settings.rank, count) for group, (out, inside, count) in shapes}
         )
         self.step = nn.Parameter(torch.full((len(self.names),), settings.step_size))
 
     def observe(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Takes the factors u (n, in) and δ (n, out) of each matrix into the statistics."""
-        for name, found in factors.items():
-            self._transform(name).norm.observe(torch.cat(self._scaled(*found), 1))
+        for name, (u, delta) in factors.items():
+            self._transform(name).norm.observe(torch.cat([u, self._scaled(delta)], 1))
 
     def forward(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         """name → (−α δ̃, ũ) of its factors. (n, out), (n, in)"""
         changes = {}
         for i, name in enumerate(self.names):
-            u, delta = self._transform(name)(*self._scaled(*factors[name]), self.shapes.number[name])
-            changes[name] = (-self.step[i] * self.shapes.scale[name] * delta, u)
+            u, delta = factors[name]
+            u, delta = self._transform(name)(u, self._scaled(delta), self.groups.index[name])
+            changes[name] = (-self.step[i] * self.groups.scale[name] * delta, u)
         return changes
 
     def _transform(self, name: str) -> Transform:
-        transform = self.transforms[self.shapes.kind[name]]
+        transform = self.transforms[self.groups.group[name]]
         assert isinstance(transform, Transform)
         return transform
 
-    def _scaled(self, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        return u, delta / delta.norm(dim=1, keepdim=True) if self.unit else delta
+    def _scaled(self, delta: Tensor) -> Tensor:
+        return delta / delta.norm(dim=1, keepdim=True) if self.normalize else delta
 
 
 class Transform(nn.Module):
     """[u; δ] → [ũ; δ̃] for all matrices of one shape."""
 
-    def __init__(self, inside: int, out: int, rank: int, modes: int):
+    def __init__(self, inside: int, out: int, rank: int, matrices: int):
         super().__init__()
-        self.sizes = [inside, out]
         self.norm = RunningNorm(inside + out)
-        self.blocks = nn.ModuleList([Residual(inside + out, rank, modes) for _ in range(2)])
+        self.blocks = nn.ModuleList([MENDBlock(inside + out, rank, matrices) for _ in range(2)])
 
-    def forward(self, u: Tensor, delta: Tensor, mode: int) -> tuple[Tensor, Tensor]:
-        """(n, in), (n, out) → the same."""
-        state = self.norm(torch.cat([u, delta], 1))
-        for block in self.blocks:
-            state = block(state, mode)
-        u, delta = state.split(self.sizes, 1)
-        return u, delta
-
-
-class Residual(nn.Module):
-    """x + relu(s ⊙ (U V x + b) + o), the identity at the start; s and o by mode."""
-
-    def __init__(self, size: int, rank: int, modes: int):
-        super().__init__()
-        rank = min(rank, size)
-        self.left = nn.Parameter(torch.zeros(size, rank))  # U
-        # Scaled so that Vx is of order 1: then one learning rate moves U and V alike, whatever the size.
-        self.right = nn.Parameter(torch.randn(rank, size) * size**-0.5)  # V
-        self.bias = nn.Parameter(torch.zeros(size))
-        self.scale = nn.Parameter(torch.ones(modes, size))
-        self.shift = nn.Parameter(torch.zeros(modes, size))
-
-    def forward(self, x: Tensor, mode: int) -> Tensor:
-        inner = (x @ self.right.T) @ self.left.T + self.bias
-        # A clamp, unlike relu, has a gradient at zero, where all of it starts.
-        return x + (inner * self.scale[mode] + self.shift[mode]).clamp(min=0)
+    def forward(self, u: Tensor, delta: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        """(n, in), (n, out) → the same, for the matrix of this index."""
+        return transform_factors(self.norm, self.blocks, u, delta, index)
 
 
 class TransformLearner:
@@ -133,44 +109,41 @@ class TransformLearner:
 
     def __init__(self, settings: NetworkSettings, lm: LM, batch_size: int, prepare: Prepare):
         self.settings, self.lm, self.batch_size, self.prepare = settings, lm, batch_size, prepare
-        self.module = new_network(settings, lm)
+        self.module = make_network(settings, lm)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        rest = [p for name, p in self.module.named_parameters() if name != "step"]
-        return torch.optim.Adam(
-            [
-                {"params": rest, "lr": self.settings.learning_rate},
-                {"params": [self.module.step], "lr": self.settings.step_size_learning_rate},
-            ]
-        )
+        settings = self.settings
+        own = {"step": settings.step_size_learning_rate}
+        return torch.optim.Adam(parameter_groups(self.module, settings.learning_rate, own))
 
     def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        outcome = self._trial(batch, rng, learn=True)
-        return self.settings.edit_weight * outcome.edit + outcome.stay, outcome.shown()
+        losses = self._losses(batch, rng, observe=True)
+        return self.settings.edit_weight * losses.edit + losses.locality, losses.named()
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        found = averaged(lambda part, rng: self._trial(part, rng).shown(), cases, self.batch_size)
-        return found | {"loss": self.settings.edit_weight * found["L_edit"] + found["L_loc"]}
+        means = mean_over_batches(lambda *batch: self._losses(*batch).named(), cases, self.batch_size)
+        return means | {"loss": self.settings.edit_weight * means["L_edit"] + means["L_loc"]}
 
-    def _trial(self, batch: Sequence[Case], rng: random.Random, *, learn: bool = False) -> Outcome:
-        """Each group of cases is edited by itself, all groups in one batch, and examined."""
-        together = self.settings.edits_per_example
-        found = self.settings.lessons(self.prepare(batch, rng), rng, together=together)
-        rows = self.lm.encode([lesson.edit for lesson in found])
+    def _losses(self, batch: Sequence[Case], rng: random.Random, *, observe: bool = False) -> Losses:
+        """The losses where each group of edits that are made at once is made by itself, all groups in one batch."""
+        at_once = self.settings.edits_per_example
+        examples = self.settings.make_examples(self.prepare(batch, rng), rng, edits_at_once=at_once)
+        rows = self.lm.encode([example.edit for example in examples])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
         flat = {name: one.flat() for name, one in factors.items()}
-        if learn:
+        if observe:
             self.module.observe(flat)
-        changes = {}
-        for name, (left, right) in self.module(flat).items():
-            spread = factors[name].spread
-            changes[name] = (self._grouped(spread(left), len(batch)), self._grouped(spread(right), len(batch)))
-        return self.settings.exam(self.lm, found).read(changes, together=together)
+        changes = {
+            name: tuple(_grouped(factors[name].spread(side), at_once) for side in sides)
+            for name, sides in self.module(flat).items()
+        }
+        read = self.settings.read_examples(self.lm, examples)
+        return read.losses(lambda numbers: row_changes(self.lm, changes, numbers // at_once))
 
-    def _grouped(self, side: Tensor, cases: int) -> Tensor:
-        """Factors of the cases that are edited together, in one row. (groups, edits · columns, features)"""
-        each = self.settings.edits_per_example
-        missing = -cases % each
-        side = torch.cat([side, side.new_zeros(missing, *side.shape[1:])]) if missing else side
-        return side.reshape(-1, each * side.shape[1], side.shape[2])
+
+def _grouped(side: Tensor, size: int) -> Tensor:
+    """Factors of the edits that are made at once, in one row. (edits, columns, n) → (groups, size · columns, n)"""
+    missing = -len(side) % size
+    side = torch.cat([side, side.new_zeros(missing, *side.shape[1:])]) if missing else side
+    return side.reshape(-1, size * side.shape[1], side.shape[2])

@@ -6,19 +6,19 @@ output. What learns to transform gradients (MEND, MALMEN, UltraEdit) works on th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from reknow.model.exact import exact, finite_loss
+from reknow.model.exact import finite_loss
 from reknow.model.hooks import by_row, hidden_states, hooked
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Row, make_batches
+from reknow.patching.deltas import Delta, as_delta
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -44,23 +44,9 @@ class Factors:
         return full
 
 
-def matrices(lm: LM, layers: Sequence[int]) -> list[str]:
+def mlp_matrices(lm: LM, layers: Sequence[int]) -> list[str]:
     """Names of the MLPs' matrices in these layers: those that read the stream, then the value matrix."""
     return [name for layer in layers for name in (*lm.parts.mlp_in[layer], lm.parts.value[layer])]
-
-
-class Shapes:
-    """Matrices by shape: those of one shape share a network, in which each has a number of its own."""
-
-    def __init__(self, lm: LM, names: Sequence[str]):
-        weights = {name: lm.base_weight(name) for name in names}
-        self.of = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}  # (out, in)
-        self.kind = {name: f"{out}x{inside}" for name, (out, inside) in self.of.items()}
-        alike = {kind: [n for n in names if self.kind[n] == kind] for kind in self.kind.values()}
-        self.number = {name: alike[kind].index(name) for name, kind in self.kind.items()}
-        self.kinds = {kind: (*self.of[alike[kind][0]], len(alike[kind])) for kind in alike}  # (out, in, how many)
-        self.scale = {name: float(weight.float().square().mean().sqrt()) for name, weight in weights.items()}
-        """Root mean square of each matrix, the unit of step sizes."""
 
 
 def gradient_factors(
@@ -129,10 +115,10 @@ def flat_factors(
     return joined, total / len(rows)
 
 
-def used_rows(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both without the rows in which `left` is zero, which change nothing. (n, out), (n, in)"""
+def token_delta(left: Tensor, right: Tensor) -> Delta:
+    """leftᵀ right as a change, without the tokens in which `left` is zero. (n, out), (n, in) → (out, in)"""
     used = (left != 0).any(1)
-    return left[used], right[used]
+    return as_delta(left[used], right[used])
 
 
 def _behind(lm: LM, hooks: Mapping[str, Callable]):
@@ -140,11 +126,12 @@ def _behind(lm: LM, hooks: Mapping[str, Callable]):
     return hooked(*(partial(lm.model.get_submodule(n).register_forward_hook, hook) for n, hook in hooks.items()))
 
 
-def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
+def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]], numbers: Tensor):
     """While open, every row of a batch is computed with its own change of these matrices, differentiably.
 
     Args:
-        changes: name → (left, right), ΔW of row r being leftᵀ right: (rows, n, out), (rows, n, in).
+        changes: name → (left, right), each change being leftᵀ right: (changes, n, out), (changes, n, in).
+        numbers: which change each row has. (rows,)
     """
 
     def hook(left: Tensor, right: Tensor):
@@ -155,10 +142,10 @@ def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]]):
 
         return after
 
-    return _behind(lm, {name: hook(left, right) for name, (left, right) in changes.items()})
+    return _behind(lm, {name: hook(left[numbers], right[numbers]) for name, (left, right) in changes.items()})
 
 
-def changed(lm: LM, deltas: Mapping[str, Tensor]):
+def delta_added(lm: LM, deltas: Mapping[str, Tensor]):
     """While open, these matrices are computed with ΔW (out, in) added, differentiably."""
 
     def hook(delta: Tensor):
@@ -168,48 +155,3 @@ def changed(lm: LM, deltas: Mapping[str, Tensor]):
         return after
 
     return _behind(lm, {name: hook(delta) for name, delta in deltas.items()})
-
-
-class RunningNorm(nn.Module):
-    """Mean and standard deviation of all vectors seen so far, to normalise by; updated as by Welford and Chan."""
-
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("squares", torch.zeros(size))
-        """Σ (x − mean)²."""
-
-    @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        """Takes the vectors (n, size) into the statistics."""
-        if not len(x):
-            return
-        x = exact(x)
-        mean = x.mean(0)
-        self._join(float(len(x)), mean, (x - mean).square().sum(0))
-
-    def joined(self, other: RunningNorm) -> RunningNorm:
-        """The statistics of what either has seen."""
-        both = copy.deepcopy(self)
-        both._join(float(other.count), exact(other.mean), exact(other.squares))
-        return both
-
-    @torch.no_grad()
-    def _join(self, new: float, mean: Tensor, squares: Tensor) -> None:
-        count = float(self.count)
-        shift = mean - exact(self.mean)
-        # Added in float64 and rounded once.
-        self.squares.copy_(exact(self.squares) + (squares + shift.square() * (count * new / (count + new))))
-        self.mean.copy_(exact(self.mean) + shift * (new / (count + new)))
-        self.count += new
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(x − mean) / standard deviation; before two vectors were seen x itself. (n, size)"""
-        if float(self.count) < 2:
-            return x
-        return (x - self.mean) / ((self.squares / (self.count - 1)).sqrt() + 1e-7)

@@ -24,7 +24,7 @@ from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys, edit_key, open_editor
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
-from reknow.learning.training import Draw, Learner, Training, shuffled, split
+from reknow.learning.training import Draw, Learner, Split, Training, shuffled, split_cases
 from reknow.lm import LM
 from reknow.model.readable import unreadable
 
@@ -45,9 +45,7 @@ class Learned(Method):
         return replace(self, editor=None)
 
     @abstractmethod
-    def learner(
-        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
-    ) -> Learner:
+    def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
         """What is trained, of settings that `for_model` gave."""
 
     def draw(self, train_cases: Sequence[Case], training: Training) -> Draw:
@@ -84,14 +82,13 @@ class Learned(Method):
             EditFailed: a loss that is no number; the last checkpoint is as it was.
         """
         training = training or self.training
-        train_cases, validation_cases = split(_readable(lm, cases), training)
+        parts = split_cases(_readable(lm, cases), training)
         method = self.for_model(lm)
         with lm.unpatched():
-            learner = method.learner(lm, train_cases, validation_cases, training)
-        draw = method.draw(train_cases, training)
-        loop = Loop(lm, learner, draw, validation_cases, Path(out), training)
+            learner = method.learner(lm, parts, training)
+        loop = Loop(lm, learner, method.draw(parts.train, training), parts.validation, Path(out), training)
         with write_lock(loop.folder) if loop.main else nullcontext():
-            _run(method, loop, [*train_cases, *validation_cases], progress)
+            _run(method, loop, [*parts.train, *parts.validation], progress)
         return replace(self, editor=str(loop.folder / EDITOR_FILE))
 
 

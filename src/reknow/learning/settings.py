@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
+import torch
+from torch import Tensor
+
 from reknow.checks.bounds import Formerly, Natural, Number, Rank, Rate, Seed, Weight
-from reknow.contract import Footprint
+from reknow.contract import Footprint, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
-from reknow.edits import Case
+from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import open_editor, trained_settings
-from reknow.learning.examples import Exam, Lesson, MeanOver, StayAt, lessons
+from reknow.learning.examples import Averaging, Example, ExampleBatch, LocalityTokens, make_examples
 from reknow.learning.learned import Learned
 from reknow.learning.training import Training
+from reknow.patching.deltas import Delta
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from typing_extensions import Self
 
     from reknow.lm import LM
+
+
+Tensors = Mapping[str, Tensor]
+"""What an editor has learned, by name."""
+Changes = tuple[dict[str, Delta], float]
+"""The change of each matrix, and the mean loss of the answers before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +43,25 @@ class MatrixEditor(Learned):
     """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
     field that shapes its network."""
     locality_facts: Annotated[Natural, Formerly("other_facts")] = 2
-    """Facts of each case that must stay, in training."""
-    locality_tokens: Annotated[StayAt, Formerly("stay_at")] = "answer"
-    """Which of their tokens must stay: all, or those of the answers only, which is what locality reads."""
-    average_over: Annotated[MeanOver, Formerly("mean_over")] = "tokens"
-    """What counts alike in the losses: every token, or every text, however long it is."""
+    """In training: facts of each case that must stay as they are."""
+    locality_tokens: Annotated[LocalityTokens, Formerly("stay_at")] = "answer"
+    """In training: which tokens of those facts must stay, all of them or those of the answers only, which is what
+    locality reads."""
+    average_over: Annotated[Averaging, Formerly("mean_over")] = "tokens"
+    """In training: what counts alike in the losses, every token or every text, however long it is."""
     seed: Seed = 0
-    """Of the network's first weights."""
+    """Seed of the network's first weights."""
+
+    @abstractmethod
+    def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
+        """What the network makes of the edits, by the settings and tensors that `trained` gave."""
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits = check_edits(self, edits)
+        trained, tensors = self.trained(lm)
+        with torch.no_grad():
+            deltas, loss = self.transform(lm, edits, trained, tensors)
+        return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
 
     def footprint(self, lm: LM) -> Footprint:
         # Matrices of one shape share a network, so each token meets all networks once for each layer.
@@ -46,14 +69,15 @@ class MatrixEditor(Learned):
         layers = list(trained.layers or ())
         return Footprint(layers, True, weights_per_token=len(layers) * sum(t.numel() for t in tensors.values()))
 
-    def lessons(self, batch: Sequence[Case], rng: random.Random, *, together: int = 1) -> list[Lesson]:
-        """What is to be learned from the cases."""
-        return lessons(batch, rng, together=together, locality_facts=self.locality_facts)
+    def make_examples(self, batch: Sequence[Case], rng: random.Random, *, edits_at_once: int = 1) -> list[Example]:
+        """What the cases are in training."""
+        return make_examples(batch, rng, edits_at_once=edits_at_once, locality_facts=self.locality_facts)
 
-    def exam(self, lm: LM, found: Sequence[Lesson]) -> Exam:
-        """Their texts, of settings that `for_model` gave."""
+    def read_examples(self, lm: LM, examples: Sequence[Example]) -> ExampleBatch:
+        """Their texts, by settings that `for_model` gave."""
         assert self.layers is not None
-        return Exam(lm, found, min(self.layers), locality_tokens=self.locality_tokens, average_over=self.average_over)
+        options = {"locality_tokens": self.locality_tokens, "average_over": self.average_over}
+        return ExampleBatch(lm, examples, min(self.layers), **options)
 
     def for_model(self, lm: LM) -> Self:
         layers = range(max(0, lm.layers - 3), lm.layers) if self.layers is None else self.layers
@@ -80,20 +104,20 @@ class NetworkSettings(MatrixEditor):
     """Settings of MEND's network and of its training, for MEND and InstructEdit. No method by itself."""
 
     rank: Rank = 1920
-    """Of the network's matrices, at most their width."""
+    """Rank of the network's matrices, at most their width."""
     normalize_gradient: Annotated[bool, Formerly("unit_gradient")] = False
     """Every token's δ is scaled to length 1 before anything else, as the article on InstructEdit says; the released
     code of neither method does."""
     edits_per_example: Annotated[Number, Formerly("edits_together")] = 1
-    """Edits that are made at once in training."""
+    """In training: edits that are made at once."""
     edit_weight: Weight = 0.25
-    """c_e, of the edit loss against the locality loss."""
+    """c_e: weight of the edit loss against the locality loss."""
     step_size: Rate = 1e-2
-    """α at the start, in units of each matrix's root mean square."""
+    """Step size α at the start, in units of each matrix's root mean square."""
     step_size_learning_rate: Annotated[Weight, Formerly("step_size_rate")] = 3e-4
-    """Learning rate of α, in the same unit."""
+    """Learning rate of the step size α, in units of each matrix's root mean square."""
     learning_rate: Rate = 1e-3
-    """Of Adam, for the network."""
+    """Learning rate of Adam for the network."""
 
     training: ClassVar[Training] = Training(
         steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200

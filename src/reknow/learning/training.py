@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,13 @@ class Training:
         check_settings(self)
 
 
+def parameter_groups(module: nn.Module, learning_rate: float, own: Mapping[str, float]) -> list[dict]:
+    """The parameters of a module for an optimizer: those named in `own` with their learning rates, the rest first."""
+    named = dict(module.named_parameters())
+    rest = [parameter for name, parameter in named.items() if name not in own]
+    return [{"params": rest, "lr": learning_rate}, *({"params": [named[n]], "lr": rate} for n, rate in own.items())]
+
+
 class Learner(Protocol):
     """What a method gives to the loop."""
 
@@ -80,21 +87,28 @@ Draw = Callable[[int], Sequence[Case]]
 """The micro-batch of this number: always the same for the same number."""
 
 
-def split(cases: Sequence[Case], training: Training) -> tuple[list[Case], list[Case]]:
-    """(train cases, validation cases); facts that are asked twice are kept once.
+class Split(NamedTuple):
+    """The cases of a training."""
+
+    train: list[Case]
+    validation: list[Case]
+
+
+def split_cases(cases: Sequence[Case], training: Training) -> Split:
+    """Sets validation cases aside; facts that are asked twice are kept once.
 
     Raises:
         InputError: fewer train cases than one batch takes.
     """
     unique = list({key: case for key, case in zip(case_keys(cases).tolist(), cases, strict=True)}.values())
     random.Random(f"{training.seed}/split").shuffle(unique)
-    validation_cases, train_cases = unique[: training.validation], unique[training.validation :]
-    if len(train_cases) < training.batch_size:
+    found = Split(unique[training.validation :], unique[: training.validation])
+    if len(found.train) < training.batch_size:
         raise InputError(
             f"expected at least {training.batch_size + training.validation} different cases, a batch and those for "
             f"validation; got {len(unique)}: give more data, or lower batch_size or validation"
         )
-    return train_cases, validation_cases
+    return found
 
 
 def shuffled(cases: Sequence[Case], training: Training) -> Draw:

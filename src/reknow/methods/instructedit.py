@@ -19,22 +19,22 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from reknow.checks.bounds import Name
-from reknow.contract import check_edits, make_patch
 from reknow.datasets.families import Family, family_of, load_families
 from reknow.edits import Case, Edit
-from reknow.learning.gradient_network import TransformLearner, transformed
-from reknow.learning.settings import NetworkSettings
-from reknow.learning.training import Draw, Learner, Training, interleave
+from reknow.learning.gradient_network import TransformLearner, transform_gradients
+from reknow.learning.settings import Changes, NetworkSettings, Tensors
+from reknow.learning.training import Draw, Learner, Split, Training, interleave
 from reknow.model.tokens import Text
-from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from reknow.lm import LM
 
 
 @dataclass(frozen=True)
 class InstructEdit(NetworkSettings):
-    """MEND's network for several tasks at once, told by an instruction which one it is."""
+    """MEND's network for several tasks at once, which learns from an instruction which one it is."""
 
     families: Name | None = None
     """File of task families with their instructions; None: the bundled one."""
@@ -48,29 +48,24 @@ class InstructEdit(NetworkSettings):
     def name(self) -> str:
         return "instructedit"
 
-    def learner(
-        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
-    ) -> Learner:
+    def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
         """What learns from cases of the task families. A case's family is its edit's `task`, or that of the data set
         which its id names."""
         families = load_families(self.families)
 
         def prepare(batch: Sequence[Case], rng: random.Random) -> list[Case]:
-            return [self.told(case, families, rng) for case in batch]
+            return [self.instruct(case, families, rng) for case in batch]
 
         return TransformLearner(self, lm, training.batch_size, prepare)
 
-    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        """The patch of edits that have an instruction, or a task whose first instruction is then taken."""
-        edits = check_edits(self, edits)
-        trained, tensors = self.trained(lm)
+    def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
+        """The change of edits that have an instruction, or a task whose first instruction is then taken."""
         families = load_families(self.families)
-        told = [trained.told(Case(edit), families).edit for edit in edits]
-        texts = [Text.asked(edit, edit.instructed(edit.text)) for edit in told]
-        deltas, loss = transformed(lm, trained, tensors, texts)
-        return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
+        instructed = [trained.instruct(Case(edit), families).edit for edit in edits]
+        texts = [Text.asked(edit, edit.instructed(edit.text)) for edit in instructed]
+        return transform_gradients(lm, trained, tensors, texts)
 
-    def told(self, case: Case, families: Mapping[str, Family], rng: random.Random | None = None) -> Case:
+    def instruct(self, case: Case, families: Mapping[str, Family], rng: random.Random | None = None) -> Case:
         """The case behind its own instruction, or else one of its task that may be trained on, the first without
         `rng`; bare where the editor reads none."""
         if not self.instructed:
@@ -87,6 +82,6 @@ class InstructEdit(NetworkSettings):
         families = load_families(self.families)
         tasks: dict[str | None, list[Case]] = {}
         for case in train_cases:
-            told = case.edit.instruction is not None
-            tasks.setdefault(case.edit.task if told else family_of(case.edit, families).title, []).append(case)
+            own = case.edit.instruction is not None
+            tasks.setdefault(case.edit.task if own else family_of(case.edit, families).title, []).append(case)
         return interleave(list(tasks.values()), training)

@@ -24,26 +24,26 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.checks.bounds import Formerly, Rank, Rate, Share, Units, Weight
-from reknow.contract import Footprint, check_edits, make_patch
+from reknow.contract import Footprint
 from reknow.edits import Case, Edit
 from reknow.learning.editors import filled
-from reknow.learning.examples import Outcome, averaged, bare
-from reknow.learning.gradients import gradient_factors, matrices, used_rows
+from reknow.learning.examples import Losses, mean_over_batches, without_instructions
+from reknow.learning.gradients import gradient_factors, mlp_matrices, row_changes, token_delta
 from reknow.learning.loop import seeded
-from reknow.learning.settings import MatrixEditor
-from reknow.learning.training import Learner, Training
+from reknow.learning.settings import Changes, MatrixEditor, Tensors
+from reknow.learning.training import Learner, Split, Training, parameter_groups
 from reknow.model.parts import embedding
 from reknow.model.tokens import Text
-from reknow.patching.deltas import as_delta
-from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from reknow.lm import LM
 
-VALIDATED = 8
-"""Validation cases that are read together."""
+VALIDATION_BATCH = 8
+"""Validation cases that are read at once."""
 DIVERGENCE_WEIGHT = 10.0
-"""Of KL against L when the best editor is chosen: the multiplier would change from one validation to the next."""
+"""Weight of KL against L when the best editor is chosen: the multiplier would change between two validations."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,24 @@ class KE(MatrixEditor):
     """A network, trained once for a model, that reads an edit and changes its gradient."""
 
     lstm_width: Annotated[Rank, Formerly("read_width")] = 128
-    """Of the LSTM in each direction."""
+    """Width of the LSTM in each direction."""
     width: Rank = 1024
-    """Of h."""
+    """Width of h, what the LSTM makes of the edit."""
     mlp_width: Annotated[Rank, Formerly("hidden")] = 128
     """Width of the hidden layer of each matrix's MLP."""
     units: Units = "relative"
     """relative: ∇L is scaled to ‖∇L‖ = ‖W‖ and softmax to mean 1, so that c is in units of the matrix in every model;
     absolute: ∇L as it is and softmax with sum 1, as in the authors' code."""
     smoothing: Share = 0.1
-    """Label smoothing of L."""
+    """Label smoothing of the answer's loss L."""
     margin: Weight = 1e-3
-    """Largest KL at the start, in nats per token."""
+    """Largest KL at the start of the training, in nats per token."""
     min_margin: Annotated[Weight, Formerly("least_margin")] = 1e-5
-    """The margin is × 0.8 after every validation in which more than nine of ten edits succeed, down to this."""
+    """Smallest margin: it is × 0.8 after every validation in which more than nine of ten edits succeed."""
     learning_rate: Rate = 3e-4
-    """Of RMSprop, for the network."""
+    """Learning rate of RMSprop for the network."""
     multiplier_learning_rate: Annotated[Weight, Formerly("multiplier_rate")] = 0.1
-    """Of RMSprop, for λ."""
+    """Learning rate of RMSprop for the multiplier λ."""
 
     training: ClassVar[Training] = Training(steps=4000, batch_size=8, warmup=200, validate_every=250, decay=True)
 
@@ -76,33 +76,20 @@ class KE(MatrixEditor):
     def name(self) -> str:
         return "ke"
 
-    def learner(
-        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
-    ) -> Learner:
+    def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
         return _Learner(self, lm)
 
-    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
-        trained, tensors = self.trained(lm)
+    def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         network = filled(lambda: KENetwork(trained, lm), tensors)
-        with torch.no_grad():
-            changes, loss = network(lm, edits, [Text.asked(edit) for edit in edits])
+        changes, loss = network(lm, edits, [Text.asked(edit) for edit in edits])
         # Several edits: the sum of what each asks for.
-        deltas = {
-            name: as_delta(*used_rows(left.flatten(0, 1), right.flatten(0, 1)))
-            for name, (left, right) in changes.items()
-        }
-        return make_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
+        return {name: token_delta(*(side.flatten(0, 1) for side in sides)) for name, sides in changes.items()}, loss
 
     def footprint(self, lm: LM) -> Footprint:
         trained, tensors = self.trained(lm)
         reader = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("reader."))
         rest = sum(tensor.numel() for tensor in tensors.values()) - reader
         return Footprint(list(trained.layers or ()), True, weights_per_token=reader, weights_per_edit=rest)
-
-    def _network(self, lm: LM) -> KENetwork:
-        with seeded(self.seed, "ke"):
-            return KENetwork(self, lm).to(lm.device)
 
 
 class KENetwork(nn.Module):
@@ -113,15 +100,12 @@ class KENetwork(nn.Module):
     def __init__(self, method: KE, lm: LM):
         super().__init__()
         assert method.layers is not None
-        self.layers, self.names, self.absolute = (
-            method.layers,
-            matrices(lm, method.layers),
-            method.units == "absolute",
-        )
+        self.names, self.absolute = mlp_matrices(lm, method.layers), method.units == "absolute"
+        weights = {name: lm.base_weight(name) for name in self.names}
         self.reader = nn.LSTM(embedding(lm.model).shape[1], method.lstm_width, bidirectional=True, batch_first=True)
         self.summary = nn.Linear(2 * method.lstm_width, method.width)
-        self.sizes = {name: tuple(lm.base_weight(name).shape) for name in self.names}
-        self.norms = {name: float(lm.base_weight(name).float().norm()) for name in self.names}
+        self.sizes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}  # (out, in)
+        self.norms = {name: float(weight.float().norm()) for name, weight in weights.items()}
         self.heads = nn.ModuleList([_head(method, *self.sizes[name]) for name in self.names])
         self.multiplier = nn.Parameter(torch.ones(()))
         self.register_buffer("margin", torch.tensor(method.margin))
@@ -155,16 +139,10 @@ class KENetwork(nn.Module):
 
     def read(self, lm: LM, edits: Sequence[Edit]) -> Tensor:
         """What the reader makes of the edits. (edits, width)"""
-        texts = [f"{edit.target_true or ''} >> {edit.target_new} || {edit.text}" for edit in edits]
-        rows = [list(row.ids) for row in lm.encode([Text(text) for text in texts])]
-        lengths = [len(ids) for ids in rows]
-        ids = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-        for row, one in zip(ids, rows, strict=True):
-            row[: len(one)] = torch.tensor(one)
-        words = embedding(lm.model)[ids.to(lm.device)].detach().float()  # (edits, columns, embedding)
-        packed = nn.utils.rnn.pack_padded_sequence(
-            words, torch.tensor(lengths), batch_first=True, enforce_sorted=False
-        )
+        texts = [Text(f"{edit.target_true or ''} >> {edit.target_new} || {edit.text}") for edit in edits]
+        vectors = embedding(lm.model).detach()
+        words = [vectors[list(row.ids)].float() for row in lm.encode(texts)]  # (tokens, embedding) of each edit
+        packed = nn.utils.rnn.pack_sequence(words, enforce_sorted=False)
         _, (last, _) = self.reader(packed)  # (2, edits, lstm_width), each direction's last state
         return torch.tanh(self.summary(torch.cat([last[0], last[1]], 1)))
 
@@ -183,36 +161,33 @@ class _Learner:
 
     def __init__(self, method: KE, lm: LM):
         self.method, self.lm = method, lm
-        self.module = method._network(lm)
+        with seeded(method.seed, "ke"):
+            self.module = KENetwork(method, lm).to(lm.device)
 
     def optimizer(self) -> torch.optim.Optimizer:
-        rest = [p for name, p in self.module.named_parameters() if name != "multiplier"]
-        return torch.optim.RMSprop(
-            [
-                {"params": rest, "lr": self.method.learning_rate},
-                {"params": [self.module.multiplier], "lr": self.method.multiplier_learning_rate},
-            ],
-            centered=True,
-        )
+        own = {"multiplier": self.method.multiplier_learning_rate}
+        groups = parameter_groups(self.module, self.method.learning_rate, own)
+        return torch.optim.RMSprop(groups, centered=True)
 
     def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         network = self.module
         with torch.no_grad():
             network.multiplier.clamp_(min=0)
-        outcome = self._trial(batch, rng)
-        excess = outcome.stay - network.margin
+        losses = self._losses(batch, rng)
+        excess = losses.locality - network.margin
         # The multiplier goes up the gradient that the network goes down.
-        loss = outcome.edit + network.multiplier.detach() * excess - network.multiplier * excess.detach()
-        return loss, outcome.shown() | {"multiplier": network.multiplier.item(), "margin": network.margin.item()}
+        loss = losses.edit + network.multiplier.detach() * excess - network.multiplier * excess.detach()
+        return loss, losses.named() | {"multiplier": network.multiplier.item(), "margin": network.margin.item()}
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        found = averaged(lambda part, rng: self._trial(part, rng).shown(), cases, VALIDATED)
-        if found["made"] > 0.9:
+        means = mean_over_batches(lambda *batch: self._losses(*batch).named(), cases, VALIDATION_BATCH)
+        if means["success"] > 0.9:
             self.module.margin.mul_(0.8).clamp_(min=self.method.min_margin)
-        return found | {"loss": found["L_edit"] + DIVERGENCE_WEIGHT * found["L_loc"]}
+        return means | {"loss": means["L_edit"] + DIVERGENCE_WEIGHT * means["L_loc"]}
 
-    def _trial(self, batch: Sequence[Case], rng: random.Random) -> Outcome:
-        found = self.method.lessons(bare(batch), rng)
-        changes, _ = self.module(self.lm, [case.edit for case in batch], [lesson.edit for lesson in found])
-        return self.method.exam(self.lm, found).read(changes, smoothing=self.method.smoothing)
+    def _losses(self, batch: Sequence[Case], rng: random.Random) -> Losses:
+        examples = self.method.make_examples(without_instructions(batch), rng)
+        changes, _ = self.module(self.lm, [case.edit for case in batch], [example.edit for example in examples])
+        read = self.method.read_examples(self.lm, examples)
+        return read.losses(lambda numbers: row_changes(self.lm, changes, numbers), self.method.smoothing)

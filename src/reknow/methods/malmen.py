@@ -1,7 +1,7 @@
 """MALMEN: Massive Editing for Large Language Models via Meta Learning. Tan, Zhang, Fu 2023, arXiv 2311.04661.
 
 A network transforms the gradient factors of each edit, as MEND's does, but what it asks of a matrix is not added up:
-ΔW is the least-squares answer to all edits' wishes, so that thousands of them do not drown each other.
+ΔW is the least-squares answer to what all edits ask for, so that thousands of them do not drown each other.
 
     [k̃; g̃] = network([norm(k); norm(g)]),   v = −α (k·k̃) g̃           k, g at the tokens that predict the answer
     ΔW = Vᵀ K (Kᵀ K + e^λ I)⁻¹                                        K: the raw k, a row per token        (eq. 4)
@@ -13,33 +13,37 @@ the other, so that no graph of both has to be kept (§4.2, Alg. 1).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from reknow.checks.bounds import Number, Rank, Rate, Weight
-from reknow.contract import check_edits, make_patch
+from reknow.checks.bounds import Rank, Rate, Weight
+from reknow.editing.solvers import cholesky, least_squares, solve
 from reknow.edits import Case, Edit
-from reknow.errors import InputError
+from reknow.learning.blocks import MALMENBlock, MatrixGroups, RunningNorm, transform_factors
 from reknow.learning.editors import filled
-from reknow.learning.examples import averaged, bare
-from reknow.learning.gradients import RunningNorm, Shapes, flat_factors, matrices, used_rows
+from reknow.learning.examples import mean_over_batches, without_instructions
+from reknow.learning.gradients import delta_added, flat_factors, mlp_matrices, token_delta
 from reknow.learning.loop import seeded
-from reknow.learning.settings import MatrixEditor
-from reknow.learning.training import Learner, Training
+from reknow.learning.settings import Changes, MatrixEditor, Tensors
+from reknow.learning.training import Learner, Split, Training
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
-from reknow.patching.deltas import as_delta
-from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from reknow.lm import LM
 
-READ_TOGETHER = 16
-"""Cases whose texts are read together."""
+CASES_PER_PASS = 16
+"""Cases whose texts are read at once in training."""
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]
+"""Matrix → k (n, in) and g (n, out) of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,15 @@ class MALMEN(MatrixEditor):
     """A network, trained once for a model, and least squares: many edits at once."""
 
     rank: Rank = 1920
-    """Of the network's matrices, at most their width."""
-    blocks: Number = 2
-    """Of the network."""
+    """Rank of the network's matrices, at most their width."""
+    blocks: Annotated[int, Field(ge=1, le=64)] = 2
+    """Blocks of the network."""
     step_size: Rate = 1e-3
-    """α at the start, in units of the matrix's root mean square."""
+    """Step size α at the start, in units of the matrix's root mean square."""
     locality_weight: Weight = 1.0
-    """Of KL on other facts against the answers' loss."""
+    """Weight of KL on other facts against the answers' loss."""
     learning_rate: Rate = 1e-5
-    """Of Adam, for everything that is learned."""
+    """Learning rate of Adam for everything that is learned."""
 
     training: ClassVar[Training] = Training(
         steps=1000, batch_size=64, clip_norm=1.0, validation=128, validate_every=50, checkpoint_every=50
@@ -65,167 +69,122 @@ class MALMEN(MatrixEditor):
     def name(self) -> str:
         return "malmen"
 
-    def learner(
-        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
-    ) -> Learner:
+    def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
         return _Learner(self, lm, training.batch_size)
 
-    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
-        trained, tensors = self.trained(lm)
-        if trained.blocks > len(tensors):
-            raise InputError(
-                f"expected an editor of {trained.blocks} blocks; got {len(tensors)} tensors: train another"
-            )
+    def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         network = filled(lambda: MALMENNetwork(trained, lm), tensors)
         rows = lm.encode([Text.asked(edit) for edit in edits])
-        deltas = {}
-        with torch.no_grad():
-            factors, loss = flat_factors(lm, network.names, rows, answers_only=True)
-            for name, v in network(factors).items():
-                deltas[name] = as_delta(*used_rows(v, network.solved(name, factors[name][0])))
-        return make_patch(self, lm, edits, deltas, notes={"layers": list(network.layers), "loss": loss})
-
-    def _network(self, lm: LM) -> MALMENNetwork:
-        with seeded(self.seed, "malmen"):
-            return MALMENNetwork(self, lm).to(lm.device)
+        factors, loss = flat_factors(lm, network.names, rows, answers_only=True)
+        shifts = network(factors)
+        return {name: token_delta(shifts[name], network.weigh(name, k)) for name, (k, _) in factors.items()}, loss
 
 
 class MALMENNetwork(nn.Module):
-    """The networks of all shapes with their statistics, and α and λ of each matrix."""
+    """The networks of all groups of matrices with their statistics, and α and λ of each matrix."""
 
     def __init__(self, method: MALMEN, lm: LM):
         super().__init__()
         assert method.layers is not None
-        self.layers, self.names = method.layers, matrices(lm, method.layers)
-        self.shapes = Shapes(lm, self.names)
-        kinds = self.shapes.kinds.items()
-        self.norms = nn.ModuleDict({kind: RunningNorm(out + inside) for kind, (out, inside, _) in kinds})
+        self.names = mlp_matrices(lm, method.layers)
+        self.groups = MatrixGroups(lm, self.names)
+        shapes = self.groups.shapes.items()
+        self.norms = nn.ModuleDict({group: RunningNorm(out + inside) for group, (out, inside, _) in shapes})
         self.transforms = nn.ModuleDict(
             {
-                kind: nn.ModuleList([Block(out + inside, method.rank, n) for _ in range(method.blocks)])
-                for kind, (out, inside, n) in kinds
+                group: nn.ModuleList([MALMENBlock(out + inside, method.rank, count) for _ in range(method.blocks)])
+                for group, (out, inside, count) in shapes
             }
         )
         self.step = nn.Parameter(torch.full((len(self.names),), method.step_size))  # α
-        self.stiffness = nn.Parameter(torch.zeros(len(self.names)))  # log λ, under its name in editor files
+        self.stiffness = nn.Parameter(torch.zeros(len(self.names)))  # λ, under its name in editor files
 
-    def observe(self, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
-        """Takes the factors k (n, in) and g (n, out) of each matrix into the statistics."""
+    def observe(self, factors: Factors) -> None:
+        """Takes the factors of each matrix into the statistics."""
         for name, found in factors.items():
-            norm = self.norms[self.shapes.kind[name]]
+            norm = self.norms[self.groups.group[name]]
             assert isinstance(norm, RunningNorm)
             norm.observe(torch.cat(found, 1))
 
-    def forward(self, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-        """name → V, where each token's output has to move. (n, out)"""
-        wishes = {}
+    def forward(self, factors: Factors) -> dict[str, Tensor]:
+        """name → V, how far each token's output has to move. (n, out)"""
+        shifts = {}
         for i, name in enumerate(self.names):
-            k, g = factors[name]
-            kind = self.shapes.kind[name]
-            state = self.norms[kind](torch.cat([k, g], 1))
-            blocks = self.transforms[kind]
+            (k, g), group = factors[name], self.groups.group[name]
+            blocks = self.transforms[group]
             assert isinstance(blocks, nn.ModuleList)
-            for block in blocks:
-                state = block(state, self.shapes.number[name])
-            k_new, g_new = state.split([k.shape[1], g.shape[1]], 1)
-            wishes[name] = -self.step[i] * self.shapes.scale[name] * (k * k_new).sum(1, keepdim=True) * g_new
-        return wishes
+            k_new, g_new = transform_factors(self.norms[group], blocks, k, g, self.groups.index[name])
+            shifts[name] = -self.step[i] * self.groups.scale[name] * (k * k_new).sum(1, keepdim=True) * g_new
+        return shifts
 
-    @torch.no_grad()
-    def solved(self, name: str, k: Tensor) -> Tensor:
-        """K (KᵀK + e^λ I)⁻¹, by which Vᵀ becomes ΔW; float64 inside. (n, in)"""
-        k64 = exact(k)
-        ridge = exact(self.stiffness[self.names.index(name)]).exp()
-        if len(k) <= k.shape[1]:  # the same by the smaller of the two systems
-            gram = _ridged(k64 @ k64.T, ridge)
-            return torch.linalg.solve(gram, k64).to(k)
-        gram = _ridged(k64.T @ k64, ridge)
-        return torch.linalg.solve(gram, k64.T).T.to(k)
+    def ridge(self, name: str) -> Tensor:
+        """e^λ of a matrix, float64. Scalar"""
+        return exact(self.stiffness[self.names.index(name)].detach()).exp()
+
+    def weigh(self, name: str, k: Tensor) -> Tensor:
+        """K (KᵀK + e^λ I)⁻¹, by which Vᵀ becomes ΔW. (n, in)"""
+        return least_squares(None, k, weight=float(self.ridge(name))).to(k)
 
 
-def _ridged(gram: Tensor, ridge: Tensor) -> Tensor:
-    """gram + ridge · I, in its place: such a matrix is as large as a layer."""
-    gram.diagonal().add_(ridge)
-    return gram
-
-
-class Block(nn.Module):
-    """x + s ⊙ relu(A B x + b) + o, the identity at the start; s and o by mode."""
-
-    def __init__(self, size: int, rank: int, modes: int):
-        super().__init__()
-        rank = min(rank, size)
-        self.down = nn.Parameter(torch.randn(size, rank))
-        self.up = nn.Parameter(torch.zeros(rank, size))
-        self.bias = nn.Parameter(torch.zeros(size))
-        self.scale = nn.Parameter(torch.ones(modes, size))
-        self.shift = nn.Parameter(torch.zeros(modes, size))
-
-    def forward(self, x: Tensor, mode: int) -> Tensor:
-        # A clamp, unlike relu, has a gradient at zero, where all of it starts.
-        inner = (x @ self.down @ self.up + self.bias).clamp(min=0)
-        return x + self.scale[mode] * inner + self.shift[mode]
-
-
-def surrogate(network: MALMENNetwork, factors: dict[str, tuple[Tensor, Tensor]], deltas: dict[str, Tensor]) -> Tensor:
+def surrogate(network: MALMENNetwork, factors: Factors, deltas: Mapping[str, Tensor]) -> Tensor:
     """A scalar whose gradient by the network is that of the loss whose gradient by each ΔW is in `.grad`.
 
-    The gradient goes through the least squares by hand: ∂/∂V = K M and ∂/∂λ = −e^λ ⟨M, ΔW⟩ with
+    The gradient goes through the least squares by hand: ∂/∂V = K Mᵀ and ∂/∂λ = −e^λ ⟨M, ΔW⟩ with
     M = ∇ (KᵀK + e^λ I)⁻¹, all constants, by which V and λ are multiplied.
     """
     total = network.step.new_zeros(())
-    wishes = network(factors)
+    shifts = network(factors)
     for i, name in enumerate(network.names):
-        k, gradient = factors[name][0], deltas[name].grad
+        k, gradient, ridge = exact(factors[name][0]), deltas[name].grad, network.ridge(name)
         assert gradient is not None
-        total = total + ((network.solved(name, k) @ gradient.T) * wishes[name]).sum()
-        k64, ridge = exact(k), exact(network.stiffness[i].detach()).exp()
-        gram = _ridged(k64.T @ k64, ridge)
-        m = torch.linalg.solve(gram, exact(gradient).T).T  # (out, in)
-        total = total - (ridge * (m * exact(deltas[name].detach())).sum()).float() * network.stiffness[i]
+        gram = k.T @ k
+        gram.diagonal().add_(ridge)
+        m = solve(cholesky(gram), gradient)  # (out, in), float64
+        by_regularization = -ridge * (m * exact(deltas[name].detach())).sum()
+        total = total + ((k @ m.T).float() * shifts[name]).sum() + by_regularization.float() * network.stiffness[i]
     return total
 
 
 class _Learner:
-    """MALMEN's training step (Alg. 1): all cases of a micro-batch are edited together."""
+    """MALMEN's training step (Alg. 1): the edits of all cases of a micro-batch are made at once."""
 
-    def __init__(self, method: MALMEN, lm: LM, together: int):
-        self.method, self.lm, self.together = method, lm, together
-        self.module = method._network(lm)
+    def __init__(self, method: MALMEN, lm: LM, batch_size: int):
+        self.method, self.lm, self.batch_size = method, lm, batch_size
+        with seeded(method.seed, "malmen"):
+            self.module = MALMENNetwork(method, lm).to(lm.device)
 
     def optimizer(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.module.parameters(), lr=self.method.learning_rate)
 
     def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        factors, deltas, shown = self._trial(batch, rng, learn=True)
+        factors, deltas, shown = self._try(batch, rng, learn=True)
         return surrogate(self.module, factors, deltas), shown
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        found = averaged(lambda part, rng: self._trial(part, rng)[2], cases, self.together)
-        return found | {"loss": found["L_edit"] + self.method.locality_weight * found["L_loc"]}
+        means = mean_over_batches(lambda *batch: self._try(*batch)[2], cases, self.batch_size)
+        return means | {"loss": means["L_edit"] + self.method.locality_weight * means["L_loc"]}
 
-    def _trial(
+    def _try(
         self, batch: Sequence[Case], rng: random.Random, *, learn: bool = False
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, float]]:
+    ) -> tuple[Factors, dict[str, Tensor], dict[str, float]]:
         """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
-        found = self.method.lessons(bare(batch), rng, together=len(batch))
-        rows = self.lm.encode([lesson.edit for lesson in found])
+        examples = self.method.make_examples(without_instructions(batch), rng, edits_at_once=len(batch))
+        rows = self.lm.encode([example.edit for example in examples])
         factors, _ = flat_factors(self.lm, self.module.names, rows, answers_only=True)
         if learn:
             self.module.observe(factors)
         deltas = {}
         with torch.no_grad():
             for name, v in self.module(factors).items():
-                deltas[name] = (v.T @ self.module.solved(name, factors[name][0])).requires_grad_(learn)  # (out, in)
-        parts = [found[i : i + READ_TOGETHER] for i in range(0, len(found), READ_TOGETHER)]
+                deltas[name] = (v.T @ self.module.weigh(name, factors[name][0])).requires_grad_(learn)  # (out, in)
         shown: dict[str, float] = {}
-        for part in parts:
-            share = len(part) / len(found)
-            outcome = self.method.exam(self.lm, part).read_with(deltas)
+        for start in range(0, len(examples), CASES_PER_PASS):
+            read = self.method.read_examples(self.lm, examples[start : start + CASES_PER_PASS])
+            share = len(examples[start : start + CASES_PER_PASS]) / len(examples)
+            losses = read.losses(lambda _: delta_added(self.lm, deltas))
             if learn:
-                (share * (outcome.edit + self.method.locality_weight * outcome.stay)).backward()
-            for name, value in outcome.shown().items():
+                (share * (losses.edit + self.method.locality_weight * losses.locality)).backward()
+            for name, value in losses.named().items():
                 shown[name] = shown.get(name, 0.0) + share * value
         return factors, deltas, shown

@@ -18,16 +18,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reknow.contract import check_edits, make_patch
-from reknow.edits import Case, Edit
-from reknow.learning.examples import bare
-from reknow.learning.gradient_network import TransformLearner, transformed
-from reknow.learning.settings import NetworkSettings
-from reknow.learning.training import Learner, Training
+from reknow.edits import Edit
+from reknow.learning.examples import without_instructions
+from reknow.learning.gradient_network import TransformLearner, transform_gradients
+from reknow.learning.settings import Changes, NetworkSettings, Tensors
+from reknow.learning.training import Learner, Split, Training
 from reknow.model.tokens import Text
-from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from reknow.lm import LM
 
 
@@ -39,14 +39,8 @@ class MEND(NetworkSettings):
     def name(self) -> str:
         return "mend"
 
-    def learner(
-        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
-    ) -> Learner:
-        return TransformLearner(self, lm, training.batch_size, lambda batch, _: bare(batch))
+    def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
+        return TransformLearner(self, lm, training.batch_size, lambda batch, _: without_instructions(batch))
 
-    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
-        trained, tensors = self.trained(lm)
-        texts = [Text.asked(edit) for edit in edits]
-        deltas, loss = transformed(lm, trained, tensors, texts)
-        return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
+    def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
+        return transform_gradients(lm, trained, tensors, [Text.asked(edit) for edit in edits])

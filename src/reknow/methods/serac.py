@@ -22,12 +22,12 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Rate, Share
 from reknow.contract import check_edits
-from reknow.edits import Case, Edit
+from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.learned import Learned
-from reknow.learning.training import Learner, Training
+from reknow.learning.training import Learner, Split, Training
 from reknow.memories.base import MemoryMethod, memory_patch, resolve_conflicts
 from reknow.memories.nearest import Nearest
 from reknow.memories.scope import log_in_scope
@@ -97,14 +97,12 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
     def name(self) -> str:
         return "serac"
 
-    def learner(
-        self, lm: LM, train_cases: Sequence[Case], validation_cases: Sequence[Case], training: Training
-    ) -> Learner:
+    def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
         return ScopeLearner(
             ScopeAndCounterfactual(self, lm),
             lm,
-            train_cases,
-            validation_cases,
+            cases.train,
+            cases.validation,
             learning_rate=self.learning_rate,
             max_questions=self.max_questions,
             threshold=self.threshold,

@@ -24,7 +24,8 @@ from reknow.contract import Footprint, Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
 from reknow.edits import Edit
-from reknow.learning.gradients import RunningNorm, flat_factors
+from reknow.learning.blocks import RunningNorm
+from reknow.learning.gradients import flat_factors
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, as_delta, sum_deltas

@@ -12,7 +12,7 @@ from reknow.datasets.families import load_families
 from reknow.edits import Case
 from reknow.errors import MissingExtra
 from reknow.files.atomic import write_json
-from reknow.learning.gradient_network import new_network
+from reknow.learning.gradient_network import make_network
 from reknow.learning.gradients import flat_factors
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
@@ -87,13 +87,13 @@ def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.nd
     """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens
     that predict the answer and scaled to length 1 (the article's L2-scaling). (cases, in)"""
     trained, tensors = method.trained(lm)
-    network = new_network(trained, lm, tensors)
+    network = make_network(trained, lm, tensors)
     families = load_families(method.families)
-    name = lm.parts.mlp_in[max(network.layers)][0]
+    name = lm.parts.mlp_in[max(trained.layers or ())][0]
     points = []
     for case in cases:  # one by one, so that none is padded
-        told = trained.told(case, families).edit
-        rows = lm.encode([Text.asked(told, told.instructed(told.text))])
+        instructed = trained.instruct(case, families).edit
+        rows = lm.encode([Text.asked(instructed, instructed.instructed(instructed.text))])
         factors, _ = flat_factors(lm, network.names, rows)
         _, u = network(factors)[name]  # (n, in)
         points.append(u[-len(rows[0].target_ids) :].sum(0))
