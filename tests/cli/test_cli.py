@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 from conftest import make_lm, saved
 from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
+from reknow.cli.places import run_folder
 from reknow.cli.settings import chosen_method, field_docs, read_value
-from reknow.cli.terminal import run_folder
 from reknow.cli.training import _for_model, choose_method
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from families import tiny_model, tiny_tokenizer
 from reknow import FT, LM, ROME, Chat, Edit
 from reknow.cli.app import app
-from reknow.cli.terminal import open_lm
+from reknow.cli.options import ChatOpening
 from reknow.errors import InputError, ModelError
 from reknow.model.chat import closed
 from reknow.model.tokens import Text
@@ -90,7 +90,7 @@ def test_the_command_line_says_the_same(tmp_path):
     lm = chatting()
     lm.model.save_pretrained(tmp_path / "model")
     lm.tokenizer.save_pretrained(tmp_path / "model")
-    opened = open_lm(str(tmp_path / "model"), chat_set=["system=Be brief.", "enable_thinking=False"])
+    opened = ChatOpening(chat_set=["system=Be brief.", "enable_thinking=False"]).open(str(tmp_path / "model"))
     assert opened.chat == Chat("Be brief.", {"enable_thinking": False})
     for setting, reason in (("thinking", "NAME=VALUE"), ("thinking=1", "which it does not name")):
         asked = ["edit", "The home of {Peru} is", "x", "--model", str(tmp_path / "model"), "--chat-set", setting]

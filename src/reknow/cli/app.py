@@ -17,6 +17,7 @@ from reknow import __version__
 from reknow.cli import editing, instructing, measuring, stacks, statistics, studying, tracing, training
 from reknow.cli.demo import demo
 from reknow.cli.failures import FAILED, status_of, stopped
+from reknow.cli.options import flatten
 from reknow.cli.streams import forgiving_streams
 from reknow.cli.terminal import warn
 from reknow.errors import InputError
@@ -121,7 +122,7 @@ for command in (
     measuring.report,
     measuring.methods,
 ):
-    app.command(cls=_Command)(command)
+    app.command(cls=_Command)(flatten(command))
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.places import run_place
-from reknow.cli.terminal import DEMO, Model, OwnCode, Tokenizer, open_lm, run_folder, say, say_table
+from reknow.cli.options import DEMO, Model, Opening
+from reknow.cli.places import run_folder, run_place
+from reknow.cli.terminal import say, say_table
 from reknow.errors import EditFailed
 from reknow.files.locks import write_lock
 
@@ -32,8 +33,8 @@ def demo(
     model: Model = DEMO,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer facts and methods: 15 s on a free core.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Edit facts in a bundled model, measure and report what changed, take the edits back.
 
@@ -45,7 +46,7 @@ def demo(
 
     started = time.perf_counter()
     out = run_place(out or run_folder("demo-quick" if quick else "demo", model), "demo", model)[""]
-    lm = open_lm(model, None, None, tokenizer, own_code)
+    lm = opening.open(model)
     bits = weight_bits(lm.model)
     candidates = load_cases("counterfact", limit=CANDIDATES)
     known = known_cases(lm, candidates)

@@ -11,25 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import (
-    DEMO,
-    Chat,
-    ChatSet,
-    Device,
-    Dtype,
-    Encoding,
-    Force,
-    Json,
-    Model,
-    NoStats,
-    OwnCode,
-    Tokenizer,
-    open_lm,
-    say,
-    say_json,
-    say_table,
-    warn,
-)
+from reknow.cli.options import DEMO, ChatOpening, Encoding, Force, Json, Model, NoStats
+from reknow.cli.terminal import say, say_json, say_table, warn
 from reknow.errors import EditFailed, InputError, did_you_mean
 from reknow.files.locks import write_lock
 
@@ -67,12 +50,8 @@ def edit(
     settings: Annotated[list[str], typer.Option("--set", help="FIELD=VALUE of the method; repeatable.")] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", help="The patch file; else named after the subject.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done and what it costs.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
-    chat: Chat = False,
-    chat_set: ChatSet = [],  # noqa: B006
+    *,
+    opening: ChatOpening,
     no_stats: NoStats = False,
     force: Force = False,
     as_json: Json = False,
@@ -93,14 +72,14 @@ def edit(
     with nullcontext() if plan else write_lock(out):
         if not plan:
             _place(method, out, force, (model, file))  # another process may have been here meanwhile
-        lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
+        lm = opening.open(model)
         lm.computes_statistics = not no_stats
         chosen = chosen.resolve(lm)
         if plan:
             cost = estimate(lm, chosen, edits)
             return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
         stack = model if lm.patches else f"FOLDER --model {lm.name}"
-        stack += f" --tokenizer {tokenizer}" if tokenizer else ""
+        stack += f" --tokenizer {opening.tokenizer}" if opening.tokenizer else ""
         _edit(lm, chosen, edits, out, stack, as_json)
 
 

@@ -9,20 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.places import instructions_place
-from reknow.cli.terminal import (
-    DEMO,
-    Device,
-    Dtype,
-    Model,
-    OwnCode,
-    Tokenizer,
-    open_lm,
-    refuse_beside,
-    run_folder,
-    say,
-    say_table,
-)
+from reknow.cli.options import DEMO, Families, Model, Opening, refuse_beside
+from reknow.cli.places import instructions_place, run_folder
+from reknow.cli.terminal import say, say_table
 from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
 
@@ -36,9 +25,7 @@ TRIAL_STEPS = 40
 
 def instruct(
     model: Model = DEMO,
-    families: Annotated[
-        Path | None, typer.Option("--families", help="File of task families; else the bundled one.")
-    ] = None,
+    families: Families = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="Names, with commas between; else all.")] = None,
     proposer: Annotated[
         str | None, typer.Option("--proposer", help="A model at a chat server; else the built-in rewriter.")
@@ -55,10 +42,8 @@ def instruct(
     proposals: Annotated[int, typer.Option("--proposals", help="Instructions proposed in a round.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Of rewriter and choices.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Search for instructions of each task: propose, try with an editor, hand the scores back.
 
@@ -72,20 +57,14 @@ def instruct(
     if editor is not None:
         refuse_beside("a trained --editor", {"--trial-steps": trial_steps})
     trial_steps = trial_steps or TRIAL_STEPS
-    known = load_families(families)
-    wanted = [name.strip() for name in tasks.split(",")] if tasks else list(known)
-    for name in wanted:
-        if name not in known:
-            raise did_you_mean("task", name, known)
     if server is not None and proposer is None:
         raise InputError("expected --proposer with --server; got none: name the model that the server shall use")
-    chosen = [known[name] for name in wanted]
-    for family in chosen:
-        family.texts()  # refused here, before anything is trained
+    known = load_families(families)
+    chosen = _chosen(known, tasks)
     settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
     writer: Proposer = Rewriter(seed) if proposer is None else Writer(LLM(proposer, server))
     out = instructions_place(out or run_folder("instruct", model), model)
-    lm = open_lm(model, dtype, device, tokenizer, own_code)
+    lm = opening.open(model)
     mark_folder(out, "instruct")
     started = time.perf_counter()
     with write_lock(out):
@@ -95,9 +74,20 @@ def instruct(
         found = search(chosen, writer, trial, out, settings, about=about, advance=say)
         seconds = time.perf_counter() - started
         card = _card(lm, writer, about["editor"], settings.seed)
-        save_families(out / "instructions.json", [*found.families, *_others(known, wanted)], card)
+        others = [family for family in known.values() if family not in chosen]
+        save_families(out / "instructions.json", [*found.families, *others], card)
     _say_found(found, seconds, trial.edits)
     say(f"wrote {out / 'instructions.json'}; use it with: --method instructedit --set families=FILE")
+
+
+def _chosen(known: dict[str, Family], tasks: str | None) -> list[Family]:
+    """The task families named; raises InputError where there is none of a name, or one without instructions."""
+    wanted = [name.strip() for name in tasks.split(",")] if tasks else list(known)
+    for name in wanted:
+        if name not in known:
+            raise did_you_mean("task", name, known)
+        known[name].texts()  # refused here, before anything is trained
+    return [known[name] for name in wanted]
 
 
 def _trial_editor(
@@ -118,10 +108,6 @@ def _trial_editor(
     short = Training(steps=steps, batch_size=6, validation=0, validate_every=steps, checkpoint_every=steps)
     say(f"training a trial editor: {steps} updates")
     return replace(method, families=str(out / "start.json")).fit(lm, cases, out / "trial", short, progress=True)
-
-
-def _others(known: dict[str, Family], wanted: list[str]) -> list[Family]:
-    return [family for name, family in known.items() if name not in wanted]
 
 
 def _card(lm: LM, writer: Proposer, editor: str, seed: int) -> dict[str, object]:

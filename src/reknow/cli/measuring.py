@@ -5,32 +5,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.places import report_place, run_place
-from reknow.cli.terminal import (
-    DEMO,
-    Chat,
-    ChatSet,
-    Device,
-    Dtype,
-    Encoding,
-    Model,
-    NoStats,
-    OwnCode,
-    Tokenizer,
-    open_lm,
-    refuse_beside,
-    run_folder,
-    say,
-    say_table,
-    warn_of_records,
-    whole_numbers,
-)
+from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, refuse_beside, whole_numbers
+from reknow.cli.places import report_place, run_folder, run_place
+from reknow.cli.terminal import say, say_table, warn_of_records
 from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -43,73 +26,95 @@ if TYPE_CHECKING:
 LIMIT = 20
 
 
-def bench(
-    model: Model = DEMO,
-    preset: Annotated[str | None, typer.Option("--preset", help="A published study; see --list-presets.")] = None,
-    list_presets: Annotated[bool, typer.Option("--list-presets", help="Say which there are.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="A preset in its full size: hours.")] = False,
+@dataclass(frozen=True)
+class _Cases:
+    """Which cases are edited."""
+
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
             help="NAME, NAME:FILE, or FILE of edits or in any published form; several with commas. [counterfact]",
         ),
-    ] = None,
+    ] = None
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"How many cases of a set. [{LIMIT}]")] = None
+    offset: Annotated[int, typer.Option("--offset", min=0, help="How many cases to pass over.")] = 0
+    shuffle: Annotated[int | None, typer.Option("--shuffle", help="Seed to shuffle the cases with.")] = None
+    encoding: Encoding = None
+    known: Annotated[bool, typer.Option("--known", help="Only facts that the model knows.")] = False
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """How cases are edited and read, where a study is not followed."""
+
+    mode: Annotated[str | None, typer.Option("--mode", help="single, batch or sequential. [single]")] = None
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Edits per patch.")] = None
+    checkpoints: Annotated[
+        str | None, typer.Option("--checkpoints", help="After how many edits of a sequence all are read again.")
+    ] = None
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Numbers, with commas between. [0]")] = None
+    fluency: Annotated[
+        bool | None, typer.Option("--fluency/--no-fluency", help="Sample text, most of the time. [off]")
+    ] = None
+    generate: Annotated[
+        bool | None, typer.Option("--generate/--no-generate", help="Let the model write its answers. [on]")
+    ] = None
+
+    def plan(self, study: Preset) -> Plan:
+        """The study's plan with what is given in its place."""
+        from reknow.evaluation import Plan
+
+        numbers = {
+            "checkpoints": whole_numbers("--checkpoints", self.checkpoints),
+            "seeds": whole_numbers("--seeds", self.seeds),
+        }
+        given = {name: value for name, value in (vars(self) | numbers).items() if value is not None}
+        return Plan(**{**study.plan, **given})
+
+    def refuse(self, what: str) -> None:
+        """Raises InputError where anything is given beside `what`."""
+        names = {"fluency": "--fluency or --no-fluency", "generate": "--generate or --no-generate"}
+        given = {name: value is not None for name, value in vars(self).items()}
+        refuse_beside(what, {names.get(name, f"--{name.replace('_', '-')}"): there for name, there in given.items()})
+
+
+def bench(
+    model: Model = DEMO,
+    preset: Annotated[str | None, typer.Option("--preset", help="A published study; see --list-presets.")] = None,
+    list_presets: Annotated[bool, typer.Option("--list-presets", help="Say which there are.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="A preset in its full size: hours.")] = False,
     names: Annotated[
         str | None, typer.Option("--methods", help="NAME or LABEL=NAME, with commas between. [rome,ft-m]")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"How many cases of a set. [{LIMIT}]")] = None,
-    offset: Annotated[int, typer.Option("--offset", min=0, help="How many cases to pass over.")] = 0,
-    shuffle: Annotated[int | None, typer.Option("--shuffle", help="Seed to shuffle the cases with.")] = None,
-    encoding: Encoding = None,
-    known: Annotated[bool, typer.Option("--known", help="Only facts that the model knows.")] = False,
-    mode: Annotated[str | None, typer.Option("--mode", help="single, batch or sequential. [single]")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Edits per patch.")] = None,
-    checkpoints: Annotated[
-        str | None, typer.Option("--checkpoints", help="After how many edits of a sequence all are read again.")
-    ] = None,
-    seeds: Annotated[str | None, typer.Option("--seeds", help="Numbers, with commas between. [0]")] = None,
     settings: Annotated[
         list[str], typer.Option("--set", help="FIELD=VALUE of all methods, or LABEL.FIELD=VALUE; repeatable.")
     ] = [],  # noqa: B006, typer copies it
-    fluency: Annotated[
-        bool | None, typer.Option("--fluency/--no-fluency", help="Sample text, most of the time. [off]")
-    ] = None,
-    generate: Annotated[
-        bool | None, typer.Option("--generate/--no-generate", help="Let the model write its answers. [on]")
-    ] = None,
+    *,
+    cases: _Cases,
+    reading: _Reading,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
-    chat: Chat = False,
-    chat_set: ChatSet = [],  # noqa: B006
     no_stats: NoStats = False,
+    opening: ChatOpening,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.cli.settings import each_once
-    from reknow.evaluation import bench as run
     from reknow.studies.ice.convergence import inside
     from reknow.studies.presets import PRESETS
 
     if out is not None:
         out = run_place(out, "bench", model)[""]
     if list_presets:
-        refuse_beside("--list-presets", {"--preset": preset, "--data": data, "--methods": names, "--out": out})
+        refuse_beside("--list-presets", {"--preset": preset, "--data": cases.data, "--methods": names, "--out": out})
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
-    study = _study(preset, full, data, limit)
-    plan = _plan(study, checkpoints, seeds, mode=mode, batch_size=batch_size, fluency=fluency, generate=generate)
+    study = _study(preset, full, cases)
+    plan = reading.plan(study)
     if study.part == "convergence":
-        reading = {"--mode": mode, "--batch-size": batch_size, "--checkpoints": checkpoints, "--seeds": seeds}
-        given = {"--fluency or --no-fluency": fluency, "--generate or --no-generate": generate}
-        refuse_beside(f"--preset {preset}", reading | {key: value is not None for key, value in given.items()})
+        reading.refuse(f"--preset {preset}")
     chosen = _chosen(study, names, each_once(settings))
-    lm = open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set) if known else None
-    refused: dict[str, list[str]] = {}
-    one_patch = plan.mode == "batch" or plan.batch_size > 1
-    sets = _sets(study, offset, shuffle, lm, encoding, refused, one_patch=one_patch)
-    lm = lm or open_lm(model, dtype, device, tokenizer, own_code, chat, chat_set)
+    lm = opening.open(model) if cases.known else None
+    sets, refused = _sets(study, cases, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
+    lm = lm or opening.open(model)
     lm.computes_statistics = not no_stats
     chosen = {label: method.resolve(lm) for label, method in chosen.items()}
     if names is None:
@@ -117,23 +122,35 @@ def bench(
     out = out or run_folder(preset or "+".join(sets), model)
     folders = run_place(out, "bench", model, sets)
     if study.part == "convergence":
-        inside(lm, [case.edit for cases in sets.values() for case in cases], chosen, out, progress=True)
+        inside(lm, [case.edit for found in sets.values() for case in found], chosen, out, progress=True)
         return report(out)
+    _compare(lm, sets, refused, chosen, plan, folders)
+    report(out)
+
+
+def _compare(
+    lm: LM,
+    sets: dict[str, list[Case]],
+    refused: dict[str, list[str]],
+    chosen: dict[str, Method],
+    plan: Plan,
+    folders: dict[str, Path],
+) -> None:
+    """Runs the methods on each set and prints its results."""
+    from reknow.evaluation import bench as run
+
     found = []
     for name, cases in sets.items():
-        folder = folders[name]
-        bad = [sentence for part in name.split("+") for sentence in refused.get(part, [])]
-        found.append(run(lm, cases, chosen, folder, dataset=name, plan=plan, refused=bad, progress=True))
-        say(*([f"== {name}"] if len(sets) > 1 else []), str(found[-1]), "", f"run folder: {folder}")
-    report(out)
-    for results in found:
-        results.refuse_lost()
+        bad = [sentence for part in name.split("+") for sentence in refused[part]]
+        found.append(run(lm, cases, chosen, folders[name], dataset=name, plan=plan, refused=bad, progress=True))
+        say(*([f"== {name}"] if len(sets) > 1 else []), str(found[-1]), "", f"run folder: {folders[name]}")
 
 
-def _study(preset: str | None, full: bool, data: str | None, limit: int | None) -> Preset:
-    """The preset, or ROME beside FT-M; `data` and `limit` where they are given."""
+def _study(preset: str | None, full: bool, cases: _Cases) -> Preset:
+    """The preset, or ROME beside FT-M; with the data and the limit that are given."""
     from reknow.studies.presets import PRESETS, Preset
 
+    data, limit = cases.data, cases.limit
     if preset is not None and preset not in PRESETS:
         raise did_you_mean("preset", preset, PRESETS)
     if full and preset is None:
@@ -151,14 +168,6 @@ def _study(preset: str | None, full: bool, data: str | None, limit: int | None) 
     if limit is None:
         return study
     return study._replace(limit=limit, limits={name: min(limit, most) for name, most in study.limits.items()})
-
-
-def _plan(study: Preset, checkpoints: str | None, seeds: str | None, **given: Any) -> Plan:
-    """The study's plan with what is given, not None, in its place."""
-    from reknow.evaluation import Plan
-
-    given |= {"checkpoints": whole_numbers("--checkpoints", checkpoints), "seeds": whole_numbers("--seeds", seeds)}
-    return Plan(**{**study.plan, **{k: v for k, v in given.items() if v is not None}})
 
 
 def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[str, Method]:
@@ -183,38 +192,40 @@ def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
 
 
 def _sets(
-    study: Preset,
-    offset: int,
-    shuffle: int | None,
-    knowing: LM | None,
-    encoding: str | None,
-    refused: dict[str, list[str]],
-    *,
-    one_patch: bool,
-) -> dict[str, list[Case]]:
-    """Name of each run → its cases; only those that the model `knowing` knows, if there is one; and only those that
-    agree where several make one patch. `refused` takes name of a set → its records that could not be read."""
+    study: Preset, selection: _Cases, knowing: LM | None, *, one_patch: bool
+) -> tuple[dict[str, list[Case]], dict[str, list[str]]]:
+    """Name of each run → its cases, and name of each set → its records that could not be read.
+
+    Only the cases that the model `knowing` knows, if there is one; and only those that agree where several make one
+    patch.
+    """
     from reknow.datasets.cases import load_cases, parse_address
     from reknow.studies.presets import agreeing, in_turn, thinned
 
-    sets = {}
+    sets: dict[str, list[Case]] = {}
+    refused: dict[str, list[str]] = {}
     for source in study.data.split(","):
         label, name, path = parse_address(source.strip())
+        if label in sets:
+            raise InputError(f"expected every set once; got {label} twice: join the files, or run them one by one")
         wanted = study.limits.get(label, study.limit)
-        limit = None if knowing or one_patch else wanted
-        bad = refused.setdefault(label, [])
-        selected = {"limit": limit, "offset": offset, "seed": shuffle}
-        cases = load_cases(name, path=path, encoding=encoding, refused=bad, **selected)
-        warn_of_records(bad)
+        refused[label] = []
+        cases = load_cases(
+            name,
+            path=path,
+            limit=None if knowing or one_patch else wanted,
+            offset=selection.offset,
+            seed=selection.shuffle,
+            encoding=selection.encoding,
+            refused=refused[label],
+        )
+        warn_of_records(refused[label])
         cases = _known(knowing, cases) if knowing else cases
         if one_patch and len(kept := agreeing(cases)) < len(cases):
             say(f"left out: {len(cases) - len(kept)} cases of {label} that contradict an earlier one")
             cases = kept
-        cases = cases[:wanted]
-        if label in sets:
-            raise InputError(f"expected every set once; got {label} twice: join the files, or run them one by one")
-        sets[label] = thinned(cases, study.keep)
-    return {"+".join(sets): in_turn(list(sets.values()))} if study.together else sets
+        sets[label] = thinned(cases[:wanted], study.keep)
+    return {"+".join(sets): in_turn(list(sets.values()))} if study.together else sets, refused
 
 
 def _known(lm: LM, cases: list[Case]) -> list[Case]:

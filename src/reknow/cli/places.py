@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from reknow.cli.options import DEMO
 from reknow.errors import InputError
 from reknow.files.outputs import MARK, growing_folder
 
@@ -15,6 +16,11 @@ TRAINING = ("editor.safetensors", "checkpoint.safetensors", "log.jsonl")
 INSTRUCTIONS = ("instructions.json", "start.json", "proposals.jsonl", "scores.jsonl")
 PICTURES = tuple(f"{name}.{ending}" for name in ("trace", "average", "bars") for ending in ("png", "svg"))
 TRACES = "traces.jsonl"
+
+
+def run_folder(name: str, model: str) -> Path:
+    """Where a run goes that names no folder: models other than the demo model have their own."""
+    return Path("runs") / (name if model == DEMO else f"{name}-{Path(model.rpartition(':')[2]).name}")
 
 
 def run_place(out: Path, command: str, model: str, sets: Iterable[str] = ()) -> dict[str, Path]:

@@ -8,23 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.terminal import (
-    Chat,
-    ChatSet,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    OwnCode,
-    Tokenizer,
-    check_model,
-    open_lm,
-    refuse_beside,
-    say,
-    say_json,
-    say_table,
-    warn,
-)
+from reknow.cli.options import ChatOpening, Force, Json, Opening, check_model, refuse_beside
+from reknow.cli.terminal import say, say_json, say_table, warn
 from reknow.errors import InputError, PatchError, did_you_mean
 from reknow.files.locks import PATIENCE, write_lock
 
@@ -45,10 +30,8 @@ def apply(
     model: Annotated[
         str | None, typer.Option("--model", help="The base model; needed for a new stack.", callback=check_model)
     ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
+    *,
+    opening: Opening,
     force: Annotated[bool, typer.Option("--force", help="Patches of another base too, at your own risk.")] = False,
 ) -> None:
     """Put patches on top of a stack folder, which is made if it does not exist.
@@ -71,7 +54,7 @@ def apply(
         before = len(active)
         found = next((patch.base for patch in active if FORCED not in patch.notes), None)
         if found is None or force:
-            lm = open_lm(str(stack if active else base), dtype, device, tokenizer, own_code)
+            lm = opening.open(str(stack if active else base))
             for patch in loaded:
                 lm.apply(patch, force=force)
             active = list(lm.patches)
@@ -88,8 +71,8 @@ def revert(
     patches: Annotated[list[str], typer.Argument(help="Ids, or patch files.", show_default=False)],
     stack: Stack,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the later edits of a memory again.")] = False,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Take patches out of a stack folder, in any order. Their files stay."""
     from reknow.patching.patches import Patch
@@ -99,7 +82,7 @@ def revert(
         base, active = _existing(stack)
         ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
         rest = tuple(active)
-        lm = open_lm(str(stack), None, None, tokenizer, own_code) if rebuild else None
+        lm = opening.open(str(stack)) if rebuild else None
         for patch_id in ids:
             if lm is None:
                 rest = without_patch(rest, patch_id)
@@ -142,12 +125,8 @@ def export(
         int | None, typer.Option("--max-rank", min=1, help=f"Largest rank of an adapter. [{MAX_RANK}]")
     ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut higher ranks instead of refusing.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
-    chat: Chat = False,
-    chat_set: ChatSet = [],  # noqa: B006
+    *,
+    opening: ChatOpening,
     force: Force = False,
 ) -> None:
     """Write an edited model for programs that do not know reknow."""
@@ -168,7 +147,7 @@ def export(
     if patch is None:
         _existing(source)
         refuse_beside("a stack, which names its base,", {"--model": model})
-    lm = open_lm(str(source) if patch is None else str(model), dtype, device, tokenizer, own_code, chat, chat_set)
+    lm = opening.open(str(source) if patch is None else str(model))
     if patch is not None:
         lm.apply(patch)
     if to == "hf":

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.terminal import (
-    DEMO,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    OwnCode,
-    Tokenizer,
-    open_lm,
-    say,
-    say_json,
-    say_table,
-)
+from reknow.cli.options import DEMO, Json, Model, Opening
+from reknow.cli.terminal import say, say_json, say_table
 from reknow.errors import InputError
 
 if TYPE_CHECKING:
@@ -36,13 +26,11 @@ def stats(
         str | None,
         typer.Option("--text", help="A file, a folder, or hub:owner/name[:configuration[:split]]; else WikiText."),
     ] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
+    *,
+    opening: Opening,
     as_json: Json = False,
 ) -> None:
-    """Read general text for the statistics that ROME, MEMIT and their kin need, and keep them.
+    """Read general text for the statistics that ROME, MEMIT, PMET, EMMET and AlphaEdit need, and keep them.
 
     Edits find them if they ask for the same text and number of tokens (`--set covariance_text=…`,
     `--set covariance_tokens=…`). A killed run goes on where it was. `accelerate launch -m reknow stats …` shares
@@ -53,10 +41,10 @@ def stats(
     from reknow.editing.covariance import statistics
     from reknow.progress import progress_line
 
-    state = PartialState(cpu=device == "cpu")
-    if state.num_processes > 1 and device is None:
-        device = str(state.device)
-    lm = open_lm(model, dtype, device, tokenizer, own_code)
+    state = PartialState(cpu=opening.device == "cpu")
+    if state.num_processes > 1 and opening.device is None:
+        opening = replace(opening, device=str(state.device))
+    lm = opening.open(model)
     with progress_line("stats"):
         found = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
     if not state.is_main_process:

@@ -7,20 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from reknow.cli.places import study_place
-from reknow.cli.terminal import (
-    DEMO,
-    Device,
-    Dtype,
-    Model,
-    OwnCode,
-    Tokenizer,
-    open_lm,
-    run_folder,
-    say,
-    say_table,
-    whole_numbers,
-)
+from reknow.cli.options import DEMO, Families, Model, Opening, whole_numbers
+from reknow.cli.places import run_folder, study_place
+from reknow.cli.terminal import say, say_table
 from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
 
@@ -31,9 +20,7 @@ FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1,
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; without one they are listed.")] = None,
     model: Model = DEMO,
-    families: Annotated[
-        Path | None, typer.Option("--families", help="File of task families; else the bundled one.")
-    ] = None,
+    families: Families = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Updates for each task of an editor.")] = None,
     test: Annotated[int | None, typer.Option("--test", min=2, help="Cases of each task to read.")] = None,
     seeds: Annotated[
@@ -41,10 +28,8 @@ def study(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="500 updates a task, 100 cases, three seeds.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The folder; studies share its editors.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
+    *,
+    opening: Opening,
 ) -> None:
     """Run a study of InstructEdit: train its editors, read them on all tasks. A killed study goes on.
 
@@ -65,7 +50,7 @@ def study(
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
     size = Size(**{**(FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
     out = study_place(out or run_folder("instructedit", model), name, model)
-    lm = open_lm(model, dtype, device, tokenizer, own_code)
+    lm = opening.open(model)
     chosen = None if families is None else str(families)
     with write_lock(out):
         if name == "gradients":

@@ -9,22 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.options import DEMO, Force, Json, Model, Opening, refuse_beside
 from reknow.cli.places import TRACES, trace_place
-from reknow.cli.terminal import (
-    DEMO,
-    Device,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    OwnCode,
-    Tokenizer,
-    open_lm,
-    refuse_beside,
-    say,
-    say_json,
-    say_table,
-)
+from reknow.cli.terminal import say, say_json, say_table
 from reknow.errors import InputError
 from reknow.files.locks import write_lock
 
@@ -52,10 +39,8 @@ def trace(
         bool, typer.Option("--layers", help="Only try layers with trial edits, and name the best.")
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for traces and figures.")] = Path("trace"),
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
+    *,
+    opening: Opening,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -69,7 +54,7 @@ def trace(
     many = {"--facts": facts, "--limit": limit}
     if layers:
         refuse_beside("--layers", {"a prompt": prompt, **many, "--severed": severed, "--window": window})
-        return _say_layers(open_lm(model, dtype, device, tokenizer, own_code), as_json)
+        return _say_layers(opening.open(model), as_json)
     if prompt is not None:
         refuse_beside("one prompt", many)
     settings = Tracing(samples=samples, window=window)
@@ -79,7 +64,7 @@ def trace(
     if edit is not None and edit.subject is None:
         raise InputError(f"expected a subject in braces to trace; got {prompt!r}: mark it, as in '{{France}} is in'")
     out = trace_place(out, model, force)
-    lm = open_lm(model, dtype, device, tokenizer, own_code)
+    lm = opening.open(model)
     if edit is not None:
         return _trace_one(lm, edit, settings, out, as_json)
     with write_lock(out):

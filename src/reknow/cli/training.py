@@ -8,23 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.places import training_place
-from reknow.cli.terminal import (
-    DEMO,
-    Chat,
-    ChatSet,
-    Device,
-    Dtype,
-    Encoding,
-    Model,
-    OwnCode,
-    Tokenizer,
-    open_lm,
-    run_folder,
-    say,
-    say_table,
-    warn_of_records,
-)
+from reknow.cli.options import DEMO, ChatOpening, Encoding, Model
+from reknow.cli.places import run_folder, training_place
+from reknow.cli.terminal import say, say_table, warn_of_records
 from reknow.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,12 +37,8 @@ def train(
         list[str], typer.Option("--set", help="FIELD=VALUE of the method or of the training; repeatable.")
     ] = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    tokenizer: Tokenizer = None,
-    own_code: OwnCode = False,
-    chat: Chat = False,
-    chat_set: ChatSet = [],  # noqa: B006
+    *,
+    opening: ChatOpening,
 ) -> None:
     """Train an editor for a model, in a folder. The same command takes up a training that was killed.
 
@@ -65,7 +47,7 @@ def train(
     chosen, values = choose_method(method, settings)
     out = training_place(out or run_folder(f"train-{method}", model), model)
     cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
-    lm = open_lm(model, dtype, device or _own_gpu(), tokenizer, own_code, chat, chat_set)
+    lm = replace(opening, device=opening.device or _own_gpu()).open(model)
     learned, training = _for_model(chosen, values, lm)
     trained = learned.fit(lm, cases, out, training, progress=True)
     _say_result(trained, out)
