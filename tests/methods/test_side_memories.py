@@ -15,7 +15,8 @@ from reknow.datasets import load_facts
 from reknow.errors import InputError
 from reknow.memories.codebook import Clusters
 from reknow.memories.distances import distance_scale, prompt_states
-from reknow.methods.calinet import Slots, assessment, other_inputs, together
+from reknow.memories.slots import Slots, merge
+from reknow.methods.calinet import assess_knowledge, other_inputs
 from reknow.methods.defer import Gate
 from reknow.model.tokens import Text
 
@@ -112,7 +113,7 @@ def test_slots_add_to_the_mlp_what_the_equation_says():
     assert torch.allclose(after, before + hidden @ patch.state["values"], atol=1e-4)
 
 
-def test_slots_learn_all_wordings_and_stand_beside_earlier_ones():
+def test_slots_learn_all_paraphrases_and_stand_beside_earlier_ones():
     lm = make_lm()
     reworded = edit("The capital of {} is", subject="Peru", rephrasings=("{} has the capital",))
     lm.apply(CaliNet(layer=1).edit(lm, [reworded]))
@@ -120,7 +121,7 @@ def test_slots_learn_all_wordings_and_stand_beside_earlier_ones():
     lm.apply(CaliNet(layer=2).edit(lm, [edit("Who is Zoë Übel", "in")]))
     assert lm.score(["Who is Zoë Übel"], ["in"])[0].hits == (True,)
     lm.apply(CaliNet(layer=2).edit(lm, [edit("Beats Music is", "of")]))
-    slots = together([Slots.of(patch) for patch in lm.patches])
+    slots = merge([Slots.read(lm, patch) for patch in lm.patches])
     assert [len(one.keys) for one in slots] == [2, 2], "those beside one MLP run as one"
 
 
@@ -128,9 +129,9 @@ def test_a_slot_answers_to_its_own_fact_more_than_to_others():
     lm = make_lm()
     patch = CaliNet(layer=1).edit(lm, [edit(PROMPTS[0])])
     (row,) = lm.encode([Text(PROMPTS[0])])
-    reader = lm.parts.mlp_in[1][0]
-    own, _ = prompt_states(lm, [row], reader)
-    others = other_inputs(lm, reader)
+    mlp_in = lm.parts.mlp_in[1][0]
+    own, _ = prompt_states(lm, [row], mlp_in)
+    others = other_inputs(lm, 1)
     assert float(own @ patch.state["keys"].T) == pytest.approx(3, abs=1e-3)
     assert float((others @ patch.state["keys"].T).square().mean()) < 1
 
@@ -139,7 +140,7 @@ def test_the_assessment_rises_when_a_fact_is_learned():
     lm = make_lm()
     one = edit("The capital of {} is", subject="Peru")
     patch = CaliNet(layer=1).edit(lm, [one])
-    before = assessment(lm, one, "of", 1e-3)
-    assert patch.notes["assessment"] == [[before]] and assessment(lm, edit("I know"), "of", 1e-3) is None
+    before = assess_knowledge(lm, one, "of", 1e-3)
+    assert patch.notes["assessment"] == [[before]] and assess_knowledge(lm, edit("I know"), "of", 1e-3) is None
     with lm.patched(patch):
-        assert assessment(lm, one, "of", 1e-3) > before
+        assert assess_knowledge(lm, one, "of", 1e-3) > before

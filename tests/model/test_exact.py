@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reknow
 from reknow.editing.solvers import _columns, rank_one
 from reknow.editing.triangle import Triangle
-from reknow.methods.calinet import own_keys
+from reknow.methods.calinet import fact_keys
 from reknow.model.exact import exact, exact_device
 from reknow.patching.deltas import Dense, LowRank, add_deltas, as_delta, sum_deltas
 
@@ -72,7 +72,7 @@ def test_patches_and_solvers_do_without(apple):
     solved = torch.linalg.solve(factor, keys.T).T
     assert as_delta(residual, solved).shape == (8, 16)
     assert rank_one(solved[0], keys[0], residual[0]).shape == (8, 16)
-    assert own_keys(torch.randn(3, 8, device=apple), torch.randn(20, 8, device=apple)).device.type == "mps"
+    assert fact_keys(torch.randn(3, 8, device=apple), torch.randn(20, 8, device=apple)).device.type == "mps"
 
 
 def test_nothing_casts_to_float64_past_it():

@@ -29,6 +29,7 @@ __all__ = [
     "SideModuleMethod",
     "conflicts",
     "memory_patch",
+    "paraphrases",
     "prepare",
     "resolve_conflicts",
 ]
@@ -128,6 +129,11 @@ def resolve_conflicts(method: MemoryMethod, pairs: Sequence[tuple[Edit, Edit]]) 
             new,
         )
     return [{"prompt": old.text, "old": old.target_new, "new": new.target_new} for old, new in pairs]
+
+
+def paraphrases(edit: Edit) -> list[str]:
+    """The edit's prompt and its other wordings, the subject filled in."""
+    return [edit.text, *map(edit.fill, edit.rephrasings)]
 
 
 def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
