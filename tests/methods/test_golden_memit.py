@@ -16,7 +16,7 @@ from reknow.editing.solvers import null_space
 from reknow.editing.values import find_values
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
-from reknow.methods.kn import KN, attributions
+from reknow.methods.kn import KN, attribute_neurons, select_neurons
 from reknow.methods.memit import MEMIT
 from reknow.methods.pmet import PMET
 
@@ -126,7 +126,7 @@ def test_null_space_has_the_authors_dimensions(models, name):
 
 def test_knowledge_neurons_are_the_authors(models):
     lm, case = models["gpt2"], HEAD["kn"]
-    scores = attributions(lm, case["prompt"], case["target_true"], case["steps"])
+    scores = attribute_neurons(lm, case["prompt"], case["target_true"], case["steps"])
     assert close(scores, TENSORS["kn/scores"])
     method = KN(prompt_share=case["share"], old_weight=2, new_weight=1, normalize=False, flip_negative=False)
     edit = Edit(case["prompt"], target_new=case["target_new"], target_true=case["target_true"])
@@ -135,5 +135,6 @@ def test_knowledge_neurons_are_the_authors(models):
     assert [delta.norm() for delta in patch.deltas.values()] == pytest.approx(case["delta_norms"], rel=1e-4)
     layer, slot = case["neurons"][0]
     assert close(patch.deltas[lm.parts.value[layer]].dense()[:, slot], TENSORS["kn/slot_change"])
-    shared = method._neurons([attributions(lm, p, case["target_true"], case["steps"]) for p in case["prompts"]])
+    scores = [attribute_neurons(lm, p, case["target_true"], case["steps"]) for p in case["prompts"]]
+    shared = select_neurons(scores, method.threshold, method.prompt_share)
     assert [list(neuron) for neuron in shared] == sorted(case["shared"])

@@ -7,7 +7,7 @@ import pytest
 from conftest import make_lm
 from reknow.edits import Edit
 from reknow.errors import EditFailed
-from reknow.methods.kn import KN, attributions
+from reknow.methods.kn import KN, attribute_neurons
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.tokens import Row, Text
 
@@ -28,7 +28,7 @@ def test_kn_erases_the_slots(gpt2):
 
 def test_kn_attributions_add_up(gpt2):
     """Σᵢ Attrᵢ ≈ P(neurons of a layer as they are) − P(all of them 0): the completeness of integrated gradients."""
-    scores = attributions(gpt2, "The capital of Peru", "is", 200)
+    scores = attribute_neurons(gpt2, "The capital of Peru", "is", 200)
     (row,) = gpt2.encode([Text("The capital of Peru", "is")])
     assert len(row.target_ids) == 1
     batch = gpt2.pad([Row(row.ids[:-1], len(row.ids) - 1)])
@@ -44,7 +44,7 @@ def test_kn_attributions_add_up(gpt2):
         assert float(scores[layer].sum()) == pytest.approx(float(probability() - without), abs=2e-4)
 
 
-def test_kn_says_when_wordings_share_no_neuron(gpt2):
+def test_kn_says_when_paraphrases_share_no_neuron(gpt2):
     edit = Edit("{} is", subject="Lima", target_new="a", target_true="b", rephrasings=("Where {} lies",))
-    with pytest.raises(EditFailed, match="2 wordings"):
+    with pytest.raises(EditFailed, match="2 prompts"):
         KN(prompt_share=1.0).edit(gpt2, [edit])

@@ -13,7 +13,7 @@ from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.errors import EditFailed
 from reknow.methods import method
-from reknow.methods.alphaedit import AlphaEdit
+from reknow.methods.alphaedit import AlphaEdit, anchor_states
 from reknow.methods.emmet import EMMET
 from reknow.methods.memit import MEMIT
 
@@ -100,10 +100,8 @@ def test_blue_writes_the_boundary_layers(gpt2):
 def test_norm_anchor_keeps_the_length_of_wanted_values(gpt2):
     settings = AlphaEdit(layers=(0,), norm_anchor=True, **FAST)
     found = find_values(gpt2, EDITS, 0, CONTEXTS, AuthorsSearch(steps=4, site="block"))
-    state: dict = {}
-    z = settings._anchored(gpt2, found, 0, state)
+    z, anchor = anchor_states(found, None)
     value = z - found.start + found.value  # v* after scaling
-    anchor = state[f"anchor.{gpt2.parts.value[0]}"]
     assert torch.allclose(value.norm(dim=1), anchor.double().expand(3), rtol=1e-5)
     first = settings.edit(gpt2, EDITS[:2])
     with gpt2.patched(first):

@@ -35,7 +35,7 @@ class BandSettings(SearchSettings):
     regularization: Annotated[Weight, Formerly("stiffness")] = 0.1
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + this) of its change in a layer."""
     covariance_weight: Weight | None = None
-    """λ itself, instead of the regularization: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
+    """λ as a number, instead of `regularization`: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
 
     def distribute_residual(self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values) -> Patch:
         """The patch that brings the subjects to z behind the last layer, a part of what is missing in each layer."""

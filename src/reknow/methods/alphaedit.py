@@ -55,11 +55,11 @@ class AlphaEdit(SearchSettings):
     """Weakest directions of general text that may change: those that carry this share of the trace of C, without the
     direction of an attention sink."""
     null_threshold: Weight | None = None
-    """Instead: directions whose eigenvalue of C is below; 0.02 in the paper."""
+    """Eigenvalue of C below which a direction may change, instead of by `null_share`; 0.02 in the paper."""
     regularization: Annotated[Weight, Formerly("stiffness")] = 0.1
     """L2 in units of the projected keys' mean square norm."""
     l2: Weight | None = None
-    """L2 itself, instead of the regularization: 10 (GPT-2 XL, GPT-J, Llama 3)."""
+    """L2 as a plain number, instead of `regularization`: 10 (GPT-2 XL, GPT-J, Llama 3)."""
     boundary_layers: bool = False
     """BLUE: the first and the last layer only, each with a z of its own."""
     norm_anchor: bool = False
@@ -84,10 +84,10 @@ class AlphaEdit(SearchSettings):
                 if z is None or self.boundary_layers:
                     target = layer if self.boundary_layers else layers[-1]
                     found = find_values(lm, edits, target, prefixes, self)
-                    z = self._anchored(lm, found, target, state)  # (facts, hidden)
+                    z = self._wanted_states(lm, found, target, state)  # (facts, hidden)
                 missing = z - subjects.states(target, "block")  # (facts, hidden)
                 shares = 1 if self.boundary_layers else len(layers) - i
-                right = self._right(lm, edits, layer, subjects.keys(layer))  # (facts, in)
+                right = self._keys_side(lm, edits, layer, subjects.keys(layer))  # (facts, in)
                 change = {lm.parts.value[layer]: as_delta(missing / shares, right)}
                 lm.apply(make_patch(self, lm, edits, change))
                 deltas |= change
@@ -96,10 +96,12 @@ class AlphaEdit(SearchSettings):
         notes = {"layers": list(layers), "losses": found.losses if found else []}
         return make_patch(self, lm, edits, deltas, state=state, notes=notes)
 
-    def _right(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
+    def _keys_side(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
         name = f"keys.{lm.parts.value[layer]}"
-        past = [patch.state[name] for patch in self._before(lm) if name in patch.state]  # each (its facts, in)
+        past = [
+            patch.state[name] for patch in self._earlier_patches(lm) if name in patch.state
+        ]  # each (its facts, in)
         return least_squares(
             self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold),
             keys,
@@ -110,21 +112,31 @@ class AlphaEdit(SearchSettings):
         )
 
     @staticmethod
-    def _before(lm: LM) -> list[Patch]:
+    def _earlier_patches(lm: LM) -> list[Patch]:
         """The applied patches of this method and its variant."""
         return [patch for patch in lm.patches if patch.method in ("alphaedit", "alphaedit-blue")]
 
-    def _anchored(self, lm: LM, found: Values, layer: int, state: dict[str, Tensor]) -> Tensor:
+    def _wanted_states(self, lm: LM, found: Values, layer: int, state: dict[str, Tensor]) -> Tensor:
         """z, with NAS if asked for; the reference norm is passed on from patch to patch. (facts, hidden)"""
-        z, value = exact(found.z), exact(found.value)
         if not self.norm_anchor:
-            return z
-        wanted = value + exact(found.delta)  # v*, (facts, hidden)
-        norms = wanted.norm(dim=1)
+            return exact(found.z)
         name = f"anchor.{lm.parts.value[layer]}"
-        known = [patch.state[name] for patch in self._before(lm) if name in patch.state]
-        kept = norms.sort().values[: max(1, round(KEPT_NORMS * len(norms)))]
-        anchor = known[0].to(norms) if known else kept.mean(0, keepdim=True)  # (1,)
+        known = [patch.state[name] for patch in self._earlier_patches(lm) if name in patch.state]
+        z, anchor = anchor_states(found, known[0] if known else None)
         state[name] = anchor.float()
-        scaled = torch.where(norms[:, None] > 2 * anchor, value, wanted * (anchor / norms)[:, None])
-        return exact(found.start) - value + scaled
+        return z
+
+
+def anchor_states(found: Values, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(z with ‖v*‖ as NAS has it, the reference norm). (facts, hidden), (1,)
+
+    Args:
+        anchor: the reference norm; None: that of these values. (1,)
+    """
+    value, wanted = exact(found.value), exact(found.value) + exact(found.delta)  # v, v*: (facts, hidden)
+    norms = wanted.norm(dim=1)
+    if anchor is None:
+        anchor = norms.sort().values[: max(1, round(KEPT_NORMS * len(norms)))].mean(0, keepdim=True)
+    anchor = anchor.to(norms)
+    scaled = torch.where(norms[:, None] > 2 * anchor, value, wanted * (anchor / norms)[:, None])
+    return exact(found.start) - value + scaled, anchor

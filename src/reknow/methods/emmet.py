@@ -38,11 +38,11 @@ class EMMET(SearchSettings):
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
     regularization: Annotated[Weight, Formerly("stiffness")] = 0.01
-    """The ridge in units of the keys' mean kᵀC⁻¹k; a single fact has none."""
+    """Ridge in units of the keys' mean kᵀC⁻¹k; a single fact has none."""
     ridge: Weight | None = None
-    """The ridge itself, instead of the regularization: 0.1 in the authors' code."""
+    """Ridge as a plain number, instead of `regularization`: 0.1 in the authors' code."""
     covariance_scale: Weight = 1.0
-    """s, by which C is multiplied first; matters with `ridge` only: 1,000 (GPT-2 XL), 1 (GPT-J, Llama 2)."""
+    """Number s by which C is multiplied first; matters with `ridge` only: 1,000 (GPT-2 XL), 1 (GPT-J, Llama 2)."""
 
     @property
     def name(self) -> str:

@@ -6,9 +6,9 @@ own activation:
 
     Attr_i = a_i/m · Σ_{k<m} ∂P(answer | a scaled by k/(m−1)) / ∂a_i                                          (eq. 4)
 
-Those above a share of the largest attribution, in most wordings of the fact, are the knowledge neurons. To change the
-fact, the old answer's embedding is taken from their slots and the new answer's is added; to erase it, the slots are
-set to 0.
+Those above a share of the largest attribution, in most paraphrases of the fact, are the knowledge neurons. To change
+the fact, the old answer's embedding is taken from their slots and the new answer's is added; to erase it, the slots
+are set to 0.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ class KN(Method):
     threshold: Share = 0.2
     """Attribution that a neuron needs, as a share of the largest one."""
     prompt_share: Annotated[Share, Formerly("share")] = 0.7
-    """Share of the wordings (the prompt and the edit's rephrasings) in which a neuron must have it."""
+    """Share of the prompts (the edit's own and its paraphrases) for which a neuron must have that attribution."""
     old_weight: Weight = 0.04
-    """How much of the old answer's embedding is taken from a slot (λ₁; the paper, not scaled: 1)."""
+    """How much of the old answer's embedding is taken from a slot (λ₁; the paper, not normalized: 1)."""
     new_weight: Weight = 0.3
-    """How much of the new answer's is added (λ₂; the paper, not scaled: 8)."""
+    """How much of the new answer's embedding is added to a slot (λ₂; the paper, not normalized: 8)."""
     normalize: Annotated[bool, Formerly("scaled")] = True
     """Embeddings are brought to the norm of the slot first, so that the weights mean the same in any model."""
     flip_negative: Annotated[bool, Formerly("signed")] = True
@@ -74,18 +74,19 @@ class KN(Method):
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def _edit_one(self, lm: LM, edit: Edit) -> Patch:
-        old = edit.target_true or _said(lm, edit.text)
+        old = edit.target_true or _model_answer(lm, edit.text)
         if not old:
             raise EditRefused(
                 f"kn looks for the neurons of the old answer; {edit.text!r} has none and the model says nothing: "
                 "give target_true",
                 edit,
             )
-        prompts = [edit.text, *(edit.fill(wording) for wording in edit.rephrasings)]
-        neurons = self._neurons([attributions(lm, prompt, old, self.steps, edit.separator) for prompt in prompts])
+        prompts = [edit.text, *(edit.fill(paraphrase) for paraphrase in edit.rephrasings)]
+        scores = [attribute_neurons(lm, prompt, old, self.steps, edit.separator) for prompt in prompts]
+        neurons = select_neurons(scores, self.threshold, self.prompt_share)
         if not neurons:
             raise EditFailed(
-                f"expected neurons that {len(prompts)} wordings of {edit.text!r} share; got none: "
+                f"expected neurons that {len(prompts)} prompts of {edit.text!r} share; got none: "
                 "lower prompt_share or threshold",
                 edit,
             )
@@ -93,27 +94,19 @@ class KN(Method):
         for layer in sorted({layer for layer, _ in neurons}):
             name = lm.parts.value[layer]
             weight = lm.weight(name)  # (out, in)
-            mine = torch.tensor([i for at, i in neurons if at == layer], device=weight.device)
-            slots = exact(weight[:, mine])  # (out, neurons)
-            change = -slots if self.erase else self._moved(lm, edit, old, slots)
+            indices = torch.tensor([i for at, i in neurons if at == layer], device=weight.device)
+            slots = exact(weight[:, indices])  # (out, neurons)
+            change = -slots if self.erase else self._shift(lm, edit, old, slots)
             if self.flip_negative and not self.erase:
                 (row,) = lm.encode([Text(edit.text)])
                 activation = lm.read([row], [len(row.ids) - 1], inputs=[name])[name][0]  # (in,)
-                change *= activation[mine].sign().to(change)
-            rows = torch.nn.functional.one_hot(mine, weight.shape[1]).float()  # (neurons, in)
+                change *= activation[indices].sign().to(change)
+            rows = torch.nn.functional.one_hot(indices, weight.shape[1]).float()  # (neurons, in)
             deltas[name] = LowRank(change.float(), rows.to(change.device))
         notes = {"neurons": [list(neuron) for neuron in neurons], "old_answer": old}
         return make_patch(self, lm, [edit], deltas, notes=notes)
 
-    def _neurons(self, scores: Sequence[Tensor]) -> list[Neuron]:
-        """Neurons above the threshold in more than the share of wordings. scores: (layers, in) each"""
-        counts: Counter[Neuron] = Counter()
-        for attribution in scores:
-            above = (attribution > self.threshold * attribution.max()).nonzero().tolist()
-            counts.update((layer, i) for layer, i in above)
-        return sorted(neuron for neuron, count in counts.items() if count > self.prompt_share * len(scores))
-
-    def _moved(self, lm: LM, edit: Edit, old: str, slots: Tensor) -> Tensor:
+    def _shift(self, lm: LM, edit: Edit, old: str, slots: Tensor) -> Tensor:
         """− λ₁ e_old + λ₂ e_new for every slot. slots and result: (out, neurons)"""
         head = lm.model.get_output_embeddings()
         name = next(name for name, module in lm.model.named_modules() if module is head)
@@ -132,7 +125,16 @@ class KN(Method):
         return change
 
 
-def _said(lm: LM, prompt: str) -> str:
+def select_neurons(scores: Sequence[Tensor], threshold: float, prompt_share: float) -> list[Neuron]:
+    """Neurons above the threshold for more than the share of prompts. scores: of each prompt, (layers, in)"""
+    counts: Counter[Neuron] = Counter()
+    for attribution in scores:
+        above = (attribution > threshold * attribution.max()).nonzero().tolist()
+        counts.update((layer, i) for layer, i in above)
+    return sorted(neuron for neuron, count in counts.items() if count > prompt_share * len(scores))
+
+
+def _model_answer(lm: LM, prompt: str) -> str:
     """What the model says in three tokens, and what is left of a number or a character in which they end."""
     said = lm.generate([prompt], 3)[0]
     known = said.rstrip(PARTIAL_CHARACTER)
@@ -143,7 +145,7 @@ def _said(lm: LM, prompt: str) -> str:
     return (known + left[:more]).strip()
 
 
-def attributions(lm: LM, prompt: str, answer: str, steps: int, separator: str | None = None) -> Tensor:
+def attribute_neurons(lm: LM, prompt: str, answer: str, steps: int, separator: str | None = None) -> Tensor:
     """Integrated gradients of the answer's probability by every neuron, mean over the answer's tokens. (layers, in)
 
     Each token is read behind the true ones before it, at the position that predicts it.

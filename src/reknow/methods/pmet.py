@@ -2,7 +2,7 @@
 
 What attention adds at the subject's last token is general and need not be edited, but it has its part in the wanted
 state. So two additions are searched together, one at the output of attention and one at the output of the MLP, and
-only the second is written into the value matrices. The search eases off once the answer is the likeliest.
+only the second is written into the value matrices. The search eases off once the answer is the most likely.
 
     R = (v* − v) / √(L − l + 1),   ΔW = R Kᵀ (λC + K Kᵀ)⁻¹                                              (eq. 13, 14)
 
@@ -42,9 +42,9 @@ class PMET(BandSettings):
     stop_probability: Share = 1.0  # what attention took up is not written: ended early, too little is
     min_delta: Annotated[Weight, Formerly("stop_gain")] = 0.0
     success_weight: Weight = 0.1
-    """Weight of the likelihood while the answer is the likeliest in every context."""
+    """Weight of the likelihood while the new answer is the most likely in every context."""
     stop_drift: Weight = 0.01
-    """End a fact's search when that is so and the weighted drift is not above."""
+    """Weighted drift at which a fact's search ends, once the new answer is the most likely in every context."""
 
     @property
     def name(self) -> str:
