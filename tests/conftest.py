@@ -106,19 +106,27 @@ class AuthorsSearch(SearchSettings):
     stop_drift: float | None = None
     merge_subjects: bool = False
 
-    @classmethod
-    def of(cls, settings: dict) -> AuthorsSearch:
-        """With settings by their names in kmeng01/rome's files."""
-        return cls(
-            steps=settings["v_num_grad_steps"],
-            learning_rate=settings["v_lr"],
-            kl_weight=settings["kl_factor"],
-            weight_decay=settings["v_weight_decay"],
-            clamp=settings["clamp_norm_factor"],
-        )
-
     def edit(self, lm, edits):
         raise NotImplementedError("it only searches")
+
+
+OUR_NAMES = {
+    "v_num_grad_steps": "steps",
+    "v_lr": "learning_rate",
+    "kl_factor": "kl_weight",
+    "v_weight_decay": "weight_decay",
+    "clamp_norm_factor": "clamp",
+    "mom2_update_weight": "covariance_weight",
+    "emmet_lambda": "ridge",
+    "nullspace_threshold": "null_threshold",
+    "L2": "l2",
+}
+"""A setting in the files of kmeng01/rome and of those who follow them → our field."""
+
+
+def our_names(hparams: dict) -> dict:
+    """Settings of the authors' run by the names of our fields; layers are left out."""
+    return {OUR_NAMES[name]: value for name, value in hparams.items() if name in OUR_NAMES}
 
 
 def bits(lm: LM) -> dict[str, torch.Tensor]:

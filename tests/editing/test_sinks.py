@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import AuthorsSearch, make_lm
+from conftest import AuthorsSearch, make_lm, our_names
 from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit
 from reknow.editing.keys import Subjects
 from reknow.editing.sinks import NEUTRAL, avoid_sinks, first_token_is_sink
@@ -45,7 +45,7 @@ def test_the_search_gives_the_authors_vectors(case):
     tensors = load_file(GOLDEN / "rome_sites.safetensors")
     u, key = tensors[f"{case['name']}/keys"]
     value, delta, output, right = tensors[f"{case['name']}/values"]
-    search = AuthorsSearch.of(case["hparams"])
+    search = ROME.paper("gpt2-xl", **our_names(case["hparams"]))
     edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
     before = [template.removesuffix("{}") for template in case["templates"]]
     found = find_values(lm, [edit], case["layer"], ["", *before[1:]], search)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import AuthorsSearch
+from conftest import our_names
 from reknow import FT, LM, ROME, Edit
 from reknow.editing.covariance import covariance
 from reknow.editing.solvers import cholesky, rank_one, solve
@@ -44,7 +45,10 @@ def test_rome_gives_the_authors_vectors(models, model, name):
     tensors = load_file(GOLDEN / f"rome_{model}.safetensors")
     mean_key, u, used_key = tensors[f"{name}/keys"]
     value, delta, subtracted, right = tensors[f"{name}/values"]
-    search = AuthorsSearch.of(case["hparams"])
+    averaged, source = "R-ROME" in case["code"], "easyedit" if "EasyEdit" in case["code"] else None
+    paper = ROME.paper("gpt2-xl", average_keys=averaged, source=source)
+    search = replace(paper, **our_names(case["hparams"]))
+    assert search == paper or name != "identity"
     edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
     templates = case.get("templates", head["templates"])
     found = find_values(lm, [edit], case["layer"], [t.removesuffix("{}") for t in templates], search)
@@ -56,7 +60,6 @@ def test_rome_gives_the_authors_vectors(models, model, name):
     assert close(found.mean_key[0], mean_key)
     assert close(found.value[0], value)
     assert close(found.delta[0], delta, 1e-3)
-    averaged = "R-ROME" in case["code"]
     key = (found.mean_key if averaged else found.key).double()
     output = found.mean_value if averaged else found.value
     assert close(key[0], used_key)
@@ -77,19 +80,7 @@ def test_rome_changes_the_logits_as_the_authors_code(models):
     # The sampled contexts are replaced by the recorded ones.
     groups, seed = ((4, 4),), 0
     lm.memo["contexts", groups, (), seed] = tuple(t.removesuffix("{}") for t in head["templates"])
-    method = ROME(
-        layer=case["layer"],
-        units="absolute",
-        learning_rate=0.5,
-        weight_decay=0.5,
-        steps=20,
-        stop_probability=1.0,
-        min_delta=0.0,
-        context_batches=1,
-        context_groups=groups,
-        covariance_tokens=0,
-        seed=seed,
-    )
+    method = ROME.paper("gpt2-xl", layer=case["layer"], context_groups=groups, covariance_tokens=0, seed=seed)
     edit = Edit(case["prompt"], subject=case["subject"], target_new=case["target_new"])
     with lm.patched(method.edit(lm, [edit])):
         ids = torch.tensor([lm.tokenizer(edit.text)["input_ids"]])
@@ -103,18 +94,22 @@ def test_covariance_is_the_authors(models):
     assert close(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["ft_l", "ft_l_batch", "ft_m", "ft_m_batch"])
+FINE_TUNING = {
+    "ft_l": ("gpt2-xl", dict(loss="last_token", layer=0, steps=3, clamp=7e-4)),
+    "ft_l_batch": ("gpt2-xl", dict(loss="last_token", layer=1, steps=4, learning_rate=2e-3, clamp=None)),
+    "ft_m": ("gpt2-xl", dict(layer=0, steps=3)),
+    "ft_m_batch": ("llama-2-7b", dict(layer=1, steps=4, learning_rate=2e-3, batch_size=2)),
+}
+
+
+@pytest.mark.parametrize("name", FINE_TUNING)
 def test_fine_tuning_follows_the_authors_steps(models, name):
     case = next(c for c in golden_cases("ft") if c["name"] == name)
     lm = models[case["model"]]
-    method = FT(
-        loss="last_token" if name.startswith("ft_l") else "target",
-        layer=case["layer"],
-        steps=case["num_steps"],
-        learning_rate=case["lr"],
-        clamp=case["norm_constraint"] or None,
-        units="absolute",
-    )
+    paper, tiny = FINE_TUNING[name]
+    method = FT.paper(paper, **tiny)
+    assert (method.layer, method.steps, method.learning_rate) == (case["layer"], case["num_steps"], case["lr"])
+    assert method.clamp == (case["norm_constraint"] or None)
     edits = [Edit(r["prompt"], subject=r["subject"], target_new=r["target_new"]) for r in case["requests"]]
     patch = method.edit(lm, edits)
     (delta,) = patch.deltas.values()

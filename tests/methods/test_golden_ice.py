@@ -18,6 +18,12 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = {case["name"]: case for case in json.loads((GOLDEN / "ice.json").read_text())["cases"]}
 
 
+CHANGED = {
+    "paper": dict(variant="paper"),
+    "static_no_context": dict(variant="paper", targets="static", with_context=False),
+}
+
+
 @pytest.fixture(scope="module")
 def models():
     return {name: LM(GOLDEN / f"tiny_{name}", dtype=torch.float32) for name in ("gpt2", "llama")}
@@ -33,17 +39,15 @@ def test_steps_are_the_authors(models, name, monkeypatch):
         return [tuple(tokens) for tokens in next(given)]
 
     monkeypatch.setattr(self_distillation, "sample", sample)
-    method = ICE(
-        layers=tuple(case["layers"]),
+    method = ICE.paper(
+        "gpt2-xl",
+        layers=case["layers"],
         steps=case["num_steps"],
         learning_rate=case["lr"],
         clamp=case["norm_constraint"],
-        units="absolute",
-        targets="static" if case["static_target"] else "dynamic",
-        with_context=case["sample_with_context"],
         samples=case["num_return_sequences"],
-        context_introductions=(case["lead_in"],),
-        variant="code" if case["print_kl"] else "paper",
+        context_introductions=[case["lead_in"]],
+        **CHANGED.get(name, {}),
     )
     request = case["request"]
     edit = Edit(

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.golden
 def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "mend.json").read_text()), load_file(GOLDEN / "mend.safetensors")
-    method = MEND(rank=4, layers=(0, 1))
+    method = MEND.paper(rank=4, layers=[0, 1])
     network = GradientNetwork(method, lm)
 
     # Statistics, from the factors of the first two edits.
@@ -65,7 +65,7 @@ def test_ultraedit_gives_the_authors_change():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ultraedit.json").read_text()), load_file(GOLDEN / "ultraedit.safetensors")
     edits = [Edit(prompt, target_new=answer) for prompt, answer in about["edits"]]
-    patch = UltraEdit(layers=(1,), learning_rate=about["lr"], units="absolute", min_tokens=2).edit(lm, edits)
+    patch = UltraEdit.paper("gpt-j-6b", layers=[1], learning_rate=about["lr"], min_tokens=2).edit(lm, edits)
     count = patch.state["norm.32x40.count"]
     assert count == about["tokens"]
     # Their loss is a mean over the edits, ours a sum; and their variance of a batch is too large by n / (n − 1).
@@ -81,7 +81,7 @@ def test_ultraedit_gives_the_authors_change():
 def test_ke_reads_an_edit_as_the_authors_do():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ke.json").read_text()), load_file(GOLDEN / "ke.safetensors")
-    network = KENetwork(KE(layers=(1,), lstm_width=6, width=8, mlp_width=6, units="absolute"), lm)
+    network = KENetwork(KE.paper(layers=[1], lstm_width=6, width=8, mlp_width=6), lm)
     assert network.names == about["matrices"]
 
     own = network.state_dict()
@@ -110,7 +110,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     about, theirs = json.loads((GOLDEN / "malmen.json").read_text()), load_file(GOLDEN / "malmen.safetensors")
     edits = [Edit(prompt, target_new=answer) for prompt, answer in about["edits"]]
     names = [lm.parts.value[0], lm.parts.value[1]]
-    network = MALMENNetwork(MALMEN(layers=(0, 1), rank=4), lm)
+    network = MALMENNetwork(MALMEN.paper("gpt-j-6b", layers=[0, 1], rank=4), lm)
     network.names = names  # theirs changes the value matrices only
     network.step = torch.nn.Parameter(torch.zeros(2))
     network.stiffness = torch.nn.Parameter(torch.zeros(2))

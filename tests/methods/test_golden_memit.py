@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, close
 
-from conftest import AuthorsSearch
+from conftest import our_names
 from reknow import LM, Edit
 from reknow.editing.keys import Subjects
 from reknow.editing.solvers import null_space
@@ -46,31 +46,31 @@ def recorded_covariance(monkeypatch):
     monkeypatch.setattr("reknow.editing.search.covariance", covariance)
 
 
+RUNS = {
+    "memit": lambda **tiny: MEMIT.paper("gpt2-xl", covariance_weight=20, **tiny),
+    "emmet": lambda layers, **tiny: EMMET.paper("gpt2-xl", covariance_scale=30, layer=layers[0], **tiny),
+    "pmet": lambda **tiny: PMET.paper("gpt-j-6b", covariance_weight=6, steps=12, **tiny),
+    "pmet_success": lambda **tiny: PMET.paper("gpt-j-6b", covariance_weight=6, **FAR, **tiny),
+    "alphaedit": lambda **tiny: AlphaEdit.paper("gpt2-xl", null_threshold=0.5, **tiny),
+    "alphaedit_llama": lambda **tiny: AlphaEdit.paper("llama-3-8b", null_threshold=5, **LLAMA, **tiny),
+    "alphaedit_blue": lambda **tiny: AlphaEdit.paper(
+        "gpt2-xl", boundary_layers=True, null_threshold=0.5, l2=10, **tiny
+    ),
+}
+"""What papers set, but for what is other in the authors' run on a tiny model."""
+FAR = dict(learning_rate=0.5, weight_decay=0.01, clamp=6, kl_weight=0.02)
+LLAMA = dict(source="easyedit", steps=20, learning_rate=0.5)
+
+
 def built(case):
     """Our method with the settings of the authors' run."""
-    given = case["hparams"]
-    search = dict(
-        steps=given["v_num_grad_steps"],
-        learning_rate=given["v_lr"],
-        units="absolute",
-        kl_weight=given["kl_factor"],
-        weight_decay=given["v_weight_decay"],
-        clamp=given["clamp_norm_factor"],
-        stop_probability=1.0,
-        min_delta=0.0,
-        context_batches=1,
-    )
-    layers = tuple(given["layers"])
-    if case["name"].startswith("memit"):
-        return MEMIT(layers=layers, covariance_weight=given["mom2_update_weight"], **search, **CONTEXTS)
-    if case["name"].startswith("pmet"):
-        return PMET(layers=layers, covariance_weight=given["mom2_update_weight"], **search, **CONTEXTS)
-    if case["name"].startswith("emmet"):
-        scale = given["mom2_update_weight"]
-        return EMMET(layer=layers[0], ridge=given["emmet_lambda"], covariance_scale=scale, **search, **CONTEXTS)
-    blue = case["name"] == "alphaedit_blue"
-    threshold, l2 = given["nullspace_threshold"], given["L2"]
-    return AlphaEdit(layers=layers, null_threshold=threshold, l2=l2, boundary_layers=blue, **search, **CONTEXTS)
+    run = max((run for run in RUNS if case["name"].startswith(run)), key=len)
+    method = RUNS[run](layers=case["hparams"]["layers"], **CONTEXTS)
+    wanted = our_names(case["hparams"])
+    if run == "emmet":
+        wanted["covariance_scale"] = wanted.pop("covariance_weight")
+    assert {field: getattr(method, field) for field in wanted} == wanted
+    return method
 
 
 def edited(lm, case):
@@ -103,8 +103,7 @@ def test_wanted_states_and_keys_are_the_authors(models):
     edits = [Edit(f["prompt"], subject=f["subject"], target_new=f["target_new"]) for f in case["facts"]]
     prefixes = [template.removesuffix("{}") for template in HEAD["templates"]]
     assert close(Subjects(lm, edits, prefixes).keys(0), TENSORS["memit/keys"])
-    search = AuthorsSearch(steps=case["hparams"]["v_num_grad_steps"], clamp=0.75, site="block")
-    assert close(find_values(lm, edits, 1, prefixes, search).z, TENSORS["memit/z"])
+    assert close(find_values(lm, edits, 1, prefixes, built(case)).z, TENSORS["memit/z"])
 
 
 def test_alphaedit_protects_the_keys_of_the_edit_before(models):
@@ -128,7 +127,7 @@ def test_knowledge_neurons_are_the_authors(models):
     lm, case = models["gpt2"], HEAD["kn"]
     scores = attribute_neurons(lm, case["prompt"], case["target_true"], case["steps"])
     assert close(scores, TENSORS["kn/scores"])
-    method = KN(prompt_share=case["share"], old_weight=2, new_weight=1, normalize=False, flip_negative=False)
+    method = KN.paper("gpt2-xl", new_weight=1)
     edit = Edit(case["prompt"], target_new=case["target_new"], target_true=case["target_true"])
     patch = method.edit(lm, [edit])
     assert patch.notes["neurons"] == case["neurons"]

@@ -25,16 +25,15 @@ def test_grace_gives_the_authors_codebook(case):
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     tensors = load_file(GOLDEN / "grace.safetensors")
     for number, wanted in enumerate(case["edits"]):
-        method = GRACE(
-            layer=case["layer"],
-            epsilon=case["eps"],
-            steps=case["n_iter"],
-            learning_rate=case["lr"],
-            stop_loss=0,
-            replacement=REPLACEMENT[case["replacement"]],
-            units="absolute",
+        method = GRACE.paper(
+            "gpt2-xl",
+            source=None if case["name"] == "authors" else case["name"],
+            layer=0,
+            epsilon=4,
+            steps=12,
             seed=number,
         )
+        assert method.replacement == REPLACEMENT[case["replacement"]] and method.learning_rate == case["lr"]
         lm.apply(method.edit(lm, [Edit(wanted["prompt"], target_new=wanted["target_new"])]))
         patch = lm.patches[-1]
         assert patch.notes["slots"] == [wanted["slot"]] and patch.notes["keys"] == wanted["keys"]

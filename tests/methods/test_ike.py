@@ -69,7 +69,7 @@ def test_the_authors_prompt(roomy, tmp_path):
         )
         for i in range(golden["records"])
     ]
-    shows = IKE().fit(roomy, cases, tmp_path / "cases.jsonl")
+    shows = IKE.paper(encoder=None).fit(roomy, cases, tmp_path / "cases.jsonl")
     edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
     ours = shows._worded([(cases[i], "") for i in golden["near"][:32]], edit)
     sayings = [{text for texts in ike._wordings(cases[i]) for text in texts} for i in golden["near"][:32]]

@@ -32,7 +32,7 @@ def test_defer_is_adam_on_whole_matrices():
     """u, sign(x) and one number are what the authors' loop makes of two full linear maps."""
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     wanted = json.loads((GOLDEN / "defer.json").read_text())
-    method = DEFER(layer=0, steps=len(wanted[0]["losses"]), learning_rate=0.1, stop_loss=0, units="absolute")
+    method = DEFER.paper("gpt2-xl", layer=0, steps=len(wanted[0]["losses"]))
     for case in wanted:
         patch = method.edit(lm, [edit(case["prompt"], case["target_new"])])
         assert patch.notes["losses"][0] == pytest.approx(case["losses"], rel=2e-3)
