@@ -1,4 +1,4 @@
-"""Patch files and stack folders keep every bit, and a failed save keeps the old ones."""
+"""Patch files keep every bit, and a failed save keeps the old ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,12 +16,9 @@ from safetensors.torch import save_file
 
 import reknow
 from conftest import bits, make_lm, same, some_patch
-from reknow import LM, Patch
+from reknow import Patch
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import atomic_write
-from reknow.patching.stack import STACK_FILE, read_stack, save_stack
-
-# --- files -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -153,50 +149,3 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     )
     assert "could not be written" in done.stdout and "Traceback" not in done.stderr, done.stderr
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["one.patch"]
-
-
-# --- stack folders ---------------------------------------------------------------------------------------
-
-
-def test_a_stack_folder_opens_as_it_was(lm, tmp_path):
-    base = tmp_path / "base"
-    lm.model.save_pretrained(base)
-    lm.tokenizer.save_pretrained(base)
-    patches = [some_patch(lm, 1)]
-    patches.append(some_patch(lm, 2, dense=True, made_on=(patches[0].id,)))
-    for patch in patches:
-        lm.apply(patch)
-    folder = save_stack(tmp_path / "stack", str(base), lm.patches)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        opened = LM(folder)
-    assert [p.id for p in opened.patches] == [p.id for p in patches] and opened.name == str(base)
-    assert same(bits(opened), bits(lm))
-    for patch in patches:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            opened.revert(patch.id)
-            lm.revert(patch)
-    assert same(bits(opened), bits(lm))
-
-
-def test_a_stack_is_replaced_whole(lm, tmp_path):
-    one, two = some_patch(lm, 1), some_patch(lm, 2)
-    save_stack(tmp_path, "base", [one, two])
-    save_stack(tmp_path, "base", [two])
-    base, patches = read_stack(tmp_path)
-    assert base == "base" and [p.id for p in patches] == [two.id]
-    assert read_stack("some/model") == ("some/model", [])
-
-
-def test_a_stack_folder_of_a_newer_format_is_refused(tmp_path):
-    (tmp_path / STACK_FILE).write_text('{"format": 99, "base": "demo:gpt2", "patches": []}')
-    with pytest.raises(PatchError, match="has 99: upgrade"):
-        read_stack(tmp_path)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"base": "x"}', '{"base": "x", "patches": ["gone.patch"]}'])
-def test_a_broken_stack_folder_is_refused(tmp_path, text):
-    (tmp_path / STACK_FILE).write_text(text)
-    with pytest.raises(PatchError, match=r"stack folder|patch file"):
-        LM(tmp_path)
