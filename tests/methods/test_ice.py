@@ -10,28 +10,17 @@ import torch
 
 from conftest import make_lm
 from families import CORE_FAMILIES
-from reknow import FT, ICE, LM, Patch, method
+from reknow import FT, ICE, Patch, method
 from reknow.cli.measuring import _methods
 from reknow.editing import self_distillation
-from reknow.editing.descent import StepSize, TrainableMatrices
 from reknow.editing.self_distillation import prepend_context
 from reknow.errors import EditFailed, InputError
-from reknow.model.generation import sample
-from reknow.model.hooks import weight_replaced
-from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import Text
 from reknow.studies.ice.convergence import consistency, likeliest
 from reknow.studies.presets import PRESETS
 
 FAST = dict(layers=(1, 2), learning_rate=0.03, steps=12, clamp=None)
-
-
-def nll(lm: LM, text: Text) -> torch.Tensor:
-    """NLL of the target's tokens, by one plain pass of the model."""
-    (row,) = lm.encode([text])
-    log_probs = lm.model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
-    return -log_probs[:-1].gather(1, torch.tensor(row.ids[1:])[:, None])[row.prompt_length - 1 :, 0]
 
 
 @pytest.mark.parametrize("family", CORE_FAMILIES)
@@ -228,68 +217,6 @@ def test_a_missing_context_and_too_long_a_text_are_refused(lm, edit):
         ICE(layers=()).edit(lm, [edit])
     with pytest.raises(EditFailed, match="learning_rate"):
         ICE(layers=(1,), learning_rate=1e38, clamp=None).edit(lm, [edit])
-
-
-# --- sampling and scoring
-
-
-def test_greedy_limit_of_the_sampling_is_what_the_model_says(lm, edit):
-    rows = lm.encode([Text(edit.text), Text("The capital of Peru is")])
-    drawn = sample(lm, rows, 4, temperature=1e-4, top_k=None, generator=torch.Generator().manual_seed(0))
-    for row, tokens in zip(rows, drawn, strict=True):
-        ids = list(row.ids)
-        for token in tokens:
-            with torch.no_grad():
-                logits = lm.model(torch.tensor([ids])).logits[0, -1]
-            logits[lm.tokenizer.eos_token_id] = -torch.inf
-            assert token == int(logits.argmax())
-            ids.append(token)
-
-
-def test_high_temperature_is_uniform_over_the_likeliest(lm, edit):
-    (row,) = lm.encode([Text(edit.text)])
-    with torch.no_grad():
-        logits = lm.model(torch.tensor([row.ids])).logits[0, -1]
-    logits[lm.tokenizer.eos_token_id] = -torch.inf
-    generator = torch.Generator().manual_seed(0)
-    drawn = sample(lm, [row] * 300, 1, temperature=1e6, top_k=5, generator=generator)
-    counts = torch.tensor([sum(tokens == (int(top),) for tokens in drawn) for top in logits.topk(5).indices])
-    assert counts.sum() == 300 and counts.min() > 30
-
-
-def test_sampling_without_a_cache_gives_the_same(lm, edit, monkeypatch):
-    rows = lm.encode([Text(edit.text), Text("The capital of Peru is")])
-    options = dict(temperature=2.0, top_k=20)
-    cached = sample(lm, rows, 4, generator=torch.Generator().manual_seed(3), **options)
-    monkeypatch.setattr(lm, "parts", replace(lm.parts, replayable=False))
-    assert sample(lm, rows, 4, generator=torch.Generator().manual_seed(3), **options) == cached
-
-
-@pytest.mark.parametrize("layer", [None, 0, 2])
-def test_scored_places_are_those_of_one_row_alone(lm, edit, layer):
-    texts = [Text(edit.text, "English"), Text("Lima is the capital of", "Peru")]
-    rows = lm.encode(texts)
-    scored = ScoredTokens(lm, rows, [predictions(row, row.prompt_length) for row in rows], layer)
-    with torch.no_grad():
-        alone = torch.cat([nll(lm, text) for text in texts])
-        assert torch.allclose(scored.nll(), alone, atol=1e-4)
-
-
-def test_matrices_are_used_only_while_open(lm, edit):
-    name = lm.parts.value[0]
-    matrices = TrainableMatrices(lm, [name], StepSize(0.1))
-    rows = lm.encode([Text(edit.text, "English")])
-    scored = ScoredTokens(lm, rows, [predictions(rows[0], rows[0].prompt_length)], None)
-    with matrices.in_use():
-        matrices.step(scored.nll().sum())
-        inside = scored.nll().detach()
-    with torch.no_grad():
-        outside = scored.nll()
-        weight = lm.weight(name) + matrices.deltas()[name].dense().float()
-        with weight_replaced(lm.model.get_submodule(name), weight):
-            assert torch.allclose(scored.nll(), inside, atol=1e-5)
-    assert not torch.allclose(inside, outside)
-    assert isinstance(rows[0], Row)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "clamp"])
