@@ -11,14 +11,14 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import make_lm, saved
-from reknow import Edit, Patch, method, progress
+from reknow import Edit, Patch, method
 from reknow.cli import app
 from reknow.contract import check_edits
 from reknow.editing.covariance import statistics
 from reknow.errors import InputError
 from reknow.evaluation.effect import Snapshot, collapsed
 from reknow.methods import METHODS
-from reknow.progress import progress_line, stage, told, watched
+from reknow.progress import Progress, progress_line
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]
@@ -170,17 +170,17 @@ def test_a_question_without_a_subject_is_told_who_takes_it(name, empty_folder):
 # --- how far a long work is ----------------------------------------------------------------------------------
 
 
-def test_a_stage_tells_whoever_watches_how_far_it_is():
-    heard: list[str] = []
-    with stage("unheard", 3) as advance:
+def test_a_stage_reports_how_far_it_is():
+    heard, progress = list[str](), Progress()
+    with progress.stage("unheard", 3) as advance:
         advance()
-    with watched(heard.append), stage("trying layers", 2) as advance:
-        told(0, 4, 0.25)
+    with progress.reported_to(heard.append), progress.stage("trying layers", 2) as advance:
+        progress.step(0, 4, 0.25)
         advance()
-        with stage("reading", 1000) as inner:
+        with progress.stage("reading", 1000) as inner:
             inner(600)
         advance()
-    told(0, 4, 0.25)
+    progress.step(0, 4, 0.25)
     assert heard == [
         "trying layers, 0 of 2",
         "trying layers, 0 of 2: loss 0.25, step 1 of 4",
@@ -191,10 +191,10 @@ def test_a_stage_tells_whoever_watches_how_far_it_is():
     ]
 
 
-def test_the_library_tells_what_takes_long(tmp_path):
+def test_the_library_reports_what_takes_long(tmp_path):
     lm, heard, text = make_lm(), [], tmp_path / "text.txt"
     text.write_text("The mother tongue of Peru is Spanish.\n\n" * 40)
-    with watched(heard.append):
+    with lm.progress.reported_to(heard.append):
         statistics(lm, [1], tokens=150, text=str(text))
         method("rome", layer=1, steps=2, turns=1, context_groups=((2, 3), (2, 4)), covariance_tokens=0).edit(
             lm, [Edit("The capital of {} is", subject="Peru", target_new="Rome")]
@@ -207,22 +207,23 @@ def test_the_library_tells_what_takes_long(tmp_path):
 
 
 def test_without_a_terminal_lines_come_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "PATIENCE", 0.0)
-    with progress_line("rome"):
-        told(0, 4, 0.25)
-        told(1, 4, 0.125)
+    progress = Progress()
+    monkeypatch.setattr("reknow.progress.PATIENCE", 0.0)
+    with progress_line(progress, "rome"):
+        progress.step(0, 4, 0.25)
+        progress.step(1, 4, 0.125)
     assert capsys.readouterr().err == "rome: loss 0.25, step 1 of 4\nrome: loss 0.125, step 2 of 4\n"
-    monkeypatch.setattr(progress, "PATIENCE", 3600.0)
-    with progress_line("rome"):
-        told(0, 4, 0.25)
+    monkeypatch.setattr("reknow.progress.PATIENCE", 3600.0)
+    with progress_line(progress, "rome"):
+        progress.step(0, 4, 0.25)
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_terminal_shows_one_line_that_goes_away(monkeypatch):
-    screen = io.StringIO()
+    screen, progress = io.StringIO(), Progress()
     monkeypatch.setattr(screen, "isatty", lambda: True)
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setenv("TERM", "xterm")
-    with progress_line("rome"):
-        told(0, 4, 0.25)
+    with progress_line(progress, "rome"):
+        progress.step(0, 4, 0.25)
     assert "rome: loss 0.25, step 1 of 4" in screen.getvalue() and screen.getvalue().endswith("\x1b[2K")

@@ -72,7 +72,7 @@ def _show(lm: LM, cases: list[Case]) -> list[Patch]:
     """Edits one fact at a time and prints what the model says before and after; the patches."""
     from reknow.progress import progress_line
 
-    with progress_line("demo"):
+    with progress_line(lm.progress, "demo"):
         patches = [_method("rome").edit(lm, [case.edit]) for case in cases]
     for case, patch in zip(cases, patches, strict=True):
         asked = [("the fact", case.edit.text)]

@@ -142,7 +142,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     if estimate(lm, method, edits).guessed:
         warn("no layer given: one is chosen by trial edits, once for this model; --layer N is quicker")
     started = time.perf_counter()
-    with progress_line(method.name):
+    with progress_line(lm.progress, method.name):
         patch = method.edit(lm, edits)
     seconds = time.perf_counter() - started
     facts = control_facts(lm, edits)

@@ -45,7 +45,7 @@ def stats(
     if state.num_processes > 1 and opening.device is None:
         opening = replace(opening, device=str(state.device))
     lm = opening.open(model)
-    with progress_line("stats"):
+    with progress_line(lm.progress, "stats"):
         found = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
     if not state.is_main_process:
         return

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from reknow.progress import stage
 from reknow.texts.writing import full_stop
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ def sample_contexts(
 
     def sample() -> tuple[str, ...]:
         texts: list[str] = []
-        with lm.unpatched(), stage("writing contexts, groups", len(groups)) as advance:
+        with lm.unpatched(), lm.progress.stage("writing contexts, groups", len(groups)) as advance:
             for count, tokens in groups:
                 opening = [first_words[i % len(first_words)] if first_words else "" for i in range(count)]
                 continued = lm.generate(opening, tokens, top_k=5, seed=seed)

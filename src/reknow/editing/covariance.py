@@ -41,7 +41,6 @@ from reknow.model.exclusive import typed_exclusively
 from reknow.model.hooks import by_row, recorded
 from reknow.model.parts import device_of, shape
 from reknow.model.tokens import Row, Text, encode
-from reknow.progress import stage
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -265,7 +264,7 @@ def _sum_keys(task: _Task) -> tuple[dict[str, Triangle], int]:
         totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(exact_device(_device(lm, name))) for name, total in totals.items()}
     saved = time.monotonic()
-    with lm.unpatched(), stage(f"reading {source.name} for statistics, tokens", task.tokens) as advance:
+    with lm.unpatched(), lm.progress.stage(f"reading {source.name} for statistics, tokens", task.tokens) as advance:
         for number, rows in enumerate(_batches(lm, source.texts(), task.tokens)):
             advance(sum(len(row.ids) for row in rows))
             if number < following or number % task.world != task.rank:

@@ -21,7 +21,7 @@ from reknow.checks.bounds import Formerly, Rate, Units, Weight
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu, weight_replaced
 from reknow.patching.deltas import Delta, Dense
-from reknow.progress import told
+from reknow.progress import Progress
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -38,6 +38,7 @@ def descend(
     steps: int,
     finished: Callable[[Tensor], Tensor],
     *,
+    progress: Progress,
     shuffle: torch.Generator | None = None,
     after_pass: Callable[[int], object] = lambda step: None,
 ) -> list[list]:
@@ -50,6 +51,7 @@ def descend(
         steps: passes at most.
         finished: which of these losses need no update any more, boolean: one per item, or one for all. It is asked
             for each batch before its update, and for the whole pass whether the descent is at its end.
+        progress: reports every pass.
         shuffle: draws another order of the batches for every pass; None: as they stand.
         after_pass: called with the number of the pass, from 0.
 
@@ -75,7 +77,7 @@ def descend(
         after_pass(step)
         whole = torch.cat([losses[i] for i in range(len(batches))])
         passes.append(whole.tolist())
-        told(step, steps, float(whole.reshape(len(whole), -1)[:, 0].mean()))
+        progress.step(step, steps, float(whole.reshape(len(whole), -1)[:, 0].mean()))
         if bool(finished(whole).all()):
             break
     return passes

@@ -56,7 +56,7 @@ def train_each(
     for part in (order[start : start + count] for start in range(0, len(order), count)):
         deltas = IndependentDeltas(weight, len(part), step_size)
         here = _Rows(lm, [rows[i] for i in part], [pairs[i] for i in part], layer, deltas)
-        passes = descend([here.losses], here.update, steps, lambda losses: losses < stop_loss)
+        passes = descend([here.losses], here.update, steps, lambda losses: losses < stop_loss, progress=lm.progress)
         for number, i in enumerate(part):
             course = [losses[number] for losses in passes]
             end = next((step for step, loss in enumerate(course, 1) if loss < stop_loss), len(course))

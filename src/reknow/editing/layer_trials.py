@@ -28,7 +28,6 @@ from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.schema import Count, FormatError, Listed, Strict, explain, first_problem, parse_json
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
-from reknow.progress import stage
 from reknow.registry import make
 from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 
@@ -201,13 +200,13 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
             return []
         facts = [edit.fact for edit in edits]
         traces = []
-        with stage("tracing facts", len(facts)) as advance:
+        with lm.progress.stage("tracing facts", len(facts)) as advance:
             for trace in trace_facts(lm, facts, Tracing(kinds=("mlp",), tokens="subject_last")):
                 traces.append(trace)
                 advance()
         effects = average(traces).effects["mlp"][TOKEN_CLASSES.index("Last subject token")].tolist()
         chosen, scores = candidates(effects, papers_layers(lm)), []
-        with stage("trying layers", len(chosen)) as advance:
+        with lm.progress.stage("trying layers", len(chosen)) as advance:
             for layer in chosen:
                 scores.append(_score_layer(lm, layer, effects[layer], edits))
                 advance()

@@ -28,7 +28,7 @@ from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Row
-from reknow.progress import told
+from reknow.progress import Progress
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -116,7 +116,7 @@ def _search_batch(
         else:
             sizes, units = _relative_units(batches, sites, lm.parts.residual_identity)
         with torch.enable_grad():
-            delta, losses = _descend(batches, sizes, units, index.to(start.device), search)
+            delta, losses = _descend(batches, sizes, units, index.to(start.device), search, lm.progress)
     return Values(delta, start[-1], bare("value"), bare("key"), mean("value"), mean("key"), losses)
 
 
@@ -151,7 +151,7 @@ def value_loss(
 
 
 def _descend(
-    batches: list[FactBatch], sizes: Tensor, units: Tensor, index: Tensor, search: SearchSettings
+    batches: list[FactBatch], sizes: Tensor, units: Tensor, index: Tensor, search: SearchSettings, progress: Progress
 ) -> tuple[Tensor, list[list[float]]]:
     """(δ of every fact at the last site, losses): Adam on δ, each pass with the next batch of contexts.
 
@@ -174,7 +174,7 @@ def _descend(
         unedited = scores.kl_prompt.detach() if unedited is None else unedited
         loss, drift = value_loss(delta, scores, unedited[read], sizes[:, read], convergence.nll_weight[read], search)
         finite_loss(loss.sum())
-        told(step, search.steps, float(loss.detach().mean()))
+        progress.step(step, search.steps, float(loss.detach().mean()))
         convergence.record(loss.detach(), drift.detach(), scores)
         if step == search.steps - 1 or not bool(convergence.running.any()):
             break

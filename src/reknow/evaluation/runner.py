@@ -32,7 +32,7 @@ from reknow.files.manifest import open_manifest
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import unreadable
-from reknow.progress import progress_bar, watched
+from reknow.progress import progress_bar
 
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""
@@ -197,7 +197,7 @@ class _Run:
                 continue
             about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             makeable = [name for name in names if name not in self.unreadable]
-            with watched(lambda text, about=about: self.tell(f"{label}, {about}: {text}")):
+            with self.lm.progress.reported_to(lambda text, about=about: self.tell(f"{label}, {about}: {text}")):
                 found = edit_each(self.lm, method, [self.cases[name].edits for name in makeable])
             made = dict(zip(makeable, found, strict=True))
             for name in names:
@@ -218,7 +218,9 @@ class _Run:
             for start in range(0, len(names), size):
                 chunk = names[start : start + size]
                 file = None if folder is None else folder / f"{start:06d}.patch"
-                with watched(lambda text, number=start: self.tell(f"{label}, from edit {number + 1}: {text}")):
+                with self.lm.progress.reported_to(
+                    lambda text, number=start: self.tell(f"{label}, from edit {number + 1}: {text}")
+                ):
                     now = self.apply_patch(method, chunk, file)
                 costs |= now
                 if plan.mode == "sequential":

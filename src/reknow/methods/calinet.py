@@ -123,7 +123,9 @@ class CaliNet(SideModuleMethod):
         stored = [Slots.read(lm, patch) for patch in versions(lm.patches, self.name)]
         with lm.temporary_memory(self.name, slot_hooks([*stored, slots])), torch.enable_grad():
             answers, update = AnswerLoss(lm, rows, layer), adam_update(torch.optim.Adam(groups))
-            passes = descend([answers.nll], update, self.steps, lambda losses: losses.mean() < self.stop_loss)
+            passes = descend(
+                [answers.nll], update, self.steps, lambda losses: losses.mean() < self.stop_loss, progress=lm.progress
+            )
         notes["losses"] = [fmean(losses) for losses in passes]
         state = {"keys": keys.detach(), "values": values.detach()}
         return memory_patch(self, lm, edits, state, memory=slots.memory, notes=notes)

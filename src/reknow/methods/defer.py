@@ -126,7 +126,9 @@ class DEFER(SideModuleMethod):
 
         with lm.temporary_memory(self.name, Hooks({gate.module: mix})), torch.enable_grad():
             answers = AnswerLoss(lm, rows, layer)
-            passes = descend([loss], adam_update(torch.optim.Adam(groups)), self.steps, finished)
+            passes = descend(
+                [loss], adam_update(torch.optim.Adam(groups)), self.steps, finished, progress=lm.progress
+            )
         gate.add(inputs[0].sign(), move.detach(), opening.detach())
         return [nll for ((nll, _),) in passes]
 

@@ -133,6 +133,7 @@ class ICE(StepSize, Method):
                 self.steps,
                 lambda losses: losses[:, -1].mean() < stop_loss,
                 after_pass=lambda step: repetitions.append(sum(batch.repetitions() for batch in batches)),
+                progress=lm.progress,
             )
         notes = {name: [fmean(edit[i] for edit in losses) for losses in passes] for i, name in enumerate(LOSSES)}
         notes = {"layers": layers, **notes, "repetitions": repetitions}

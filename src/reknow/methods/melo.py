@@ -141,7 +141,11 @@ class MELO(SideModuleMethod):
         ):
             answers = AnswerLoss(lm, rows, layer)
             passes = descend(
-                [answers.nll], adam_update(optimizer), self.steps, lambda losses: losses.max() < self.stop_loss
+                [answers.nll],
+                adam_update(optimizer),
+                self.steps,
+                lambda losses: losses.max() < self.stop_loss,
+                progress=lm.progress,
             )
         return [(down.detach(), up.detach()) for down, up in block.values()], [fmean(losses) for losses in passes]
 

@@ -158,7 +158,7 @@ class WISE(SideModuleMethod):
 
             mask, rate, clamp = shard.mask.to(lm.device), self.learning_rate * size, self.clamp * size
             update = ShardDescent(delta, mask, rate, clamp, relative=relative)
-            passes = descend([loss], update, self.steps, lambda losses: losses < self.stop_loss)
+            passes = descend([loss], update, self.steps, lambda losses: losses < self.stop_loss, progress=lm.progress)
         delta = delta.detach()
         return (delta - before).cpu(), float(distance(*inside, delta).mean()), [loss for (loss,) in passes]
 

@@ -17,6 +17,7 @@ from reknow.model.forward_context import RunningPass
 from reknow.model.hooks import by_row, fused_gelu, recorded
 from reknow.model.parts import Parts, accepts_positions, device_of, embedding, find_parts
 from reknow.model.tokens import Batch, Row, Text, encode, make_batches, pad
+from reknow.progress import Progress
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class Decoder(ABC):
         chat: prompts are put into the tokenizer's chat template.
         parts: where its matrices are.
         running: what is known of the pass that runs.
+        progress: reports how far a long work is.
         memo: see `cached`.
     """
 
@@ -38,6 +40,7 @@ class Decoder(ABC):
         self.model.config.return_dict = True  # outputs are read by name
         self.memo: dict[tuple, Any] = {}
         self.running = RunningPass()
+        self.progress = Progress()
         self.parts: Parts = find_parts(self.model)
         self._takes_positions = accepts_positions(self.model)
 
