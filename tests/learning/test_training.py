@@ -1,10 +1,8 @@
-"""The training loop and the trained editor: resumed to the bit, shared like a model, refused where it fits not."""
+"""The training loop: resumed to the bit, stopped in time, shared by processes; and the command that runs it."""
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,21 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from conftest import bits, make_lm, same
-from reknow import KE, LM, MEND, Case, Edit, Patch, Probe, evaluate
+from reknow import KE, MEND, Case, Edit, Patch, Probe
 from reknow.cli import app
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.cost import estimate
-from reknow.learning.editors import Editor, case_keys, open_editor
-from reknow.learning.examples import Averaging, Example, ExampleBatch, LocalityTokens, Losses, make_examples
-from reknow.learning.gradients import delta_added
+from reknow.learning.editors import Editor, case_keys
 from reknow.learning.learned import Learned
 from reknow.learning.training import Training, shuffled, split_cases
 from reknow.methods.ke import KENetwork
-from reknow.model.tokens import Text, split_by_length
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
 METHOD = MEND(rank=8, layers=(1, 2), learning_rate=3e-3, step_size_learning_rate=1e-3)
@@ -72,43 +67,6 @@ def test_training_leaves_the_model_and_learns(tmp_path):
     assert log[-1]["L_edit"] < log[0]["L_edit"], log
     assert editor.notes["validation"]["loss"] == min(row["validation loss"] for row in log)
     assert not (tmp_path / "checkpoint.safetensors").exists()
-
-
-def test_an_example_holds_as_many_other_facts_as_are_asked_for():
-    edit = Edit("The capital of {} is", subject="Peru", target_new="Paris")
-    probes = tuple(Probe(f"The capital of Land {i} is", ("Lima",), "locality", "other") for i in range(3))
-    for count, expected in ((1, 1), (2, 2), (9, 3)):
-        (example,) = make_examples([Case(edit, probes)], random.Random(0), locality_facts=count)
-        assert len({text.prompt for text in example.out_of_scope}) == expected
-
-
-def test_what_counts_alike_in_the_losses():
-    """Long and short texts, in batches of their own: means over tokens and texts, against the rows read alone."""
-    lm, layer = make_lm(), 1
-    long = Text("The capital of Peru and of all that is in Peru is", "Lima and Paris")
-    found = [Example(long, (long,), (long,)), Example(long, (Text("I", "of"),), (Text("I am", "in"),))]
-    deltas = {lm.parts.value[layer]: 0.3 * torch.randn(lm.base_weight(lm.parts.value[layer]).shape)}
-
-    def read(examples: list[Example], locality_tokens: LocalityTokens, average_over: Averaging) -> Losses:
-        batch = ExampleBatch(lm, examples, layer, locality_tokens=locality_tokens, average_over=average_over)
-        return batch.losses(lambda _: delta_added(lm, deltas))
-
-    kinds: tuple[LocalityTokens, ...] = ("all", "answer")
-    alone: list[Losses] = []
-    for locality_tokens in kinds:
-        alone = [read([example], locality_tokens, "tokens") for example in found]
-        texts = read(found, locality_tokens, "texts")
-        assert texts.edit.item() == pytest.approx(sum(one.edit.item() for one in alone) / 2, rel=1e-4)
-        assert texts.locality.item() == pytest.approx(sum(one.locality.item() for one in alone) / 2, rel=1e-4)
-    sizes = [len(row.target_ids) for row in lm.encode([example.in_scope[0] for example in found])]
-    tokens = read(found, "answer", "tokens")
-    weighted = sum(n * one.edit.item() for n, one in zip(sizes, alone, strict=True)) / sum(sizes)
-    assert sizes[0] > sizes[1] and tokens.edit.item() == pytest.approx(weighted, rel=1e-4)
-    assert (
-        split_by_length([9, 2, 2, 2]) == [[1, 2, 3], [0]]
-        and split_by_length([5, 4, 5]) == [[1, 0, 2]]
-        and split_by_length([3]) == [[0]]
-    )
 
 
 SCRIPT = """
@@ -238,20 +196,6 @@ def test_split_and_order():
         Training(steps=0)
 
 
-def test_an_editor_belongs_to_its_model(whole, tmp_path):
-    edit = cases(1)[0].edit
-    with pytest.raises(InputError, match=r"belongs to a model with other weights: train one with `reknow train mend"):
-        whole.edit(make_lm(seed=1), [edit])
-    with pytest.raises(InputError, match="other layers or sizes"):
-        whole.edit(make_lm("llama"), [edit])
-    with pytest.raises(InputError, match="none is given and none is bundled"):
-        MEND().edit(make_lm(), [edit])
-    with pytest.raises(InputError, match="there is no such file"):
-        MEND(editor=str(tmp_path / "none")).edit(make_lm(), [edit])
-    half = LM((make_lm().model.to(torch.bfloat16), make_lm().tokenizer))
-    assert whole.edit(half, [edit]).deltas, "the same model in another dtype is the same model"
-
-
 def test_the_cost_of_an_edit_is_a_gradient_and_its_transform(whole, tmp_path):
     reader = run(tmp_path, replace(QUICK, steps=1), method=READER)
     for method in (whole, reader):
@@ -265,32 +209,6 @@ def test_ke_reads_embeddings_that_are_narrower_than_states(edit):
     network = KENetwork(KE(lstm_width=4, width=8, mlp_width=4).for_model(lm), lm)
     assert network.reader.input_size == 16  # torch does not always notice
     assert network.read(lm, [edit, edit]).shape == (2, 8)
-
-
-def test_an_editor_is_a_file(whole, tmp_path):
-    editor = Editor.load(Path(whole.editor).parent)
-    path = editor.halved().save(tmp_path / "small.safetensors")
-    small = open_editor("mend", str(path), make_lm())
-    assert path.stat().st_size < Path(whole.editor).stat().st_size
-    for name, tensor in small.tensors.items():
-        torch.testing.assert_close(tensor, editor.tensors[name], rtol=1e-3, atol=1e-3)
-        assert tensor.dtype == torch.float32
-    assert small.settings["rank"] == 8 and small.method == "mend"
-    other = replace(editor, method="ke").save(tmp_path / "ke.safetensors")
-    with pytest.raises(InputError, match=r"expected an editor for mend; .* is one for ke"):
-        MEND(editor=str(other)).edit(make_lm(), [cases(1)[0].edit])
-    header = {"reknow": json.dumps({"format": 1, "kind": "weights"})}
-    save_file({"a": torch.zeros(1)}, tmp_path / "patch", metadata=header)
-    with pytest.raises(InputError, match=r"field kind: Input should be 'editor'"):
-        Editor.load(tmp_path / "patch")
-
-
-def test_cases_that_the_editor_has_seen_are_refused(whole):
-    lm = make_lm()
-    with pytest.raises(InputError, match=r"was not trained; it was on 1 of 1, such as 't/3'"):
-        evaluate(lm, [cases()[3]], whole)
-    unseen = replace(cases()[3], edit=replace(cases()[3].edit, prompt="The home of {} is"))
-    assert evaluate(lm, [unseen], whole)
 
 
 def test_the_command(tmp_path):

@@ -104,14 +104,6 @@ class Editor:
         named = {name.removeprefix("editor."): tensor for name, tensor in tensors.items()}
         return cls(header.method, header.settings, named, base, seen, header.notes, header.version)
 
-    def halved(self) -> Editor:
-        """The editor with its matrices in float16, which is half as large; it computes in float32 all the same.
-
-        Vectors stay: sums of squares among them are too large for float16.
-        """
-        small = {name: t.half() if t.is_floating_point() and t.dim() > 1 else t for name, t in self.tensors.items()}
-        return replace(self, tensors=small)
-
 
 def open_editor(method: str, path: str | None, lm: LM) -> Editor:
     """The trained editor of the method of this name, on the model's device, in float32.
