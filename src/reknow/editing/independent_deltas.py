@@ -80,7 +80,7 @@ class _Rows:
         self._read()
 
     def _read(self) -> None:
-        rows, pairs = ([values[i] for i in self._running] for values in (self._rows, self._pairs))
+        rows, pairs = [self._rows[i] for i in self._running], [self._pairs[i] for i in self._running]
         self._inside, self._scored = self._running, ScoredTokens(self._lm, rows, pairs, self._layer)
 
     def losses(self) -> Tensor:

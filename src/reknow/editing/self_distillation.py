@@ -83,7 +83,7 @@ class SampledAnswers:
             with_context: sample behind context and question; False: behind the question.
             behind_answer: the answer stands there too.
         """
-        drawn = torch.randint(len(introductions), (len(self.contexts),), generator=generator).tolist()
+        drawn: list[int] = torch.randint(len(introductions), (len(self.contexts),), generator=generator).tolist()
         texts = [
             prepend_context(edit, context, introductions[i], separator)
             for (edit, context), i in zip(self.contexts, drawn, strict=True)

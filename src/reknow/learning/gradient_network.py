@@ -135,8 +135,8 @@ class TransformLearner:
         if observe:
             self.module.observe(flat)
         changes = {
-            name: tuple(_grouped(factors[name].spread(side), at_once) for side in sides)
-            for name, sides in self.module(flat).items()
+            name: (_grouped(factors[name].spread(u), at_once), _grouped(factors[name].spread(v), at_once))
+            for name, (u, v) in self.module(flat).items()
         }
         read = self.settings.read_examples(self.lm, examples)
         return read.losses(lambda numbers: row_changes(self.lm, changes, numbers // at_once))

@@ -76,8 +76,8 @@ class MatrixEditor(Learned):
     def read_examples(self, lm: LM, examples: Sequence[Example]) -> ExampleBatch:
         """Their texts, by settings that `for_model` gave."""
         assert self.layers is not None
-        options = {"locality_tokens": self.locality_tokens, "average_over": self.average_over}
-        return ExampleBatch(lm, examples, min(self.layers), **options)
+        tokens, over = self.locality_tokens, self.average_over
+        return ExampleBatch(lm, examples, min(self.layers), locality_tokens=tokens, average_over=over)
 
     def for_model(self, lm: LM) -> Self:
         layers = range(max(0, lm.layers - 3), lm.layers) if self.layers is None else self.layers

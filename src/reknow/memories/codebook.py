@@ -66,7 +66,8 @@ class Codebook:
 
     @classmethod
     def empty(cls, width_in: int, width_out: int, device: torch.device) -> Codebook:
-        return cls(*(torch.zeros(0, *size, device=device) for size in ((width_in,), (width_out,), ())), [])
+        keys, values = (torch.zeros(0, width, device=device) for width in (width_in, width_out))
+        return cls(keys, values, torch.zeros(0, device=device), [])
 
     @classmethod
     def of(cls, patches: Sequence[Patch], device: torch.device) -> Codebook:
@@ -86,9 +87,11 @@ class Codebook:
             known += len(new)
         newest = torch.zeros(known, dtype=torch.long).scatter_reduce(0, slots, torch.arange(len(slots)), "amax")
         names = ("keys", "values", "radii")
-        tensors = (torch.cat([patch.state[name] for patch in patches])[newest].to(device) for name in names)
+        keys, values, radii = (
+            torch.cat([patch.state[name] for patch in patches])[newest].to(device) for name in names
+        )
         labels = [tuple(label) for patch in patches for label in patch.memory["labels"]]
-        return cls(*tensors, [labels[i] for i in newest])
+        return cls(keys, values, radii, [labels[i] for i in newest])
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(distance to the nearest key, its number) of each query (n, in)."""
@@ -100,7 +103,8 @@ class Codebook:
         """Places an edit; gives the number of the key that has its value. See `placement`. key: (in,)"""
         if not self.labels:
             return self._add(key, radius, label)
-        distance, slot = (each.item() for each in self.nearest(key[None]))
+        distances, slots = self.nearest(key[None])
+        distance, slot = float(distances), int(slots)
         old = float(self.radii[slot])
         match placement(distance, radius + old, label == self.labels[slot], scale):
             case "add":

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
         modules = ScopeAndCounterfactual(self, lm, trained)
         texts = [[edit.text, *map(edit.fill, edit.rephrasings)] for edit in edits]
         replaced = EditMemory(lm, stored).conflicts(edits) if stored else []
-        notes = {"conflicts": resolve_conflicts(self, [(old, new) for _, old, new in replaced])}
+        notes: dict[str, Any] = {"conflicts": resolve_conflicts(self, [(old, new) for _, old, new in replaced])}
         notes["loss"] = finite_loss(modules.answer_loss([(edit, edit.text) for edit in edits]))
         keys = modules.embed([text for own in texts for text in own])
         owners = torch.tensor([i for i, own in enumerate(texts) for _ in own])
@@ -191,7 +191,7 @@ class EditMemory:
         owners = self._owners[places.cpu()]  # (prompts, candidates)
         log_p = -distances / 2 if self._modules.cosine else -distances
         if cross:
-            pairs = [(i, prompt) for row, prompt in zip(owners, prompts, strict=True) for i in row]
+            pairs = [(i, prompt) for row, prompt in zip(owners, prompts, strict=True) for i in row.tolist()]
             log_p = self.pairs(pairs).view(owners.shape)
         best = log_p.argmax(1, keepdim=True)
         return owners.gather(1, best.cpu())[:, 0].tolist(), log_p.gather(1, best)[:, 0].tolist()
