@@ -52,11 +52,12 @@ class KN(Method):
     prompt_share: Annotated[Share, Formerly("share")] = 0.7
     """Share of the prompts (the edit's own and its paraphrases) for which a neuron must have that attribution."""
     old_weight: Weight = 0.04
-    """How much of the old answer's embedding is taken from a slot (λ₁; the paper, not normalized: 1)."""
+    """How much of the old answer's embedding is taken from a slot (λ₁; 1 in the paper)."""
     new_weight: Weight = 0.3
-    """How much of the new answer's embedding is added to a slot (λ₂; the paper, not normalized: 8)."""
+    """How much of the new answer's embedding is added to a slot (λ₂; 8 in the paper)."""
     normalize: Annotated[bool, Formerly("scaled")] = True
-    """Embeddings are brought to the norm of the slot first, so that the weights mean the same in any model."""
+    """Embeddings are brought to the norm of the slot first, as the authors do, so that the weights mean the same in any
+    model."""
     flip_negative: Annotated[bool, Formerly("signed")] = True
     """Turn the change round for a neuron that is negative on the prompt, as half of a gated MLP's are."""
 
