@@ -56,7 +56,7 @@ class KN(Method):
     new_weight: Weight = 0.3
     """How much of the new answer's embedding is added to a slot (λ₂; 8 in the paper)."""
     normalize: Annotated[bool, Formerly("scaled")] = True
-    """Embeddings are brought to the norm of the slot first, as the authors do, so that the weights mean the same in any
+    """Embeddings are brought to the norm of the slot first, as in the paper, so that the weights mean the same in any
     model."""
     flip_negative: Annotated[bool, Formerly("signed")] = True
     """Turn the change round for a neuron that is negative on the prompt, as half of a gated MLP's are."""
