@@ -48,7 +48,7 @@ def classifiers():
     texts = [case.edit.text for case in load_cases("counterfact", limit=48)]
     reads = {
         "vector of the question": lambda i: modules.embed([texts[i]]),
-        "cross classifier, 8 edits": lambda i: modules.judge(texts[i + 1 : i + 9], [texts[i]] * 8),
+        "cross classifier, 8 edits": lambda i: modules.log_p(texts[i + 1 : i + 9], [texts[i]] * 8),
     }
     for name, read in reads.items():
         times = []

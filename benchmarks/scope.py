@@ -53,7 +53,8 @@ def main() -> None:
     print("| questions | number | right, one edit | right, 200 edits |\n|---|---|---|---|")
     for kind, pairs in questions(lm, cases).items():
         places, together = memory.scopes([text for _, text in pairs])
-        alone[kind] = memory.pairs(pairs).exp().tolist()
+        own = memory.modules.log_p([cases[i].edit.text for i, _ in pairs], [text for _, text in pairs])
+        alone[kind] = own.exp().tolist()
         if kind == "paraphrases":
             one = [p > serac.threshold for p in alone[kind]]
             many = [p > limit and k == i for p, k, (i, _) in zip(together, places, pairs, strict=True)]

@@ -226,6 +226,17 @@ def test_an_edit_that_contradicts_the_memory(setting):
             assert "is by. " in routes(lm, EDIT.text)[0][1] and routes(lm, CASES[5].edit.text)[0] is not None
 
 
+def test_a_paraphrase_with_another_answer_replaces_what_it_is_in_the_scope_of(setting):
+    lm, serac = setting
+    paraphrase = replace(EDIT, prompt=CASES[0].probes[0].prompt.replace(EDIT.subject, "{}"), target_new="by")
+    for threshold in (1e-9, 1 - 1e-9):
+        method = replace(serac, threshold=threshold)
+        with lm.patched(method.edit(lm, [EDIT])):
+            assert method.edit(lm, [paraphrase]).memory["replaces"] == ([0] if threshold < 0.5 else [])
+            other_subject = replace(paraphrase, subject="Lima")
+            assert method.edit(lm, [other_subject]).memory["replaces"] == []
+
+
 def test_the_threshold_decides(setting):
     lm, serac = setting
     for threshold, inside in ((1e-9, True), (1 - 1e-9, False)):
@@ -245,7 +256,7 @@ def test_other_classifiers(classifier, tmp_path):
         if classifier == "cosine":
             assert places == list(range(6)) and log_p == pytest.approx([0.0] * 6, abs=1e-5)
         else:
-            pairs = memory._modules.judge([CASES[i].edit.text for i in places], [c.edit.text for c in CASES[:6]])
+            pairs = memory.modules.log_p([CASES[i].edit.text for i in places], [c.edit.text for c in CASES[:6]])
             assert log_p == pytest.approx(pairs.tolist(), rel=1e-4, abs=1e-5)
     validation = Editor.load(serac.editor).notes["validation"]
     assert validation["in_scope"] + validation["out_of_scope"] > 1.2

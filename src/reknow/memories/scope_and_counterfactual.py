@@ -20,7 +20,7 @@ from reknow.checks.bounds import Formerly, Name, Number, Rank, check_settings
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.loop import seeded
-from reknow.memories.scope import TEXTS, Cross, Embedding, token_states
+from reknow.memories.scope import TEXTS, Cross, Embedding, log_in_scope, token_states
 from reknow.model.hooks import forwards_replaced
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
@@ -124,11 +124,13 @@ class ScopeAndCounterfactual(nn.Module):
         return nn.functional.normalize(vectors, dim=-1) if self.cosine else vectors
 
     @torch.no_grad()
-    def judge(self, edits: Sequence[str], inputs: Sequence[str]) -> Tensor:
-        """log p of each pair by the cross classifier. (pairs,)"""
-        assert self.cross is not None
-        pairs = zip(_batches(edits), _batches(inputs), strict=True)
-        return torch.cat([self.cross(self.states(first), self.states(second)) for first, second in pairs])
+    def log_p(self, edits: Sequence[str], inputs: Sequence[str]) -> Tensor:
+        """log p that each question is in the scope of the edit beside it. (pairs,)"""
+        if self.cross is not None:
+            pairs = zip(_batches(edits), _batches(inputs), strict=True)
+            return torch.cat([self.cross(self.states(first), self.states(second)) for first, second in pairs])
+        vectors = zip(self.embed(edits), self.embed(inputs), strict=True)
+        return torch.cat([log_in_scope(x[None], z[None], cosine=self.cosine)[0] for z, x in vectors])
 
     @contextmanager
     def counterfactual(self) -> Iterator[LM]:

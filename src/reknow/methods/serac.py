@@ -6,15 +6,14 @@
 
 The scope classifier p and the counterfactual model h are trained on cases with questions inside and outside the scope
 of an edit, each with its own loss: scope_loss, and the answer's mean −log P. The base model is never touched: h is a
-low-rank change of it, or of another decoder, that is in use only while it answers.
+low-rank change of it, or of another decoder, that is in use only while it answers. What is trained stands in
+`reknow.memories.scope_and_counterfactual`, how in `scope_training`, and the choice of z in `edit_memory`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -23,18 +22,17 @@ from torch import Tensor
 from reknow.checks.bounds import Formerly, Number, Rate, Share
 from reknow.contract import check_edits
 from reknow.edits import Edit
-from reknow.errors import InputError, PatchError
+from reknow.errors import InputError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.learned import Learned
 from reknow.learning.training import Learner, Split, Training
-from reknow.memories.base import MemoryMethod, memory_patch, resolve_conflicts
-from reknow.memories.nearest import Nearest
-from reknow.memories.scope import log_in_scope
+from reknow.memories.base import MemoryMethod, memory_patch, paraphrases, resolve_conflicts
+from reknow.memories.edit_memory import EditMemory
 from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual, TrainedSettings
 from reknow.memories.scope_training import ScopeLearner
 from reknow.model.exact import finite_loss
-from reknow.patching.memory import Route, versions
+from reknow.patching.memory import versions
 from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
 from reknow.patching.state_spec import StateSpec
@@ -113,7 +111,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
         stored = versions(lm.patches, self.name)
         trained = self._trained(lm, stored)
         modules = ScopeAndCounterfactual(self, lm, trained)
-        texts = [[edit.text, *map(edit.fill, edit.rephrasings)] for edit in edits]
+        texts = list(map(paraphrases, edits))
         replaced = EditMemory(lm, stored).conflicts(edits) if stored else []
         notes: dict[str, Any] = {"conflicts": resolve_conflicts(self, [(old, new) for _, old, new in replaced])}
         notes["loss"] = finite_loss(modules.answer_loss([(edit, edit.text) for edit in edits]))
@@ -142,77 +140,3 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> EditMemory:
         return EditMemory(lm, patches)
-
-
-class EditMemory:
-    """The running memory: sends a question in the scope of a stored edit to the counterfactual model."""
-
-    def __init__(self, lm: LM, patches: Sequence[Patch]):
-        methods = [make(patch.method, patch.settings) for patch in patches]
-        self._method: SERAC = methods[-1]
-        self._modules = ScopeAndCounterfactual(self._method, lm, patches[0].state)
-        if self._modules.digests != patches[0].memory["digests"]:
-            raise PatchError(
-                f"expected the encoder and the counterfactual model of {patches[0].label}; got others at "
-                f"{self._method.encoder} and {self._method.counterfactual}: put those back"
-            )
-        self.edits: list[Edit] = []
-        owners: list[Tensor] = []
-        for patch, method in zip(patches, methods, strict=True):
-            own, known = patch.state["owners"], len(self.edits)
-            whole = own.unique().tolist() == list(range(len(patch.edits)))
-            if not whole or method.difference(self._method) or any(i >= known for i in patch.memory["replaces"]):
-                raise PatchError(f"expected versions of one memory; {patch.label} is of another: make the edit again")
-            owners.append(own + known)
-            self.edits += patch.edits
-        replaced = {i for patch in patches for i in patch.memory["replaces"]}
-        self._current = [i for i in range(len(self.edits)) if i not in replaced]
-        owner = torch.cat(owners)
-        current = torch.isin(owner, torch.tensor(self._current))
-        self._keys = torch.cat([patch.state["keys"] for patch in patches])[current].to(lm.device)
-        self._owners = owner[current]
-
-    @cached_property
-    def _nearest(self) -> Nearest:
-        return Nearest(self._keys, approximate=self._method.approximate)
-
-    def route(self, lm: LM, prompts: Sequence[str]) -> list[Route | None]:
-        routes: list[Route | None] = []
-        for i, log_p, prompt in zip(*self.scopes(prompts), prompts, strict=True):
-            in_scope = log_p > math.log(self._method.threshold)
-            routes.append((self._modules, self._method.question(self.edits[i], prompt)) if in_scope else None)
-        return routes
-
-    def scopes(self, prompts: Sequence[str]) -> tuple[list[int], list[float]]:
-        """z and log p(z, x) of each prompt: the stored edit that it most likely belongs to."""
-        cross = self._method.classifier == "cross"
-        queries = self._modules.embed(prompts)
-        distances, places = self._nearest.search(queries, self._method.candidates if cross else 1)
-        owners = self._owners[places.cpu()]  # (prompts, candidates)
-        log_p = -distances / 2 if self._modules.cosine else -distances
-        if cross:
-            pairs = [(i, prompt) for row, prompt in zip(owners, prompts, strict=True) for i in row.tolist()]
-            log_p = self.pairs(pairs).view(owners.shape)
-        best = log_p.argmax(1, keepdim=True)
-        return owners.gather(1, best.cpu())[:, 0].tolist(), log_p.gather(1, best)[:, 0].tolist()
-
-    def pairs(self, asked: Sequence[tuple[int, str]]) -> Tensor:
-        """log p that a question is in the scope of the stored edit of this index, for each pair. (pairs,)"""
-        texts = [self.edits[i].text for i, _ in asked], [text for _, text in asked]
-        if self._method.classifier == "cross":
-            return self._modules.judge(*texts)
-        vectors = zip(*map(self._modules.embed, texts), strict=True)
-        return torch.cat([log_in_scope(x[None], z[None], cosine=self._modules.cosine)[0] for z, x in vectors])
-
-    def conflicts(self, edits: Sequence[Edit]) -> list[tuple[int, Edit, Edit]]:
-        """(index of a stored edit, that edit, the new edit) where the new one has another answer to the same prompt,
-        or about the same subject and in the stored one's scope."""
-        found = []
-        for new, i in ((new, i) for new in edits for i in self._current):
-            old, threshold = self.edits[i], math.log(self._method.threshold)
-            if old.target_new != new.target_new and (
-                old.text == new.text
-                or (None is not new.subject == old.subject and float(self.pairs([(i, new.text)])) > threshold)
-            ):
-                found.append((i, old, new))
-        return found
