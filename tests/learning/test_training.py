@@ -22,7 +22,7 @@ from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.evaluation.cost import estimate
 from reknow.learning.editors import Editor, case_keys
 from reknow.learning.learned import Learned
-from reknow.learning.training import Training, shuffled, split_cases
+from reknow.learning.training import Training, shuffle, split_cases
 from reknow.methods.ke import KENetwork
 
 WORDS = ("English", "French", "Apple", "Lima", "Paris", "German")
@@ -185,7 +185,7 @@ def test_split_and_order():
     train, validation = split_cases([*cases(), *cases(3)], QUICK)
     assert len(validation) == 6 and len(train) == 18
     assert not set(case_keys(validation).tolist()) & set(case_keys(train).tolist())
-    draw = shuffled(train, QUICK)
+    draw = shuffle(train, QUICK)
     once = [case.edit.id for number in range(6) for case in draw(number)]
     assert sorted(once) == sorted(case.edit.id for case in train), "a pass has every case once"
     assert once != [case.edit.id for number in range(6, 12) for case in draw(number)]

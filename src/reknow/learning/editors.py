@@ -5,23 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import torch
 from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 import reknow
-from reknow.checks.bounds import current_names
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
-from reknow.files.schema import FormatError, NewerFormat, Object, Strict, check_fields, explain, parse_json
+from reknow.files.schema import FormatError, NewerFormat, Object, Strict, explain, parse_json
 from reknow.files.tensors import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
+from reknow.registry import known_settings
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -151,7 +151,7 @@ def _bundled(method: str, lm: LM) -> Editor:
 
 
 Settings = TypeVar("Settings")
-Network = TypeVar("Network", bound=nn.Module)
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 def trained_settings(method: type[Settings], editor: Editor) -> Settings:
@@ -160,25 +160,16 @@ def trained_settings(method: type[Settings], editor: Editor) -> Settings:
     Raises:
         InputError: they are none of this method.
     """
-    own = {field.name for field in fields(method)}
     try:
-        settings = current_names(method, editor.settings)
-        check_fields(method, settings, "settings")
-        if odd := settings.keys() - own:
-            raise FormatError(f"settings.{min(odd)}: {editor.method} has no such field")
-        return method(**{name: _tuples(value) for name, value in settings.items()})
-    except (FormatError, InputError) as error:
+        return method(**known_settings(method, editor.settings, editor.method))
+    except InputError as error:
         raise InputError(
             f"expected an editor with settings of {editor.method}; got others ({error}): train another with "
             f"`reknow train {editor.method}`"
         ) from error
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def filled(make: Callable[[], Network], tensors: Mapping[str, Tensor]) -> Network:
+def fill_network(make: Callable[[], _Network], tensors: Mapping[str, Tensor]) -> _Network:
     """The network that `make` builds, with what an editor has learned in the place of its first weights.
 
     It is built without memory, so that settings cannot ask for more of it than the tensors take.
@@ -189,9 +180,7 @@ def filled(make: Callable[[], Network], tensors: Mapping[str, Tensor]) -> Networ
     try:
         with torch.device("meta"):
             network = make()
-        wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
-        if odd := [name for name in wanted.keys() | tensors.keys() if _shape(tensors, name) != wanted.get(name)]:
-            raise FormatError(f"tensor {min(odd)}: expected {wanted.get(min(odd))}, got {_shape(tensors, min(odd))}")
+        check_like("tensor ", tensors, network.state_dict())
         network.load_state_dict(dict(tensors), assign=True)
         return network
     except (FormatError, RuntimeError, TypeError, ValueError, OverflowError) as error:
@@ -200,8 +189,11 @@ def filled(make: Callable[[], Network], tensors: Mapping[str, Tensor]) -> Networ
         ) from error
 
 
-def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return tensors[name].shape if name in tensors else None
+def check_like(where: str, tensors: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> None:
+    """Raises FormatError where the tensors are not, by name and shape, those of the module."""
+    shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (tensors, module))
+    if odd := [name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)]:
+        raise FormatError(f"{where}{min(odd)}: expected {wanted.get(min(odd))}, got {shapes.get(min(odd))}")
 
 
 def case_keys(cases: Iterable[Case]) -> Tensor:

@@ -108,7 +108,7 @@ class Losses:
         return {**losses, "success": self.success, "locality": self.kept}
 
 
-class TextBatch:
+class _TextBatch:
     """Texts of examples, in batches of rows of like length.
 
     Args:
@@ -180,8 +180,8 @@ class ExampleBatch:
         self._over: Averaging = average_over
         in_scope = [(i, text) for i, example in enumerate(examples) for text in example.in_scope]
         out_of_scope = [(i, text) for i, example in enumerate(examples) for text in example.out_of_scope]
-        self._in_scope = TextBatch(lm, in_scope, None, answers_only=True)
-        self._out_of_scope = TextBatch(lm, out_of_scope, layer, answers_only=locality_tokens == "answer")
+        self._in_scope = _TextBatch(lm, in_scope, None, answers_only=True)
+        self._out_of_scope = _TextBatch(lm, out_of_scope, layer, answers_only=locality_tokens == "answer")
         with torch.no_grad():
             self._before = self._out_of_scope.log_probs()
 

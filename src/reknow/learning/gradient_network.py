@@ -18,9 +18,16 @@ from torch import Tensor, nn
 
 from reknow.edits import Case
 from reknow.learning.blocks import MatrixGroups, MENDBlock, RunningNorm, transform_factors
-from reknow.learning.editors import filled
+from reknow.learning.editors import fill_network
 from reknow.learning.examples import Losses, mean_over_batches
-from reknow.learning.gradients import flat_factors, gradient_factors, mlp_matrices, row_changes, token_delta
+from reknow.learning.gradients import (
+    TokenFactors,
+    flat_factors,
+    gradient_factors,
+    mlp_matrices,
+    row_changes,
+    token_delta,
+)
 from reknow.learning.loop import seeded
 from reknow.learning.training import parameter_groups
 from reknow.model.tokens import Text
@@ -31,14 +38,14 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
+_Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
 """What becomes of a batch before it is learned from."""
 
 
 def make_network(settings: NetworkSettings, lm: LM, tensors: Mapping[str, Tensor] | None = None) -> GradientNetwork:
     """The network as it is before training, or with what an editor has learned."""
     if tensors is not None:
-        return filled(lambda: GradientNetwork(settings, lm), tensors)
+        return fill_network(lambda: GradientNetwork(settings, lm), tensors)
     with seeded(settings.seed, "mend"):
         return GradientNetwork(settings, lm).to(lm.device)
 
@@ -64,16 +71,16 @@ class GradientNetwork(nn.Module):
         self.groups = MatrixGroups(lm, self.names)
         shapes = self.groups.shapes.items()
         self.transforms = nn.ModuleDict(
-            {group: Transform(inside, out, settings.rank, count) for group, (out, inside, count) in shapes}
+            {group: _Transform(inside, out, settings.rank, count) for group, (out, inside, count) in shapes}
         )
         self.step = nn.Parameter(torch.full((len(self.names),), settings.step_size))
 
-    def observe(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def observe(self, factors: TokenFactors) -> None:
         """Takes the factors u (n, in) and δ (n, out) of each matrix into the statistics."""
         for name, (u, delta) in factors.items():
             self._transform(name).norm.observe(torch.cat([u, self._scaled(delta)], 1))
 
-    def forward(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    def forward(self, factors: TokenFactors) -> TokenFactors:
         """name → (−α δ̃, ũ) of its factors. (n, out), (n, in)"""
         changes = {}
         for i, name in enumerate(self.names):
@@ -82,16 +89,16 @@ class GradientNetwork(nn.Module):
             changes[name] = (-self.step[i] * self.groups.scale[name] * delta, u)
         return changes
 
-    def _transform(self, name: str) -> Transform:
+    def _transform(self, name: str) -> _Transform:
         transform = self.transforms[self.groups.group[name]]
-        assert isinstance(transform, Transform)
+        assert isinstance(transform, _Transform)
         return transform
 
     def _scaled(self, delta: Tensor) -> Tensor:
         return delta / delta.norm(dim=1, keepdim=True) if self.normalize else delta
 
 
-class Transform(nn.Module):
+class _Transform(nn.Module):
     """[u; δ] → [ũ; δ̃] for all matrices of one shape."""
 
     def __init__(self, inside: int, out: int, rank: int, matrices: int):
@@ -107,7 +114,7 @@ class Transform(nn.Module):
 class TransformLearner:
     """MEND's training step (Alg. 1)."""
 
-    def __init__(self, settings: NetworkSettings, lm: LM, batch_size: int, prepare: Prepare):
+    def __init__(self, settings: NetworkSettings, lm: LM, batch_size: int, prepare: _Prepare):
         self.settings, self.lm, self.batch_size, self.prepare = settings, lm, batch_size, prepare
         self.module = make_network(settings, lm)
 

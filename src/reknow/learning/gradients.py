@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 
+TokenFactors = Mapping[str, tuple[Tensor, Tensor]]
+"""Matrix → two factors with a row for each token."""
+
+
 @dataclass(frozen=True, eq=False)
 class Factors:
     """The gradient factors of one matrix for a batch of rows."""
@@ -96,7 +100,7 @@ def gradient_factors(
 
 def flat_factors(
     lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
-) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+) -> tuple[TokenFactors, float]:
     """The kept factors of any number of rows, in batches: name → (n, in), (n, out); and the mean loss.
 
     Rows come in order of length. Arguments and errors as in `gradient_factors`.
@@ -126,7 +130,7 @@ def _behind(lm: LM, hooks: Mapping[str, Callable]):
     return hooked(*(partial(lm.model.get_submodule(n).register_forward_hook, hook) for n, hook in hooks.items()))
 
 
-def row_changes(lm: LM, changes: Mapping[str, tuple[Tensor, Tensor]], numbers: Tensor):
+def row_changes(lm: LM, changes: TokenFactors, numbers: Tensor):
     """While open, every row of a batch is computed with its own change of these matrices, differentiably.
 
     Args:

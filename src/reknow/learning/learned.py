@@ -24,7 +24,7 @@ from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
 from reknow.learning.editors import EDITOR_FILE, Editor, case_keys, edit_key, open_editor
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
-from reknow.learning.training import Draw, Learner, Split, Training, shuffled, split_cases
+from reknow.learning.training import Draw, Learner, Split, Training, shuffle, split_cases
 from reknow.lm import LM
 from reknow.model.readable import unreadable
 
@@ -50,7 +50,7 @@ class Learned(Method):
 
     def draw(self, train_cases: Sequence[Case], training: Training) -> Draw:
         """Which cases make which micro-batch."""
-        return shuffled(train_cases, training)
+        return shuffle(train_cases, training)
 
     def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
         keys = set(open_editor(self.name, self.editor, lm).seen.tolist())

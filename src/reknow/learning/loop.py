@@ -30,6 +30,7 @@ from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.files.json_lines import Rows
 from reknow.files.schema import Count, FormatError, Strict, explain, parse_json
 from reknow.files.tensors import HEADER, check_finite, read_tensors, write_tensors
+from reknow.learning.editors import check_like
 from reknow.learning.training import Draw, Learner, Training
 from reknow.progress import progress_bar
 
@@ -50,7 +51,7 @@ def seeded(*parts: object, device: torch.device | str = "cpu"):
 
 
 @dataclass
-class State:
+class _State:
     """Where a run stands, besides parameters and optimizer."""
 
     __pydantic_config__ = FROM_FILES
@@ -68,7 +69,7 @@ class State:
 class _Header(Strict):
     """The JSON text of a checkpoint; older ones have the optimizer's groups too, which the settings give."""
 
-    state: State
+    state: _State
     scaler: dict[str, float] | None = None
     groups: list[dict[str, JsonValue]] | None = None
 
@@ -104,7 +105,7 @@ class Loop:
                 f"set micro_batches to a multiple of {self.processes}"
             )
         self.lm, self.learner, self.draw, self.validation_cases = lm, learner, draw, validation_cases
-        self.folder, self.training, self.state = folder, training, State()
+        self.folder, self.training, self.state = folder, training, _State()
         self.parameters = [p for p in learner.module.parameters() if p.requires_grad]
         self.optimizer = self.accelerator.prepare_optimizer(learner.optimizer(), device_placement=False)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -144,7 +145,7 @@ class Loop:
         """One step of the optimizer; the losses, averaged over its micro-batches."""
         training, state = self.training, self.state
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * _share(state.step, training)
+            group["lr"] = rate * _rate_factor(state.step, training)
         self.optimizer.zero_grad()
         sums: dict[str, float] = {}
         share = range(self.accelerator.process_index, training.micro_batches, self.processes)
@@ -231,10 +232,11 @@ class Loop:
             return
         try:
             sealed = read_tensors(path)
+            check_finite(sealed.tensors)
             header = parse_json(_Header, sealed.header, once=True)
             module = self.learner.module.state_dict()
             for part in ("module", "best") if header.state.best_step else ("module",):
-                _check_like(part, _part(sealed.tensors, part), module)
+                check_like(f"tensor {part}.", _part(sealed.tensors, part), module)
             optimizer = self._moments(_part(sealed.tensors, "optimizer"))
         except (OSError, FormatError) as error:
             raise InputError(
@@ -268,19 +270,11 @@ class Loop:
         return found
 
 
-def _check_like(part: str, tensors: Mapping[str, Tensor], module: Mapping[str, Tensor]) -> None:
-    """Raises FormatError where the tensors are not, by name and shape, those of the module."""
-    shapes, wanted = ({name: tensor.shape for name, tensor in each.items()} for each in (tensors, module))
-    if odd := [name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name)]:
-        raise FormatError(f"tensor {part}.{min(odd)}: expected {wanted.get(min(odd))}, got {shapes.get(min(odd))}")
-    check_finite(tensors)
-
-
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
 
 
-def _share(step: int, training: Training) -> float:
+def _rate_factor(step: int, training: Training) -> float:
     """How much of its learning rate a step gets."""
     if step < training.warmup:
         return (step + 1) / training.warmup

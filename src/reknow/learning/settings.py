@@ -54,18 +54,18 @@ class MatrixEditor(Learned):
 
     @abstractmethod
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
-        """What the network makes of the edits, by the settings and tensors that `trained` gave."""
+        """What the network makes of the edits, by the settings and tensors that `load_trained` gave."""
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)
-        trained, tensors = self.trained(lm)
+        trained, tensors = self.load_trained(lm)
         with torch.no_grad():
             deltas, loss = self.transform(lm, edits, trained, tensors)
         return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
 
     def footprint(self, lm: LM) -> Footprint:
         # Matrices of one shape share a network, so each token meets all networks once for each layer.
-        trained, tensors = self.trained(lm)
+        trained, tensors = self.load_trained(lm)
         layers = list(trained.layers or ())
         return Footprint(layers, True, weights_per_token=len(layers) * sum(t.numel() for t in tensors.values()))
 
@@ -83,7 +83,7 @@ class MatrixEditor(Learned):
         layers = range(max(0, lm.layers - 3), lm.layers) if self.layers is None else self.layers
         return replace(self, editor=None, layers=tuple(resolve_layers(lm, layers)))
 
-    def trained(self, lm: LM) -> tuple[Self, dict[str, Tensor]]:
+    def load_trained(self, lm: LM) -> tuple[Self, dict[str, Tensor]]:
         """The settings that its editor was trained with, and what that has learned.
 
         Raises:

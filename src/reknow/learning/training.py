@@ -111,7 +111,7 @@ def split_cases(cases: Sequence[Case], training: Training) -> Split:
     return found
 
 
-def shuffled(cases: Sequence[Case], training: Training) -> Draw:
+def shuffle(cases: Sequence[Case], training: Training) -> Draw:
     """Micro-batches from passes over all cases, each in another order; what does not fill a batch is passed over."""
     each = len(cases) // training.batch_size  # batches of a pass
 
@@ -128,7 +128,7 @@ def shuffled(cases: Sequence[Case], training: Training) -> Draw:
 
 def interleave(groups: Sequence[Sequence[Case]], training: Training) -> Draw:
     """Micro-batches to which the groups contribute one case after the other, however many each has."""
-    draws = [shuffled(group, replace(training, batch_size=1)) for group in groups]
+    draws = [shuffle(group, replace(training, batch_size=1)) for group in groups]
 
     def draw(number: int) -> list[Case]:
         numbers = range(number * training.batch_size, (number + 1) * training.batch_size)

@@ -26,9 +26,9 @@ from torch.nn.utils.parametrizations import weight_norm
 from reknow.checks.bounds import Formerly, Rank, Rate, Share, Units, Weight
 from reknow.contract import Footprint
 from reknow.edits import Case, Edit
-from reknow.learning.editors import filled
+from reknow.learning.editors import fill_network
 from reknow.learning.examples import Losses, mean_over_batches, without_instructions
-from reknow.learning.gradients import gradient_factors, mlp_matrices, row_changes, token_delta
+from reknow.learning.gradients import TokenFactors, gradient_factors, mlp_matrices, row_changes, token_delta
 from reknow.learning.loop import seeded
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training, parameter_groups
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
     from reknow.lm import LM
 
-VALIDATION_BATCH = 8
+_VALIDATION_BATCH = 8
 """Validation cases that are read at once."""
-DIVERGENCE_WEIGHT = 10.0
+_DIVERGENCE_WEIGHT = 10.0
 """Weight of KL against L when the best editor is chosen: the multiplier would change between two validations."""
 
 
@@ -80,13 +80,13 @@ class KE(MatrixEditor):
         return _Learner(self, lm)
 
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
-        network = filled(lambda: KENetwork(trained, lm), tensors)
+        network = fill_network(lambda: KENetwork(trained, lm), tensors)
         changes, loss = network(lm, edits, [Text.asked(edit) for edit in edits])
         # Several edits: the sum of what each asks for.
         return {name: token_delta(*(side.flatten(0, 1) for side in sides)) for name, sides in changes.items()}, loss
 
     def footprint(self, lm: LM) -> Footprint:
-        trained, tensors = self.trained(lm)
+        trained, tensors = self.load_trained(lm)
         reader = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("reader."))
         rest = sum(tensor.numel() for tensor in tensors.values()) - reader
         return Footprint(list(trained.layers or ()), True, weights_per_token=reader, weights_per_edit=rest)
@@ -110,9 +110,7 @@ class KENetwork(nn.Module):
         self.multiplier = nn.Parameter(torch.ones(()))
         self.register_buffer("margin", torch.tensor(method.margin))
 
-    def forward(
-        self, lm: LM, edits: Sequence[Edit], texts: Sequence[Text]
-    ) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    def forward(self, lm: LM, edits: Sequence[Edit], texts: Sequence[Text]) -> tuple[TokenFactors, float]:
         """name → (left, right) of each edit's ΔW = leftᵀ right, and the mean loss of the answers before.
 
         (edits, columns + 1, out), (edits, columns + 1, in)
@@ -149,11 +147,8 @@ class KENetwork(nn.Module):
 
 def _head(method: KE, out: int, inside: int) -> nn.Sequential:
     """h → c, r, c', r', η of one matrix."""
-    return nn.Sequential(
-        weight_norm(nn.Linear(method.width, method.mlp_width)),
-        nn.Tanh(),
-        weight_norm(nn.Linear(method.mlp_width, 2 * (out + inside) + 1)),
-    )
+    first, last = nn.Linear(method.width, method.mlp_width), nn.Linear(method.mlp_width, 2 * (out + inside) + 1)
+    return nn.Sequential(weight_norm(first), nn.Tanh(), weight_norm(last))
 
 
 class _Learner:
@@ -181,10 +176,10 @@ class _Learner:
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        means = mean_over_batches(lambda *batch: self._losses(*batch).named(), cases, VALIDATION_BATCH)
+        means = mean_over_batches(lambda *batch: self._losses(*batch).named(), cases, _VALIDATION_BATCH)
         if means["success"] > 0.9:
             self.module.margin.mul_(0.8).clamp_(min=self.method.min_margin)
-        return means | {"loss": means["L_edit"] + DIVERGENCE_WEIGHT * means["L_loc"]}
+        return means | {"loss": means["L_edit"] + _DIVERGENCE_WEIGHT * means["L_loc"]}
 
     def _losses(self, batch: Sequence[Case], rng: random.Random) -> Losses:
         examples = self.method.make_examples(without_instructions(batch), rng)

@@ -25,9 +25,9 @@ from reknow.checks.bounds import Rank, Rate, Weight
 from reknow.editing.solvers import cholesky, least_squares, solve
 from reknow.edits import Case, Edit
 from reknow.learning.blocks import MALMENBlock, MatrixGroups, RunningNorm, transform_factors
-from reknow.learning.editors import filled
+from reknow.learning.editors import fill_network
 from reknow.learning.examples import mean_over_batches, without_instructions
-from reknow.learning.gradients import delta_added, flat_factors, mlp_matrices, token_delta
+from reknow.learning.gradients import TokenFactors, delta_added, flat_factors, mlp_matrices, token_delta
 from reknow.learning.loop import seeded
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training
@@ -39,11 +39,8 @@ if TYPE_CHECKING:
 
     from reknow.lm import LM
 
-CASES_PER_PASS = 16
+_CASES_PER_PASS = 16
 """Cases whose texts are read at once in training."""
-
-Factors = Mapping[str, tuple[Tensor, Tensor]]
-"""Matrix → k (n, in) and g (n, out) of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ class MALMEN(MatrixEditor):
         return _Learner(self, lm, training.batch_size)
 
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
-        network = filled(lambda: MALMENNetwork(trained, lm), tensors)
+        network = fill_network(lambda: MALMENNetwork(trained, lm), tensors)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         factors, loss = flat_factors(lm, network.names, rows, answers_only=True)
         shifts = network(factors)
@@ -99,14 +96,14 @@ class MALMENNetwork(nn.Module):
         self.step = nn.Parameter(torch.full((len(self.names),), method.step_size))  # α
         self.stiffness = nn.Parameter(torch.zeros(len(self.names)))  # λ, under its name in editor files
 
-    def observe(self, factors: Factors) -> None:
-        """Takes the factors of each matrix into the statistics."""
+    def observe(self, factors: TokenFactors) -> None:
+        """Takes the factors k (n, in) and g (n, out) of each matrix into the statistics."""
         for name, found in factors.items():
             norm = self.norms[self.groups.group[name]]
             assert isinstance(norm, RunningNorm)
             norm.observe(torch.cat(found, 1))
 
-    def forward(self, factors: Factors) -> dict[str, Tensor]:
+    def forward(self, factors: TokenFactors) -> dict[str, Tensor]:
         """name → V, how far each token's output has to move. (n, out)"""
         shifts = {}
         for i, name in enumerate(self.names):
@@ -126,7 +123,7 @@ class MALMENNetwork(nn.Module):
         return least_squares(None, k, weight=float(self.ridge(name))).to(k)
 
 
-def surrogate(network: MALMENNetwork, factors: Factors, deltas: Mapping[str, Tensor]) -> Tensor:
+def surrogate(network: MALMENNetwork, factors: TokenFactors, deltas: Mapping[str, Tensor]) -> Tensor:
     """A scalar whose gradient by the network is that of the loss whose gradient by each ΔW is in `.grad`.
 
     The gradient goes through the least squares by hand: ∂/∂V = K Mᵀ and ∂/∂λ = −e^λ ⟨M, ΔW⟩ with
@@ -167,7 +164,7 @@ class _Learner:
 
     def _try(
         self, batch: Sequence[Case], rng: random.Random, *, learn: bool = False
-    ) -> tuple[Factors, dict[str, Tensor], dict[str, float]]:
+    ) -> tuple[TokenFactors, dict[str, Tensor], dict[str, float]]:
         """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
         examples = self.method.make_examples(without_instructions(batch), rng, edits_at_once=len(batch))
         rows = self.lm.encode([example.edit for example in examples])
@@ -179,9 +176,9 @@ class _Learner:
             for name, v in self.module(factors).items():
                 deltas[name] = (v.T @ self.module.weigh(name, factors[name][0])).requires_grad_(learn)  # (out, in)
         shown: dict[str, float] = {}
-        for start in range(0, len(examples), CASES_PER_PASS):
-            read = self.method.read_examples(self.lm, examples[start : start + CASES_PER_PASS])
-            share = len(examples[start : start + CASES_PER_PASS]) / len(examples)
+        for start in range(0, len(examples), _CASES_PER_PASS):
+            read = self.method.read_examples(self.lm, examples[start : start + _CASES_PER_PASS])
+            share = len(examples[start : start + _CASES_PER_PASS]) / len(examples)
             losses = read.losses(lambda _: delta_added(self.lm, deltas))
             if learn:
                 (share * (losses.edit + self.method.locality_weight * losses.locality)).backward()

@@ -86,7 +86,7 @@ def gradient_study(
 def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.ndarray:
     """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens
     that predict the answer and scaled to length 1 (the article's L2-scaling). (cases, in)"""
-    trained, tensors = method.trained(lm)
+    trained, tensors = method.load_trained(lm)
     network = make_network(trained, lm, tensors)
     families = load_families(method.families)
     name = lm.parts.mlp_in[max(trained.layers or ())][0]
