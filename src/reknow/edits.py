@@ -22,7 +22,7 @@ Kind = Literal["reliability", "instructed", "generalization", "locality", "porta
 """What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
 consequences, free text, how a topic is liked."""
 
-Texts = Annotated[tuple[str, ...], FailFast()]
+_Texts = Annotated[tuple[str, ...], FailFast()]
 """Texts of which, read from a file, the first wrong one is told."""
 FROM_FILES = ConfigDict(extra="forbid", strict=True)
 """How pydantic makes these classes from JSON."""
@@ -52,9 +52,9 @@ class Edit:
     """The answer that the unedited model is supposed to give."""
     id: str | None = None
     """Name of the edit in journals and results."""
-    context: Texts = ()
+    context: _Texts = ()
     """Statements of the new knowledge, for In-Context Editing."""
-    rephrasings: Texts = ()
+    rephrasings: _Texts = ()
     """Other wordings of the prompt that a method may train on, `{}` for the subject; never probes."""
     task: str | None = None
     """Task family, for editors trained on several tasks."""
@@ -179,7 +179,7 @@ class Probe:
     __pydantic_config__ = FROM_FILES
 
     prompt: str
-    answers: Texts
+    answers: _Texts
     """Accepted answers, best first; teacher-forced scores read the first, generated ones accept any."""
     kind: Kind
     name: str

@@ -14,13 +14,13 @@ from pydantic import ConfigDict, InstanceOf, TypeAdapter
 from reknow.checks.bounds import SHOWN, convert_with, describe_type
 from reknow.errors import InputError
 
-P = ParamSpec("P")
-T = TypeVar("T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-WHOLE = (str, bytes, list, tuple, Mapping)
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+_WHOLE = (str, bytes, list, tuple, Mapping)
 """What is checked as it is, though it gives items one by one."""
-CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True)
+_CONFIG = ConfigDict(strict=True, arbitrary_types_allowed=True)
 
 
 class _Argument(NamedTuple):
@@ -37,11 +37,11 @@ class _Argument(NamedTuple):
             raise InputError(
                 f"expected {name} as {describe_type(self.hint)}; got one text {value[:SHOWN]!r}: put it in brackets"
             )
-        if not listed or isinstance(value, WHOLE) or not isinstance(value, Iterable):
+        if not listed or isinstance(value, _WHOLE) or not isinstance(value, Iterable):
             convert_with(name, value, self.hint, self.adapter)
 
 
-def typed(operation: Callable[P, T]) -> Callable[P, T]:
+def typed(operation: Callable[_P, _T]) -> Callable[_P, _T]:
     """The operation, which refuses arguments that are nothing of their type with an InputError; others go in as they
     are.
 
@@ -54,7 +54,7 @@ def typed(operation: Callable[P, T]) -> Callable[P, T]:
         return _arguments(signature, inspect.unwrap(operation).__globals__)
 
     @wraps(operation)
-    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+    def called(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         given = signature.bind(*args, **kwargs).arguments
         for name, argument in known().items():
             if name in given:
@@ -67,12 +67,12 @@ def typed(operation: Callable[P, T]) -> Callable[P, T]:
 def _arguments(signature: inspect.Signature, names: dict[str, Any]) -> dict[str, _Argument]:
     known: dict[str, _Argument] = {}
     for name, parameter in signature.parameters.items():
-        if name != "lm" and parameter.kind not in VARIABLE and parameter.annotation is not parameter.empty:
+        if name != "lm" and parameter.kind not in _VARIABLE and parameter.annotation is not parameter.empty:
             with suppress(NameError):
                 one = SimpleNamespace(__annotations__={name: parameter.annotation})
                 hint = _checkable(get_type_hints(one, names, include_extras=True)[name])
                 own = InstanceOf() in get_args(hint)  # type: ignore[operator]
-                config = None if own else CONFIG  # a dataclass has one of its own
+                config = None if own else _CONFIG  # a dataclass has one of its own
                 known[name] = _Argument(hint, TypeAdapter[Any](hint, config=config))
     return known
 

@@ -19,13 +19,13 @@ from pydantic.fields import FieldInfo
 
 from reknow.errors import InputError
 
-MOST = 10**9
+_MOST = 10**9
 SHOWN = 60
 """Characters of a wrong value that a message shows."""
 
-Number = Annotated[int, Field(ge=1, le=MOST)]
+Number = Annotated[int, Field(ge=1, le=_MOST)]
 """How many, of what there must be one at least."""
-Natural = Annotated[int, Field(ge=0, le=MOST)]
+Natural = Annotated[int, Field(ge=0, le=_MOST)]
 """How many, of what there may be none."""
 Rank = Annotated[int, Field(ge=1, le=2**16)]
 """Of a matrix, or another of its sizes; no model that fits into memory has a wider one."""
@@ -41,9 +41,9 @@ Part = Annotated[float, Field(gt=0, le=1)]
 Name = Annotated[str, Field(min_length=1)]
 """Of a file, a folder or a model."""
 
-SIGNS = {"ge": "≥", "gt": ">"}
+_SIGNS = {"ge": "≥", "gt": ">"}
 """Of the bounds that a type shows; the upper ones only keep off what is absurd."""
-WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+_WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 
 
 @dataclass(frozen=True)
@@ -192,8 +192,8 @@ def _wanted(hint: Any, error: ValidationError) -> str:
             return range_
     for one in error.errors(include_url=False):
         for sign, limit in one.get("ctx", {}).items():
-            if sign in WORDS and not any(isinstance(step, int) for step in one["loc"]):
-                return f"{WORDS[sign]} {int(limit):,}"
+            if sign in _WORDS and not any(isinstance(step, int) for step in one["loc"]):
+                return f"{_WORDS[sign]} {int(limit):,}"
     return f"as {describe_type(hint)}"
 
 
@@ -209,7 +209,7 @@ def describe_type(hint: Any) -> str:
             return f"{shown} {range_}"
         if "min_length" in bounds:
             return f"non-empty {shown}"
-        return " ".join([shown, *(f"{SIGNS[sign]} {bounds[sign]}" for sign in SIGNS if sign in bounds)])
+        return " ".join([shown, *(f"{_SIGNS[sign]} {bounds[sign]}" for sign in _SIGNS if sign in bounds)])
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
-CANDIDATES = 300
+_CANDIDATES = 300
 """How many records are asked to find facts that the model knows."""
-FLUENT = 4
+_FLUENT = 4
 """In how many cases text is sampled for fluency: most of the time would go there."""
-SHOWN = ("teacher_forced_exact", "contrast", "edit")
+_SHOWN = ("teacher_forced_exact", "contrast", "edit")
 """Which of the result's tables are printed; the report has all."""
 
 
@@ -48,7 +48,7 @@ def demo(
     out = run_place(out or run_folder("demo-quick" if quick else "demo", model), "demo", model)[""]
     lm = opening.open(model)
     bits = weight_bits(lm.model)
-    candidates = load_cases("counterfact", limit=CANDIDATES)
+    candidates = load_cases("counterfact", limit=_CANDIDATES)
     known = known_cases(lm, candidates)
     numbers = sum(parameter.numel() for parameter in lm.model.parameters())
     say(f"{lm.name}: {lm.layers} layers, {numbers:,} parameters")
@@ -97,15 +97,15 @@ def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
     from reknow.evaluation import Plan, bench
     from reknow.report import write_report
 
-    quiet = [replace(case, probes=[p for p in case.probes if p.kind != "fluency"]) for case in cases[FLUENT:]]
+    quiet = [replace(case, probes=[p for p in case.probes if p.kind != "fluency"]) for case in cases[_FLUENT:]]
 
     names = ("rome", "ft-m") if quick else ("rome", "r-rome", "ft-l", "ft-m")
     chosen = {name: _method(name) for name in names}
     plan = Plan(fluency=not quick)
-    cases = cases[:FLUENT] + quiet
+    cases = cases[:_FLUENT] + quiet
     results = bench(lm, cases, chosen, out, dataset="counterfact, known facts", plan=plan, progress=True)
     for table in results.tables():
-        if table.protocol in SHOWN:
+        if table.protocol in _SHOWN:
             header, *rows = table.lines()
             say_table(header, rows, table.title)
             say("")

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
-SEPARATORS = {"none": "", "space": " ", "line": "\n"}
+_SEPARATORS = {"none": "", "space": " ", "line": "\n"}
 """What `--separator` names."""
-SHOWN = 5
+_SHOWN = 5
 """How many edits are shown one by one."""
 
 
@@ -105,9 +105,9 @@ def _edits(
             "expected a prompt and a new answer, or --file; got less: "
             'for example reknow edit "The mother tongue of {Danielle Darrieux} is" English'
         )
-    if separator is not None and separator not in SEPARATORS:
-        raise did_you_mean("separator", separator, SEPARATORS)
-    between = None if separator is None else SEPARATORS[separator]
+    if separator is not None and separator not in _SEPARATORS:
+        raise did_you_mean("separator", separator, _SEPARATORS)
+    between = None if separator is None else _SEPARATORS[separator]
     if "{" in prompt and subject is None:
         return [Edit.parse(prompt, target, target_true=true, separator=between)]
     return [Edit(prompt, subject=subject, target_new=target, target_true=true, separator=between)]
@@ -197,7 +197,7 @@ def _as_json(
 def _say_answers(edits: list[Edit], before: Snapshot, after: Snapshot) -> None:
     """What changed: completions, probability and rank of the new answer."""
     rows = []
-    for edit, old, new in list(zip(edits, before.answers, after.answers, strict=True))[:SHOWN]:
+    for edit, old, new in list(zip(edits, before.answers, after.answers, strict=True))[:_SHOWN]:
         rows.append([f"{edit.text} …", old.completion, new.completion])
         rows.append([f"  probability of “{edit.target_new}”", f"{old.probability:.4f}", f"{new.probability:.4f}"])
         rows.append(["  rank of its worst token", f"{old.rank:,}", f"{new.rank:,}"])

@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 from reknow.cli.terminal import warn
 from reknow.errors import ReknowError, Terminated
 
-FAILED, INTERRUPTED, TERMINATED = 2, 130, 143
+FAILED, _INTERRUPTED, _TERMINATED = 2, 130, 143
 
 
 def status_of(run: Callable[[], object], debug: bool) -> int:
@@ -46,7 +46,7 @@ def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
 
 def stopped(stop: KeyboardInterrupt) -> int:
     """The status of a command that was interrupted or terminated, which is said."""
-    how, status = ("terminated", TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
+    how, status = ("terminated", _TERMINATED) if isinstance(stop, Terminated) else ("interrupted", _INTERRUPTED)
     warn(f"{how}; files that were written are whole", "stopped")
     return status
 

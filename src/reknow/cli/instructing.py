@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.methods.instructedit import InstructEdit
 
-TRIAL_STEPS = 40
+_TRIAL_STEPS = 40
 
 
 def instruct(
@@ -35,7 +35,7 @@ def instruct(
         Path | None, typer.Option("--editor", help="A trained editor of instructedit; else one is trained shortly.")
     ] = None,
     trial_steps: Annotated[
-        int | None, typer.Option("--trial-steps", min=1, help=f"Updates of that training. [{TRIAL_STEPS}]")
+        int | None, typer.Option("--trial-steps", min=1, help=f"Updates of that training. [{_TRIAL_STEPS}]")
     ] = None,
     count: Annotated[int, typer.Option("--count", help="Instructions to keep of each task.")] = 10,
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds at most.")] = 6,
@@ -56,7 +56,7 @@ def instruct(
 
     if editor is not None:
         refuse_beside("a trained --editor", {"--trial-steps": trial_steps})
-    trial_steps = trial_steps or TRIAL_STEPS
+    trial_steps = trial_steps or _TRIAL_STEPS
     if server is not None and proposer is None:
         raise InputError("expected --proposer with --server; got none: name the model that the server shall use")
     known = load_families(families)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.studies.presets import Preset
 
-LIMIT = 20
+_LIMIT = 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Cases:
             help="NAME, NAME:FILE, or FILE of edits or in any published form; several with commas. [counterfact]",
         ),
     ] = None
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"How many cases of a set. [{LIMIT}]")] = None
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"How many cases of a set. [{_LIMIT}]")] = None
     offset: Annotated[int, typer.Option("--offset", min=0, help="How many cases to pass over.")] = 0
     shuffle: Annotated[int | None, typer.Option("--shuffle", help="Seed to shuffle the cases with.")] = None
     encoding: Encoding = None
@@ -155,7 +155,7 @@ def _study(preset: str | None, full: bool, cases: _Cases) -> Preset:
         raise did_you_mean("preset", preset, PRESETS)
     if full and preset is None:
         raise InputError("expected --full together with --preset; got no preset: name one, see --list-presets")
-    study = Preset("", ("rome", "ft-m"), limit=LIMIT) if preset is None else PRESETS[preset]
+    study = Preset("", ("rome", "ft-m"), limit=_LIMIT) if preset is None else PRESETS[preset]
     study = study._replace(**study.full) if full else study
     if data is not None and preset is not None:
         own, given = set(study.data.split(",")), {source.strip().partition(":")[0] for source in data.split(",")}

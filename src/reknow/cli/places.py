@@ -9,12 +9,12 @@ from reknow.cli.options import DEMO
 from reknow.errors import InputError
 from reknow.files.outputs import MARK, growing_folder
 
-REPORT = ("report.html", "report.csv", "report.md", "figure*.png")
-STUDY = ("study.md", "study.png", "convergence.md", "convergence.png")
-RUN = ("before.jsonl", "cases.jsonl", "inside.jsonl", *REPORT, *STUDY)
-TRAINING = ("editor.safetensors", "checkpoint.safetensors", "log.jsonl")
-INSTRUCTIONS = ("instructions.json", "start.json", "proposals.jsonl", "scores.jsonl")
-PICTURES = tuple(f"{name}.{ending}" for name in ("trace", "average", "bars") for ending in ("png", "svg"))
+_REPORT = ("report.html", "report.csv", "report.md", "figure*.png")
+_STUDY = ("study.md", "study.png", "convergence.md", "convergence.png")
+_RUN = ("before.jsonl", "cases.jsonl", "inside.jsonl", *_REPORT, *_STUDY)
+_TRAINING = ("editor.safetensors", "checkpoint.safetensors", "log.jsonl")
+_INSTRUCTIONS = ("instructions.json", "start.json", "proposals.jsonl", "scores.jsonl")
+_PICTURES = tuple(f"{name}.{ending}" for name in ("trace", "average", "bars") for ending in ("png", "svg"))
 TRACES = "traces.jsonl"
 
 
@@ -26,18 +26,18 @@ def run_folder(name: str, model: str) -> Path:
 def run_place(out: Path, command: str, model: str, sets: Iterable[str] = ()) -> dict[str, Path]:
     """Name of each set → its run folder: `out` itself where there is one or none."""
     names = list(sets)
-    whole = growing_folder(out, command, own=("manifest.json", "*/manifest.json"), written=RUN, sources=(model,))
+    whole = growing_folder(out, command, own=("manifest.json", "*/manifest.json"), written=_RUN, sources=(model,))
     if len(names) < 2:
         return dict.fromkeys(names or [""], whole)
     return {
-        name: growing_folder(whole / name, command, own=("manifest.json",), written=RUN, sources=(model,))
+        name: growing_folder(whole / name, command, own=("manifest.json",), written=_RUN, sources=(model,))
         for name in names
     }
 
 
 def training_place(out: Path, model: str) -> Path:
     """The folder of a training."""
-    return growing_folder(out, "train", own=("manifest.json",), written=TRAINING, sources=(model,))
+    return growing_folder(out, "train", own=("manifest.json",), written=_TRAINING, sources=(model,))
 
 
 def study_place(out: Path, name: str, model: str) -> Path:
@@ -49,21 +49,21 @@ def study_place(out: Path, name: str, model: str) -> Path:
 def instructions_place(out: Path, model: str) -> Path:
     """The folder of a search for instructions."""
     own = (MARK, "manifest.json", "trial")
-    return growing_folder(out, "instruct", own=own, written=INSTRUCTIONS, sources=(model,))
+    return growing_folder(out, "instruct", own=own, written=_INSTRUCTIONS, sources=(model,))
 
 
 def report_place(run: Path, out: Path) -> Path:
     """Another folder for the report of a run, or for the folders of several."""
     parts = [path.parent.relative_to(run) for path in run.glob("*/manifest.json")]
     for part in parts:
-        growing_folder(out / part, "report", own=(MARK, "../" + MARK, "manifest.json"), written=REPORT)
-    written = (*REPORT, *STUDY)
+        growing_folder(out / part, "report", own=(MARK, "../" + MARK, "manifest.json"), written=_REPORT)
+    written = (*_REPORT, *_STUDY)
     return growing_folder(out, "report", own=(MARK, "manifest.json"), written=written)
 
 
 def trace_place(out: Path, model: str, force: bool) -> Path:
     """The folder of traces; with `force` pictures from elsewhere are written over, traces from elsewhere never."""
-    own, written = (MARK, TRACES), () if force else PICTURES
+    own, written = (MARK, TRACES), () if force else _PICTURES
     out = growing_folder(out, "trace", own=own, written=written, sources=(model,))
     try:
         with open(out / TRACES, "rb") as file:

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
-Stack = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
-MAX_RANK = 64
-Patches = Annotated[list[Path], typer.Argument(help="Patch files.", show_default=False)]
+_Stack = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
+_MAX_RANK = 64
+_Patches = Annotated[list[Path], typer.Argument(help="Patch files.", show_default=False)]
 
 
 def apply(
-    patches: Patches,
-    stack: Stack,
+    patches: _Patches,
+    stack: _Stack,
     model: Annotated[
         str | None, typer.Option("--model", help="The base model; needed for a new stack.", callback=check_model)
     ] = None,
@@ -69,7 +69,7 @@ def apply(
 
 def revert(
     patches: Annotated[list[str], typer.Argument(help="Ids, or patch files.", show_default=False)],
-    stack: Stack,
+    stack: _Stack,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the later edits of a memory again.")] = False,
     *,
     opening: Opening,
@@ -97,7 +97,7 @@ def revert(
 
 
 def merge(
-    patches: Patches,
+    patches: _Patches,
     out: Annotated[Path, typer.Option("--out", help="The new patch file.")],
     force: Force = False,
 ) -> None:
@@ -122,7 +122,7 @@ def export(
         str | None, typer.Option("--model", help="The base model, for a patch file.", callback=check_model)
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option("--max-rank", min=1, help=f"Largest rank of an adapter. [{MAX_RANK}]")
+        int | None, typer.Option("--max-rank", min=1, help=f"Largest rank of an adapter. [{_MAX_RANK}]")
     ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut higher ranks instead of refusing.")] = False,
     *,
@@ -139,7 +139,7 @@ def export(
         raise did_you_mean("export format", to, ("hf", "lora"))
     if to == "hf":
         refuse_beside("--to hf", {"--max-rank": max_rank, "--truncate": truncate})
-    max_rank = max_rank or MAX_RANK
+    max_rank = max_rank or _MAX_RANK
     out = output_folder(out, force, marked_files, (source, model))
     patch = Patch.load(source) if source.is_file() or is_adapter(source) else None
     if patch is not None and model is None:

@@ -13,8 +13,8 @@ from reknow.cli.terminal import say, say_table
 from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
 
-GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
-FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
+_GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
+_FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
 
 
 def study(
@@ -40,7 +40,7 @@ def study(
     from reknow.studies.instructedit.gradients import gradient_study
 
     questions = {key: each.question for key, each in STUDIES.items()}
-    questions |= {"domains": QUESTION, "gradients": GRADIENTS}
+    questions |= {"domains": QUESTION, "gradients": _GRADIENTS}
     if name is None:
         return say_table(["study", "question"], [list(row) for row in questions.items()])
     if name not in questions:
@@ -48,7 +48,7 @@ def study(
     if name == "domains" and families is not None:
         raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
-    size = Size(**{**(FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
+    size = Size(**{**(_FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
     out = study_place(out or run_folder("instructedit", model), name, model)
     lm = opening.open(model)
     chosen = None if families is None else str(families)

@@ -15,16 +15,16 @@ from reknow.progress import visible
 if TYPE_CHECKING:
     pass
 
-WIDTH = 120
+_WIDTH = 120
 """Of tables that go to a file or a pipe."""
-COMPLAINTS = 10
+_COMPLAINTS = 10
 """How many records that could not be read are named one by one."""
 
 
 def say(*lines: str) -> None:
     """Prints lines as they are: no markup, no wrapping of long paths."""
     for line in lines:
-        console().print(visible(line), soft_wrap=True)
+        _console().print(visible(line), soft_wrap=True)
 
 
 def say_json(value: Any) -> None:
@@ -40,15 +40,15 @@ def warn(message: object, what: str = "warning") -> None:
 
 def warn_of_records(complaints: Sequence[str]) -> None:
     """Says which records of a file could not be read, the first ones by name."""
-    for complaint in complaints[:COMPLAINTS]:
+    for complaint in complaints[:_COMPLAINTS]:
         warn(f"left out: {complaint}")
-    if (more := len(complaints) - COMPLAINTS) > 0:
+    if (more := len(complaints) - _COMPLAINTS) > 0:
         warn(f"left out: {more} more records of that file")
 
 
-def console() -> Console:
+def _console() -> Console:
     """A console on the present standard output that takes texts literally."""
-    width = None if sys.stdout.isatty() else WIDTH
+    width = None if sys.stdout.isatty() else _WIDTH
     return Console(markup=False, highlight=False, emoji=False, width=width)
 
 
@@ -63,4 +63,4 @@ def say_table(columns: list[str], rows: list[list[str]], title: str | None = Non
         )
     for row in rows:
         table.add_row(*map(visible, row))
-    console().print(table)
+    _console().print(table)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.tracing.causal import AverageEffects, Trace, Tracing
 
-FACTS, LIMIT = "known_1000", 100
+_FACTS, _LIMIT = "known_1000", 100
 
 
 def trace(
@@ -68,7 +68,7 @@ def trace(
     if edit is not None:
         return _trace_one(lm, edit, settings, out, as_json)
     with write_lock(out):
-        _trace_many(lm, facts or FACTS, limit or LIMIT, settings, out, force, as_json)
+        _trace_many(lm, facts or _FACTS, limit or _LIMIT, settings, out, force, as_json)
 
 
 def _say_layers(lm: LM, as_json: bool) -> None:

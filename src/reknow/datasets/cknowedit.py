@@ -6,7 +6,7 @@ from reknow.datasets.probes import optional_texts, probes_in, probes_paired
 from reknow.datasets.reading import Record
 from reknow.edits import Case, Kind, Probe
 
-KINDS: tuple[Kind, ...] = ("locality", "portability")
+_KINDS: tuple[Kind, ...] = ("locality", "portability")
 
 
 def read_case(name: str, record: Record) -> Case:
@@ -30,7 +30,7 @@ def read_case(name: str, record: Record) -> Case:
         id=f"{name}/{record.index}",
     )
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in optional_texts(record, "rephrase")]
-    for kind in KINDS:
+    for kind in _KINDS:
         probes += probes_in(record, kind, kind, kind)
         probes += probes_paired(record, f"{kind}_prompt", f"{kind}_answer", kind, kind)
     return Case(edit, tuple(probes))

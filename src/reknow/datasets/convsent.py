@@ -9,11 +9,11 @@ from dataclasses import replace
 from reknow.datasets.reading import Record
 from reknow.edits import Case, Probe
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-SENTIMENTS = {"pos": "positive", "neg": "negative"}
-REQUEST = "Topic: {topic}. Sentiment: {sentiment}. {question}"
-QUESTIONS = (
+_SENTIMENTS = {"pos": "positive", "neg": "negative"}
+_REQUEST = "Topic: {topic}. Sentiment: {sentiment}. {question}"
+_QUESTIONS = (
     "What do you think of {}?",
     "What do you feel about {}?",
     "How do you view {}?",
@@ -41,11 +41,11 @@ def read_case(name: str, record: Record) -> Case | None:
     target, *texts = record.texts(wanted) or ("",)
     opposite = record.texts(other)[: len(texts)]
     if not texts or not opposite:
-        logger.info("%s left out: it needs two texts of the wanted sentiment and one of the other", record.where)
+        _log.info("%s left out: it needs two texts of the wanted sentiment and one of the other", record.where)
         return None
-    asked = [QUESTIONS[(record.index + i) % len(QUESTIONS)].format(topic) for i in range(len(texts))]
+    asked = [_QUESTIONS[(record.index + i) % len(_QUESTIONS)].format(topic) for i in range(len(texts))]
     edit = record.edit(
-        REQUEST.format(topic=topic, sentiment=SENTIMENTS[wanted], question=QUESTIONS[0]),
+        _REQUEST.format(topic=topic, sentiment=_SENTIMENTS[wanted], question=_QUESTIONS[0]),
         subject=topic,
         target_new=target,
         id=f"{name}/{record.index}",

@@ -11,7 +11,7 @@ MARKS = frozenset(
     | {"locality_prompt", "locality_inputs", "portability_prompt", "portability_inputs"}
 )
 """Fields by which a file is known to be of this form, beside `prompt` and `target_new`."""
-PAIRS: tuple[tuple[Kind, str], ...] = (("locality", "neighborhood"), ("portability", "one_hop"))
+_PAIRS: tuple[tuple[Kind, str], ...] = (("locality", "neighborhood"), ("portability", "one_hop"))
 
 
 def read_case(name: str, record: Record) -> Case:
@@ -46,7 +46,7 @@ def read_case(name: str, record: Record) -> Case:
     )
     rewordings = optional_texts(record, "rephrase_prompt", "rephrase_prompts", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in rewordings]
-    for kind, own in PAIRS:
+    for kind, own in _PAIRS:
         probes += probes_paired(record, f"{kind}_prompt", f"{kind}_ground_truth", kind, own)
         probes += probes_in(record, f"{kind}_inputs", kind, own)
         probes += probes_in(record, kind, kind, own)

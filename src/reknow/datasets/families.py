@@ -22,7 +22,7 @@ from reknow.errors import EditRefused, InputError, did_you_mean
 from reknow.files.atomic import write_json
 from reknow.files.schema import FormatError, Object, parse_json
 
-BUNDLED = "instructions.json"
+_BUNDLED = "instructions.json"
 
 
 @dataclass(frozen=True)
@@ -109,14 +109,14 @@ def load_families(path: str | Path | None = None) -> dict[str, Family]:
     Raises:
         InputError: unreadable file, or a family of another form (the field is named).
     """
-    name = BUNDLED if path is None else str(path)
+    name = _BUNDLED if path is None else str(path)
     content = Record(_content(path), name, 0).record("families")
     return {key: _family(key, content.record(key)) for key in content.fields}
 
 
 def load_card(path: str | Path | None = None) -> dict[str, Any]:
     """What a file says of itself: how its instructions were made, with which model, under which licence."""
-    return Record(_content(path), BUNDLED if path is None else str(path), 0).record("card").fields
+    return Record(_content(path), _BUNDLED if path is None else str(path), 0).record("card").fields
 
 
 def save_families(path: str | Path, families: Sequence[Family], card: Mapping[str, Any]) -> None:
@@ -126,12 +126,12 @@ def save_families(path: str | Path, families: Sequence[Family], card: Mapping[st
 
 
 def _content(path: str | Path | None) -> Any:
-    source = files("reknow") / "assets" / BUNDLED if path is None else Path(path)
-    text = read_text(source, BUNDLED if path is None else str(path))
+    source = files("reknow") / "assets" / _BUNDLED if path is None else Path(path)
+    text = read_text(source, _BUNDLED if path is None else str(path))
     try:
         return parse_json(Object, text, once=True)
     except FormatError as error:
-        raise InputError(f"expected JSON in {path or BUNDLED}; got {error}: correct the file") from error
+        raise InputError(f"expected JSON in {path or _BUNDLED}; got {error}: correct the file") from error
 
 
 def _family(name: str, record: Record) -> Family:

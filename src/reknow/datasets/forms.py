@@ -39,7 +39,7 @@ DATASETS: dict[str, CaseSource] = {
     "own": CaseSource(None, own.read_case),
 }
 
-FIELDS: dict[str, set[str]] = {
+_FIELDS: dict[str, set[str]] = {
     "mquake": {"requested_rewrite", "questions", "new_answer"},
     "counterfact": {"requested_rewrite"},
     "zsre": {"src", "alt"},
@@ -56,7 +56,7 @@ FIELDS: dict[str, set[str]] = {
 def form_of(records: Sequence[Record]) -> str | None:
     """The row of `DATASETS` that reads such records, by the fields that they have together; None: no row does."""
     fields = {name: value for record in reversed(records) for name, value in record.fields.items()}
-    for form, marks in FIELDS.items():
+    for form, marks in _FIELDS.items():
         if marks <= fields.keys():
             return form
     if "target_new" not in fields or not {"prompt", "prompts"} & fields.keys():

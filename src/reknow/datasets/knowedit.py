@@ -6,7 +6,7 @@ from reknow.datasets.probes import first_text, optional_texts, probes_in
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
-KINDS: tuple[Kind, ...] = ("locality", "portability")
+_KINDS: tuple[Kind, ...] = ("locality", "portability")
 
 
 def read_case(name: str, record: Record) -> Case:
@@ -37,7 +37,7 @@ def read_case(name: str, record: Record) -> Case:
     )
     rewordings = optional_texts(record, "rephrase_prompt", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in rewordings]
-    for kind in KINDS:
+    for kind in _KINDS:
         probes += probes_in(record, kind, kind, kind)
     probes.append(Probe(edit.text, (), "fluency", "request"))
     return Case(edit, tuple(probes))

@@ -10,10 +10,10 @@ from reknow.datasets.reading import Record
 from reknow.edits import Case, Edit, Kind, Probe
 from reknow.errors import InputError, did_you_mean
 
-EDIT = tuple(field.name for field in fields(Edit) if field.init)
-LISTS = ("context", "rephrasings")
+_EDIT = tuple(field.name for field in fields(Edit) if field.init)
+_LISTS = ("context", "rephrasings")
 QUESTIONS: tuple[Kind, ...] = ("locality", "portability")
-FIELDS = (*EDIT, *QUESTIONS)
+_FIELDS = (*_EDIT, *QUESTIONS)
 
 
 def read_edit(record: Record) -> Edit:
@@ -23,11 +23,11 @@ def read_edit(record: Record) -> Edit:
         InputError: unknown or missing field, or what `Edit` refuses.
     """
     for name in record.fields:
-        if name not in FIELDS:
-            raise InputError(f"{record.where}: {did_you_mean('field', str(name), FIELDS)}")
+        if name not in _FIELDS:
+            raise InputError(f"{record.where}: {did_you_mean('field', str(name), _FIELDS)}")
     values: dict[str, Any] = {}
-    for name in filter(record.has, [name for name in EDIT if name != "separator"]):
-        values[name] = record.texts(name) if name in LISTS else record.text(name)
+    for name in filter(record.has, [name for name in _EDIT if name != "separator"]):
+        values[name] = record.texts(name) if name in _LISTS else record.text(name)
     if record.fields.get("separator") is not None:  # white space counts there
         values["separator"] = record.fields["separator"]
     prompt = record.text("prompt")

@@ -7,9 +7,9 @@ import logging
 from reknow.datasets.reading import Record
 from reknow.edits import Kind, Probe
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-ANSWERS = ("ground_truth", "answer", "answers", "target")
+_ANSWERS = ("ground_truth", "answer", "answers", "target")
 """Names of the field that holds the answer of a question."""
 
 
@@ -33,7 +33,7 @@ def probes_in(record: Record, field: str, kind: Kind, name: str) -> list[Probe]:
     | `{"Reasoning": [{"prompt": …, "ground_truth": …}, …], …}` (KnowEdit) | `Reasoning` … |
     | `{"one_hop": {"prompt": …, "ground_truth": …}, …}` (EasyEdit; one text or lists) | `one_hop` … |
 
-    An answer stands in one of the fields `ANSWERS`: a text, a list, or a list of alias lists, which all become
+    An answer stands in one of the fields `_ANSWERS`: a text, a list, or a list of alias lists, which all become
     accepted answers in the file's order. A question without any is left out, logged.
     """
     if not record.has(field):
@@ -53,11 +53,11 @@ def probes_in(record: Record, field: str, kind: Kind, name: str) -> list[Probe]:
 def _listed(items: list[Record], kind: Kind, name: str) -> list[Probe]:
     probes = []
     for item in items:
-        field = next((field for field in ANSWERS if field in item.fields), ANSWERS[0])
+        field = next((field for field in _ANSWERS if field in item.fields), _ANSWERS[0])
         if answers := tuple(dict.fromkeys(item.texts(field))):
             probes.append(Probe(first_text(item, "prompt"), answers, kind, name))
         else:
-            logger.info("%s: %s left out, it has no answer", item.where, item.prefix.rstrip("."))
+            _log.info("%s: %s left out, it has no answer", item.where, item.prefix.rstrip("."))
     return probes
 
 
@@ -70,5 +70,5 @@ def probes_paired(record: Record, prompts: str, answers: str, kind: Kind, name: 
     if len(asked) != len(given):
         record.refuse(answers, f"expected {len(asked)} answers, one per question; got {len(given)}: add or drop some")
     if left_out := [prompt for prompt, answer in zip(asked, given, strict=True) if not (prompt and answer)]:
-        logger.info("%s: left out without question or answer: %s", record.where, ", ".join(map(repr, left_out)))
+        _log.info("%s: left out without question or answer: %s", record.where, ", ".join(map(repr, left_out)))
     return [Probe(q, (a,), kind, name) for q, a in zip(asked, given, strict=True) if q and a]

@@ -19,8 +19,8 @@ from reknow.errors import InputError
 from reknow.texts.templates import escape_braces, split_template
 from reknow.texts.writing import find_all
 
-log = logging.getLogger(__name__)
-Item = TypeVar("Item")
+_log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
 
 _TABLES = (".csv", ".tsv")
 _DEEPEST = 100
@@ -159,7 +159,7 @@ def read_file(
 ) -> list[Record]:
     """The records of a JSON, JSON-lines or CSV file, or of one of the hub (`hub:owner/name[:file]`)."""
     file = hub_file(str(path)) if str(path).startswith("hub:") else Path(path).expanduser()
-    read = read_table if file.suffix.lower() in _TABLES else read_records
+    read = _read_table if file.suffix.lower() in _TABLES else read_records
     return read(file, str(path), encoding=encoding, refused=refused)
 
 
@@ -274,7 +274,7 @@ def _places(whole: Any, name: str) -> list[Any]:
     return [{key: at(place, value, key) for key, value in whole.items()} for place in range(len(first))]
 
 
-def read_table(
+def _read_table(
     source: Any, name: str, *, encoding: str | None = None, refused: dict[int, str] | None = None
 ) -> list[Record]:
     """The rows of a CSV file with a header; commas, semicolons or tabs; empty cells are left out.
@@ -308,7 +308,7 @@ def read_table(
     return records
 
 
-def select(items: list[Item], limit: int | None, offset: int, seed: int | None) -> list[Item]:
+def select(items: list[_Item], limit: int | None, offset: int, seed: int | None) -> list[_Item]:
     """At most `limit` items behind `offset` passed over, shuffled before where a `seed` is given."""
     if offset < 0 or (limit is not None and limit < 1):
         raise InputError(f"expected limit ≥ 1 and offset ≥ 0; got limit={limit}, offset={offset}: correct them")
@@ -320,7 +320,7 @@ def select(items: list[Item], limit: int | None, offset: int, seed: int | None) 
         )
     chosen = items[offset:][:limit]
     if limit is not None and len(chosen) < limit:
-        log.warning("expected %d records; there are only %d after the offset", limit, len(chosen))
+        _log.warning("expected %d records; there are only %d after the offset", limit, len(chosen))
     return chosen
 
 

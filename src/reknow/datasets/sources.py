@@ -9,9 +9,9 @@ from typing import Any
 
 from reknow.errors import InputError, MissingExtra
 
-PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP, as Excel's workbooks are", b"PAR1": "Parquet"}
+_PACKED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "ZIP, as Excel's workbooks are", b"PAR1": "Parquet"}
 """First bytes of what is no text, and what it is."""
-MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 def read_text(source: Any, name: str, encoding: str | None = None) -> str:
@@ -28,12 +28,12 @@ def read_text(source: Any, name: str, encoding: str | None = None) -> str:
     except (OSError, ValueError) as error:
         what = "no such file" if isinstance(error, FileNotFoundError) else f"'{getattr(error, 'strerror', error)}'"
         raise InputError(f"expected a readable file at {name}; got {what}: check the path") from None
-    for start, kind in PACKED.items():
+    for start, kind in _PACKED.items():
         if content.startswith(start):
             raise InputError(
                 f"expected a text file at {name}; got a packed one ({kind}): unpack it, or save it as CSV or JSON"
             )
-    marked = next((found for mark, found in MARKS.items() if content.startswith(mark)), None)
+    marked = next((found for mark, found in _MARKS.items() if content.startswith(mark)), None)
     wanted = marked or encoding or "utf-8"
     try:
         return re.sub("\r\n?", "\n", content.decode(wanted))

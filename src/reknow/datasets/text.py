@@ -15,7 +15,7 @@ from reknow.datasets.sources import read_text
 from reknow.edits import check_encodable
 from reknow.errors import InputError, MissingExtra
 
-LONGEST = 4000
+_LONGEST = 4000
 """Characters after which a paragraph of a local file is cut, so that a file of one line can be streamed."""
 
 
@@ -129,8 +129,8 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
     text = ""
     for line in lines:
         text = f"{text} {line.strip()}".strip()
-        if not line.strip() or len(text) > LONGEST:
-            yield from (text[i : i + LONGEST] for i in range(0, len(text), LONGEST))
+        if not line.strip() or len(text) > _LONGEST:
+            yield from (text[i : i + _LONGEST] for i in range(0, len(text), _LONGEST))
             text = ""
     if text:
         yield text

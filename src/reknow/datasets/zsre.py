@@ -10,7 +10,7 @@ import logging
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Probe
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def read_case(name: str, record: Record) -> Case | None:
@@ -26,7 +26,7 @@ def read_case(name: str, record: Record) -> Case | None:
     """
     new = record.texts("alt")
     if not new:
-        logger.info("%s: left out, its 'alt' is blank", record.where)
+        _log.info("%s: left out, its 'alt' is blank", record.where)
         return None
     prompt, subject = place_subject(record.text("src"), record.text("subject"))
     edit = record.edit(

@@ -20,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 
 from reknow.errors import InputError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-BOUND_GB = 20.0
+_BOUND_GB = 20.0
 """How much the files of statistics take together, unless `REKNOW_CACHE_GB` says otherwise."""
-RUNNING = "sums"
+_RUNNING = "sums"
 """How the names of running sums begin, which a later run takes up."""
-IN_USE_SECONDS = 3600.0
+_IN_USE_SECONDS = 3600.0
 """A running sum that was written since then belongs to a process that reads."""
 
 
@@ -54,7 +54,7 @@ def cache_limit() -> float:
     Raises:
         InputError: it is no number from 0 on.
     """
-    given = os.environ.get("REKNOW_CACHE_GB") or BOUND_GB
+    given = os.environ.get("REKNOW_CACHE_GB") or _BOUND_GB
     try:
         size = float(given)
     except ValueError:
@@ -106,7 +106,7 @@ def mark_used(file: Path) -> None:
     try:
         os.utime(file)
     except OSError:
-        log.debug("%s could not be marked as used", file)
+        _log.debug("%s could not be marked as used", file)
 
 
 def evict(using: Collection[Path] = ()) -> list[StatisticsFile]:
@@ -121,14 +121,16 @@ def evict(using: Collection[Path] = ()) -> list[StatisticsFile]:
     everything, limit = statistics_files(), cache_limit()
     total, removed = sum(each.size for each in everything), []
     for each in everything:
-        running = each.file.name.startswith(RUNNING) and time.time() - each.used < IN_USE_SECONDS
+        running = each.file.name.startswith(_RUNNING) and time.time() - each.used < _IN_USE_SECONDS
         if total <= limit:
             break
         if each.file not in using and not running and _removed(each.file):
             total -= each.size
             removed.append(each)
     if removed:
-        log.info("removed %d files of statistics to stay within %.3g GB (REKNOW_CACHE_GB)", len(removed), limit / 1e9)
+        _log.info(
+            "removed %d files of statistics to stay within %.3g GB (REKNOW_CACHE_GB)", len(removed), limit / 1e9
+        )
     return removed
 
 
@@ -142,6 +144,6 @@ def _removed(file: Path) -> bool:
     try:
         file.unlink()
     except OSError as error:
-        log.warning("%s could not be removed (%s)", file, error.strerror)
+        _log.warning("%s could not be removed (%s)", file, error.strerror)
         return False
     return True

@@ -19,11 +19,11 @@ from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from reknow.errors import InputError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 PATIENCE = 600.0
 """Seconds that a short change of what is there (a patch on a stack, an entry of a file) waits for its turn."""
-QUIET = 1.0
+_QUIET = 1.0
 """Seconds of waiting before that is said."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -79,12 +79,12 @@ def _taken(file: Path, place: str | Path, wait: float) -> BaseFileLock | None:
     and whoever tries says why."""
     try:
         try:
-            return _acquired(file, min(wait, QUIET))
+            return _acquired(file, min(wait, _QUIET))
         except Timeout:
-            if wait <= QUIET:
+            if wait <= _QUIET:
                 raise
-        log.warning("waiting for %s, which writes to %s", _holder(file), place)
-        return _acquired(file, wait - QUIET)
+        _log.warning("waiting for %s, which writes to %s", _holder(file), place)
+        return _acquired(file, wait - _QUIET)
     except Timeout:
         raise InputError(
             f"expected nobody else to write to {place}; {_holder(file)} does: wait until it ends, stop it, or choose "

@@ -30,9 +30,9 @@ from typing_extensions import Self
 
 from reknow.errors import ReknowError
 
-MOST_BYTES = 2**26
+_MOST_BYTES = 2**26
 """Of a file that is read as a whole and holds no tensors."""
-SHOWN = 60
+_SHOWN = 60
 """Characters of a wrong value that a message shows."""
 
 
@@ -74,13 +74,13 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Object = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 """Any JSON object without NaN and infinity."""
 
-Read = TypeVar("Read")
-Listed = Annotated[list[Read], FailFast()]
+_Read = TypeVar("_Read")
+Listed = Annotated[list[_Read], FailFast()]
 """A list of which the first wrong entry is told: to tell what is wrong with all takes a hundred times the room."""
 
 
 @overload
-def parse_json(model: type[Read], text: str | bytes, *, once: bool = ...) -> Read: ...
+def parse_json(model: type[_Read], text: str | bytes, *, once: bool = ...) -> _Read: ...
 @overload
 def parse_json(model: Any, text: str | bytes, *, once: bool = ...) -> Any: ...
 def parse_json(model: Any, text: str | bytes, *, once: bool = False) -> Any:
@@ -123,7 +123,7 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise FormatError(f"the field {twice[:SHOWN]!r} is there twice")
+        raise FormatError(f"the field {twice[:_SHOWN]!r} is there twice")
     return found
 
 
@@ -144,8 +144,8 @@ def _plain(error: ValidationError) -> list[Any]:
 
 
 def _shown(value: Any) -> str:
-    text = " ".join(repr(value)[: SHOWN + 1].split())
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+    text = " ".join(repr(value)[: _SHOWN + 1].split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def regular(path: str | Path) -> Path:
@@ -168,8 +168,8 @@ def read_content(path: str | Path) -> bytes:
         OSError: it cannot be read.
         FormatError: it is no regular file, or larger than what such a file can be.
     """
-    if (size := regular(path).stat().st_size) > MOST_BYTES:
-        raise FormatError(f"it has {size} bytes, more than {MOST_BYTES}")
+    if (size := regular(path).stat().st_size) > _MOST_BYTES:
+        raise FormatError(f"it has {size} bytes, more than {_MOST_BYTES}")
     return Path(path).read_bytes()
 
 
@@ -184,8 +184,8 @@ def explain(error: Exception) -> str:
 
 @overload
 def read_json(
-    path: str | Path, model: type[Read], refuse: Callable[[Exception], ReknowError], *, once: bool = ...
-) -> Read: ...
+    path: str | Path, model: type[_Read], refuse: Callable[[Exception], ReknowError], *, once: bool = ...
+) -> _Read: ...
 @overload
 def read_json(
     path: str | Path, model: Any, refuse: Callable[[Exception], ReknowError], *, once: bool = ...

@@ -22,16 +22,16 @@ from torch import Tensor
 from reknow.files.atomic import atomic_write
 from reknow.files.schema import FormatError, Object, Strict, first_problem, parse_json, regular
 
-HEADER, DIGEST = "reknow", "sha256"
-MOST_HEADER = 10**8
+HEADER, _DIGEST = "reknow", "sha256"
+_MOST_HEADER = 10**8
 """Bytes of a header, as the format has it."""
-DTYPES = {
+_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-Offset = Annotated[int, Field(ge=0, lt=2**63)]
+_Offset = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class _Place(Strict):
@@ -39,7 +39,7 @@ class _Place(Strict):
 
     dtype: str
     shape: list[Annotated[int, Field(ge=0, lt=2**40)]] = Field(max_length=8)
-    data_offsets: Annotated[list[Offset], Field(min_length=2, max_length=2)]
+    data_offsets: Annotated[list[_Offset], Field(min_length=2, max_length=2)]
 
     @classmethod
     def of(cls, name: str, value: Any) -> _Place:
@@ -68,7 +68,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     for name, tensor in kept.items():
         if owners.setdefault(tensor.untyped_storage().data_ptr(), name) != name and tensor.numel():
             kept[name] = tensor.clone()
-    texts = {**metadata, DIGEST: digest(metadata, kept)}
+    texts = {**metadata, _DIGEST: digest(metadata, kept)}
     return atomic_write(path, lambda new: save_file(kept, new, metadata=texts))
 
 
@@ -76,7 +76,7 @@ def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of texts and tensors, whatever the order in which the file has them."""
     found = hashlib.sha256()
     for name, text in sorted(metadata.items()):
-        if name != DIGEST:
+        if name != _DIGEST:
             found.update(f"{name}\0{text}\0".encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -99,7 +99,7 @@ def read_tensors(path: str | Path) -> Sealed:
     with open(regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MOST_HEADER):
+        if size < 8 or length > min(size - 8, _MOST_HEADER):
             raise FormatError("it is no safetensors file, or cut short")
         found = parse_json(Object, file.read(length), once=True)
         metadata = found.pop("__metadata__", {})
@@ -109,10 +109,10 @@ def read_tensors(path: str | Path) -> Sealed:
         _check_places(places, size - 8 - length)
         tensors = {}
         for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
-            tensors[name] = torch.empty(place.shape, dtype=DTYPES[place.dtype])
+            tensors[name] = torch.empty(place.shape, dtype=_DTYPES[place.dtype])
             if tensors[name].numel() and file.readinto(_bytes(tensors[name])) != tensors[name].nbytes:
                 raise FormatError("it was cut short while it was read")
-    if DIGEST in metadata and digest(metadata, tensors) != metadata[DIGEST]:
+    if _DIGEST in metadata and digest(metadata, tensors) != metadata[_DIGEST]:
         raise FormatError("its content is not what was written: a part of it was changed or damaged")
     return Sealed(metadata.get(HEADER, ""), metadata, tensors)
 
@@ -121,9 +121,9 @@ def _check_places(places: Mapping[str, _Place], size: int) -> None:
     """Raises FormatError where tensors do not lie one behind the other in `size` bytes."""
     at = 0
     for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
-        if place.dtype not in DTYPES:
+        if place.dtype not in _DTYPES:
             raise FormatError(f"tensor {name}: its numbers are of the kind {place.dtype[:20]!r}, which is not known")
-        end = at + math.prod(place.shape) * DTYPES[place.dtype].itemsize
+        end = at + math.prod(place.shape) * _DTYPES[place.dtype].itemsize
         if place.data_offsets != [at, end]:
             raise FormatError(f"tensor {name}: its place in the file does not fit its size")
         at = end
@@ -147,13 +147,13 @@ def check_tensor(name: str, tensor: Tensor | None, kind: str, dimensions: int) -
     """
     if tensor is None:
         raise FormatError(f"the tensor {name} is missing")
-    if not is_kind(tensor, kind):
+    if not _is_kind(tensor, kind):
         raise FormatError(f"tensor {name}: expected numbers of the kind {kind}, got {tensor.dtype}")
     if tensor.dim() != dimensions:
         raise FormatError(f"tensor {name}: expected {dimensions} dimensions, got {tensor.dim()}")
     return tensor
 
 
-def is_kind(tensor: Tensor, kind: str) -> bool:
+def _is_kind(tensor: Tensor, kind: str) -> bool:
     """Whether the tensor's numbers are of that kind; see `check_tensor`."""
     return tensor.is_floating_point() if kind == "float" else str(tensor.dtype) == f"torch.{kind}"

@@ -20,12 +20,12 @@ from reknow.files.atomic import append_line
 from reknow.files.locks import write_lock
 from reknow.files.schema import FormatError, Listed, Strict, explain, parse_json, read_content
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-STATEMENTS = 5
+_STATEMENTS = 5
 """Contexts per edit, as in Qi et al. 2024."""
 
-PATIENCE = 2
+_PATIENCE = 2
 """After so many edits in a row without an answer the server is not asked any more."""
 
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
@@ -82,14 +82,14 @@ class LLM:
                     if usable(answer):
                         return answer
                     reason = f"unusable answer {answer[:80]!r}"
-                log.info("%s did not answer (try %d of %d): %s", self.model, attempt + 1, self.tries, reason)
+                _log.info("%s did not answer (try %d of %d): %s", self.model, attempt + 1, self.tries, reason)
         raise NoAnswer(
             f"expected an answer of {self.model} at {client.base_url}; got none in {self.tries} tries ({reason}): "
             "check the address, the key and that the server runs"
         )
 
 
-def context_question(edit: Edit, count: int = STATEMENTS) -> str:
+def _context_question(edit: Edit, count: int = _STATEMENTS) -> str:
     """What the model is asked to write for an edit."""
     return (
         f"Take this as true: {edit.answered(edit.text, edit.target_new)}\n"
@@ -98,7 +98,7 @@ def context_question(edit: Edit, count: int = STATEMENTS) -> str:
     )
 
 
-def parse_statements(answer: str, edit: Edit, count: int = STATEMENTS) -> tuple[str, ...]:
+def parse_statements(answer: str, edit: Edit, count: int = _STATEMENTS) -> tuple[str, ...]:
     """The statements of an answer: its lines without numbers and bullets, those that name the new answer.
 
     Empty where there are fewer than `count`, since then the model did not do as told.
@@ -130,14 +130,14 @@ def with_contexts(edits: Sequence[Edit], llm: LLM, *, kept: str | Path | None = 
     result, failures = [], 0
     for edit in edits:
         context = edit.context or known.get((edit.text, edit.target_new), ())
-        if not context and failures < PATIENCE:
+        if not context and failures < _PATIENCE:
             try:
-                answer = llm.ask(context_question(edit), lambda text, edit=edit: bool(parse_statements(text, edit)))
+                answer = llm.ask(_context_question(edit), lambda text, edit=edit: bool(parse_statements(text, edit)))
             except NoAnswer as error:
                 failures += 1
-                log.warning("%s; built-in lead-ins are used for %r", error, edit.text)
-                if failures == PATIENCE:
-                    log.warning("%s is not asked any more: built-in lead-ins are used from here on", llm.model)
+                _log.warning("%s; built-in lead-ins are used for %r", error, edit.text)
+                if failures == _PATIENCE:
+                    _log.warning("%s is not asked any more: built-in lead-ins are used from here on", llm.model)
             else:
                 failures, context = 0, parse_statements(answer, edit)
                 if file is not None:
@@ -167,7 +167,7 @@ def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
             broken.append(f"line {number} ({error})")
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
-        log.warning("%s: %s%s is no text with target_new and context; it is asked for again", file, broken[0], more)
+        _log.warning("%s: %s%s is no text with target_new and context; it is asked for again", file, broken[0], more)
     return found
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from reknow.datasets.families import Family, Instruction
 from reknow.instructions.llm import LLM
 
-WORDS = range(4, 41)
+_WORDS = range(4, 41)
 """How long an instruction may be."""
 
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
@@ -43,7 +43,7 @@ def usable(text: str) -> bool:
     """Is it an instruction in form: a sentence of 4 to 40 words on one line, no other braces than `{}`?"""
     rest = text.replace("{}", "")
     return (
-        len(text.split()) in WORDS and text[:1].isupper() and text.endswith(".") and not set("{}\n[]<>") & set(rest)
+        len(text.split()) in _WORDS and text[:1].isupper() and text.endswith(".") and not set("{}\n[]<>") & set(rest)
     )
 
 
@@ -139,6 +139,6 @@ def instruction_question(family: Family, scored: Sequence[Instruction], count: i
         f"kind of edit this is.\nTask: {family.title}. {family.metadata}\n"
         f"Instructions so far, the best first, with what the network reached:\n{tried}\n"
         f"Write {count} other instructions for this task that could score higher. Each is one English sentence of at "
-        f"most {WORDS[-1]} words that ends in a full stop; {{}} stands for the subject of the edit. "
+        f"most {_WORDS[-1]} words that ends in a full stop; {{}} stands for the subject of the edit. "
         "Give one instruction per line and nothing else."
     )

@@ -23,13 +23,13 @@ from reknow.files.manifest import open_manifest
 from reknow.instructions.llm import NoAnswer
 from reknow.instructions.propose import Proposer, usable
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-PROPOSALS_FILE, SCORES_FILE = "proposals.jsonl", "scores.jsonl"
-RISE = 1e-3
+_PROPOSALS_FILE, _SCORES_FILE = "proposals.jsonl", "scores.jsonl"
+_RISE = 1e-3
 """A metric that rises by less stands still."""
 
-Score = Callable[[Family, str], Mapping[str, float]]
+_Scorer = Callable[[Family, str], Mapping[str, float]]
 """What the trial editor reaches on a family's cases with an instruction in front: metric → share."""
 
 
@@ -66,7 +66,7 @@ class Found:
 def search(
     families: Sequence[Family],
     proposer: Proposer,
-    score: Score,
+    score: _Scorer,
     out: str | Path,
     settings: Search = Search(),
     *,
@@ -99,10 +99,10 @@ def search(
 
 
 class _Run:
-    def __init__(self, proposer: Proposer, score: Score, folder: Path, settings: Search, advance: Callable):
+    def __init__(self, proposer: Proposer, score: _Scorer, folder: Path, settings: Search, advance: Callable):
         self.proposer, self.score, self.settings, self.advance = proposer, score, settings, advance
-        self.proposals = Rows(folder / PROPOSALS_FILE, ("family", "round"))
-        self.scores = Rows(folder / SCORES_FILE, ("family", "text"))
+        self.proposals = Rows(folder / _PROPOSALS_FILE, ("family", "round"))
+        self.scores = Rows(folder / _SCORES_FILE, ("family", "text"))
         self.seconds, self.trials, self.stopped = 0.0, 0, dict[str, str]()
 
     def family(self, family: Family, start: str) -> Family:
@@ -110,12 +110,12 @@ class _Run:
         tried = [self.trial(family, start, 0)]
         self.stopped[family.name] = f"{self.settings.rounds} rounds were made"
         for round in range(1, self.settings.rounds + 1):
-            texts = self.proposed(family, rank(tried), round)
+            texts = self.proposed(family, _rank(tried), round)
             if texts is None:
                 break
             best = _best(tried)
             tried += [self.trial(family, text, round) for text in texts]
-            risen = [name for name, value in _best(tried).items() if value > best.get(name, -1.0) + RISE]
+            risen = [name for name, value in _best(tried).items() if value > best.get(name, -1.0) + _RISE]
             self.advance(f"{family.name}, round {round}: {', '.join(risen) or 'nothing'} rose")
             if not risen and len(tried) >= self.settings.count:
                 self.stopped[family.name] = "no metric rose"
@@ -129,7 +129,7 @@ class _Run:
                 texts = self.proposer.propose(family, scored, self.settings.proposals, round)
             except NoAnswer as error:
                 self.stopped[family.name] = "the proposer gave no answer"
-                log.warning("%s; the search for %s ends with %d instructions", error, family.name, len(scored))
+                _log.warning("%s; the search for %s ends with %d instructions", error, family.name, len(scored))
                 return None
             known = {each.text for each in scored}
             texts = [text for text in dict.fromkeys(texts) if usable(text) and text not in known]
@@ -143,26 +143,32 @@ class _Run:
         """The instruction with its scores, from the log where they are there."""
         if (family.name, text) not in self.scores:
             started = time.perf_counter()
-            scores = {name: round_(value) for name, value in self.score(family, text).items()}
+            scores = {name: _rounded(value) for name, value in self.score(family, text).items()}
             seconds = time.perf_counter() - started
             self.seconds, self.trials = self.seconds + seconds, self.trials + 1
-            row = {"family": family.name, "text": text, "round": round, "scores": scores, "seconds": round_(seconds)}
+            row = {
+                "family": family.name,
+                "text": text,
+                "round": round,
+                "scores": scores,
+                "seconds": _rounded(seconds),
+            }
             self.scores.add(row)
             self.advance(f"{family.name}, round {round}: {mean(scores):.3f} {text}")
         return Instruction(text, True, self.scores[family.name, text]["scores"])
 
     def chosen(self, family: Family, tried: Sequence[Instruction]) -> tuple[Instruction, ...]:
         """The best ones; one of them, drawn by chance so that it is no worse than the others, stays unseen."""
-        best = rank(tried)[: self.settings.count]
+        best = _rank(tried)[: self.settings.count]
         if len(best) < self.settings.count:
-            log.warning("%s has %d instructions of %d wanted", family.name, len(best), self.settings.count)
+            _log.warning("%s has %d instructions of %d wanted", family.name, len(best), self.settings.count)
         if len(best) < 2:  # nothing to spare
             return tuple(best)
         unseen = random.Random(f"{self.settings.seed}/{family.name}").randrange(len(best))
         return (*best[:unseen], *best[unseen + 1 :], replace(best[unseen], seen=False))
 
 
-def rank(tried: Sequence[Instruction]) -> list[Instruction]:
+def _rank(tried: Sequence[Instruction]) -> list[Instruction]:
     """Best mean of the metrics first; the earlier one where they are equal."""
     return sorted(tried, key=lambda each: -mean(each.scores))
 
@@ -178,5 +184,5 @@ def _best(tried: Sequence[Instruction]) -> dict[str, float]:
     return {name: max(each.scores.get(name, -1.0) for each in tried) for name in names}
 
 
-def round_(value: float) -> float:
+def _rounded(value: float) -> float:
     return round(float(value), 4)

@@ -21,9 +21,9 @@ METRICS = {
     "sentiment": "sentiment@likelihood",
 }
 """What is read of a trial; a family has the metrics for which its cases have probes."""
-TEST, TRIAL = 50, 10
+_TEST, TRIAL = 50, 10
 """Cases of a data set that are set aside: for the evaluation, and to score instructions on."""
-PROBES = 2
+_PROBES = 2
 """Of a kind and name that a trial reads of each case, to be quick."""
 
 
@@ -37,7 +37,7 @@ class Material:
     training: list[Case]
 
     @classmethod
-    def of(cls, family: Family, test: int = TEST, trial: int = TRIAL) -> Material:
+    def of(cls, family: Family, test: int = _TEST, trial: int = TRIAL) -> Material:
         """The first `test` cases, the next `trial` cases, and the rest without those that ask the same."""
         cases = load_cases(family.data)
         kept = {case.edit.text for case in cases[: test + trial]}
@@ -71,5 +71,5 @@ def few_probes(case: Case) -> Case:
     kept: dict[tuple[str, str], list[Probe]] = {}
     for probe in case.probes:
         kept.setdefault((probe.kind, probe.name), []).append(probe)
-    probes = [p for (kind, _), found in kept.items() for p in (found if kind == "sentiment" else found[:PROBES])]
+    probes = [p for (kind, _), found in kept.items() for p in (found if kind == "sentiment" else found[:_PROBES])]
     return replace(case, probes=tuple(p for p in probes if p.kind != "fluency"))

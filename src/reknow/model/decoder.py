@@ -19,7 +19,7 @@ from reknow.model.parts import Parts, accepts_positions, device_of, embedding, f
 from reknow.model.tokens import Batch, Row, Text, encode, make_batches, pad
 from reknow.progress import Progress
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class Decoder(ABC):
@@ -84,7 +84,7 @@ class Decoder(ABC):
     def patched_now(self) -> bool:
         """Whether any patch is applied."""
 
-    def cached(self, key: tuple, make: Callable[[], T], *, budget: int | None = None) -> T:
+    def cached(self, key: tuple, make: Callable[[], _T], *, budget: int | None = None) -> _T:
         """What `make` gives, computed once for this model; the key holds everything that it depends on.
 
         Args:

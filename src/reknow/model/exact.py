@@ -12,13 +12,13 @@ from torch import Tensor
 
 from reknow.errors import EditFailed
 
-WITHOUT = ("mps",)
+_WITHOUT = ("mps",)
 """Kinds of devices without float64."""
 
 
 def exact_device(device: torch.device) -> torch.device:
     """Where float64 is computed for what lies on `device`: there, or on the CPU where it has none."""
-    return torch.device("cpu") if device.type in WITHOUT else device
+    return torch.device("cpu") if device.type in _WITHOUT else device
 
 
 def exact(tensor: Tensor) -> Tensor:

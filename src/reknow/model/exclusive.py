@@ -23,10 +23,10 @@ from torch import nn
 from reknow.checks.arguments import typed
 from reknow.errors import InputError
 
-P = ParamSpec("P")
-T = TypeVar("T")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
-Undo = Callable[[], object]
+_Undo = Callable[[], object]
 
 _locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _making = threading.Lock()
@@ -36,7 +36,7 @@ class _Thread(threading.local):
     """What a thread has changed for a while."""
 
     def __init__(self):
-        self.open: list[Undo] = []
+        self.open: list[_Undo] = []
 
 
 _thread = _Thread()
@@ -49,7 +49,7 @@ def _lock(model: nn.Module) -> Any:
 
 
 @contextmanager
-def undo_on_exit(undo: Undo):
+def undo_on_exit(undo: _Undo):
     """While open, something is changed; `undo` brings back what was, however much of the change was made.
 
     It may be called twice, if an interrupt comes while it runs.
@@ -67,7 +67,7 @@ def undo_on_exit(undo: Undo):
 class _Beginning(NamedTuple):
     """What an operation finds when it begins."""
 
-    open: list[Undo]
+    open: list[_Undo]
     count: int
     gradients: bool
     """Whether torch keeps what gradients need: `no_grad` is such a block too."""
@@ -106,13 +106,13 @@ def _check(lm: Any) -> None:
         raise InputError(f"expected lm as LM; got {repr(lm)[:60]}: open the model, as in LM('demo:gpt2')")
 
 
-def exclusively(operation: Callable[P, T]) -> Callable[P, T]:
+def exclusively(operation: Callable[_P, _T]) -> Callable[_P, _T]:
     """The operation with the model of its argument `lm`, or of its first one, for itself."""
     names = list(inspect.signature(operation).parameters)
     place = names.index("lm") if "lm" in names else 0
 
     @wraps(operation)
-    def alone(*args: P.args, **kwargs: P.kwargs) -> T:
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         lm: Any = kwargs["lm"] if "lm" in kwargs else args[place]
         _check(lm)
         with _lock(lm.model):
@@ -125,6 +125,6 @@ def exclusively(operation: Callable[P, T]) -> Callable[P, T]:
     return alone
 
 
-def typed_exclusively(operation: Callable[P, T]) -> Callable[P, T]:
+def typed_exclusively(operation: Callable[_P, _T]) -> Callable[_P, _T]:
     """An operation on a model that users call: its arguments are checked too, see `reknow.checks.arguments`."""
     return typed(exclusively(operation))

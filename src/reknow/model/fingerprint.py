@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from reknow.errors import PatchError
 
-SAMPLES = 4096
+_SAMPLES = 4096
 """How many weights are compared."""
 
-ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+_ROUNDING = {"float64": 0.0, "float32": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 """Largest relative error of a weight cast to this dtype, as float32 has it; of others nothing is known."""
 
 
@@ -35,7 +35,7 @@ class Fingerprint:
         named = sorted((name, p) for name, p in model.named_parameters() if name not in tied)
         structure = [type(model).__name__, [(name, list(p.shape)) for name, p in named]]
         generator = torch.Generator().manual_seed(0)
-        each = max(1, SAMPLES // len(named))
+        each = max(1, _SAMPLES // len(named))
         samples = []
         for name, parameter in named:
             places = torch.randint(parameter.numel(), (each,), generator=generator)
@@ -68,7 +68,7 @@ class Fingerprint:
             return "another tokenizer"
         rounding = 0.0
         if found.dtype != self.dtype:
-            rounding = sum(ROUNDING.get(dtype, 0.0) for dtype in (found.dtype, self.dtype))
+            rounding = sum(_ROUNDING.get(dtype, 0.0) for dtype in (found.dtype, self.dtype))
         # Half precision flushes the smallest weights: an absolute term of the same relative size covers them.
         allowed = rounding * (torch.maximum(self.samples.abs(), found.samples.abs()) + 1e-4)
         if bool(((self.samples - found.samples).abs() <= allowed).all()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reknow.errors import PatchError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -30,7 +30,7 @@ class ForwardContext:
         """Whether this pass reads the texts from their beginning, prompts included."""
         return self.new == self.mask.shape[1]
 
-    def decision(self, who: Any, decide: Callable[[], T] | None = None) -> T:
+    def decision(self, who: Any, decide: Callable[[], _T] | None = None) -> _T:
         """What `decide` says when the prompts are read; the same again for tokens generated behind them.
 
         Without `decide`: what a lower module of the same memory decided.

@@ -18,10 +18,10 @@ from reknow.model.tokens import Row, make_batches
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
 
-CACHE_BYTES = 2**30
+_CACHE_BYTES = 2**30
 """What keys and values of texts that are written together may take: a pass reads one token of each, and the more
 texts, the less each costs."""
-ROWS = 100
+_ROWS = 100
 """Texts beyond which more cost no less, and short ones more, as their prompts leave the processor's cache."""
 
 
@@ -136,10 +136,10 @@ def decode(
 
 def _parts(lm: Decoder, lengths: Sequence[int]) -> list[list[int]]:
     """Indices of texts in batches of like length."""
-    room = CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
+    room = _CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
     parts = []
     for part in make_batches(lengths, at_least=room):
-        size = -(-len(part) // -(-len(part) // ROWS))
+        size = -(-len(part) // -(-len(part) // _ROWS))
         parts += [part[i : i + size] for i in range(0, len(part), size)]
     return parts
 

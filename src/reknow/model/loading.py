@@ -26,20 +26,20 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
 from reknow.model.sources import CONFIG, Source, find_source
 
-DTYPES = ("float32", "bfloat16", "float16")
-WHOLE = "check that its files are whole"
+_DTYPES = ("float32", "bfloat16", "float16")
+_WHOLE = "check that its files are whole"
 
 
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """The dtype of that name; None and a dtype come back as they are."""
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in DTYPES:
-        raise did_you_mean("dtype", dtype, DTYPES)
+    if dtype not in _DTYPES:
+        raise did_you_mean("dtype", dtype, _DTYPES)
     return getattr(torch, dtype)
 
 
-def as_pair(source) -> tuple[PreTrainedModel, Any]:
+def _as_pair(source) -> tuple[PreTrainedModel, Any]:
     """The pair (model, tokenizer), the model without peft's wrapper; its adapters stay in its modules.
 
     Raises:
@@ -89,12 +89,12 @@ def open_model(source, tokenizer, dtype, device, device_map, trust_remote_code: 
         InputError: the source, the tokenizer, the dtype or the device is none.
         ModelError: it cannot be loaded, or is of a kind that is not handled.
     """
-    dtype, device = as_dtype(dtype), as_device(device)
+    dtype, device = _as_dtype(dtype), _as_device(device)
     if isinstance(source, (str, Path)):
         return _load(str(source), tokenizer, dtype, device, device_map, trust_remote_code)
     if tokenizer is not None:
         raise InputError(f"expected the tokenizer of a pair in the pair; got tokenizer={tokenizer!r}: leave it out")
-    model, tokenizer = as_pair(source)
+    model, tokenizer = _as_pair(source)
     _place(model, device, dtype)
     return model, tokenizer
 
@@ -102,19 +102,19 @@ def open_model(source, tokenizer, dtype, device, device_map, trust_remote_code: 
 def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
     source = find_source(name)
     expected = f"expected a model that transformers can load; {name!r} could not be loaded"
-    with _told(expected, WHOLE):
+    with _told(expected, _WHOLE):
         base = _base(name, source)
         options: dict[str, Any] = dict(trust_remote_code=trust_remote_code, local_files_only=base.offline)
         kind = _auto_class(name, AutoConfig.from_pretrained(base.name, **options), trust_remote_code)
     tokenizer = _tokenizer(name, source, tokenizer, trust_remote_code)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are refused below, by name
-    with _told(expected, WHOLE):
+    with _told(expected, _WHOLE):
         model, found = kind.from_pretrained(source.name, dtype=dtype or "auto", device_map=device_map, **options)
     missing = sorted(found["missing_keys"]) or sorted(key for key, *_ in found["mismatched_keys"])
     if missing:
         raise ModelError(
             f"expected all weights of {type(model).__name__}; the files of {name!r} lack {len(missing)} or have them "
-            f"in another size, such as {missing[0]}: {WHOLE}"
+            f"in another size, such as {missing[0]}: {_WHOLE}"
         )
     _place(model, device, None)
     if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
@@ -134,7 +134,7 @@ def _base(name: str, source: Source) -> Source:
     config = PeftConfig.from_pretrained(str(Path(adapter).parent))
     base = config.base_model_name_or_path
     if not base:
-        raise ModelError(f"expected an adapter that names its base model; {name} names none: {WHOLE}")
+        raise ModelError(f"expected an adapter that names its base model; {name} names none: {_WHOLE}")
     if config.is_prompt_learning:
         raise _learned_tokens(config, base)
     found = find_source(base)
@@ -205,7 +205,7 @@ def _told(expected: str, remedy: str):
         raise ModelError(f"{expected} ({reason}): {remedy}") from error
 
 
-def as_device(device) -> torch.device | None:
+def _as_device(device) -> torch.device | None:
     """The device of that name; None comes back as it is.
 
     Raises:

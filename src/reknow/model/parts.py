@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from reknow.errors import ModelError
 from reknow.model.hooks import hidden_states, hooked
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -89,23 +89,23 @@ def block_calls(lm: Decoder, run: Callable[[], object], trailing: Sequence[tuple
     return calls
 
 
-def tensors(value) -> Iterator[Tensor]:
+def _tensors(value) -> Iterator[Tensor]:
     """The tensors in nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, dict)):
         for each in value.values() if isinstance(value, dict) else value:
-            yield from tensors(each)
+            yield from _tensors(each)
 
 
-def of_rows(value, rows: Tensor, count: int):
+def _of_rows(value, rows: Tensor, count: int):
     """The same nest with tensors that have an entry for each of the `count` rows cut to these rows; a vector has
     none."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 1 and len(value) == count else value
     if isinstance(value, dict):
-        return {key: of_rows(each, rows, count) for key, each in value.items()}
-    return type(value)(of_rows(each, rows, count) for each in value) if isinstance(value, (tuple, list)) else value
+        return {key: _of_rows(each, rows, count) for key, each in value.items()}
+    return type(value)(_of_rows(each, rows, count) for each in value) if isinstance(value, (tuple, list)) else value
 
 
 class BlockReplay:
@@ -143,7 +143,7 @@ class BlockReplay:
         for layer in [] if selected._cache is None else selected._cache.layers:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
         if self.lm.parts.row_selectable and not self.lm.hooked:
-            selected._calls = of_rows(self._calls, rows, len(batch.ids))
+            selected._calls = _of_rows(self._calls, rows, len(batch.ids))
             for name in ("_block_input", "_block_output", "keys", "key", "value", "attention", "block"):
                 setattr(selected, name, getattr(self, name)[rows])
         else:
@@ -153,7 +153,7 @@ class BlockReplay:
     @property
     def row_selectable(self) -> bool:
         """Whether every tensor among the blocks' arguments has an entry per row, or is the same for all rows."""
-        return all(each.dim() < 2 or len(each) in (1, len(self.batch.ids)) for each in tensors(self._calls))
+        return all(each.dim() < 2 or len(each) in (1, len(self.batch.ids)) for each in _tensors(self._calls))
 
     def _run(self, columns: slice, cache: Cache | None, **options):
         batch = self.batch

@@ -19,13 +19,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from reknow.errors import InputError, ModelError, did_you_mean
 
-DEMO = "demo:"
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
-FILES = (CONFIG, ADAPTER, "tokenizer_config.json", "tokenizer.json")
+_DEMO = "demo:"
+CONFIG, _ADAPTER = "config.json", "adapter_config.json"
+_FILES = (CONFIG, _ADAPTER, "tokenizer_config.json", "tokenizer.json")
 """One of these lies in every folder of a model, an adapter or a tokenizer."""
 PATIENCE = "HF_HUB_ETAG_TIMEOUT"
 """The setting of the hub's library that says how many seconds its answer may take."""
-SECONDS = 2.0
+_SECONDS = 2.0
 """Where that is not set."""
 
 
@@ -46,8 +46,8 @@ def find_source(name: str) -> Source:
         InputError: a demo model that does not exist, a file, or no name at all.
         ModelError: there is no such folder, it holds no model of transformers, or the hub has none of that name.
     """
-    if name.startswith(DEMO):
-        return Source(_demo_folder(name.removeprefix(DEMO)))
+    if name.startswith(_DEMO):
+        return Source(_demo_folder(name.removeprefix(_DEMO)))
     path = os.path.expanduser(name)
     if os.path.isdir(path) and name.strip():
         _check_folder(Path(path))
@@ -80,7 +80,7 @@ def _demo_names() -> list[str]:
 
 def _check_folder(folder: Path) -> None:
     """Raises ModelError where the folder holds no configuration, which all models of transformers have."""
-    if any((folder / name).is_file() for name in FILES):
+    if any((folder / name).is_file() for name in _FILES):
         return
     if found := sorted(folder.glob("*.gguf")):
         raise _gguf(str(found[0]))
@@ -113,23 +113,23 @@ def _in_hub(name: str) -> Source:
         validate_repo_id(name)
     except HFValidationError as error:
         raise InputError(
-            f"expected a model's folder, its name on the hub, or {DEMO}gpt2; got {name!r}, which is no folder and "
+            f"expected a model's folder, its name on the hub, or {_DEMO}gpt2; got {name!r}, which is no folder and "
             "cannot be a name: check it"
         ) from error
     problem = _problem(name)
     if problem is None:
         return Source(name)
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in FILES):
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES):
         return Source(name, offline=True)
     raise ModelError(
-        f"expected a model's folder, its name on the hub, or {DEMO}gpt2; {name!r} could not be loaded (it is no "
+        f"expected a model's folder, its name on the hub, or {_DEMO}gpt2; {name!r} could not be loaded (it is no "
         f"folder here nor in the hub's cache, and {problem}{_near(name)}): check the name"
     )
 
 
 def _problem(name: str) -> str | None:
     """Why the hub does not give the repository; None: it does. Takes no longer than is allowed."""
-    seconds = float(os.environ.get(PATIENCE) or SECONDS)
+    seconds = float(os.environ.get(PATIENCE) or _SECONDS)
     answer: list[Exception | None] = []
 
     def ask() -> None:
@@ -158,7 +158,7 @@ def _problem(name: str) -> str | None:
 
 def _near(name: str) -> str:
     """The nearest names of models that are on this disk, as a part of a sentence; empty where none is near."""
-    known = [*_beside(name), *_cached(), *(DEMO + demo for demo in _demo_names())]
+    known = [*_beside(name), *_cached(), *(_DEMO + demo for demo in _demo_names())]
     by_last = {re.split(r"[/:]", known_name)[-1].lower(): known_name for known_name in reversed(known)}
     near = difflib.get_close_matches(re.split(r"[/:]", name.rstrip("/"))[-1].lower(), by_last, n=3, cutoff=0.6)
     return f"; near it: {', '.join(by_last[one] for one in near)}" if near else ""
@@ -167,7 +167,7 @@ def _near(name: str) -> str:
 def _beside(name: str) -> list[str]:
     """Folders with models in the folder in which the name would lie."""
     parent = Path(os.path.expanduser(name.rstrip("/"))).parent
-    wanted = (CONFIG, ADAPTER, "stack.json")
+    wanted = (CONFIG, _ADAPTER, "stack.json")
     try:
         return [str(one) for one in sorted(parent.iterdir()) if any((one / file).is_file() for file in wanted)]
     except OSError:  # there is no such folder, or it may not be read

@@ -24,16 +24,16 @@ from reknow.texts.writing import prepend, separator_between
 if TYPE_CHECKING:
     from reknow.edits import Edit, Probe
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 TOKENS_PER_BATCH = 4096
 """How many tokens, padding included, one forward pass takes."""
-CACHED_TOKENS = 384
+_CACHED_TOKENS = 384
 """The same on a CPU where a pass is read once: what it computes should stay in the processor's cache."""
-LEADS = ("\n", ".", "a")
+_LEADS = ("\n", ".", "a")
 """Characters to read an answer behind, the first that stays a token of its own: some tokenizers set a space before
 any text."""
-BREAKS = ("\n", ".")
+_BREAKS = ("\n", ".")
 """What a text may begin behind."""
 
 
@@ -77,7 +77,7 @@ class Text:
         return cls.of(edit.prompt, edit.subject, edit.target_new, prefix=prefix, separator=edit.separator)
 
 
-def as_list(texts: Sequence[T], what: str) -> list[T]:
+def as_list(texts: Sequence[_T], what: str) -> list[_T]:
     """The texts as a list; raises InputError for a single one, which would be taken for a list of characters."""
     if isinstance(texts, str):
         raise InputError(f"expected a list of {what}; got one text {texts[:80]!r}: put it in brackets")
@@ -176,7 +176,7 @@ def _parts(tokenizer, text: Text, chat: bool | Chat) -> tuple[str, str, int]:
 def _continuing(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
     """The tokens of texts that continue others without a space."""
     found: dict[str, list[int]] = {}
-    for lead in LEADS:
+    for lead in _LEADS:
         missing = [text for text in dict.fromkeys(texts) if text not in found]
         if not missing:
             break
@@ -196,7 +196,7 @@ def _begin(tokenizer) -> list[int]:
     for special in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if special is not None:
             return [special]
-    for text in BREAKS:
+    for text in _BREAKS:
         if ids := tokenizer(text, add_special_tokens=False)["input_ids"]:
             return ids[-1:]
     raise TextRefused("expected a prompt; got an empty one and a tokenizer without a first token: write a prompt")
@@ -261,7 +261,7 @@ def make_batches(lengths: Sequence[int], device: torch.device | None = None, *, 
     """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens, or
     `at_least` where that is more, or CACHED_TOKENS where the `device` of passes that are read once is a CPU."""
     on_cpu = device is not None and device.type == "cpu"
-    limit = min(TOKENS_PER_BATCH, CACHED_TOKENS) if on_cpu else max(TOKENS_PER_BATCH, at_least)
+    limit = min(TOKENS_PER_BATCH, _CACHED_TOKENS) if on_cpu else max(TOKENS_PER_BATCH, at_least)
     parts: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if parts and lengths[i] * (len(parts[-1]) + 1) <= limit:

@@ -15,7 +15,7 @@ from reknow.model.replay import BlockReplay
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import Batch, Row, Text, encode, pad
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -75,9 +75,9 @@ def _measure(
         found = replay.select(some)(delta[some], some - 1, scored[1][some]).float()
         row_selectable = replay.row_selectable and _close(found, wanted[some], tolerance)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
+        _log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
     if not same:
-        log.warning("%s: blocks cannot be replayed; full passes are run instead, which is slower", lm.name)
+        _log.warning("%s: blocks cannot be replayed; full passes are run instead, which is slower", lm.name)
     return replace(lm.parts, replayable=same, row_selectable=row_selectable)
 
 

@@ -16,7 +16,7 @@ _MARKED = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _CODE_BEFORE = re.compile(r"([A-Za-z0-9_\\$%#@=^&|<~]|[A-Za-z][\"`])$")
 _CODE_AFTER = re.compile(r"[A-Za-z0-9_{(\[]")
 _CODE_INSIDE = re.compile(r"\d$|.*[\\^=]|.*[\"']\s*:|.*(:[.\d]|![rsa]$)")
-ESCAPE = "write {{ and }} for braces that are meant"
+_ESCAPE = "write {{ and }} for braces that are meant"
 
 
 def split_template(template: str) -> list[str]:
@@ -59,7 +59,7 @@ def make_template(prompt: str, subject: str) -> tuple[str, str]:
     if len(parts) > 2:
         raise InputError(
             f"expected one {{}} in the prompt; got {len(parts) - 1} in {prompt!r}: keep the one to edit at, and "
-            f"{ESCAPE}"
+            f"{_ESCAPE}"
         )
     (text,) = parts
     found = find_all(text, subject)
@@ -88,7 +88,7 @@ def parse_marked(text: str) -> tuple[str, str | None]:
     if stray or len(marks) > 1 or not _MARKED.search(text) or not all(found[1].strip() for found in marks):
         raise InputError(
             f"expected one subject in braces, as in 'The capital of {{France}} is'; got {text!r}: mark the subject, "
-            f"or give it by itself, and {ESCAPE}"
+            f"or give it by itself, and {_ESCAPE}"
         )
     if not marks:
         return text, None
@@ -103,5 +103,5 @@ def _refuse_code(text: str, found: re.Match) -> None:
     if quoted or _CODE_BEFORE.search(before) or _CODE_AFTER.match(after) or _CODE_INSIDE.match(found[1]):
         raise InputError(
             f"expected a subject in braces, apart from other signs; {found[0]!r} in {text!r} may be part of the "
-            f"text: {ESCAPE}, or {{}} where the subject stands and give it by itself"
+            f"text: {_ESCAPE}, or {{}} where the subject stands and give it by itself"
         )

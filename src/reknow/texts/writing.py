@@ -86,7 +86,7 @@ _WORD = re.compile(
     r"[wd]+(?:(?:[&@*$+#.']|(?<=d)[,:/](?=d))[wd]+)*(?:\+\+|[+#](?![wd]))?"  # 3.5, 1/2, 10:30, AT&T, O'Brien, C++, C#
     r"|%"
 )
-"""A word in the shape of a text, see `shape`."""
+"""A word in the shape of a text, see `_shape`."""
 _PIECE = re.compile(r"cm*|[^c\s]+")
 _THOUSANDS = re.compile(r"(?<!\d)\d{1,3}(?:,\d{3})+(?!\d)")
 _SILENT = re.compile(r"(?<!\d)[.']|[.'](?!\d)")  # U.S. is US, O'Brien is OBrien; 3.5 is not 35
@@ -100,21 +100,21 @@ def words(text: str) -> list[str]:
     """
     text = unicodedata.normalize("NFKC", text).casefold().translate(_SAME)
     text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
-    return [_SILENT.sub("", text[slice(*found.span())]) for found in _WORD.finditer(shape(text))]
+    return [_SILENT.sub("", text[slice(*found.span())]) for found in _WORD.finditer(_shape(text))]
 
 
 def pieces(text: str) -> list[str]:
     """What blanks part, and in scripts without spaces each character with its marks."""
-    return [text[slice(*found.span())] for found in _PIECE.finditer(shape(text))]
+    return [text[slice(*found.span())] for found in _PIECE.finditer(_shape(text))]
 
 
 def clip(text: str, count: int) -> str:
     """The text up to so many pieces, on one line."""
-    ends = [found.end() for found in _PIECE.finditer(shape(text))]
+    ends = [found.end() for found in _PIECE.finditer(_shape(text))]
     return " ".join(text.split()) if len(ends) <= count else " ".join(text[: ends[count - 1]].split()) + " …"
 
 
-def shape(text: str) -> str:
+def _shape(text: str) -> str:
     """The text with a letter for the kind of each character: c of a script without spaces, m a mark on such a one, d
     a digit, w another letter or number, or a mark on it; spaces and punctuation as they are. As long as the text."""
     kinds: list[str] = []
