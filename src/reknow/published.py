@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -16,13 +17,13 @@ from reknow.model.parts import shape
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 __all__ = ["Published", "holds_for_any", "published", "published_layers", "published_models", "published_sources"]
 
-Table = Mapping[str, Any]
+_Table = Mapping[str, Any]
 
-ABOUT = {"models", "by", "like", "complete", "training", "source", "note"}
+_ABOUT = {"models", "by", "like", "complete", "training", "source", "note"}
 """Keys of a table that are no fields of the method."""
 
 
@@ -63,7 +64,7 @@ def published(row: str, model: Decoder | str | None = None, source: str | None =
     name = _model_name(row, model)
     every = [table for table in _tables(row) if name in table.get("models", [name])]
     source = source and source.lower()
-    tables = [table for table in every if table.get("by", source) == source]
+    tables = [table for table in every if "by" not in table or (source and table["by"] in source)]
     specific = [table for table in tables[::-1] if {"models", "by"} & set(table)]
     own = [table for table in specific if "source" in table] or tables
     if source is not None and not any(source in table.get("source", "").lower() for table in own):
@@ -71,8 +72,9 @@ def published(row: str, model: Decoder | str | None = None, source: str | None =
             f"expected a source of {row}'s settings for {name or 'all models'}; got {source}: there are "
             f"{'; '.join(_texts(every[::-1], 'source', name))}"
         )
-    fields = {key: value for table in tables for key, value in table.items() if key not in ABOUT}
-    settings = {key: None if value == "none" else value for key, value in fields.items()}  # TOML has no null
+    fields = {key: value for table in tables for key, value in table.items() if key not in _ABOUT}
+    # TOML has no null.
+    settings = {key: None if value == "none" else deepcopy(value) for key, value in fields.items()}
     training = {key: value for table in tables for key, value in table.get("training", {}).items()}
     sources, notes = _texts([*specific, *tables], "source", name), _texts(tables, "note", name)
     return Published(row, name, settings, training, sources, notes)
@@ -110,7 +112,7 @@ def _contents() -> dict[str, Any]:
     return tomllib.loads((files("reknow") / "assets" / "published.toml").read_text(encoding="utf-8"))
 
 
-def _tables(row: str, absent: bool = False) -> list[Table]:
+def _tables(row: str, absent: bool = False) -> list[_Table]:
     """The tables of a method, with those that they refer to; or those that say what is absent, and why."""
     found = []
     for table in _contents().get(row, ()):
@@ -164,7 +166,7 @@ def _same_sizes(lm: Decoder) -> list[str]:
     return [name for name, about in _contents()["models"].items() if about["sizes"] == sizes]
 
 
-def _texts(tables: Sequence[Table], key: str, model: str | None) -> tuple[str, ...]:
+def _texts(tables: Sequence[_Table], key: str, model: str | None) -> tuple[str, ...]:
     """What the tables have under the key, each text once."""
     file = _contents()["models"].get(model, {}).get("easyedit", "*")
     return tuple(dict.fromkeys(table[key].replace("{easyedit}", file) for table in tables if key in table))

@@ -68,6 +68,8 @@ def test_none_takes_a_default_away():
 def test_another_source_may_be_asked_for():
     assert ROME.paper("gpt2-xl").covariance_tokens == 100_000
     assert ROME.paper("gpt2-xl", source="EasyEdit").covariance_tokens == 0
+    assert ROME.paper("gpt2-xl", source="zjunlp/EasyEdit").covariance_tokens == 0
+    assert ROME.paper("gpt2-xl", source="kmeng01") == ROME.paper("gpt2-xl")
     assert ROME.paper("llama-2-7b", source="EasyEdit") == ROME.paper("llama-2-7b")  # there is no other
     assert FT.paper("llama-2-7b", source="ice").layer == (4, 5, 6, 7, 8)
     with pytest.raises(InputError, match=r"expected a source .* got easyedit: there are MEMIT's baseline"):
