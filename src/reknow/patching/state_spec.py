@@ -91,12 +91,9 @@ def _parts(description: str) -> tuple[str, int, list[str]]:
 
 def _pattern(name: str, described: Mapping[str, str]) -> tuple[str, str]:
     """The pattern that describes a tensor, and what stands for its star."""
-    if name in described:
-        return name, ""
     for pattern in described:
-        head, star, tail = pattern.partition("*")
-        if star and (found := re.fullmatch(f"{re.escape(head)}(.+){re.escape(tail)}", name, re.DOTALL)):
-            return pattern, found[1]
+        if found := re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, re.DOTALL):
+            return pattern, "".join(found.groups())
     raise FormatError(f"tensor {name[:80]}: its method keeps none of this name")
 
 
