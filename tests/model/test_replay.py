@@ -14,7 +14,7 @@ from conftest import close, make_lm
 from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.model.hooks import added_at, fused_gelu, output_edited, recorded, weight_replaced
-from reknow.model.replay import BlockReplay, head
+from reknow.model.replay import BlockReplay, apply_head
 from reknow.model.tokens import Batch, Row, Text, pad
 
 TALL = {
@@ -208,7 +208,7 @@ def test_head_gives_the_logits_of_the_model(built, name):
     with torch.no_grad(), recorded(lm.model, outputs=[lm.parts.blocks[-1]]) as (_, seen):
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
     with torch.no_grad():
-        found = head(lm, seen[lm.parts.blocks[-1]][rows, columns])
+        found = apply_head(lm, seen[lm.parts.blocks[-1]][rows, columns])
     assert close(found, wanted)
 
 

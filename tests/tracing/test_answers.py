@@ -14,7 +14,7 @@ from families import tiny_model, tiny_tokenizer
 from reknow import FT, LM, Edit
 from reknow.cli.app import app
 from reknow.evaluation.effect import observe
-from reknow.methods.kn import _said
+from reknow.methods.kn import model_answer
 from reknow.model.tokens import Text
 from reknow.tracing.causal import Tracing, read_answer, trace_prompt
 from reknow.tracing.restoration import Prompt, list_restorations
@@ -106,4 +106,4 @@ def test_the_command_counts_whole_answers(tmp_path, monkeypatch):
 def test_the_old_answer_of_knowledge_neurons_is_a_whole_number_or_character(knowing):
     (year,) = knowing.encode([Text.asked(YEAR)])
     assert knowing.tokenizer.decode(year.target_ids[:3]) != " 1945"
-    assert _said(knowing, YEAR.text) == "1945" and _said(knowing, CHARACTER.text) == "京"
+    assert model_answer(knowing, YEAR.text) == "1945" and model_answer(knowing, CHARACTER.text) == "京"

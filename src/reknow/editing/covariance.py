@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 4
 """Counts up when the same settings give other statistics."""
-ROW_TOKENS = 128
+_ROW_TOKENS = 128
 """Texts are cut into rows of this many tokens."""
 ROWS = 16
 """Rows that are read together."""
@@ -129,7 +129,7 @@ def statistics(
 def _key(lm: LM, name: str, source: TextSource, tokens: int) -> dict[str, str]:
     """All that the statistics of the matrix `name` depend on."""
     return {
-        "format": f"{FORMAT}, rows of {ROW_TOKENS}",
+        "format": f"{FORMAT}, rows of {_ROW_TOKENS}",
         "model": lm.fingerprint.digest,
         "matrix": name,
         "text": source.digest,
@@ -313,7 +313,7 @@ def _batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[Row]]:
         (row,) = encode(lm.tokenizer, [Text(text)])  # general text is no chat
         # What begins a text begins every row of it: a model that is used to such a token is lost without.
         begin = tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(row.ids, around, strict=False)))
-        width = max(1, min(ROW_TOKENS, lm.max_tokens or ROW_TOKENS) - len(begin))
+        width = max(1, min(_ROW_TOKENS, lm.max_tokens or _ROW_TOKENS) - len(begin))
         for start in range(len(begin), max(len(row.ids), len(begin) + 1), width):
             ids = (begin + row.ids[start : start + width])[:tokens]
             tokens -= len(ids)

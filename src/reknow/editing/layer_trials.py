@@ -48,19 +48,19 @@ log = logging.getLogger(__name__)
 
 FACTS = 8
 """Trial edits per layer."""
-FEWEST_FACTS = 5
+_FEWEST_FACTS = 5
 """With fewer known facts no layer is tried."""
-ASKED_PER_RELATION = 6
+_ASKED_PER_RELATION = 6
 """Facts of one relation of which the model is asked whether it knows them."""
 CANDIDATES = 6
 """Layers tried at most, beside those of the papers."""
-ASKED_PER_EDIT = 3
+_ASKED_PER_EDIT = 3
 """Paraphrases and other subjects that one trial edit is asked."""
 ROME_SETTINGS: dict[str, Any] = dict(
     steps=20, stop_probability=0.9, min_delta=0, context_batches=1, context_groups=((4, 5),), covariance_tokens=20_000
 )
 """Settings of ROME in trials; of a wide model more tokens, see `trial_settings`."""
-TOKENS_PER_INPUT = 2
+_TOKENS_PER_INPUT = 2
 """With fewer tokens per input of the value matrix C is nearly singular: trials find less locality than there is."""
 
 FILE = "layers.json"
@@ -83,7 +83,7 @@ class LayerScore:
         return harmonic_mean([self.reliability, self.generalization, self.locality])
 
 
-class TrialEdit(NamedTuple):
+class _TrialEdit(NamedTuple):
     """A known fact, its new answer, and facts that must stay."""
 
     fact: Fact
@@ -115,7 +115,7 @@ def remembered_layer(lm: LM) -> int | None:
 def _key(lm: LM, relations: Sequence[Sequence[Fact]]) -> str:
     """The name under which the choice is kept: all that it depends on, whatever the settings are called."""
     facts, trial = [astuple(fact) for relation in relations for fact in relation], [*trial_settings(lm, 0).values()]
-    settings = json.dumps([facts, FACTS, CANDIDATES, ASKED_PER_EDIT, trial, papers_layers(lm)])
+    settings = json.dumps([facts, FACTS, CANDIDATES, _ASKED_PER_EDIT, trial, papers_layers(lm)])
     return f"{lm.fingerprint.digest}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
@@ -123,7 +123,7 @@ def trial_settings(lm: LM, layer: int) -> dict[str, Any]:
     """Settings of ROME in trials at that layer."""
     tokens = ROME_SETTINGS["covariance_tokens"]
     width = shape(lm.model.get_submodule(lm.parts.value[layer]))[1]
-    return ROME_SETTINGS | {"covariance_tokens": tokens and max(tokens, TOKENS_PER_INPUT * width)}
+    return ROME_SETTINGS | {"covariance_tokens": tokens and max(tokens, _TOKENS_PER_INPUT * width)}
 
 
 def _choose(lm: LM) -> int:
@@ -182,7 +182,7 @@ def trial_relations() -> list[list[Fact]]:
     for fact in load_facts("pararel"):
         if fact.paraphrases and fact.subject not in evaluated:
             relations.setdefault((fact.prompt, fact.paraphrases), []).append(fact)
-    return [facts[:ASKED_PER_RELATION] for facts in relations.values()]
+    return [facts[:_ASKED_PER_RELATION] for facts in relations.values()]
 
 
 @exclusively
@@ -196,7 +196,7 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
     with lm.unpatched():
         known = set(known_facts(lm, [fact for facts in relations for fact in facts]))
         edits = _trial_edits(relations, known)
-        if len(edits) < FEWEST_FACTS:
+        if len(edits) < _FEWEST_FACTS:
             return []
         facts = [edit.fact for edit in edits]
         traces = []
@@ -229,27 +229,27 @@ def candidates(effects: Sequence[float], always: Sequence[int] = ()) -> list[int
     return sorted({*always, *spaced, *rest[: CANDIDATES - len(spaced)]})
 
 
-def _trial_edits(relations: Sequence[Sequence[Fact]], known: set[Fact]) -> list[TrialEdit]:
+def _trial_edits(relations: Sequence[Sequence[Fact]], known: set[Fact]) -> list[_TrialEdit]:
     """Trial edits: one known fact of every relation, then a second one …; new answers are others of the relation."""
     per_relation = [[_trial_edit(fact, facts, known) for fact in facts if fact in known] for facts in relations]
     alternating = (edit for edits in zip_longest(*per_relation) for edit in edits if edit is not None and edit.others)
     return list(islice(alternating, FACTS))
 
 
-def _trial_edit(fact: Fact, relation: Sequence[Fact], known: set[Fact]) -> TrialEdit | None:
+def _trial_edit(fact: Fact, relation: Sequence[Fact], known: set[Fact]) -> _TrialEdit | None:
     new = next((other.answer for other in relation if other.answer != fact.answer), None)
     if new is None:
         return None
     others = [f for f in relation if f in known and f.subject != fact.subject and f.answer != new]
-    return TrialEdit(fact, new, others[:ASKED_PER_EDIT])
+    return _TrialEdit(fact, new, others[:_ASKED_PER_EDIT])
 
 
-def _score_layer(lm: LM, layer: int, effect: float, edits: Sequence[TrialEdit]) -> LayerScore:
+def _score_layer(lm: LM, layer: int, effect: float, edits: Sequence[_TrialEdit]) -> LayerScore:
     """Edits every fact alone at the layer and asks for it, in paraphrases, and for what must stay."""
     rates = []
     for fact, new, others in edits:
         edit = Edit(fact.prompt, subject=fact.subject, target_new=new)
-        paraphrases = [edit.fill(paraphrase) for paraphrase in fact.paraphrases[:ASKED_PER_EDIT]]
+        paraphrases = [edit.fill(paraphrase) for paraphrase in fact.paraphrases[:_ASKED_PER_EDIT]]
         prompts = [edit.text, *paraphrases, *(other.text for other in others)]
         answers = [new] * (1 + len(paraphrases)) + [other.answer for other in others]
         with lm.patched(make("rome", {"layer": layer, **trial_settings(lm, layer)}).edit(lm, [edit])):

@@ -21,12 +21,12 @@ from reknow.model.tokens import Row, Text
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-SAME_KEY = 0.8
+_SAME_KEY = 0.8
 """Mean correlation between keys of different tokens from which on they are one key. SmolLM2 has 0.98 and more at the
 first position and 0.2 behind other tokens; a model without a sink 0.5 and 0.3."""
-FIRST_TOKENS = 16
+_FIRST_TOKENS = 16
 """Different first tokens that are compared."""
-CHARACTERS = 20
+_CHARACTERS = 20
 """Characters of the texts that they begin."""
 NEUTRAL = "It is said that "
 """What stands before such a subject where the edit is computed without contexts."""
@@ -67,15 +67,15 @@ def first_token_is_sink(lm: LM) -> bool:
 def _has_sink(lm: LM) -> bool:
     from reknow.datasets.facts import load_facts  # loaded where a subject begins a text, which is rare
 
-    rows = lm.encode([Text(fact.text[:CHARACTERS]) for fact in load_facts("counterfact")])
-    tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:FIRST_TOKENS]
+    rows = lm.encode([Text(fact.text[:_CHARACTERS]) for fact in load_facts("counterfact")])
+    tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:_FIRST_TOKENS]
     before, names = rows[0].ids, list(lm.parts.value)
     with lm.unpatched():
         bare = lm.read([Row((token,), 1) for token in tokens], [0] * len(tokens), inputs=names)
         behind = lm.read(
             [Row((*before, token), len(before) + 1) for token in tokens], [len(before)] * len(tokens), inputs=names
         )
-    return any(_mean_correlation(bare[name]) >= SAME_KEY > _mean_correlation(behind[name]) for name in names)
+    return any(_mean_correlation(bare[name]) >= _SAME_KEY > _mean_correlation(behind[name]) for name in names)
 
 
 def _mean_correlation(keys: torch.Tensor) -> float:

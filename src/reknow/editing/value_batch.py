@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FactBatch", "Scores", "encode_facts", "make_batches", "split_contexts", "token_budget"]
 
-KL_PROMPT = "{} is a"
+_KL_PROMPT = "{} is a"
 """The prompt whose next-token distribution must not drift: what kind of thing the subject is."""
 
 FREE_TOKENS = 32
@@ -51,11 +51,11 @@ def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_posi
     A subject that is an attention sink (`sinks`) is read behind other text in all of them, with a warning.
     """
     texts = []
-    prefixes, kl_prefixes = avoid_sinks(lm, edits, contexts), avoid_sinks(lm, edits, contexts, KL_PROMPT)
+    prefixes, kl_prefixes = avoid_sinks(lm, edits, contexts), avoid_sinks(lm, edits, contexts, _KL_PROMPT)
     for edit, before, before_kl in zip(edits, prefixes, kl_prefixes, strict=True):
         assert edit.subject is not None, "methods check that every edit has a subject"
         texts += [Text.about(edit, prefix) for prefix in before]
-        texts.append(Text.of(KL_PROMPT, edit.subject, prefix=before_kl[0]))
+        texts.append(Text.of(_KL_PROMPT, edit.subject, prefix=before_kl[0]))
         if before is not contexts:
             warn_of_sink(edit)
     rows = lm.encode(texts)

@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Convergence", "Values", "decrease_per_pass", "find_values", "value_loss"]
 
-BEHIND_NORM = 0.5
+_BEHIND_NORM = 0.5
 """The unit of a step in root mean squares of what δ is added to, where that does not reach the block's output
 unchanged. Whole ones cost Gemma 3 5 points of locality and 6 of NS, for 8 more of generalization (docs/log.md)."""
 
-WINDOW = 4
+_WINDOW = 4
 """Passes, at least, whose mean loss is set against that of as many before, to see what a pass gains."""
 
 
@@ -130,7 +130,7 @@ def _relative_units(batches: list[FactBatch], sites: list[str], residual_identit
     if residual_identity:
         return sizes, torch.stack([length("block") for _ in sites]) / batches[0].width ** 0.5
     # A norm behind the MLP gives δ another size than the block's output has.
-    return sizes, sizes / batches[0].width ** 0.5 * BEHIND_NORM
+    return sizes, sizes / batches[0].width ** 0.5 * _BEHIND_NORM
 
 
 def value_loss(
@@ -257,6 +257,6 @@ def decrease_per_pass(losses: list[float], batches: int) -> float:
 
     Batches of contexts differ, so both halves of what is compared are whole rounds of them.
     """
-    half = batches * math.ceil(WINDOW / batches)
+    half = batches * math.ceil(_WINDOW / batches)
     before, last = losses[-2 * half : -half], losses[-half:]
     return (sum(before) - sum(last)) / half**2 if len(before) == half else math.inf

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["distance_scale", "prompt_inputs", "prompt_states"]
 
-FACTS_PER_PROMPT = 8
+_FACTS_PER_PROMPT = 8
 """Facts asked with the same prompt that tell how far apart such questions lie."""
 
 
@@ -32,12 +32,12 @@ def distance_scale(lm: LM, layer: int) -> float:
         alike: dict[str, list[str]] = {}
         for fact in load_facts("pararel"):
             alike.setdefault(fact.prompt, []).append(fact.text)
-        groups = [texts[:FACTS_PER_PROMPT] for texts in alike.values() if len(texts) >= FACTS_PER_PROMPT]
+        groups = [texts[:_FACTS_PER_PROMPT] for texts in alike.values() if len(texts) >= _FACTS_PER_PROMPT]
         rows = lm.encode([Text(text) for texts in groups for text in texts])
         name = lm.parts.value[layer]
         with lm.unpatched():
             keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name])
-        apart = keys.view(len(groups), FACTS_PER_PROMPT, -1).var(1).sum(-1)  # (groups,)
+        apart = keys.view(len(groups), _FACTS_PER_PROMPT, -1).var(1).sum(-1)  # (groups,)
         return float((2 * apart.mean()).sqrt())
 
     return lm.cached(("distance_scale", layer), measure)

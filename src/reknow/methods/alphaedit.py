@@ -39,7 +39,7 @@ from reknow.patching.state_spec import StateSpec
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-KEPT_NORMS = 0.95
+_KEPT_NORMS = 0.95
 """The reference norm of NAS is the mean of ‖v*‖ over the edits without the largest twentieth."""
 
 
@@ -136,7 +136,7 @@ def anchor_states(found: Values, anchor: Tensor | None) -> tuple[Tensor, Tensor]
     value, wanted = exact(found.value), exact(found.value) + exact(found.delta)  # v, v*: (facts, hidden)
     norms = wanted.norm(dim=1)
     if anchor is None:
-        anchor = norms.sort().values[: max(1, round(KEPT_NORMS * len(norms)))].mean(0, keepdim=True)
+        anchor = norms.sort().values[: max(1, round(_KEPT_NORMS * len(norms)))].mean(0, keepdim=True)
     anchor = anchor.to(norms)
     scaled = torch.where(norms[:, None] > 2 * anchor, value, wanted * (anchor / norms)[:, None])
     return exact(found.start) - value + scaled, anchor

@@ -35,7 +35,7 @@ from reknow.tracing.causal import MOST_ANSWER_TOKENS, PARTIAL_CHARACTER
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-Neuron = tuple[int, int]
+_Neuron = tuple[int, int]
 """(layer, index among the inputs of its value matrix)."""
 
 
@@ -75,7 +75,7 @@ class KN(Method):
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def _edit_one(self, lm: LM, edit: Edit) -> Patch:
-        old = edit.target_true or _model_answer(lm, edit.text)
+        old = edit.target_true or model_answer(lm, edit.text)
         if not old:
             raise EditRefused(
                 f"kn looks for the neurons of the old answer; {edit.text!r} has none and the model says nothing: "
@@ -126,16 +126,16 @@ class KN(Method):
         return change
 
 
-def select_neurons(scores: Sequence[Tensor], threshold: float, prompt_share: float) -> list[Neuron]:
+def select_neurons(scores: Sequence[Tensor], threshold: float, prompt_share: float) -> list[_Neuron]:
     """Neurons above the threshold for more than the share of prompts. scores: of each prompt, (layers, in)"""
-    counts: Counter[Neuron] = Counter()
+    counts: Counter[_Neuron] = Counter()
     for attribution in scores:
         above = (attribution > threshold * attribution.max()).nonzero().tolist()
         counts.update((layer, i) for layer, i in above)
     return sorted(neuron for neuron, count in counts.items() if count > prompt_share * len(scores))
 
 
-def _model_answer(lm: LM, prompt: str) -> str:
+def model_answer(lm: LM, prompt: str) -> str:
     """What the model says in three tokens, and what is left of a number or a character in which they end."""
     said = lm.generate([prompt], 3)[0]
     known = said.rstrip(PARTIAL_CHARACTER)

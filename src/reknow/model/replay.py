@@ -34,8 +34,10 @@ from reknow.model.tokens import Batch
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
 
+__all__ = ["BlockReplay", "Call", "apply_head", "record_block_calls", "select_cache_rows"]
 
-def head(lm: Decoder, hidden: Tensor) -> Tensor:
+
+def apply_head(lm: Decoder, hidden: Tensor) -> Tensor:
     """Logits (n, vocabulary) of the last block's output (n, hidden): final norm, head, and any scale or cap.
 
     The model's own `forward` does it, around a decoder stack that is replaced by the given states.
@@ -48,7 +50,7 @@ def head(lm: Decoder, hidden: Tensor) -> Tensor:
         return lm.model(input_ids=dummy, use_cache=False).logits[0]
 
 
-def _fresh(cache: Cache | None) -> Cache | None:
+def _copy_cache(cache: Cache | None) -> Cache | None:
     """A cache that may grow without touching the original: layers are copied, their tensors shared."""
     if cache is None:
         return None
@@ -57,9 +59,9 @@ def _fresh(cache: Cache | None) -> Cache | None:
     return copied
 
 
-def widened(cache: Cache | None, layer: int, rows: Tensor) -> Cache | None:
+def select_cache_rows(cache: Cache | None, layer: int, rows: Tensor) -> Cache | None:
     """A fresh cache whose layer `layer` holds the given rows, repeated at will; its other layers are unchanged."""
-    copied = _fresh(cache)
+    copied = _copy_cache(cache)
     if copied is not None:
         copied.layers[layer].batch_select_indices(rows)  # type: ignore[union-attr]
     return copied
@@ -69,7 +71,7 @@ Call = tuple[tuple, dict]
 """The arguments of one call of a block; the hidden states are the first."""
 
 
-def block_calls(lm: Decoder, run: Callable[[], object], trailing: Sequence[tuple | None]) -> list[Call]:
+def record_block_calls(lm: Decoder, run: Callable[[], object], trailing: Sequence[tuple | None]) -> list[Call]:
     """What the model calls its blocks with during `run()`, found without running any of them.
 
     Args:
@@ -139,7 +141,7 @@ class BlockReplay:
         arguments are told apart by row (`parts.row_selectable`). rows: (n,)"""
         selected, batch = copy.copy(self), self.batch
         selected.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
-        selected._cache, selected._calls = _fresh(self._cache), []
+        selected._cache, selected._calls = _copy_cache(self._cache), []
         for layer in [] if selected._cache is None else selected._cache.layers:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
         if self.lm.parts.row_selectable and not self.lm.hooked:
@@ -187,7 +189,7 @@ class BlockReplay:
         hooks = (partial(block.register_forward_pre_hook, keep, with_kwargs=True) for block in replayed)
         outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
         with hooked(*hooks), recorded(model, [self.name], outputs) as (seen_in, seen_out):
-            self._run(slice(self._start, width), _fresh(self._cache), logits_to_keep=1)
+            self._run(slice(self._start, width), _copy_cache(self._cache), logits_to_keep=1)
         self._context = self.lm.running.context
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
@@ -227,14 +229,14 @@ class BlockReplay:
 
     def _replay(self, hidden: Tensor, skip: int, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
-        cache, names = _fresh(self._cache), self.lm.parts.blocks[self.layer + skip :]
+        cache, names = _copy_cache(self._cache), self.lm.parts.blocks[self.layer + skip :]
         columns = columns - self._start
         self.lm.running.context = self._context  # another text may have been read since
         for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
             args = (cache if isinstance(a, Cache) else a for a in args)
             kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
             hidden = hidden_states(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
-        return head(self.lm, hidden[rows, columns])
+        return apply_head(self.lm, hidden[rows, columns])
 
 
 def _mlp_only_at(lm: Decoder, rows: Tensor, columns: Tensor):

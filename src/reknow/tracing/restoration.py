@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from reknow.errors import InputError
 from reknow.model.hooks import by_row, hidden_states, hooked, output_edited
-from reknow.model.replay import Call, block_calls, head, widened
+from reknow.model.replay import Call, apply_head, record_block_calls, select_cache_rows
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import Row
 
@@ -33,7 +33,7 @@ while the token's MLP or attention stays as in the corrupted run in all layers."
 TOKENS_PER_PASS = 8192
 """Rows × columns that one batch of restored runs may have; bounds the memory."""
 
-ROWS_PER_HEAD = 128
+_ROWS_PER_HEAD = 128
 """Rows whose logits over the whole vocabulary are held at once."""
 
 
@@ -228,8 +228,8 @@ class Prompt:
             hidden = torch.cat(batch) if batch else None
         assert hidden is not None and joined == len(runs)
         tokens = len(self._answer_ids)
-        chunks = hidden[:, -tokens:].split(max(1, ROWS_PER_HEAD // tokens))  # (rows, tokens of the answer, hidden)
-        logits = (head(self.lm, chunk.flatten(0, 1)).view(len(chunk), tokens, -1) for chunk in chunks)
+        chunks = hidden[:, -tokens:].split(max(1, _ROWS_PER_HEAD // tokens))  # (rows, tokens of the answer, hidden)
+        logits = (apply_head(self.lm, chunk.flatten(0, 1)).view(len(chunk), tokens, -1) for chunk in chunks)
         probabilities = torch.cat([self._probability(chunk) for chunk in logits])
         means = probabilities.view(len(runs), self.samples).mean(1)
         return dict(zip(runs, means.tolist(), strict=True))
@@ -242,13 +242,13 @@ class Prompt:
         """
         rows = runs * self.samples
         many, one = (
-            block_calls(self.lm, lambda n=n: self._run(n, columns, cache, noised=False), self._trailing)
+            record_block_calls(self.lm, lambda n=n: self._run(n, columns, cache, noised=False), self._trailing)
             for n in (rows, 1)
         )
         sample = torch.arange(self.samples, device=self.ids.device)
 
         def arguments(layer: int, joined: int, hidden: Tensor) -> Call:
-            own = widened(cache, layer, sample.repeat(joined))
+            own = select_cache_rows(cache, layer, sample.repeat(joined))
 
             def cut(value, single):
                 if isinstance(value, Cache):
