@@ -19,7 +19,7 @@ from reknow.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from reknow.contract import Method
     from reknow.edits import Case
-    from reknow.evaluation import Plan
+    from reknow.evaluation import Plan, Results
     from reknow.lm import LM
     from reknow.studies.presets import Preset
 
@@ -124,8 +124,10 @@ def bench(
     if study.part == "convergence":
         inside(lm, [case.edit for found in sets.values() for case in found], chosen, out, progress=True)
         return report(out)
-    _compare(lm, sets, refused, chosen, plan, folders)
+    found = _compare(lm, sets, refused, chosen, plan, folders)
     report(out)
+    for results in found:
+        results.refuse_lost()
 
 
 def _compare(
@@ -135,7 +137,7 @@ def _compare(
     chosen: dict[str, Method],
     plan: Plan,
     folders: dict[str, Path],
-) -> None:
+) -> list[Results]:
     """Runs the methods on each set and prints its results."""
     from reknow.evaluation import bench as run
 
@@ -144,6 +146,7 @@ def _compare(
         bad = [sentence for part in name.split("+") for sentence in refused[part]]
         found.append(run(lm, cases, chosen, folders[name], dataset=name, plan=plan, refused=bad, progress=True))
         say(*([f"== {name}"] if len(sets) > 1 else []), str(found[-1]), "", f"run folder: {folders[name]}")
+    return found
 
 
 def _study(preset: str | None, full: bool, cases: _Cases) -> Preset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,8 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
 from reknow.model.hooks import hidden_states, hooked
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
