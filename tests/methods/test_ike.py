@@ -15,7 +15,7 @@ from conftest import bits, make_lm, same
 from families import tiny_model, tiny_tokenizer
 from reknow import IKE, LM, Case, Edit, Patch, Probe, method
 from reknow.errors import InputError, PatchError
-from reknow.methods import ike
+from reknow.memories.demonstrations import demonstrations_of, question_head
 
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris", target_true="Lima")
 OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
@@ -71,14 +71,14 @@ def test_the_authors_prompt(roomy, tmp_path):
     ]
     shows = IKE.paper(encoder=None).fit(roomy, cases, tmp_path / "cases.jsonl")
     edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
-    ours = shows._worded([(cases[i], "") for i in golden["near"][:32]], edit)
-    sayings = [{text for texts in ike._wordings(cases[i]) for text in texts} for i in golden["near"][:32]]
+    ours = shows._mix([(cases[i], "") for i in golden["near"][:32]], edit)
+    sayings = [{text for texts in demonstrations_of(cases[i]) for text in texts} for i in golden["near"][:32]]
     theirs = golden["examples"]
     assert len(ours) == len(theirs) == 33 and ours[-1] == theirs[-1]
     for place, known in enumerate(reversed(sayings)):
         assert ours[place] in known and theirs[place] in known
     assert Counter(map(golden_kind, ours[:-1])) == Counter(map(golden_kind, theirs[:-1]))
-    assert ike._tail(edit) + "Danielle Darrieux, a native" == golden["query"]
+    assert question_head(edit) + "Danielle Darrieux, a native" == golden["query"]
 
 
 def golden_kind(text: str) -> str:
