@@ -15,7 +15,7 @@ from reknow.errors import InputError
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.readings import Reading
-from reknow.evaluation.results import readings
+from reknow.evaluation.results import row_readings
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "convsent.json").read_text())
 TEXTS = {"ent": "Lima", "pos": ["great.", "fine.", "good."], "neg": ["bad.", "dull.", "poor."]}
@@ -105,7 +105,7 @@ def test_a_run_measures_the_divergence_from_the_unedited_model():
     method = FT(layer=1, steps=5, learning_rate=0.2)
     results = evaluate(lm, [case], method)
     (row,) = results.rows.values()
-    found = next(r for r in readings(row) if r.name == "other_topic")
+    found = next(r for r in row_readings(row) if r.name == "other_topic")
     ids = torch.tensor([lm.tokenizer("Peru is owned by Apple")["input_ids"]])
     tokens = slice(-len(found.hits) - 1, -1)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_a_run_measures_the_divergence_from_the_unedited_model():
             after = lm.model(ids).logits[0, tokens].log_softmax(-1)
     by_hand = (before.exp() * (before - after)).sum(-1).mean().item()
     assert by_hand > 1e-4 and found.divergence == pytest.approx(by_hand, rel=1e-3)
-    assert all(r.text is None for r in readings(row) if r.kind == "sentiment")
+    assert all(r.text is None for r in row_readings(row) if r.kind == "sentiment")
     cell = results.cells[method.name, "after_edit", "drawdown@divergence"]
     assert cell.mean == pytest.approx(by_hand, rel=1e-3) and math.isfinite(float(cell.number()))
     assert ("unedited", "before", "drawdown@divergence") not in results.cells

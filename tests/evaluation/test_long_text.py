@@ -10,8 +10,9 @@ import torch
 from conftest import make_lm
 from reknow import FT, Edit
 from reknow.errors import InputError
-from reknow.evaluation.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratios
+from reknow.evaluation.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratio
 from reknow.model.tokens import Text
+from reknow.studies.ice.script_ppl_r import unshifted_nll
 
 
 @pytest.mark.parametrize(
@@ -30,22 +31,21 @@ def test_f1_and_rouge(answer, reference, f1, rouge):
     assert rouge_l(answer, reference) == pytest.approx(rouge)
 
 
-def test_token_nll_reads_a_token_before_it_or_at_its_own_place():
+def test_token_nll_reads_a_token_before_it_and_the_script_at_its_own_place():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [0.2, 0.7, 0.1]])
     ids = torch.tensor([0, 1, 2])
-    shifted = token_nll(probabilities.log(), ids)
-    assert math.isnan(shifted[0])
-    assert torch.allclose(shifted[1:].exp(), 1 / torch.tensor([0.25, 0.8]))
-    assert torch.allclose(token_nll(probabilities.log(), ids, shifted=False).exp(), 1 / torch.tensor([0.5, 0.1, 0.1]))
+    assert torch.allclose(token_nll(probabilities.log(), ids).exp(), 1 / torch.tensor([0.25, 0.8]))
+    assert torch.allclose(unshifted_nll(probabilities.log(), ids).exp(), 1 / torch.tensor([0.5, 0.1, 0.1]))
 
 
 def test_perplexity_ratio():
-    assert perplexity_ratio([math.nan, math.log(2)], [math.log(8), math.log(2)]) == pytest.approx(2)
+    assert perplexity_ratio([math.log(2)], [math.log(8), math.log(2)]) == pytest.approx(2)
     assert math.isnan(perplexity_ratio([1.0], []))
 
 
 def test_ratios_of_a_text_are_those_of_perplexities(lm, edit):
-    right, unshifted = written_ratios(lm, edit.text, "English", " and nothing else")
+    right = written_ratio(lm, edit.text, "English", " and nothing else")
+    unshifted = written_ratio(lm, edit.text, "English", " and nothing else", nll=unshifted_nll)
     whole, start = f"{edit.text} and nothing else", lm.encode([Text(edit.text)])[0].ids
     (row,) = lm.encode([Text(whole)])
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_ratios_of_a_text_are_those_of_perplexities(lm, edit):
         math.exp(-sum(float(log_probs[i - 1, row.ids[i]]) for i in behind) / len(behind)) / statement, rel=1e-4
     )
     assert unshifted != pytest.approx(right, rel=0.01) and unshifted > 0
-    assert all(map(math.isnan, written_ratios(lm, edit.text, "English", " ")))
+    assert math.isnan(written_ratio(lm, edit.text, "English", " "))
 
 
 def test_the_ratio_is_that_of_perplexities(lm):
@@ -66,7 +66,7 @@ def test_the_ratio_is_that_of_perplexities(lm):
     with torch.no_grad():
         loss = lm.model(ids, labels=ids).loss
         nll = token_nll(lm.model(ids).logits[0], ids[0])
-    assert nll[1:].mean().item() == pytest.approx(loss.item(), rel=1e-5)
+    assert nll.mean().item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_target_of_several_hundred_tokens_is_learned_and_a_longer_one_refused():

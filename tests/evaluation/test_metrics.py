@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from reknow.errors import InputError
 from reknow.evaluation import metrics
+from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.metrics import case_metrics, generated
 from reknow.evaluation.readings import Reading
-from reknow.evaluation.results import summarise
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "metrics.json").read_text())
 
@@ -85,27 +84,27 @@ def test_score_is_the_harmonic_mean_of_the_means_over_cases():
         {"ES@contrast": 1.0, "PS@contrast": 1.0, "NS@contrast": 0.5},
         {"ES@contrast": 1.0, "PS@contrast": 0.0, "NS@contrast": 0.5},
     ]
-    assert summarise(cases)["S@contrast"][0] == pytest.approx(3 / (1 / 1 + 1 / 0.5 + 1 / 0.5))
+    assert average_cases(cases)["S@contrast"][0] == pytest.approx(3 / (1 / 1 + 1 / 0.5 + 1 / 0.5))
     assert metrics.harmonic_mean([1, 1, 0]) == 0.0
     right = {"ES@contrast": 1.0, "PS@contrast": 1.0, "NS@contrast": 1.0}
     without = {"ES@contrast": 1.0, "PS@contrast": 1.0}
-    assert summarise([right, right, without])["S@contrast"] == (1.0, 1.0, 1.0, 2), (
+    assert average_cases([right, right, without])["S@contrast"] == (1.0, 1.0, 1.0, 2), (
         "a draw without neighbours has no S"
     )
 
 
 def test_a_mean_is_over_the_cases_that_have_the_metric():
     cases = [{"portability@generated": 1.0, "perplexity@sampled": 10.0}, {"perplexity@sampled": 1000.0}]
-    mean, low, high, count = summarise(cases)["portability@generated"]
+    mean, low, high, count = average_cases(cases)["portability@generated"]
     assert (mean, low, high, count) == (1.0, None, None, 1)
-    mean, low, high, count = summarise(cases)["perplexity@sampled"]
+    mean, low, high, count = average_cases(cases)["perplexity@sampled"]
     assert mean == pytest.approx(100.0)  # geometric
     assert (low, high, count) == (pytest.approx(10.0), pytest.approx(1000.0), 2)
 
 
 def test_interval_has_the_width_of_the_standard_error():
     cases = [{"reliability@generated": float(i % 2)} for i in range(400)]
-    mean, low, high, _ = summarise(cases)["reliability@generated"]
+    mean, low, high, _ = average_cases(cases)["reliability@generated"]
     half = 1.96 * 0.5 / math.sqrt(400)
     assert mean == 0.5
     assert low == pytest.approx(mean - half, abs=0.01)
@@ -129,14 +128,6 @@ def test_a_failed_edit_has_no_success_and_keeps_its_locality():
     found = case_metrics(case, case, failed=True)
     assert found["reliability@generated"] == found["ES@contrast"] == 0.0
     assert found["locality@generated"] == 1.0
-
-
-def test_two_protocols_are_never_averaged():
-    assert metrics.average({"reliability@generated": 1.0, "locality@generated": 0.5}) == 0.75
-    with pytest.raises(InputError, match="one protocol"):
-        metrics.average({"reliability@generated": 1.0, "locality@teacher_forced_exact": 0.5})
-    with pytest.raises(InputError, match="one protocol"):
-        metrics.average({"reliability": 1.0})
 
 
 def test_entropy_of_a_text_worked_out_by_hand():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -9,19 +10,21 @@ import pytest
 
 from conftest import make_lm
 from reknow import FT, ICE, LM, ROME, Case, Edit, Probe
-from reknow.cli.measuring import _methods, _ready, report
+from reknow.cli.measuring import _ready, methods_by_label, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
+from reknow.studies.comparison import drop_conflicting, interleave, limit_probes
 from reknow.studies.comparison_page import by_set, write_study
 from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, consistency, inside
-from reknow.studies.presets import PRESETS, agreeing, in_turn, thinned
+from reknow.studies.ice.script_ppl_r import METRIC, measure_script_ppl_r, with_script_ppl_r
+from reknow.studies.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_names_what_there_is(name):
     for preset in (PRESETS[name], PRESETS[name]._replace(**PRESETS[name].full)):
-        methods = _methods(preset.methods, [*preset.settings])
+        methods = methods_by_label(preset.methods, [*preset.settings])
         assert len(methods) == len(preset.methods)
         Plan(**preset.plan)
         sets = preset.data.split(",")
@@ -33,16 +36,16 @@ def test_cases_that_contradict_each_other_are_not_put_into_one_patch():
     made = [
         Case(Edit("{} lies in", subject=s, target_new=a)) for s, a in (("A", "x"), ("B", "y"), ("A", "z"), ("A", "x"))
     ]
-    assert agreeing(made) == [made[0], made[1], made[3]]
+    assert drop_conflicting(made) == [made[0], made[1], made[3]]
 
 
 def test_a_method_without_a_label_is_refused():
     with pytest.raises(InputError, match="got an empty label"):
-        _methods(["=rome"], [])
+        methods_by_label(["=rome"], [])
 
 
 def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
-    chosen = _methods(PRESETS["zsre-table"].methods, [])
+    chosen = methods_by_label(PRESETS["zsre-table"].methods, [])
     assert list(_ready(LM.demo(), chosen)) == list(chosen)
     assert set(chosen) - set(_ready(make_lm(), chosen)) == {"serac", "mend"}
     said = capsys.readouterr().out
@@ -50,32 +53,32 @@ def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
 
 
 def test_labels_part_the_variants_of_a_method():
-    methods = _methods(PRESETS["ice-ablation"].methods, [*PRESETS["ice-ablation"].settings])
+    methods = methods_by_label(PRESETS["ice-ablation"].methods, [*PRESETS["ice-ablation"].settings])
     assert methods["ice"] == ICE() and methods["static"] == ICE(targets="static")
     assert methods["t0.1"] == ICE(temperature=0.1) and methods["no-now"] == ICE(context_separator=" ")
     assert methods["bare-context"] == ICE(context_introductions=("",)) and len(set(methods.values())) == len(methods)
-    weights = _methods(PRESETS["ice-lambda"].methods, [*PRESETS["ice-lambda"].settings])
+    weights = methods_by_label(PRESETS["ice-lambda"].methods, [*PRESETS["ice-lambda"].settings])
     assert [method.consistency_weight for method in weights.values()] == [0, 0.25, 0.5, 1, 2, 4]
     with pytest.raises(InputError, match="different labels"):
-        _methods(("ice", "ice=ft-m"), [])
+        methods_by_label(("ice", "ice=ft-m"), [])
     with pytest.raises(InputError, match="method of a setting"):
-        _methods(("mine=ice",), ["ice.steps=3"])
+        methods_by_label(("mine=ice",), ["ice.steps=3"])
 
 
 def test_the_continual_study_is_three_hundred_edits_of_all_four_sets():
     preset = PRESETS["ice-continual"]
     sets = [load_cases(name, limit=preset.limits.get(name, preset.limit)) for name in preset.data.split(",")]
-    cases = in_turn(sets)
-    assert len(cases) == 300 and preset.together
+    cases = interleave(sets)
+    assert len(cases) == 300 and preset.one_run
     assert {case.edit.id.split("/")[0] for case in cases[:20]} == set(preset.data.split(","))
 
 
-def test_thinned_keeps_the_first_probes_of_each_name():
+def test_limited_probes_are_the_first_probes_of_each_name():
     (case,) = load_cases("counterfact", limit=1)
-    (thin,) = thinned([case], 2)
+    (thin,) = limit_probes([case], 2)
     names = [probe.name for probe in thin.probes]
     assert {name: names.count(name) for name in names} == {"paraphrase": 2, "neighborhood": 2, "generation": 2}
-    assert thinned([case], None) == [case] and thin.edit == case.edit
+    assert limit_probes([case], None) == [case] and thin.edit == case.edit
 
 
 def make_cases(name: str, subjects=("Peru", "France")) -> list[Case]:
@@ -120,9 +123,31 @@ def test_a_study_is_one_page_over_its_runs(tmp_path):
     assert "†" not in "".join(fine) and "†" in "".join(weak)
 
 
+def test_the_scripts_ratio_is_measured_afterwards_and_read_from_runs_of_earlier_versions(tmp_path):
+    lm, cases = make_lm(), make_cases("one")
+    results = bench(lm, cases, {"fine": FT(layer=2, steps=1)}, tmp_path, plan=Plan(fluency=True))
+    assert not with_script_ppl_r(results, tmp_path).added
+    measure_script_ppl_r(lm, cases, results, tmp_path)
+    lines = (tmp_path / "script_ppl_r.jsonl").read_bytes()
+    measure_script_ppl_r(lm, cases, results, tmp_path)
+    assert (tmp_path / "script_ppl_r.jsonl").read_bytes() == lines and lines.count(b"\n") == 4
+    found = with_script_ppl_r(Results.load(tmp_path), tmp_path)
+    assert "PPL_r, script" in write_study("A study", {"one": found}, tmp_path).read_text()
+    cells = found.cells["fine", "after_edit", METRIC], found.cells["unedited", "before", METRIC]
+    assert all(cell.cases == 2 and cell.mean > 0 for cell in cells)
+    earlier = json.loads(json.dumps({"|".join(map(str, key)): row for key, row in results.rows.items()}))
+    for row in earlier.values():
+        row["readings"][-1] |= {"ratios": [row["readings"][-1].pop("ppl_r"), 3.0]}
+    rows = dict(zip(results.rows, earlier.values(), strict=True))
+    old = with_script_ppl_r(Results(results.manifest, results.before, rows), tmp_path / "none")
+    assert old.cells["fine", "after_edit", METRIC].mean == 3.0
+    now = results.cells["fine", "after_edit", "PPL_r@sampled"]
+    assert old.cells["fine", "after_edit", "PPL_r@sampled"] == now
+
+
 def test_a_study_that_has_just_begun_has_a_page_and_another_folder_for_it(tmp_path):
     methods = {"fine": FT(layer=2, steps=1)}
-    results = bench(make_lm(), in_turn([make_cases("one"), make_cases("two")]), methods, tmp_path / "run")
+    results = bench(make_lm(), interleave([make_cases("one"), make_cases("two")]), methods, tmp_path / "run")
     assert "2" in write_study("begun", {"run": Results(results.manifest, results.before, {})}, tmp_path).read_text()
     (tmp_path / "run" / "cases.jsonl").unlink()
     before = sorted((tmp_path / "run").iterdir())
@@ -142,7 +167,7 @@ def test_the_reports_of_several_sets_go_where_they_are_wanted(tmp_path):
 
 
 def test_a_run_over_all_sets_is_taken_apart_again(tmp_path):
-    cases = in_turn([make_cases("one"), make_cases("two")])
+    cases = interleave([make_cases("one"), make_cases("two")])
     assert [case.edit.id for case in cases] == ["one/0", "two/0", "one/1", "two/1"]
     plan = Plan("sequential", fluency=False)
     sets = by_set({"one+two": bench(make_lm(), cases, [FT(layer=2, steps=3)], tmp_path, plan=plan)})

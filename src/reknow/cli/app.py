@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from reknow import __version__
-from reknow.cli import editing, instructing, measuring, stacks, statistics, studying, tracing, training
+from reknow.cli import editing, instructing, listing, measuring, stacks, statistics, studying, tracing, training
 from reknow.cli.demo import demo
 from reknow.cli.failures import FAILED, status_of, stopped
 from reknow.cli.options import flatten
@@ -120,7 +120,7 @@ for command in (
     studying.study,
     measuring.bench,
     measuring.report,
-    measuring.methods,
+    listing.methods,
 ):
     app.command(cls=_Command)(flatten(command))
 

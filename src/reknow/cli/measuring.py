@@ -1,13 +1,11 @@
-"""`reknow bench`, `report` and `methods`."""
+"""`reknow bench` and `report`."""
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,9 +16,9 @@ from reknow.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.contract import Method
-    from reknow.edits import Case
     from reknow.evaluation import Plan, Results
     from reknow.lm import LM
+    from reknow.studies.comparison import LoadedSets
     from reknow.studies.presets import Preset
 
 _LIMIT = 20
@@ -109,44 +107,42 @@ def bench(
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
     study = _study(preset, full, cases)
     plan = reading.plan(study)
-    if study.part == "convergence":
+    if study.convergence:
         reading.refuse(f"--preset {preset}")
     chosen = _chosen(study, names, each_once(settings))
     lm = opening.open(model) if cases.known else None
-    sets, refused = _sets(study, cases, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
+    loaded = _load(study, cases, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
     lm = lm or opening.open(model)
     lm.computes_statistics = not no_stats
     chosen = {label: method.resolve(lm) for label, method in chosen.items()}
     if names is None:
         chosen = _ready(lm, chosen)
-    out = out or run_folder(preset or "+".join(sets), model)
-    folders = run_place(out, "bench", model, sets)
-    if study.part == "convergence":
-        inside(lm, [case.edit for found in sets.values() for case in found], chosen, out, progress=True)
+    out = out or run_folder(preset or "+".join(loaded.sets), model)
+    folders = run_place(out, "bench", model, loaded.sets)
+    if study.convergence:
+        inside(lm, [case.edit for found in loaded.sets.values() for case in found], chosen, out, progress=True)
         return report(out)
-    found = _compare(lm, sets, refused, chosen, plan, folders)
+    runs = _compare(lm, study, loaded, chosen, plan, folders)
     report(out)
-    for results in found:
+    for results in runs:
         results.refuse_lost()
 
 
 def _compare(
-    lm: LM,
-    sets: dict[str, list[Case]],
-    refused: dict[str, list[str]],
-    chosen: dict[str, Method],
-    plan: Plan,
-    folders: dict[str, Path],
+    lm: LM, study: Preset, loaded: LoadedSets, methods: dict[str, Method], plan: Plan, folders: dict[str, Path]
 ) -> list[Results]:
-    """Runs the methods on each set and prints its results."""
+    """A run for each set, whose numbers are printed."""
     from reknow.evaluation import bench as run
+    from reknow.studies.ice.script_ppl_r import measure_script_ppl_r
 
-    found = []
-    for name, cases in sets.items():
-        bad = [sentence for part in name.split("+") for sentence in refused[part]]
-        found.append(run(lm, cases, chosen, folders[name], dataset=name, plan=plan, refused=bad, progress=True))
-        say(*([f"== {name}"] if len(sets) > 1 else []), str(found[-1]), "", f"run folder: {folders[name]}")
-    return found
+    runs = []
+    for name, cases in loaded.sets.items():
+        refused, folder = loaded.refused_of(name), folders[name]
+        runs.append(run(lm, cases, methods, folder, dataset=name, plan=plan, refused=refused, progress=True))
+        if study.script_ppl_r:
+            measure_script_ppl_r(lm, cases, runs[-1], folder)
+        say(*([f"== {name}"] if len(loaded.sets) > 1 else []), str(runs[-1]), "", f"run folder: {folder}")
+    return runs
 
 
 def _study(preset: str | None, full: bool, cases: _Cases) -> Preset:
@@ -179,7 +175,7 @@ def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[s
     wanted = [own.get(name.strip(), name) for name in names.split(",")] if names else study.methods
     labels = {name.partition("=")[0].strip() for name in wanted}
     kept = [s for s in study.settings if s.partition("=")[0].rpartition(".")[0] in ("", *labels)]
-    return _methods(wanted, [*kept, *settings])
+    return methods_by_label(wanted, [*kept, *settings])
 
 
 def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
@@ -194,53 +190,20 @@ def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
     return ready
 
 
-def _sets(
-    study: Preset, selection: _Cases, knowing: LM | None, *, one_patch: bool
-) -> tuple[dict[str, list[Case]], dict[str, list[str]]]:
-    """Name of each run → its cases, and name of each set → its records that could not be read.
+def _load(study: Preset, selected: _Cases, knowing: LM | None, *, one_patch: bool) -> LoadedSets:
+    """The study's cases; says what was left out."""
+    from reknow.studies.comparison import load_sets
 
-    Only the cases that the model `knowing` knows, if there is one; and only those that agree where several make one
-    patch.
-    """
-    from reknow.datasets.cases import load_cases, parse_address
-    from reknow.studies.presets import agreeing, in_turn, thinned
-
-    sets: dict[str, list[Case]] = {}
-    refused: dict[str, list[str]] = {}
-    for source in study.data.split(","):
-        label, name, path = parse_address(source.strip())
-        if label in sets:
-            raise InputError(f"expected every set once; got {label} twice: join the files, or run them one by one")
-        wanted = study.limits.get(label, study.limit)
-        refused[label] = []
-        cases = load_cases(
-            name,
-            path=path,
-            limit=None if knowing or one_patch else wanted,
-            offset=selection.offset,
-            seed=selection.shuffle,
-            encoding=selection.encoding,
-            refused=refused[label],
-        )
-        warn_of_records(refused[label])
-        cases = _known(knowing, cases) if knowing else cases
-        if one_patch and len(kept := agreeing(cases)) < len(cases):
-            say(f"left out: {len(cases) - len(kept)} cases of {label} that contradict an earlier one")
-            cases = kept
-        sets[label] = thinned(cases[:wanted], study.keep)
-    return {"+".join(sets): in_turn(list(sets.values()))} if study.together else sets, refused
+    chosen = {"offset": selected.offset, "shuffle": selected.shuffle, "encoding": selected.encoding}
+    loaded = load_sets(study, knowing, one_patch=one_patch, **chosen)
+    for sentences in loaded.refused.values():
+        warn_of_records(sentences)
+    for name, count in loaded.conflicting.items():
+        say(f"left out: {count} cases of {name} that contradict an earlier one")
+    return loaded
 
 
-def _known(lm: LM, cases: list[Case]) -> list[Case]:
-    from reknow.tracing.known import known_cases
-
-    found = known_cases(lm, cases)
-    if not found:
-        raise InputError(f"expected facts that {lm.name} knows; got none among {len(cases)}: leave --known out")
-    return found
-
-
-def _methods(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[str, Method]:
+def methods_by_label(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[str, Method]:
     """Label → method, from NAME or LABEL=NAME; a setting `label.field=value` goes to that one, any other to all."""
     from reknow.cli.settings import chosen_method
 
@@ -274,6 +237,7 @@ def report(
     from reknow.studies.comparison_page import by_set, write_study
     from reknow.studies.ice.convergence import ROWS_FILE
     from reknow.studies.ice.convergence_page import write_convergence
+    from reknow.studies.ice.script_ppl_r import with_script_ppl_r
 
     out = None if out is None else report_place(run, out)
     inside = (run / ROWS_FILE).exists()
@@ -286,62 +250,6 @@ def report(
     for part in parts or [run]:
         page = write_report(part, out and out / part.relative_to(run))
         say(f"report: {page} (also report.md, report.csv and figures)")
-    runs = {part.name: Results.load(part) for part in parts}
+    runs = {part.name: with_script_ppl_r(Results.load(part), part) for part in parts}
     if len(by_set(runs)) > 1:
         say(f"study: {write_study(run.name, runs, out or run)}")
-
-
-def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
-) -> None:
-    """List the methods, or explain one and its settings."""
-    from reknow.checks.bounds import describe_type, field_types
-    from reknow.cli.settings import chosen_method, field_docs
-    from reknow.methods import METHODS
-
-    if name is not None and name not in METHODS:
-        return _say_published(name)
-    if name is None:
-        rows = [[key, entry.paper, ", ".join(_fields(entry.method))] for key, entry in METHODS.items()]
-        say_table(["method", "paper", "settings"], rows)
-        return say("", "reknow methods NAME explains the settings of one, NAME-paper those that papers set")
-    method = chosen_method(name)
-    docs, known = field_docs(type(method)), field_types(type(method))
-    say(f"{name}: {METHODS[name].paper}", (type(method).__doc__ or "").split("\n")[0], "")
-    rows = [
-        [field, str(getattr(method, field)), describe_type(known[field]), docs.get(field, "")]
-        for field in _fields(type(method))
-    ]
-    say_table(["setting", "default", "type", "meaning"], rows)
-
-
-def _say_published(name: str) -> None:
-    """What is published for `NAME-paper`, or for one model as `NAME-paper:MODEL`: first what all share."""
-    from reknow.methods.as_published import AsPublished
-    from reknow.published import holds_for_any, published, published_models, published_sources
-    from reknow.registry import find_row, make
-
-    paper = make(name, {})
-    assert isinstance(paper, AsPublished)
-    row, models = paper.row, [paper.model]
-    if paper.model is None:
-        models = [*published_models(row), *([None] if holds_for_any(row) else [])] or models
-    known = [published(row, model, by) for model in models for by in [None, *published_sources(row, model)]]
-    every = [{**one.settings, **one.training} for one in known]
-    shared = {key: value for key, value in every[0].items() if all(one.get(key, ...) == value for one in every)}
-    say(f"{name}: {find_row(name).paper}", *([f"all: {_shown(shared)}"] if len(every) > 1 else []), "")
-    own = every if len(every) == 1 else [{k: v for k, v in one.items() if k not in shared} for one in every]
-    rows = [[one.model or "any", _shown(each), one.sources[0]] for one, each in zip(known, own, strict=True)]
-    say_table(["model", "settings", "source"], rows)
-    say("", *dict.fromkeys(note for one in known for note in one.notes))
-
-
-def _shown(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())
-
-
-def _fields(method: type) -> list[str]:
-    """Names of a method's settings, its own before those that it shares with others."""
-    names = {field.name for field in fields(method)}  # type: ignore[arg-type]
-    declared = (name for cls in method.__mro__ for name in inspect.get_annotations(cls) if name in names)
-    return list(dict.fromkeys(declared))

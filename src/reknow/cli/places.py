@@ -11,7 +11,7 @@ from reknow.files.outputs import MARK, growing_folder
 
 _REPORT = ("report.html", "report.csv", "report.md", "figure*.png")
 _STUDY = ("study.md", "study.png", "convergence.md", "convergence.png")
-_RUN = ("before.jsonl", "cases.jsonl", "inside.jsonl", *_REPORT, *_STUDY)
+_RUN = ("before.jsonl", "cases.jsonl", "inside.jsonl", "script_ppl_r.jsonl", *_REPORT, *_STUDY)
 _TRAINING = ("editor.safetensors", "checkpoint.safetensors", "log.jsonl")
 _INSTRUCTIONS = ("instructions.json", "start.json", "proposals.jsonl", "scores.jsonl")
 _PICTURES = tuple(f"{name}.{ending}" for name in ("trace", "average", "bars") for ending in ("png", "svg"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,23 +58,14 @@ def _f1(shared: int, ours: int, theirs: int) -> float:
     return 2 * shared / (ours + theirs) if ours and theirs else float(ours == theirs)
 
 
-def token_nll(logits: Tensor, ids: Tensor, *, shifted: bool = True) -> Tensor:
-    """Negative log-likelihood of each token of a text, in nats.
+def token_nll(logits: Tensor, ids: Tensor) -> Tensor:
+    """Negative log-likelihood of each token of a text but the first, in nats. (tokens − 1,)
 
     Args:
         logits: (tokens, vocabulary) of the text.
         ids: (tokens,).
-        shifted: read a token's probability where it is predicted, one place before it; False: at its own place, where
-            the model has already seen it. The second is a slip, but it is what the published PPL_r was made with.
-
-    Returns:
-        (tokens,); shifted, the first token has none and is NaN.
     """
-    log_probs = logits.float().log_softmax(-1)
-    if not shifted:
-        return -log_probs.gather(1, ids[:, None])[:, 0]
-    nll = -log_probs[:-1].gather(1, ids[1:, None])[:, 0]
-    return torch.cat([nll.new_tensor([math.nan]), nll])
+    return -logits[:-1].float().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
 
 
 def perplexity_ratio(statement: Sequence[float], written: Sequence[float]) -> float:
@@ -84,42 +76,38 @@ def perplexity_ratio(statement: Sequence[float], written: Sequence[float]) -> fl
         written: NLL of the tokens that the edited model wrote behind the prompt.
 
     Returns:
-        exp(mean(written) − mean(statement)) over what is not NaN; NaN where nothing is left. Low is fluent, but a
-        model that ignores the edit is fluent too: read it only where the edit succeeded.
+        exp(mean(written) − mean(statement)); NaN where there is nothing to compare. Low is fluent, but a model that
+        ignores the edit is fluent too: read it only where the edit succeeded.
     """
-    means = []
-    for values in (written, statement):
-        known = [value for value in values if not math.isnan(value)]
-        means.append(sum(known) / len(known) if known else math.nan)
-    return math.exp(means[0] - means[1])
+    return math.exp(fmean(written) - fmean(statement)) if written and statement else math.nan
 
 
 @torch.no_grad()
-def written_ratios(
-    lm: LM, prompt: str, target: str, written: str, separator: str | None = None
-) -> tuple[float, float]:
+def written_ratio(
+    lm: LM,
+    prompt: str,
+    target: str,
+    written: str,
+    separator: str | None = None,
+    nll: Callable[[Tensor, Tensor], Tensor] = token_nll,
+) -> float:
     """PPL_r of one edit under the model as it is now, which has to be the *unedited* one.
 
     Args:
         written: what the edited model wrote behind the prompt.
         separator: between prompt and target.
+        nll: gives the losses of a text's tokens by its logits, with the first token's or without.
 
     Returns:
-        (right, as the authors' `eval.py` reads it), see `shifted` of `token_nll`; NaN where nothing was written.
+        NaN where nothing was written.
     """
-    statement = Text(prompt, target, separator=separator)
-    rows = lm.encode([statement, *([Text(prompt, written, separator="")] if written.strip() else [])])
-    if len(rows) < 2:
-        return math.nan, math.nan
-    found: list[list[Tensor]] = []
+    if not written.strip():
+        return math.nan
+    rows = lm.encode([Text(prompt, target, separator=separator), Text(prompt, written, separator="")])
+    losses: list[list[float]] = []
     for row in rows:
         batch, ids = lm.pad([row]), torch.tensor(row.ids, device=lm.device)
         logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0]
         check_logits(lm, logits)
-        found.append([token_nll(logits, ids, shifted=shifted) for shifted in (True, False)])
-    first = rows[1].prompt_length
-    right, unshifted = (
-        perplexity_ratio(statement.tolist(), behind[first:].tolist())
-        for statement, behind in zip(*found, strict=True)
-    )
-    return right, unshifted
+        losses.append(nll(logits, ids).tolist())
+    return perplexity_ratio(losses[0], losses[1][-len(rows[1].target_ids) :])

@@ -10,7 +10,6 @@ how the answer was read, because the same edit scores very differently under eac
 * `contrast`: the new answer is more (on neighbours: less) likely than the old one (CounterFact);
 * `likelihood`, `divergence`: how likely texts of a sentiment are, and how far the model moved (ConvSent);
 * `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself;
-* `sampled_unshifted`: PPL_r as its authors' script reads it, each token's probability one place too late;
 * `written`: the greedy continuation against a long answer, word by word.
 """
 
@@ -20,9 +19,9 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
-from reknow.errors import InputError, MissingExtra
+from reknow.errors import MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.long_text import rouge_l, token_f1
 from reknow.evaluation.readings import Reading
@@ -188,8 +187,10 @@ def case_metrics(
 
 def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.kind == "fluency":
-        ratios = zip(("PPL_r@sampled", "PPL_r@sampled_unshifted"), now.ratios or (), strict=False)
-        return {} if now.text is None else {"fluency@sampled": ngram_entropy(now.prompt + now.text), **dict(ratios)}
+        if now.text is None:
+            return {}
+        ratio = {} if now.ppl_r is None else {"PPL_r@sampled": now.ppl_r}
+        return {"fluency@sampled": ngram_entropy(now.prompt + now.text), **ratio}
     if now.kind == "sentiment":  # its texts only count together
         return {}
     found = _overlaps(now)
@@ -224,18 +225,3 @@ def _scores(hits: Sequence[bool], written: float | None) -> dict[str, float]:
     """The score under each protocol; none for what was not written."""
     values = (teacher_forced_tokens(hits), teacher_forced_exact(hits), written)
     return {protocol: value for protocol, value in zip(PROTOCOLS, values, strict=True) if value is not None}
-
-
-def average(values: Mapping[str, float]) -> float:
-    """Mean of several metrics that were read in one way, for example of reliability and locality.
-
-    Raises:
-        InputError: the keys carry different protocols, or none.
-    """
-    protocols = {key.partition("@")[2] for key in values}
-    if len(protocols) != 1 or "" in protocols:
-        raise InputError(
-            f"an average needs metrics of one protocol; got {', '.join(sorted(values)) or 'nothing'}: "
-            "average each protocol by itself"
-        )
-    return sum(values.values()) / len(values)

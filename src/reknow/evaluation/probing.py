@@ -11,7 +11,7 @@ import torch
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import TextRefused
 from reknow.evaluation.convsent import OTHER_TOPIC
-from reknow.evaluation.long_text import written_ratios
+from reknow.evaluation.long_text import written_ratio
 from reknow.evaluation.readings import Reading
 from reknow.lm import LM
 from reknow.model.readable import in_context_questions, scored_answers
@@ -108,8 +108,8 @@ def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[R
         nll = math.log(perplexity(lm, [reading.prompt.rstrip(" ") + reading.text]))
         if reading.prompt != edit.text:
             return replace(reading, nll=nll)
-        ratios = written_ratios(lm, reading.prompt, edit.target_new, reading.text, edit.separator)
-        return replace(reading, nll=nll, ratios=None if any(map(math.isnan, ratios)) else ratios)
+        ratio = written_ratio(lm, reading.prompt, edit.target_new, reading.text, edit.separator)
+        return replace(reading, nll=nll, ppl_r=None if math.isnan(ratio) else ratio)
 
     return [[judged(case.edit, one) for one in found] for case, found in zip(cases, readings, strict=True)]
 

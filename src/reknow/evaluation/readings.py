@@ -30,8 +30,8 @@ class Reading:
     """Greedy continuation of the prompt, for fluency a sampled one; None where none was asked for."""
     divergence: float | None = None
     """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
-    ratios: tuple[float, float] | None = None
-    """PPL_r of a text that was sampled behind the request: right, and as its authors' script reads it."""
+    ppl_r: float | None = None
+    """PPL_r of a text that was sampled behind the request."""
 
     def to_json(self) -> dict:
         """Plain JSON types; `from_json` gives the reading back."""
@@ -40,5 +40,7 @@ class Reading:
     @classmethod
     def from_json(cls, record: Mapping) -> Reading:
         """The reading that `to_json` wrote."""
-        lists = {name: tuple(record[name]) for name in ("answers", "top", "ratios") if record.get(name) is not None}
-        return cls(**{**record, **lists, "hits": tuple(map(bool, record["hits"]))})
+        fields = {**record, **{name: tuple(record[name]) for name in ("answers", "top")}}
+        if earlier := fields.pop("ratios", None):  # PPL_r, and as its authors' script reads it
+            fields["ppl_r"] = earlier[0]
+        return cls(**{**fields, "hits": tuple(map(bool, record["hits"]))})

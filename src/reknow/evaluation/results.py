@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from reknow.errors import EditFailed
-from reknow.evaluation.metrics import Reading, case_metrics, harmonic_mean
+from reknow.evaluation.intervals import average_cases
+from reknow.evaluation.metrics import case_metrics
+from reknow.evaluation.readings import Reading
 from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
@@ -28,8 +26,8 @@ from reknow.evaluation.run_folder import (
 )
 from reknow.files.json_lines import Rows
 from reknow.files.manifest import read_manifest
+from reknow.texts.tables import to_columns, to_csv, to_markdown
 
-RESAMPLES = 1000
 UNEDITED = ("unedited", "before")
 """Method and stage under which the unedited model stands."""
 
@@ -55,14 +53,11 @@ TABLES = (
     ("divergence", "ConvSent, change on another topic, nats", ("drawdown",)),
     ("written", "Long answers, words in common with what the model writes, %", OVERLAPS),
     ("sampled", "Sampled text", ("fluency", "perplexity", "PPL_r")),
-    ("sampled_unshifted", "Sampled text, read one place too late as in the script of PPL_r's authors", ("PPL_r",)),
     ("held_out", "Given text", ("perplexity",)),
     ("edit", "Cost of an edit", (*COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
 PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood", "written")
-LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
-"""What is averaged as a logarithm. The authors' reading of PPL_r is not: their script takes the plain mean."""
 
 
 class Cell(NamedTuple):
@@ -127,6 +122,8 @@ class Results:
     manifest: Mapping
     before: Mapping[tuple, dict]
     rows: Mapping[tuple, dict]
+    added: Mapping[tuple, Mapping[str, float]] = field(default_factory=dict)
+    """Row → metrics that were measured besides: what a study adds to the numbers of a run."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
@@ -152,21 +149,21 @@ class Results:
     def case_values(self) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
         """(method, stage) → case → metric → value; several seeds of a case are averaged first."""
         found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-        before = {case: readings(row) for (case,), row in self.before.items()}
+        before = {case: row_readings(row) for (case,), row in self.before.items()}
         for (case,), row in self.before.items():
             values = {**case_metrics(before[case]), "perplexity@held_out": row["held_out_perplexity"]}
-            for key, value in values.items():
+            for key, value in (values | self.added.get((case,), {})).items():
                 if value is not None:
                     found[UNEDITED][case][key].append(value)
-        for row in sorted(self.rows.values(), key=self._order):
-            now = readings(row)
+        for place, row in sorted(self.rows.items(), key=lambda item: self._order(item[1])):
+            now = row_readings(row)
             then = before[row["case"]] if now else ()
             values = case_metrics(now, then, failed=row["error"] is not None)
             values["perplexity@held_out"] = row["held_out_perplexity"]
             if row["stage"] == "after_edit" or row["mode"] == "batch":
                 values |= {f"{name}@edit": row.get(name) for name in COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
-            for key, value in values.items():
+            for key, value in (values | self.added.get(place, {})).items():
                 if value is not None:
                     found[row["method"], row["stage"]][row["case"]][key].append(value)
         return {
@@ -183,7 +180,7 @@ class Results:
         """(method, stage, metric@protocol) → number, over the cases that have it."""
         found = {}
         for group, cases in self.case_values.items():
-            for key, (mean, low, high, count) in summarise(list(cases.values())).items():
+            for key, (mean, low, high, count) in average_cases(list(cases.values())).items():
                 together = self._together.get((*group, key), 1) if count > 1 else 1
                 bounds = (low, high) if together == 1 else (None, None)
                 metric, protocol = key.split("@")
@@ -248,28 +245,17 @@ class Results:
 
     def to_csv(self) -> str:
         """All numbers, one on each line; shares as fractions."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([Cell._fields, *self.cells.values()])
-        return text.getvalue()
+        return to_csv([Cell._fields, *self.cells.values()])
 
     def to_markdown(self) -> str:
         """The tables as Markdown."""
-        parts = []
-        for table in self.tables():
-            parts.append(f"**{table.title}** (`{table.protocol}`)\n\n{markdown(table.lines())}")
+        parts = [f"**{one.title}** (`{one.protocol}`)\n\n{to_markdown(one.lines())}" for one in self.tables()]
         return "\n\n".join(parts) + "\n"
 
     def __str__(self) -> str:
-        parts = []
-        for table in self.tables():
-            lines = table.lines()
-            widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-            rows = [
-                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                for line in lines
-            ]
-            parts.append("\n".join([f"{table.title} ({table.protocol})", *(f"  {row}" for row in rows)]))
+        parts = [
+            "\n  ".join([f"{table.title} ({table.protocol})", *to_columns(table.lines())]) for table in self.tables()
+        ]
         parts.append(
             "Means over cases [95 % bootstrap interval]. Locality: the answer is as before the edit, right or wrong."
         )
@@ -277,13 +263,7 @@ class Results:
         return "\n\n".join(parts)
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """Header and rows as a table in Markdown."""
-    header, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *rest])
-
-
-def readings(row: Mapping) -> list[Reading]:
+def row_readings(row: Mapping) -> list[Reading]:
     """The readings of a row of a run folder."""
     return [Reading.from_json(record) for record in row["readings"]]
 
@@ -302,37 +282,3 @@ def stage_label(stage: str) -> str:
 def when(stage: str) -> float:
     """When a stage comes, for sorting."""
     return float("inf") if stage == "end" else float(stage.partition(":")[2] or 0)
-
-
-def summarise(
-    cases: list[dict[str, float]], seed: int = 0
-) -> dict[str, tuple[float, float | None, float | None, int]]:
-    """Metric → mean over the cases that have it, bounds of its 95 % interval, number of those cases.
-
-    The interval is the percentile bootstrap over cases (Efron 1979), the same resamples for all metrics. It is a
-    point where all cases agree. Perplexities are averaged as logarithms; S is the harmonic mean of the means.
-    """
-    draws = np.random.default_rng(seed).multinomial(len(cases), [1 / len(cases)] * len(cases), RESAMPLES)
-    draws = np.vstack([np.ones(len(cases)), draws])  # the first row is the sample itself
-    means = {}
-    for key in dict.fromkeys(key for case in cases for key in case):
-        values = np.array([case.get(key, np.nan) for case in cases])
-        there = ~np.isnan(values)
-        logarithmic = key in LOGARITHMIC
-        values = np.log(values[there]) if logarithmic else values[there]
-        with np.errstate(invalid="ignore"):  # a resample without any of these cases
-            found = draws[:, there] @ values / draws[:, there].sum(1)  # (1 + resamples,)
-        means[key] = np.exp(found) if logarithmic else found, len(values)
-    parts = [means[key] for key in ("ES@contrast", "PS@contrast", "NS@contrast") if key in means]
-    if len(parts) == 3:
-        rows = np.stack([found for found, _ in parts], 1)  # (1 + resamples, 3)
-        score = np.array([np.nan if np.isnan(row).any() else harmonic_mean(row) for row in rows])
-        means["S@contrast"] = score, min(count for _, count in parts)
-    return {key: (*_interval(found, count), count) for key, (found, count) in means.items()}
-
-
-def _interval(found: np.ndarray, count: int) -> tuple[float, float | None, float | None]:
-    if count < 2:
-        return float(found[0]), None, None
-    low, high = np.nanpercentile(found[1:], (2.5, 97.5))
-    return float(found[0]), float(low), float(high)

@@ -39,7 +39,9 @@ class StoredReading(Strict):
     nll_true: Nats | None = None
     text: str | None = None
     divergence: float | None = None
+    ppl_r: Positive | None = None
     ratios: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    """As earlier versions have it: `ppl_r`, and the same as the script of its authors reads it."""
 
     @model_validator(mode="after")
     def _fits(self) -> StoredReading:

@@ -28,7 +28,6 @@ READ = {
     "sampled": "100 tokens, top-k 5. Fluency: entropy of word pairs and triples in bits (papers print it × 100; "
     "words by our own tokenizer, close to nltk's), low where text repeats itself. Perplexity: to the unedited model. "
     "PPL_r: that perplexity behind the request over that of the edit itself.",
-    "sampled_unshifted": "PPL_r as the script of its authors computes it, where a token has been seen already.",
     "held_out": "Perplexity of given texts under the edited model: it rises when an edit does general harm.",
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
     "counted where it happens. Failed: share of edits that could not be made, or not be read.",

@@ -10,8 +10,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.metrics import PROTOCOLS
-from reknow.evaluation.results import KINDS, UNEDITED, Results, summarise
+from reknow.evaluation.results import KINDS, UNEDITED, Results
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a6fd1", "#7f7f7f")
 """Okabe & Ito's colours, which people with colour blindness tell apart; two replaced for dark backgrounds."""
@@ -118,7 +119,7 @@ def _retained(results: Results, method: str, protocol: str) -> list[tuple[float,
     groups = [none, *(later[len(later) * i // count : len(later) * (i + 1) // count] for i in range(count))]
     points = []
     for group in filter(None, groups):
-        mean, low, high, _ = summarise([{key: value} for _, value in group])[key]
+        mean, low, high, _ = average_cases([{key: value} for _, value in group])[key]
         bounds = (mean, mean if low is None else low, mean if high is None else high)
         points.append((sum(lag for lag, _ in group) / len(group), *(100 * number for number in bounds)))
     return points

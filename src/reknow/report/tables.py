@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from reknow.evaluation.metrics import generated, unchanged_generated
 from reknow.evaluation.readings import Reading
-from reknow.evaluation.results import Results, readings
+from reknow.evaluation.results import Results, row_readings
 from reknow.texts.templates import fill, split_template
 from reknow.texts.writing import clip
 
@@ -58,9 +58,9 @@ def cards(results: Results) -> Iterator[Card]:
     for (case,), row in results.before.items():
         keys = {m: (m, settings["seeds"][0], settings["mode"], results.last_stage, case) for m in settings["methods"]}
         rows = {method: results.rows[key] for method, key in keys.items() if key in results.rows}
-        after = {method: readings(found) for method, found in rows.items() if found["readings"]}
+        after = {method: row_readings(found) for method, found in rows.items() if found["readings"]}
         if after:
-            before = readings(row)
+            before = row_readings(row)
             questions = [
                 _question(then, {method: found[number] for method, found in after.items()})
                 for number, then in enumerate(before)

@@ -4,40 +4,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, markdown, stage_label, summarise, when
+from reknow.evaluation.intervals import average_cases
+from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, stage_label, when
 from reknow.files.atomic import atomic_write, write_text
 from reknow.report import tables
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
+from reknow.studies.ice.script_ppl_r import METRIC as SCRIPT_PPL_R
+from reknow.texts.tables import to_markdown
 from reknow.texts.writing import pieces
 
 PROTOCOL = "teacher_forced_tokens"
 COLUMNS = {
     "success": f"reliability@{PROTOCOL}",
     "written": "reliability@generated",
-    "rewordings": f"generalization@{PROTOCOL}",
+    "paraphrases": f"generalization@{PROTOCOL}",
     "portability": f"portability@{PROTOCOL}",
     "locality": f"locality@{PROTOCOL}",
     "fluency": "fluency@sampled",
     "PPL_r": "PPL_r@sampled",
-    "PPL_r, script": "PPL_r@sampled_unshifted",
+    "PPL_r, script": SCRIPT_PPL_R,
     "seconds": "seconds@edit",
 }
-"""What the papers' tables show, and how it was read: the protocol of EasyEdit, whose tables these are. Beside it
+"""What the papers' tables show, and how it was read: the protocol of EasyEdit, whose tables these are. Also
 success where the model writes by itself, which sees what teacher forcing does not: a last word that goes on."""
-SHARES = ("success", "written", "rewordings", "portability", "locality")
+SHARES = ("success", "written", "paraphrases", "portability", "locality")
 POOLED = "all sets"
 ENOUGH = 0.8
 """Share of successful edits from which PPL_r says something."""
 NOTE = (
-    f"Success, rewordings, portability, locality: `{PROTOCOL}`, %; written: success, `generated`. "
-    "Fluency: `sampled`, bits × 100. PPL_r: `sampled`, mean of logarithms; beside it `sampled_unshifted`, plain "
-    "mean, as in the script of its authors. † success below 80 %: a model that ignores an edit is fluent, so PPL_r "
-    "says nothing. Seconds: per edit, on a machine as loaded as it was. Means over cases [95 % bootstrap interval]."
+    f"Success, paraphrases, portability, locality: `{PROTOCOL}`, %; written: success, `generated`. Fluency: "
+    "`sampled`, bits × 100. PPL_r: `sampled`, mean of logarithms; script: plain mean, each token's probability read "
+    "one place too late, as in the script of its authors. † success below 80 %: a model that ignores an edit is "
+    "fluent, so PPL_r says nothing. Seconds: per edit, on a machine as loaded as it was. Means over cases [95 % "
+    "bootstrap interval]."
 )
 
 
@@ -49,17 +54,21 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
     """
     folder = Path(folder)
     sets = by_set(runs)
-    parts = [f"# {title}", *_about(next(iter(runs.values()))), f"**The sets.**\n\n{markdown(set_statistics(sets))}"]
+    parts = [
+        f"# {title}",
+        *_about(next(iter(runs.values()))),
+        f"**The sets.**\n\n{to_markdown(set_statistics(sets))}",
+    ]
     found = {stage for results in sets.values() for _, stage, _ in results.cells} - {"before"}
     for stage in sorted(found, key=lambda stage: (stage == IN_CONTEXT, when(stage))):
         for name, results in {**sets, POOLED: pooled(sets)}.items():
             lines = study_table(results, stage)
             if len(lines) > 1:
-                parts.append(f"**{name}, {stage_label(stage)}**\n\n{markdown(lines)}")
+                parts.append(f"**{name}, {stage_label(stage)}**\n\n{to_markdown(lines)}")
     last = next(iter(runs.values())).last_stage
     gains = difference_table(pooled(sets), last)
     if len(gains) > 1:
-        parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{markdown(gains)}")
+        parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{to_markdown(gains)}")
     parts += [NOTE, "![Portability and locality](study.png)"]
     atomic_write(folder / "study.png", lambda path: save_png(trade_off(sets), Path(path)))
     return write_text(folder / "study.md", "\n\n".join(parts) + "\n")
@@ -72,7 +81,7 @@ def by_set(runs: Mapping[str, Results]) -> dict[str, Results]:
         for name in dict.fromkeys(_set(case) for (case,) in results.before):
             before = {key: row for key, row in results.before.items() if _set(row["case"]) == name}
             rows = {key: row for key, row in results.rows.items() if _set(row["case"]) == name}
-            found[name] = Results(results.manifest, before, rows)
+            found[name] = replace(results, before=before, rows=rows)
     return found
 
 
@@ -82,11 +91,12 @@ def _set(case: str) -> str:
 
 def pooled(sets: Mapping[str, Results]) -> Results:
     """The cases of all sets together."""
-    first = next(iter(sets.values()))
-    before = {key: row for results in sets.values() for key, row in results.before.items()}
-    return Results(
-        first.manifest, before, {key: row for results in sets.values() for key, row in results.rows.items()}
+    parts = list(sets.values())
+    before, rows, added = (
+        {key: row for part in parts for key, row in getattr(part, name).items()}
+        for name in ("before", "rows", "added")
     )
+    return Results(parts[0].manifest, before, rows, added)
 
 
 def study_table(results: Results, stage: str) -> list[list[str]]:
@@ -121,7 +131,7 @@ def difference_table(results: Results, stage: str) -> list[list[str]]:
         theirs = results.case_values.get((method, stage), {})
         pairs = [(values, theirs[case]) for case, values in mine.items() if case in theirs]
         gains = [{key: one[key] - two[key] for key in keys if key in one and key in two} for one, two in pairs]
-        found = summarise(gains) if gains else {}
+        found = average_cases(gains) if gains else {}
         cells = [found.get(key) for key in keys]
         lines.append([method, *("–" if cell is None else _points(*cell) for cell in cells)])
     return lines

@@ -6,11 +6,8 @@ The numbers of a paper belong to its models; on another model the order of the m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
-
-from reknow.edits import Case
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -29,20 +26,22 @@ class Preset(NamedTuple):
     """Cases of each set; None: all."""
     limits: Mapping[str, int] = NONE
     """Other limits of some sets."""
-    keep: int | None = None
+    probes_per_name: int | None = None
     """At most so many probes of one name in a case; None: all."""
-    together: bool = False
-    """One run over the cases of all sets, in turn, instead of one for each set."""
+    one_run: bool = False
+    """One run over the cases of all sets, interleaved, instead of one for each set."""
     plan: Mapping[str, Any] = NONE
     """Fields of `Plan`."""
-    part: str = "bench"
-    """`convergence`: not a comparison of answers but what happens inside, see `evaluation.convergence`."""
+    convergence: bool = False
+    """Not a comparison of answers but what happens inside ICE, see `studies.ice.convergence`."""
+    script_ppl_r: bool = False
+    """PPL_r also as the script of ICE's authors computes it."""
     full: Mapping[str, Any] = NONE
-    """Fields of this preset in its full size."""
+    """Fields of the preset that differ in its full size."""
 
 
 SAMPLED: Mapping[str, Any] = MappingProxyType({"fluency": True})
-"""Of the studies whose tables have fluency, which takes most of their time."""
+"""The plan of studies whose tables have fluency, which takes most of their time."""
 KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
 ICE_PAPER = "Qi et al. 2024, arXiv 2406.11194"
 FT_M_ARTICLE = ("ft-m@article.span=5", "ft-m@article.clamp=0.12")
@@ -75,17 +74,18 @@ PRESETS: dict[str, Preset] = {
         data=f"{KNOWEDIT},counterfact",
         limit=16,
         limits={"wikibio": 4},
-        keep=2,
+        probes_per_name=2,
         plan={**SAMPLED, "in_context": ("ice",)},
+        script_ppl_r=True,
         full={
             "limit": None,
             "limits": NONE,
-            "keep": None,
+            "probes_per_name": None,
             "plan": {**SAMPLED, "in_context": ("ice",), "seeds": (0, 1, 2)},
         },
     ),
     "ice-ablation": Preset(
-        f"What ICE is made of: target, context, what is sampled, temperature, lead-ins. {ICE_PAPER}, Tables 2 and 4",
+        f"What ICE is made of: target, context, sampling, temperature, introductions. {ICE_PAPER}, Tables 2 and 4",
         (
             *("ice", "static=ice", "no-context=ice", "static-no-context=ice", "ft-m@article=ft-m", "no-answer=ice"),
             *("t0.1=ice", "t10=ice", "t100=ice", "bare-context=ice", "no-now=ice", "script=ice"),
@@ -99,9 +99,10 @@ PRESETS: dict[str, Preset] = {
         ),
         data="wiki_recent,wiki_counterfact",
         limit=15,
-        keep=2,
+        probes_per_name=2,
         plan=SAMPLED,
-        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {**SAMPLED, "seeds": (0, 1, 2)}},
+        script_ppl_r=True,
+        full={"data": KNOWEDIT, "limit": None, "probes_per_name": None, "plan": {**SAMPLED, "seeds": (0, 1, 2)}},
     ),
     "ice-lambda": Preset(
         f"How much consistency: λ from 0, plain fine-tuning, upwards. {ICE_PAPER}, Table 3",
@@ -109,9 +110,10 @@ PRESETS: dict[str, Preset] = {
         tuple(f"lambda-{weight}.consistency_weight={weight}" for weight in ("0", "0.25", "0.5", "1", "2", "4")),
         data="wiki_recent,wiki_counterfact",
         limit=15,
-        keep=2,
+        probes_per_name=2,
         plan={"seeds": (0, 1)},
-        full={"data": KNOWEDIT, "limit": None, "keep": None, "plan": {**SAMPLED, "seeds": (0, 1, 2)}},
+        script_ppl_r=True,
+        full={"data": KNOWEDIT, "limit": None, "probes_per_name": None, "plan": {**SAMPLED, "seeds": (0, 1, 2)}},
     ),
     "ice-continual": Preset(
         f"300 edits one after the other, all kept, read right after each and after all. {ICE_PAPER}, Table 5",
@@ -120,14 +122,15 @@ PRESETS: dict[str, Preset] = {
         data=KNOWEDIT,
         limit=100,
         limits={"wiki_counterfact": 90, "wikibio": 10},
-        keep=2,
-        together=True,
+        probes_per_name=2,
+        one_run=True,
         plan={**SAMPLED, "mode": "sequential", "checkpoints": (100, 200), "fluency_every": 10},
+        script_ppl_r=True,
         full={
             "limit": None,
             "limits": NONE,
-            "keep": None,
-            "together": False,
+            "probes_per_name": None,
+            "one_run": False,
             "plan": {**SAMPLED, "mode": "sequential"},
         },
     ),
@@ -137,7 +140,7 @@ PRESETS: dict[str, Preset] = {
         (*FT_M_ARTICLE, "no-context.with_context=false", "no-answer.sample_target=false", "script.variant=code"),
         data="wiki_counterfact",
         limit=12,
-        part="convergence",
+        convergence=True,
         full={"limit": None},
     ),
     "zsre-table": Preset(
@@ -154,36 +157,3 @@ PRESETS: dict[str, Preset] = {
         plan={**SAMPLED, "mode": "batch"},
     ),
 }
-
-
-def thinned(cases: list[Case], keep: int | None) -> list[Case]:
-    """The cases with at most `keep` probes of one kind and name each, the first ones."""
-    if keep is None:
-        return cases
-    result = []
-    for case in cases:
-        groups = [(probe.kind, probe.name) for probe in case.probes]
-        probes = [p for i, p in enumerate(case.probes) if groups[:i].count(groups[i]) < keep]
-        result.append(replace(case, probes=tuple(probes)))
-    return result
-
-
-def agreeing(cases: list[Case]) -> list[Case]:
-    """The cases without those that ask for another answer to an earlier one's prompt: no patch can make both."""
-    answers: dict[str, str] = {}
-
-    kept = []
-    for case in cases:
-        wanted = {edit.text: edit.target_new for edit in case.edits}
-        if all(answers.get(prompt, answer) == answer for prompt, answer in wanted.items()):
-            answers |= wanted
-            kept.append(case)
-    return kept
-
-
-def in_turn(sets: list[list[Case]]) -> list[Case]:
-    """One list of all cases, taken from the sets in turn, in proportion to their sizes."""
-    placed = [
-        (number / len(cases), place, case) for place, cases in enumerate(sets) for number, case in enumerate(cases)
-    ]
-    return [case for *_, case in sorted(placed, key=lambda item: item[:2])]

@@ -1,4 +1,4 @@
-"""The page of `evaluation.convergence`: the curves of the losses, the likeliest tokens, the consistency condition."""
+"""The page of `convergence`: the curves of the losses, the most likely tokens, the consistency condition."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluation.results import Cell, markdown, summarise
+from reknow.evaluation.intervals import average_cases
+from reknow.evaluation.results import Cell
 from reknow.files.atomic import atomic_write, write_text
 from reknow.files.json_lines import Rows
 from reknow.files.manifest import read_manifest
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 from reknow.studies.ice.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
+from reknow.texts.tables import to_markdown
 
 Curve = list[tuple[float, float, float]]
 """(mean, low, high) step by step."""
@@ -34,17 +36,17 @@ def write_convergence(run_folder: Path, out: Path | None = None) -> Path:
     parts = [
         f"# Inside In-Context Editing: {manifest['model']}",
         f"{count} edits, each by itself; means over edits [95 % bootstrap interval].",
-        f"**The consistency condition.** {CONDITION}\n\n{markdown(divergence_table(rows))}",
-        f"**Losses.** {LOSSES}\n\n![Losses by step](convergence.png)\n\n{markdown(repetitions_table(rows))}",
-        f"**Likeliest tokens behind the new answer**, “{text}” → “{answer}”, dynamic targets, temperature "
-        f"{TEMPERATURES[-1]:g}.\n\n{markdown(likeliest_table(rows))}",
+        f"**The consistency condition.** {CONDITION}\n\n{to_markdown(divergence_table(rows))}",
+        f"**Losses.** {LOSSES}\n\n![Losses by step](convergence.png)\n\n{to_markdown(repetitions_table(rows))}",
+        f"**Most likely tokens behind the new answer**, “{text}” → “{answer}”, dynamic targets, temperature "
+        f"{TEMPERATURES[-1]:g}.\n\n{to_markdown(top_tokens_table(rows))}",
     ]
     return write_text(folder / "convergence.md", "\n\n".join(parts) + "\n")
 
 
 CONDITION = (
-    "KL(p(· given c, q) ‖ p(· given q)) at the new answer's tokens and the one behind, over the built-in lead-ins; "
-    "0 is a model that says without the context what it says with it."
+    "KL(p(· given c, q) ‖ p(· given q)) at the new answer's tokens and the one behind, over the built-in "
+    "introductions; 0 is a model that says without the context what it says with it."
 )
 LOSSES = (
     "ICE's loss before each step, −log p([y*, x] | q) per token, x sampled at that temperature from the model as it "
@@ -57,7 +59,7 @@ def loss_curves(rows: Mapping[tuple, dict]) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for label, found in _measured(rows, "losses", "losses").items():
         columns = zip(*(row["losses"] for row in found), strict=True)
-        steps = [summarise([{"loss": value} for value in step])["loss"] for step in columns]
+        steps = [average_cases([{"loss": value} for value in step])["loss"] for step in columns]
         curves[label] = [
             (mean, mean if low is None else low, mean if high is None else high) for mean, low, high, _ in steps
         ]
@@ -89,7 +91,7 @@ def divergence_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     """Header and a line per method: the divergence, and the edit's success."""
     lines = [["model", "edits", "divergence, nats", "success, teacher-forced exact, %"]]
     for label, values in _measured(rows, "consistency", "divergence").items():
-        means = summarise([{key: float(row[key]) for key in ("divergence", "success")} for row in values])
+        means = average_cases([{key: float(row[key]) for key in ("divergence", "success")} for row in values])
         divergence = Cell(label, "", "divergence", "edit", *means["divergence"])
         success = Cell(label, "", "success", "teacher_forced_exact", *means["success"])
         lines.append(
@@ -102,7 +104,7 @@ def repetitions_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     """Header and a line per target and temperature: sampled tokens of a descent that stood in the answer already."""
     lines = [["sampling", "loss at the end", "the answer's loss at the end", "repeated tokens in a descent"]]
     for label, values in _measured(rows, "losses", "losses").items():
-        means = summarise(
+        means = average_cases(
             [
                 {
                     "loss": row["losses"][-1],
@@ -117,7 +119,7 @@ def repetitions_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     return lines
 
 
-def likeliest_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
+def top_tokens_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     """Header and a line per step shown, for the first edit."""
     lines = [["step", "with the context", "without"]]
     for row in rows.values():

@@ -15,7 +15,7 @@ from reknow.instructions.trial import few_probes
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
 from reknow.studies.instructedit.editors import SMALL, Editors, Size
-from reknow.studies.instructedit.tables import written
+from reknow.studies.instructedit.tables import write_tables
 
 DOMAINS = {
     "geography": ("P17", "P30", "P36", "P131", "P190", "P276"),
@@ -64,4 +64,4 @@ def domain_study(
         results = bench(lm, read, {ONE: own, ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)
         for label in (ONE, ALL):
             values[label, domain] = results.case_values[label, "after_edit"]
-    return written(folder, "domains", QUESTION, values, ONE, tuple(DOMAINS), "domain")
+    return write_tables(folder, "domains", QUESTION, values, ONE, "domain")

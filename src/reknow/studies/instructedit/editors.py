@@ -25,7 +25,7 @@ from reknow.learning.learned import Learned
 from reknow.lm import LM
 from reknow.methods import method
 from reknow.methods.instructedit import InstructEdit
-from reknow.studies.instructedit.tables import written
+from reknow.studies.instructedit.tables import write_tables
 
 AnyLearned = TypeVar("AnyLearned", bound=Learned)
 
@@ -171,7 +171,7 @@ def run_study(
                     of = values.setdefault((label.partition("#")[0], task), {})
                     found = results.case_values[label, "after_edit"]
                     _merge(of, as_trained(found, label in told), len(size.seeds) if "#" in label else 1)
-    return written(folder, name, study.question, values, study.baseline, TASKS)
+    return write_tables(folder, name, study.question, values, study.baseline)
 
 
 def task_families(path: str | None) -> dict[str, Family]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from reknow.evaluation.results import RESAMPLES, summarise
+from reknow.evaluation.intervals import Mean, average_cases, resample
 from reknow.files.atomic import write_json, write_text
+from reknow.texts.tables import to_csv, to_markdown
 
 METRICS = (
     ("reliability@teacher_forced_tokens", "Reliability, share of tokens, asked plainly, %"),
@@ -38,75 +37,63 @@ Values = Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
 def gain(
     values: Values, label: str, baseline: str, metric: str, tasks: Sequence[str]
 ) -> tuple[float, float, float, int] | None:
-    """Mean over tasks of a metric's paired difference, its 95 % bootstrap interval over cases, and how many tasks."""
-    draws = []
+    """The mean over tasks of a metric's paired difference, its interval over cases, and how many tasks have it."""
+    means = []
     for task in tasks:
         ours, theirs = values.get((label, task), {}), values.get((baseline, task), {})
         both = [case for case in ours if case in theirs and metric in ours[case]]
-        pairs = [ours[case][metric] - theirs[case][metric] for case in both]
-        if pairs:
-            differences = np.array(pairs)
-            chosen = np.random.default_rng(0).integers(len(pairs), size=(RESAMPLES, len(pairs)))
-            draws.append(np.concatenate([[differences.mean()], differences[chosen].mean(1)]))
-    if not draws:
+        if both:
+            means.append(resample(np.array([ours[case][metric] - theirs[case][metric] for case in both])))
+    if not means:
         return None
-    means = np.mean(draws, axis=0)
-    low, high = np.percentile(means[1:], (2.5, 97.5))
-    return float(means[0]), float(low), float(high), len(draws)
+    whole = np.mean(means, axis=0)
+    low, high = np.percentile(whole[1:], (2.5, 97.5))
+    return float(whole[0]), float(low), float(high), len(means)
 
 
-def written(
-    folder: Path,
-    name: str,
-    question: str,
-    values: Values,
-    baseline: str,
-    tasks: Sequence[str],
-    unit: str = "task",
-) -> str:
-    """Writes `NAME.md`, `NAME.csv` and `NAME.json`; gives the tables."""
-    text = _tables(question, values, baseline, tasks, unit)
+def write_tables(folder: Path, name: str, question: str, values: Values, baseline: str, unit: str = "task") -> str:
+    """Writes `NAME.md`, `NAME.csv` and `NAME.json`; gives the tables.
+
+    Args:
+        unit: what the editors were read on.
+    """
+    text = _tables(question, values, baseline, unit)
     write_text(folder / f"{name}.md", text)
-    write_text(folder / f"{name}.csv", _csv(values))
-    write_json(folder / f"{name}.json", {f"{label} | {task}": found for (label, task), found in values.items()})
+    write_text(folder / f"{name}.csv", to_csv(_numbers(values)))
+    write_json(folder / f"{name}.json", {f"{label} | {task}": cases for (label, task), cases in values.items()})
     return text
 
 
-def _tables(question: str, values: Values, baseline: str, tasks: Sequence[str], unit: str) -> str:
+def _tables(question: str, values: Values, baseline: str, unit: str) -> str:
     """Markdown: a table for each metric; rows are editors, columns tasks and the gain on the baseline."""
-    lines = [question, ""]
-    labels = list(dict.fromkeys(label for label, _ in values))
+    parts = [question]
+    labels, tasks = (list(dict.fromkeys(names)) for names in zip(*values, strict=True))
     for metric, title in METRICS:
-        rows = []
+        lines = [["editor", *tasks, f"gain on {baseline}"]]
         for label in labels:
             cells = [_cell(values.get((label, task), {}), metric) for task in tasks]
             if any(cell != "–" for cell in cells):
                 found = None if label == baseline else gain(values, label, baseline, metric, tasks)
-                rows.append([label, *cells, "–" if found is None else _gained(*found, unit)])
-        if rows:
-            lines += [f"**{title}** (`{metric}`)", ""]
-            lines += [f"| editor | {' | '.join(tasks)} | gain on {baseline} |", "|---" * (len(tasks) + 2) + "|"]
-            lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
-    return "\n".join(lines)
+                lines.append([label, *cells, "–" if found is None else _gain_cell(*found, unit)])
+        if len(lines) > 1:
+            parts.append(f"**{title}** (`{metric}`)\n\n{to_markdown(lines)}")
+    return "\n\n".join(parts) + "\n"
 
 
 def _cell(cases: Mapping[str, Mapping[str, float]], metric: str) -> str:
-    found = summarise([dict(case) for case in cases.values()]).get(metric) if cases else None
+    found = average_cases(list(cases.values())).get(metric) if cases else None
     if found is None:
         return "–"
     value, low, high, _ = found
     return f"{100 * value:.1f}" + ("" if low is None or high is None else f" [{100 * low:.1f}, {100 * high:.1f}]")
 
 
-def _gained(value: float, low: float, high: float, count: int, unit: str) -> str:
+def _gain_cell(value: float, low: float, high: float, count: int, unit: str) -> str:
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({count} {unit}{'s' * (count > 1)})"
 
 
-def _csv(values: Values) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["editor", "task", "metric", "mean", "low", "high", "cases"])
+def _numbers(values: Values) -> Iterator[Sequence[object]]:
+    yield "editor", "task", "metric", *Mean._fields
     for (label, task), cases in values.items():
-        for metric, numbers in summarise([dict(case) for case in cases.values()]).items():
-            writer.writerow([label, task, metric, *numbers])
-    return text.getvalue()
+        for metric, mean in average_cases(list(cases.values())).items():
+            yield label, task, metric, *mean

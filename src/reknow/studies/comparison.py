@@ -1,0 +1,101 @@
+"""The cases of a study that compares methods on one or several data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from reknow.datasets.cases import load_cases, parse_address
+from reknow.edits import Case
+from reknow.errors import InputError
+from reknow.studies.presets import Preset
+from reknow.tracing.known import known_cases
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+
+class LoadedSets(NamedTuple):
+    """What a study's data sets hold for it."""
+
+    sets: dict[str, list[Case]]
+    """Name of each run → its cases."""
+    refused: dict[str, list[str]]
+    """Data set → why records of it could not be read."""
+    conflicting: dict[str, int]
+    """Data set → how many cases were left out since they contradict an earlier one."""
+
+    def refused_of(self, run: str) -> list[str]:
+        """Why records could not be read, of all sets of a run."""
+        return [sentence for name in run.split("+") for sentence in self.refused.get(name, ())]
+
+
+def load_sets(
+    study: Preset,
+    knowing: LM | None = None,
+    *,
+    one_patch: bool = False,
+    offset: int = 0,
+    shuffle: int | None = None,
+    encoding: str | None = None,
+) -> LoadedSets:
+    """The study's cases.
+
+    Args:
+        knowing: take the cases whose facts this model knows; None: all.
+        one_patch: several make one patch, so take those that agree.
+        offset: cases of each set to pass over.
+        shuffle: seed to shuffle them with.
+
+    Raises:
+        InputError: a set is named twice, or the model knows none of its facts.
+    """
+    loaded = LoadedSets({}, {}, {})
+    for source in study.data.split(","):
+        label, name, path = parse_address(source.strip())
+        if label in loaded.sets:
+            raise InputError(f"expected every set once; got {label} twice: join the files, or run them one by one")
+        wanted = study.limits.get(label, study.limit)
+        limit = None if knowing or one_patch else wanted
+        bad = loaded.refused.setdefault(label, [])
+        cases = load_cases(name, path=path, encoding=encoding, refused=bad, limit=limit, offset=offset, seed=shuffle)
+        if knowing is not None and not (cases := known_cases(knowing, of := cases)):
+            raise InputError(f"expected facts that {knowing.name} knows; got none among {len(of)}: leave --known out")
+        if one_patch and len(kept := drop_conflicting(cases)) < len(cases):
+            loaded.conflicting[label] = len(cases) - len(kept)
+            cases = kept
+        loaded.sets[label] = limit_probes(cases[:wanted], study.probes_per_name)
+    if study.one_run:
+        return loaded._replace(sets={"+".join(loaded.sets): interleave(list(loaded.sets.values()))})
+    return loaded
+
+
+def limit_probes(cases: Sequence[Case], count: int | None) -> list[Case]:
+    """The cases with at most `count` probes of one kind and name each, the first ones; None: with all."""
+    limited = []
+    for case in cases:
+        groups = [(probe.kind, probe.name) for probe in case.probes]
+        probes = [p for i, p in enumerate(case.probes) if count is None or groups[:i].count(groups[i]) < count]
+        limited.append(replace(case, probes=tuple(probes)))
+    return limited
+
+
+def drop_conflicting(cases: Sequence[Case]) -> list[Case]:
+    """The cases without those that ask for another answer to an earlier one's prompt: no patch can make both."""
+    answers: dict[str, str] = {}
+    kept = []
+    for case in cases:
+        wanted = {edit.text: edit.target_new for edit in case.edits}
+        if all(answers.get(prompt, answer) == answer for prompt, answer in wanted.items()):
+            answers |= wanted
+            kept.append(case)
+    return kept
+
+
+def interleave(sets: Sequence[Sequence[Case]]) -> list[Case]:
+    """One list of all cases, taken from the sets in turn, in proportion to their sizes."""
+    placed = [
+        (number / len(cases), place, case) for place, cases in enumerate(sets) for number, case in enumerate(cases)
+    ]
+    return [case for *_, case in sorted(placed, key=lambda item: item[:2])]
