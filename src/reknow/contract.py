@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from typing_extensions import Self
@@ -18,22 +18,13 @@ from reknow.errors import EditFailed, InputError
 from reknow.model.exclusive import exclusively
 from reknow.patching.deltas import Delta, delta_tensors
 from reknow.patching.patches import Patch
-from reknow.patching.record import PatchKind
+from reknow.patching.record import Footprint, PatchKind
 from reknow.patching.state_spec import StateSpec
 from reknow.published import published
 from reknow.registry import known_settings, make
 
 if TYPE_CHECKING:
     from reknow.lm import LM
-
-
-class Footprint(NamedTuple):
-    """Where a method works that chooses its layers itself, and what it multiplies, to estimate what an edit costs."""
-
-    layers: list[int]
-    takes_gradient: bool = False  # of the edits, once, to transform it by weights of its own:
-    weights_per_token: int = 0
-    weights_per_edit: int = 0
 
 
 class Method(ABC):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Natural, Number, Rank, Rate, Seed, Weight
-from reknow.contract import Footprint, check_edits, make_patch
+from reknow.contract import check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
@@ -22,6 +22,7 @@ from reknow.learning.learned import Learned
 from reknow.learning.training import Training
 from reknow.patching.deltas import Delta
 from reknow.patching.patches import Patch
+from reknow.patching.record import Footprint
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor
 
-from reknow.contract import Footprint, Method, check_edits, make_patch
+from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.papers_layers import depth_layer
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
 from reknow.patching.memory import versions
 from reknow.patching.patches import Patch
-from reknow.patching.record import PatchKind
+from reknow.patching.record import Footprint, PatchKind
 from reknow.texts.writing import normalize
 
 __all__ = [

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from reknow.checks.bounds import Formerly, Rank, Rate, Share, Units, Weight
-from reknow.contract import Footprint
 from reknow.edits import Case, Edit
 from reknow.learning.editors import fill_network
 from reknow.learning.examples import Losses, mean_over_batches, without_instructions
@@ -34,6 +33,7 @@ from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training, parameter_groups
 from reknow.model.parts import embedding
 from reknow.model.tokens import Text
+from reknow.patching.record import Footprint
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Natural, Number, Rate, Units, Weight
-from reknow.contract import Footprint, Method, check_edits, make_patch
+from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
 from reknow.edits import Edit
@@ -30,6 +30,7 @@ from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, as_delta, sum_deltas
 from reknow.patching.patches import Patch
+from reknow.patching.record import Footprint
 from reknow.patching.state_spec import StateSpec
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ FORMAT = 1
 
 PatchKind = Literal["weights", "hook", "prompt", "router"]
 """What a patch acts on: the weights; or, a memory, what modules compute, what is asked, or who answers."""
+
+
+class Footprint(NamedTuple):
+    """Where a patch will act and what making it multiplies, by which its cost is estimated."""
+
+    layers: list[int]
+    takes_gradient: bool = False
+    """The method takes the edits' gradient once and transforms it."""
+    weights_per_token: int = 0
+    """Weights of its own by which each token is multiplied in doing so."""
+    weights_per_edit: int = 0
+    """Weights of its own by which each edit is multiplied."""
 
 
 @dataclass(frozen=True, eq=False)
