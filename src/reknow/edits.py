@@ -243,10 +243,10 @@ class Case:
 
 def _each(name: str, kind: type, values) -> tuple:
     """The values as a tuple; raises InputError where one is nothing of the kind."""
-    found = tuple(values) if isinstance(values, Iterable) else None
-    if found is None or not all(isinstance(value, kind) for value in found):
+    checked = tuple(values) if isinstance(values, Iterable) else None
+    if checked is None or not all(isinstance(value, kind) for value in checked):
         raise InputError(f"expected {name} of a case as a list of {kind.__name__}; got {values!r}: make them so")
-    return found
+    return checked
 
 
 def _own(edit: Edit, prompt: str, kind: Kind) -> Probe:

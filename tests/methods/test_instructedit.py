@@ -17,7 +17,7 @@ from reknow import LM, Case, Edit, InstructEdit, Patch, Probe
 from reknow.cli import app
 from reknow.errors import InputError
 from reknow.instructions import load_families
-from reknow.instructions.trial import Material
+from reknow.instructions.trial import FamilySplit
 from reknow.learning.editors import Editor
 from reknow.learning.examples import make_examples
 from reknow.learning.gradient_network import make_network, transform_gradients
@@ -139,7 +139,7 @@ def test_the_editor_remembers_whether_it_reads_instructions(tmp_path):
 
 def test_the_parts_of_a_data_set_are_apart():
     for family in load_families().values():
-        parts = Material.of(family)
+        parts = FamilySplit.of(family)
         texts = [{case.edit.text for case in part} for part in (parts.test, parts.trial, parts.training)]
         assert len(parts.test) == 50 and len(parts.trial) == 10 and len(parts.training) > 80
         assert texts[2].isdisjoint(texts[0] | texts[1])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_ori
 
 from pydantic import ConfigDict, InstanceOf, TypeAdapter
 
-from reknow.checks.bounds import SHOWN, convert_with, describe_type
+from reknow.checks.bounds import SHOWN, convert_with, describe_type, members_of
 from reknow.errors import InputError
 
 _P = ParamSpec("_P")
@@ -31,7 +31,7 @@ class _Argument(NamedTuple):
 
     def check(self, name: str, value: Any) -> None:
         """Raises InputError where the value is nothing of the type. What gives its items one by one is left alone."""
-        parts = _parts(self.hint)
+        parts = members_of(self.hint)
         listed = any(get_origin(part) is tuple for part in parts)
         if listed and isinstance(value, str) and str not in parts:
             raise InputError(
@@ -85,7 +85,3 @@ def _checkable(hint: Any) -> Any:
     if origin in (Union, UnionType):
         return Union[tuple(map(_checkable, get_args(hint)))]  # noqa: UP007, of as many as there are
     return InstanceOf[hint] if isinstance(hint, type) and hint.__module__.startswith("reknow") else hint
-
-
-def _parts(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)

@@ -76,19 +76,19 @@ def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     Settings that the class has no more, its `removed`, are left out.
     """
     former, removed = former_names(owner), getattr(owner, "removed", ())
-    found = {name: value for name, value in settings.items() if name not in former and name not in removed}
+    current = {name: value for name, value in settings.items() if name not in former and name not in removed}
     for old in [name for name in settings if name in former]:
         name, mark = former[old]
         value = settings[old]
-        if value is None and (name in found or mark.also):
+        if value is None and (name in current or mark.also):
             continue  # it was not used
         warnings.warn(
             f"the setting {old} of {owner.__name__} is called {name} now; the old name is read for one more release",
             FutureWarning,
             stacklevel=2,
         )
-        found |= {name: mark.values.get(value, value) if mark.values else value, **mark.also}
-    return found
+        current |= {name: mark.values.get(value, value) if mark.values else value, **mark.also}
+    return current
 
 
 def refuse_mixed(owner: type, settings: Mapping[str, Any]) -> None:
@@ -166,7 +166,7 @@ def convert_with(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], go
     except ValidationError as error:
         shown = repr(value) if got is None else got
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
-        listed = any(get_origin(part) is tuple for part in _parts(hint))
+        listed = any(get_origin(part) is tuple for part in members_of(hint))
         bracket = listed and value is not None and not isinstance(value, (tuple, list))
         remedy = "put it in brackets" if got is None and bracket else "correct it"
         raise InputError(f"expected {name} {_wanted(hint, error)}; got {shown}: {remedy}") from None
@@ -187,7 +187,7 @@ def _plain(value: Any) -> Any:
 
 def _wanted(hint: Any, error: ValidationError) -> str:
     """What the value ought to be: the bound that it is beyond, or the type."""
-    for part in _parts(hint):
+    for part in members_of(hint):
         if (range_ := _range(part)) is not None and error.errors()[0]["type"] != "float_type":
             return range_
     for one in error.errors(include_url=False):
@@ -199,7 +199,7 @@ def _wanted(hint: Any, error: ValidationError) -> str:
 
 def describe_type(hint: Any) -> str:
     """A type in words: `int ≥ 1 or none`, `float from 0 to 1`, `one of a, b`, `[[int, int], …]`."""
-    parts = _parts(hint)
+    parts = members_of(hint)
     if len(parts) > 1:
         return " or ".join(map(describe_type, parts))
     origin, arguments = get_origin(hint), get_args(hint)
@@ -217,7 +217,7 @@ def describe_type(hint: Any) -> str:
     return "none" if hint is NoneType else getattr(hint, "__name__", str(hint))
 
 
-def _parts(hint: Any) -> tuple[Any, ...]:
+def members_of(hint: Any) -> tuple[Any, ...]:
     """The types of which the value has one."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 

@@ -171,11 +171,11 @@ def _harm(before: Snapshot, after: Snapshot, out: Path) -> list[str]:
     """What of the model the edit broke, said as a warning before the patch is written."""
     from reknow.evaluation.effect import collapsed
 
-    found = collapsed(before, after)
-    if found:
+    broken = collapsed(before, after)
+    if broken:
         advice = "look for a better --layer or --method, or make fewer edits at once, before you apply it"
-        warn(f"this edit harms the model: {' and '.join(found)}; {out} is written all the same: {advice}")
-    return found
+        warn(f"this edit harms the model: {' and '.join(broken)}; {out} is written all the same: {advice}")
+    return broken
 
 
 def _as_json(

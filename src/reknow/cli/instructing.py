@@ -16,7 +16,7 @@ from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
-    from reknow.instructions import Family, Found, Proposer
+    from reknow.instructions import Family, Proposer, SearchResult
     from reknow.lm import LM
     from reknow.methods.instructedit import InstructEdit
 
@@ -50,9 +50,9 @@ def instruct(
     The same command takes up a search that was killed. Writes OUT/instructions.json, for --set families=FILE.
     """
     from reknow.files.outputs import mark_folder
-    from reknow.instructions import Rewriter, Search, Trial, Writer, load_families, save_families, search
+    from reknow.instructions import InstructionScorer, Rewriter, Search, Writer, load_families, save_families, search
     from reknow.instructions.llm import LLM
-    from reknow.instructions.trial import Material
+    from reknow.instructions.trial import FamilySplit
 
     if editor is not None:
         refuse_beside("a trained --editor", {"--trial-steps": trial_steps})
@@ -69,14 +69,14 @@ def instruct(
     started = time.perf_counter()
     with write_lock(out):
         method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
-        trial = Trial(lm, method, {family.name: Material.of(family).trial for family in chosen})
+        trial = InstructionScorer(lm, method, {family.name: FamilySplit.of(family).trial for family in chosen})
         about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
-        found = search(chosen, writer, trial, out, settings, about=about, advance=say)
+        searched = search(chosen, writer, trial, out, settings, about=about, advance=say)
         seconds = time.perf_counter() - started
         card = _card(lm, writer, about["editor"], settings.seed)
         others = [family for family in known.values() if family not in chosen]
-        save_families(out / "instructions.json", [*found.families, *others], card)
-    _say_found(found, seconds, trial.edits)
+        save_families(out / "instructions.json", [*searched.families, *others], card)
+    _say_found(searched, seconds, trial.edits)
     say(f"wrote {out / 'instructions.json'}; use it with: --method instructedit --set families=FILE")
 
 
@@ -95,7 +95,7 @@ def _trial_editor(
 ) -> InstructEdit:
     """The editor that is given, or one trained for a minute on the tasks with their first instructions."""
     from reknow.instructions import save_families
-    from reknow.instructions.trial import Material
+    from reknow.instructions.trial import FamilySplit
     from reknow.learning.training import Training
     from reknow.methods.instructedit import InstructEdit
 
@@ -104,7 +104,7 @@ def _trial_editor(
         return replace(method, editor=str(editor))
     first = [replace(family, instructions=family.instructions[:1]) for family in chosen]
     save_families(out / "start.json", first, {"description": "what the trial editor was trained with"})
-    cases = [case for family in chosen for case in Material.of(family).training]
+    cases = [case for family in chosen for case in FamilySplit.of(family).training]
     short = Training(steps=steps, batch_size=6, validation=0, validate_every=steps, checkpoint_every=steps)
     say(f"training a trial editor: {steps} updates")
     return replace(method, families=str(out / "start.json")).fit(lm, cases, out / "trial", short, progress=True)
@@ -126,13 +126,13 @@ def _card(lm: LM, writer: Proposer, editor: str, seed: int) -> dict[str, object]
     }
 
 
-def _say_found(found: Found, seconds: float, edits: int) -> None:
+def _say_found(searched: SearchResult, seconds: float, edits: int) -> None:
     from reknow.instructions.search import mean
 
-    for family in found.families:
+    for family in searched.families:
         rows = [
             ["" if each.seen else "unseen", f"{mean(each.scores):.3f}", each.text] for each in family.instructions
         ]
-        say_table(["", " mean", f"{family.name} ({found.stopped[family.name]})"], rows)
-    spent = ", ".join(f"{value:g} {name}" for name, value in found.cost.items())
+        say_table(["", " mean", f"{family.name} ({searched.stopped[family.name]})"], rows)
+    spent = ", ".join(f"{value:g} {name}" for name, value in searched.cost.items())
     say(f"cost: {seconds:.0f} s, {edits} trial edits; {spent}")

@@ -52,15 +52,15 @@ def apply(
             raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
         base = model if base == stack else base
         before = len(active)
-        found = next((patch.base for patch in active if FORCED not in patch.notes), None)
-        if found is None or force:
+        fingerprint = next((patch.base for patch in active if FORCED not in patch.notes), None)
+        if fingerprint is None or force:
             lm = opening.open(str(stack if active else base))
             for patch in loaded:
                 lm.apply(patch, force=force)
             active = list(lm.patches)
         else:
             for patch in loaded:
-                active = list(with_patch(tuple(active), patch, found))
+                active = list(with_patch(tuple(active), patch, fingerprint))
         save_stack(stack, str(base), active)
     for patch in active[before:]:
         say(f"applied {patch.label}")
@@ -231,31 +231,31 @@ def describe(patch: Patch) -> dict[str, Any]:
     }
 
 
-def _say_patch(found: dict[str, Any]) -> None:
-    say(f"patch {found['id']}, made by {found['method']} (reknow {found['version']})")
-    settings = ", ".join(f"{key} {value}" for key, value in found["settings"].items())
+def _say_patch(patch: dict[str, Any]) -> None:
+    say(f"patch {patch['id']}, made by {patch['method']} (reknow {patch['version']})")
+    settings = ", ".join(f"{key} {value}" for key, value in patch["settings"].items())
     say(f"settings: {settings or 'several'}")
-    base = found["base"]
+    base = patch["base"]
     say(f"base: structure {base['structure']}, tokenizer {base['tokenizer']}, {base['dtype']}")
-    if found["made_on"]:
-        say(f"made on top of: {', '.join(found['made_on'])}")
-    if found["kind"] == "weights":
+    if patch["made_on"]:
+        say(f"made on top of: {', '.join(patch['made_on'])}")
+    if patch["kind"] == "weights":
         say_table(
             ["matrix", " out × in", " rank", " norm"],
             [
                 [name, " × ".join(map(str, one["shape"])), str(one["rank"]), f"{one['norm']:.4g}"]
-                for name, one in found["matrices"].items()
+                for name, one in patch["matrices"].items()
             ],
         )
     else:
-        say(f"a {found['kind']} memory" + (f", continues {found['follows']}" if found["follows"] else ""))
-        tensors = found["memory"]["tensors"].items()
+        say(f"a {patch['kind']} memory" + (f", continues {patch['follows']}" if patch["follows"] else ""))
+        tensors = patch["memory"]["tensors"].items()
         say_table(["tensor", " size"], [[name, " × ".join(map(str, size)) or "1"] for name, size in tensors])
-    say_replaced(found["notes"])
+    say_replaced(patch["notes"])
     say(
         *(
             f"edit: {edit['prompt'].replace('{}', edit.get('subject', '{}'))} → {edit['target_new']}"
-            for edit in found["edits"]
+            for edit in patch["edits"]
         )
     )
 
@@ -272,15 +272,15 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two patches, or two stacks, each taken as the sum of its patches."""
-    from reknow.patching.patches import diff as compared
+    from reknow.patching.patches import diff as compare
 
-    found = compared(_whole(a), _whole(b))
+    difference = compare(_whole(a), _whole(b))
     if as_json:
-        lists = {key: [asdict(edit) for edit in found[key]] for key in found if key.startswith("edits_")}
-        return say_json(found | lists)
-    say("same base model" if found["same_base"] else "different base models")
+        lists = {key: [asdict(edit) for edit in difference[key]] for key in difference if key.startswith("edits_")}
+        return say_json(difference | lists)
+    say("same base model" if difference["same_base"] else "different base models")
     for key, name in (("edits_both", "in both"), ("edits_only_a", f"only in {a}"), ("edits_only_b", f"only in {b}")):
-        say(*(f"{name}: {_sentence(edit)}" for edit in found[key]))
+        say(*(f"{name}: {_sentence(edit)}" for edit in difference[key]))
     rows = [
         [
             name,
@@ -288,7 +288,7 @@ def diff(
             f"{row['norm_b']:.4g}",
             "" if row["cosine"] is None else f"{row['cosine']:.3f}",
         ]
-        for name, row in found["matrices"].items()
+        for name, row in difference["matrices"].items()
     ]
     say_table(["matrix", f" norm in {a.name}", f" norm in {b.name}", " cosine"], rows)
 

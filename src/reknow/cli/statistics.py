@@ -46,13 +46,13 @@ def stats(
         opening = replace(opening, device=str(state.device))
     lm = opening.open(model)
     with progress_line(lm.progress, "stats"):
-        found = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
+        by_layer = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
     if not state.is_main_process:
         return
     rows = [
         {"layer": layer, "matrix": lm.parts.value[layer], "size": len(each.covariance), "tokens": each.tokens}
         | {"rank": _rank(each.covariance), "file": str(each.file)}
-        for layer, each in found.items()
+        for layer, each in by_layer.items()
     ]
     if as_json:
         return say_json(rows)
@@ -87,16 +87,16 @@ def cache(
     """
     from reknow.files.cache import cache_folder, cache_limit, clear_cache, statistics_files
 
-    found = clear_cache() if clear else statistics_files()
+    files = clear_cache() if clear else statistics_files()
     rows = [
         {"model": each.model, "matrix": each.matrix, "tokens": each.tokens, "bytes": each.size}
         | {"used": datetime.fromtimestamp(each.used).isoformat(" ", "minutes"), "file": str(each.file)}
-        for each in found
+        for each in files
     ]
     if as_json:
         return say_json(rows)
     columns = ["model", "matrix", " tokens", " bytes", "last used", "file"]
     say_table(columns, [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows])
-    size, what = sum(each.size for each in found) / 1e9, "removed" if clear else "kept"
+    size, what = sum(each.size for each in files) / 1e9, "removed" if clear else "kept"
     limit = f"bound {cache_limit() / 1e9:g} GB (REKNOW_CACHE_GB)"
     say(f"{what}: {len(rows)} files, {size:.3g} GB in {cache_folder()}; {limit}")

@@ -93,16 +93,16 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
     from reknow.tracing.causal import embedding_std, trace_prompt
 
     assert edit.subject is not None
-    found = trace_prompt(lm, edit.prompt, edit.subject, embedding_std(lm, load_facts("known_1000")), settings)
+    traced = trace_prompt(lm, edit.prompt, edit.subject, embedding_std(lm, load_facts("known_1000")), settings)
     mark_folder(out, "trace")
-    pictures = save_figure(trace_figure(found), out / "trace")
+    pictures = save_figure(trace_figure(traced), out / "trace")
     if as_json:
-        return say_json(found.as_json())
-    say(f"{found.prompt}{found.answer}: clean {found.clean:.3f}, corrupted {found.corrupted:.3f}")
+        return say_json(traced.as_json())
+    say(f"{traced.prompt}{traced.answer}: clean {traced.clean:.3f}, corrupted {traced.corrupted:.3f}")
     rows = []
-    for kind, table in found.restored.items():
+    for kind, table in traced.restored.items():
         token, layer = divmod(int(table.nan_to_num(-1).argmax()), table.shape[1])
-        rows.append([kind, found.tokens[token].strip(), str(layer), f"{float(table[token, layer]):.3f}"])
+        rows.append([kind, traced.tokens[token].strip(), str(layer), f"{float(table[token, layer]):.3f}"])
     say_table(["restored", "best token", " layer", " P(answer)"], rows)
     say(*map(str, pictures))
 
@@ -116,7 +116,7 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
     facts = load_facts(name, limit=limit)
     header = {"model": lm.fingerprint.digest, "facts": name, "settings": json.loads(json.dumps(asdict(settings)))}
     traces = _read(out / TRACES, header, force)
-    done = {found.prompt for found in traces}
+    done = {each.prompt for each in traces}
     std = embedding_std(lm, load_facts(name))
     known = known_facts(lm, facts)
     if not known:
@@ -132,7 +132,7 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
         if not as_json and (number % 10 == 0 or number == len(known)):
             say(f"{number} of {len(known)} known facts")
     wanted = {fact.text for fact in known}
-    effects = average([found for found in traces if found.prompt in wanted])
+    effects = average([each for each in traces if each.prompt in wanted])
     pictures = [
         *save_figure(average_figure(effects), out / "average"),
         *save_figure(effect_bars(effects), out / "bars"),

@@ -31,5 +31,5 @@ def __getattr__(name: str):
     """Imports a name when it is first used: who wants plain text needs no reader of benchmarks."""
     if name not in _HOMES:
         raise AttributeError(f"module 'reknow.datasets' has no attribute '{name}'")
-    found = globals()[name] = getattr(import_module(f"reknow.datasets.{_HOMES[name]}"), name)
-    return found
+    value = globals()[name] = getattr(import_module(f"reknow.datasets.{_HOMES[name]}"), name)
+    return value

@@ -59,13 +59,13 @@ class Family:
         Raises:
             InputError: there is none.
         """
-        found = [each.text for each in self.instructions if each.seen == seen]
-        if not found:
+        texts = [each.text for each in self.instructions if each.seen == seen]
+        if not texts:
             raise InputError(
                 f"expected {'an instruction' if seen else 'an unseen instruction'} for the task {self.name!r}; got "
                 "none: add one to its file, or search for some with `reknow instruct`"
             )
-        return found
+        return texts
 
     def instruct(self, case: Case, instruction: str) -> Case:
         """The case with its edit put into this task's templates, behind the instruction."""

@@ -41,13 +41,13 @@ def probes_in(record: Record, field: str, kind: Kind, name: str) -> list[Probe]:
     if not isinstance(record.fields[field], dict):
         return _listed(record.records(field), kind, name)
     groups = record.record(field)
-    found = []
+    probes = []
     for group in filter(groups.has, groups.fields):
         if isinstance(groups.fields[group], dict):
-            found += probes_paired(groups.record(group), "prompt", "ground_truth", kind, group)
+            probes += probes_paired(groups.record(group), "prompt", "ground_truth", kind, group)
         else:
-            found += _listed(groups.records(group), kind, group)
-    return found
+            probes += _listed(groups.records(group), kind, group)
+    return probes
 
 
 def _listed(items: list[Record], kind: Kind, name: str) -> list[Probe]:

@@ -192,8 +192,8 @@ def read_records(
             f"expected a JSON array of records in {name}; got brackets nested without end: correct it"
         ) from None
     entries = whole if isinstance(whole, list) else _places(whole, name)
-    found = (_record(entry, f"{name}, record {index}", index, refused) for index, entry in enumerate(entries))
-    return [record for record in found if record is not None]
+    records = (_record(entry, f"{name}, record {index}", index, refused) for index, entry in enumerate(entries))
+    return [record for record in records if record is not None]
 
 
 def _parsed(text: str) -> Any:
@@ -332,10 +332,10 @@ def place_subject(prompt: str, subject: str) -> tuple[str, str | None]:
     """
     word = rf"(?<!\w){re.escape(subject)}(?!\w)"
     for pattern, flags in ((word, 0), (word, re.IGNORECASE), (re.escape(subject), 0)):
-        found = list(re.finditer(pattern, prompt, flags))
-        if found and "{}" not in prompt:
-            start, end = found[-1].span()
-            return f"{prompt[:start]}{{}}{prompt[end:]}", found[-1].group()
+        matches = list(re.finditer(pattern, prompt, flags))
+        if matches and "{}" not in prompt:
+            start, end = matches[-1].span()
+            return f"{prompt[:start]}{{}}{prompt[end:]}", matches[-1].group()
     if "{}" not in prompt and (alike := find_all(prompt, subject)):
         start, end = alike[-1]
         return f"{prompt[:start]}{{}}{prompt[end:]}", prompt[start:end]

@@ -33,7 +33,7 @@ def read_text(source: Any, name: str, encoding: str | None = None) -> str:
             raise InputError(
                 f"expected a text file at {name}; got a packed one ({kind}): unpack it, or save it as CSV or JSON"
             )
-    marked = next((found for mark, found in _MARKS.items() if content.startswith(mark)), None)
+    marked = next((own for mark, own in _MARKS.items() if content.startswith(mark)), None)
     wanted = marked or encoding or "utf-8"
     try:
         return re.sub("\r\n?", "\n", content.decode(wanted))

@@ -73,14 +73,14 @@ def text_source(where: str | Path | Sequence[str] | None = None) -> TextSource:
     if str(where).startswith("hub:"):
         return _hub_source(str(where))
     path = Path(where).expanduser()
-    found = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
-    if not found or not all(one.is_file() for one in found):
+    paths = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+    if not paths or not all(one.is_file() for one in paths):
         raise InputError(
             f"expected a file or folder of text (.txt, .jsonl) at {where}; there is none: check the path"
         )
 
-    digests = [[one.name, _file_digest(one, *_identity(one))] for one in found]
-    return TextSource(str(where), _digest(digests), lambda: (text for one in found for text in _file_texts(one)))
+    digests = [[one.name, _file_digest(one, *_identity(one))] for one in paths]
+    return TextSource(str(where), _digest(digests), lambda: (text for one in paths for text in _file_texts(one)))
 
 
 @lru_cache

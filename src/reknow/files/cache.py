@@ -81,7 +81,7 @@ class StatisticsFile:
 
 def statistics_files() -> list[StatisticsFile]:
     """The files of statistics in the cache folder, those used longest ago first; running sums are among them."""
-    found = []
+    files = []
     for file in cache_folder().glob("*.safetensors"):
         try:
             status, about = file.stat(), _about(file)
@@ -89,8 +89,8 @@ def statistics_files() -> list[StatisticsFile]:
         except (OSError, ValueError):  # another process removed it, or it is damaged
             continue
         matrix = about.get("matrix", "running sum")
-        found.append(StatisticsFile(file, about.get("name", ""), matrix, tokens, status.st_size, status.st_mtime))
-    return sorted(found, key=lambda each: (each.used, each.file.name))
+        files.append(StatisticsFile(file, about.get("name", ""), matrix, tokens, status.st_size, status.st_mtime))
+    return sorted(files, key=lambda each: (each.used, each.file.name))
 
 
 def _about(file: Path) -> dict[str, str]:

@@ -53,9 +53,9 @@ def check_replaced(folder: Path, known: set[str]) -> None:
     """Raises InputError where the folder holds anything but `known` files, which would be lost; or is a device."""
     if folder.exists() and not (folder.is_dir() or folder.is_file()):
         raise InputError(f"expected a folder to replace; {folder} is none: choose another name")
-    for found in sorted(folder.rglob("*")):
-        name = found.relative_to(folder).as_posix()
-        if name not in known and not (found.is_dir() and not found.is_symlink()):
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in known and not (path.is_dir() and not path.is_symlink()):
             raise InputError(
                 "expected a new folder, or one that reknow wrote, since its contents are replaced; "
                 f"{folder} holds something else, {name}: choose another name"
@@ -86,9 +86,9 @@ def growing_folder(
         if path.resolve() == source:
             raise InputError(f"expected a folder of its own; {path} is read from: choose another name")
     if not any(True for pattern in own for _ in path.glob(pattern)):
-        for found in (found for pattern in written for found in sorted(path.glob(pattern))):
+        for file in (file for pattern in written for file in sorted(path.glob(pattern))):
             raise InputError(
-                f"expected a new folder, or one that `reknow {command}` wrote; {path} holds {found.name} from "
+                f"expected a new folder, or one that `reknow {command}` wrote; {path} holds {file.name} from "
                 "elsewhere, which would be lost: choose another name"
             )
     return path
@@ -104,10 +104,10 @@ def stack_folder(path: str | Path) -> Path:
     if path.exists() and not path.is_dir():
         raise InputError(f"expected a folder for the stack; {path} is none: choose another name")
     if path.exists() and not (path / STACK_FILE).exists():
-        for found in sorted(path.iterdir()):
-            if not found.name.startswith(".") and found.suffix != ".patch":  # as a kill may leave them
+        for entry in sorted(path.iterdir()):
+            if not entry.name.startswith(".") and entry.suffix != ".patch":  # as a kill may leave them
                 raise InputError(
-                    f"expected a new folder for the stack, or a stack; {path} holds something else, {found.name}: "
+                    f"expected a new folder for the stack, or a stack; {path} holds something else, {entry.name}: "
                     "choose another name"
                 )
     return path

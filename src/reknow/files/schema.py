@@ -94,10 +94,10 @@ def parse_json(model: Any, text: str | bytes, *, once: bool = False) -> Any:
         InputError: a dataclass of the model refuses its values.
     """
     try:
-        found = _adapter(model).validate_json(text, strict=True)
+        parsed = _adapter(model).validate_json(text, strict=True)
         if once:
             json.loads(text, object_pairs_hook=_named_once)
-        return found
+        return parsed
     except ValidationError as error:
         if any(e["loc"] == ("format",) and e["type"] == "less_than_equal" for e in _plain(error)):
             raise NewerFormat(str(next(e["input"] for e in error.errors() if e["loc"] == ("format",)))) from None
@@ -120,11 +120,11 @@ def check_fields(owner: type, values: Mapping[str, Any], where: str) -> None:
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
         raise FormatError(f"the field {twice[:_SHOWN]!r} is there twice")
-    return found
+    return fields
 
 
 def first_problem(error: ValidationError) -> str:

@@ -74,14 +74,14 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of texts and tensors, whatever the order in which the file has them."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for name, text in sorted(metadata.items()):
         if name != _DIGEST:
-            found.update(f"{name}\0{text}\0".encode())
+            sha256.update(f"{name}\0{text}\0".encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()
+        sha256.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha256.update(_bytes(tensor))
+    return sha256.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -101,11 +101,11 @@ def read_tensors(path: str | Path) -> Sealed:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER):
             raise FormatError("it is no safetensors file, or cut short")
-        found = parse_json(Object, file.read(length), once=True)
-        metadata = found.pop("__metadata__", {})
+        header = parse_json(Object, file.read(length), once=True)
+        metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
             raise FormatError("its metadata are no texts")
-        places = {name: _Place.of(name, value) for name, value in found.items()}
+        places = {name: _Place.of(name, value) for name, value in header.items()}
         _check_places(places, size - 8 - length)
         tensors = {}
         for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
@@ -147,13 +147,8 @@ def check_tensor(name: str, tensor: Tensor | None, kind: str, dimensions: int) -
     """
     if tensor is None:
         raise FormatError(f"the tensor {name} is missing")
-    if not _is_kind(tensor, kind):
+    if not (tensor.is_floating_point() if kind == "float" else str(tensor.dtype) == f"torch.{kind}"):
         raise FormatError(f"tensor {name}: expected numbers of the kind {kind}, got {tensor.dtype}")
     if tensor.dim() != dimensions:
         raise FormatError(f"tensor {name}: expected {dimensions} dimensions, got {tensor.dim()}")
     return tensor
-
-
-def _is_kind(tensor: Tensor, kind: str) -> bool:
-    """Whether the tensor's numbers are of that kind; see `check_tensor`."""
-    return tensor.is_floating_point() if kind == "float" else str(tensor.dtype) == f"torch.{kind}"

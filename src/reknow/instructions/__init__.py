@@ -2,17 +2,17 @@
 
 from reknow.datasets.families import Family, Instruction, family_of, load_card, load_families, save_families
 from reknow.instructions.propose import Proposer, Rewriter, Writer
-from reknow.instructions.search import Found, Search, search
-from reknow.instructions.trial import Trial
+from reknow.instructions.search import Search, SearchResult, search
+from reknow.instructions.trial import InstructionScorer
 
 __all__ = [
     "Family",
-    "Found",
     "Instruction",
+    "InstructionScorer",
     "Proposer",
     "Rewriter",
     "Search",
-    "Trial",
+    "SearchResult",
     "Writer",
     "family_of",
     "load_card",

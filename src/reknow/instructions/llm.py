@@ -103,10 +103,15 @@ def parse_statements(answer: str, edit: Edit, count: int = _STATEMENTS) -> tuple
 
     Empty where there are fewer than `count`, since then the model did not do as told.
     """
-    lines = [_NUMBERING.sub("", line).strip() for line in answer.splitlines()]
+    lines = answer_lines(answer)
     wanted = edit.target_new.strip().casefold()
-    found = list(dict.fromkeys(line for line in lines if wanted in line.casefold()))
-    return tuple(found[:count]) if len(found) >= count else ()
+    named = list(dict.fromkeys(line for line in lines if wanted in line.casefold()))
+    return tuple(named[:count]) if len(named) >= count else ()
+
+
+def answer_lines(answer: str) -> list[str]:
+    """The lines of an answer without numbers and bullets."""
+    return [_NUMBERING.sub("", line).strip() for line in answer.splitlines()]
 
 
 def with_contexts(edits: Sequence[Edit], llm: LLM, *, kept: str | Path | None = None) -> list[Edit]:
@@ -157,18 +162,18 @@ class _Kept(Strict):
 
 def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
     """The contexts that were written before; lines that are broken are passed over, and so asked for again."""
-    found, broken = {}, []
+    contexts, broken = {}, []
     for number, line in enumerate(read_content(file).split(b"\n"), 1):
         try:
             if line.strip():
                 record = parse_json(_Kept, line)
-                found[record.text, record.target_new] = tuple(record.context)
+                contexts[record.text, record.target_new] = tuple(record.context)
         except FormatError as error:
             broken.append(f"line {number} ({error})")
     if broken:
         more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         _log.warning("%s: %s%s is no text with target_new and context; it is asked for again", file, broken[0], more)
-    return found
+    return contexts
 
 
 def _append(file: Path, edit: Edit, context: tuple[str, ...], model: str) -> None:

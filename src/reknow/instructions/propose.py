@@ -5,19 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Protocol
 
 from reknow.datasets.families import Family, Instruction
-from reknow.instructions.llm import LLM
+from reknow.instructions.llm import LLM, answer_lines
 
 _WORDS = range(4, 41)
 """How long an instruction may be."""
-
-_NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
 
 
 class Proposer(Protocol):
@@ -61,17 +58,17 @@ class Rewriter:
     )
 
     def propose(self, family: Family, scored: Sequence[Instruction], count: int, round: int) -> list[str]:
-        chance = random.Random(f"{self.seed}/{family.name}/{round}")
+        rng = random.Random(f"{self.seed}/{family.name}/{round}")
         table = {_joined(choice): choice for choice in self._choices(family)}
         parents = [each.text for each in scored if each.text in table][: count // 2 + 1]
         known = {each.text for each in scored}
         proposed: list[str] = []
-        for parent in chance.choices(parents, k=count // 2) if parents else ():
+        for parent in rng.choices(parents, k=count // 2) if parents else ():
             near = [text for text in table if text not in known and _differing(table[text], table[parent]) == 1]
-            proposed += chance.sample(near, min(1, len(near)))
+            proposed += rng.sample(near, min(1, len(near)))
             known |= set(proposed)
         fresh = [text for text in table if text not in known]
-        return proposed + chance.sample(fresh, min(count - len(proposed), len(fresh)))
+        return proposed + rng.sample(fresh, min(count - len(proposed), len(fresh)))
 
     def _choices(self, family: Family) -> list[dict[str, str]]:
         """Every way to fill the forms."""
@@ -117,7 +114,7 @@ class Writer:
         self.words += len(asked.split())
 
         def new(answer: str) -> list[str]:
-            lines = [_NUMBERING.sub("", line).strip().strip('"') for line in answer.splitlines()]
+            lines = [line.strip('"') for line in answer_lines(answer)]
             return [line for line in dict.fromkeys(lines) if usable(line) and line not in known]
 
         answer = self.llm.ask(asked, lambda text: bool(new(text)))

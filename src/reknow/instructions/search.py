@@ -53,7 +53,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search ended with."""
 
     families: list[Family]
@@ -72,7 +72,7 @@ def search(
     *,
     about: Mapping[str, Any] | None = None,
     advance: Callable[[str], object] = lambda text: None,
-) -> Found:
+) -> SearchResult:
     """Searches instructions for each family, beginning with its first one.
 
     Args:
@@ -93,9 +93,9 @@ def search(
     with write_lock(folder):
         open_manifest(folder, asked, {"kind": "instruction search"})
         run = _Run(proposer, score, folder, settings, advance)
-        found = [run.family(family, starts[family.name]) for family in families]
+        searched = [run.family(family, starts[family.name]) for family in families]
     cost = {"seconds of trials": round(run.seconds, 1), "trials": run.trials, **proposer.cost()}
-    return Found(found, cost, run.stopped)
+    return SearchResult(searched, cost, run.stopped)
 
 
 class _Run:

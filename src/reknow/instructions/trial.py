@@ -28,7 +28,7 @@ _PROBES = 2
 
 
 @dataclass(frozen=True)
-class Material:
+class FamilySplit:
     """The cases of a family, parted in the order of its data set, so that every command parts them alike."""
 
     test: list[Case]
@@ -37,7 +37,7 @@ class Material:
     training: list[Case]
 
     @classmethod
-    def of(cls, family: Family, test: int = _TEST, trial: int = TRIAL) -> Material:
+    def of(cls, family: Family, test: int = _TEST, trial: int = TRIAL) -> FamilySplit:
         """The first `test` cases, the next `trial` cases, and the rest without those that ask the same."""
         cases = load_cases(family.data)
         kept = {case.edit.text for case in cases[: test + trial]}
@@ -46,7 +46,7 @@ class Material:
 
 
 @dataclass
-class Trial:
+class InstructionScorer:
     """Scores instructions with one editor on a few cases of each family."""
 
     lm: LM
@@ -71,5 +71,5 @@ def few_probes(case: Case) -> Case:
     kept: dict[tuple[str, str], list[Probe]] = {}
     for probe in case.probes:
         kept.setdefault((probe.kind, probe.name), []).append(probe)
-    probes = [p for (kind, _), found in kept.items() for p in (found if kind == "sentiment" else found[:_PROBES])]
+    probes = [p for (kind, _), alike in kept.items() for p in (alike if kind == "sentiment" else alike[:_PROBES])]
     return replace(case, probes=tuple(p for p in probes if p.kind != "fluency"))

@@ -48,10 +48,10 @@ class Chat:
 
 def closed(head: str) -> str:
     """The text with the thought closed, empty, that its end opens: `<think>`, `[THINK]`, `<|START_THINKING|>` …"""
-    found = _THOUGHT.search(head)
-    if found is None:
+    opened = _THOUGHT.search(head)
+    if opened is None:
         return head
-    left, before, name, right = found.groups(default="")
+    left, before, name, right = opened.groups(default="")
     end = _ENDS.get(before.lower())
     closing = f"{left}/{before}{name}{right}"
     if end is not None:

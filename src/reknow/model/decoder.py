@@ -92,12 +92,12 @@ class Decoder(ABC):
         """
         if key in self.memo:
             return self.memo[key]
-        found = self.memo[key] = make()
+        value = self.memo[key] = make()
         if budget is not None:
             kept = [other for other in self.memo if other[0] == key[0]]
             while sum(self.memo[other].nbytes for other in kept) > budget:
                 del self.memo[kept.pop(0)]
-        return found
+        return value
 
     # --- running -----------------------------------------------------------------------------------------
 
@@ -177,7 +177,7 @@ class Decoder(ABC):
         Returns:
             name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
         """
-        found: dict[str, list[Tensor]] = {}
+        states_of: dict[str, list[Tensor]] = {}
         parts = make_batches([len(row.ids) for row in rows], self.device)
         for part in parts:
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
@@ -187,9 +187,9 @@ class Decoder(ABC):
             named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
             for name, states in named.items():
                 # A view would hold the states of all columns.
-                found.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
+                states_of.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
         order = torch.tensor([i for part in parts for i in part]).argsort()
-        return {name: torch.cat(states)[order.to(states[0].device)] for name, states in found.items()}
+        return {name: torch.cat(states)[order.to(states[0].device)] for name, states in states_of.items()}
 
     def exclusive(self):
         """While open, other threads that use the model wait; every operation opens it for itself."""

@@ -54,14 +54,14 @@ def undo_on_exit(undo: _Undo):
 
     It may be called twice, if an interrupt comes while it runs.
     """
-    found, entry = _thread.open, lambda: undo()
-    found.append(entry)
+    opened, entry = _thread.open, lambda: undo()
+    opened.append(entry)
     try:
         yield
     finally:
-        if entry in found:  # the operation has not ended before this block
+        if entry in opened:  # the operation has not ended before this block
             undo()
-            found.remove(entry)
+            opened.remove(entry)
 
 
 class _Beginning(NamedTuple):

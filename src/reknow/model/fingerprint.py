@@ -51,27 +51,27 @@ class Fingerprint:
         """A short name that is the same for the same weights in the same dtype."""
         return _hash([self.structure, self.tokenizer, self.dtype, self.samples.tolist()])
 
-    def check(self, found: Fingerprint, label: str) -> None:
+    def check(self, other: Fingerprint, label: str) -> None:
         """Raises PatchError, which says what differs, where `found` is another model than this one."""
-        problem = self.difference(found)
+        problem = self.difference(other)
         if problem:
             raise PatchError(
                 f"expected the base model on which {label} was made; this one has {problem}: load that model, or "
                 "apply it all the same, at your own risk, with force=True (reknow apply --force)"
             )
 
-    def difference(self, found: Fingerprint) -> str | None:
+    def difference(self, other: Fingerprint) -> str | None:
         """What tells the two models apart, or None."""
-        if found.structure != self.structure or found.samples.shape != self.samples.shape:
+        if other.structure != self.structure or other.samples.shape != self.samples.shape:
             return "other layers or sizes"
-        if found.tokenizer != self.tokenizer:
+        if other.tokenizer != self.tokenizer:
             return "another tokenizer"
         rounding = 0.0
-        if found.dtype != self.dtype:
-            rounding = sum(_ROUNDING.get(dtype, 0.0) for dtype in (found.dtype, self.dtype))
+        if other.dtype != self.dtype:
+            rounding = sum(_ROUNDING.get(dtype, 0.0) for dtype in (other.dtype, self.dtype))
         # Half precision flushes the smallest weights: an absolute term of the same relative size covers them.
-        allowed = rounding * (torch.maximum(self.samples.abs(), found.samples.abs()) + 1e-4)
-        if bool(((self.samples - found.samples).abs() <= allowed).all()):
+        allowed = rounding * (torch.maximum(self.samples.abs(), other.samples.abs()) + 1e-4)
+        if bool(((self.samples - other.samples).abs() <= allowed).all()):
             return None
         return "other weights"
 

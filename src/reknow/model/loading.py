@@ -109,8 +109,8 @@ def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bo
     tokenizer = _tokenizer(name, source, tokenizer, trust_remote_code)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are refused below, by name
     with _told(expected, _WHOLE):
-        model, found = kind.from_pretrained(source.name, dtype=dtype or "auto", device_map=device_map, **options)
-    missing = sorted(found["missing_keys"]) or sorted(key for key, *_ in found["mismatched_keys"])
+        model, report = kind.from_pretrained(source.name, dtype=dtype or "auto", device_map=device_map, **options)
+    missing = sorted(report["missing_keys"]) or sorted(key for key, *_ in report["mismatched_keys"])
     if missing:
         raise ModelError(
             f"expected all weights of {type(model).__name__}; the files of {name!r} lack {len(missing)} or have them "
@@ -137,8 +137,8 @@ def _base(name: str, source: Source) -> Source:
         raise ModelError(f"expected an adapter that names its base model; {name} names none: {_WHOLE}")
     if config.is_prompt_learning:
         raise _learned_tokens(config, base)
-    found = find_source(base)
-    return replace(found, offline=found.offline or source.offline)
+    base_source = find_source(base)
+    return replace(base_source, offline=base_source.offline or source.offline)
 
 
 def _auto_class(name: str, config: PreTrainedConfig, own_code: bool) -> Any:
@@ -214,14 +214,14 @@ def _as_device(device) -> torch.device | None:
     if device is None:
         return None
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).tolist()  # a name may be known and nothing behind it
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).tolist()  # a name may be known and nothing behind it
     except (RuntimeError, AssertionError, ValueError, TypeError, ImportError, AttributeError, OSError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
         raise InputError(
             f"expected a device that is there; got {device!r} ({reason}): choose another, such as cpu"
         ) from error
-    return found
+    return chosen
 
 
 def _place(model: PreTrainedModel, device: torch.device | None, dtype: torch.dtype | None) -> None:

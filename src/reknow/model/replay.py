@@ -249,8 +249,8 @@ def _mlp_only_at(lm: Decoder, rows: Tensor, columns: Tensor):
     def forward(states: Tensor, *rest):
         wanted = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
         wanted[rows, columns] = True  # a place may be asked for twice
-        found = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
-        return states.new_zeros(*states.shape[:2], found.shape[-1]).index_put((wanted,), found)
+        outputs = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
+        return states.new_zeros(*states.shape[:2], outputs.shape[-1]).index_put((wanted,), outputs)
 
     # A memory wants to see whole rows.
     return nullcontext() if name == block or lm.hooked else forward_replaced(module, forward)

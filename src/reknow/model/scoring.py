@@ -83,19 +83,19 @@ def score_texts(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
     for row in rows:
         sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
     runs = list(sharing)
-    found: dict[Row, Score] = {}
+    score_of: dict[Row, Score] = {}
     for part in make_batches([len(run.ids) for run in runs], lm.device):
-        found |= _batch(lm, {runs[i]: list(sharing[runs[i]]) for i in part})
-    return [found[row] for row in rows]
+        score_of |= _batch(lm, {runs[i]: list(sharing[runs[i]]) for i in part})
+    return [score_of[row] for row in rows]
 
 
 def _batch(lm: Decoder, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
     """Runs the texts and scores the rows that end one token behind each."""
     batch = lm.pad(list(texts))  # they end in the last column
     keep = max(len(row.target_ids) for rows in texts.values() for row in rows)
-    found = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
+    outputs = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=keep)
     scored = {}
-    for rows, logits in zip(texts.values(), found.logits, strict=True):
+    for rows, logits in zip(texts.values(), outputs.logits, strict=True):
         logits = logits[-len(rows[0].target_ids) :].float()  # (tokens of the target, vocabulary)
         fine, log_probs = check_logits(lm, logits), logits.log_softmax(-1)
         best = log_probs.argmax(-1).where(fine, NO_TOKEN)

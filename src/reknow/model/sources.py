@@ -82,8 +82,8 @@ def _check_folder(folder: Path) -> None:
     """Raises ModelError where the folder holds no configuration, which all models of transformers have."""
     if any((folder / name).is_file() for name in _FILES):
         return
-    if found := sorted(folder.glob("*.gguf")):
-        raise _gguf(str(found[0]))
+    if packed := sorted(folder.glob("*.gguf")):
+        raise _gguf(str(packed[0]))
     inside = ", ".join(_beside(str(folder / CONFIG))[:3])
     near = f"; models in it: {inside}" if inside else _near(str(folder))
     raise ModelError(

@@ -175,9 +175,9 @@ def _parts(tokenizer, text: Text, chat: bool | Chat) -> tuple[str, str, int]:
 
 def _continuing(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
     """The tokens of texts that continue others without a space."""
-    found: dict[str, list[int]] = {}
+    tokens: dict[str, list[int]] = {}
     for lead in _LEADS:
-        missing = [text for text in dict.fromkeys(texts) if text not in found]
+        missing = [text for text in dict.fromkeys(texts) if text not in tokens]
         if not missing:
             break
         led = [lead + text for text in missing]
@@ -185,9 +185,9 @@ def _continuing(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
         for text, ids, spans in zip(missing, encoding["input_ids"], encoding["offset_mapping"], strict=True):
             first = next((i for i, (_, end) in enumerate(spans) if end > len(lead)), len(ids))
             if first == len(ids) or spans[first][0] >= len(lead):
-                found[text] = ids[first:]
-    left = [text for text in dict.fromkeys(texts) if text not in found]
-    return found | {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in left}
+                tokens[text] = ids[first:]
+    left = [text for text in dict.fromkeys(texts) if text not in tokens]
+    return tokens | {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in left}
 
 
 def _begin(tokenizer) -> list[int]:

@@ -72,8 +72,8 @@ def _measure(
         replay = BlockReplay(lm, batch, layer, column)
         same = _close(replay(delta, *scored).float(), wanted, tolerance)
         some = torch.arange(1, len(batch.ids), device=lm.device)
-        found = replay.select(some)(delta[some], some - 1, scored[1][some]).float()
-        row_selectable = replay.row_selectable and _close(found, wanted[some], tolerance)
+        logits = replay.select(some)(delta[some], some - 1, scored[1][some]).float()
+        row_selectable = replay.row_selectable and _close(logits, wanted[some], tolerance)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         _log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
     if not same:

@@ -48,11 +48,11 @@ def make_template(prompt: str, subject: str) -> tuple[str, str]:
     Raises:
         InputError: the place is missing or ambiguous.
     """
-    marks = [found for found in _MARKED.finditer(prompt) if found[1] == subject]
-    for found in marks:
-        _refuse_code(prompt, found)
-    for found in reversed(marks):
-        prompt = f"{prompt[: found.start()]}{{}}{prompt[found.end() :]}"
+    marks = [mark for mark in _MARKED.finditer(prompt) if mark[1] == subject]
+    for mark in marks:
+        _refuse_code(prompt, mark)
+    for mark in reversed(marks):
+        prompt = f"{prompt[: mark.start()]}{{}}{prompt[mark.end() :]}"
     parts = split_template(prompt)
     if len(parts) == 2:
         return prompt, subject
@@ -62,15 +62,13 @@ def make_template(prompt: str, subject: str) -> tuple[str, str]:
             f"{_ESCAPE}"
         )
     (text,) = parts
-    found = find_all(text, subject)
-    if len(found) != 1:
-        what = (
-            f"contains it {len(found)} times" if found else f"does not contain it{explain_difference(text, subject)}"
-        )
+    mark = find_all(text, subject)
+    if len(mark) != 1:
+        what = f"contains it {len(mark)} times" if mark else f"does not contain it{explain_difference(text, subject)}"
         raise InputError(
             f"expected the subject {subject!r} in the prompt; {prompt!r} {what}: write {{}} where it stands"
         )
-    ((start, end),) = found
+    ((start, end),) = mark
     head, tail = text[:start], text[end:]
     if prompt != text or "{}" in head + tail:
         head, tail = (part.replace("{", "{{").replace("}", "}}") for part in (head, tail))
@@ -83,9 +81,9 @@ def parse_marked(text: str) -> tuple[str, str | None]:
     Raises:
         InputError: the braces do not enclose exactly one subject, or they may be part of the text.
     """
-    marks = [found for found in _MARKED.finditer(text) if found[1] is not None]
+    marks = [mark for mark in _MARKED.finditer(text) if mark[1] is not None]
     stray = set("{}") & set(_MARKED.sub("", text))
-    if stray or len(marks) > 1 or not _MARKED.search(text) or not all(found[1].strip() for found in marks):
+    if stray or len(marks) > 1 or not _MARKED.search(text) or not all(mark[1].strip() for mark in marks):
         raise InputError(
             f"expected one subject in braces, as in 'The capital of {{France}} is'; got {text!r}: mark the subject, "
             f"or give it by itself, and {_ESCAPE}"
@@ -96,12 +94,12 @@ def parse_marked(text: str) -> tuple[str, str | None]:
     return f"{text[: marks[0].start()]}{{}}{text[marks[0].end() :]}", marks[0][1]
 
 
-def _refuse_code(text: str, found: re.Match) -> None:
+def _refuse_code(text: str, mark: re.Match) -> None:
     """Raises InputError where braces around a subject look like those of a formula or a program."""
-    before, after = text[: found.start()], text[found.end() :]
+    before, after = text[: mark.start()], text[mark.end() :]
     quoted = before[-1:] == after[:1] == "'" and before[-2:-1].isalpha()  # f'{x}', but l'{Italie}
-    if quoted or _CODE_BEFORE.search(before) or _CODE_AFTER.match(after) or _CODE_INSIDE.match(found[1]):
+    if quoted or _CODE_BEFORE.search(before) or _CODE_AFTER.match(after) or _CODE_INSIDE.match(mark[1]):
         raise InputError(
-            f"expected a subject in braces, apart from other signs; {found[0]!r} in {text!r} may be part of the "
+            f"expected a subject in braces, apart from other signs; {mark[0]!r} in {text!r} may be part of the "
             f"text: {_ESCAPE}, or {{}} where the subject stands and give it by itself"
         )

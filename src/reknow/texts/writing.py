@@ -99,18 +99,18 @@ def words(text: str) -> list[str]:
     "AT&T", "C++". In a script without spaces every character is a word.
     """
     text = unicodedata.normalize("NFKC", text).casefold().translate(_SAME)
-    text = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
-    return [_SILENT.sub("", text[slice(*found.span())]) for found in _WORD.finditer(_shape(text))]
+    text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    return [_SILENT.sub("", text[slice(*match.span())]) for match in _WORD.finditer(_shape(text))]
 
 
 def pieces(text: str) -> list[str]:
     """What blanks part, and in scripts without spaces each character with its marks."""
-    return [text[slice(*found.span())] for found in _PIECE.finditer(_shape(text))]
+    return [text[slice(*match.span())] for match in _PIECE.finditer(_shape(text))]
 
 
 def clip(text: str, count: int) -> str:
     """The text up to so many pieces, on one line."""
-    ends = [found.end() for found in _PIECE.finditer(_shape(text))]
+    ends = [match.end() for match in _PIECE.finditer(_shape(text))]
     return " ".join(text.split()) if len(ends) <= count else " ".join(text[: ends[count - 1]].split()) + " …"
 
 
@@ -153,15 +153,15 @@ def find_all(text: str, wanted: str) -> list[tuple[int, int]]:
     Where it is not there letter for letter, Unicode's forms of a character count as the same, and so do typographic
     and plain quotation marks, hyphens and spaces.
     """
-    if exact := [found.span() for found in re.finditer(re.escape(wanted), text)]:
+    if exact := [matches.span() for matches in re.finditer(re.escape(wanted), text)]:
         return exact
     folded, spans = _folded(text)
     sought, _ = _folded(wanted)
-    found = [at.span() for at in re.finditer(re.escape(sought), folded)] if sought else []
+    matches = [at.span() for at in re.finditer(re.escape(sought), folded)] if sought else []
     whole = [None, *spans, None]  # a character that became several is found whole or not at all
     return [
         (spans[start][0], spans[end - 1][1])
-        for start, end in found
+        for start, end in matches
         if whole[start] != whole[start + 1] and whole[end] != whole[end + 1]
     ]
 

@@ -20,7 +20,7 @@ from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.runner import check_seeds
-from reknow.instructions.trial import Material, few_probes
+from reknow.instructions.trial import FamilySplit, few_probes
 from reknow.learning.learned import Learned
 from reknow.lm import LM
 from reknow.methods import method
@@ -207,7 +207,7 @@ class Editors(NamedTuple):
         return self.trained(other, self.material(LEARNED), [*LEARNED, name], len(LEARNED), 0)
 
     def material(self, tasks: Sequence[str]) -> list[Case]:
-        return [case for task in tasks for case in Material.of(self.known[task], self.size.test).training]
+        return [case for task in tasks for case in FamilySplit.of(self.known[task], self.size.test).training]
 
     def trained(
         self, learner: AnyLearned, cases: Sequence[Case], marks: Sequence[str], parts: int, seed: int
@@ -232,7 +232,7 @@ class Editors(NamedTuple):
 def reading_cases(family: Family, count: int, unseen: bool) -> list[Case]:
     """The test cases behind the family's instructions in turn."""
     texts = family.texts(seen=not unseen)
-    cases = Material.of(family, count).test
+    cases = FamilySplit.of(family, count).test
     return [few_probes(family.instruct(case, texts[i % len(texts)])) for i, case in enumerate(cases)]
 
 
