@@ -120,7 +120,7 @@ def bench(
     out = out or run_folder(preset or "+".join(loaded.sets), model)
     folders = run_place(out, "bench", model, loaded.sets)
     if study.convergence:
-        inside(lm, [case.edit for found in loaded.sets.values() for case in found], chosen, out, progress=True)
+        inside(lm, [case.edit for cases_of in loaded.sets.values() for case in cases_of], chosen, out, progress=True)
         return report(out)
     runs = _compare(lm, study, loaded, chosen, plan, folders)
     report(out)
