@@ -36,6 +36,8 @@ def test_every_table_makes_a_method_and_has_a_source(row, model, by):
     assert method(row, **found.settings).name == row
     assert found.source and "{" not in found.source
     Training(**found.training)
+    if model and by is None:
+        assert method(f"{row}-paper:{model}").resolve(None) == method(row, **found.settings)  # type: ignore[arg-type]
 
 
 def test_rome_is_the_authors():
