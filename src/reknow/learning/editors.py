@@ -59,7 +59,7 @@ class Editor:
     notes: dict = field(default_factory=dict)
     """Losses, steps, data. JSON values."""
     version: str = reknow.__version__
-    """Of the library that trained it."""
+    """Release of the library that trained it."""
 
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whose header carries the rest as JSON; an old file stays until it is whole."""

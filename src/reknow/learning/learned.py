@@ -109,7 +109,7 @@ def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> 
     if path.exists():
         return
     with lm.unpatched(), torch.enable_grad():
-        notes = loop.all(progress)
+        notes = loop.run(progress)
     if not loop.best:
         raise EditFailed("expected a validation loss that is a number; got none: lower the learning rate")
     if loop.main:

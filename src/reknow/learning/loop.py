@@ -1,8 +1,8 @@
 """The loop in which every method that learns to edit is trained: updates, validation, checkpoints.
 
-Resumable to the bit: whatever is drawn by chance (the order of the cases, which rewording, dropout) is a function of
+Resumable to the bit: whatever is drawn at random (the order of the cases, which paraphrase, dropout) is a function of
 the seed and of how many batches came before, so that a checkpoint needs no random state, and a run that was killed
-goes on as if nothing had happened. Distributed by Accelerate: the micro-batches of an update are dealt out to the
+goes on as if nothing had happened. Distributed by Accelerate: the micro-batches of an update are shared out among the
 processes and their gradients averaged, so the number of processes changes the sums' last digits only.
 """
 
@@ -63,7 +63,7 @@ class _State:
     waited: Count = 0
     """Validations since the best one."""
     sums: dict[str, float] = field(default_factory=dict)
-    """Of the losses since the last row of the log."""
+    """Sums of the losses since the last row of the log."""
 
 
 class _Header(Strict):
@@ -112,7 +112,7 @@ class Loop:
         self.best: dict[str, Tensor] = {}
         self.log = Rows(None, ("step",))
 
-    def all(self, progress: bool) -> dict[str, Any]:
+    def run(self, progress: bool) -> dict[str, Any]:
         """Runs to the end; returns the notes of the editor."""
         if self.main:
             self.log = Rows(self.folder / LOG_FILE, ("step",))

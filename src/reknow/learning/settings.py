@@ -46,8 +46,8 @@ class MatrixEditor(Learned):
     locality_facts: Annotated[Natural, Formerly("other_facts")] = 2
     """In training: facts of each case that must stay as they are."""
     locality_tokens: Annotated[LocalityTokens, Formerly("stay_at")] = "answer"
-    """In training: which tokens of those facts must stay, all of them or those of the answers only, which is what
-    locality reads."""
+    """In training: which tokens of the facts that must stay count, all of them or those of the answers only, which
+    is what locality reads."""
     average_over: Annotated[Averaging, Formerly("mean_over")] = "tokens"
     """In training: what counts alike in the losses, every token or every text, however long it is."""
     seed: Seed = 0
@@ -107,8 +107,8 @@ class NetworkSettings(MatrixEditor):
     rank: Rank = 1920
     """Rank of the network's matrices, at most their width."""
     normalize_gradient: Annotated[bool, Formerly("unit_gradient")] = False
-    """Every token's δ is scaled to length 1 before anything else, as the article on InstructEdit says; the released
-    code of neither method does."""
+    """Whether every token's gradient δ is scaled to length 1 before anything else, as the article on InstructEdit
+    says; the released code of neither method does."""
     edits_per_example: Annotated[Number, Formerly("edits_together")] = 1
     """In training: edits that are made at once."""
     edit_weight: Weight = 0.25

@@ -22,19 +22,19 @@ class Training:
     """How an editor is trained, whatever the method."""
 
     steps: Number = 2000
-    """Updates at most."""
+    """Largest number of updates."""
     batch_size: Number = 8
-    """Cases of a micro-batch; what they mean to each other is the method's affair."""
+    """Cases of a micro-batch; what they are to each other is the method's affair."""
     micro_batches: Number = 1
     """Micro-batches whose gradients make one update; a multiple of the number of processes."""
     warmup: Natural = 0
-    """Updates in which the learning rates rise to their values."""
+    """Updates at the start in which the learning rates rise to their values."""
     decay: bool = False
-    """Afterwards they fall linearly to nothing at the last step."""
+    """Whether the learning rates then fall linearly to 0 at the last update."""
     clip_norm: Rate | None = None
     """Largest norm of the gradient; None: any."""
     validation: Natural = 64
-    """Cases set aside to choose the best editor by; 0: the last one is taken."""
+    """Cases set aside to choose the best editor by; 0: the last editor is taken."""
     validate_every: Number = 200
     """Updates between two validations."""
     patience: Number = 10
@@ -42,11 +42,11 @@ class Training:
     checkpoint_every: Number = 200
     """Updates between two checkpoints."""
     precision: Literal["no", "fp16", "bf16"] = "no"
-    """Mixed precision."""
+    """Numbers in which losses and gradients are computed: no for the model's own, else mixed precision."""
     seed: Seed = 0
-    """Of everything that is drawn by chance."""
+    """Seed of everything that is drawn at random."""
     tensorboard: bool = False
-    """Also write the losses for TensorBoard."""
+    """Whether the losses are written for TensorBoard too."""
 
     def __post_init__(self):
         check_settings(self)

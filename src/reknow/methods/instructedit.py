@@ -8,7 +8,9 @@ apart; an instruction in front of the edit tells it.
 The editor is MEND's: a network that turns the gradient of the target behind this text into a change of the weights.
 It is trained on all tasks in turn, each case behind an instruction drawn from those of its task (§3.3).
 
-    ΔW = −α Σ_tokens δ̃ ũᵀ,   [ũ; δ̃] = network([u; δ / ‖δ‖]),   loss = c_e · L_edit + L_loc
+    ΔW = −α Σ_tokens δ̃ ũᵀ,   [ũ; δ̃] = network([u; δ]),   loss = c_e · L_edit + L_loc
+
+The article has δ / ‖δ‖ in the place of δ, its code has not: `normalize_gradient`.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ class InstructEdit(NetworkSettings):
     families: Name | None = None
     """File of task families with their instructions; None: the bundled one."""
     instructed: bool = True
-    """An instruction stands in front of every edit; False: multi-task editing without, to compare with. A trained
-    editor brings its own."""
+    """Whether an instruction stands in front of every edit; False: multi-task editing without, to compare with. A
+    trained editor brings its own choice."""
     balanced: bool = True
-    """The tasks take turns in training; False: they come as often as they have cases."""
+    """Whether the tasks take turns in training; False: they come as often as they have cases."""
 
     @property
     def name(self) -> str:
