@@ -26,7 +26,7 @@ from reknow.registry import known_settings
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-FORMAT = 1
+_FORMAT = 1
 EDITOR_FILE = "editor.safetensors"
 """What an editor is called in the folder where it was trained."""
 
@@ -34,7 +34,7 @@ EDITOR_FILE = "editor.safetensors"
 class _Header(Strict):
     """The JSON text of an editor's file."""
 
-    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    format: Annotated[int, Field(ge=1, le=_FORMAT)]
     kind: Literal["editor"]
     method: Name
     settings: Object
@@ -64,7 +64,7 @@ class Editor:
     def save(self, path: str | Path) -> Path:
         """Writes one safetensors file, whose header carries the rest as JSON; an old file stays until it is whole."""
         header = {
-            "format": FORMAT,
+            "format": _FORMAT,
             "kind": "editor",
             "method": self.method,
             "settings": self.settings,
@@ -93,7 +93,7 @@ class Editor:
             if others := [name for name in tensors if not name.startswith("editor.")]:
                 raise FormatError(f"tensor {others[0]}: an editor has none of this name")
         except NewerFormat as error:
-            raise InputError(f"expected editor format {FORMAT}; {path} has {error}: upgrade reknow") from error
+            raise InputError(f"expected editor format {_FORMAT}; {path} has {error}: upgrade reknow") from error
         except (OSError, FormatError) as error:
             why = (
                 "there is no such file" if isinstance(error, FileNotFoundError) else f"it is none ({explain(error)})"

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 LocalityTokens = Literal["all", "answer"]
 Averaging = Literal["tokens", "texts"]
-Edited = Callable[[Tensor], AbstractContextManager]
+_Edited = Callable[[Tensor], AbstractContextManager]
 """Opens the edit with which rows of text are read; the tensor says of which example each row is. (rows,)"""
 
 
@@ -138,7 +138,7 @@ class _TextBatch:
         self.targets = torch.cat([one.targets for one in scored])
         self.in_answer = torch.tensor(in_answer, device=lm.device)
 
-    def log_probs(self, edited: Edited = lambda numbers: nullcontext()) -> Tensor:
+    def log_probs(self, edited: _Edited = lambda numbers: nullcontext()) -> Tensor:
         """Log-probabilities of all tokens at the scored places. (n, vocabulary)"""
         found = []
         for numbers, scored in self._batches:
@@ -185,7 +185,7 @@ class ExampleBatch:
         with torch.no_grad():
             self._before = self._out_of_scope.log_probs()
 
-    def losses(self, edited: Edited, smoothing: float = 0.0) -> Losses:
+    def losses(self, edited: _Edited, smoothing: float = 0.0) -> Losses:
         """How the edited model reads them, differentiably.
 
         Args:

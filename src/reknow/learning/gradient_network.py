@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from reknow.learning.settings import NetworkSettings
     from reknow.lm import LM
 
+__all__ = ["GradientNetwork", "TransformLearner", "make_network", "transform_gradients"]
+
 
 _Prepare = Callable[[Sequence[Case], random.Random], Sequence[Case]]
 """What becomes of a batch before it is learned from."""

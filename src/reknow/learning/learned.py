@@ -28,6 +28,8 @@ from reknow.learning.training import Draw, Learner, Split, Training, shuffle, sp
 from reknow.lm import LM
 from reknow.model.readable import unreadable
 
+__all__ = ["Learned"]
+
 logger = logging.getLogger(__name__)
 
 

@@ -37,6 +37,8 @@ from reknow.progress import progress_bar
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+__all__ = ["CHECKPOINT_FILE", "LOG_FILE", "Loop", "seeded"]
+
 CHECKPOINT_FILE, LOG_FILE = "checkpoint.safetensors", "log.jsonl"
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from reknow.lm import LM
 
+__all__ = ["Changes", "MatrixEditor", "NetworkSettings", "Tensors"]
+
 
 Tensors = Mapping[str, Tensor]
 """What an editor has learned, by name."""

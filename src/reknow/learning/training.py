@@ -16,6 +16,8 @@ from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.learning.editors import case_keys
 
+__all__ = ["Draw", "Learner", "Split", "Training", "interleave", "parameter_groups", "shuffle", "split_cases"]
+
 
 @dataclass(frozen=True)
 class Training:
