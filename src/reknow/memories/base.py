@@ -1,38 +1,38 @@
-"""What a method is whose patches leave the weights alone, and the steps that every such edit goes through.
+"""What a method is whose patches leave the weights alone, and the steps that its edits go through.
 
-prepare            checks the edits and finds the place, the versions stored there, and conflicts with them
-memory_patch       makes what was learned the next version of the memory
+    prepare         checks the edits and finds the place, the versions stored there, and conflicts with them
+    train_beside    learns what hooks add to the model until it gives the answers
+    memory_patch    makes what was learned the next version of the memory
+
+Settings that the memories beside a matrix share stand here too.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from reknow.checks.bounds import Number, Seed, Weight
 from reknow.contract import Method, check_edits, make_patch
+from reknow.editing.descent import Update, descend
 from reknow.editing.papers_layers import depth_layer
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
-from reknow.patching.memory import versions
+from reknow.model.scored_tokens import AnswerLoss
+from reknow.model.tokens import Row
+from reknow.patching.memory import HookMemory, versions
 from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint, PatchKind
 from reknow.texts.writing import normalize
 
-__all__ = [
-    "MemoryMethod",
-    "Prepared",
-    "SideModuleMethod",
-    "conflicts",
-    "memory_patch",
-    "paraphrases",
-    "prepare",
-    "resolve_conflicts",
-]
+__all__ = ["MemoryMethod", "SideModuleMethod", "conflicts", "memory_patch", "paraphrases", "prepare"]
+__all__ += ["resolve_conflicts", "train_beside"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,12 @@ class SideModuleMethod(MemoryMethod):
 
     layer: int | None = None
     """Layer beside whose value matrix the memory stands; None: at the share of the depth where the papers put it."""
+    steps: Number = 100
+    """Updates at most of what is trained together: an edit, a block of edits, or all edits of a call."""
+    stop_loss: Weight = 0.05
+    """What is trained is finished when its whole loss (nats a token) is below; 0: all steps, as in the papers."""
+    seed: Seed = 0
+    """Seed of all that is drawn at random."""
 
     def chosen_layer(self, lm: LM) -> int:
         """The layer that is given, or else that at `depth`."""
@@ -129,6 +135,30 @@ def resolve_conflicts(method: MemoryMethod, pairs: Sequence[tuple[Edit, Edit]]) 
             new,
         )
     return [{"prompt": old.text, "old": old.target_new, "new": new.target_new} for old, new in pairs]
+
+
+def train_beside(
+    method: SideModuleMethod,
+    lm: LM,
+    hooks: HookMemory,
+    rows: Sequence[Row],
+    layer: int,
+    update: Update,
+    finished: Callable[[Tensor], Tensor],
+    loss: Callable[[AnswerLoss], Tensor] = AnswerLoss.nll,
+) -> list[list]:
+    """Descends on what `hooks` add to the model until its answers are learned; gives every pass's losses.
+
+    Args:
+        hooks: the method's memory meanwhile.
+        rows: encoded prompts with their answers.
+        layer: the lowest that the hooks change.
+        update, finished: see `reknow.editing.descent.descend`.
+        loss: of the edits, read off their answers. (edits,) or (edits, terms)
+    """
+    with lm.temporary_memory(method.name, hooks), torch.enable_grad():
+        answers = AnswerLoss(lm, rows, layer)
+        return descend([lambda: loss(answers)], update, method.steps, finished, progress=lm.progress)
 
 
 def paraphrases(edit: Edit) -> list[str]:

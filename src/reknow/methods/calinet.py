@@ -30,17 +30,23 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rate, Seed, Weight
+from reknow.checks.bounds import Number, Rate, Weight
 from reknow.contract import check_edits
 from reknow.datasets.facts import load_facts
-from reknow.editing.descent import adam_update, descend
+from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.files.schema import Strict
-from reknow.memories.base import SideModuleMethod, conflicts, memory_patch, paraphrases, resolve_conflicts
+from reknow.memories.base import (
+    SideModuleMethod,
+    conflicts,
+    memory_patch,
+    paraphrases,
+    resolve_conflicts,
+    train_beside,
+)
 from reknow.memories.distances import prompt_inputs, prompt_states
 from reknow.memories.slots import Slots, merge, slot_hooks
 from reknow.model.exact import exact
-from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Text
 from reknow.patching.memory import Hooks, versions
 from reknow.patching.patches import Patch
@@ -79,16 +85,11 @@ class CaliNet(SideModuleMethod):
     slots: Number | None = None
     """Trained keys of one call; None: four per edit (64 to 256 for 10 to 1,000 facts in the paper)."""
     steps: Number = 200
-    """Updates at most."""
     learning_rate: Rate = 0.06
     """Learning rate of Adam: of values in root mean squares of the MLP's output, of trained keys in units in which a
     step moves a slot's input by this much."""
-    stop_loss: Weight = 0.05
-    """The descent ends when the mean loss (nats a token) is below."""
     smoothing: Weight = 1e-3
     """α of the score, a probability."""
-    seed: Seed = 0
-    """Seed of keys that are trained."""
 
     @property
     def name(self) -> str:
@@ -121,11 +122,8 @@ class CaliNet(SideModuleMethod):
             groups.append({"params": [keys], "lr": self.learning_rate / length})
         slots = Slots.beside(lm, layer, keys, values)
         stored = [Slots.read(lm, patch) for patch in versions(lm.patches, self.name)]
-        with lm.temporary_memory(self.name, slot_hooks([*stored, slots])), torch.enable_grad():
-            answers, update = AnswerLoss(lm, rows, layer), adam_update(torch.optim.Adam(groups))
-            passes = descend(
-                [answers.nll], update, self.steps, lambda losses: losses.mean() < self.stop_loss, progress=lm.progress
-            )
+        hooks, update = slot_hooks([*stored, slots]), adam_update(torch.optim.Adam(groups))
+        passes = train_beside(self, lm, hooks, rows, layer, update, lambda losses: losses.mean() < self.stop_loss)
         notes["losses"] = [fmean(losses) for losses in passes]
         state = {"keys": keys.detach(), "values": values.detach()}
         return memory_patch(self, lm, edits, state, memory=slots.memory, notes=notes)

@@ -23,12 +23,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Rate, Seed, Share, Units, Weight
-from reknow.editing.descent import adam_update, descend
+from reknow.checks.bounds import Formerly, Rate, Share, Units
+from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
-from reknow.memories.base import SideModuleMethod, memory_patch, prepare
+from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
 from reknow.memories.distances import prompt_states
 from reknow.model.forward_context import ForwardContext
 from reknow.model.scored_tokens import AnswerLoss
@@ -65,8 +65,6 @@ class DEFER(SideModuleMethod):
         Memory,
     )
 
-    steps: Number = 100
-    """Updates of one edit at most."""
     learning_rate: Rate = 0.1
     """Learning rate of Adam: how far a step moves the map's output, in units of the root mean square of the matrix's
     output."""
@@ -74,12 +72,8 @@ class DEFER(SideModuleMethod):
     """Learning rate of the gate: how far a step moves its logit; not used where units are `absolute`."""
     threshold: Share = 0.5
     """The gate opens at this probability."""
-    stop_loss: Weight = 0.05
-    """An edit is finished when its loss (nats a token) is below; 0: all steps."""
     units: Units = "relative"
     """`absolute`: all weights have one learning rate, a plain number (the authors': 0.1)."""
-    seed: Seed = 0
-    """Seed of the weights at the start."""
 
     @property
     def name(self) -> str:
@@ -118,17 +112,14 @@ class DEFER(SideModuleMethod):
             share = (context.of_prompt.to(outputs.device) * probability())[..., None]
             return share * (value + reach * move)[:, None] + (1 - share) * outputs
 
-        def loss() -> Tensor:  # (1, 2)
+        def loss(answers: AnswerLoss) -> Tensor:  # (1, 2)
             return torch.stack([answers.nll(), probability().detach()], 1)
 
         def finished(losses: Tensor) -> Tensor:
             return (losses[:, 0] < self.stop_loss) & (losses[:, 1] >= self.threshold)
 
-        with lm.temporary_memory(self.name, Hooks({gate.module: mix})), torch.enable_grad():
-            answers = AnswerLoss(lm, rows, layer)
-            passes = descend(
-                [loss], adam_update(torch.optim.Adam(groups)), self.steps, finished, progress=lm.progress
-            )
+        hooks, update = Hooks({gate.module: mix}), adam_update(torch.optim.Adam(groups))
+        passes = train_beside(self, lm, hooks, rows, layer, update, finished, loss)
         gate.add(inputs[0].sign(), move.detach(), opening.detach())
         return [nll for ((nll, _),) in passes]
 

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rate, Seed, Units, Weight
+from reknow.checks.bounds import Rate, Units, Weight
 from reknow.editing.descent import adam_update, descend
 from reknow.edits import Edit
 from reknow.files.schema import Count, Listed, Strict
@@ -64,20 +64,14 @@ class GRACE(SideModuleMethod):
     epsilon: Weight = 0.9
     """Radius ε of a new key, in units of the distance in that layer between questions of the same wording
     about different subjects."""
-    steps: Number = 100
-    """Updates of the values at most."""
     learning_rate: Rate = 0.3
     """Learning rate of Adam, in units of the root mean square of the matrix's output."""
-    stop_loss: Weight = 0.05
-    """A value whose edits have a lower loss (nats a token) is finished; 0: all steps, as in the papers."""
     replacement: Replacement = "prompt"
     """Where the value is put: at all tokens of the prompt; at its last; or, as the authors' code does, at all before
     the last."""
     units: Units = "relative"
     """`absolute`: ε and the learning rate are plain numbers (both 1 in the papers), and values start uniform in
     [0, 1) instead of at the matrix's own output."""
-    seed: Seed = 0
-    """Seed of values that start at random."""
 
     @property
     def name(self) -> str:

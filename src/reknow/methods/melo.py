@@ -21,16 +21,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rank, Rate, Seed, Weight
-from reknow.editing.descent import adam_update, descend
+from reknow.checks.bounds import Number, Rank, Rate, Weight
+from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
-from reknow.memories.base import SideModuleMethod, memory_patch, prepare
+from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
 from reknow.memories.codebook import Clusters
 from reknow.memories.distances import distance_scale, prompt_states
 from reknow.model.forward_context import ForwardContext
-from reknow.model.scored_tokens import AnswerLoss
 from reknow.model.tokens import Row, Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
@@ -76,15 +75,9 @@ class MELO(SideModuleMethod):
     """Rank of a block."""
     block_size: Number = 4
     """Edits of one call that share a block; another call begins another block."""
-    steps: Number = 100
-    """Updates of a block at most."""
     learning_rate: Rate = 0.03
     """Learning rate of Adam, in units in which one step moves a matrix's output by about this many of its root mean
     squares."""
-    stop_loss: Weight = 0.05
-    """A block is finished when the loss of its edits (nats a token) is below."""
-    seed: Seed = 0
-    """Seed of the blocks at the start."""
 
     @property
     def name(self) -> str:
@@ -129,24 +122,14 @@ class MELO(SideModuleMethod):
             block[module] = down, up
             groups.append({"params": [down], "lr": self.learning_rate / length})
             groups.append({"params": [up], "lr": self.learning_rate * size})
-        optimizer = torch.optim.Adam(groups)
 
         def add(module: str, _context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
             down, up = block[module]
             return outputs + inputs.to(down.dtype) @ down.T @ up.T
 
-        with (
-            lm.temporary_memory(self.name, Hooks({name: partial(add, name) for name in modules})),
-            torch.enable_grad(),
-        ):
-            answers = AnswerLoss(lm, rows, layer)
-            passes = descend(
-                [answers.nll],
-                adam_update(optimizer),
-                self.steps,
-                lambda losses: losses.max() < self.stop_loss,
-                progress=lm.progress,
-            )
+        hooks = Hooks({module: partial(add, module) for module in modules})
+        update = adam_update(torch.optim.Adam(groups))
+        passes = train_beside(self, lm, hooks, rows, layer, update, lambda losses: losses.max() < self.stop_loss)
         return [(down.detach(), up.detach()) for down, up in block.values()], [fmean(losses) for losses in passes]
 
     @staticmethod

@@ -25,14 +25,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Part, Rate, Seed, Units, Weight
+from reknow.checks.bounds import Formerly, Number, Part, Rate, Units, Weight
 from reknow.datasets.facts import load_facts
 from reknow.editing.contexts import sample_contexts
-from reknow.editing.descent import descend
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.schema import Strict
-from reknow.memories.base import SideModuleMethod, memory_patch, prepare
+from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
 from reknow.memories.distances import prompt_inputs
 from reknow.memories.side_memory import Shard, ShardDescent, SideMemory, distance, divide, read_shards, ties
 from reknow.model.scored_tokens import AnswerLoss
@@ -70,7 +69,6 @@ class WISE(SideModuleMethod):
     )
 
     steps: Number = 70
-    """Updates of one edit at most."""
     learning_rate: Rate = 0.3
     """How far the first step of gradient descent moves the weights, in units of their root mean square."""
     clamp: Weight = 50.0
@@ -86,8 +84,6 @@ class WISE(SideModuleMethod):
     """A prompt is routed when it moves farther than this share of the least that any edit moved (the paper: 0.88)."""
     units: Units = "relative"
     """`absolute`: learning rate, clamp and margins are plain numbers (in the paper 1, 1, 5, 20, 10)."""
-    stop_loss: Weight = 0.05
-    """An edit is finished when its whole loss is below."""
     mask_ratio: Annotated[Part | None, Formerly("mask")] = None
     """Share ρ of the weights that a shard may change; None: what leaves an edit 18,000 weights, 0.2 at least."""
     shard_size: Number | None = None
@@ -100,8 +96,6 @@ class WISE(SideModuleMethod):
     """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
     unrelated_facts: Annotated[Number, Formerly("unrelated")] = 16
     """Bundled facts about other subjects that must not move, other ones for every edit."""
-    seed: Seed = 0
-    """Seed of the masks, contexts and facts."""
 
     @property
     def name(self) -> str:
@@ -145,20 +139,18 @@ class WISE(SideModuleMethod):
         others = lm.encode([Text(text) for text in self._unrelated(edit, number)])
         delta = before.clone().requires_grad_()
         hooks = Hooks({module: lambda _, inputs, outputs: outputs + inputs.float() @ delta.T})
-        with lm.temporary_memory(self.name, hooks), torch.enable_grad():
-            inside, outside = (prompt_inputs(lm, texts, module) for texts in (rows, others))
-            relative = self.units == "relative"
-            size = float(weight.square().mean().sqrt()) if relative else 1.0
-            length = float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean()) if relative else 1.0
-            answers = AnswerLoss(lm, rows, layer)
+        inside, outside = (prompt_inputs(lm, texts, module) for texts in (rows, others))
+        relative = self.units == "relative"
+        size = float(weight.square().mean().sqrt()) if relative else 1.0
+        length = float((inside[0] @ weight.T).norm(dim=-1)[inside[1]].mean()) if relative else 1.0
 
-            def loss() -> Tensor:  # (1,)
-                near, far = (distance(*states, delta) / length for states in (inside, outside))
-                return (answers.nll().mean() + margin_loss(near, far, self.alpha, self.beta, self.gamma))[None]
+        def loss(answers: AnswerLoss) -> Tensor:  # (1,)
+            near, far = (distance(*states, delta) / length for states in (inside, outside))
+            return (answers.nll().mean() + margin_loss(near, far, self.alpha, self.beta, self.gamma))[None]
 
-            mask, rate, clamp = shard.mask.to(lm.device), self.learning_rate * size, self.clamp * size
-            update = ShardDescent(delta, mask, rate, clamp, relative=relative)
-            passes = descend([loss], update, self.steps, lambda losses: losses < self.stop_loss, progress=lm.progress)
+        mask, rate, clamp = shard.mask.to(lm.device), self.learning_rate * size, self.clamp * size
+        update = ShardDescent(delta, mask, rate, clamp, relative=relative)
+        passes = train_beside(self, lm, hooks, rows, layer, update, lambda losses: losses < self.stop_loss, loss)
         delta = delta.detach()
         return (delta - before).cpu(), float(distance(*inside, delta).mean()), [loss for (loss,) in passes]
 
