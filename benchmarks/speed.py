@@ -61,7 +61,7 @@ RATE = 5e-4
 """The published learning rate of fine-tuning."""
 UNTIL = "reknow, until found"
 """Our default: at most 60 passes, each of which reads a fifth of the contexts (MEMIT: half), ended when every context
-gives the answer a probability of 0.95, or has it as the likeliest and the loss hardly falls any more."""
+gives the answer a probability of 0.95, or has it as the most likely and the loss hardly falls any more."""
 ALL_PASSES: dict[str, Any] = {"stop_probability": 1.0, "min_delta": 0.0}
 EXACT: dict[str, Any] = {**ALL_PASSES, "context_batches": 1}
 """All passes, with all contexts in each, as in the papers; rate and decay stay the library's, free of the scale."""
@@ -196,12 +196,10 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
 
 def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -> float:
     """The λ that the scale-free regularization amounts to in the first layer, since EasyEdit takes a number."""
-    from reknow.editing.covariance import covariance
     from reknow.editing.keys import Subjects
-    from reknow.editing.solvers import whitening
 
     keys = Subjects(lm, [case.edit for case in cases], [""]).keys(layer)
-    white = keys @ whitening(covariance(lm, layer, tokens=method.covariance_tokens))
+    white = keys @ method.whitening(lm, layer)
     return float(method.regularization * white.square().sum(1).mean())
 
 

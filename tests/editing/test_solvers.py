@@ -7,11 +7,15 @@ from itertools import accumulate
 import pytest
 import torch
 
-from reknow.editing.solvers import cholesky, least_squares, null_space, rank_one, solve, whitening
+from reknow.editing.solvers import Whitening, cholesky, least_squares, null_space, rank_one, solve
 from reknow.errors import EditFailed, InputError
 from reknow.patching.deltas import as_delta
 
 IN, OUT = 12, 5
+
+
+def whitening(covariance):
+    return Whitening(cholesky(covariance))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from reknow.errors import InputError
 from reknow.model.tokens import Text
 from reknow.tracing.causal import (
     TOKEN_CLASSES,
+    StoredTrace,
     Trace,
     Tracing,
     average,
@@ -208,7 +209,7 @@ def test_a_subject_that_ends_its_prompt_has_no_subsequent_token():
 
 def test_a_trace_survives_json(lm):
     trace = trace_prompt(lm, "{} is", "Peru", 1.0, Tracing(samples=2, tokens="subject_last"))
-    again = Trace.from_json(json.loads(json.dumps(trace.as_json())))
+    again = StoredTrace.model_validate(json.loads(json.dumps(trace.as_json()))).trace()
     assert torch.allclose(again.restored["mlp"], trace.restored["mlp"], atol=1e-6, equal_nan=True)
     assert again.tokens == trace.tokens and again.subject == trace.subject
 

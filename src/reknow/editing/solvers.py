@@ -75,11 +75,6 @@ class Whitening:
         return torch.linalg.solve_triangular(self.factor, rows.T, upper=self.upper).T
 
 
-def whitening(covariance: Tensor) -> Whitening:
-    """B with B Bᵀ = C⁻¹. (in, in)"""
-    return Whitening(cholesky(covariance))
-
-
 def solve(factor: Tensor, keys: Tensor) -> Tensor:
     """C⁻¹ k for every key, from `cholesky(C)`. keys: (facts, in); result: (facts, in), float64."""
     basis = Whitening(factor)

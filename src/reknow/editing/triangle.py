@@ -25,7 +25,7 @@ class Triangle:
 
     @classmethod
     def zeros(cls, width: int, device: torch.device) -> Triangle:
-        """Of a (width, width) matrix, float64."""
+        """The triangle of a (width, width) matrix of zeros, float64."""
         place = exact_device(device)
         return cls([torch.zeros(rows, end, dtype=torch.float64, device=place) for rows, end in block_shapes(width)])
 

@@ -28,7 +28,7 @@ _KL_PROMPT = "{} is a"
 FREE_TOKENS = 32
 """Tokens that a step of the search hardly notices."""
 FREE_TOKENS_ON_GPU = 2048
-"""The same on a GPU, which does not run so many as long as it takes to tell it what to do."""
+"""Tokens that a step hardly notices on a GPU, which runs so many sooner than it is told what to do."""
 MOST_TOKENS = 65536
 """Tokens of a batch beyond which no GPU is faster."""
 

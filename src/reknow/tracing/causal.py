@@ -121,15 +121,10 @@ class Trace:
         return self.restored[kind] - self.corrupted
 
     def as_json(self) -> dict:
-        """JSON values; `Trace.from_json` reads them."""
+        """JSON values; `StoredTrace` reads them."""
         tables = {kind: [[None if math.isnan(p) else round(p, 7) for p in row] for row in table.tolist()]
                   for kind, table in self.restored.items()}  # fmt: skip
         return {**vars(self), "restored": tables}
-
-    @classmethod
-    def from_json(cls, values: dict) -> Trace:
-        """What `as_json` gave."""
-        return StoredTrace.model_validate(values).trace()
 
 
 class StoredTrace(Strict):

@@ -111,7 +111,7 @@ class Prompt:
             return self.lm.forward(ids, mask, positions, cache, ends=ends, logits_to_keep=kept)
 
     def _probability(self, logits: Tensor) -> Tensor:
-        """Of the answer in each row. logits: (rows, tokens of the answer, vocabulary); result: (rows,)"""
+        """Probability of the answer in each row. logits: (rows, tokens of the answer, vocabulary); result: (rows,)"""
         wanted = self._answer_ids.to(logits.device).expand(len(logits), -1)[..., None]
         return logits.float().softmax(-1).gather(-1, wanted)[..., 0].prod(-1)
 
