@@ -59,7 +59,7 @@ def test_edits_end_each_by_itself_as_they_do_alone(lm, loss, monkeypatch):
         alone = editor.edit(lm, [edit])
         assert same(patch, alone, rtol=1e-3, atol=1e-5)
         assert patch.notes["losses"] == pytest.approx(alone.notes["losses"], rel=1e-3)
-    monkeypatch.setattr(independent_deltas, "TRAINED_WEIGHTS", 1)  # one after the other
+    monkeypatch.setattr(independent_deltas, "_TRAINED_WEIGHTS", 1)  # one after the other
     assert all(same(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(together, editor.edit_each(lm, EDITS), strict=True))
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["is_addition", "train_each"]
 
-TRAINED_WEIGHTS = 2**26
+_TRAINED_WEIGHTS = 2**26
 """How many weights changes that are trained together may have in all; Adam and gradients hold as many thrice."""
 
 
@@ -49,7 +49,7 @@ def train_each(
         stop_loss: a row is finished when its mean loss (nats a token) is below.
         batch_size: rows at a time, at most.
     """
-    count = max(1, min(batch_size, TRAINED_WEIGHTS // lm.weight(lm.parts.value[layer]).numel()))
+    count = max(1, min(batch_size, _TRAINED_WEIGHTS // lm.weight(lm.parts.value[layer]).numel()))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     trained: dict[int, tuple[Tensor, list[float]]] = {}
     for part in (order[start : start + count] for start in range(0, len(order), count)):
@@ -104,9 +104,8 @@ class _IndependentDeltas:
             self._read(self._running)
         with fused_gelu(self._lm.model), torch.enable_grad():
             self._added = (self._keys @ self._block.mT).requires_grad_()  # (rows, columns, out)
-            found = self._scored.row_nll(self._added)
-            places = torch.tensor(self._inside, device=found.device)
-            return found.new_zeros(len(self._rows)).index_put((places,), found)
+            nll = self._scored.row_nll(self._added)
+            return nll.new_zeros(len(self._rows)).index_put((torch.tensor(self._inside, device=nll.device),), nll)
 
     def update(self, losses: Tensor, running: Tensor) -> None:
         """One update of each running row's change against its own loss; the others stay."""

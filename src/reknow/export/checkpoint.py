@@ -35,7 +35,7 @@ from reknow.patching.patches import merge
 from reknow.patching.peft_folder import describe_base, write_adapter
 from reknow.patching.record import check_weights
 
-COMPANIONS = (
+_COMPANIONS = (
     IMAGE_PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
     PROCESSOR_NAME,
@@ -155,7 +155,7 @@ def _copy_companions(lm: LM, folder: Path) -> None:
     """Copies what neither model nor tokenizer writes, from the base's folder or the hub's cache; warns where its
     processor has not been downloaded."""
     config, base = lm.model.config, lm.model.name_or_path or ""
-    for name in COMPANIONS:
+    for name in _COMPANIONS:
         for source in dict.fromkeys((lm.name, base)):
             found = _find_file(source, name, getattr(config, "_commit_hash", None))
             if found is not None and not (folder / name).exists():

@@ -34,10 +34,10 @@ from reknow.patching.patches import Patch
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-Loss = Literal["last_token", "target", "text"]
-NAMES: dict[str, str] = {"last_token": "ft-l", "target": "ft-m", "text": "ft-t"}
+_Loss = Literal["last_token", "target", "text"]
+_NAMES: dict[str, str] = {"last_token": "ft-l", "target": "ft-m", "text": "ft-t"}
 
-REUSED_TOKENS = 200_000
+_REUSED_TOKENS = 200_000
 """Up to how many tokens the states below the trained layers are kept for the next pass, since they take memory."""
 
 
@@ -47,7 +47,7 @@ class FT(StepSize, Method):
 
     edits_per_call = 32
 
-    loss: Loss = "target"
+    loss: _Loss = "target"
     """What is predicted: the answer from the prompt's last token alone, the answer token by token, or all text."""
     layer: int | tuple[int, ...] | None = None
     """Layer, or layers, whose value matrix is trained; None: `suggest_layer`."""
@@ -66,7 +66,7 @@ class FT(StepSize, Method):
 
     @property
     def name(self) -> str:
-        return "locft-bf" if self.breadth_first else NAMES[self.loss]
+        return "locft-bf" if self.breadth_first else _NAMES[self.loss]
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layers = check_edits(self, edits), self._layers(lm)
@@ -115,12 +115,12 @@ class FT(StepSize, Method):
 
     def _batches(self, lm: LM, edits: Sequence[Edit], lowest: int) -> list[ScoredTokens]:
         rows = sorted(self._rows(lm, edits), key=lambda row: len(row.ids))
-        reused = lowest if sum(len(row.ids) for row in rows) <= REUSED_TOKENS else None
+        reused = lowest if sum(len(row.ids) for row in rows) <= _REUSED_TOKENS else None
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return [ScoredTokens(lm, batch, [_scored(row, self.loss) for row in batch], reused) for batch in batches]
 
 
-def _scored(row: Row, loss: Loss) -> list[tuple[int, int]]:
+def _scored(row: Row, loss: _Loss) -> list[tuple[int, int]]:
     """(index of the token that predicts, token predicted) of everything that enters the loss."""
     if loss == "last_token":
         return [(row.prompt_length - 1, token) for token in row.target_ids]

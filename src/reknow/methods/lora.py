@@ -38,19 +38,19 @@ from reknow.patching.peft_folder import describe_base
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-Variant = Literal["lora", "adalora", "qlora"]
-MatrixName = Literal["value", "up", "attention_out"]
+_Variant = Literal["lora", "adalora", "qlora"]
+_MatrixName = Literal["value", "up", "attention_out"]
 
 
 @dataclass(frozen=True)
 class LoRA(Method):
     """Low-rank adapters on chosen matrices of chosen layers, several edits at once."""
 
-    variant: Annotated[Variant, Formerly("kind")] = "lora"
+    variant: Annotated[_Variant, Formerly("kind")] = "lora"
     """Fixed rank, rank shared out among the matrices, or fixed rank against a base in four bits."""
     layers: tuple[int, ...] | None = None
     """Layers that get adapters; None: a sixth of the model, five at most, around `suggest_layer`."""
-    matrices: Annotated[tuple[MatrixName, ...], Formerly("places")] = ("value",)
+    matrices: Annotated[tuple[_MatrixName, ...], Formerly("places")] = ("value",)
     """Which matrices of a layer: the value matrix, those that read the MLP's input, attention's output."""
     rank: Rank = 8
     """Rank r of each change; AdaLoRA: on average, from half as much again at the start."""
@@ -71,7 +71,7 @@ class LoRA(Method):
         super().__post_init__()
         if not self.matrices:
             raise InputError(
-                f"expected matrices among {', '.join(get_args(MatrixName))}; got none: choose from these"
+                f"expected matrices among {', '.join(get_args(_MatrixName))}; got none: choose from these"
             )
 
     @property

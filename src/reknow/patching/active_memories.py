@@ -26,7 +26,7 @@ Answer = TypeVar("Answer")
 Asked = tuple[AnswerModel | None, list[int], list[str]]
 """Who answers (None: the model itself), the indices of the prompts, and what they became."""
 
-CACHE_SIZE = 4
+_CACHE_SIZE = 4
 """Memories that are kept ready for the next change of the stack."""
 
 
@@ -90,7 +90,7 @@ class ActiveMemories:
         """(kind, memory) of these versions; built once, since stacks are put on and off often."""
         key = (method, *(patch.id for patch in patches))
         self._built[key] = self._built.pop(key) if key in self._built else self._build(patches)
-        while len(self._built) > CACHE_SIZE:
+        while len(self._built) > _CACHE_SIZE:
             del self._built[next(iter(self._built))]
         return patches[-1].kind, self._built[key]
 

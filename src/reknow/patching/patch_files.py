@@ -20,7 +20,7 @@ from reknow.patching.deltas import read_deltas
 from reknow.patching.record import FORMAT, PatchKind, PatchRecord
 from reknow.registry import METHODS
 
-COMPANION = "beside"
+_COMPANION = "beside"
 """The name of the text in which a file keeps the digest of another one that belongs to it."""
 
 Name = Annotated[str, Field(min_length=1, max_length=200)]
@@ -94,7 +94,7 @@ def write_patch(patch: PatchRecord, path: str | Path, *, companion: str | None =
     """
     texts = {HEADER: json.dumps(patch.header())}
     if companion is not None:
-        texts[COMPANION] = companion
+        texts[_COMPANION] = companion
     return write_tensors(path, patch.tensors(), texts)
 
 
@@ -109,7 +109,7 @@ def read_patch(path: str | Path, *, companion: str | None = None) -> PatchRecord
     """
     try:
         sealed = read_tensors(path)
-        if companion is not None and sealed.metadata.get(COMPANION, companion) != companion:
+        if companion is not None and sealed.metadata.get(_COMPANION, companion) != companion:
             raise FormatError("the file of tensors beside it is that of another patch, or damaged")
         return _read(sealed)
     except NewerFormat as error:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS, REST = "adapter_config.json", "adapter_model.safetensors", "reknow.patch"
 """The two files of `peft`, and what a patch has besides: edits, settings, the base's fingerprint."""
 PREFIX, RIGHT, LEFT = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-RANKS = "reknow.ranks"
+_RANKS = "reknow.ranks"
 """Metadata of the weights: the rank of each change before it was padded."""
 
 
@@ -64,7 +64,7 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
     ranks = json.dumps({name: factor.rank for name, factor in factors.items()})
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", RANKS: ranks})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _RANKS: ranks})
 
 
 def write_folder(patch: PatchRecord, folder: str | Path) -> Path:
@@ -105,7 +105,7 @@ def read_folder(folder: str | Path) -> PatchRecord:
     try:
         sealed = read_tensors(folder / WEIGHTS)
         check_finite(sealed.tensors)
-        ranks = parse_json(dict[str, Count], sealed.metadata.get(RANKS, "{}"), once=True)
+        ranks = parse_json(dict[str, Count], sealed.metadata.get(_RANKS, "{}"), once=True)
         deltas: dict[str, Delta] = {}
         for key in sealed.tensors:
             name = key.removeprefix(PREFIX).removesuffix(RIGHT).removesuffix(LEFT)

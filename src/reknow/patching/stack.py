@@ -32,18 +32,18 @@ def _each_once(names: list[str]) -> list[str]:
     return names
 
 
-PatchName = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.patch$", max_length=255)]
+_PatchName = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.patch$", max_length=255)]
 """A file in the stack's own folder."""
 
 
-class StackFile(Strict):
+class _StackFile(Strict):
     """What is in `stack.json`."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
     base: Annotated[str, Field(min_length=1)]
     """Name or path of the base model."""
-    patches: Annotated[Listed[PatchName], AfterValidator(_each_once)]
-    """In the order in which they are applied."""
+    patches: Annotated[Listed[_PatchName], AfterValidator(_each_once)]
+    """Files of the patches in the order in which they are applied."""
 
 
 def with_patch(
@@ -58,7 +58,7 @@ def with_patch(
     active = tuple(p.id for p in stack)
     if patch.id in active:
         raise PatchError(f"expected a patch that is not applied yet; {patch.label} is: revert it first")
-    if not force and patch.notes.get(FORCED) != _about(base):
+    if not force and patch.notes.get(FORCED) != _identity(base):
         patch.base.check(base, patch.label)
     newest = [p.id for p in stack if p.kind != "weights" and p.method == patch.method]
     if patch.kind != "weights" and patch.follows != (newest[-1] if newest else None):
@@ -79,10 +79,10 @@ def with_patch(
 def note_force(patch: Patch, base: Fingerprint) -> None:
     """Notes in the patch that it was put on this base, if that is not its own: a stack with it opens again."""
     if patch.base.difference(base):
-        patch.notes[FORCED] = _about(base)
+        patch.notes[FORCED] = _identity(base)
 
 
-def _about(base: Fingerprint) -> list[str]:
+def _identity(base: Fingerprint) -> list[str]:
     return [base.structure, base.tokenizer]
 
 
@@ -146,11 +146,11 @@ def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     file = Path(source) / STACK_FILE
     if not str(source).strip() or not os.path.isfile(file):  # a name may be too long for a path
         return source, []
-    stack = read_json(file, StackFile, lambda error: _refusal(source, error))
-    return stack.base, [_named(Path(source) / name) for name in stack.patches]
+    stack = read_json(file, _StackFile, lambda error: _refusal(source, error))
+    return stack.base, [_load_named(Path(source) / name) for name in stack.patches]
 
 
-def _named(file: Path) -> Patch:
+def _load_named(file: Path) -> Patch:
     """The patch in the file, whose name is its id."""
     patch = Patch.load(file)
     if patch.id != file.stem:

@@ -25,8 +25,8 @@ from reknow.files.tensors import check_tensor
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
 
-ANY = "…"
-"""Instead of dimensions: any."""
+_ANY = "…"
+"""Stands for any dimensions in a description."""
 
 
 class CountedBy(NamedTuple):
@@ -35,7 +35,7 @@ class CountedBy(NamedTuple):
     dimension: str
 
 
-class NoMemory(Strict):
+class _NoMemory(Strict):
     """A memory that knows nothing besides its tensors."""
 
 
@@ -45,7 +45,7 @@ class StateSpec:
 
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Name, with a question mark behind where it may be missing and a star for a part of it → its description."""
-    memory: type[Strict] = NoMemory
+    memory: type[Strict] = _NoMemory
     settings: tuple[str, ...] = ()
     """Fields of the method that are dimensions of that name."""
 
@@ -67,17 +67,17 @@ class StateSpec:
         for name, tensor in state.items():
             pattern, part = _pattern(name, described)
             kind, count, dimensions = _parts(described[pattern])
-            check_tensor(name, tensor, kind, tensor.dim() if dimensions == [ANY] else count)
-            if dimensions != [ANY]:
+            check_tensor(name, tensor, kind, tensor.dim() if dimensions == [_ANY] else count)
+            if dimensions != [_ANY]:
                 for dimension, size in zip(dimensions, tensor.shape, strict=True):
                     _agree(sizes, dimension.replace("*", part), size, f"tensor {name}")
         try:
-            found = self.memory.model_validate(memory)
+            known = self.memory.model_validate(memory)
         except ValidationError as error:
             raise FormatError(f"memory: {first_problem(error)}") from None
         for name, about in self.memory.model_fields.items():
             for mark in (mark for mark in about.metadata if isinstance(mark, CountedBy)):
-                value = getattr(found, name)
+                value = getattr(known, name)
                 _agree(sizes, mark.dimension, value if isinstance(value, int) else len(value), f"memory.{name}")
         for name in self.settings:
             if name in sizes:

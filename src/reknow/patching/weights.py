@@ -23,7 +23,7 @@ from reknow.model.parts import device_of, embedding, is_matrix, reorient, shape,
 from reknow.patching.deltas import Delta, Dense, LowRank, add_deltas, sum_deltas
 from reknow.patching.patches import Patch
 
-UNSURE: tuple[Delta, ...] = (Dense(torch.empty(0, 0)),)
+_UNSURE: tuple[Delta, ...] = (Dense(torch.empty(0, 0)),)
 """In place of a matrix's changes while it is written: equal to none."""
 
 BLOCK = 64
@@ -71,13 +71,10 @@ class Weights:
         module = self._module(name)
         if name in self._base:
             return reorient(module, self._base[name])
-        if takes_changes(module):
-            return reorient(module, module.weight)  # type: ignore[arg-type]
-        with align_module_device(module):
+        with align_module_device(module):  # brings what is offloaded into memory
             weight = getattr(module, "weight", None)
-            plain = type(weight) is nn.Parameter and weight.is_floating_point() and not wraps_matrix(module)
-            if plain and isinstance(weight, Tensor) and weight.device.type != "meta":
-                return reorient(module, weight.detach())
+            if takes_changes(module):
+                return reorient(module, weight.detach())  # type: ignore[union-attr]
             if isinstance(weight, Tensor) and weight.device.type == "meta":
                 raise ModelError(
                     f"expected the weight of {name} in memory or offloaded by Accelerate; it is nowhere: load the "
@@ -105,8 +102,8 @@ class Weights:
             for name, delta in patch.deltas.items():
                 if name not in shapes:
                     shapes[name] = self._shape(name)
-                if (found := shapes[name]) != delta.shape:
-                    got = f"has {found[0]} x {found[1]}" if found else "is not there"
+                if (own := shapes[name]) != delta.shape:
+                    got = f"has {own[0]} x {own[1]}" if own else "is not there"
                     raise PatchError(
                         f"expected a matrix {name} of {delta.shape[0]} x {delta.shape[1]} for {patch.label}; "
                         f"in this model it {got}: load the model on which the patch was made"
@@ -128,7 +125,7 @@ class Weights:
         changed = self._sum(name, base, deltas).to(weight.dtype) if deltas else base
         if deltas and not bool(changed.isfinite().all()):
             raise PatchError(f"expected a sum that {weight.dtype} can hold; {name} overflows: use another dtype")
-        self._changes[name] = UNSURE
+        self._changes[name] = _UNSURE
         weight.copy_(changed)
         if deltas:
             self._changes[name] = deltas
@@ -149,14 +146,13 @@ class Weights:
         return add_deltas(value, deltas[len(known) :])
 
     def _put_unmerged(self, name: str, module: nn.Module, deltas: tuple[Delta, ...]) -> None:
-        both = with_unmerged(self._forward(name, module), sum_deltas(deltas)) if deltas else None
+        changed = with_unmerged(self._forward(name, module), sum_deltas(deltas)) if deltas else None
         own = self._unmerged.setdefault(name, own_forward(module))
-        self._changes[name] = UNSURE
-        if both is not None:
-            set_forward(module, both)
+        self._changes[name] = _UNSURE
+        set_forward(module, changed or own)
+        if deltas:
             self._changes[name] = deltas
         else:
-            set_forward(module, own)
             del self._unmerged[name], self._changes[name]
 
     def _forward(self, name: str, module: nn.Module) -> Callable:
@@ -186,7 +182,7 @@ def with_unmerged(forward: Callable, change: Delta) -> Callable:
     """`forward` of a matrix, with the product of its input and `change` in float32 added to its output."""
     factors = [change.right, change.left] if isinstance(change, LowRank) else [change.matrix]
 
-    def both(states: Tensor) -> Tensor:
+    def changed(states: Tensor) -> Tensor:
         nonlocal factors
         output = forward(states)
         if factors[0].device != output.device:
@@ -196,4 +192,4 @@ def with_unmerged(forward: Callable, change: Delta) -> Callable:
             added = nn.functional.linear(added, factor.float())
         return output + added.to(output.dtype)
 
-    return both
+    return changed
