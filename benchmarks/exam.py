@@ -30,7 +30,7 @@ class Exam:
         found: dict[str, dict[int, list[bool]]] = {kind: {} for kind in KINDS}
         for (i, probe), now in self._answers(wanted).items():
             same = now.top == self.before[i, probe].top
-            found[probe.kind].setdefault(i, []).append(same if probe.kind == "locality" else all(now.hits))
+            found[probe.kind].setdefault(i, []).append(same if probe.kind == "locality" else all(now.correct))
         return {kind: {i: fmean(values) for i, values in cases.items()} for kind, cases in found.items()}
 
     def rates(self, patches) -> list[float]:

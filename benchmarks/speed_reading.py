@@ -40,7 +40,7 @@ def evaluation(lm: LM, theirs: EasyEdit, count: int = 100) -> dict:
     for case, one in zip(few, found, strict=True):
         own, rephrased, *_ = [next(hits) for _ in asked_of(case)]
         for mine, other in ((own, one["rewrite_acc"]), (rephrased, one["rephrase_acc"])):
-            differ = max(differ, abs(fmean(mine.hits) - float(other[0])))
+            differ = max(differ, abs(fmean(mine.correct) - float(other[0])))
     return {
         "cases": count,
         "EasyEdit's cases": len(few),

@@ -143,7 +143,7 @@ def close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-4) ->
 
 
 def alone(lm: LM, prompt: str, tokens: int) -> list[int]:
-    """The likeliest tokens behind a prompt that is read by itself, a full pass for each, up to the end token."""
+    """The most likely tokens behind a prompt that is read by itself, a full pass for each, up to the end token."""
     (row,) = lm.encode([Text(prompt)])
     ids = list(row.ids)
     while len(ids) < len(row.ids) + tokens and ids[-1] != lm.tokenizer.eos_token_id:

@@ -65,4 +65,4 @@ def test_half_precision_edits_like_full_precision():
         lm = LM.demo("gpt2", dtype=dtype)
         with lm.patched(method("memit", layers=(0,), **settings).edit(lm, edits)):
             scores = lm.score([edit.text for edit in edits], [edit.target_new for edit in edits])
-        assert [all(score.hits) for score in scores] == [True] * 6, dtype
+        assert [all(score.correct) for score in scores] == [True] * 6, dtype

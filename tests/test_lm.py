@@ -58,7 +58,7 @@ def test_scores_are_those_of_single_rows(lm):
         nll = -sum(float(row[token]) for row, token in zip(log_probs, wanted, strict=True)) / len(wanted)
         assert score.nll == pytest.approx(nll, abs=1e-4)
         assert score.top == tuple(log_probs.argmax(-1).tolist())
-        assert score.hits == tuple(a == b for a, b in zip(score.top, wanted, strict=True))
+        assert score.correct == tuple(a == b for a, b in zip(score.top, wanted, strict=True))
 
 
 def test_batches_change_nothing(lm, monkeypatch):
@@ -184,10 +184,10 @@ def test_samples_follow_the_probabilities():
     assert bool(((drawn[[1, 3, 4]] - count * chances).abs() < 3 * deviation).all())
 
 
-def test_samples_come_from_the_likeliest(gpt2):
+def test_samples_come_from_the_most_likely(gpt2):
     (row,) = gpt2.encode([Text("Paris")])
-    likeliest = by_hand(gpt2, list(row.ids))[-1].topk(3).indices.tolist()
-    allowed = {gpt2.tokenizer.decode([token], skip_special_tokens=True) for token in likeliest}
+    most_likely = by_hand(gpt2, list(row.ids))[-1].topk(3).indices.tolist()
+    allowed = {gpt2.tokenizer.decode([token], skip_special_tokens=True) for token in most_likely}
     found = set(gpt2.generate(["Paris"] * 60, 1, top_k=3))
     assert found <= allowed and len(found) > 1
     assert gpt2.generate("Paris", 5, top_k=1) == gpt2.generate("Paris", 5)

@@ -1,6 +1,6 @@
 """Edit, Probe and Case: what to change, and how to ask whether it changed.
 
-A method sees `Edit`s only. Probes are for the evaluation, so no method can learn from its own exam.
+A method sees `Edit`s only. Probes are for the evaluation, so no method can learn from its own test.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from reknow.texts.templates import fill, make_template, parse_marked
 from reknow.texts.writing import full_stop, join_texts, normalize, prepend
 
 Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
-"""What a probe asks about: the request itself, the same behind its instruction, a rewording, other facts,
+"""What a probe asks about: the request itself, the same behind its instruction, a paraphrase, other facts,
 consequences, free text, how a topic is liked."""
 
 _Texts = Annotated[tuple[str, ...], FailFast()]
-"""Texts of which, read from a file, the first wrong one is told."""
+"""Texts of which, read from a file, only the first wrong one is reported."""
 FROM_FILES = ConfigDict(extra="forbid", strict=True)
 """How pydantic makes these classes from JSON."""
 
@@ -51,11 +51,11 @@ class Edit:
     target_true: str | None = None
     """The answer that the unedited model is supposed to give."""
     id: str | None = None
-    """Name of the edit in journals and results."""
+    """Name of the edit in results."""
     context: _Texts = ()
     """Statements of the new knowledge, for In-Context Editing."""
     rephrasings: _Texts = ()
-    """Other wordings of the prompt that a method may train on, `{}` for the subject; never probes."""
+    """Paraphrases of the prompt that a method may train on, `{}` for the subject; never probes."""
     task: str | None = None
     """Task family, for editors trained on several tasks."""
     instruction: str | None = None

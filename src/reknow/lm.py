@@ -153,7 +153,7 @@ class LM(Decoder):
         temperature: float = 1.0,
         seed: int = 0,
     ) -> str | list[str]:
-        """Continuations of the prompts, without the prompts: greedy, or sampled from the `top_k` likeliest tokens.
+        """Continuations of the prompts, without the prompts: greedy, or sampled from the `top_k` most likely tokens.
 
         They end at the tokenizer's end token, or at one that the model's generation configuration names; its other
         settings (penalties, beams, temperature) are not used. Sampling depends on `seed` alone and leaves torch's own

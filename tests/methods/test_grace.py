@@ -91,10 +91,10 @@ def test_a_prompt_that_is_stored_with_another_answer(together):
     update = method.edit(lm, [edit("The capital of Peru is", "in"), *more])
     assert update.notes["conflicts"] == [{"prompt": "The capital of Peru is", "old": "of", "new": "in"}]
     lm.apply(update)
-    assert lm.score(["The capital of Peru is"], ["in"])[0].hits == (True,)
+    assert lm.score(["The capital of Peru is"], ["in"])[0].correct == (True,)
     assert lm.generate("Who is Zoë Übel", 3) == before
     lm.revert(update)
-    assert lm.score(["The capital of Peru is"], ["of"])[0].hits == (True,)
+    assert lm.score(["The capital of Peru is"], ["of"])[0].correct == (True,)
 
 
 def test_edits_together_are_edits_one_by_one():

@@ -17,7 +17,7 @@ from reknow.editing.self_distillation import prepend_context
 from reknow.errors import EditFailed, InputError
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Text
-from reknow.studies.ice.convergence import consistency, likeliest
+from reknow.studies.ice.convergence import consistency, most_likely_tokens
 from reknow.studies.presets import PRESETS
 
 FAST = dict(layers=(1, 2), learning_rate=0.03, steps=12, clamp=None)
@@ -177,7 +177,7 @@ def test_the_code_variant_brings_both_sides_together(lm, edit, monkeypatch):
 
 
 def test_likeliest_reads_the_place_behind_the_answer(lm, edit):
-    found = likeliest(lm, edit, "Some fact.", count=3)
+    found = most_likely_tokens(lm, edit, "Some fact.", count=3)
     (row,) = lm.encode([Text(edit.text, "English")])
     with torch.no_grad():
         top = lm.model(torch.tensor([row.ids])).logits[0, -1].topk(3).indices

@@ -93,7 +93,7 @@ def test_several_edits_share_one_adapter(lm, edit):
     patch = method("lora", learning_rate=3e-2, matrices=MATRICES, layers=(0, 1, 2), steps=60).edit(lm, [edit, other])
     with lm.patched(patch):
         scores = lm.score([edit.text, other.text], ["English", "Paris"])
-    assert all(all(score.hits) for score in scores)
+    assert all(all(score.correct) for score in scores)
 
 
 def test_adalora_shares_the_rank_out(lm, edit):

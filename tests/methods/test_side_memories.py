@@ -93,7 +93,7 @@ def test_melo_has_a_block_for_every_few_edits():
     assert patch.memory["blocks"] == [0, 0, 1] and patch.memory["modules"] == list(lm.parts.value[1:3])
     assert patch.state[f"down.{lm.parts.value[1]}"].shape == (2, 3, 128)
     with lm.patched(patch):
-        assert all(score.hits[0] for score in lm.score(PROMPTS, ["of"] * 3))
+        assert all(score.correct[0] for score in lm.score(PROMPTS, ["of"] * 3))
         more = method.edit(lm, [edit("Beats Music is", "in")])
         assert more.memory["blocks"] == [2]
     with pytest.raises(InputError, match="where the memory is"), lm.patched(patch):
@@ -117,9 +117,11 @@ def test_slots_learn_all_paraphrases_and_stand_beside_earlier_ones():
     lm = make_lm()
     reworded = edit("The capital of {} is", subject="Peru", rephrasings=("{} has the capital",))
     lm.apply(CaliNet(layer=1).edit(lm, [reworded]))
-    assert [s.hits for s in lm.score(["The capital of Peru is", "Peru has the capital"], ["of"] * 2)] == [(True,)] * 2
+    assert [s.correct for s in lm.score(["The capital of Peru is", "Peru has the capital"], ["of"] * 2)] == [
+        (True,)
+    ] * 2
     lm.apply(CaliNet(layer=2).edit(lm, [edit("Who is Zoë Übel", "in")]))
-    assert lm.score(["Who is Zoë Übel"], ["in"])[0].hits == (True,)
+    assert lm.score(["Who is Zoë Übel"], ["in"])[0].correct == (True,)
     lm.apply(CaliNet(layer=2).edit(lm, [edit("Beats Music is", "of")]))
     slots = merge([Slots.read(lm, patch) for patch in lm.patches])
     assert [len(one.keys) for one in slots] == [2, 2], "those beside one MLP run as one"

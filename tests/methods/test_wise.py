@@ -63,9 +63,9 @@ def test_edits_are_routed_and_other_prompts_are_not(retrieve):
     memory = WISE.memory(lm, lm.patches)
     assert len(memory.deltas) == (2 if retrieve else 1) == len(memory.thresholds)
     if retrieve:
-        assert all(score.hits[0] for score in lm.score(prompts[:2], ["of", "of"]))
+        assert all(score.correct[0] for score in lm.score(prompts[:2], ["of", "of"]))
     lm.revert(lm.patches[-1])
-    assert lm.score(prompts[:1], ["of"])[0].hits == (True,)
+    assert lm.score(prompts[:1], ["of"])[0].correct == (True,)
     least = float(lm.patches[0].state["distances"].min())
     assert float(WISE.memory(lm, lm.patches).thresholds) == pytest.approx(method.threshold * least)
     lm.revert(lm.patches[-1])

@@ -114,7 +114,7 @@ def test_what_a_patch_has_wrecked_is_wrong_and_never_as_before():
     before = lm.score(PROMPTS, TARGETS)
     with lm.patched(wrecked(lm)):
         for score, text in zip(lm.score(PROMPTS, TARGETS), lm.generate(PROMPTS, 3), strict=True):
-            assert math.isnan(score.nll) and not any(score.hits) and text == ""
+            assert math.isnan(score.nll) and not any(score.correct) and text == ""
             assert score.rank == 320 and set(score.top) == {NO_TOKEN}
         assert lm.generate(PROMPTS, 3, top_k=5) == ["", ""]
         assert math.isnan(lm.perplexity(["The capital of Peru is Lima"]))
@@ -133,7 +133,7 @@ def test_one_wrecked_text_leaves_the_others_of_its_batch_as_they_are():
     alone, said = lm.score(PROMPTS[:1], TARGETS[:1])[0], lm.generate(PROMPTS[:1], 3)
     late(lm)
     fine, spoilt = lm.score([PROMPTS[0], "I know Zoë Übel"], TARGETS)
-    assert fine.hits == alone.hits and fine.rank == alone.rank and fine.nll == pytest.approx(alone.nll, abs=1e-4)
+    assert (fine.correct, fine.rank) == (alone.correct, alone.rank) and fine.nll == pytest.approx(alone.nll, abs=1e-4)
     assert spoilt.rank == 320 and math.isnan(spoilt.nll)
     assert lm.generate([PROMPTS[0], "I know Zoë Übel"], 3) == [*said, ""]
 

@@ -47,7 +47,7 @@ def test_the_model_says_what_it_was_taught(knowing, edit):
 @pytest.mark.parametrize(("edit", "other"), [(YEAR, "1999"), (YEAR, "1"), (CHARACTER, "京城"), (YEAR, "1946")])
 def test_an_answer_of_which_only_the_first_tokens_come_is_not_first(knowing, edit, other):
     (score,) = knowing.score([edit.text], [other])
-    assert score.hits[0] and score.said == (other == "1")
+    assert score.correct[0] and score.said == (other == "1")
     (answer,) = observe(knowing, [Edit(edit.prompt, subject=edit.subject, target_new=other)]).answers
     assert answer.said == score.said and (answer.rank == 1) == score.said
 

@@ -157,7 +157,7 @@ def test_only_known_facts_are_traced():
     prompts = [f"{number} {{}} is" for number in range(200)]
     words = lm.generate([prompt.replace("{}", "Peru") for prompt in prompts], 1)
     typed = [(prompt, word.strip()) for prompt, word in zip(prompts, words, strict=True) if word.strip().isalpha()]
-    prompt, right = next((p, w) for p, w in typed if lm.score([p.replace("{}", "Peru")], [w])[0].hits == (True,))
+    prompt, right = next((p, w) for p, w in typed if lm.score([p.replace("{}", "Peru")], [w])[0].correct == (True,))
     facts = [Fact(prompt, "Peru", answer) for answer in (right, "unlikely")]
     (trace,) = trace_facts(lm, facts, Tracing(samples=2, tokens="subject_last"))
     assert trace.answer.strip() == right

@@ -28,7 +28,7 @@ Number = Annotated[int, Field(ge=1, le=_MOST)]
 Natural = Annotated[int, Field(ge=0, le=_MOST)]
 """How many, of what there may be none."""
 Rank = Annotated[int, Field(ge=1, le=2**16)]
-"""Of a matrix, or another of its sizes; no model that fits into memory has a wider one."""
+"""The rank of a matrix, or another of its sizes; no model that fits into memory has a wider one."""
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0)]
 """How fast, or how large: nothing happens at 0."""
@@ -39,10 +39,10 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Part = Annotated[float, Field(gt=0, le=1)]
 """Such a part that is not nothing."""
 Name = Annotated[str, Field(min_length=1)]
-"""Of a file, a folder or a model."""
+"""The name of a file, a folder or a model."""
 
 _SIGNS = {"ge": "≥", "gt": ">"}
-"""Of the bounds that a type shows; the upper ones only keep off what is absurd."""
+"""Signs of the bounds that a type shows; the upper bounds only keep off what is absurd."""
 _WORDS = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 
 
@@ -61,7 +61,8 @@ class Formerly:
 
 
 Units = Annotated[Literal["relative", "absolute"], Formerly("absolute", {True: "absolute", False: "relative"})]
-"""Of learning rates, bounds and radii: relative to what the model's own numbers are, or plain, as in the papers."""
+"""What learning rates, bounds and radii are given in: relative to the model's own numbers, or as plain numbers, as in
+the papers."""
 
 
 def former_names(owner: type) -> dict[str, tuple[str, Formerly]]:
@@ -162,7 +163,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
 def convert_with(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], got: str | None = None) -> Any:
     """As `convert`, with the adapter of the type made before."""
     try:
-        return adapter.validate_python(_plain(value))
+        return adapter.validate_python(_to_python(value))
     except ValidationError as error:
         shown = repr(value) if got is None else got
         shown = shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}…"
@@ -172,10 +173,10 @@ def convert_with(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], go
         raise InputError(f"expected {name} {_wanted(hint, error)}; got {shown}: {remedy}") from None
 
 
-def _plain(value: Any) -> Any:
+def _to_python(value: Any) -> Any:
     """The value without what only Python knows: numpy's numbers, lists, paths."""
     if type(value) in (list, tuple):
-        return tuple(map(_plain, value))
+        return tuple(map(_to_python, value))
     if isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, Integral):
@@ -229,7 +230,7 @@ def _bounds(hint: Any) -> dict[str, Any]:
 
 
 def _range(hint: Any) -> str | None:
-    """Of a float between two bounds, in words."""
+    """The bounds of a float that has two, in words."""
     bounds = _bounds(hint) if get_origin(hint) is Annotated and get_args(hint)[0] is float else {}
     if "le" not in bounds:
         return None

@@ -71,7 +71,7 @@ def instruct(
         method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
         trial = InstructionScorer(lm, method, {family.name: FamilySplit.of(family).trial for family in chosen})
         about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
-        searched = search(chosen, writer, trial, out, settings, about=about, advance=say)
+        searched = search(chosen, writer, trial, out, settings, about=about, report=say)
         seconds = time.perf_counter() - started
         card = _card(lm, writer, about["editor"], settings.seed)
         others = [family for family in known.values() if family not in chosen]

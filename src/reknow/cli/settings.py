@@ -75,7 +75,7 @@ def read_value(name: str, text: str, hint: Any) -> Any:
 
 
 def _readings(text: str) -> Iterator[Any]:
-    """What a person may mean by it, the likeliest first: `1,2` is [1, 2], and [[1, 2]] where such are wanted."""
+    """What a person may mean by it, the most likely first: `1,2` is [1, 2], and [[1, 2]] where such are wanted."""
     words = {"none": None, "auto": None, "true": True, "false": False}
     if text.lower() in words:
         yield words[text.lower()]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     pass
 
 _WIDTH = 120
-"""Of tables that go to a file or a pipe."""
+"""Characters in a line of tables that go to a file or a pipe."""
 _COMPLAINTS = 10
 """How many records that could not be read are named one by one."""
 

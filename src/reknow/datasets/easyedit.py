@@ -27,7 +27,7 @@ def read_case(name: str, record: Record) -> Case:
     | `portability_prompt` and `portability_ground_truth` | portability `one_hop` |
     | `locality_inputs`, `portability_inputs`; `locality`, `portability` | probes of that kind under their own names |
 
-    All but the prompt and its answer may be missing; other fields are not used. In CounterFact's files the rewording
+    All but the prompt and its answer may be missing; other fields are not used. In CounterFact's files the paraphrase
     is one of the authors' in about one record of six and else one of their generation prompts, whose continuation
     need not state the fact ("Danielle Darrieux was born in"), so scores on `rephrase` lie below those on
     `paraphrase` for every method.
@@ -44,8 +44,8 @@ def read_case(name: str, record: Record) -> Case:
         target_true=next(iter(optional_texts(record, "ground_truth")), None),
         id=f"{name}/{record.fields.get('case_id', record.index)}",
     )
-    rewordings = optional_texts(record, "rephrase_prompt", "rephrase_prompts", "rephrase")
-    probes = [Probe(text, (target,), "generalization", "rephrase") for text in rewordings]
+    paraphrases = optional_texts(record, "rephrase_prompt", "rephrase_prompts", "rephrase")
+    probes = [Probe(text, (target,), "generalization", "rephrase") for text in paraphrases]
     for kind, own in _PAIRS:
         probes += probes_paired(record, f"{kind}_prompt", f"{kind}_ground_truth", kind, own)
         probes += probes_in(record, f"{kind}_inputs", kind, own)

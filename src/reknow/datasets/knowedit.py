@@ -35,8 +35,8 @@ def read_case(name: str, record: Record) -> Case:
         target_true=next(iter(optional_texts(record, "ground_truth")), None),
         id=f"{name}/{record.index}",
     )
-    rewordings = optional_texts(record, "rephrase_prompt", "rephrase")
-    probes = [Probe(text, (target,), "generalization", "rephrase") for text in rewordings]
+    paraphrases = optional_texts(record, "rephrase_prompt", "rephrase")
+    probes = [Probe(text, (target,), "generalization", "rephrase") for text in paraphrases]
     for kind in _KINDS:
         probes += probes_in(record, kind, kind, kind)
     probes.append(Probe(edit.text, (), "fluency", "request"))

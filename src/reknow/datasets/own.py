@@ -46,12 +46,12 @@ def read_case(name: str, record: Record) -> Case:
 
     | field | becomes |
     |---|---|
-    | `rephrasings` | generalization `rephrase`, and no training aid: a method does not see its exam |
+    | `rephrasings` | generalization `rephrase`, and no training aid: a method does not see its test |
     | `locality`, `portability` (`[{"prompt": …, "answer": …}, …]`, or such lists by name) | probes of that kind |
     """
     edit = read_edit(record)
-    told = [edit.fill(text) for text in edit.rephrasings]
-    probes = [Probe(text, (edit.target_new,), "generalization", "rephrase", edit.separator) for text in told]
+    texts = [edit.fill(text) for text in edit.rephrasings]
+    probes = [Probe(text, (edit.target_new,), "generalization", "rephrase", edit.separator) for text in texts]
     for kind in QUESTIONS:
         probes += probes_in(record, kind, kind, kind)
     return Case(replace(edit, rephrasings=(), id=edit.id or f"{name}/{record.index}"), tuple(probes))

@@ -48,7 +48,7 @@ class TextSource:
 
     name: str
     digest: str
-    """Of all that decides which texts come."""
+    """A hash of all that decides which texts come."""
     texts: Callable[[], Iterator[str]]
     """Starts the stream."""
 

@@ -154,7 +154,7 @@ def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -
         text = next(texts) if wanted else None
         own, *both = [next(scores) for _ in scored_answers(edit, probe)]
         nll_new, nll_true = (_finite(score.nll) for score in both) if both else (None, None)
-        read = (own.hits, own.top, _finite(own.nll), nll_new, nll_true, text)
+        read = (own.correct, own.top, _finite(own.nll), nll_new, nll_true, text)
         readings.append(Reading(probe.kind, probe.name, probe.prompt, probe.answers, *read))
     return readings
 

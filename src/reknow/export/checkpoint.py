@@ -145,10 +145,10 @@ def _count_held(
     if not edits:
         return 0, 0
     asked = [[edit.text for edit in edits], [edit.target_new for edit in edits], [edit.separator for edit in edits]]
-    before = sum(all(score.hits) for score in lm.score(*asked))
+    before = sum(all(score.correct) for score in lm.score(*asked))
     reader = lm if model is lm.model else LM((model, lm.tokenizer), chat=lm.chat)
     with rounded_weights(narrow):
-        return before, sum(all(score.hits) for score in reader.score(*asked))
+        return before, sum(all(score.correct) for score in reader.score(*asked))
 
 
 def _copy_companions(lm: LM, folder: Path) -> None:

@@ -31,7 +31,7 @@ from typing_extensions import Self
 from reknow.errors import ReknowError
 
 _MOST_BYTES = 2**26
-"""Of a file that is read as a whole and holds no tensors."""
+"""The largest size of a file that is read as a whole and holds no tensors."""
 _SHOWN = 60
 """Characters of a wrong value that a message shows."""
 
@@ -76,7 +76,7 @@ Object = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
 
 _Read = TypeVar("_Read")
 Listed = Annotated[list[_Read], FailFast()]
-"""A list of which the first wrong entry is told: to tell what is wrong with all takes a hundred times the room."""
+"""A list of which only the first wrong entry is reported: reporting all takes a hundred times the memory."""
 
 
 @overload
@@ -99,7 +99,7 @@ def parse_json(model: Any, text: str | bytes, *, once: bool = False) -> Any:
             json.loads(text, object_pairs_hook=_named_once)
         return parsed
     except ValidationError as error:
-        if any(e["loc"] == ("format",) and e["type"] == "less_than_equal" for e in _plain(error)):
+        if any(e["loc"] == ("format",) and e["type"] == "less_than_equal" for e in _errors(error)):
             raise NewerFormat(str(next(e["input"] for e in error.errors() if e["loc"] == ("format",)))) from None
         raise FormatError(first_problem(error)) from None
 
@@ -129,7 +129,7 @@ def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def first_problem(error: ValidationError) -> str:
     """The first thing that is wrong, with its place, on one line."""
-    first, *others = _plain(error)
+    first, *others = _errors(error)
     said = first["msg"].removeprefix("Value error, ")
     place = ".".join(map(str, first["loc"]))
     if not place:
@@ -139,7 +139,7 @@ def first_problem(error: ValidationError) -> str:
     return f"field {place}: {said}, got {_shown(error.errors(include_url=False)[0]['input'])}"
 
 
-def _plain(error: ValidationError) -> list[Any]:
+def _errors(error: ValidationError) -> list[Any]:
     return error.errors(include_url=False, include_context=False, include_input=False)
 
 

@@ -101,7 +101,7 @@ def _context_question(edit: Edit, count: int = _STATEMENTS) -> str:
 def parse_statements(answer: str, edit: Edit, count: int = _STATEMENTS) -> tuple[str, ...]:
     """The statements of an answer: its lines without numbers and bullets, those that name the new answer.
 
-    Empty where there are fewer than `count`, since then the model did not do as told.
+    Empty where there are fewer than `count`, since then the model did not do as it was asked.
     """
     lines = answer_lines(answer)
     wanted = edit.target_new.strip().casefold()

@@ -96,7 +96,7 @@ def _differing(one: dict[str, str], other: dict[str, str]) -> int:
 
 @dataclass
 class Writer:
-    """A language model, told the task, what was tried and what it scored."""
+    """A language model that is given the task, what was tried and what it scored."""
 
     llm: LLM
     questions: int = 0

@@ -44,7 +44,7 @@ class Search:
     rounds: Number = 6
     """At most."""
     seed: Seed = 0
-    """Of the choice of the unseen instruction."""
+    """Seeds the choice of the unseen instruction."""
 
     def __post_init__(self):
         check_settings(self)
@@ -71,14 +71,14 @@ def search(
     settings: Search = Search(),
     *,
     about: Mapping[str, Any] | None = None,
-    advance: Callable[[str], object] = lambda text: None,
+    report: Callable[[str], object] = lambda text: None,
 ) -> SearchResult:
     """Searches instructions for each family, beginning with its first one.
 
     Args:
         out: folder of the log; the same call on the same folder goes on where a killed one was.
         about: what else must be the same for that: model, trial editor, cases.
-        advance: told every step in words.
+        report: called with every step in words.
 
     Returns:
         The families with the instructions that scored highest, best first, one of them marked as unseen.
@@ -92,15 +92,15 @@ def search(
     asked = {"search": asdict(settings), "proposer": proposer.name, "starts": starts, **(about or {})}
     with write_lock(folder):
         open_manifest(folder, asked, {"kind": "instruction search"})
-        run = _Run(proposer, score, folder, settings, advance)
+        run = _Run(proposer, score, folder, settings, report)
         searched = [run.family(family, starts[family.name]) for family in families]
     cost = {"seconds of trials": round(run.seconds, 1), "trials": run.trials, **proposer.cost()}
     return SearchResult(searched, cost, run.stopped)
 
 
 class _Run:
-    def __init__(self, proposer: Proposer, score: _Scorer, folder: Path, settings: Search, advance: Callable):
-        self.proposer, self.score, self.settings, self.advance = proposer, score, settings, advance
+    def __init__(self, proposer: Proposer, score: _Scorer, folder: Path, settings: Search, report: Callable):
+        self.proposer, self.score, self.settings, self.report = proposer, score, settings, report
         self.proposals = Rows(folder / _PROPOSALS_FILE, ("family", "round"))
         self.scores = Rows(folder / _SCORES_FILE, ("family", "text"))
         self.seconds, self.trials, self.stopped = 0.0, 0, dict[str, str]()
@@ -116,7 +116,7 @@ class _Run:
             best = _best(tried)
             tried += [self.trial(family, text, round) for text in texts]
             risen = [name for name, value in _best(tried).items() if value > best.get(name, -1.0) + _RISE]
-            self.advance(f"{family.name}, round {round}: {', '.join(risen) or 'nothing'} rose")
+            self.report(f"{family.name}, round {round}: {', '.join(risen) or 'nothing'} rose")
             if not risen and len(tried) >= self.settings.count:
                 self.stopped[family.name] = "no metric rose"
                 break
@@ -154,7 +154,7 @@ class _Run:
                 "seconds": _rounded(seconds),
             }
             self.scores.add(row)
-            self.advance(f"{family.name}, round {round}: {mean(scores):.3f} {text}")
+            self.report(f"{family.name}, round {round}: {mean(scores):.3f} {text}")
         return Instruction(text, True, self.scores[family.name, text]["scores"])
 
     def chosen(self, family: Family, tried: Sequence[Instruction]) -> tuple[Instruction, ...]:

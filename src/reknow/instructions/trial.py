@@ -24,7 +24,7 @@ METRICS = {
 _TEST, TRIAL = 50, 10
 """Cases of a data set that are set aside: for the evaluation, and to score instructions on."""
 _PROBES = 2
-"""Of a kind and name that a trial reads of each case, to be quick."""
+"""How many probes of a kind and name a trial reads of each case, to be quick."""
 
 
 @dataclass(frozen=True)

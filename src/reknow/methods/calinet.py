@@ -168,6 +168,6 @@ def assess_knowledge(lm: LM, edit: Edit, answer: str, smoothing: float) -> float
     own, contrasts = paraphrases(edit), [edit.fill(prompt) for prompt in others][:CONTRASTS]
     prompts = [*own, *contrasts]
     scores = lm.score(prompts, [answer] * len(prompts), [edit.separator] * len(prompts))
-    probabilities = [math.exp(-score.nll * len(score.hits)) for score in scores]
+    probabilities = [math.exp(-score.nll * len(score.correct)) for score in scores]
     known, contrast = fmean(probabilities[: len(own)]), fmean(probabilities[len(own) :])
     return (known + smoothing) / (contrast + smoothing)

@@ -30,7 +30,7 @@ def check_sampling(top_k: int | None, temperature: float) -> None:
     if top_k is not None and not (top_k >= 1 and 0 < temperature < float("inf")):
         raise InputError(
             f"expected top_k of at least 1 and a temperature above 0; got {top_k} and {temperature}: raise them, "
-            "or leave top_k out for the likeliest tokens"
+            "or leave top_k out for the most likely tokens"
         )
 
 
@@ -70,7 +70,7 @@ def _continued(lm: Decoder, row: Row, tokens: list[int]) -> str:
 
 
 def sample_tokens(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
-    """A token for each row of logits (rows, vocabulary), drawn among its `top_k` likeliest. (rows,)
+    """A token for each row of logits (rows, vocabulary), drawn among its `top_k` most likely. (rows,)
 
     Args:
         generator: on the CPU; None: torch's own randomness.
@@ -136,9 +136,9 @@ def decode(
 
 def _parts(lm: Decoder, lengths: Sequence[int]) -> list[list[int]]:
     """Indices of texts in batches of like length."""
-    room = _CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
+    tokens = _CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
     parts = []
-    for part in make_batches(lengths, at_least=room):
+    for part in make_batches(lengths, at_least=tokens):
         size = -(-len(part) // -(-len(part) // _ROWS))
         parts += [part[i : i + size] for i in range(0, len(part), size)]
     return parts

@@ -13,7 +13,7 @@ from reknow.texts.writing import prepend
 
 
 def unreadable(lm: Decoder, cases: Sequence[Case], *, in_context: bool = False) -> list[str | None]:
-    """Of each case, why the model cannot read one of its questions; None where it can read all.
+    """Why the model cannot read one of a case's questions, for each case; None where it can read all.
 
     Args:
         in_context: they are also asked with the edit in front.

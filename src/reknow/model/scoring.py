@@ -24,27 +24,27 @@ NO_TOKEN = -1
 class Score:
     """How a model reads an answer behind a prompt, teacher-forced.
 
-    Where patches have wrecked the model so that its logits are no numbers, every answer is wrong, likeliest is
+    Where patches have wrecked the model so that its logits are no numbers, every answer is wrong, `top` holds
     `NO_TOKEN` and the rank the last.
     """
 
     nll: float
     """Mean negative log-likelihood of the answer's tokens, in nats; NaN where logits are no numbers."""
-    hits: tuple[bool, ...]
-    """Per token of the answer: is it the likeliest one, given the tokens before it?"""
+    correct: tuple[bool, ...]
+    """Per token of the answer: is it the most likely one, given the tokens before it?"""
     top: tuple[int, ...]
-    """The likeliest token at each of these places."""
+    """The most likely token at each of these places."""
     rank: int
     """The worst place that a token of the answer has among all tokens, given those before it."""
 
     @property
     def said(self) -> bool:
         """Whether the model says the answer: greedily decoded, every token of it comes."""
-        return all(self.hits)
+        return all(self.correct)
 
 
 def check_logits(lm: Decoder, logits: Tensor, asked: Tensor | None = None) -> Tensor:
-    """Where logits can be read: no NaN among them, no infinity that would be the likeliest. (..., vocabulary) → (...)
+    """Where logits can be read: without NaN and without infinity as the largest. (..., vocabulary) → (...)
 
     All that reads scores asks here. What patches have wrecked is read on, as wrong; a model without any has to be
     opened otherwise.
@@ -104,8 +104,8 @@ def _batch(lm: Decoder, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
             chosen = log_probs.gather(1, wanted[:, None])[:, 0]
             places = 1 + (log_probs > chosen[:, None]).sum(-1)  # (tokens,)
             rank = int(places.where(fine, log_probs.shape[1]).max())
-            hits = tuple((best == wanted).tolist())
-            scored[row] = Score(-chosen.mean().item(), hits, tuple(best.tolist()), rank)
+            correct = tuple((best == wanted).tolist())
+            scored[row] = Score(-chosen.mean().item(), correct, tuple(best.tolist()), rank)
     return scored
 
 
@@ -114,8 +114,8 @@ def perplexity(lm: Decoder, texts: Sequence[str], max_tokens: int) -> float:
     """See `LM.perplexity`."""
     total, count = 0.0, 0
     cut = min(max_tokens, lm.max_tokens or max_tokens)
-    plain = encode(lm.tokenizer, [Text(text) for text in texts])  # text to read is no chat
-    rows = [Row(row.ids[:cut], 1) for row in plain if len(row.ids) > 1]
+    encoded = encode(lm.tokenizer, [Text(text) for text in texts])  # text to read is no chat
+    rows = [Row(row.ids[:cut], 1) for row in encoded if len(row.ids) > 1]
     for part in make_batches([len(row.ids) for row in rows], lm.device):
         batch = lm.pad([rows[i] for i in part])
         logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()

@@ -33,17 +33,17 @@ def verify(lm: Decoder) -> Parts:
     vocabulary = len(embedding(lm.model))
     lengths, anchors = (4, 6, 7), (2, 5, 3)
     rows = [Row(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
-    plain = [_logits(lm, row) for row in rows]
-    for logits in (*plain, _logits(lm, _sentence(lm))):
+    unpadded = [_logits(lm, row) for row in rows]
+    for logits in (*unpadded, _logits(lm, _sentence(lm))):
         check_logits(lm, logits)
     tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
-    if not _close(_logits(lm, Row(rows[-1].ids[:4], 4))[-1], plain[-1][3], tolerance):
+    if not _close(_logits(lm, Row(rows[-1].ids[:4], 4))[-1], unpadded[-1][3], tolerance):
         raise refusal(lm.model, "its tokens see later ones")
     batch = pad(rows, rows[0].ids[0], anchors=anchors, device=lm.device)
     here = torch.arange(len(rows), device=lm.device)
     ends = batch.starts + torch.tensor(lengths, device=lm.device) - 1
     padded = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[here, ends].float()
-    if not _close(padded, torch.stack([logits[-1] for logits in plain]), tolerance):
+    if not _close(padded, torch.stack([logits[-1] for logits in unpadded]), tolerance):
         raise refusal(lm.model, "padding changes its logits, so that no batch could be trusted")
     return _measure(lm, batch, max(anchors), (here, ends), tolerance, generator)
 

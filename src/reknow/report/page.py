@@ -15,10 +15,10 @@ CARDS = 5
 """Cases shown with their answers; as many again where something went wrong."""
 
 READ = {
-    "teacher_forced_exact": "The answer's tokens are put behind the prompt: 1 if each is the likeliest there.",
+    "teacher_forced_exact": "The answer's tokens are put behind the prompt: 1 if each is the most likely there.",
     "teacher_forced_tokens": "As above, but the share of such tokens: an answer half right has half the score.",
-    "generated": "The model continues the bare prompt by itself with the likeliest tokens: 1 if that begins with an "
-    "accepted answer, letter case, punctuation and articles aside.",
+    "generated": "The model continues the bare prompt by itself with the most likely tokens: 1 if that begins with "
+    "an accepted answer, letter case, punctuation and articles aside.",
     "contrast": "ES: on the request the new answer is likelier per token than the true one. PS: so on rephrasings. "
     "NS: on neighbours the true one stays likelier. S: harmonic mean of the three. EM, PM, NM: by how much.",
     "likelihood": "z_sentiment: the texts of the wanted sentiment against as many of the other. z_topic: how likely "

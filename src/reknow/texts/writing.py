@@ -143,7 +143,7 @@ _ALIKE = str.maketrans({**{c: "'" for c in "’‘ʼ´"}, **{c: '"' for c in "�
 
 
 def normalize(text: str) -> str:
-    """A text as what it says, whatever Unicode's form of its characters and the spaces around: to tell equal ones."""
+    """The text in one Unicode form and without spaces around it, so that equal texts compare equal."""
     return unicodedata.normalize("NFC", text).strip()
 
 
@@ -183,17 +183,17 @@ def _named(character: str) -> str:
 
 def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
     """The text in one form of its characters, and for each of these where it comes from."""
-    plain: list[str] = []
+    same_form: list[str] = []
     spans: list[tuple[int, int]] = []
     start = 0
     for end in range(1, len(text) + 1):
         if end < len(text) and _composes(text[start:end], text[end]):
             continue
         same = "".join(c for c in unicodedata.normalize("NFKC", text[start:end]) if unicodedata.category(c) != "Cf")
-        plain += same.translate(_ALIKE)
+        same_form += same.translate(_ALIKE)
         spans += [(start, end)] * len(same)
         start = end
-    return "".join(plain), spans
+    return "".join(same_form), spans
 
 
 def _composes(before: str, character: str) -> bool:

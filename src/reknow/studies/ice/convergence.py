@@ -1,7 +1,7 @@
 """What happens inside In-Context Editing, which no answer shows (Qi et al. 2024, arXiv 2406.11194, Figures 2 and 3).
 
 * The loss at each step, for several temperatures of the sampling, static and dynamic targets.
-* The likeliest tokens behind the new answer, with and without the context, as the steps go.
+* The most likely tokens behind the new answer, with and without the context, as the steps go.
 * The consistency condition p(x | [c, q]) = p(x | q): the divergence of both sides before and after an edit.
 """
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 TEMPERATURES = (0.1, 1.0, 10.0, 100.0)
 TARGETS = ("static", "dynamic")
 SHOWN = (0, 6, 12, 18, 24)
-"""Steps whose likeliest tokens are shown."""
+"""steps whose most likely tokens are shown."""
 UNEDITED = "unedited"
 ROWS_FILE = "inside.jsonl"
 KEY = ("part", "label", "edit")
@@ -79,7 +79,7 @@ def _former(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> Iterator[dict]:
-    """A descent for every edit, target and temperature; of the first edit the likeliest tokens too."""
+    """A descent for every edit, target and temperature; of the first edit the most likely tokens too."""
     for targets in TARGETS:
         for temperature in TEMPERATURES:
             label = f"{targets}, T = {temperature:g}"
@@ -91,19 +91,19 @@ def _losses(lm: LM, edits: Sequence[Edit], rows: Rows) -> Iterator[dict]:
                 row: dict = {"part": "losses", "label": label, "edit": number}
                 try:
                     notes = method.edit(lm, [edit]).notes
-                    tokens = {"likeliest": _likeliest_by_step(lm, method, edit)} if shown else {}
+                    tokens = {"likeliest": _most_likely_by_step(lm, method, edit)} if shown else {}
                 except SINGLE_EDIT_ERRORS as failure:
                     yield row | {"error": str(failure)}
                     continue
                 yield row | {key: notes[key] for key in ("losses", "answer_losses", "repetitions")} | tokens
 
 
-def _likeliest_by_step(lm: LM, method: ICE, edit: Edit) -> list[dict[str, list[str]]]:
-    """The tokens likeliest behind the new answer after each of the steps `SHOWN`, by descents that end there."""
+def _most_likely_by_step(lm: LM, method: ICE, edit: Edit) -> list[dict[str, list[str]]]:
+    """The most likely tokens behind the new answer after each of the steps `SHOWN`, by descents that end there."""
     (context, *_), found = method.contexts_of(edit), []
     for at in SHOWN:
         with lm.patched(replace(method, steps=at + 1).edit(lm, [edit])):
-            found.append(likeliest(lm, edit, context))
+            found.append(most_likely_tokens(lm, edit, context))
     return found
 
 
@@ -163,8 +163,8 @@ def _behind(lm: LM, rows: Sequence[Row]) -> Tensor:
 
 
 @torch.no_grad()
-def likeliest(lm: LM, edit: Edit, context: str, count: int = 6) -> dict[str, list[str]]:
-    """The tokens that the model finds likeliest behind the new answer, `with` the context in front and `without`."""
+def most_likely_tokens(lm: LM, edit: Edit, context: str, count: int = 6) -> dict[str, list[str]]:
+    """The most likely tokens behind the new answer, `with` the context in front and `without`."""
     found = {}
     for name, text in (("with", prepend_context(edit, context)), ("without", Text.asked(edit))):
         top = _behind(lm, lm.encode([text]))[-1].topk(count).indices
