@@ -142,7 +142,12 @@ class FactBatch:
         """Finds what is scored in the padded rows."""
         facts, device = self._rows, self.weights.device
         prompts, self.facts = [row for fact in facts for row in fact[:-1]], len(facts)
-        scored = [(r, c, t, w) for r, row in enumerate(prompts) for c, t, w in _predictions(row)]
+        # Per token of a target: its row, the place that predicts it, the token, and its share in the row's mean.
+        scored = [
+            (number, row.prompt_length - 1 + i, token, 1 / len(row.target_ids))
+            for number, row in enumerate(prompts)
+            for i, token in enumerate(row.target_ids)
+        ]
         columns = [torch.tensor(column, device=device) for column in zip(*scored, strict=True)]
         self._scored_rows, places, self._targets, self._shares = columns
         every = torch.arange(len(facts), device=device)
@@ -197,12 +202,6 @@ class FactBatch:
         )
         lowest = probability.view(self.facts, -1).min(1).values
         return Scores(nll, kl_prompt.log_softmax(-1), lowest, missed == 0)
-
-
-def _predictions(row: Row) -> list[tuple[int, int, float]]:
-    """(index of the token that predicts, token predicted, 1 / tokens of the target) of a row's target."""
-    wanted = row.target_ids
-    return [(row.prompt_length - 1 + i, token, 1 / len(wanted)) for i, token in enumerate(wanted)]
 
 
 def split_contexts(lm: LM, facts: list[list[Row]], weights: Tensor, layer: int, batches: int) -> list[FactBatch]:

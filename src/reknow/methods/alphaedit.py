@@ -98,10 +98,7 @@ class AlphaEdit(SearchSettings):
 
     def _keys_side(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
-        name = f"keys.{lm.parts.value[layer]}"
-        past = [
-            patch.state[name] for patch in self._earlier_patches(lm) if name in patch.state
-        ]  # each (its facts, in)
+        past = self._earlier(lm, f"keys.{lm.parts.value[layer]}")  # each (its facts, in)
         return least_squares(
             self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold),
             keys,
@@ -112,16 +109,17 @@ class AlphaEdit(SearchSettings):
         )
 
     @staticmethod
-    def _earlier_patches(lm: LM) -> list[Patch]:
-        """The applied patches of this method and its variant."""
-        return [patch for patch in lm.patches if patch.method in ("alphaedit", "alphaedit-blue")]
+    def _earlier(lm: LM, name: str) -> list[Tensor]:
+        """What the applied patches of this method and its variant keep under the name."""
+        made = [patch.state for patch in lm.patches if patch.method in ("alphaedit", "alphaedit-blue")]
+        return [state[name] for state in made if name in state]
 
     def _wanted_states(self, lm: LM, found: Values, layer: int, state: dict[str, Tensor]) -> Tensor:
         """z, with NAS if asked for; the reference norm is passed on from patch to patch. (facts, hidden)"""
         if not self.norm_anchor:
             return exact(found.z)
         name = f"anchor.{lm.parts.value[layer]}"
-        known = [patch.state[name] for patch in self._earlier_patches(lm) if name in patch.state]
+        known = self._earlier(lm, name)
         z, anchor = anchor_states(found, known[0] if known else None)
         state[name] = anchor.float()
         return z

@@ -181,7 +181,25 @@ def trace_prompt(lm: LM, prompt: str, subject: str, std: float, settings: Tracin
         )
     (row,) = lm.encode([Text.of(prompt, subject)])
     lm.check_length([row])
-    return _trace_row(lm, fill(prompt, subject), row, std, settings or Tracing())
+    settings = settings or Tracing()
+    assert row.subject_first is not None and row.subject_last is not None
+    place = (row.subject_first, row.subject_last + 1)
+    generator = torch.Generator().manual_seed(settings.seed)
+    size = (settings.samples, place[1] - place[0], embedding(lm.model).shape[1])
+    answer = read_answer(lm, row)
+    runs = Prompt(lm, row, torch.randn(size, generator=generator) * std * settings.noise, answer)
+    window = settings.window_of(lm.layers)
+    columns = range(len(row.ids)) if settings.tokens == "all" else [row.subject_last]
+    return Trace(
+        prompt=fill(prompt, subject),
+        tokens=tuple(lm.tokenizer.decode([token]) for token in row.ids),
+        subject=place,
+        answer=lm.tokenizer.decode(answer),
+        clean=runs.probability,
+        corrupted=runs.corrupted_probability,
+        restored=measure_restorations(runs, lm.layers, settings.kinds, window, columns),
+        window=window,
+    )
 
 
 @typed
@@ -197,27 +215,6 @@ def trace_facts(
     log.info("%d of %d facts are known and traced", len(known), len(facts))
     for fact in known:
         yield trace_prompt(lm, fact.prompt, fact.subject, std, settings)
-
-
-def _trace_row(lm: LM, text: str, row: Row, std: float, settings: Tracing) -> Trace:
-    assert row.subject_first is not None and row.subject_last is not None
-    subject = (row.subject_first, row.subject_last + 1)
-    generator = torch.Generator().manual_seed(settings.seed)
-    size = (settings.samples, subject[1] - subject[0], embedding(lm.model).shape[1])
-    answer = read_answer(lm, row)
-    prompt = Prompt(lm, row, torch.randn(size, generator=generator) * std * settings.noise, answer)
-    window = settings.window_of(lm.layers)
-    columns = range(len(row.ids)) if settings.tokens == "all" else [row.subject_last]
-    return Trace(
-        prompt=text,
-        tokens=tuple(lm.tokenizer.decode([token]) for token in row.ids),
-        subject=subject,
-        answer=lm.tokenizer.decode(answer),
-        clean=prompt.probability,
-        corrupted=prompt.corrupted_probability,
-        restored=measure_restorations(prompt, lm.layers, settings.kinds, window, columns),
-        window=window,
-    )
 
 
 def read_answer(lm: LM, row: Row) -> list[int]:
