@@ -8,8 +8,8 @@ the network reads its factors, one input u and one output gradient δ per token,
     W ← W − α Σ_tokens δ̃ ũᵀ                        trained on c_e · L_edit + L_loc                     (§3, Alg. 1)
 
 Matrices of one shape share the network; s, o and the step size α are each matrix's own. L_edit: NLL of the answer on
-the edit's prompt and on a rewording; L_loc: KL between the model before and after on other facts. The network and its
-training step are in `reknow.learning.gradient_network`, since InstructEdit has the same.
+the edit's prompt and on a paraphrase; L_loc: KL between the model before and after on other facts. The network and
+its training step are in `reknow.learning.gradient_network`, since InstructEdit has the same.
 """
 
 from __future__ import annotations
