@@ -106,7 +106,7 @@ def test_edits_together_are_edits_one_by_one():
         lm.apply(method.edit(lm, [one]))
     a, b = GRACE.memory(lm, [batch]).book, GRACE.memory(lm, lm.patches).book
     assert torch.allclose(a.keys, b.keys, atol=1e-4) and torch.allclose(a.values, b.values, atol=1e-2)
-    assert a.labels == b.labels
+    assert a.answers == b.answers
 
 
 def test_one_memory_has_one_place():

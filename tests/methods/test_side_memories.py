@@ -70,7 +70,7 @@ def test_clusters_join_split_and_forget():
     assert split.radius == pytest.approx(0.5, abs=1e-4) and other.radius == pytest.approx(0.5, abs=1e-4)
     assert split.members == [], "both of its keys lie 0.9 from the centre, and are forgotten"
     table.insert(torch.tensor([0.9, 1.0]), a, 4, radius=1.0, scale=1.0)
-    assert other is not table.clusters[2] and table.clusters[2].label == a and table.clusters[2].members[0][1] == 4
+    assert other is not table.clusters[2] and table.clusters[2].answer == a and table.clusters[2].members[0][1] == 4
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ by GRACE's Algorithm 1, see `placement`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import Literal
 
@@ -20,7 +20,7 @@ from reknow.patching.patches import Patch
 
 __all__ = ["Clusters", "Codebook"]
 
-Label = tuple[int, ...]
+Answer = tuple[int, ...]
 """Tokens of an edit's answer."""
 
 EPSILON = 1e-5
@@ -37,7 +37,7 @@ def placement(
     Args:
         distance: to the nearest stored key.
         reach: radius of a new key plus that of the stored one.
-        same_answer: whether both have the same label.
+        same_answer: whether both have the same answer.
         scale: `reknow.memories.distances.distance_scale`.
 
     Returns:
@@ -58,7 +58,7 @@ class Codebook:
     keys: Tensor  # (keys, in), float32
     values: Tensor  # (keys, out), float32
     radii: Tensor  # (keys,)
-    labels: list[Label]
+    answers: list[Answer]
     changed: set[int] = field(default_factory=set)
     """Keys that were added or changed since the table was made."""
     untrained: set[int] = field(default_factory=set)
@@ -90,8 +90,8 @@ class Codebook:
         keys, values, radii = (
             torch.cat([patch.state[name] for patch in patches])[newest].to(device) for name in names
         )
-        labels = [tuple(label) for patch in patches for label in patch.memory["labels"]]
-        return cls(keys, values, radii, [labels[i] for i in newest])
+        answers = [tuple(answer) for patch in patches for answer in patch.memory["labels"]]
+        return cls(keys, values, radii, [answers[i] for i in newest])
 
     def nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(distance to the nearest key, its number) of each query (n, in)."""
@@ -99,33 +99,33 @@ class Codebook:
         nearest = torch.cdist(queries.float(), self.keys, compute_mode=mode).min(1)
         return nearest.values, nearest.indices
 
-    def insert(self, key: Tensor, label: Label, radius: float, scale: float) -> int:
+    def insert(self, key: Tensor, answer: Answer, radius: float, scale: float) -> int:
         """Places an edit; gives the number of the key that has its value. See `placement`. key: (in,)"""
-        if not self.labels:
-            return self._add(key, radius, label)
+        if not self.answers:
+            return self._add(key, radius, answer)
         distances, slots = self.nearest(key[None])
         distance, slot = float(distances), int(slots)
         old = float(self.radii[slot])
-        match placement(distance, radius + old, label == self.labels[slot], scale):
+        match placement(distance, radius + old, answer == self.answers[slot], scale):
             case "add":
-                return self._add(key, radius, label)
+                return self._add(key, radius, answer)
             case "join":  # rounding must not put the prompt outside of what was widened for it
                 self._change(slot, max(distance + EPSILON * scale, old))
             case "replace":
                 self._change(slot, old)
-                self.labels[slot] = label
+                self.answers[slot] = answer
                 self.untrained.add(slot)
             case "split":
                 self._change(slot, distance / 2 - EPSILON * scale)
-                return self._add(key, distance / 2, label)
+                return self._add(key, distance / 2, answer)
         return slot
 
-    def _add(self, key: Tensor, radius: float, label: Label) -> int:
-        slot = len(self.labels)
+    def _add(self, key: Tensor, radius: float, answer: Answer) -> int:
+        slot = len(self.answers)
         self.keys = torch.cat([self.keys, key[None]])
         self.values = torch.cat([self.values, self.values.new_zeros(1, self.values.shape[1])])
         self.radii = torch.cat([self.radii, self.radii.new_tensor([radius])])
-        self.labels.append(label)
+        self.answers.append(answer)
         self.changed.add(slot)
         self.untrained.add(slot)
         return slot
@@ -141,7 +141,7 @@ class Cluster:
 
     centre: Tensor  # (in,), the mean of the keys
     radius: float
-    label: Label
+    answer: Answer
     members: list[tuple[Tensor, int]]
     """Key (in,) and LoRA block of each edit in it."""
 
@@ -152,16 +152,16 @@ class Clusters:
 
     clusters: list[Cluster] = field(default_factory=list)
 
-    def insert(self, key: Tensor, label: Label, block: int, radius: float, scale: float) -> None:
+    def insert(self, key: Tensor, answer: Answer, block: int, radius: float, scale: float) -> None:
         """Places an edit; see `placement`. key: (in,)"""
-        new = Cluster(key, radius, label, [(key, block)])
+        new = Cluster(key, radius, answer, [(key, block)])
         if not self.clusters:
             self.clusters.append(new)
             return
         distances = _distances(torch.stack([cluster.centre for cluster in self.clusters]), key)
         nearest = int(distances.argmin())
         distance, cluster = float(distances[nearest]), self.clusters[nearest]
-        match placement(distance, radius + cluster.radius, label == cluster.label, scale):
+        match placement(distance, radius + cluster.radius, answer == cluster.answer, scale):
             case "add":
                 self.clusters.append(new)
             case "join":
@@ -170,7 +170,7 @@ class Clusters:
                 cluster.centre = keys.mean(0)
                 cluster.radius = max(float(_distances(keys, cluster.centre).max()), radius)
             case "replace":
-                self.clusters[nearest] = Cluster(key, cluster.radius, label, [(key, block)])
+                self.clusters[nearest] = Cluster(key, cluster.radius, answer, [(key, block)])
             case "split":
                 cluster.radius, new.radius = distance / 2 - EPSILON * scale, distance / 2 + EPSILON * scale
                 self.clusters.append(new)
@@ -185,14 +185,6 @@ class Clusters:
             return -1
         keys = torch.stack([key for key, _ in cluster.members])
         return cluster.members[int(_distances(keys, query).argmin())][1]
-
-    def to(self, device: torch.device) -> Clusters:
-        return Clusters(
-            [
-                replace(c, centre=c.centre.to(device), members=[(key.to(device), block) for key, block in c.members])
-                for c in self.clusters
-            ]
-        )
 
 
 def _distances(keys: Tensor, query: Tensor) -> Tensor:

@@ -68,8 +68,8 @@ def fit_demonstrations(lm: LM, texts: Sequence[str], question: str, answer_token
     """The last of these texts, as many as leave positions for the question and an answer of so many tokens."""
     if lm.max_tokens is None or not texts:
         return list(texts)
-    *encoded, asked = lm.tokenizer([*texts, question], add_special_tokens=True)["input_ids"]
-    left = lm.max_tokens - answer_tokens - len(asked)
+    *encoded, question_ids = lm.tokenizer([*texts, question], add_special_tokens=True)["input_ids"]
+    left = lm.max_tokens - answer_tokens - len(question_ids)
     fitting: list[str] = []
     for text, ids in zip(reversed(texts), reversed(encoded), strict=True):
         left -= len(ids)

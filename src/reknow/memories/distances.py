@@ -46,8 +46,8 @@ def distance_scale(lm: LM, layer: int) -> float:
 def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
     """The module's input and output at each prompt's last token. (rows, in), (rows, out), float32"""
     prompts = [Row(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
-    found = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
-    return found[module].float(), found[f"{module}:out"].float()
+    states = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
+    return states[module].float(), states[f"{module}:out"].float()
 
 
 @torch.no_grad()

@@ -50,20 +50,20 @@ class EditMemory:
                 f"{self._method.encoder} and {self._method.counterfactual}: put those back"
             )
         self.edits: list[Edit] = []
-        owners: list[Tensor] = []
+        edit_of: list[Tensor] = []  # the edit of each key
         for patch, method in zip(patches, methods, strict=True):
             own, known = patch.state["owners"], len(self.edits)
             whole = own.unique().tolist() == list(range(len(patch.edits)))
             if not whole or method.difference(self._method) or any(i >= known for i in patch.memory["replaces"]):
                 raise PatchError(f"expected versions of one memory; {patch.label} is of another: make the edit again")
-            owners.append(own + known)
+            edit_of.append(own + known)
             self.edits += patch.edits
         replaced = {i for patch in patches for i in patch.memory["replaces"]}
         self._current = [i for i in range(len(self.edits)) if i not in replaced]
-        owner = torch.cat(owners)
-        current = torch.isin(owner, torch.tensor(self._current))
+        edits = torch.cat(edit_of)
+        current = torch.isin(edits, torch.tensor(self._current))
         self._keys = torch.cat([patch.state["keys"] for patch in patches])[current].to(lm.device)
-        self._owners = owner[current]
+        self._edit_of = edits[current]
 
     @cached_property
     def _nearest(self) -> Nearest:
@@ -80,23 +80,23 @@ class EditMemory:
         """z and log p(z, x) of each prompt: the stored edit that it most likely belongs to."""
         cross = self.modules.cross is not None
         queries = self.modules.embed(prompts)
-        distances, places = self._nearest.search(queries, self._method.candidates if cross else 1)
-        owners = self._owners[places.cpu()]  # (prompts, candidates)
+        distances, nearest = self._nearest.search(queries, self._method.candidates if cross else 1)
+        candidates = self._edit_of[nearest.cpu()]  # (prompts, candidates)
         log_p = -distances / 2 if self.modules.cosine else -distances
         if cross:
             pairs = [
                 (self.edits[i].text, prompt)
-                for row, prompt in zip(owners.tolist(), prompts, strict=True)
+                for row, prompt in zip(candidates.tolist(), prompts, strict=True)
                 for i in row
             ]
-            log_p = self.modules.log_p(*zip(*pairs, strict=True)).view(owners.shape)
+            log_p = self.modules.log_p(*zip(*pairs, strict=True)).view(candidates.shape)
         best = log_p.argmax(1, keepdim=True)
-        return owners.gather(1, best.cpu())[:, 0].tolist(), log_p.gather(1, best)[:, 0].tolist()
+        return candidates.gather(1, best.cpu())[:, 0].tolist(), log_p.gather(1, best)[:, 0].tolist()
 
     def conflicts(self, edits: Sequence[Edit]) -> list[tuple[int, Edit, Edit]]:
         """(index of a stored edit, that edit, the new edit) where the new one has another answer to the same prompt,
         or about the same subject and in the stored one's scope."""
-        limit, found = math.log(self._method.threshold), []
+        limit, conflicts = math.log(self._method.threshold), []
         for new in edits:
             for i in self._current:
                 old = self.edits[i]
@@ -104,5 +104,5 @@ class EditMemory:
                 if old.target_new == new.target_new or not (same_subject or old.text == new.text):
                     continue
                 if old.text == new.text or float(self.modules.log_p([old.text], [new.text])) > limit:
-                    found.append((i, old, new))
-        return found
+                    conflicts.append((i, old, new))
+        return conflicts

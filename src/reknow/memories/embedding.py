@@ -1,8 +1,8 @@
 """Texts as vectors, so that the stored edit nearest to a question can be found.
 
 Without an encoder the base model's own hidden states serve: what its last block gives at a text's last token, which
-is what the model is about to say. Among 400 edits of CounterFact these find the one that a rephrasing belongs to for
-87 % (GPT-2-shaped demo model) and 76 % (Llama-shaped) of 800 rephrasings; means over the tokens for at most 47 and
+is what the model is about to say. Among 400 edits of CounterFact these find the one that a paraphrase belongs to for
+87 % (GPT-2-shaped demo model) and 76 % (Llama-shaped) of 800 paraphrases; means over the tokens for at most 47 and
 56 %, and lower layers for fewer.
 """
 
@@ -34,10 +34,10 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
         InputError: the encoder cannot be loaded.
     """
     if encoder is not None:
-        found = sentence_encoder(lm, encoder).encode(
+        encoded = sentence_encoder(lm, encoder).encode(
             list(texts), convert_to_tensor=True, show_progress_bar=False, batch_size=64
         )
-        vectors = found.clone()  # made in inference mode, where autograd could not use it
+        vectors = encoded.clone()  # made in inference mode, where autograd could not use it
     else:
         # The end of a text that is too long: there the question stands.
         rows = [Row(row.ids[-(lm.max_tokens or 0) :], 1) for row in encode(lm.tokenizer, [Text(t) for t in texts])]

@@ -48,17 +48,19 @@ class Nearest:
             two tensors (queries, k); an approximate look-up that finds fewer gives infinity and index 0.
         """
         queries, k = queries.to(self.vectors), min(k, len(self.vectors))
-        places = torch.cat([self._nearest(part, k) for part in queries.split(QUERIES)])
-        found = self.vectors[places.clamp(min=0)] - queries[:, None]  # subtracted again: ‖a‖² + ‖b‖² − 2ab cancels
-        distances = found.pow(2).sum(-1).masked_fill(places < 0, torch.inf)
+        indices = torch.cat([self._nearest(batch, k) for batch in queries.split(QUERIES)])
+        differences = (
+            self.vectors[indices.clamp(min=0)] - queries[:, None]
+        )  # subtracted again: ‖a‖² + ‖b‖² − 2ab cancels
+        distances = differences.pow(2).sum(-1).masked_fill(indices < 0, torch.inf)
         order = distances.argsort(dim=1, stable=True)
-        return distances.gather(1, order), places.clamp(min=0).gather(1, order)
+        return distances.gather(1, order), indices.clamp(min=0).gather(1, order)
 
     def _nearest(self, queries: Tensor, k: int) -> Tensor:
         """Indices of the k nearest, −1 where none was found. (queries, k)"""
         if self._index is not None:
-            _, places = self._index.search(queries.cpu().numpy(), k)
-            return torch.from_numpy(places).to(queries.device)
+            _, indices = self._index.search(queries.cpu().numpy(), k)
+            return torch.from_numpy(indices).to(queries.device)
         scores = torch.addmm(self._squares[None], queries, self.vectors.T, alpha=-2)  # ‖v‖² − 2 qv
         return scores.topk(k, dim=1, largest=False).indices
 

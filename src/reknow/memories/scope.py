@@ -70,13 +70,13 @@ class OwnStates:
         lengths = [len(row.ids) for row in rows]
         states = torch.zeros(len(rows), max(lengths), self.features, device=lm.device)
         with lm.unpatched():
-            for part in make_batches(lengths):
-                batch = lm.pad([rows[i] for i in part], anchors=[0] * len(part))
+            for indices in make_batches(lengths):
+                batch = lm.pad([rows[i] for i in indices], anchors=[0] * len(indices))
                 with recorded(lm.model, self._names, stop=True) as (seen, _):
                     lm.forward(batch.ids, batch.mask, batch.positions, None)
-                found = [by_row(seen[name], len(part)).to(lm.device).float() for name in self._names]
-                normed = [F.layer_norm(each, each.shape[-1:]) for each in found]
-                states[part, : batch.ids.shape[1]] = torch.cat(normed, -1)
+                entering = [by_row(seen[name], len(indices)).to(lm.device).float() for name in self._names]
+                normed = [F.layer_norm(each, each.shape[-1:]) for each in entering]
+                states[indices, : batch.ids.shape[1]] = torch.cat(normed, -1)
         columns = torch.arange(max(lengths), device=lm.device)
         return states, columns[None] < torch.tensor(lengths, device=lm.device)[:, None]
 
@@ -126,11 +126,11 @@ class EncoderStates:
         encoding = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=limit, return_tensors="pt"
         ).to(self._model.device)
-        parts = [
+        batches = [
             self._model(**{name: values[start : start + TEXTS] for name, values in encoding.items()})
             for start in range(0, len(texts), TEXTS)
         ]
-        states = torch.cat([part.last_hidden_state for part in parts])
+        states = torch.cat([batch.last_hidden_state for batch in batches])
         return F.layer_norm(states, states.shape[-1:]), encoding["attention_mask"].bool()
 
 

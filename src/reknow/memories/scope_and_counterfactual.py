@@ -144,10 +144,10 @@ class ScopeAndCounterfactual(nn.Module):
         ):
             yield lm
 
-    def answer_loss(self, asked: Sequence[tuple[Edit, str]]) -> Tensor:
+    def answer_loss(self, questions: Sequence[tuple[Edit, str]]) -> Tensor:
         """Mean −log P of the tokens of the edits' answers, under the counterfactual model that reads each edit before
         a question; a scalar with gradients."""
-        texts = [Text.asked(edit, self.question(edit, question)) for edit, question in asked]
+        texts = [Text.asked(edit, self.question(edit, question)) for edit, question in questions]
         nll = []
         with self.counterfactual() as lm:
             for batch in _batches(texts):

@@ -51,7 +51,7 @@ class ScopeCases:
 
     def __init__(self, lm: LM, cases: Sequence[Case], *, neighbors: int = 50, skipped: int = 5):
         self.cases = list(cases)
-        self.place = {case.edit.text: i for i, case in enumerate(self.cases)}
+        self.index = {case.edit.text: i for i, case in enumerate(self.cases)}
         self._paraphrases = [_paraphrases(case) for case in self.cases]
         if not any(self._paraphrases):
             raise InputError(
@@ -103,16 +103,16 @@ class ScopeCases:
 
     def _related(self, i: int, other: int) -> bool:
         """Whether the words of one's question occur in the other: they may ask the same."""
-        mine, theirs = (_words(self.cases[k].edit) for k in (i, other))
-        return theirs in self._texts[i] or mine in self._texts[other]
+        own, others = (_words(self.cases[k].edit) for k in (i, other))
+        return others in self._texts[i] or own in self._texts[other]
 
     def _neighbors(self, lm: LM, count: int, skipped: int) -> list[list[str]]:
         edits = [case.edit.text for case in self.cases]
         pool = list(dict.fromkeys(edits + [text for texts in self._unrelated for text in texts[:1]]))
         vectors = embed(lm, pool)
-        places = Nearest(vectors).search(vectors[: len(edits)], count + skipped)[1].tolist()
+        indices = Nearest(vectors).search(vectors[: len(edits)], count + skipped)[1].tolist()
         neighbors = []
-        for case, near in zip(self.cases, places, strict=True):
+        for case, near in zip(self.cases, indices, strict=True):
             name = case.edit.subject or case.edit.text
             neighbors.append([pool[k] for k in near[skipped:] if name not in pool[k]] or [pool[near[-1]]])
         return neighbors
@@ -171,8 +171,8 @@ class ScopeLearner:
         return torch.optim.Adam(self.module.parameters(), lr=self._learning_rate)
 
     def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        places = [self._train.place[case.edit.text] for case in batch]
-        inside, outside, answer = self._read(self._train, places, rng, self._max_questions)
+        indices = [self._train.index[case.edit.text] for case in batch]
+        inside, outside, answer = self._read(self._train, indices, rng, self._max_questions)
         scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
         return scope + answer, {"scope": scope.item(), "answer": answer.item()}
 
@@ -190,14 +190,14 @@ class ScopeLearner:
         }
 
     def _read(
-        self, cases: ScopeCases, places: Sequence[int], rng: random.Random, max_questions: int
+        self, cases: ScopeCases, indices: Sequence[int], rng: random.Random, max_questions: int
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
-        edits = [cases.cases[i].edit for i in places]
+        edits = [cases.cases[i].edit for i in indices]
         sets = max(LEAST_SETS, SETS // len(cases.cases))
-        drawn = [random.Random(f"{i}/{rng.randrange(sets)}") for i in places]
-        inside = [cases.in_scope(i, own) for i, own in zip(places, drawn, strict=True)]
-        outside = [text for i, own in zip(places, drawn, strict=True) for text in cases.out_of_scope(i, own)]
+        rngs = [random.Random(f"{i}/{rng.randrange(sets)}") for i in indices]
+        inside = [cases.in_scope(i, own_rng) for i, own_rng in zip(indices, rngs, strict=True)]
+        outside = [text for i, own_rng in zip(indices, rngs, strict=True) for text in cases.out_of_scope(i, own_rng)]
         count, hard = len(edits), len(outside) // len(edits)
         tokens, mask = self._states([*(edit.text for edit in edits), *inside, *outside])
         vectors = self.module.scope((tokens, mask))

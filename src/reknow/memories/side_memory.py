@@ -112,13 +112,13 @@ class ShardDescent:
 def ties(deltas: Sequence[Tensor], density: float) -> Tensor:
     """TIES: each change is cut to its largest entries, the sign of the larger sum is elected, and entries that agree
     with it are averaged."""
-    kept = []
+    trimmed = []
     for delta in deltas:
         flat = delta.flatten()
         count = max(1, int(density * len(flat)))
         largest = flat.abs().topk(count).indices
-        kept.append(torch.zeros_like(flat).index_put((largest,), flat[largest]).view(delta.shape))
-    stacked = torch.stack(kept)  # (shards, out, in)
+        trimmed.append(torch.zeros_like(flat).index_put((largest,), flat[largest]).view(delta.shape))
+    stacked = torch.stack(trimmed)  # (shards, out, in)
     elected = torch.where(stacked.sum(0) >= 0, 1.0, -1.0)
     agree = stacked.sign() == elected
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)

@@ -126,14 +126,14 @@ class DEFER(SideModuleMethod):
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> Gate:
         signs, moves, opened = (torch.cat([p.state[name] for p in patches]) for name in ("signs", "moves", "opened"))
-        first, about = patches[0].state, patches[-1].memory
-        (module,) = about["modules"]
+        first, memory = patches[0].state, patches[-1].memory
+        (module,) = memory["modules"]
         check_matrix(lm, module, {"in": (signs, 1), "out": (moves, 1)})
         shape = moves.shape[1], signs.shape[1] + 1
         if first["map"].shape != shape or first["gate"].shape != shape[1:]:
             raise PatchError(f"expected a map and a gate of one size in {patches[0].label}; got others: edit again")
         tensors = (tensor.to(lm.device) for tensor in (first["map"], first["gate"], signs, moves, opened))
-        return Gate(module, about["threshold"], *tensors)
+        return Gate(module, memory["threshold"], *tensors)
 
 
 @dataclass(eq=False)

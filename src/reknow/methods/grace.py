@@ -91,7 +91,7 @@ class GRACE(SideModuleMethod):
         changed = sorted(book.changed)
         state = {"slots": torch.tensor(changed), "keys": book.keys[changed]}
         state |= {"values": book.values[changed], "radii": book.radii[changed]}
-        labels = [list(book.labels[slot]) for slot in changed]
+        labels = [list(book.answers[slot]) for slot in changed]
         memory = {"modules": modules, "replacement": self.replacement, "labels": labels}
         notes |= {"slots": slots, "keys": len(book.keys)}
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
@@ -117,13 +117,13 @@ class GRACE(SideModuleMethod):
         delta = torch.zeros_like(start, requires_grad=True)
         answers: AnswerLoss | None = None
 
-        def put(context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
+        def replace(context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
             if answers is None:  # the pass that records the blocks below
                 return outputs
             values = (start + scale * delta)[value_of[answers.batch]]
             return replaced(context, outputs, values, torch.ones_like(answers.batch).bool(), self.replacement)
 
-        with lm.temporary_memory(self.name, Hooks({lm.parts.value[layer]: put})), torch.enable_grad():
+        with lm.temporary_memory(self.name, Hooks({lm.parts.value[layer]: replace})), torch.enable_grad():
             answers = AnswerLoss(lm, rows, layer)
             update = adam_update(torch.optim.Adam([delta], lr=self.learning_rate), delta, value_of)
             passes = descend(
@@ -134,10 +134,10 @@ class GRACE(SideModuleMethod):
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> LookUp:
-        book, about = Codebook.of(patches, lm.device), patches[-1].memory
-        (module,) = about["modules"]
+        book, memory = Codebook.of(patches, lm.device), patches[-1].memory
+        (module,) = memory["modules"]
         check_matrix(lm, module, {"in": (book.keys, 1), "out": (book.values, 1)})
-        return LookUp(module, about["replacement"], book)
+        return LookUp(module, memory["replacement"], book)
 
 
 @dataclass(eq=False)

@@ -102,11 +102,12 @@ class IKE(MemoryMethod):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)
         notes: dict[str, Any] = {"conflicts": resolve_conflicts(self, conflicts(self, lm, edits))}
-        asked = [question_head(edit) + edit.text for edit in edits]
-        lm.check_length(lm.encode([Text.asked(edit, text) for edit, text in zip(edits, asked, strict=True)]))
+        prompts = [question_head(edit) + edit.text for edit in edits]
+        lm.check_length(lm.encode([Text.asked(edit, text) for edit, text in zip(edits, prompts, strict=True)]))
         chosen = self._choose(lm, edits) if self.demonstrations else [[] for _ in edits]
         shown = [
-            fit_demonstrations(lm, texts, text, self.answer_tokens) for texts, text in zip(chosen, asked, strict=True)
+            fit_demonstrations(lm, texts, text, self.answer_tokens)
+            for texts, text in zip(chosen, prompts, strict=True)
         ]
         notes["demonstrations"] = [len(texts) for texts in shown]
         if notes["demonstrations"] != [len(texts) for texts in chosen]:
@@ -119,9 +120,9 @@ class IKE(MemoryMethod):
         cases, vectors = self._pool(lm)
         heads = ["" if self.demonstration_mix is not None else question_head(edit) for edit in edits]
         queries = [head + edit.text for head, edit in zip(heads, edits, strict=True)]
-        _, places = Nearest(vectors).search(embed(lm, queries, self.encoder), len(vectors))
+        _, indices = Nearest(vectors).search(embed(lm, queries, self.encoder), len(vectors))
         chosen = []
-        for edit, order in zip(edits, places.tolist(), strict=True):
+        for edit, order in zip(edits, indices.tolist(), strict=True):
             others = [cases[i] for i in order if edit.subject is None or cases[i][0].edit.subject != edit.subject]
             near = [pair for pair in others if pair[0].edit.text != edit.text][: self.demonstrations]
             chosen.append(self._mix(near, edit))
@@ -160,13 +161,12 @@ class IKE(MemoryMethod):
 
 
 class Contexts:
-    """The running memory: puts the context of the edit that is most like a question before it."""
+    """The running memory: puts before a question the context of the edit most like it, the newest of its prompt."""
 
     def __init__(self, patches: Sequence[Patch]):
         newest: dict[str, tuple[Edit, list[str], Tensor]] = {}
         for patch in patches:
             rows = zip(patch.edits, patch.memory["demonstrations"], patch.state["keys"], strict=True)
-            # A later edit of the same prompt replaces an earlier one.
             newest |= {edit.text: (edit, shown, key) for edit, shown, key in rows}
         self._edits = [(edit, shown) for edit, shown, _ in newest.values()]
         self._keys = torch.stack([key for _, _, key in newest.values()])
@@ -185,6 +185,6 @@ class Contexts:
             nearest = Nearest(self._keys.to(lm.device)).search(queries)[1][:, 0].tolist()
         prompts = []
         for text, (edit, shown) in zip(texts, (self._edits[i] for i in nearest), strict=True):
-            asked = question_head(edit) + text
-            prompts.append("".join([*fit_demonstrations(lm, shown, asked, self._method.answer_tokens), asked]))
+            prompt = question_head(edit) + text
+            prompts.append("".join([*fit_demonstrations(lm, shown, prompt, self._method.answer_tokens), prompt]))
         return prompts

@@ -136,22 +136,20 @@ class MELO(SideModuleMethod):
     def memory(lm: LM, patches: Sequence[Patch]) -> Blocks:
         table, modules = Clusters(), patches[-1].memory["modules"]
         for patch in patches:
-            about = patch.memory
-            for key, label, block in zip(patch.state["keys"], about["labels"], about["blocks"], strict=True):
-                table.insert(key, tuple(label), block, about["radius"], about["unit"])
+            keys, memory = patch.state["keys"].to(lm.device), patch.memory
+            for key, answer, block in zip(keys, memory["labels"], memory["blocks"], strict=True):
+                table.insert(key, tuple(answer), block, memory["radius"], memory["unit"])
         count = sum(patch.memory["opened"] for patch in patches)
         if any(block >= count for patch in patches for block in patch.memory["blocks"]):
             raise PatchError(f"expected edits in the {count} blocks of {patches[-1].label}; got others: edit again")
         factors = {}
         for module in modules:
-            down, up = (
-                torch.cat([patch.state[f"{side}.{module}"] for patch in patches]).to(lm.device)
-                for side in ("down", "up")
-            )
+            names = f"down.{module}", f"up.{module}"
+            down, up = (torch.cat([patch.state[name] for patch in patches]).to(lm.device) for name in names)
             check_matrix(lm, module, {"in": (down, 2), "out": (up, 1)})
             factors[module] = down, up
         check_matrix(lm, modules[0], {"in": (patches[-1].state["keys"], 1)})
-        return Blocks(table.to(lm.device), factors)
+        return Blocks(table, factors)
 
 
 @dataclass(eq=False)

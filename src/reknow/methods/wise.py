@@ -162,16 +162,16 @@ class WISE(SideModuleMethod):
 
     @staticmethod
     def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
-        about = patches[-1].memory
-        (module,) = about["modules"]
+        memory = patches[-1].memory
+        (module,) = memory["modules"]
         check_matrix(lm, module, {})
         shards = read_shards(patches, lm.weight(module).shape)
         deltas = [shards[index].change for index in sorted(shards)]
         reached = torch.cat([patch.state["distances"] for patch in patches])
-        least = [part.min() for part in reached.split(about["shard_size"])]
-        if not about["retrieve"]:
-            deltas, least = [ties(deltas, about["density"])], [reached.min()]
-        thresholds = about["threshold"] * torch.stack(least)
+        least = [distances.min() for distances in reached.split(memory["shard_size"])]
+        if not memory["retrieve"]:
+            deltas, least = [ties(deltas, memory["density"])], [reached.min()]
+        thresholds = memory["threshold"] * torch.stack(least)
         return SideMemory(module, torch.stack(deltas).to(lm.device), thresholds.to(lm.device))
 
 
