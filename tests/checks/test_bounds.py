@@ -20,7 +20,7 @@ from reknow.errors import InputError
 from reknow.evaluation.runner import Plan
 from reknow.instructions.search import Search
 from reknow.learning.training import Training
-from reknow.studies.instructedit.editors import Size
+from reknow.studies.instructedit.editors import Budget
 from reknow.tracing.causal import Tracing
 
 
@@ -113,7 +113,7 @@ def test_types_say_their_bounds():
     }
 
 
-GROUPS = [*{entry.method for entry in METHODS.values()}, Training, Tracing, Search, Size, Plan]
+GROUPS = [*{entry.method for entry in METHODS.values()}, Training, Tracing, Search, Budget, Plan]
 WRONG = [math.nan, math.inf, -math.inf, -1, 10**22, "word", "", b"bytes", object(), {"a": 1}, [[[0]]], ("x",), 1j]
 
 

@@ -176,7 +176,7 @@ def test_the_code_variant_brings_both_sides_together(lm, edit, monkeypatch):
     assert notes["consistency_losses"][-1] < 0.7 * notes["consistency_losses"][0]
 
 
-def test_likeliest_reads_the_place_behind_the_answer(lm, edit):
+def test_top_tokens_are_read_at_the_place_behind_the_answer(lm, edit):
     found = most_likely_tokens(lm, edit, "Some fact.", count=3)
     (row,) = lm.encode([Text(edit.text, "English")])
     with torch.no_grad():

@@ -25,7 +25,7 @@ from reknow.learning.gradients import flat_factors
 from reknow.learning.training import Training, interleave
 from reknow.model.tokens import Text
 from reknow.studies.instructedit.domains import domain_cases, domain_study
-from reknow.studies.instructedit.editors import STUDIES, TASKS, Size, as_trained, run_study
+from reknow.studies.instructedit.editors import STUDIES, TASKS, Budget, as_trained, run_study
 from reknow.studies.instructedit.gradients import gradient_study
 from reknow.studies.instructedit.tables import gain
 
@@ -177,19 +177,19 @@ def test_domains_are_apart_and_large_enough():
 @pytest.mark.slow
 def test_a_study_of_other_methods_and_one_of_domains(tmp_path, monkeypatch):
     monkeypatch.setitem(STUDIES, "baselines", STUDIES["baselines"]._replace(beside=("ft-l", "ke")))
-    lm, size = LM.demo("gpt2"), Size(steps=1, batch_size=3, rank=4, test=2)
-    text = run_study(lm, "baselines", tmp_path, size)
+    lm, budget = LM.demo("gpt2"), Budget(steps=1, batch_size=3, rank=4, test=2)
+    text = run_study(lm, "baselines", tmp_path, budget)
     assert all(f"| {name} |" in text for name in ("InstructEdit", "ft-l", "ke"))
     assert (tmp_path / "editors" / "counterfact-recent-convsent-ke-0" / "editor.safetensors").exists()
-    text = domain_study(lm, tmp_path, size)
-    assert "| all domains |" in text and "(4 domains)" in text and text == domain_study(lm, tmp_path, size)
+    text = domain_study(lm, tmp_path, budget)
+    assert "| all domains |" in text and "(4 domains)" in text and text == domain_study(lm, tmp_path, budget)
 
 
 @pytest.mark.slow
 def test_a_study_from_training_to_table(tmp_path):
     lm, said = LM.demo("gpt2"), []
-    size = Size(steps=1, batch_size=3, rank=4, test=2)
-    text = run_study(lm, "tasks", tmp_path, size, say=said.append)
+    budget = Budget(steps=1, batch_size=3, rank=4, test=2)
+    text = run_study(lm, "tasks", tmp_path, budget, say=said.append)
     assert "| multi-task |" in text and "| InstructEdit |" in text and "| single-task |" in text
     header = "| editor | counterfact | recent | convsent | zsre | gain on multi-task |"
     assert header in text and text == (tmp_path / "tasks.md").read_text()
@@ -199,9 +199,9 @@ def test_a_study_from_training_to_table(tmp_path):
     assert set(found["InstructEdit | convsent"]) == {"convsent/0", "convsent/1"}
     names = {path.name for path in (tmp_path / "editors").iterdir()}
     assert "counterfact-recent-convsent-0" in names and "recent-instructed=False-0" in names
-    assert run_study(lm, "tasks", tmp_path, size) == text, "a finished study is only read"
+    assert run_study(lm, "tasks", tmp_path, budget) == text, "a finished study is only read"
     with pytest.raises(InputError, match="Did you mean 'tasks'"):
-        run_study(lm, "task", tmp_path, size)
+        run_study(lm, "task", tmp_path, budget)
 
 
 @pytest.mark.slow
@@ -230,7 +230,7 @@ def test_the_search_on_the_command_line_at_a_real_server(serve, tmp_path, monkey
 @pytest.mark.slow
 def test_the_figure_of_the_gradients(tmp_path):
     pytest.importorskip("sklearn")
-    lines = gradient_study(LM.demo("gpt2"), tmp_path, Size(steps=1, batch_size=3, rank=4, test=4))
+    lines = gradient_study(LM.demo("gpt2"), tmp_path, Budget(steps=1, batch_size=3, rank=4, test=4))
     found = json.loads((tmp_path / "gradients.json").read_text())
     assert found["silhouette"].keys() == {"multi-task", "InstructEdit"}
     assert all(-1 <= value <= 1 for value in found["silhouette"].values())

@@ -15,8 +15,8 @@ from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
 from reknow.studies.comparison import drop_conflicting, interleave, limit_probes
-from reknow.studies.comparison_page import by_set, write_study
-from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, consistency, inside
+from reknow.studies.comparison_page import split_by_set, write_study
+from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, consistency, measure_convergence
 from reknow.studies.ice.script_ppl_r import METRIC, measure_script_ppl_r, with_script_ppl_r
 from reknow.studies.presets import PRESETS
 
@@ -170,7 +170,7 @@ def test_a_run_over_all_sets_is_taken_apart_again(tmp_path):
     cases = interleave([make_cases("one"), make_cases("two")])
     assert [case.edit.id for case in cases] == ["one/0", "two/0", "one/1", "two/1"]
     plan = Plan("sequential", fluency=False)
-    sets = by_set({"one+two": bench(make_lm(), cases, [FT(layer=2, steps=3)], tmp_path, plan=plan)})
+    sets = split_by_set({"one+two": bench(make_lm(), cases, [FT(layer=2, steps=3)], tmp_path, plan=plan)})
     assert [sorted(case for (case,) in results.before) for results in sets.values()] == [
         ["one/0", "one/1"],
         ["two/0", "two/1"],
@@ -181,7 +181,7 @@ def test_a_run_over_all_sets_is_taken_apart_again(tmp_path):
 def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
     lm, edits = make_lm(), [case.edit for case in make_cases("one")]
     method = ICE(layers=(1,), steps=3)
-    rows = inside(lm, edits, {"ice": method}, tmp_path)
+    rows = measure_convergence(lm, edits, {"ice": method}, tmp_path)
     for targets in TARGETS:
         for temperature in TEMPERATURES:
             row = rows["losses", f"{targets}, T = {temperature:g}", 1]
@@ -192,21 +192,21 @@ def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
     watched = [row["likeliest"] for row in rows.values() if "likeliest" in row]
     assert len(watched) == 1 and len(watched[0]) == len(SHOWN)
     content = (tmp_path / "inside.jsonl").read_bytes()
-    inside(make_lm(), edits, {"ice": method}, tmp_path)
+    measure_convergence(make_lm(), edits, {"ice": method}, tmp_path)
     assert (tmp_path / "inside.jsonl").read_bytes() == content
     report(tmp_path, tmp_path / "pages")
     page = (tmp_path / "pages" / "convergence.md").read_text()
     assert "dynamic, T = 100" in page and "| ice | 2 |" in page and (tmp_path / "pages/convergence.png").exists()
     assert not (tmp_path / "convergence.md").exists()
     with pytest.raises(InputError, match="steps is 4 and was 3"):
-        inside(lm, edits, {"ice": replace(method, steps=4)}, tmp_path)
+        measure_convergence(lm, edits, {"ice": replace(method, steps=4)}, tmp_path)
 
 
 def test_an_edit_that_cannot_be_made_or_read_does_not_end_the_measuring_of_the_others(tmp_path):
     good, long = make_cases("one")[0].edit, Edit("Peru " * 140, target_new="Lima")
     methods = {"rome": ROME(layer=1, steps=2, context_groups=(), covariance_tokens=0), "ft": FT(layer=1, steps=2)}
     unnamed = Edit("Apple lives in", target_new="Lima")  # without a subject
-    rows = inside(make_lm(), [good, unnamed, long], methods, tmp_path)
+    rows = measure_convergence(make_lm(), [good, unnamed, long], methods, tmp_path)
     failed = {key[1:]: row["error"] for key, row in rows.items() if "error" in row}
     assert failed["rome", 1].startswith("rome edits at the subject's last token")
     assert all(failed[label, 2].startswith("expected texts of at most 128") for label in ("unedited", "ft"))

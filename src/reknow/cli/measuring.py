@@ -97,7 +97,7 @@ def bench(
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.cli.settings import each_once
-    from reknow.studies.ice.convergence import inside
+    from reknow.studies.ice.convergence import measure_convergence
     from reknow.studies.presets import PRESETS
 
     if out is not None:
@@ -120,7 +120,8 @@ def bench(
     out = out or run_folder(preset or "+".join(loaded.sets), model)
     folders = run_place(out, "bench", model, loaded.sets)
     if study.convergence:
-        inside(lm, [case.edit for cases_of in loaded.sets.values() for case in cases_of], chosen, out, progress=True)
+        edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
+        measure_convergence(lm, edits, chosen, out, progress=True)
         return report(out)
     runs = _compare(lm, study, loaded, chosen, plan, folders)
     report(out)
@@ -234,7 +235,7 @@ def report(
     from reknow.files.manifest import MANIFEST_FILE
     from reknow.files.outputs import mark_folder
     from reknow.report import write_report
-    from reknow.studies.comparison_page import by_set, write_study
+    from reknow.studies.comparison_page import split_by_set, write_study
     from reknow.studies.ice.convergence import ROWS_FILE
     from reknow.studies.ice.convergence_page import write_convergence
     from reknow.studies.ice.script_ppl_r import with_script_ppl_r
@@ -251,5 +252,5 @@ def report(
         page = write_report(part, out and out / part.relative_to(run))
         say(f"report: {page} (also report.md, report.csv and figures)")
     runs = {part.name: with_script_ppl_r(Results.load(part), part) for part in parts}
-    if len(by_set(runs)) > 1:
+    if len(split_by_set(runs)) > 1:
         say(f"study: {write_study(run.name, runs, out or run)}")

@@ -36,7 +36,7 @@ def study(
     reknow study tasks          reknow study gradients
     """
     from reknow.studies.instructedit.domains import QUESTION, domain_study
-    from reknow.studies.instructedit.editors import STUDIES, Size, run_study
+    from reknow.studies.instructedit.editors import STUDIES, Budget, run_study
     from reknow.studies.instructedit.gradients import gradient_study
 
     questions = {key: each.question for key, each in STUDIES.items()}
@@ -48,15 +48,17 @@ def study(
     if name == "domains" and families is not None:
         raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
-    size = Size(**{**(_FULL if full else {}), **{key: value for key, value in given.items() if value is not None}})
+    budget = Budget(
+        **{**(_FULL if full else {}), **{key: value for key, value in given.items() if value is not None}}
+    )
     out = study_place(out or run_folder("instructedit", model), name, model)
     lm = opening.open(model)
     chosen = None if families is None else str(families)
     with write_lock(out):
         if name == "gradients":
-            return say(*gradient_study(lm, out, size, families=chosen, say=say))
+            return say(*gradient_study(lm, out, budget, families=chosen, say=say))
         if name == "domains":
-            text = domain_study(lm, out, size, say=say)
+            text = domain_study(lm, out, budget, say=say)
         else:
-            text = run_study(lm, name, out, size, families=chosen, say=say)
+            text = run_study(lm, name, out, budget, families=chosen, say=say)
     say(text, f"wrote {out / name}.md, .csv and .json")

@@ -48,7 +48,7 @@ class Cost:
     matrices: dict[str, tuple[int, int]]
     """(out, in) of the value matrix of each of these layers."""
     parameters: int
-    """Of the whole model."""
+    """How many numbers the whole model has."""
     steps: tuple[Step, ...]
     memory: int
     """Bytes at the peak, model included."""

@@ -19,17 +19,17 @@ from reknow.lm import LM
 from reknow.patching.patches import Patch
 
 
-class Made(NamedTuple):
+class EditOutcome(NamedTuple):
     """What became of some edits."""
 
     patch: Patch | None
     """With those that could be made; None where there are none."""
     costs: list[dict]
-    """Of each edit what it cost, and under `error` why it was not made, or None."""
+    """What each edit cost, and under `error` why it was not made, or None."""
 
 
 class Cost(Strict):
-    """What making a patch took, for each of its edits; as JSON beside the patch."""
+    """What making a patch took, for each of its edits; as JSON with the ending of the patch replaced."""
 
     open: ClassVar[bool] = True
 
@@ -45,10 +45,10 @@ class Cost(Strict):
 
 
 class Costs(RootModel[list[Cost] | Cost]):
-    """Of each edit; earlier versions wrote one for all of them."""
+    """What each edit cost; earlier versions wrote one for all of them."""
 
 
-def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) -> Made:
+def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) -> EditOutcome:
     """One patch of all edits but for those that cannot be made. Kept under `file`; a patch that an earlier run kept
     is loaded instead."""
     note = None if file is None else file.with_suffix(".json")
@@ -59,11 +59,13 @@ def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) 
             made = tuple(edit for edit, cost in zip(edits, costs, strict=True) if cost["error"] is None)
             if patch is not None and (patch.method, patch.edits) != (method.name, made):
                 raise InputError(f"expected these edits by {method.name} in {file}; got {patch.label}")
-            return Made(patch, costs)
+            return EditOutcome(patch, costs)
         except ReknowError as error:
             warnings.warn(f"{error}; the edits are made again", stacklevel=2)
-    patch, costs = _measured(lm, edits, lambda makeable: method.edit(lm, makeable))
-    made = Made(patch, [{**cost, **_told(patch)} if cost["error"] is None else cost for cost in costs])
+    patch, costs = _measure(lm, edits, lambda makeable: method.edit(lm, makeable))
+    made = EditOutcome(
+        patch, [{**cost, **_descent_notes(patch)} if cost["error"] is None else cost for cost in costs]
+    )
     if file is not None and note is not None:
         if patch is not None:
             patch.save(file)
@@ -71,15 +73,15 @@ def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) 
     return made
 
 
-def edit_each(lm: LM, method: Any, groups: Sequence[Sequence[Edit]]) -> list[Made]:
+def edit_each(lm: LM, method: Any, groups: Sequence[Sequence[Edit]]) -> list[EditOutcome]:
     """A patch of each group by itself; of single edits that are computed together the cost is their mean."""
     if len(groups) > 1 and all(len(group) == 1 for group in groups):
         edits = [edit for (edit,) in groups]
-        patches, costs = _measured(lm, edits, lambda makeable: method.edit_each(lm, makeable))
+        patches, costs = _measure(lm, edits, lambda makeable: method.edit_each(lm, makeable))
         if patches is not None:  # else what broke down for all of them may do for some of them by themselves
             made = iter(patches)
             patch_of = [next(made) if cost["error"] is None else None for cost in costs]
-            return [Made(p, [{**cost, **_told(p)}]) for p, cost in zip(patch_of, costs, strict=True)]
+            return [EditOutcome(p, [{**cost, **_descent_notes(p)}]) for p, cost in zip(patch_of, costs, strict=True)]
     return [edit_once(lm, method, list(group)) for group in groups]
 
 
@@ -96,7 +98,7 @@ def _read_costs(note: Path, edits: int) -> list[dict]:
     return [cost.model_dump(exclude_unset=True) for cost in costs]
 
 
-def _measured(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tuple[Any, list[dict]]:
+def _measure(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tuple[Any, list[dict]]:
     """What `run` gives for the edits that can be made, None where there are none; and of every edit what it cost and
     why it was not made. An edit that is refused, or breaks down by itself, does not cost the others their patch."""
     reasons: dict[int, str] = {}
@@ -114,11 +116,11 @@ def _measured(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tu
         cost = {"seconds": round(seconds, 4), "peak_memory_mb": peak(), "together": len(left)}
         if failure is None:
             return found, [{**cost, "error": reasons.get(i)} for i in range(len(edits))]
-        reasons |= {left[i]: str(failure) for i in _concerned(failure, makeable)}
+        reasons |= {left[i]: str(failure) for i in _failed_indices(failure, makeable)}
     return None, [{**cost, "error": reasons[i]} for i in range(len(edits))]
 
 
-def _concerned(failure: ReknowError, edits: list[Edit]) -> list[int]:
+def _failed_indices(failure: ReknowError, edits: list[Edit]) -> list[int]:
     """Which edits it was: the one that is named, the longest where a text is too long for the model, else all."""
     named = getattr(failure, "edit", None)
     if isinstance(failure, TextRefused):
@@ -126,7 +128,7 @@ def _concerned(failure: ReknowError, edits: list[Edit]) -> list[int]:
     return [i for i, edit in enumerate(edits) if edit == named][:1] or list(range(len(edits)))
 
 
-def _told(patch: Patch | None) -> dict:
+def _descent_notes(patch: Patch | None) -> dict:
     """What the method noted about a single descent: its steps, the last loss, repetitions where it samples."""
     notes = {} if patch is None else patch.notes
     losses, repetitions = notes.get("losses"), notes.get("repetitions")

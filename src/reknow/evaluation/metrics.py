@@ -33,7 +33,7 @@ PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
 _ASKED = ("reliability", "generalization", "portability", "instructed")
-_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "reworded_")
+_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "paraphrase_")
 LONG_ANSWER = 10
 """Words from which on an answer is also compared word by word."""
 
@@ -107,7 +107,7 @@ def contrast(kind: str, nll_new: float, nll_true: float) -> dict[str, float]:
 
     From the mean NLL per token of the two targets: success is 1 if the wanted one is strictly more likely,
     magnitude is the difference of e^(-nll). Wanted is the new target on the request (ES, EM) and its
-    rephrasings (PS, PM), the true one on neighbours (NS, NM).
+    paraphrases (PS, PM), the true one on neighbours (NS, NM).
     """
     success, magnitude = _CONTRAST[kind]
     wanted, other = (nll_true, nll_new) if kind == "locality" else (nll_new, nll_true)
@@ -210,8 +210,8 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
 
 
 def _overlaps(now: Reading) -> dict[str, float]:
-    """How much of a long answer the model writes, to the request and to other wordings."""
-    start = {"reliability": "", "generalization": "reworded_"}.get(now.kind)
+    """How much of a long answer the model writes, to the request and to its paraphrases."""
+    start = {"reliability": "", "generalization": "paraphrase_"}.get(now.kind)
     if start is None or now.text is None or len(words(now.answers[0])) < LONG_ANSWER:
         return {}
     found = {f"{start}token_f1@written": max(token_f1(now.text, answer) for answer in now.answers)}

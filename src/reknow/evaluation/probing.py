@@ -74,8 +74,8 @@ def read_each(
     seed: int,
     in_context: bool,
 ) -> list[list[Reading] | str]:
-    """`read`, beside what the model says with the patches `unedited` alone; of a case that it cannot read as it is
-    now, since a memory puts texts in front of the questions, the reason."""
+    """`read`, compared with what the model says with the patches `unedited` alone; for a case that it cannot read as
+    it is now, since a memory puts texts in front of the questions, the reason."""
 
     def answers(some: Sequence[Case]) -> list[list[Reading]]:
         readings = read(lm, some, fluency=fluency, generate=generate, seed=seed, in_context=in_context)

@@ -23,9 +23,9 @@ class Reading:
     """Mean negative log-likelihood per token, in nats: of the first answer; for fluency, of the prompt
     with the sampled text under the unedited model."""
     nll_new: float | None = None
-    """The same for the edit's `target_new` on this prompt, where the contrast is asked."""
+    """Mean NLL of the edit's `target_new` on this prompt, where the contrast is asked."""
     nll_true: float | None = None
-    """The same for its `target_true`."""
+    """Mean NLL of its `target_true`."""
     text: str | None = None
     """Greedy continuation of the prompt, for fluency a sampled one; None where none was asked for."""
     divergence: float | None = None

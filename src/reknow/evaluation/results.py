@@ -38,7 +38,7 @@ MEASURED = ("seconds", "peak_memory_mb")
 COSTS = (*MEASURED, "steps", "loss", "repetitions")
 
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
-OVERLAPS = ("token_f1", "rouge_l", "reworded_token_f1", "reworded_rouge_l")
+OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
     ("teacher_forced_tokens", "Teacher-forced, share of the answer's tokens right, %", KINDS),

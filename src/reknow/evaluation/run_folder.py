@@ -182,5 +182,5 @@ def _odd(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[tup
 
 
 def _questions(row: Mapping[str, Any]) -> list[tuple]:
-    """Of what was asked, in order: kind, name, answers, and the first answer's tokens, which locality compares."""
+    """What was asked, in order: kind, name, answers, and the first answer's tokens, which locality compares."""
     return [(one["kind"], one["name"], tuple(one["answers"]), len(one["top"])) for one in row["readings"]]

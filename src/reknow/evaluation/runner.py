@@ -52,11 +52,13 @@ class Plan:
     """How the cases are edited and read, whatever the method."""
 
     mode: Mode = "single"
+    """Each case on the unedited model (single), all in one patch (batch), or one after the other (sequential)."""
     batch_size: Number = 1
-    """Sequential: of how many cases each patch makes the edits."""
+    """Cases whose edits a patch of a sequence makes."""
     checkpoints: tuple[Number, ...] = ()
-    """Sequential: after how many edits all earlier ones are read again; after all of them always."""
+    """After how many edits of a sequence all earlier ones are read again; after all of them always."""
     seeds: tuple[Seed, ...] = (0,)
+    """Seeds of the methods and of the sampled texts: a run for each."""
     fluency: bool = False
     """Sample text for fluency, where the cases have prompts for it: most of a run's time goes there."""
     generate: bool = True
@@ -64,10 +66,10 @@ class Plan:
     held_out: tuple[str, ...] = ()
     """Texts whose perplexity is taken where fluency is, sampled or not."""
     fluency_every: Natural = 0
-    """Sequential: right after an edit text is sampled at every so many-th patch only; 0: at the checkpoints only."""
+    """Patches of a sequence from one right after which text is sampled to the next; 0: at the checkpoints only."""
     in_context: tuple[str, ...] = ()
-    """Single: after the edits of these methods, and of the unedited model, ask every question with the edit in front
-    too: what knowing it would give."""
+    """Labels of methods after whose single edits every question is also asked with the edit in front, as of the
+    unedited model: what knowing it would give."""
 
     def __post_init__(self):
         check_settings(self)
@@ -244,7 +246,7 @@ class _Run:
         }
 
     def case_cost(self, name: str, costs: list[dict]) -> dict:
-        """Of a case by those of its edits, none if the model cannot read it; all have to be made."""
+        """What a case cost, by its edits, all of which have to be made; none if the model cannot read it."""
         if name in self.unreadable:
             return {"error": self.unreadable[name]}
         return {**costs[0], "error": next((cost["error"] for cost in costs if cost["error"] is not None), None)}
@@ -269,7 +271,7 @@ class _Run:
                 self.advance()
 
     def read(self, names: list[str], *, texts: bool, seed: int = 0, in_context: bool = False) -> list[list | str]:
-        """Of each case its readings as JSON, or why it cannot be read."""
+        """By case its readings as JSON, or why it cannot be read."""
         cases = [self.cases[name] for name in names if name not in self.unreadable]
         plan, asked = self.plan, {"seed": seed, "in_context": in_context}
         fluency = texts and plan.fluency

@@ -1,4 +1,4 @@
-"""Writes the page: one HTML file that needs nothing else, and Markdown, CSV and pictures beside it."""
+"""Writes the page: one HTML file that needs nothing else; and Markdown, CSV and pictures."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ CARDS = 5
 """Cases shown with their answers; as many again where something went wrong."""
 
 READ = {
-    "teacher_forced_exact": "The answer's tokens are put behind the prompt: 1 if each is the most likely there.",
+    "teacher_forced_exact": "The answer's tokens are put behind the prompt: 1 if each is the most likely one there.",
     "teacher_forced_tokens": "As above, but the share of such tokens: an answer half right has half the score.",
     "generated": "The model continues the bare prompt by itself with the most likely tokens: 1 if that begins with "
     "an accepted answer, letter case, punctuation and articles aside.",
-    "contrast": "ES: on the request the new answer is likelier per token than the true one. PS: so on rephrasings. "
+    "contrast": "ES: on the request the new answer is likelier per token than the true one. PS: so on paraphrases. "
     "NS: on neighbours the true one stays likelier. S: harmonic mean of the three. EM, PM, NM: by how much.",
     "likelihood": "z_sentiment: the texts of the wanted sentiment against as many of the other. z_topic: how likely "
     "they still are, at most 1. Sentiment: the product of both, the edit's success.",
     "divergence": "KL(unedited ‖ edited) per token of the texts about another topic: what the edit changed besides.",
-    "written": "What the model writes against a long answer: F1 of the words, ROUGE-L; reworded: to other wordings.",
+    "written": "What the model writes against a long answer: F1 of the words, ROUGE-L; paraphrase: asked in "
+    "other words.",
     "sampled": "100 tokens, top-k 5. Fluency: entropy of word pairs and triples in bits (papers print it × 100; "
     "words by our own tokenizer, close to nltk's), low where text repeats itself. Perplexity: to the unedited model. "
     "PPL_r: that perplexity behind the request over that of the edit itself.",
@@ -35,7 +36,7 @@ READ = {
 MARKS = {"right": "✓ new answer", "wrong": "✗ not the new answer", "same": "✓ as before", "changed": "✗ changed"}
 KINDS = {
     "reliability": "the request's own prompt gives the new answer",
-    "generalization": "so do other wordings",
+    "generalization": "so do paraphrases of it",
     "locality": "other questions are answered as before the edit, whether that was right or wrong",
     "portability": "what follows from the new fact follows",
 }

@@ -119,8 +119,8 @@ def headline(results: Results) -> list[str]:
         if results.last_stage == "end" and first is not None:
             earlier += f", right after each edit: {first:.0%}"
         text = f"{method}: left to write, the model gives the new answer in {new:.0%} of the cases ({earlier})"
-        if (reworded := of("generalization@generated")) is not None:
-            text += f", to other wordings in {reworded:.0%}"
+        if (paraphrased := of("generalization@generated")) is not None:
+            text += f", to paraphrases in {paraphrased:.0%}"
         if (same := of("locality@generated")) is not None:
             text += f"; {same:.0%} of its other answers are as before"
         if (seconds := of("seconds@edit", "after_edit") or of("seconds@edit")) is not None:

@@ -113,7 +113,7 @@ def effect_bars(
 
 
 def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Writes the figure beside `path` as PNG and SVG; the folder is made."""
+    """Writes the figure as `PATH.png` and `PATH.svg`; the folder is made."""
     path = Path(path)
     endings: dict[str, dict[str, Any]] = {"png": {"facecolor": "white"}, "svg": {"metadata": {"Date": None}}}
     with matplotlib.rc_context(_STYLE):
@@ -134,7 +134,7 @@ def _panels(count: int, rows: int, layers: int) -> tuple[Figure, list[Axes]]:
 
 
 def _write_values(axes: Axes, table: Tensor, high: float) -> None:
-    """Writes the cells of a small table into it: beside a strong row, colours hide the weak ones."""
+    """Writes the cells of a small table into it: colours hide weak rows where there is a strong one."""
     if table.shape[1] > 12:
         return
     for row, values in enumerate(table.tolist()):

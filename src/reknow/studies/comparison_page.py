@@ -53,7 +53,7 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
         The path of the page.
     """
     folder = Path(folder)
-    sets = by_set(runs)
+    sets = split_by_set(runs)
     parts = [
         f"# {title}",
         *_about(next(iter(runs.values()))),
@@ -61,20 +61,20 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
     ]
     found = {stage for results in sets.values() for _, stage, _ in results.cells} - {"before"}
     for stage in sorted(found, key=lambda stage: (stage == IN_CONTEXT, when(stage))):
-        for name, results in {**sets, POOLED: pooled(sets)}.items():
+        for name, results in {**sets, POOLED: pool_sets(sets)}.items():
             lines = study_table(results, stage)
             if len(lines) > 1:
                 parts.append(f"**{name}, {stage_label(stage)}**\n\n{to_markdown(lines)}")
     last = next(iter(runs.values())).last_stage
-    gains = difference_table(pooled(sets), last)
+    gains = difference_table(pool_sets(sets), last)
     if len(gains) > 1:
         parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{to_markdown(gains)}")
     parts += [NOTE, "![Portability and locality](study.png)"]
-    atomic_write(folder / "study.png", lambda path: save_png(trade_off(sets), Path(path)))
+    atomic_write(folder / "study.png", lambda path: save_png(trade_off_figure(sets), Path(path)))
     return write_text(folder / "study.md", "\n\n".join(parts) + "\n")
 
 
-def by_set(runs: Mapping[str, Results]) -> dict[str, Results]:
+def split_by_set(runs: Mapping[str, Results]) -> dict[str, Results]:
     """Data set → its results; a run over several sets is taken apart by the names of its cases."""
     found: dict[str, Results] = {}
     for results in runs.values():
@@ -89,7 +89,7 @@ def _set(case: str) -> str:
     return case.rpartition("/")[0]
 
 
-def pooled(sets: Mapping[str, Results]) -> Results:
+def pool_sets(sets: Mapping[str, Results]) -> Results:
     """The cases of all sets together."""
     parts = list(sets.values())
     before, rows, added = (
@@ -163,7 +163,7 @@ def set_statistics(sets: Mapping[str, Results]) -> list[list[str]]:
     return lines
 
 
-def trade_off(sets: Mapping[str, Results]) -> Figure:
+def trade_off_figure(sets: Mapping[str, Results]) -> Figure:
     """A panel per set: a method's portability (or success, where a set has none) against its locality, with
     intervals; the upper right is best."""
     with matplotlib.rc_context(STYLE):

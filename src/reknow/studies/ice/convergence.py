@@ -20,6 +20,7 @@ from torch import Tensor
 from reknow.editing.self_distillation import prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
+from reknow.evaluation.results import UNEDITED
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
@@ -36,14 +37,15 @@ if TYPE_CHECKING:
 TEMPERATURES = (0.1, 1.0, 10.0, 100.0)
 TARGETS = ("static", "dynamic")
 SHOWN = (0, 6, 12, 18, 24)
-"""steps whose most likely tokens are shown."""
-UNEDITED = "unedited"
+"""Steps whose most likely tokens are shown."""
 ROWS_FILE = "inside.jsonl"
 KEY = ("part", "label", "edit")
 
 
 @exclusively
-def inside(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path, *, progress: bool = False) -> Rows:
+def measure_convergence(
+    lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path, *, progress: bool = False
+) -> Rows:
     """Measures all three for the edits, each by itself; started again on the folder, it goes on where it was.
 
     The folder gets `manifest.json` and `inside.jsonl`, a line per part, setting and edit, as returned.
@@ -109,7 +111,7 @@ def _most_likely_by_step(lm: LM, method: ICE, edit: Edit) -> list[dict[str, list
 
 def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows: Rows) -> Iterator[dict]:
     """The divergence of every edit, before all and after it by each method."""
-    for label, method in {UNEDITED: None, **methods}.items():
+    for label, method in {UNEDITED[0]: None, **methods}.items():
         for number, edit in enumerate(edits):
             if ("consistency", label, number) in rows:
                 continue
@@ -164,7 +166,7 @@ def _behind(lm: LM, rows: Sequence[Row]) -> Tensor:
 
 @torch.no_grad()
 def most_likely_tokens(lm: LM, edit: Edit, context: str, count: int = 6) -> dict[str, list[str]]:
-    """The most likely tokens behind the new answer, `with` the context in front and `without`."""
+    """The tokens that are the most likely ones behind the new answer, `with` the context in front and `without`."""
     found = {}
     for name, text in (("with", prepend_context(edit, context)), ("without", Text.asked(edit))):
         top = _behind(lm, lm.encode([text]))[-1].topk(count).indices

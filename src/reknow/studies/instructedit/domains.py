@@ -14,7 +14,7 @@ from reknow.evaluation import Plan, bench
 from reknow.instructions.trial import few_probes
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
-from reknow.studies.instructedit.editors import SMALL, Editors, Size
+from reknow.studies.instructedit.editors import SMALL, Budget, Editors
 from reknow.studies.instructedit.tables import write_tables
 
 DOMAINS = {
@@ -38,7 +38,7 @@ def domain_cases() -> dict[str, list[Case]]:
 
 
 def domain_study(
-    lm: LM, out: str | Path, size: Size = SMALL, *, say: Callable[[str], object] = lambda text: None
+    lm: LM, out: str | Path, budget: Budget = SMALL, *, say: Callable[[str], object] = lambda text: None
 ) -> str:
     """Trains the editors, which read no instructions, and reads each domain with its own and with that of all.
 
@@ -48,18 +48,18 @@ def domain_study(
     Raises:
         InputError: a folder with other settings.
     """
-    folder, seed = Path(out), size.seeds[0]
-    trained = Editors(lm, folder, size, None, load_families(), say)
-    learner = InstructEdit(rank=size.rank, seed=seed, instructed=False)
+    folder, seed = Path(out), budget.seeds[0]
+    trained = Editors(lm, folder, budget, None, load_families(), say)
+    learner = InstructEdit(rank=budget.rank, seed=seed, instructed=False)
     parts = domain_cases()
-    training = {domain: cases[size.test :] for domain, cases in parts.items()}
+    training = {domain: cases[budget.test :] for domain, cases in parts.items()}
     pooled = [case for cases in training.values() for case in cases]
     general = trained.trained(learner, pooled, ["domains"], len(parts), seed)
     values = {}
     for domain, cases in parts.items():
         own = trained.trained(learner, training[domain], ["domains", domain], 1, seed)
         say(f"reading {domain}")
-        read = [few_probes(case) for case in cases[: size.test]]
+        read = [few_probes(case) for case in cases[: budget.test]]
         plan = Plan(fluency=False, generate=False)
         results = bench(lm, read, {ONE: own, ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)
         for label in (ONE, ALL):

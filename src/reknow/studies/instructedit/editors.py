@@ -2,7 +2,7 @@
 
 All are of one class, InstructEdit, with and without instructions, so nothing else differs: without, it is MEND on one
 task, and on several the article's multi-task editor. Every task is seen equally often by every editor that learns it;
-an editor of three tasks is trained for three times as many updates. Other methods can stand beside them; one that
+an editor of three tasks is trained for three times as many updates. Other methods can be read too; one that
 learns is trained on the three tasks as long.
 """
 
@@ -33,8 +33,8 @@ LEARNED, HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
 TASKS = (*LEARNED, HELD_OUT)
 
 
-class Entrant(NamedTuple):
-    """An editor of a study."""
+class Variant(NamedTuple):
+    """An editor of a study: what it learns, and how it differs from the others."""
 
     label: str
     tasks: tuple[str, ...] = LEARNED
@@ -50,52 +50,52 @@ class Study(NamedTuple):
     """A question and the editors that answer it."""
 
     question: str
-    entrants: tuple[Entrant, ...]
-    baseline: str
+    variants: tuple[Variant, ...]
+    reference: str
     """Label against which the gains are counted."""
-    beside: tuple[str, ...] = ()
-    """Methods to read beside the editors."""
+    baselines: tuple[str, ...] = ()
+    """Methods that are read too."""
 
 
 PLAIN = {"instructed": False}
-MULTI, INSTRUCT = Entrant("multi-task", settings=PLAIN), Entrant("InstructEdit")
+MULTI, INSTRUCT = Variant("multi-task", settings=PLAIN), Variant("InstructEdit")
 
 STUDIES: dict[str, Study] = {
     "tasks": Study(
         "One editor for all tasks: what is lost, what do instructions win back? ZsRE is new to all of them.",
-        (Entrant("single-task", settings=PLAIN, own_tasks=True), MULTI, INSTRUCT),
+        (Variant("single-task", settings=PLAIN, own_tasks=True), MULTI, INSTRUCT),
         "multi-task",
     ),
     "unseen": Study(
         "Instructions that were not trained on against those that were.",
-        (INSTRUCT, Entrant("InstructEdit, unseen instruction", unseen=True)),
+        (INSTRUCT, Variant("InstructEdit, unseen instruction", unseen=True)),
         "InstructEdit",
     ),
     "scaling": Study(
         "One, two and three tasks to learn from.",
-        (Entrant("1 task", LEARNED[:1]), Entrant("2 tasks", LEARNED[:2]), Entrant("3 tasks", LEARNED)),
+        (Variant("1 task", LEARNED[:1]), Variant("2 tasks", LEARNED[:2]), Variant("3 tasks", LEARNED)),
         "1 task",
     ),
     "balance": Study(
         "Tasks in turn, or as often as they have cases: the balanced ConvSent.",
-        (INSTRUCT, Entrant("InstructEdit, by size", settings={"balanced": False})),
+        (INSTRUCT, Variant("InstructEdit, by size", settings={"balanced": False})),
         "InstructEdit, by size",
     ),
     "lengths": Study(
         "Every text alike in the loss, or every token: ConvSent's texts are long.",
         (
-            Entrant("InstructEdit, every token"),
-            Entrant("InstructEdit, every text", settings={"average_over": "texts"}),
+            Variant("InstructEdit, every token"),
+            Variant("InstructEdit, every text", settings={"average_over": "texts"}),
         ),
         "InstructEdit, every token",
     ),
     "scale": Study(
         "Gradients as they are, or every token's scaled to length 1.",
-        (INSTRUCT, Entrant("InstructEdit, unit gradients", settings={"normalize_gradient": True})),
+        (INSTRUCT, Variant("InstructEdit, unit gradients", settings={"normalize_gradient": True})),
         "InstructEdit",
     ),
     "baselines": Study(
-        "Methods that learn nothing, and KE after as many updates on the same tasks, beside InstructEdit.",
+        "Methods that learn nothing, and KE after as many updates on the same tasks, against InstructEdit.",
         (INSTRUCT,),
         "InstructEdit",
         ("ft-l", "calinet", "grace", "ke"),
@@ -104,14 +104,14 @@ STUDIES: dict[str, Study] = {
 
 
 @dataclass(frozen=True)
-class Size:
+class Budget:
     """How much is computed."""
 
     steps: Number = 30
     """Updates for each task that an editor learns."""
     batch_size: Number = 6
     rank: Rank = 64
-    """Of the editors' networks."""
+    """Rank of the editors' networks."""
     test: int = 50
     """Cases of each task to read."""
     seeds: tuple[Seed, ...] = (0,)
@@ -121,14 +121,14 @@ class Size:
         check_seeds(self.seeds)
 
 
-SMALL = Size()
+SMALL = Budget()
 
 
 def run_study(
     lm: LM,
     name: str,
     out: str | Path,
-    size: Size = SMALL,
+    budget: Budget = SMALL,
     *,
     families: str | None = None,
     say: Callable[[str], object] = lambda text: None,
@@ -146,23 +146,23 @@ def run_study(
     if name not in STUDIES:
         raise did_you_mean("study", name, STUDIES)
     study, folder, known = STUDIES[name], Path(out), task_families(families)
-    trained = Editors(lm, folder, size, families, known, say)
+    trained = Editors(lm, folder, budget, families, known, say)
     values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for task in TASKS:
-        parts = {unseen: [e for e in study.entrants if e.unseen == unseen] for unseen in (False, True)}
-        for unseen, entrants in parts.items():
-            editors = {} if unseen else {each: trained.beside(each) for each in study.beside}
-            told = set()
-            for entrant in entrants:
-                if entrant.own_tasks and task not in entrant.tasks:
+        parts = {unseen: [e for e in study.variants if e.unseen == unseen] for unseen in (False, True)}
+        for unseen, variants in parts.items():
+            editors = {} if unseen else {each: trained.baseline(each) for each in study.baselines}
+            instructed = set()
+            for variant in variants:
+                if variant.own_tasks and task not in variant.tasks:
                     continue
-                tasks = (task,) if entrant.own_tasks else entrant.tasks
-                for seed in size.seeds:
-                    label = f"{entrant.label}#{seed}"
-                    told |= {label} if entrant.settings.get("instructed", True) else set()
-                    editors[label] = trained.of(entrant, tasks, seed)
+                tasks = (task,) if variant.own_tasks else variant.tasks
+                for seed in budget.seeds:
+                    label = f"{variant.label}#{seed}"
+                    instructed |= {label} if variant.settings.get("instructed", True) else set()
+                    editors[label] = trained.of(variant, tasks, seed)
             if editors:
-                cases = reading_cases(known[task], size.test, unseen)
+                cases = reading_cases(known[task], budget.test, unseen)
                 run = folder / name / f"{task}{'-unseen' if unseen else ''}"
                 say(f"reading {task} with {', '.join(editors)}")
                 plan = Plan(fluency=False, generate=False)
@@ -170,8 +170,8 @@ def run_study(
                 for label in editors:
                     of = values.setdefault((label.partition("#")[0], task), {})
                     found = results.case_values[label, "after_edit"]
-                    _merge(of, as_trained(found, label in told), len(size.seeds) if "#" in label else 1)
-    return write_tables(folder, name, study.question, values, study.baseline)
+                    _merge(of, as_trained(found, label in instructed), len(budget.seeds) if "#" in label else 1)
+    return write_tables(folder, name, study.question, values, study.reference)
 
 
 def task_families(path: str | None) -> dict[str, Family]:
@@ -187,38 +187,38 @@ class Editors(NamedTuple):
 
     lm: LM
     folder: Path
-    size: Size
+    budget: Budget
     families: str | None
     """File of the task families."""
     known: Mapping[str, Family]
     """What is in it."""
     say: Callable[[str], object]
 
-    def of(self, entrant: Entrant, tasks: Sequence[str], seed: int) -> InstructEdit:
-        marks = [f"{key}={value}" for key, value in entrant.settings.items()]
-        fields = {"rank": self.size.rank, "families": self.families, "seed": seed, **entrant.settings}
-        return self.trained(InstructEdit(**fields), self.material(tasks), [*tasks, *marks], len(tasks), seed)
+    def of(self, variant: Variant, tasks: Sequence[str], seed: int) -> InstructEdit:
+        marks = [f"{key}={value}" for key, value in variant.settings.items()]
+        fields = {"rank": self.budget.rank, "families": self.families, "seed": seed, **variant.settings}
+        return self.trained(InstructEdit(**fields), self.training_cases(tasks), [*tasks, *marks], len(tasks), seed)
 
-    def beside(self, name: str) -> Method:
+    def baseline(self, name: str) -> Method:
         """Another method; one that learns is trained on all three tasks."""
         other = method(name)
         if not isinstance(other, Learned):
             return other
-        return self.trained(other, self.material(LEARNED), [*LEARNED, name], len(LEARNED), 0)
+        return self.trained(other, self.training_cases(LEARNED), [*LEARNED, name], len(LEARNED), 0)
 
-    def material(self, tasks: Sequence[str]) -> list[Case]:
-        return [case for task in tasks for case in FamilySplit.of(self.known[task], self.size.test).training]
+    def training_cases(self, tasks: Sequence[str]) -> list[Case]:
+        return [case for task in tasks for case in FamilySplit.of(self.known[task], self.budget.test).training]
 
     def trained(
         self, learner: AnyLearned, cases: Sequence[Case], marks: Sequence[str], parts: int, seed: int
     ) -> AnyLearned:
         """Trained on cases of so many parts, for as many updates each."""
         place = self.folder / "editors" / "-".join([*marks, str(seed)])
-        steps = self.size.steps * parts
+        steps = self.budget.steps * parts
         training = replace(
             learner.training,
             steps=steps,
-            batch_size=self.size.batch_size,
+            batch_size=self.budget.batch_size,
             warmup=steps // 10,
             validation=0,
             validate_every=steps,
@@ -236,9 +236,9 @@ def reading_cases(family: Family, count: int, unseen: bool) -> list[Case]:
     return [few_probes(family.instruct(case, texts[i % len(texts)])) for i, case in enumerate(cases)]
 
 
-def as_trained(found: Mapping[str, Mapping[str, float]], told: bool) -> dict[str, dict[str, float]]:
+def as_trained(found: Mapping[str, Mapping[str, float]], instructed: bool) -> dict[str, dict[str, float]]:
     """The values of each case with the reliability where the editor is asked as it was trained."""
-    kind = "instructed" if told else "reliability"
+    kind = "instructed" if instructed else "reliability"
     key = f"{kind}@teacher_forced_tokens"
     return {
         case: {**of, **({"as_trained@teacher_forced_tokens": of[key]} if key in of else {})}

@@ -23,20 +23,20 @@ from reknow.studies.instructedit.editors import (
     MULTI,
     SMALL,
     TASKS,
+    Budget,
     Editors,
-    Size,
     reading_cases,
     task_families,
 )
 
 CASES = 40
-"""Of each task."""
+"""Cases of each task."""
 
 
 def gradient_study(
     lm: LM,
     out: str | Path,
-    size: Size = SMALL,
+    budget: Budget = SMALL,
     *,
     families: str | None = None,
     say: Callable[[str], object] = lambda text: None,
@@ -57,18 +57,18 @@ def gradient_study(
         raise MissingExtra("scikit-learn", "analysis", "t-SNE of the gradients") from None
     from reknow.studies.instructedit.gradient_plot import gradient_figure
 
-    known, folder, seed = task_families(families), Path(out), size.seeds[0]
-    cases = {task: reading_cases(known[task], min(CASES, size.test), unseen=False) for task in TASKS}
+    known, folder, seed = task_families(families), Path(out), budget.seeds[0]
+    cases = {task: reading_cases(known[task], min(CASES, budget.test), unseen=False) for task in TASKS}
     labels = [task for task, found in cases.items() for _ in found]
     panels: dict[str, np.ndarray] = {}
     scores: dict[str, float] = {}
-    for entrant in (MULTI, INSTRUCT):
-        editor = Editors(lm, folder, size, families, known, say).of(entrant, entrant.tasks, seed)
+    for variant in (MULTI, INSTRUCT):
+        editor = Editors(lm, folder, budget, families, known, say).of(variant, variant.tasks, seed)
         points = edit_gradients(lm, editor, [case for found in cases.values() for case in found])
-        scores[entrant.label] = float(silhouette_score(points, labels))
+        scores[variant.label] = float(silhouette_score(points, labels))
         perplexity = min(30.0, (len(points) - 1) / 3)
-        panels[f"{entrant.label}, t-SNE"] = TSNE(random_state=seed, perplexity=perplexity).fit_transform(points)
-        panels[f"{entrant.label}, principal components"] = PCA(2, random_state=seed).fit_transform(points)
+        panels[f"{variant.label}, t-SNE"] = TSNE(random_state=seed, perplexity=perplexity).fit_transform(points)
+        panels[f"{variant.label}, principal components"] = PCA(2, random_state=seed).fit_transform(points)
     names: Mapping[str, str] = {name: known[name].title for name in TASKS}
     figure = gradient_figure(panels, [names[label] for label in labels])
     figure.savefig(folder / "gradients.png", dpi=200)
