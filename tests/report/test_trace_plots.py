@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from conftest import make_lm
 from reknow.cli import app
-from reknow.cli import tracing as command
+from reknow.cli.options import Opening
 from reknow.datasets import Fact
 from reknow.report.plots import STYLE, to_svg
 from reknow.report.trace_plots import average_figure, effect_bars, save_figure, trace_figure
@@ -92,7 +92,7 @@ def test_deep_models_get_few_layer_labels():
 def reknow(monkeypatch, tmp_path):
     """Runs `reknow trace` on a tiny model in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "open_lm", lambda *_: make_lm("gpt2"))
+    monkeypatch.setattr(Opening, "open", lambda self, model: make_lm("gpt2"))
 
     def run(*arguments: str):
         return CliRunner().invoke(app, ["trace", *arguments])
