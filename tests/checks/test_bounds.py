@@ -215,7 +215,7 @@ def test_settings_are_taken_as_people_type_them(name, typed, held):
         ("rome", "steps=" + "9" * 5000, "expected steps as int ≥ 1; got '9999"),
         ("rome", "layer=" + "[" * 100_000, "expected layer as int or none; got '[[["),
         ("rome", "covariance_text=", "expected covariance_text as non-empty str or none; got ''"),
-        ("lora", "matrices=value,nowhere", "expected matrices as [one of value, up, attention_out, …]"),
+        ("lora", "matrices=value,nowhere", "expected matrices as non-empty [one of value, up, attention_out, …]"),
     ],
 )
 def test_what_is_typed_wrong_is_one_sentence(name, typed, said):

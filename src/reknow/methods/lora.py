@@ -17,9 +17,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Number, Rank, Rate, Seed, Weight
@@ -28,7 +29,7 @@ from reknow.editing.adapters import adapters_in_use, four_bit_weights, read_fact
 from reknow.editing.descent import descend
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
-from reknow.errors import InputError, ModelError
+from reknow.errors import ModelError
 from reknow.model.hooks import forward_replaced
 from reknow.model.loading import carries_adapters
 from reknow.model.tokens import Row, Text
@@ -50,7 +51,7 @@ class LoRA(Method):
     """Fixed rank, rank shared out among the matrices, or fixed rank against a base in four bits."""
     layers: tuple[int, ...] | None = None
     """Layers that get adapters; None: a sixth of the model, five at most, around `suggest_layer`."""
-    matrices: Annotated[tuple[_MatrixName, ...], Formerly("places")] = ("value",)
+    matrices: Annotated[tuple[_MatrixName, ...], Field(min_length=1), Formerly("places")] = ("value",)
     """Which matrices of a layer: the value matrix, those that read the MLP's input, attention's output."""
     rank: Rank = 8
     """Rank r of each change; AdaLoRA: on average, from half as much again at the start."""
@@ -66,13 +67,6 @@ class LoRA(Method):
     """Edits per update; edits of similar length share a batch."""
     seed: Seed = 0
     """Seed of the factors at the start."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.matrices:
-            raise InputError(
-                f"expected matrices among {', '.join(get_args(_MatrixName))}; got none: choose from these"
-            )
 
     @property
     def name(self) -> str:

@@ -79,11 +79,8 @@ class UltraEdit(Method):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)
         layers = self._layers(lm)
-        names = [
-            name
-            for layer in layers
-            for name in ([lm.parts.value[layer]] if self.matrices == "value" else lm.parts.mlp_in[layer])
-        ]
+        parts = [[name] for name in lm.parts.value] if self.matrices == "value" else lm.parts.mlp_in
+        names = [name for layer in layers for name in parts[layer]]
         rows = lm.encode([Text.asked(edit) for edit in edits])
         before = _applied_norms(lm, names)
         own: dict[str, RunningNorm] = {}
