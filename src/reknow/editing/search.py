@@ -56,8 +56,8 @@ class SearchSettings(Method):
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""
     min_delta: Annotated[Weight, Formerly("stop_gain")] = 0.005
-    """End it too once the new answer is the most likely in every context and the loss falls by less than this per
-    pass; 0: never, as in the papers."""
+    """End a fact's search too once the new answer is the most likely in every context and the loss falls by less than
+    this per pass; 0: never, as in the papers."""
     context_batches: Annotated[Number, Formerly("turns")] = 2
     """Split the contexts into so many batches, of which each pass reads the next: several times less work; 1: all
     contexts in every pass, as in the papers."""
@@ -70,7 +70,7 @@ class SearchSettings(Method):
         "I",
         "You",
     )
-    """First words of those texts."""
+    """First words of the sampled texts; none: the token that begins texts."""
     covariance_tokens: Natural = 100_000
     """Tokens of general text for C."""
     covariance_text: Name | None = None
@@ -90,7 +90,7 @@ class SearchSettings(Method):
     success_weight: ClassVar[float] = 1.0
     """Weight of the likelihood while the target is the most likely answer in every context (PMET: 0.1)."""
     stop_drift: ClassVar[float | None] = None
-    """End a fact's search when that is so and its weighted KL term is not above (PMET: 0.01)."""
+    """Weighted KL term at which a fact's search ends, once the target is the most likely answer (PMET: 0.01)."""
     merge_subjects: ClassVar[bool] = False
     """Search one δ for all edits of the same subject (MEMIT-Merge)."""
 

@@ -61,9 +61,9 @@ class AlphaEdit(SearchSettings):
     l2: Weight | None = None
     """L2 as a plain number, instead of `regularization`: 10 (GPT-2 XL, GPT-J, Llama 3)."""
     boundary_layers: bool = False
-    """BLUE: the first and the last layer only, each with a z of its own."""
+    """Change the first and the last layer only, each with a z of its own, as BLUE does."""
     norm_anchor: bool = False
-    """NAS: scale v* to its mean norm over the edits of the first applied patch (the paper: 1,000 facts)."""
+    """Scale v* to its mean norm over the edits of the first applied patch, as NAS does (the paper: 1,000 facts)."""
 
     @property
     def name(self) -> str:

@@ -32,7 +32,7 @@ class MEMIT(BandSettings):
     """Mass editing over a band of layers."""
 
     merge_subjects: bool = False
-    """MEMIT-Merge: one δ for all edits of a subject."""
+    """Search one δ for all edits of a subject, as MEMIT-Merge does."""
 
     @property
     def name(self) -> str:

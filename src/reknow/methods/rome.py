@@ -47,7 +47,7 @@ class ROME(SearchSettings):
     covariance_tokens: Natural = 100_000
     """Tokens of general text for C; 0: C is the identity."""
     average_keys: bool = False
-    """R-ROME: the mean key and the mean value everywhere."""
+    """Use the mean key and the mean value everywhere, as R-ROME does."""
 
     @property
     def name(self) -> str:
