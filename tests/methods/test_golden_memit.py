@@ -43,7 +43,7 @@ def recorded_covariance(monkeypatch):
     def covariance(lm, layer, **_):
         return TENSORS[f"covariance/{'llama_' if 'llama' in lm.name else ''}layer_{layer}"]
 
-    monkeypatch.setattr("reknow.editing.search.covariance", covariance)
+    monkeypatch.setattr("reknow.editing.covariance.covariance", covariance)
 
 
 RUNS = {

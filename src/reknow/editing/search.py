@@ -15,7 +15,6 @@ from torch import Tensor
 from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Seed, Share, Units, Weight
 from reknow.contract import Method
 from reknow.editing.contexts import sample_contexts
-from reknow.editing.covariance import covariance
 from reknow.editing.keys import Site, warn_of_shared_keys
 from reknow.editing.solvers import Whitening, cholesky
 from reknow.errors import EditRefused
@@ -128,6 +127,8 @@ class SearchSettings(Method):
             budget = max(budget, int(torch.cuda.get_device_properties(device).total_memory * _CACHE_SHARE_OF_GPU))
 
         def compute() -> Tensor:
+            from reknow.editing.covariance import covariance  # data sets and caches are loaded for it alone
+
             return make(covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text), *settings)
 
         key = ("covariance", make.__name__, name, str(device), *source, *settings)
