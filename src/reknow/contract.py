@@ -112,8 +112,7 @@ def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, 
     Raises EditFailed where a number is not finite, so that nothing is handed out.
     """
     settings, made_on = asdict(method), tuple(patch.id for patch in lm.patches)  # type: ignore[call-overload]
-    about = {"method": method.name, "settings": settings, "base": lm.fingerprint, "version": __version__}
-    patch = Patch(edits=tuple(edits), deltas=deltas, made_on=made_on, **about, **rest)
+    patch = Patch(method.name, settings, tuple(edits), deltas, lm.fingerprint, made_on, version=__version__, **rest)
     for name, tensor in (delta_tensors(deltas) | patch.state).items():
         if not bool(torch.isfinite(tensor).all()):
             raise EditFailed(f"expected finite numbers in {name}; got NaN or infinity: lower the learning rate")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from conftest import make_lm
 from learned import some_cases, trained
-from reknow import LM, MEND, METHODS, evaluate
+from reknow import LM, MEND, evaluate
 from reknow.errors import InputError
 from reknow.learning.editors import Editor, open_editor, trained_settings
 from reknow.learning.learned import Learned
@@ -74,7 +74,7 @@ def test_bundled_ones_speak_of_settings_as_today(name):
         editor = Editor.load(path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trained_settings(METHODS[editor.method].method, editor)
+        trained_settings(editor)
 
 
 def test_former_names_of_settings_are_read_with_a_warning(mend):
@@ -82,4 +82,4 @@ def test_former_names_of_settings_are_read_with_a_warning(mend):
     settings = {name: value for name, value in editor.settings.items() if name != "step_size_learning_rate"}
     older = replace(editor, settings=settings | {"step_size_rate": 0.5})
     with pytest.warns(FutureWarning, match="step_size_rate of MEND is called step_size_learning_rate now"):
-        assert trained_settings(MEND, older).step_size_learning_rate == 0.5
+        assert trained_settings(older).step_size_learning_rate == 0.5

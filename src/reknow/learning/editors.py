@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, JsonValue
@@ -21,7 +21,7 @@ from reknow.files.schema import FormatError, NewerFormat, Object, Strict, explai
 from reknow.files.tensors import HEADER, check_finite, check_tensor, read_tensors, write_tensors
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
-from reknow.registry import known_settings
+from reknow.registry import make
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -150,18 +150,17 @@ def _bundled(method: str, lm: LM) -> Editor:
     )
 
 
-Settings = TypeVar("Settings")
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
-def trained_settings(method: type[Settings], editor: Editor) -> Settings:
-    """A method of this class with the settings that its editor was trained with.
+def trained_settings(editor: Editor) -> Any:
+    """The method with the settings that the editor was trained with.
 
     Raises:
         InputError: they are none of this method.
     """
     try:
-        return method(**known_settings(method, editor.settings, editor.method))
+        return make(editor.method, editor.settings)
     except InputError as error:
         raise InputError(
             f"expected an editor with settings of {editor.method}; got others ({error}): train another with "
@@ -169,8 +168,8 @@ def trained_settings(method: type[Settings], editor: Editor) -> Settings:
         ) from error
 
 
-def fill_network(make: Callable[[], _Network], tensors: Mapping[str, Tensor]) -> _Network:
-    """The network that `make` builds, with what an editor has learned in the place of its first weights.
+def fill_network(build: Callable[[], _Network], tensors: Mapping[str, Tensor]) -> _Network:
+    """The network that `build` gives, with what an editor has learned in the place of its first weights.
 
     It is built without memory, so that settings cannot ask for more of it than the tensors take.
 
@@ -179,7 +178,7 @@ def fill_network(make: Callable[[], _Network], tensors: Mapping[str, Tensor]) ->
     """
     try:
         with torch.device("meta"):
-            network = make()
+            network = build()
         check_like("tensor ", tensors, network.state_dict())
         network.load_state_dict(dict(tensors), assign=True)
         return network

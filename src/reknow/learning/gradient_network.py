@@ -131,7 +131,7 @@ class TransformLearner:
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        means = mean_over_batches(lambda *batch: self._losses(*batch).named(), cases, self.batch_size)
+        means = mean_over_batches(lambda batch, rng: self._losses(batch, rng).named(), cases, self.batch_size)
         return means | {"loss": self.settings.edit_weight * means["L_edit"] + means["L_loc"]}
 
     def _losses(self, batch: Sequence[Case], rng: random.Random, *, observe: bool = False) -> Losses:

@@ -93,7 +93,7 @@ class MatrixEditor(Learned):
             InputError: as in `open_editor`.
         """
         editor = open_editor(self.name, self.editor, lm)
-        trained = trained_settings(type(self), editor)
+        trained = trained_settings(editor)
         if trained.layers is None:
             raise InputError(
                 f"expected an editor that names its layers; got one of {editor.method} without: train another with "

@@ -176,7 +176,7 @@ class _Learner:
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        means = mean_over_batches(lambda *batch: self._losses(*batch).named(), cases, _VALIDATION_BATCH)
+        means = mean_over_batches(lambda batch, rng: self._losses(batch, rng).named(), cases, _VALIDATION_BATCH)
         if means["success"] > 0.9:
             self.module.margin.mul_(0.8).clamp_(min=self.method.min_margin)
         return means | {"loss": means["L_edit"] + _DIVERGENCE_WEIGHT * means["L_loc"]}

@@ -159,7 +159,7 @@ class _Learner:
 
     @torch.no_grad()
     def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        means = mean_over_batches(lambda *batch: self._try(*batch)[2], cases, self.batch_size)
+        means = mean_over_batches(lambda batch, rng: self._try(batch, rng)[2], cases, self.batch_size)
         return means | {"loss": means["L_edit"] + self.method.locality_weight * means["L_loc"]}
 
     def _try(

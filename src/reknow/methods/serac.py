@@ -128,7 +128,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
             begin, remedy = "the memory was begun", "take the memory off first"
         else:
             editor = open_editor(self.name, self.editor, lm)
-            settings, tensors = trained_settings(type(self), editor), editor.tensors
+            settings, tensors = trained_settings(editor), editor.tensors
             begin, remedy = "the editor was trained", "train another with `reknow train serac`"
         if name := self.difference(settings):
             raise InputError(
