@@ -1,8 +1,9 @@
 """ROME: Locating and Editing Factual Associations in GPT. Meng, Bau, Andonian, Belinkov 2022, arXiv 2202.05262.
 
 The value matrix W of one layer is a linear memory: key k (the subject) → value v (what is known of it). The value v*
-that makes the model answer with the new object is found by gradient descent, and W is changed by the rank-one matrix
-that maps the subject's key k* to v* and disturbs the keys of general text, whose covariance is C, the least:
+that makes the model answer with the new object is found by gradient descent (`reknow.editing.values`), and W is
+changed by the rank-one matrix that maps the subject's key k* to v* and disturbs the keys of general text, whose
+covariance is C, the least:
 
     ΔW = (v* − W k*) (C⁻¹ k*)ᵀ / ((C⁻¹ k*)ᵀ k*)                                                          (eq. 2)
 
