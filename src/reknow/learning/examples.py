@@ -140,11 +140,11 @@ class _TextBatch:
 
     def log_probs(self, edited: _Edited = lambda numbers: nullcontext()) -> Tensor:
         """Log-probabilities of all tokens at the scored places. (n, vocabulary)"""
-        found = []
+        log_probs = []
         for numbers, scored in self._batches:
             with edited(numbers):
-                found.append(scored.log_probs())
-        return torch.cat(found)
+                log_probs.append(scored.log_probs())
+        return torch.cat(log_probs)
 
     def mean(self, values: Tensor, over: Averaging) -> Tensor:
         """The mean of a value for each scored place, over all of them or over the texts' means. Scalar."""

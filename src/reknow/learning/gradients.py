@@ -91,11 +91,11 @@ def gradient_factors(
         value = finite_loss(loss)
         gradients = torch.autograd.grad(loss, [shifts[name] for name in names])
     wanted = scored.places if answers_only else scored.real
-    found = {}
+    factors = {}
     for name, gradient in zip(names, gradients, strict=True):
         u, delta = (by_row(states, len(rows)).detach().float() for states in (inputs[name], gradient))
-        found[name] = Factors(u, delta, wanted.to(u.device) & (u != 0).any(-1) & (delta != 0).any(-1))
-    return found, value / len(rows)
+        factors[name] = Factors(u, delta, wanted.to(u.device) & (u != 0).any(-1) & (delta != 0).any(-1))
+    return factors, value / len(rows)
 
 
 def flat_factors(
@@ -105,16 +105,16 @@ def flat_factors(
 
     Rows come in order of length. Arguments and errors as in `gradient_factors`.
     """
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    pieces: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     total = 0.0
-    for part in make_batches([len(row.ids) for row in rows]):
-        found, loss = gradient_factors(lm, names, [rows[i] for i in part], answers_only=answers_only)
-        total += loss * len(part)
-        for name, factors in found.items():
-            parts[name].append(factors.flat())
+    for batch in make_batches([len(row.ids) for row in rows]):
+        factors, loss = gradient_factors(lm, names, [rows[i] for i in batch], answers_only=answers_only)
+        total += loss * len(batch)
+        for name in names:
+            pieces[name].append(factors[name].flat())
     joined = {}
-    for name, pieces in parts.items():
-        us, deltas = zip(*pieces, strict=True)
+    for name in names:
+        us, deltas = zip(*pieces[name], strict=True)
         joined[name] = (torch.cat(us), torch.cat(deltas))
     return joined, total / len(rows)
 

@@ -84,13 +84,13 @@ class Learned(Method):
             EditFailed: a loss that is no number; the last checkpoint is as it was.
         """
         training = training or self.training
-        parts = split_cases(_readable(lm, cases), training)
+        split = split_cases(_readable(lm, cases), training)
         method = self.for_model(lm)
         with lm.unpatched():
-            learner = method.learner(lm, parts, training)
-        loop = Loop(lm, learner, method.draw(parts.train, training), parts.validation, Path(out), training)
+            learner = method.learner(lm, split, training)
+        loop = Loop(lm, learner, method.draw(split.train, training), split.validation, Path(out), training)
         with write_lock(loop.folder) if loop.main else nullcontext():
-            _run(method, loop, [*parts.train, *parts.validation], progress)
+            _run(method, loop, [*split.train, *split.validation], progress)
         return replace(self, editor=str(loop.folder / EDITOR_FILE))
 
 
@@ -124,10 +124,9 @@ def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> 
 def _readable(lm: LM, cases: Sequence[Case]) -> list[Case]:
     """The cases without those that are too long for the model, which are logged: one would end a training midway."""
     reasons = unreadable(lm, cases)
-    found = [(case.edit, reason) for case, reason in zip(cases, reasons, strict=True) if reason is not None]
-    if found:
-        edit, reason = found[0]
-        logger.warning(
-            "%d of %d cases left out; the first: %s, %s", len(found), len(cases), edit.id or edit.text, reason
-        )
+    left_out = [(case.edit, reason) for case, reason in zip(cases, reasons, strict=True) if reason is not None]
+    if left_out:
+        edit, reason = left_out[0]
+        about = edit.id or edit.text
+        logger.warning("%d of %d cases left out; the first: %s, %s", len(left_out), len(cases), about, reason)
     return [case for case, reason in zip(cases, reasons, strict=True) if reason is None]

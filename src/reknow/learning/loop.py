@@ -188,15 +188,15 @@ class Loop:
     def _validate(self) -> None:
         """Reads the validation cases, keeps the module if it is the best so far, and writes a row of the log."""
         state = self.state
-        found = [{}]
+        measured = [{}]
         if self.main and self.validation_cases:
             with seeded(self.training.seed, "validation", device=self.lm.device), self.accelerator.autocast():
-                found = [self.learner.validate(self.validation_cases)]
+                measured = [self.learner.validate(self.validation_cases)]
         if self.processes > 1:
-            broadcast_object_list(found)
+            broadcast_object_list(measured)
         self._share_buffers()
         # JSON has no NaN.
-        stats = {name: value if math.isfinite(value) else None for name, value in found[0].items()}
+        stats = {name: value if math.isfinite(value) else None for name, value in measured[0].items()}
         loss = stats.get("loss")
         better = "loss" not in stats or (loss is not None and (state.best is None or loss < state.best))
         if better:
@@ -238,15 +238,15 @@ class Loop:
             header = parse_json(_Header, sealed.header, once=True)
             module = self.learner.module.state_dict()
             for part in ("module", "best") if header.state.best_step else ("module",):
-                check_like(f"tensor {part}.", _part(sealed.tensors, part), module)
-            optimizer = self._moments(_part(sealed.tensors, "optimizer"))
+                check_like(f"tensor {part}.", _below(sealed.tensors, part), module)
+            optimizer = self._moments(_below(sealed.tensors, "optimizer"))
         except (OSError, FormatError) as error:
             raise InputError(
                 f"expected a checkpoint of this training at {path}; it is none ({explain(error)}): delete it to "
                 "start anew"
             ) from error
-        self.learner.module.load_state_dict(_part(sealed.tensors, "module"))
-        self.best = {n: t.to(self.lm.device) for n, t in _part(sealed.tensors, "best").items()}
+        self.learner.module.load_state_dict(_below(sealed.tensors, "module"))
+        self.best = {n: t.to(self.lm.device) for n, t in _below(sealed.tensors, "best").items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": optimizer})
         if self.accelerator.scaler is not None and header.scaler is not None:
             self.accelerator.scaler.load_state_dict(header.scaler)
@@ -272,7 +272,8 @@ class Loop:
         return found
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix.`, by the rest."""
     return {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
 
 

@@ -104,13 +104,13 @@ def split_cases(cases: Sequence[Case], training: Training) -> Split:
     """
     unique = list({key: case for key, case in zip(case_keys(cases).tolist(), cases, strict=True)}.values())
     random.Random(f"{training.seed}/split").shuffle(unique)
-    found = Split(unique[training.validation :], unique[: training.validation])
-    if len(found.train) < training.batch_size:
+    split = Split(unique[training.validation :], unique[: training.validation])
+    if len(split.train) < training.batch_size:
         raise InputError(
             f"expected at least {training.batch_size + training.validation} different cases, a batch and those for "
             f"validation; got {len(unique)}: give more data, or lower batch_size or validation"
         )
-    return found
+    return split
 
 
 def shuffle(cases: Sequence[Case], training: Training) -> Draw:

@@ -123,9 +123,8 @@ class KENetwork(nn.Module):
             c, r, c_free, r_free, gate = head(state).split([inside, out, inside, out, 1], 1)
             scale = 1.0 if self.absolute else float(out)
             left, right = (scale * r.softmax(1))[:, None], c[:, None]  # (edits, 1, features)
-            found = factors[name]
-            keep = found.keep[..., None]
-            delta, u = found.delta * keep, found.u * keep
+            keep = factors[name].keep[..., None]
+            delta, u = factors[name].delta * keep, factors[name].u * keep
             if not self.absolute:
                 gram = (delta @ delta.transpose(1, 2)) * (u @ u.transpose(1, 2))
                 norm = gram.sum((1, 2)).clamp(min=1e-30).sqrt()  # of each edit's gradient

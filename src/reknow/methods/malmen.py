@@ -98,10 +98,10 @@ class MALMENNetwork(nn.Module):
 
     def observe(self, factors: TokenFactors) -> None:
         """Takes the factors k (n, in) and g (n, out) of each matrix into the statistics."""
-        for name, found in factors.items():
+        for name, pair in factors.items():
             norm = self.norms[self.groups.group[name]]
             assert isinstance(norm, RunningNorm)
-            norm.observe(torch.cat(found, 1))
+            norm.observe(torch.cat(pair, 1))
 
     def forward(self, factors: TokenFactors) -> dict[str, Tensor]:
         """name → V, how far each token's output has to move. (n, out)"""
