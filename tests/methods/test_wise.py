@@ -11,7 +11,7 @@ import torch
 from conftest import make_lm
 from reknow import WISE, Edit, Patch
 from reknow.errors import InputError
-from reknow.memories.side_memory import Shard, distance, divide, ties
+from reknow.memories.side_memory import Shard
 from reknow.methods.wise import margin_loss
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "wise.json").read_text())
@@ -27,18 +27,6 @@ def test_margins_are_the_authors(case):
     moved = torch.tensor(case["moved"]).mean(1)  # (rows,)
     found = margin_loss(moved[:-1], moved[-1:], case["alpha"], case["beta"], case["gamma"])
     assert float(found) == pytest.approx(case["loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize("case", GOLDEN["ties"])
-def test_ties_is_the_authors_merge(case):
-    found = ties([torch.tensor(change) for change in case["changes"]], case["density"])
-    assert torch.allclose(found, torch.tensor(case["merged"]), atol=1e-5)
-
-
-def test_distance_counts_the_tokens_that_it_is_told():
-    inputs = torch.tensor([[[3.0, 0.0], [0.0, 4.0], [9.0, 9.0]]])
-    where = torch.tensor([[True, True, False]])
-    assert distance(inputs, where, torch.eye(2)).tolist() == [3.5]
 
 
 def test_a_shard_changes_its_part_and_no_more():
@@ -103,14 +91,6 @@ def test_one_memory_has_one_size_of_shards():
     with pytest.raises(InputError, match="got shard_size 1: set it to 4"):
         WISE(**quick, shard_size=1).edit(lm, [edit("I know")])
     assert WISE(**quick).edit(lm, [edit("I know")]).memory["shard_size"] == 4
-
-
-def test_a_shard_has_as_much_room_for_each_edit_as_in_the_paper():
-    assert divide(4096 * 11008) == (500, 0.2)  # Llama-2 7B
-    size, share = divide(256 * 1024)
-    assert size == 10 and share * 256 * 1024 == pytest.approx(10 * 18_000)
-    assert divide(32 * 128) == (10, 1.0)  # as much as there is
-    assert divide(256 * 1024, 3, 0.5) == (3, 0.5)
 
 
 @pytest.mark.parametrize("wrong", [{"mask_ratio": 0.0}, {"mask_ratio": 2.0}, {"density": 0.0}])

@@ -1,0 +1,68 @@
+"""CaliNet: slots beside an MLP, and the assessment of what a model knows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_lm
+from reknow import CaliNet, Edit
+from reknow.memories.distances import prompt_states
+from reknow.memories.slots import Slots, merge
+from reknow.methods.calinet import assess_knowledge, other_inputs
+from reknow.model.tokens import Text
+
+PROMPTS = ["The capital of Peru is", "I know Danielle Darrieux", "Who is Zoë Übel ? She is"]
+
+
+def edit(prompt: str, target: str = "of", **fields) -> Edit:
+    return Edit(prompt, target_new=target, **fields)
+
+
+def test_slots_add_to_the_mlp_what_the_equation_says():
+    lm = make_lm()
+    patch = CaliNet(layer=1, trained_keys=True, slots=5, steps=3).edit(lm, [edit(PROMPTS[0])])
+    assert patch.state["keys"].shape == (5, 32) == patch.state["values"].shape
+    (row,) = lm.encode([Text(PROMPTS[0])])
+    mlp_input, _ = prompt_states(lm, [row], lm.parts.mlp_in[1][0])
+    _, before = prompt_states(lm, [row], lm.parts.value[1])
+    with lm.patched(patch):
+        _, after = prompt_states(lm, [row], lm.parts.value[1])
+    hidden = nn.functional.gelu(mlp_input @ patch.state["keys"].T, approximate="tanh")  # GPT-2's own
+    assert torch.allclose(after, before + hidden @ patch.state["values"], atol=1e-4)
+
+
+def test_slots_learn_all_paraphrases_and_stand_beside_earlier_ones():
+    lm = make_lm()
+    reworded = edit("The capital of {} is", subject="Peru", rephrasings=("{} has the capital",))
+    lm.apply(CaliNet(layer=1).edit(lm, [reworded]))
+    assert [s.correct for s in lm.score(["The capital of Peru is", "Peru has the capital"], ["of"] * 2)] == [
+        (True,)
+    ] * 2
+    lm.apply(CaliNet(layer=2).edit(lm, [edit("Who is Zoë Übel", "in")]))
+    assert lm.score(["Who is Zoë Übel"], ["in"])[0].correct == (True,)
+    lm.apply(CaliNet(layer=2).edit(lm, [edit("Beats Music is", "of")]))
+    slots = merge([Slots.read(lm, patch) for patch in lm.patches])
+    assert [len(one.keys) for one in slots] == [2, 2], "those beside one MLP run as one"
+
+
+def test_a_slot_answers_to_its_own_fact_more_than_to_others():
+    lm = make_lm()
+    patch = CaliNet(layer=1).edit(lm, [edit(PROMPTS[0])])
+    (row,) = lm.encode([Text(PROMPTS[0])])
+    mlp_in = lm.parts.mlp_in[1][0]
+    own, _ = prompt_states(lm, [row], mlp_in)
+    others = other_inputs(lm, 1)
+    assert float(own @ patch.state["keys"].T) == pytest.approx(3, abs=1e-3)
+    assert float((others @ patch.state["keys"].T).square().mean()) < 1
+
+
+def test_the_assessment_rises_when_a_fact_is_learned():
+    lm = make_lm()
+    one = edit("The capital of {} is", subject="Peru")
+    patch = CaliNet(layer=1).edit(lm, [one])
+    before = assess_knowledge(lm, one, "of", 1e-3)
+    assert patch.notes["assessment"] == [[before]] and assess_knowledge(lm, edit("I know"), "of", 1e-3) is None
+    with lm.patched(patch):
+        assert assess_knowledge(lm, one, "of", 1e-3) > before
