@@ -112,8 +112,9 @@ class _IndependentDeltas:
         self._running = running.nonzero()[:, 0].tolist()
         (slope,) = torch.autograd.grad(losses, self._added, torch.ones_like(losses))
         torch.bmm(slope.mT, self._keys, out=self._slopes)
-        for i, own in zip(self._inside, self._slopes, strict=True):
-            self.changes[i].grad = own if running[i] else None
+        going = set(self._running)
+        for i, slope in zip(self._inside, self._slopes, strict=True):
+            self.changes[i].grad = slope if i in going else None
         self._optimizer.step()
         for i in self._running if self._bound < float("inf") else ():
             self.changes[i].clamp_(-self._bound, self._bound)
