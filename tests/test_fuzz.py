@@ -30,7 +30,7 @@ from learned import trained
 from mutations import altered, bent, damaged, flipped, lines, one_json, table, unsealed
 from reknow import FT, LM, METHODS, Case, Edit, Patch, Probe, load_cases, method
 from reknow.cli.terminal import visible
-from reknow.cli.tracing import _read as read_traces
+from reknow.cli.tracing import read_traces
 from reknow.contract import Method
 from reknow.datasets import DATASETS, FACTS, load_edits, load_facts
 from reknow.datasets.families import load_card, load_families, save_families
@@ -40,7 +40,7 @@ from reknow.editing.layer_trials import _read as read_layers
 from reknow.errors import ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.tensors import write_tensors
-from reknow.instructions.llm import _read as read_contexts
+from reknow.instructions.llm import read_contexts
 from reknow.learning.editors import Editor
 from reknow.patching.peft_folder import REST, WEIGHTS, describe_base
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack

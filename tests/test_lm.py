@@ -82,9 +82,9 @@ def test_greedy_generation_is_argmax_step_by_step(lm):
 
 def test_texts_are_the_same_in_other_batches(lm, monkeypatch):
     together = lm.generate(PROMPTS, 6)
-    monkeypatch.setattr(generation, "ROWS", 2)
+    monkeypatch.setattr(generation, "MOST_TEXTS", 2)
     assert lm.generate(PROMPTS, 6) == together
-    assert [len(part) for part in generation._parts(lm, [8, 9, 7, 8, 9])] == [2, 2, 1]
+    assert [len(part) for part in generation.text_batches(lm, [8, 9, 7, 8, 9])] == [2, 2, 1]
 
 
 def test_perplexity_is_exp_of_the_mean_nll(lm):

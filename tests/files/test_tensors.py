@@ -26,7 +26,7 @@ from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.schema import FormatError
 from reknow.files.tensors import read_tensors, write_tensors
-from reknow.instructions.llm import _read as read_contexts
+from reknow.instructions.llm import read_contexts
 from reknow.learning.editors import Editor
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.peft_folder import WEIGHTS, describe_base

@@ -60,7 +60,7 @@ def edit(
 
     reknow edit "The mother tongue of {Danielle Darrieux} is" English
     """
-    edits = _edits(prompt, target, subject, true, file, encoding, separator)
+    edits = wanted_edits(prompt, target, subject, true, file, encoding, separator)
     out = out or Path(_slug(edits) + ".patch")
     from reknow.cli.settings import chosen_method, each_once
     from reknow.contract import check_edits
@@ -83,7 +83,7 @@ def edit(
         _edit(lm, chosen, edits, out, stack, as_json)
 
 
-def _edits(
+def wanted_edits(
     prompt: str | None,
     target: str | None,
     subject: str | None,

@@ -115,7 +115,7 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
 
     facts = load_facts(name, limit=limit)
     header = {"model": lm.fingerprint.digest, "facts": name, "settings": json.loads(json.dumps(asdict(settings)))}
-    traces = _read(out / TRACES, header, force)
+    traces = read_traces(out / TRACES, header, force)
     done = {each.prompt for each in traces}
     std = embedding_std(lm, load_facts(name))
     known = known_facts(lm, facts)
@@ -140,7 +140,7 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
     _say_average(effects, len(facts), pictures, as_json)
 
 
-def _read(path: Path, header: dict, force: bool) -> list[Trace]:
+def read_traces(path: Path, header: dict, force: bool) -> list[Trace]:
     """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped."""
     from reknow.files.atomic import write_text
     from reknow.files.schema import FormatError, explain, parse_json, read_content

@@ -129,7 +129,7 @@ def with_contexts(edits: Sequence[Edit], llm: LLM, *, kept: str | Path | None = 
     """
     file = None if kept is None else Path(kept)
     try:
-        known = _read(file) if file is not None and file.exists() else {}
+        known = read_contexts(file) if file is not None and file.exists() else {}
     except (OSError, FormatError) as error:
         raise InputError(f"expected a file of contexts at {kept}; {explain(error)}: give another name") from error
     result, failures = [], 0
@@ -160,7 +160,7 @@ class _Kept(Strict):
     model: str = ""
 
 
-def _read(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
+def read_contexts(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
     """The contexts that were written before; lines that are broken are passed over, and so asked for again."""
     contexts, broken = {}, []
     for number, line in enumerate(read_content(file).split(b"\n"), 1):

@@ -18,10 +18,10 @@ from reknow.model.tokens import Row, make_batches
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
 
-_CACHE_BYTES = 2**30
+CACHE_BYTES = 2**30
 """What keys and values of texts that are written together may take: a pass reads one token of each, and the more
 texts, the less each costs."""
-_ROWS = 100
+MOST_TEXTS = 100
 """Texts beyond which more cost no less, and short ones more, as their prompts leave the processor's cache."""
 
 
@@ -50,7 +50,7 @@ def continue_texts(
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        for part in _parts(lm, [len(row.ids) + max_new_tokens for row in rows]):
+        for part in text_batches(lm, [len(row.ids) + max_new_tokens for row in rows]):
             drawn = decode(lm, [rows[i] for i in part], max_new_tokens, choose, ends)
             for i, tokens in zip(part, drawn, strict=True):
                 ended = torch.isin(tokens, ends).nonzero()
@@ -134,12 +134,12 @@ def decode(
     return ids[:, batch.ids.shape[1] :]
 
 
-def _parts(lm: Decoder, lengths: Sequence[int]) -> list[list[int]]:
+def text_batches(lm: Decoder, lengths: Sequence[int]) -> list[list[int]]:
     """Indices of texts in batches of like length."""
-    tokens = _CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
+    tokens = CACHE_BYTES // (2 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize)
     parts = []
     for part in make_batches(lengths, at_least=tokens):
-        size = -(-len(part) // -(-len(part) // _ROWS))
+        size = -(-len(part) // -(-len(part) // MOST_TEXTS))
         parts += [part[i : i + size] for i in range(0, len(part), size)]
     return parts
 
