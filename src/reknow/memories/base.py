@@ -79,7 +79,7 @@ class SideModuleMethod(MemoryMethod):
         return Footprint([self.chosen_layer(lm)])
 
 
-class Prepared(NamedTuple):
+class _Prepared(NamedTuple):
     """What an edit of a memory beside a matrix starts from."""
 
     edits: list[Edit]
@@ -92,7 +92,7 @@ class Prepared(NamedTuple):
     """For the patch: `layer` and `conflicts`."""
 
 
-def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int = 1) -> Prepared:
+def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int = 1) -> _Prepared:
     """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
 
     Args:
@@ -111,7 +111,7 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int =
         raise InputError(
             f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer"
         )
-    return Prepared(edits, layer, modules, stored, {"layer": layer, "conflicts": resolved})
+    return _Prepared(edits, layer, modules, stored, {"layer": layer, "conflicts": resolved})
 
 
 def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit]) -> list[tuple[Edit, Edit]]:

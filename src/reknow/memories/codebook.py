@@ -2,7 +2,7 @@
 (Hartvigsen et al. 2022, arXiv 2211.11031; Yu et al. 2023, arXiv 2312.11795)
 
 Every key is what a matrix reads at a prompt's last token, and holds what lies within its radius. A new key is placed
-by GRACE's Algorithm 1, see `placement`.
+by GRACE's Algorithm 1, see `_placement`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from reknow.patching.patches import Patch
 
 __all__ = ["Clusters", "Codebook"]
 
-Answer = tuple[int, ...]
+_Answer = tuple[int, ...]
 """Tokens of an edit's answer."""
 
-EPSILON = 1e-5
+_EPSILON = 1e-5
 """What keeps two radii that meet apart, in units of `distance_scale`."""
-SAME_KEY_DISTANCE = 1e-3
+_SAME_KEY_DISTANCE = 1e-3
 """Keys that are closer, in units of `distance_scale`, are the same prompt in another batch."""
 
 
-def placement(
+def _placement(
     distance: float, reach: float, same_answer: bool, scale: float
 ) -> Literal["add", "join", "replace", "split"]:
     """What GRACE's Algorithm 1 does with a new key.
@@ -48,7 +48,7 @@ def placement(
         return "add"
     if same_answer:
         return "join"
-    return "replace" if distance <= SAME_KEY_DISTANCE * scale else "split"
+    return "replace" if distance <= _SAME_KEY_DISTANCE * scale else "split"
 
 
 @dataclass(eq=False)
@@ -58,7 +58,7 @@ class Codebook:
     keys: Tensor  # (keys, in), float32
     values: Tensor  # (keys, out), float32
     radii: Tensor  # (keys,)
-    answers: list[Answer]
+    answers: list[_Answer]
     changed: set[int] = field(default_factory=set)
     """Keys that were added or changed since the table was made."""
     untrained: set[int] = field(default_factory=set)
@@ -99,28 +99,28 @@ class Codebook:
         nearest = torch.cdist(queries.float(), self.keys, compute_mode=mode).min(1)
         return nearest.values, nearest.indices
 
-    def insert(self, key: Tensor, answer: Answer, radius: float, scale: float) -> int:
-        """Places an edit; gives the number of the key that has its value. See `placement`. key: (in,)"""
+    def insert(self, key: Tensor, answer: _Answer, radius: float, scale: float) -> int:
+        """Places an edit; gives the number of the key that has its value. See `_placement`. key: (in,)"""
         if not self.answers:
             return self._add(key, radius, answer)
         distances, slots = self.nearest(key[None])
         distance, slot = float(distances), int(slots)
         old = float(self.radii[slot])
-        match placement(distance, radius + old, answer == self.answers[slot], scale):
+        match _placement(distance, radius + old, answer == self.answers[slot], scale):
             case "add":
                 return self._add(key, radius, answer)
             case "join":  # rounding must not put the prompt outside of what was widened for it
-                self._change(slot, max(distance + EPSILON * scale, old))
+                self._change(slot, max(distance + _EPSILON * scale, old))
             case "replace":
                 self._change(slot, old)
                 self.answers[slot] = answer
                 self.untrained.add(slot)
             case "split":
-                self._change(slot, distance / 2 - EPSILON * scale)
+                self._change(slot, distance / 2 - _EPSILON * scale)
                 return self._add(key, distance / 2, answer)
         return slot
 
-    def _add(self, key: Tensor, radius: float, answer: Answer) -> int:
+    def _add(self, key: Tensor, radius: float, answer: _Answer) -> int:
         slot = len(self.answers)
         self.keys = torch.cat([self.keys, key[None]])
         self.values = torch.cat([self.values, self.values.new_zeros(1, self.values.shape[1])])
@@ -136,12 +136,12 @@ class Codebook:
 
 
 @dataclass
-class Cluster:
+class _Cluster:
     """Prompts with one answer that lie close together."""
 
     centre: Tensor  # (in,), the mean of the keys
     radius: float
-    answer: Answer
+    answer: _Answer
     members: list[tuple[Tensor, int]]
     """Key (in,) and LoRA block of each edit in it."""
 
@@ -150,18 +150,18 @@ class Cluster:
 class Clusters:
     """MELO's table; the edits go through it in their order."""
 
-    clusters: list[Cluster] = field(default_factory=list)
+    clusters: list[_Cluster] = field(default_factory=list)
 
-    def insert(self, key: Tensor, answer: Answer, block: int, radius: float, scale: float) -> None:
-        """Places an edit; see `placement`. key: (in,)"""
-        new = Cluster(key, radius, answer, [(key, block)])
+    def insert(self, key: Tensor, answer: _Answer, block: int, radius: float, scale: float) -> None:
+        """Places an edit; see `_placement`. key: (in,)"""
+        new = _Cluster(key, radius, answer, [(key, block)])
         if not self.clusters:
             self.clusters.append(new)
             return
         distances = _distances(torch.stack([cluster.centre for cluster in self.clusters]), key)
         nearest = int(distances.argmin())
         distance, cluster = float(distances[nearest]), self.clusters[nearest]
-        match placement(distance, radius + cluster.radius, answer == cluster.answer, scale):
+        match _placement(distance, radius + cluster.radius, answer == cluster.answer, scale):
             case "add":
                 self.clusters.append(new)
             case "join":
@@ -170,9 +170,9 @@ class Clusters:
                 cluster.centre = keys.mean(0)
                 cluster.radius = max(float(_distances(keys, cluster.centre).max()), radius)
             case "replace":
-                self.clusters[nearest] = Cluster(key, cluster.radius, answer, [(key, block)])
+                self.clusters[nearest] = _Cluster(key, cluster.radius, answer, [(key, block)])
             case "split":
-                cluster.radius, new.radius = distance / 2 - EPSILON * scale, distance / 2 + EPSILON * scale
+                cluster.radius, new.radius = distance / 2 - _EPSILON * scale, distance / 2 + _EPSILON * scale
                 self.clusters.append(new)
                 inside = (float((member - cluster.centre).norm()) <= cluster.radius for member, _ in cluster.members)
                 cluster.members = list(compress(cluster.members, inside))

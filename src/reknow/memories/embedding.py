@@ -21,6 +21,8 @@ from reknow.model.tokens import Row, Text, encode
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+__all__ = ["embed"]
+
 
 def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
     """A vector of length 1 for each text, on the model's device. (texts, features) float32
@@ -34,7 +36,7 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
         InputError: the encoder cannot be loaded.
     """
     if encoder is not None:
-        encoded = sentence_encoder(lm, encoder).encode(
+        encoded = _sentence_encoder(lm, encoder).encode(
             list(texts), convert_to_tensor=True, show_progress_bar=False, batch_size=64
         )
         vectors = encoded.clone()  # made in inference mode, where autograd could not use it
@@ -47,7 +49,7 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
     return torch.nn.functional.normalize(vectors.to(lm.device).float(), dim=-1)
 
 
-def sentence_encoder(lm: LM, name: str) -> Any:
+def _sentence_encoder(lm: LM, name: str) -> Any:
     """The sentence-transformers model of this name or folder, kept with the LM; see `embed` for the errors."""
 
     def load() -> Any:

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from reknow.errors import InputError, MissingExtra
 
-QUERIES = 256
+__all__ = ["Nearest"]
+
+_QUERIES = 256
 """Questions compared at once, so that their distances to 100,000 vectors stay within 100 MB."""
-PROBED = 32
+_PROBED = 32
 """Cells that an approximate look-up visits."""
-TRAINED_ON = 64
+_TRAINED_ON = 64
 """Vectors per cell from which its centre is computed."""
 
 
@@ -48,7 +50,7 @@ class Nearest:
             two tensors (queries, k); an approximate look-up that finds fewer gives infinity and index 0.
         """
         queries, k = queries.to(self.vectors), min(k, len(self.vectors))
-        indices = torch.cat([self._nearest(batch, k) for batch in queries.split(QUERIES)])
+        indices = torch.cat([self._nearest(batch, k) for batch in queries.split(_QUERIES)])
         differences = (
             self.vectors[indices.clamp(min=0)] - queries[:, None]
         )  # subtracted again: ‖a‖² + ‖b‖² − 2ab cancels
@@ -74,9 +76,9 @@ def _index(vectors: Tensor):
     stored: np.ndarray = vectors.cpu().numpy()
     cells = max(1, min(len(stored) // 39, round(4 * math.sqrt(len(stored)))))  # faiss wants 39 vectors per cell
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(stored.shape[1]), stored.shape[1], cells)
-    index.cp.max_points_per_centroid = TRAINED_ON
+    index.cp.max_points_per_centroid = _TRAINED_ON
     index.cp.seed = 0
     index.train(stored)
     index.add(stored)
-    index.nprobe = min(PROBED, cells)
+    index.nprobe = min(_PROBED, cells)
     return index

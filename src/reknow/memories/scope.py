@@ -23,6 +23,8 @@ from reknow.model.tokens import Row, Text, encode, make_batches
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+__all__ = ["TEXTS", "Cross", "Embedding", "StateCache", "States", "log_in_scope", "scope_loss", "token_states"]
+
 States = tuple[Tensor, Tensor]
 """States of the tokens of several texts (texts, tokens, features), and which tokens are real (texts, tokens)."""
 
@@ -30,7 +32,7 @@ TEXTS = 64
 """Texts that a sentence encoder reads at once."""
 
 
-class TokenStates(Protocol):
+class _TokenStates(Protocol):
     """Reads texts; what it knows is frozen."""
 
     features: int
@@ -40,20 +42,20 @@ class TokenStates(Protocol):
     def __call__(self, texts: Sequence[str]) -> States: ...
 
 
-def token_states(lm: LM, encoder: str | None) -> TokenStates:
+def token_states(lm: LM, encoder: str | None) -> _TokenStates:
     """The base model itself, or any Hugging Face encoder; kept with the LM.
 
     Raises:
         InputError: the encoder cannot be loaded.
     """
 
-    def load() -> TokenStates:
-        return OwnStates(lm) if encoder is None else EncoderStates(lm, encoder)
+    def load() -> _TokenStates:
+        return _OwnStates(lm) if encoder is None else _EncoderStates(lm, encoder)
 
     return lm.cached(("token_states", encoder), load)
 
 
-class OwnStates:
+class _OwnStates:
     """States of the base model, whatever is applied to it: what enters the first block of each third."""
 
     digest: str | None = None
@@ -102,7 +104,7 @@ class StateCache:
         return padded, torch.arange(padded.shape[1], device=lengths.device) < lengths[:, None]
 
 
-class EncoderStates:
+class _EncoderStates:
     """Last states of a Hugging Face encoder such as BERT, from a folder or by name."""
 
     def __init__(self, lm: LM, name: str):

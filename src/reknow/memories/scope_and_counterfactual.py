@@ -98,7 +98,7 @@ class ScopeAndCounterfactual(nn.Module):
         super().__init__()
         self.question = settings.question
         self.states = token_states(lm, settings.encoder)
-        self.counterfactual_lm = answers = counterfactual_model(lm, settings.counterfactual)
+        self.counterfactual_lm = answers = _counterfactual_model(lm, settings.counterfactual)
         self.digests = [self.states.digest, None if answers is lm else answers.fingerprint.digest]
         self._names = list(answers.parts.value)
         features, rank = self.states.features, settings.rank
@@ -170,7 +170,7 @@ def _batches(texts: Sequence[T]) -> list[Sequence[T]]:
     return [texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS)]
 
 
-def counterfactual_model(lm: LM, source: str | None) -> LM:
+def _counterfactual_model(lm: LM, source: str | None) -> LM:
     """The decoder that answers in scope; kept with the LM.
 
     Raises:

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ScopeCases", "ScopeLearner"]
 
-PREFIXED = 0.25
+_PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
-SETS, LEAST_SETS = 16384, 4
+_SETS, _LEAST_SETS = 16384, 4
 """Sets of questions about all cases, and about one at least; one is asked at a time. So few that their states can be
 kept and each is read only once."""
-TRIES = 10
+_TRIES = 10
 """Draws of another case before one is given up."""
 
 
@@ -88,7 +88,7 @@ class ScopeCases:
     def same_subject(self, i: int, rng: random.Random) -> str | None:
         """Another case's question about this one's subject; None where none was found."""
         edit = self.cases[i].edit
-        for _ in range(TRIES):
+        for _ in range(_TRIES):
             other = rng.randrange(len(self.cases))
             if edit.subject is not None and self._templates[other] and not self._related(i, other):
                 return edit.fill(rng.choice(self._templates[other]))
@@ -96,7 +96,7 @@ class ScopeCases:
 
     def _prefixed(self, question: str, rng: random.Random) -> str:
         """The question, or, for a share of them, behind an unrelated statement."""
-        if rng.random() >= PREFIXED:
+        if rng.random() >= _PREFIXED:
             return question
         other = rng.randrange(len(self.cases))
         return f"{rng.choice(self._unrelated[other] or [self.cases[other].edit.text])}. {question}"
@@ -194,7 +194,7 @@ class ScopeLearner:
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
         edits = [cases.cases[i].edit for i in indices]
-        sets = max(LEAST_SETS, SETS // len(cases.cases))
+        sets = max(_LEAST_SETS, _SETS // len(cases.cases))
         rngs = [random.Random(f"{i}/{rng.randrange(sets)}") for i in indices]
         inside = [cases.in_scope(i, own_rng) for i, own_rng in zip(indices, rngs, strict=True)]
         outside = [text for i, own_rng in zip(indices, rngs, strict=True) for text in cases.out_of_scope(i, own_rng)]

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Shard", "ShardDescent", "SideMemory", "distance", "divide", "read_shards", "ties"]
 
-WEIGHTS_PER_EDIT = 18_000
+_WEIGHTS_PER_EDIT = 18_000
 """Weights of its part that a shard has for each edit: a fifth of Llama-2's 4096 × 11008 for 500 edits."""
-MASK_RATIO, LEAST_EDITS = 0.2, 10
+_MASK_RATIO, _LEAST_EDITS = 0.2, 10
 """The paper's ρ; a shard's fewest edits, where a matrix is so small that the part has to be larger."""
 
 
@@ -35,8 +35,8 @@ def divide(weights: int, shard_size: int | None = None, mask_ratio: float | None
         shard_size: None: as many edits as have the paper's number of weights each in the paper's share.
         mask_ratio: None: the share in which each edit has that number.
     """
-    size = shard_size or max(LEAST_EDITS, int(MASK_RATIO * weights / WEIGHTS_PER_EDIT))
-    return size, mask_ratio or min(1.0, max(MASK_RATIO, size * WEIGHTS_PER_EDIT / weights))
+    size = shard_size or max(_LEAST_EDITS, int(_MASK_RATIO * weights / _WEIGHTS_PER_EDIT))
+    return size, mask_ratio or min(1.0, max(_MASK_RATIO, size * _WEIGHTS_PER_EDIT / weights))
 
 
 @dataclass

@@ -55,12 +55,12 @@ from reknow.patching.state_spec import StateSpec
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-OTHERS = "known_1000", 128
+_OTHERS = "known_1000", 128
 """Facts that the slots shall not answer to: bundled set, how many."""
-SLOT_INPUT, RIDGE = 3.0, 0.01
+_SLOT_INPUT, _RIDGE = 3.0, 0.01
 """Input of a slot at its own fact, where the activation is nearly linear; added to the moment of the other facts'
 inputs, as a share of its mean diagonal."""
-CONTRASTS = 4
+_CONTRASTS = 4
 """Prompts of other relations that the score compares with."""
 
 
@@ -137,7 +137,7 @@ def other_inputs(lm: LM, layer: int) -> Tensor:
     """What the tokens of bundled facts put into the MLP of that layer, in the base model. (tokens, hidden)"""
 
     def measure() -> Tensor:
-        name, count = OTHERS
+        name, count = _OTHERS
         rows = lm.encode([Text(fact.text) for fact in load_facts(name)[:count]])
         with lm.unpatched():
             states, real = prompt_inputs(lm, rows, lm.parts.mlp_in[layer][0])
@@ -155,9 +155,9 @@ def fact_keys(inputs: Tensor, others: Tensor) -> Tensor:
     """
     seen, own = exact(others), exact(inputs)
     moment = seen.T @ seen / len(seen)
-    moment.diagonal().add_(RIDGE * moment.diagonal().mean())
+    moment.diagonal().add_(_RIDGE * moment.diagonal().mean())
     keys = torch.linalg.solve(moment, own.T).T
-    return (SLOT_INPUT * keys / (own * keys).sum(1, keepdim=True)).to(inputs)
+    return (_SLOT_INPUT * keys / (own * keys).sum(1, keepdim=True)).to(inputs)
 
 
 def assess_knowledge(lm: LM, edit: Edit, answer: str, smoothing: float) -> float | None:
@@ -165,7 +165,7 @@ def assess_knowledge(lm: LM, edit: Edit, answer: str, smoothing: float) -> float
     if edit.subject is None:
         return None
     others = dict.fromkeys(fact.prompt for fact in load_facts("counterfact") if fact.prompt != edit.prompt)
-    own, contrasts = paraphrases(edit), [edit.fill(prompt) for prompt in others][:CONTRASTS]
+    own, contrasts = paraphrases(edit), [edit.fill(prompt) for prompt in others][:_CONTRASTS]
     prompts = [*own, *contrasts]
     scores = lm.score(prompts, [answer] * len(prompts), [edit.separator] * len(prompts))
     probabilities = [math.exp(-score.nll * len(score.correct)) for score in scores]

@@ -38,14 +38,14 @@ from reknow.patching.state_spec import CountedBy, StateSpec, check_matrix
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-Replacement = Literal["prompt", "last", "before"]
+_Replacement = Literal["prompt", "last", "before"]
 
 
 class Memory(Strict):
     """What a version knows besides its tensors."""
 
     modules: list[str] = Field(min_length=1, max_length=1)
-    replacement: Replacement
+    replacement: _Replacement
     labels: Annotated[Listed[Listed[Count]], CountedBy("keys")]
     """Tokens of each key's answer."""
 
@@ -66,7 +66,7 @@ class GRACE(SideModuleMethod):
     about different subjects."""
     learning_rate: Rate = 0.3
     """Learning rate of Adam, in units of the root mean square of the matrix's output."""
-    replacement: Replacement = "prompt"
+    replacement: _Replacement = "prompt"
     """Where the value is put: at all tokens of the prompt; at its last; or, as the authors' code does, at all before
     the last."""
     units: Units = "relative"
@@ -121,7 +121,7 @@ class GRACE(SideModuleMethod):
             if answers is None:  # the pass that records the blocks below
                 return outputs
             values = (start + scale * delta)[value_of[answers.batch]]
-            return replaced(context, outputs, values, torch.ones_like(answers.batch).bool(), self.replacement)
+            return _replaced(context, outputs, values, torch.ones_like(answers.batch).bool(), self.replacement)
 
         with lm.temporary_memory(self.name, Hooks({lm.parts.value[layer]: replace})), torch.enable_grad():
             answers = AnswerLoss(lm, rows, layer)
@@ -133,19 +133,19 @@ class GRACE(SideModuleMethod):
         return [fmean(losses) for losses in passes]
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> LookUp:
+    def memory(lm: LM, patches: Sequence[Patch]) -> _LookUp:
         book, memory = Codebook.of(patches, lm.device), patches[-1].memory
         (module,) = memory["modules"]
         check_matrix(lm, module, {"in": (book.keys, 1), "out": (book.values, 1)})
-        return LookUp(module, memory["replacement"], book)
+        return _LookUp(module, memory["replacement"], book)
 
 
 @dataclass(eq=False)
-class LookUp:
+class _LookUp:
     """The hook that looks prompts up in the codebook."""
 
     module: str
-    replacement: Replacement
+    replacement: _Replacement
     book: Codebook
 
     def attach(self, lm: LM):
@@ -157,11 +157,11 @@ class LookUp:
             return torch.where(distances <= self.book.radii[slots], slots, -1)
 
         slots = context.decision(self, choose)  # (rows,)
-        return replaced(context, outputs, self.book.values[slots], slots >= 0, self.replacement)
+        return _replaced(context, outputs, self.book.values[slots], slots >= 0, self.replacement)
 
 
-def replaced(
-    context: ForwardContext, outputs: Tensor, values: Tensor, rows: Tensor, replacement: Replacement
+def _replaced(
+    context: ForwardContext, outputs: Tensor, values: Tensor, rows: Tensor, replacement: _Replacement
 ) -> Tensor:
     """The outputs (rows, columns, out) with the values (rows, out) of the chosen rows where `replacement` says."""
     where = context.last_of_prompt if replacement == "last" else context.of_prompt  # (rows, columns)

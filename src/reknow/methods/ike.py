@@ -41,7 +41,7 @@ from reknow.registry import make
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-BUNDLED, OFFSET = "counterfact", 500
+_BUNDLED, _OFFSET = "counterfact", 500
 """What is shown without cases of the user's: records from this one on; those before are for evaluation."""
 
 
@@ -146,7 +146,7 @@ class IKE(MemoryMethod):
         """What can be shown, a case with a text, and the vectors to find it by; read once for an LM."""
 
         def read() -> tuple[list[tuple[Case, str]], Tensor]:
-            cases = load_cases(BUNDLED, offset=OFFSET) if self.cases is None else read_cases(self.cases)
+            cases = load_cases(_BUNDLED, offset=_OFFSET) if self.cases is None else read_cases(self.cases)
             if self.demonstration_mix is None:
                 pool = [(case, text) for case in cases for texts in demonstrations_of(case) for text in texts[:1]]
             else:
@@ -156,11 +156,11 @@ class IKE(MemoryMethod):
         return lm.cached(("ike", self.cases, self.encoder, self.demonstration_mix is None), read)
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> Contexts:
-        return Contexts(patches)
+    def memory(lm: LM, patches: Sequence[Patch]) -> _Contexts:
+        return _Contexts(patches)
 
 
-class Contexts:
+class _Contexts:
     """The running memory: puts before a question the context of the edit most like it, the newest of its prompt."""
 
     def __init__(self, patches: Sequence[Patch]):

@@ -133,7 +133,7 @@ class MELO(SideModuleMethod):
         return [(down.detach(), up.detach()) for down, up in block.values()], [fmean(losses) for losses in passes]
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> Blocks:
+    def memory(lm: LM, patches: Sequence[Patch]) -> _Blocks:
         table, modules = Clusters(), patches[-1].memory["modules"]
         for patch in patches:
             keys, memory = patch.state["keys"].to(lm.device), patch.memory
@@ -149,11 +149,11 @@ class MELO(SideModuleMethod):
             check_matrix(lm, module, {"in": (down, 2), "out": (up, 1)})
             factors[module] = down, up
         check_matrix(lm, modules[0], {"in": (patches[-1].state["keys"], 1)})
-        return Blocks(table, factors)
+        return _Blocks(table, factors)
 
 
 @dataclass(eq=False)
-class Blocks:
+class _Blocks:
     """The blocks of all edits, and the hooks that add the right one."""
 
     table: Clusters

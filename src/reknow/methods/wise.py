@@ -44,7 +44,7 @@ from reknow.texts.writing import prepend
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-FACTS = "known_1000"
+_FACTS = "known_1000"
 """What an edit must leave alone: these ask like edits do. Against plain text more of the neighbours come along."""
 
 
@@ -156,7 +156,7 @@ class WISE(SideModuleMethod):
 
     def _unrelated(self, edit: Edit, number: int) -> list[str]:
         """Facts about other subjects than the edit's, drawn for edit number `number`."""
-        texts = [fact.text for fact in load_facts(FACTS) if edit.subject is None or edit.subject not in fact.text]
+        texts = [fact.text for fact in load_facts(_FACTS) if edit.subject is None or edit.subject not in fact.text]
         generator = torch.Generator().manual_seed(self.seed + number)
         return [texts[i] for i in torch.randperm(len(texts), generator=generator)[: self.unrelated_facts].tolist()]
 
