@@ -14,7 +14,7 @@ from reknow.cli.measuring import _ready, methods_by_label, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
-from reknow.studies.comparison import drop_conflicting, interleave, limit_probes
+from reknow.studies.comparison import drop_conflicting, limit_probes, merge_sets
 from reknow.studies.comparison_page import split_by_set, write_study
 from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, consistency, measure_convergence
 from reknow.studies.ice.script_ppl_r import METRIC, measure_script_ppl_r, with_script_ppl_r
@@ -68,7 +68,7 @@ def test_labels_part_the_variants_of_a_method():
 def test_the_continual_study_is_three_hundred_edits_of_all_four_sets():
     preset = PRESETS["ice-continual"]
     sets = [load_cases(name, limit=preset.limits.get(name, preset.limit)) for name in preset.data.split(",")]
-    cases = interleave(sets)
+    cases = merge_sets(sets)
     assert len(cases) == 300 and preset.one_run
     assert {case.edit.id.split("/")[0] for case in cases[:20]} == set(preset.data.split(","))
 
@@ -147,7 +147,7 @@ def test_the_scripts_ratio_is_measured_afterwards_and_read_from_runs_of_earlier_
 
 def test_a_study_that_has_just_begun_has_a_page_and_another_folder_for_it(tmp_path):
     methods = {"fine": FT(layer=2, steps=1)}
-    results = bench(make_lm(), interleave([make_cases("one"), make_cases("two")]), methods, tmp_path / "run")
+    results = bench(make_lm(), merge_sets([make_cases("one"), make_cases("two")]), methods, tmp_path / "run")
     assert "2" in write_study("begun", {"run": Results(results.manifest, results.before, {})}, tmp_path).read_text()
     (tmp_path / "run" / "cases.jsonl").unlink()
     before = sorted((tmp_path / "run").iterdir())
@@ -167,7 +167,7 @@ def test_the_reports_of_several_sets_go_where_they_are_wanted(tmp_path):
 
 
 def test_a_run_over_all_sets_is_taken_apart_again(tmp_path):
-    cases = interleave([make_cases("one"), make_cases("two")])
+    cases = merge_sets([make_cases("one"), make_cases("two")])
     assert [case.edit.id for case in cases] == ["one/0", "two/0", "one/1", "two/1"]
     plan = Plan("sequential", fluency=False)
     sets = split_by_set({"one+two": bench(make_lm(), cases, [FT(layer=2, steps=3)], tmp_path, plan=plan)})

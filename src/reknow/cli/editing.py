@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reknow.contract import Method
     from reknow.datasets.facts import Fact
     from reknow.edits import Edit
-    from reknow.evaluation.cost import Cost
+    from reknow.evaluation.cost import Estimate
     from reknow.evaluation.effect import Snapshot
     from reknow.lm import LM
     from reknow.patching.patches import Patch
@@ -234,7 +234,7 @@ def _say_weights(lm: LM, patch: Patch) -> None:
     say_table(["matrix", " out × in", " rank", " norm of the change", " of the matrix's"], rows)
 
 
-def _say_cost(cost: Cost, lm: LM, method: Method, edits: list[Edit]) -> None:
+def _say_cost(cost: Estimate, lm: LM, method: Method, edits: list[Edit]) -> None:
     say(f"{method.name} on {lm.name}, {_number(edits)}: nothing is done yet")
     for layer, (name, shape) in zip(cost.layers, cost.matrices.items(), strict=True):
         say(f"layer {layer} of {lm.layers}: {name} ({' × '.join(map(str, shape))})")

@@ -16,16 +16,16 @@ from collections.abc import Iterable, Sequence
 
 from reknow.evaluation.readings import Reading
 
-WANTED, UNWANTED, OTHER_TOPIC = "wanted", "unwanted", "other_topic"
+_WANTED, _UNWANTED, OTHER_TOPIC = "wanted", "unwanted", "other_topic"
 
 
 def sentiment_metrics(after: Sequence[Reading], before: Sequence[Reading] | None) -> dict[str, float]:
     """The metrics of one case, as far as its readings have them: metric@protocol → value."""
     found = {}
-    wanted, unwanted = (_mean_log(after, name) for name in (WANTED, UNWANTED))
+    wanted, unwanted = (_mean_log(after, name) for name in (_WANTED, _UNWANTED))
     if wanted is not None and unwanted is not None:
         found["z_sentiment@likelihood"] = 1 / (1 + math.exp(min(700.0, unwanted - wanted)))
-        earlier = None if before is None else _mean_log(before, WANTED)
+        earlier = None if before is None else _mean_log(before, _WANTED)
         if earlier is not None:
             found["z_topic@likelihood"] = math.exp(min(0.0, wanted - earlier))
             found["sentiment@likelihood"] = found["z_sentiment@likelihood"] * found["z_topic@likelihood"]

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from reknow.contract import Method
     from reknow.lm import LM
 
-FORWARD, BACKWARD, TRAIN = 2, 2, 6
+_FORWARD, _BACKWARD, _TRAIN = 2, 2, 6
 """Floating-point operations per weight and token: of a forward pass; of the gradient by what flows; of a forward pass
 with its whole backward pass."""
-ACTIVATIONS = 16
+_ACTIVATIONS = 16
 """Rough number of hidden-sized tensors that a block keeps for the backward pass."""
-FACTORED, DECOMPOSED = 4 + 8, 4 + 3 * 8
+_FACTORED, _DECOMPOSED = 4 + 8, 4 + 3 * 8
 """Bytes per element of a covariance, float32, with its factor; with its eigenvectors and the room to find them."""
 
 
@@ -39,7 +39,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Estimate:
     """What will be touched and computed; the numbers are estimates, good to a factor of two or so."""
 
     layers: tuple[int, ...]
@@ -62,7 +62,7 @@ class Cost:
         return sum(step.flops for step in self.steps)
 
 
-def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
+def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     """The cost of making the edits with a method.
 
     Reads its fields by the names that methods share: `layer` or `layers`, `steps`, `context_groups`,
@@ -91,29 +91,29 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Cost:
     tokens = bare * (1 + contexts) + prefixes * len(edits)
     steps = []
     if prefixes:
-        flops = FORWARD * (block * lm.layers + head) * prefixes
+        flops = _FORWARD * (block * lm.layers + head) * prefixes
         steps.append(Step("sampling contexts", max(length for _, length in groups), prefixes, flops))
     if covered := settings.get("covariance_tokens", 0):
         read = covered * len(layers)
-        flops = FORWARD * block * (layers[-1] + 1) * read
+        flops = _FORWARD * block * (layers[-1] + 1) * read
         steps.append(Step("covariance of the keys", -(-read // 2048), read, flops))
     if passes := settings.get("steps", 0):
-        flops = TRAIN * (block * above + head) * passes * tokens
+        flops = _TRAIN * (block * above + head) * passes * tokens
         steps.append(Step("gradient descent", passes, passes * tokens, flops))
     if own is not None and own.takes_gradient:
         weights = own.weights_per_token * tokens + own.weights_per_edit * len(edits)
-        flops = (FORWARD * (block * lm.layers + head) + BACKWARD * (block * above + head)) * tokens
+        flops = (_FORWARD * (block * lm.layers + head) + _BACKWARD * (block * above + head)) * tokens
         steps.append(Step("gradient of the edits", 1, tokens, flops))
-        steps.append(Step("its transform", 0, tokens, FORWARD * weights))
+        steps.append(Step("its transform", 0, tokens, _FORWARD * weights))
     longest = max(len(row.ids) for row in rows) + max((length for _, length in groups), default=0)
     together = 1 + contexts if groups else min(len(edits), settings.get("batch_size", len(edits)))
-    kept = together * longest * (ACTIVATIONS * lm.parts.hidden_size * above + 2 * vocabulary)  # numbers
+    kept = together * longest * (_ACTIVATIONS * lm.parts.hidden_size * above + 2 * vocabulary)  # numbers
     changed = sum(out * inside for out, inside in matrices.values())
     widths = [inside for _, inside in matrices.values()] if covered else []
-    solver = max(widths, default=0) ** 2 * (DECOMPOSED if "null_share" in settings else FACTORED)
+    solver = max(widths, default=0) ** 2 * (_DECOMPOSED if "null_share" in settings else _FACTORED)
     memory = parameters * next(lm.model.parameters()).element_size() + 4 * kept + 8 * 4 * changed + solver
     statistics = sum(kept_bytes(width) for width in widths)
-    return Cost(tuple(layers), guessed, matrices, parameters, tuple(steps), memory, solver, statistics)
+    return Estimate(tuple(layers), guessed, matrices, parameters, tuple(steps), memory, solver, statistics)
 
 
 def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:

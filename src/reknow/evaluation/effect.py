@@ -24,15 +24,15 @@ from reknow.tracing.known import known_facts
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-RISE = 1.5
+_RISE = 1.5
 """Perplexity that rises by more than this factor has collapsed; edits that work leave it within a few percent."""
-ANSWER_TOKENS = 6
+_ANSWER_TOKENS = 6
 """Length of the completions that are shown."""
 CANDIDATES = 200
 """How many facts are asked to find some that the model knows."""
-LONGEST = 80
+_LONGEST = 80
 """Characters of such a fact: short prompts are quick to read, and fit any model."""
-TEXTS, TEXT_TOKENS = 8, 128
+_TEXTS, _TEXT_TOKENS = 8, 128
 """How much plain text the perplexity is taken over."""
 
 
@@ -72,10 +72,10 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Snapsh
         ModelError, EditFailed: its logits are no numbers, without a patch or with those applied.
     """
     prompts = [edit.text for edit in edits] + [fact.text for fact in facts]
-    texts = [" ".join(text.split()) for text in lm.generate(prompts, ANSWER_TOKENS)]
+    texts = [" ".join(text.split()) for text in lm.generate(prompts, _ANSWER_TOKENS)]
     answers = tuple(_answer_stats(lm, edit, text) for edit, text in zip(edits, texts, strict=False))
-    plain = sorted(sample_text(), key=len)[-TEXTS:]
-    found = Snapshot(answers, tuple(texts[len(edits) :]), lm.perplexity(plain, TEXT_TOKENS))
+    plain = sorted(sample_text(), key=len)[-_TEXTS:]
+    found = Snapshot(answers, tuple(texts[len(edits) :]), lm.perplexity(plain, _TEXT_TOKENS))
     if any(map(math.isnan, (found.perplexity, *(answer.probability for answer in answers)))):
         raise EditFailed(
             f"expected numbers from {lm.name} with the patch; got NaN: open it with a wider dtype, bfloat16 or "
@@ -94,11 +94,11 @@ def _answer_stats(lm: LM, edit: Edit, completion: str) -> AnswerStats:
 def collapsed(before: Snapshot, after: Snapshot) -> list[str]:
     """What of the model an edit broke besides its fact, a clause for each; nothing where it is sound.
 
-    Plain text whose perplexity rises by more than `RISE` or is no number, and other facts most of which are
+    Plain text whose perplexity rises by more than `_RISE` or is no number, and other facts most of which are
     continued in other words.
     """
     harms = []
-    if not after.perplexity <= RISE * before.perplexity:
+    if not after.perplexity <= _RISE * before.perplexity:
         harms.append(f"perplexity of plain text goes from {before.perplexity:.2f} to {after.perplexity:.2f}")
     changed = sum(old != new for old, new in zip(before.controls, after.controls, strict=True))
     if 2 * changed > len(before.controls):
@@ -113,6 +113,6 @@ def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
     A model that knows none of them gets some all the same: their answers should not change either.
     """
     prompts, subjects = {edit.prompt for edit in edits}, {edit.subject for edit in edits}
-    facts = [f for f in load_facts("counterfact") if f.subject not in subjects and len(f.text) <= LONGEST]
+    facts = [f for f in load_facts("counterfact") if f.subject not in subjects and len(f.text) <= _LONGEST]
     facts = sorted(facts, key=lambda fact: fact.prompt not in prompts)[:CANDIDATES]
     return (known_facts(lm, facts) or facts)[:count]

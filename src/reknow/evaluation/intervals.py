@@ -10,7 +10,7 @@ import numpy as np
 
 from reknow.evaluation.metrics import harmonic_mean
 
-RESAMPLES = 1000
+_RESAMPLES = 1000
 LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
 """Metrics that are averaged as logarithms."""
 
@@ -27,7 +27,7 @@ class Mean(NamedTuple):
 
 
 def resample(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The mean of the values that are not NaN, then that of each bootstrap sample. (cases,) → (1 + RESAMPLES,)
+    """The mean of the values that are not NaN, then that of each bootstrap sample. (cases,) → (1 + _RESAMPLES,)
 
     Values of as many cases are resampled alike, so that their differences can be taken.
     """
@@ -39,12 +39,12 @@ def resample(values: np.ndarray, seed: int = 0) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _draws(cases: int, seed: int) -> np.ndarray:
-    """How often each case is in a sample; the first sample is the cases themselves. (1 + RESAMPLES, cases)"""
-    draws = np.random.default_rng(seed).multinomial(cases, [1 / cases] * cases, RESAMPLES)
+    """How often each case is in a sample; the first sample is the cases themselves. (1 + _RESAMPLES, cases)"""
+    draws = np.random.default_rng(seed).multinomial(cases, [1 / cases] * cases, _RESAMPLES)
     return np.vstack([np.ones(cases), draws])
 
 
-def with_interval(means: np.ndarray, cases: int) -> Mean:
+def _with_interval(means: np.ndarray, cases: int) -> Mean:
     """What `resample` gave, or what was computed of it sample by sample, as a mean with its interval."""
     if cases < 2:
         return Mean(float(means[0]), None, None, cases)
@@ -67,4 +67,4 @@ def average_cases(cases: Sequence[Mapping[str, float]]) -> dict[str, Mean]:
         rows = np.stack([means for means, _ in parts], 1)  # (1 + resamples, 3)
         score = np.array([np.nan if np.isnan(row).any() else harmonic_mean(row) for row in rows])
         found["S@contrast"] = score, min(count for _, count in parts)
-    return {key: with_interval(means, count) for key, (means, count) in found.items()}
+    return {key: _with_interval(means, count) for key, (means, count) in found.items()}

@@ -69,15 +69,15 @@ def generated(text: str, answers: Sequence[str]) -> float:
     return float(any(_begins_with(text, answer) for answer in answers))
 
 
-def answer_words(text: str, articles: bool = False) -> list[str]:
+def _answer_words(text: str, articles: bool = False) -> list[str]:
     """The text as normalised words (see `generated`); `articles=True` keeps a, an, the."""
     return [word for word in words(text) if articles or word not in _ARTICLES]
 
 
 def _begins_with(text: str, answer: str) -> bool:
     for articles in (False, True):  # an answer such as "A" is nothing but an article
-        if wanted := answer_words(answer, articles):
-            return answer_words(text, articles)[: len(wanted)] == wanted
+        if wanted := _answer_words(answer, articles):
+            return _answer_words(text, articles)[: len(wanted)] == wanted
     return text.lstrip().startswith(answer.strip())
 
 
@@ -95,8 +95,8 @@ def unchanged(before: Sequence[int], after: Sequence[int]) -> list[bool]:
 
 def unchanged_generated(before: str, after: str, answers: Sequence[str]) -> float:
     """1.0 if both continuations begin with the same words, as many as the longest accepted answer has."""
-    count = max(1, *(len(answer_words(answer, articles=True)) for answer in answers))
-    return float(answer_words(before, articles=True)[:count] == answer_words(after, articles=True)[:count])
+    count = max(1, *(len(_answer_words(answer, articles=True)) for answer in answers))
+    return float(_answer_words(before, articles=True)[:count] == _answer_words(after, articles=True)[:count])
 
 
 # ---- CounterFact

@@ -23,13 +23,13 @@ from reknow.patching.patches import Patch
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
 """Length, prompt included, and top-k of the text that fluency is measured on (ROME, EasyEdit)."""
 
-GREEDY_TOKENS, GREEDY_SLACK = 8, 4
+_GREEDY_TOKENS, _GREEDY_SLACK = 8, 4
 """A continuation is at least this long, and this much longer than the answer: room for "the", a dash …"""
 
-TEXTS_PER_PASS = 64
+_TEXTS_PER_PASS = 64
 """Texts whose distributions over the vocabulary are held at once."""
 
-IMPOSSIBLE = 690.0
+_IMPOSSIBLE = 690.0
 """Nats recorded for a likelihood that is NaN or less than e^-690: both ways its exponential is still a number."""
 
 
@@ -80,10 +80,10 @@ def read_each(
     def answers(some: Sequence[Case]) -> list[list[Reading]]:
         readings = read(lm, some, fluency=fluency, generate=generate, seed=seed, in_context=in_context)
         if lm.patches != unedited:
-            readings = with_divergence(lm, readings, unedited)
+            readings = _with_divergence(lm, readings, unedited)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):
             with lm.stacked(unedited):
-                readings = with_perplexity(lm, some, readings)
+                readings = _with_perplexity(lm, some, readings)
         return readings
 
     try:
@@ -98,7 +98,7 @@ def read_each(
         return found
 
 
-def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
+def _with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[Reading]]) -> list[list[Reading]]:
     """The readings with the likelihood of every sampled text under the model as it is now, and with PPL_r of those
     that stand behind the request itself."""
 
@@ -115,15 +115,15 @@ def with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[R
 
 
 @torch.no_grad()
-def with_divergence(
+def _with_divergence(
     lm: LM, readings: Sequence[Sequence[Reading]], unedited: tuple[Patch, ...]
 ) -> list[list[Reading]]:
     """The readings of ConvSent's other topics with KL(unedited ‖ the model as it is now) over the answer's tokens."""
     asked = {(r.prompt, r.answers[0]) for case in readings for r in case if r.name == OTHER_TOPIC}
     rows = lm.encode([Text(*pair) for pair in sorted(asked)])
     found: dict[tuple[str, str], float] = {}
-    for start in range(0, len(rows), TEXTS_PER_PASS):
-        part = rows[start : start + TEXTS_PER_PASS]
+    for start in range(0, len(rows), _TEXTS_PER_PASS):
+        part = rows[start : start + _TEXTS_PER_PASS]
         scored = ScoredTokens(lm, part, [predictions(row, row.prompt_length) for row in part], None)
         now = scored.log_probs()
         with lm.stacked(unedited):
@@ -138,7 +138,7 @@ def with_divergence(
 
 
 def perplexity(lm: LM, texts: Sequence[str]) -> float:
-    """`lm.perplexity`, kept within e^IMPOSSIBLE."""
+    """`lm.perplexity`, kept within e^_IMPOSSIBLE."""
     return math.exp(_finite(math.log(lm.perplexity(texts))))
 
 
@@ -164,8 +164,8 @@ def _greedy(lm: LM, probes: Sequence[Probe]) -> list[str]:
     lengths: dict[int, dict[str, str]] = {}
     places = []
     for probe, row in zip(probes, lm.encode([Text(probe.prompt) for probe in probes]), strict=True):
-        tokens = max(len(ids) for ids in lm.tokenizer(list(probe.answers))["input_ids"]) + GREEDY_SLACK
-        length = max(GREEDY_TOKENS, 2 ** math.ceil(math.log2(tokens)))
+        tokens = max(len(ids) for ids in lm.tokenizer(list(probe.answers))["input_ids"]) + _GREEDY_SLACK
+        length = max(_GREEDY_TOKENS, 2 ** math.ceil(math.log2(tokens)))
         if lm.max_tokens is not None:  # a long answer is read as far as the model has positions
             length = max(1, min(length, lm.max_tokens + 1 - len(row.ids)))
         lengths.setdefault(length, {})[probe.prompt] = ""
@@ -191,4 +191,4 @@ def _sampled(lm: LM, prompts: Sequence[str], seed: int) -> list[str]:
 
 
 def _finite(nll: float) -> float:
-    return IMPOSSIBLE if math.isnan(nll) else min(nll, IMPOSSIBLE)
+    return _IMPOSSIBLE if math.isnan(nll) else min(nll, _IMPOSSIBLE)

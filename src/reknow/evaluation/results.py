@@ -33,12 +33,12 @@ UNEDITED = ("unedited", "before")
 
 IN_CONTEXT = "in_context"
 """Stage at which the edit stands in front of every question; also read of the unedited model."""
-MEASURED = ("seconds", "peak_memory_mb")
+_MEASURED = ("seconds", "peak_memory_mb")
 """Costs that are measured over all edits which are made together."""
-COSTS = (*MEASURED, "steps", "loss", "repetitions")
+_COSTS = (*_MEASURED, "steps", "loss", "repetitions")
 
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
-OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")
+_OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
     ("teacher_forced_tokens", "Teacher-forced, share of the answer's tokens right, %", KINDS),
@@ -51,13 +51,13 @@ TABLES = (
         ("sentiment", "z_sentiment", "z_topic"),
     ),
     ("divergence", "ConvSent, change on another topic, nats", ("drawdown",)),
-    ("written", "Long answers, words in common with what the model writes, %", OVERLAPS),
+    ("written", "Long answers, words in common with what the model writes, %", _OVERLAPS),
     ("sampled", "Sampled text", ("fluency", "perplexity", "PPL_r")),
     ("held_out", "Given text", ("perplexity",)),
-    ("edit", "Cost of an edit", (*COSTS, "failed")),
+    ("edit", "Cost of an edit", (*_COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
-PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood", "written")
+_PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood", "written")
 
 
 class Cell(NamedTuple):
@@ -90,7 +90,7 @@ class Cell(NamedTuple):
     def _shown(self, value: float) -> str:
         if self.protocol == "divergence":
             return f"{value:.4f}"
-        percent = self.protocol in PERCENT
+        percent = self.protocol in _PERCENT
         value = value * 100 if percent else value
         return f"{value:.{1 if percent or value >= 100 else 2}f}"
 
@@ -161,7 +161,7 @@ class Results:
             values = case_metrics(now, then, failed=row["error"] is not None)
             values["perplexity@held_out"] = row["held_out_perplexity"]
             if row["stage"] == "after_edit" or row["mode"] == "batch":
-                values |= {f"{name}@edit": row.get(name) for name in COSTS}
+                values |= {f"{name}@edit": row.get(name) for name in _COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
             for key, value in (values | self.added.get(place, {})).items():
                 if value is not None:
@@ -193,7 +193,7 @@ class Results:
         found: dict[tuple[str, str, str], int] = {}
         for row in self.rows.values():
             batch = len(self.before) if row["mode"] == "batch" else 1  # rows of earlier versions do not say it
-            for name in MEASURED if row["mode"] == "single" else COSTS:
+            for name in _MEASURED if row["mode"] == "single" else _COSTS:
                 key = (row["method"], row["stage"], f"{name}@edit")
                 found[key] = max(found.get(key, 1), row.get("together", batch))
         return found

@@ -20,8 +20,8 @@ from reknow.files.schema import Count, Listed, Strict
 BEFORE_FILE, ROWS_FILE = "before.jsonl", "cases.jsonl"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
 
-Positive = Annotated[float, Field(gt=0)]
-Nats = Annotated[float, Field(ge=-1, le=700)]
+_Positive = Annotated[float, Field(gt=0)]
+_Nats = Annotated[float, Field(ge=-1, le=700)]
 """A mean −log P, such that its exponential and that of its negative are numbers."""
 
 
@@ -34,13 +34,13 @@ class StoredReading(Strict):
     answers: Listed[str]
     hits: Listed[Literal[0, 1]]
     top: Listed[Count]
-    nll: Nats | None = None
-    nll_new: Nats | None = None
-    nll_true: Nats | None = None
+    nll: _Nats | None = None
+    nll_new: _Nats | None = None
+    nll_true: _Nats | None = None
     text: str | None = None
     divergence: float | None = None
-    ppl_r: Positive | None = None
-    ratios: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    ppl_r: _Positive | None = None
+    ratios: Annotated[list[_Positive], Field(min_length=2, max_length=2)] | None = None
     """As earlier versions have it: `ppl_r`, and the same as the script of its authors reads it."""
 
     @model_validator(mode="after")
@@ -58,7 +58,7 @@ class _Row(Strict):
     open: ClassVar[bool] = True
 
     case: str
-    held_out_perplexity: Positive | None
+    held_out_perplexity: _Positive | None
     readings: Listed[StoredReading]
 
 

@@ -37,7 +37,7 @@ from reknow.progress import progress_bar
 Mode = Literal["single", "batch", "sequential"]
 """Each case on the unedited model; all in one patch; one after the other, all kept."""
 
-BLOCK = 32
+_BLOCK = 32
 """Cases that are read together. Fixed, so that a resumed run asks the same questions in the same batches."""
 
 
@@ -331,5 +331,5 @@ def _refuse_seen(method: Method, lm: LM, cases: Collection[Case]) -> None:
         )
 
 
-def _blocks(names: list[str], size: int = BLOCK) -> list[list[str]]:
+def _blocks(names: list[str], size: int = _BLOCK) -> list[list[str]]:
     return [names[start : start + size] for start in range(0, len(names), size)]

@@ -11,7 +11,7 @@ from reknow.evaluation.results import Results, stage_label
 from reknow.files.atomic import atomic_write, write_text
 from reknow.report import plots, tables
 
-CARDS = 5
+_CARDS = 5
 """Cases shown with their answers; as many again where something went wrong."""
 
 READ = {
@@ -33,7 +33,7 @@ READ = {
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
     "counted where it happens. Failed: share of edits that could not be made, or not be read.",
 }
-MARKS = {"right": "✓ new answer", "wrong": "✗ not the new answer", "same": "✓ as before", "changed": "✗ changed"}
+_MARKS = {"right": "✓ new answer", "wrong": "✗ not the new answer", "same": "✓ as before", "changed": "✗ changed"}
 KINDS = {
     "reliability": "the request's own prompt gives the new answer",
     "generalization": "so do paraphrases of it",
@@ -74,12 +74,12 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
         protocol_names=plots.colours(results),
         stage=stage_label(results.last_stage),
         stage_label=stage_label,
-        cards=shown[:CARDS],
-        missed=[card for card in shown[CARDS:] if card.missed][:CARDS],
+        cards=shown[:_CARDS],
+        missed=[card for card in shown[_CARDS:] if card.missed][:_CARDS],
         unfinished=tables.unfinished(results),
         failures=tables.failures(results),
         read=READ,
-        marks=MARKS,
+        marks=_MARKS,
         kinds=KINDS,
     )
     write_text(folder / "report.html", page)

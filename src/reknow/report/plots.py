@@ -20,7 +20,7 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 INK, FAINT = "#333334", "#bbbbbc"
 """Colours that a page replaces by its own text colour."""
 
-PROTOCOL_NAMES = {
+_PROTOCOL_NAMES = {
     "teacher_forced_exact": "teacher-forced, exact",
     "teacher_forced_tokens": "teacher-forced, tokens",
     "generated": "generated freely",
@@ -46,7 +46,7 @@ def figures(results: Results) -> dict[str, Figure]:
         found = {f"{kind.capitalize()}, %": bars(results, kind) for kind in KINDS}
         if results.manifest["settings"]["mode"] == "sequential":
             for protocol in ("teacher_forced_exact", "generated"):
-                name = PROTOCOL_NAMES[protocol]
+                name = _PROTOCOL_NAMES[protocol]
                 found[f"Reliability against the number of later edits, % ({name})"] = retention(results, protocol)
                 found[f"Reliability and locality of all edits so far, % ({name})"] = over_time(results, protocol)
     return {caption: figure for caption, figure in found.items() if figure is not None}
@@ -55,7 +55,7 @@ def figures(results: Results) -> dict[str, Figure]:
 def colours(results: Results) -> dict[str, str]:
     """Protocol in words → colour of its bars, for those that were read."""
     read = {key.partition("@")[2] for *_, key in results.cells}
-    return {name: color for (key, name), color in zip(PROTOCOL_NAMES.items(), PALETTE, strict=False) if key in read}
+    return {name: color for (key, name), color in zip(_PROTOCOL_NAMES.items(), PALETTE, strict=False) if key in read}
 
 
 def bars(results: Results, kind: str) -> Figure | None:
@@ -67,7 +67,7 @@ def bars(results: Results, kind: str) -> Figure | None:
     figure = Figure(figsize=(3.6, 0.4 + 0.6 * len(groups)), layout="constrained")
     axes = figure.add_subplot()
     for place, group in enumerate(groups):
-        for number, protocol in enumerate(PROTOCOL_NAMES):
+        for number, protocol in enumerate(_PROTOCOL_NAMES):
             cell = results.cells.get((*group, f"{kind}@{protocol}"))
             if cell is not None:
                 y, mean = place + (number - 1) * 0.27, 100 * cell.mean

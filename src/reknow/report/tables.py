@@ -11,12 +11,12 @@ from reknow.evaluation.results import Results, row_readings
 from reknow.texts.templates import fill, split_template
 from reknow.texts.writing import clip
 
-MODES = {
+_MODES = {
     "single": "single: each case by itself on the unedited model",
     "batch": "batch: all edits in one patch",
     "sequential": "sequential: one edit after the other, all kept",
 }
-PER_KIND = 2
+_PER_KIND = 2
 """Probes of a kind that a card shows."""
 
 
@@ -95,7 +95,7 @@ def _selected(questions: list[Question]) -> list[Question]:
         if any(answer.text for answer in question.answers):
             chosen.setdefault(question.kind, []).append(question)
     order = dict.fromkeys(question.kind for question in questions)
-    return [question for kind in order for question in chosen.get(kind, [])[: 1 if kind == "fluency" else PER_KIND]]
+    return [question for kind in order for question in chosen.get(kind, [])[: 1 if kind == "fluency" else _PER_KIND]]
 
 
 def _shown(text: str | None, words: int = 60) -> str:
@@ -136,7 +136,7 @@ def facts(results: Results) -> dict[str, str]:
     found = {
         "Model": f"{manifest['model']} ({manifest['dtype']}, fingerprint {settings['model']})",
         "Cases": f"{settings['cases']} of {settings['dataset'] or 'a list'} (digest {settings['cases_digest']})",
-        "Mode": MODES[settings["mode"]]
+        "Mode": _MODES[settings["mode"]]
         + (f", {settings['batch_size']} at a time" if settings["batch_size"] > 1 else ""),
         "Seeds": ", ".join(map(str, settings["seeds"])),
         "Machine": ", ".join(

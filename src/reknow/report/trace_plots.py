@@ -16,7 +16,7 @@ from reknow.files.atomic import atomic_write
 from reknow.tracing.causal import TOKEN_CLASSES, AverageEffects, Trace
 from reknow.tracing.restoration import RestorationKind
 
-COLORS: dict[RestorationKind, tuple[str, str]] = {
+_COLORS: dict[RestorationKind, tuple[str, str]] = {
     "hidden": ("Purples", "#7261ab"),
     "mlp": ("Greens", "#2a9d3a"),
     "attention": ("Reds", "#d9382e"),
@@ -25,7 +25,7 @@ COLORS: dict[RestorationKind, tuple[str, str]] = {
 }
 """Colour map and bar colour of each kind; the paper's purple, green and red."""
 
-NAMES: dict[RestorationKind, str] = {
+_NAMES: dict[RestorationKind, str] = {
     "hidden": "hidden state",
     "mlp": "MLP",
     "attention": "attention",
@@ -95,7 +95,7 @@ def effect_bars(
                 (100 * average.effects[kind][row]).tolist(),
                 width,
                 yerr=(100 * average.errors[kind][row]).nan_to_num(0.0).tolist(),
-                color=COLORS[kind][1],
+                color=_COLORS[kind][1],
                 hatch="////" if "severed" in kind else None,
                 edgecolor="white",
                 linewidth=0.0,
@@ -146,7 +146,7 @@ def _write_values(axes: Axes, table: Tensor, high: float) -> None:
 
 def _heat_map(axes: Axes, table: Tensor, kind: RestorationKind, low: float, high: float, window: int):
     mesh = axes.imshow(
-        table.numpy(), cmap=COLORS[kind][0], vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+        table.numpy(), cmap=_COLORS[kind][0], vmin=low, vmax=high, aspect="auto", interpolation="nearest"
     )
     layers = table.shape[1]
     axes.set_xticks(range(0, layers, _stride(layers)))
@@ -160,7 +160,7 @@ def _heat_map(axes: Axes, table: Tensor, kind: RestorationKind, low: float, high
 def _label(kind: RestorationKind, window: int) -> str:
     """What is restored, for a title or a legend."""
     several = kind in ("mlp", "attention") and window > 1
-    return f"{NAMES[kind]} ({window} layers around)" if several else NAMES[kind]
+    return f"{_NAMES[kind]} ({window} layers around)" if several else _NAMES[kind]
 
 
 def _stride(layers: int) -> int:

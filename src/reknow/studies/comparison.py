@@ -67,7 +67,7 @@ def load_sets(
             cases = kept
         loaded.sets[label] = limit_probes(cases[:wanted], study.probes_per_name)
     if study.one_run:
-        return loaded._replace(sets={"+".join(loaded.sets): interleave(list(loaded.sets.values()))})
+        return loaded._replace(sets={"+".join(loaded.sets): merge_sets(list(loaded.sets.values()))})
     return loaded
 
 
@@ -93,7 +93,7 @@ def drop_conflicting(cases: Sequence[Case]) -> list[Case]:
     return kept
 
 
-def interleave(sets: Sequence[Sequence[Case]]) -> list[Case]:
+def merge_sets(sets: Sequence[Sequence[Case]]) -> list[Case]:
     """One list of all cases, taken from the sets in turn, in proportion to their sizes."""
     placed = [
         (number / len(cases), place, case) for place, cases in enumerate(sets) for number, case in enumerate(cases)

@@ -19,13 +19,13 @@ from reknow.studies.ice.script_ppl_r import METRIC as SCRIPT_PPL_R
 from reknow.texts.tables import to_markdown
 from reknow.texts.writing import pieces
 
-PROTOCOL = "teacher_forced_tokens"
-COLUMNS = {
-    "success": f"reliability@{PROTOCOL}",
+_PROTOCOL = "teacher_forced_tokens"
+_COLUMNS = {
+    "success": f"reliability@{_PROTOCOL}",
     "written": "reliability@generated",
-    "paraphrases": f"generalization@{PROTOCOL}",
-    "portability": f"portability@{PROTOCOL}",
-    "locality": f"locality@{PROTOCOL}",
+    "paraphrases": f"generalization@{_PROTOCOL}",
+    "portability": f"portability@{_PROTOCOL}",
+    "locality": f"locality@{_PROTOCOL}",
     "fluency": "fluency@sampled",
     "PPL_r": "PPL_r@sampled",
     "PPL_r, script": SCRIPT_PPL_R,
@@ -33,12 +33,12 @@ COLUMNS = {
 }
 """What the papers' tables show, and how it was read: the protocol of EasyEdit, whose tables these are. Also
 success where the model writes by itself, which sees what teacher forcing does not: a last word that goes on."""
-SHARES = ("success", "written", "paraphrases", "portability", "locality")
-POOLED = "all sets"
-ENOUGH = 0.8
+_SHARES = ("success", "written", "paraphrases", "portability", "locality")
+_POOLED = "all sets"
+_ENOUGH = 0.8
 """Share of successful edits from which PPL_r says something."""
-NOTE = (
-    f"Success, paraphrases, portability, locality: `{PROTOCOL}`, %; written: success, `generated`. Fluency: "
+_NOTE = (
+    f"Success, paraphrases, portability, locality: `{_PROTOCOL}`, %; written: success, `generated`. Fluency: "
     "`sampled`, bits × 100. PPL_r: `sampled`, mean of logarithms; script: plain mean, each token's probability read "
     "one place too late, as in the script of its authors. † success below 80 %: a model that ignores an edit is "
     "fluent, so PPL_r says nothing. Seconds: per edit, on a machine as loaded as it was. Means over cases [95 % "
@@ -57,20 +57,20 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
     parts = [
         f"# {title}",
         *_about(next(iter(runs.values()))),
-        f"**The sets.**\n\n{to_markdown(set_statistics(sets))}",
+        f"**The sets.**\n\n{to_markdown(_set_statistics(sets))}",
     ]
     found = {stage for results in sets.values() for _, stage, _ in results.cells} - {"before"}
     for stage in sorted(found, key=lambda stage: (stage == IN_CONTEXT, when(stage))):
-        for name, results in {**sets, POOLED: pool_sets(sets)}.items():
-            lines = study_table(results, stage)
+        for name, results in {**sets, _POOLED: _pool_sets(sets)}.items():
+            lines = _study_table(results, stage)
             if len(lines) > 1:
                 parts.append(f"**{name}, {stage_label(stage)}**\n\n{to_markdown(lines)}")
     last = next(iter(runs.values())).last_stage
-    gains = difference_table(pool_sets(sets), last)
+    gains = _difference_table(_pool_sets(sets), last)
     if len(gains) > 1:
-        parts.append(f"**Differences on the same cases of {POOLED}, {stage_label(last)}**\n\n{to_markdown(gains)}")
-    parts += [NOTE, "![Portability and locality](study.png)"]
-    atomic_write(folder / "study.png", lambda path: save_png(trade_off_figure(sets), Path(path)))
+        parts.append(f"**Differences on the same cases of {_POOLED}, {stage_label(last)}**\n\n{to_markdown(gains)}")
+    parts += [_NOTE, "![Portability and locality](study.png)"]
+    atomic_write(folder / "study.png", lambda path: save_png(_trade_off_figure(sets), Path(path)))
     return write_text(folder / "study.md", "\n\n".join(parts) + "\n")
 
 
@@ -89,7 +89,7 @@ def _set(case: str) -> str:
     return case.rpartition("/")[0]
 
 
-def pool_sets(sets: Mapping[str, Results]) -> Results:
+def _pool_sets(sets: Mapping[str, Results]) -> Results:
     """The cases of all sets together."""
     parts = list(sets.values())
     before, rows, added = (
@@ -99,33 +99,33 @@ def pool_sets(sets: Mapping[str, Results]) -> Results:
     return Results(parts[0].manifest, before, rows, added)
 
 
-def study_table(results: Results, stage: str) -> list[list[str]]:
+def _study_table(results: Results, stage: str) -> list[list[str]]:
     """Header and a line per method at one stage, the unedited model first; columns without numbers are left out."""
     methods = [*results.manifest["settings"]["methods"]]
     groups = [(UNEDITED[0], stage)] if stage == IN_CONTEXT else [UNEDITED]
     groups += [(method, stage) for method in methods]
     groups = [group for group in groups if any(key[:2] == group for key in results.cells)]
-    names = [n for n, key in COLUMNS.items() if any((method, read, key) in results.cells for method, read in groups)]
+    names = [n for n, key in _COLUMNS.items() if any((method, read, key) in results.cells for method, read in groups)]
     lines = [["method", "cases", *names]]
     for method, read in groups:
-        success = results.cells.get((method, read, COLUMNS["success"]))
+        success = results.cells.get((method, read, _COLUMNS["success"]))
         texts = []
         for name in names:
-            cell = results.cells.get((method, read, COLUMNS[name]))
+            cell = results.cells.get((method, read, _COLUMNS[name]))
             if cell is not None and name == "fluency":
                 cell = cell._replace(mean=100 * cell.mean, low=_times(cell.low), high=_times(cell.high))
-            mark = "†" if name.startswith("PPL_r") and (success is None or success.mean < ENOUGH) else ""
+            mark = "†" if name.startswith("PPL_r") and (success is None or success.mean < _ENOUGH) else ""
             texts.append("–" if cell is None else f"{cell.number()}{mark} {cell.interval()}".strip())
         lines.append([method, str(success.cases if success else 0), *texts])
     return lines
 
 
-def difference_table(results: Results, stage: str) -> list[list[str]]:
+def _difference_table(results: Results, stage: str) -> list[list[str]]:
     """Header and a line per method but the first: what the first has more, in points, over the cases of both."""
     first, *others = results.manifest["settings"]["methods"]
     mine = results.case_values.get((first, stage), {})
-    names = [name for name in SHARES if any(COLUMNS[name] in values for values in mine.values())]
-    keys = [COLUMNS[name] for name in names]
+    names = [name for name in _SHARES if any(_COLUMNS[name] in values for values in mine.values())]
+    keys = [_COLUMNS[name] for name in names]
     lines = [[f"`{first}` over", *names]]
     for method in others:
         theirs = results.case_values.get((method, stage), {})
@@ -146,7 +146,7 @@ def _times(bound: float | None) -> float | None:
     return None if bound is None else 100 * bound
 
 
-def set_statistics(sets: Mapping[str, Results]) -> list[list[str]]:
+def _set_statistics(sets: Mapping[str, Results]) -> list[list[str]]:
     """Header and a line per set: cases, mean words of prompt and answer, probes of each kind per case."""
     kinds = ("generalization", "portability", "locality", "fluency")
     lines = [["set", "cases", "words of a prompt", "words of an answer", *(f"{kind} per case" for kind in kinds)]]
@@ -163,17 +163,17 @@ def set_statistics(sets: Mapping[str, Results]) -> list[list[str]]:
     return lines
 
 
-def trade_off_figure(sets: Mapping[str, Results]) -> Figure:
+def _trade_off_figure(sets: Mapping[str, Results]) -> Figure:
     """A panel per set: a method's portability (or success, where a set has none) against its locality, with
     intervals; the upper right is best."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.5 * len(sets), 3.1), layout="constrained")
         panels = figure.subplots(1, len(sets), squeeze=False)[0]
         for axes, (name, results) in zip(panels, sets.items(), strict=True):
-            held = any(key[2] == COLUMNS["portability"] for key in results.cells)
+            held = any(key[2] == _COLUMNS["portability"] for key in results.cells)
             across, up = "portability" if held else "success", "locality"
             for number, method in enumerate(results.manifest["settings"]["methods"]):
-                found = [results.cells.get((method, results.last_stage, COLUMNS[key])) for key in (across, up)]
+                found = [results.cells.get((method, results.last_stage, _COLUMNS[key])) for key in (across, up)]
                 pair = [cell for cell in found if cell is not None]
                 if len(pair) < 2:
                     continue

@@ -18,7 +18,7 @@ from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 from reknow.studies.ice.convergence import KEY, ROWS_FILE, SHOWN, TARGETS, TEMPERATURES
 from reknow.texts.tables import to_markdown
 
-Curve = list[tuple[float, float, float]]
+_Curve = list[tuple[float, float, float]]
 """(mean, low, high) step by step."""
 
 
@@ -30,33 +30,33 @@ def write_convergence(run_folder: Path, out: Path | None = None) -> Path:
     """
     manifest, rows = read_manifest(run_folder), Rows.reading(run_folder / ROWS_FILE, KEY)
     folder = out or run_folder
-    atomic_write(folder / "convergence.png", lambda path: save_png(losses_figure(loss_curves(rows)), Path(path)))
+    atomic_write(folder / "convergence.png", lambda path: save_png(_losses_figure(_loss_curves(rows)), Path(path)))
     text, answer = manifest["settings"]["edits"][0]
     count = len(manifest["settings"]["edits"])
     parts = [
         f"# Inside In-Context Editing: {manifest['model']}",
         f"{count} edits, each by itself; means over edits [95 % bootstrap interval].",
-        f"**The consistency condition.** {CONDITION}\n\n{to_markdown(divergence_table(rows))}",
-        f"**Losses.** {LOSSES}\n\n![Losses by step](convergence.png)\n\n{to_markdown(repetitions_table(rows))}",
+        f"**The consistency condition.** {_CONDITION}\n\n{to_markdown(_divergence_table(rows))}",
+        f"**Losses.** {_LOSSES}\n\n![Losses by step](convergence.png)\n\n{to_markdown(_repetitions_table(rows))}",
         f"**Most likely tokens behind the new answer**, “{text}” → “{answer}”, dynamic targets, temperature "
-        f"{TEMPERATURES[-1]:g}.\n\n{to_markdown(top_tokens_table(rows))}",
+        f"{TEMPERATURES[-1]:g}.\n\n{to_markdown(_top_tokens_table(rows))}",
     ]
     return write_text(folder / "convergence.md", "\n\n".join(parts) + "\n")
 
 
-CONDITION = (
+_CONDITION = (
     "KL(p(· given c, q) ‖ p(· given q)) at the new answer's tokens and the one behind, over the built-in "
     "introductions; 0 is a model that says without the context what it says with it."
 )
-LOSSES = (
+_LOSSES = (
     "ICE's loss before each step, −log p([y*, x] | q) per token, x sampled at that temperature from the model as it "
     "is (dynamic) or as it was (static). No early end."
 )
 
 
-def loss_curves(rows: Mapping[tuple, dict]) -> dict[str, Curve]:
+def _loss_curves(rows: Mapping[tuple, dict]) -> dict[str, _Curve]:
     """Setting → its loss over the edits."""
-    curves: dict[str, Curve] = {}
+    curves: dict[str, _Curve] = {}
     for label, found in _measured(rows, "losses", "losses").items():
         columns = zip(*(row["losses"] for row in found), strict=True)
         steps = [average_cases([{"loss": value} for value in step])["loss"] for step in columns]
@@ -66,7 +66,7 @@ def loss_curves(rows: Mapping[tuple, dict]) -> dict[str, Curve]:
     return curves
 
 
-def losses_figure(curves: Mapping[str, Curve]) -> Figure:
+def _losses_figure(curves: Mapping[str, _Curve]) -> Figure:
     """A panel for static and one for dynamic targets, a line per temperature; bands: 95 % intervals over edits."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 2.8), layout="constrained")
@@ -87,7 +87,7 @@ def losses_figure(curves: Mapping[str, Curve]) -> Figure:
     return figure
 
 
-def divergence_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
+def _divergence_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     """Header and a line per method: the divergence, and the edit's success."""
     lines = [["model", "edits", "divergence, nats", "success, teacher-forced exact, %"]]
     for label, values in _measured(rows, "consistency", "divergence").items():
@@ -100,7 +100,7 @@ def divergence_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     return lines
 
 
-def repetitions_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
+def _repetitions_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     """Header and a line per target and temperature: sampled tokens of a descent that stood in the answer already."""
     lines = [["sampling", "loss at the end", "the answer's loss at the end", "repeated tokens in a descent"]]
     for label, values in _measured(rows, "losses", "losses").items():
@@ -119,7 +119,7 @@ def repetitions_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     return lines
 
 
-def top_tokens_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
+def _top_tokens_table(rows: Mapping[tuple, dict]) -> list[list[str]]:
     """Header and a line per step shown, for the first edit."""
     lines = [["step", "with the context", "without"]]
     for row in rows.values():

@@ -17,7 +17,7 @@ from reknow.methods.instructedit import InstructEdit
 from reknow.studies.instructedit.editors import SMALL, Budget, Editors
 from reknow.studies.instructedit.tables import write_tables
 
-DOMAINS = {
+_DOMAINS = {
     "geography": ("P17", "P30", "P36", "P131", "P190", "P276"),
     "language": ("P37", "P103", "P364", "P407", "P1412"),
     "occupation": ("P39", "P101", "P106", "P108", "P136", "P413", "P641", "P1303"),
@@ -25,7 +25,7 @@ DOMAINS = {
 }
 """Relations of Wikidata that belong to one domain without doubt; CounterFact has none of law or medicine."""
 QUESTION = "One editor for all domains of CounterFact, or one for each, after as many updates for each."
-ONE, ALL = "one domain", "all domains"
+_ONE, _ALL = "one domain", "all domains"
 
 
 def domain_cases() -> dict[str, list[Case]]:
@@ -34,7 +34,7 @@ def domain_cases() -> dict[str, list[Case]]:
     records = read_records(files("reknow") / "assets" / "data" / name, name)
     relations = [record.record("requested_rewrite").text("relation_id") for record in records]
     pairs = list(zip(relations, load_cases("counterfact"), strict=True))
-    return {domain: [case for relation, case in pairs if relation in of] for domain, of in DOMAINS.items()}
+    return {domain: [case for relation, case in pairs if relation in of] for domain, of in _DOMAINS.items()}
 
 
 def domain_study(
@@ -61,7 +61,7 @@ def domain_study(
         say(f"reading {domain}")
         read = [few_probes(case) for case in cases[: budget.test]]
         plan = Plan(fluency=False, generate=False)
-        results = bench(lm, read, {ONE: own, ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)
-        for label in (ONE, ALL):
+        results = bench(lm, read, {_ONE: own, _ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)
+        for label in (_ONE, _ALL):
             values[label, domain] = results.case_values[label, "after_edit"]
-    return write_tables(folder, "domains", QUESTION, values, ONE, "domain")
+    return write_tables(folder, "domains", QUESTION, values, _ONE, "domain")

@@ -27,10 +27,10 @@ from reknow.methods import method
 from reknow.methods.instructedit import InstructEdit
 from reknow.studies.instructedit.tables import write_tables
 
-AnyLearned = TypeVar("AnyLearned", bound=Learned)
+_AnyLearned = TypeVar("AnyLearned", bound=Learned)
 
-LEARNED, HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
-TASKS = (*LEARNED, HELD_OUT)
+LEARNED, _HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
+TASKS = (*LEARNED, _HELD_OUT)
 
 
 class Variant(NamedTuple):
@@ -57,13 +57,13 @@ class Study(NamedTuple):
     """Methods that are read too."""
 
 
-PLAIN = {"instructed": False}
-MULTI, INSTRUCT = Variant("multi-task", settings=PLAIN), Variant("InstructEdit")
+_PLAIN = {"instructed": False}
+MULTI, INSTRUCT = Variant("multi-task", settings=_PLAIN), Variant("InstructEdit")
 
 STUDIES: dict[str, Study] = {
     "tasks": Study(
         "One editor for all tasks: what is lost, what do instructions win back? ZsRE is new to all of them.",
-        (Variant("single-task", settings=PLAIN, own_tasks=True), MULTI, INSTRUCT),
+        (Variant("single-task", settings=_PLAIN, own_tasks=True), MULTI, INSTRUCT),
         "multi-task",
     ),
     "unseen": Study(
@@ -210,8 +210,8 @@ class Editors(NamedTuple):
         return [case for task in tasks for case in FamilySplit.of(self.known[task], self.budget.test).training]
 
     def trained(
-        self, learner: AnyLearned, cases: Sequence[Case], marks: Sequence[str], parts: int, seed: int
-    ) -> AnyLearned:
+        self, learner: _AnyLearned, cases: Sequence[Case], marks: Sequence[str], parts: int, seed: int
+    ) -> _AnyLearned:
         """Trained on cases of so many parts, for as many updates each."""
         place = self.folder / "editors" / "-".join([*marks, str(seed)])
         steps = self.budget.steps * parts

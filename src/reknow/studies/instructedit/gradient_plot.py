@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
-MARKERS = ("o", "s", "^", "x")
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_MARKERS = ("o", "s", "^", "x")
 
 
 def gradient_figure(panels: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
@@ -28,7 +28,7 @@ def _figure(panels: Mapping[str, np.ndarray], labels: Sequence[str]) -> Figure:
     figure = Figure(figsize=(8, 3.6 * rows + 0.4), layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, min(2, len(panels)))).ravel()
     for letter, axes, (title, points) in zip("abcdefgh", grid, panels.items(), strict=False):
-        for color, marker, label in zip(COLORS, MARKERS, dict.fromkeys(labels), strict=False):
+        for color, marker, label in zip(_COLORS, _MARKERS, dict.fromkeys(labels), strict=False):
             of_label = points[np.array(labels) == label]
             axes.scatter(of_label[:, 0], of_label[:, 1], s=14, c=color, marker=marker, alpha=0.8, label=label)
         axes.set_title(f"({letter}) {title}", fontsize=10)

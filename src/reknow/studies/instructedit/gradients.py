@@ -29,7 +29,7 @@ from reknow.studies.instructedit.editors import (
     task_families,
 )
 
-CASES = 40
+_CASES = 40
 """Cases of each task."""
 
 
@@ -58,13 +58,13 @@ def gradient_study(
     from reknow.studies.instructedit.gradient_plot import gradient_figure
 
     known, folder, seed = task_families(families), Path(out), budget.seeds[0]
-    cases = {task: reading_cases(known[task], min(CASES, budget.test), unseen=False) for task in TASKS}
+    cases = {task: reading_cases(known[task], min(_CASES, budget.test), unseen=False) for task in TASKS}
     labels = [task for task, found in cases.items() for _ in found]
     panels: dict[str, np.ndarray] = {}
     scores: dict[str, float] = {}
     for variant in (MULTI, INSTRUCT):
         editor = Editors(lm, folder, budget, families, known, say).of(variant, variant.tasks, seed)
-        points = edit_gradients(lm, editor, [case for found in cases.values() for case in found])
+        points = _edit_gradients(lm, editor, [case for found in cases.values() for case in found])
         scores[variant.label] = float(silhouette_score(points, labels))
         perplexity = min(30.0, (len(points) - 1) / 3)
         panels[f"{variant.label}, t-SNE"] = TSNE(random_state=seed, perplexity=perplexity).fit_transform(points)
@@ -83,7 +83,7 @@ def gradient_study(
 
 @exclusively
 @torch.no_grad()
-def edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.ndarray:
+def _edit_gradients(lm: LM, method: InstructEdit, cases: Sequence[Case]) -> np.ndarray:
     """∇̃u of each edit: what the network makes of u in the last changed layer's first matrix, summed over the tokens
     that predict the answer and scaled to length 1 (the article's L2-scaling). (cases, in)"""
     trained, tensors = method.load_trained(lm)

@@ -11,7 +11,7 @@ from reknow.evaluation.intervals import Mean, average_cases, resample
 from reknow.files.atomic import write_json, write_text
 from reknow.texts.tables import to_csv, to_markdown
 
-METRICS = (
+_METRICS = (
     ("reliability@teacher_forced_tokens", "Reliability, share of tokens, asked plainly, %"),
     ("reliability@teacher_forced_exact", "Reliability, every token, asked plainly, %"),
     (
@@ -68,7 +68,7 @@ def _tables(question: str, values: Values, baseline: str, unit: str) -> str:
     """Markdown: a table for each metric; rows are editors, columns tasks and the gain on the baseline."""
     parts = [question]
     labels, tasks = (list(dict.fromkeys(names)) for names in zip(*values, strict=True))
-    for metric, title in METRICS:
+    for metric, title in _METRICS:
         lines = [["editor", *tasks, f"gain on {baseline}"]]
         for label in labels:
             cells = [_cell(values.get((label, task), {}), metric) for task in tasks]
