@@ -15,7 +15,7 @@ from reknow.cli import app
 
 SOURCE = Path(reknow.__file__).parent
 ROOT = Path(__file__).parent.parent
-SPOKEN = {"warn", "warning", "info", "say", "print", "echo", "hint", "refusal", "told"}
+SPOKEN = {"warn", "warning", "info", "say", "print", "echo", "hint", "refusal", "as_model_error"}
 """Functions that speak to a user, besides errors."""
 
 

@@ -102,13 +102,13 @@ def open_model(source, tokenizer, dtype, device, device_map, trust_remote_code: 
 def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
     source = find_source(name)
     expected = f"expected a model that transformers can load; {name!r} could not be loaded"
-    with _told(expected, _WHOLE):
+    with _as_model_error(expected, _WHOLE):
         base = _base(name, source)
         options: dict[str, Any] = dict(trust_remote_code=trust_remote_code, local_files_only=base.offline)
         kind = _auto_class(name, AutoConfig.from_pretrained(base.name, **options), trust_remote_code)
     tokenizer = _tokenizer(name, source, tokenizer, trust_remote_code)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are refused below, by name
-    with _told(expected, _WHOLE):
+    with _as_model_error(expected, _WHOLE):
         model, report = kind.from_pretrained(source.name, dtype=dtype or "auto", device_map=device_map, **options)
     missing = sorted(report["missing_keys"]) or sorted(key for key, *_ in report["mismatched_keys"])
     if missing:
@@ -177,7 +177,7 @@ def _tokenizer(name: str, source: Source, wanted, trust_remote_code: bool):
     if wanted is not None:
         name, source = str(wanted), find_source(str(wanted))
     options = dict(trust_remote_code=trust_remote_code, local_files_only=source.offline)
-    with _told(
+    with _as_model_error(
         f"expected a tokenizer that transformers can load; that of {name!r} could not be loaded",
         "name one with tokenizer= (--tokenizer NAME)",
     ):
@@ -185,7 +185,7 @@ def _tokenizer(name: str, source: Source, wanted, trust_remote_code: bool):
 
 
 @contextmanager
-def _told(expected: str, remedy: str):
+def _as_model_error(expected: str, remedy: str):
     """Turns whatever transformers raises while it reads foreign files into one sentence with the whole reason."""
     try:
         yield
