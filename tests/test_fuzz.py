@@ -44,7 +44,7 @@ from reknow.instructions.llm import read_contexts
 from reknow.learning.editors import Editor
 from reknow.patching.peft_folder import REST, WEIGHTS, describe_base
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
-from reknow.report import tables
+from reknow.report import contents
 from reknow.tracing.causal import Tracing, trace_prompt
 
 pytestmark = pytest.mark.slow
@@ -303,7 +303,12 @@ def test_run_folders(part, run, tmp_path):
         results = Results.load(folder)
         assert {row["seed"] for row in results.rows.values()} <= set(results.manifest["settings"]["seeds"])
         str(results), results.to_markdown(), results.to_csv().encode()
-        list(tables.cards(results)), tables.headline(results), tables.facts(results), tables.failures(results)
+        (
+            list(contents.make_cards(results)),
+            contents.describe_methods(results),
+            contents.describe_run(results),
+            contents.list_failures(results),
+        )
 
     damage = one_json if part.endswith("json") else lines
     fuzz(f"run, {part}", 100, (folder / part).read_bytes(), damage, folder / part, read)

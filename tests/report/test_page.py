@@ -82,12 +82,14 @@ def test_curves_are_drawn_of_what_was_read(run, tmp_path):
     """Free answers were not asked for, and the second method was killed before its first checkpoint."""
     cases, plan = make_cases(), Plan("sequential", checkpoints=(1, 2), generate=False)
     results = bench(make_lm(), cases, METHODS, tmp_path, plan=plan)
-    assert plots.over_time(results, "generated") is None and plots.retention(results, "generated") is None
+    assert (
+        plots.sequence_figure(results, "generated") is None and plots.retention_figure(results, "generated") is None
+    )
     page = write_report(tmp_path).read_text()
     assert 'id="answers"' not in page and "<details" not in page and "generated freely" not in page
     results = Results.load(run)
     rows = {key: row for key, row in results.rows.items() if row["method"] == "fine" or row["stage"] == "after_edit"}
-    picture = plots.over_time(Results(results.manifest, results.before, rows), "generated")
+    picture = plots.sequence_figure(Results(results.manifest, results.before, rows), "generated")
     assert [line.get_label() for line in picture.axes[0].lines] == ["fine, reliability", "fine, locality"]
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from reknow.evaluation.results import Results, stage_label
 from reknow.files.atomic import atomic_write, write_text
-from reknow.report import plots, tables
+from reknow.report import contents, plots
 
 _CARDS = 5
 """Cases shown with their answers; as many again where something went wrong."""
@@ -57,27 +57,27 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     """
     results = Results.load(run_folder)
     folder = Path(run_folder if out is None else out)
-    figures = plots.figures(results)
+    figures = plots.make_figures(results)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=select_autoescape(),
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown = list(tables.cards(results))
+    shown = list(contents.make_cards(results))
     page = environment.get_template("page.html").render(
         results=results,
         title=_title(results),
-        headline=tables.headline(results),
-        facts=tables.facts(results),
+        headline=contents.describe_methods(results),
+        facts=contents.describe_run(results),
         figures={caption: Markup(plots.to_svg(figure)) for caption, figure in figures.items()},
-        protocol_names=plots.colours(results),
+        protocol_names=plots.protocol_colours(results),
         stage=stage_label(results.last_stage),
         stage_label=stage_label,
         cards=shown[:_CARDS],
         missed=[card for card in shown[_CARDS:] if card.missed][:_CARDS],
-        unfinished=tables.unfinished(results),
-        failures=tables.failures(results),
+        unfinished=contents.describe_rest(results),
+        failures=contents.list_failures(results),
         read=READ,
         marks=_MARKS,
         kinds=KINDS,
@@ -96,8 +96,8 @@ def _title(results: Results) -> str:
 
 
 def _markdown(results: Results, captions: list[str]) -> str:
-    facts = "\n".join(f"- {name}: {value}" for name, value in tables.facts(results).items())
-    said = "\n\n".join(tables.headline(results))
+    facts = "\n".join(f"- {name}: {value}" for name, value in contents.describe_run(results).items())
+    said = "\n\n".join(contents.describe_methods(results))
     pictures = "\n\n".join(f"![{caption}](figure{number}.png)" for number, caption in enumerate(captions, 1))
     protocols = dict.fromkeys(table.protocol for table in results.tables())
     read = "\n".join(f"- `{protocol}`: {READ[protocol]}" for protocol in protocols)

@@ -40,25 +40,29 @@ STYLE: Any = {
 }
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def make_figures(results: Results) -> dict[str, Figure]:
     """Caption → figure: a panel of bars for each kind of probe and, for a sequence, what is left of its edits."""
     with matplotlib.rc_context(STYLE):
-        found = {f"{kind.capitalize()}, %": bars(results, kind) for kind in KINDS}
+        found = {f"{kind.capitalize()}, %": bar_figure(results, kind) for kind in KINDS}
         if results.manifest["settings"]["mode"] == "sequential":
             for protocol in ("teacher_forced_exact", "generated"):
                 name = _PROTOCOL_NAMES[protocol]
-                found[f"Reliability against the number of later edits, % ({name})"] = retention(results, protocol)
-                found[f"Reliability and locality of all edits so far, % ({name})"] = over_time(results, protocol)
+                found[f"Reliability against the number of later edits, % ({name})"] = retention_figure(
+                    results, protocol
+                )
+                found[f"Reliability and locality of all edits so far, % ({name})"] = sequence_figure(
+                    results, protocol
+                )
     return {caption: figure for caption, figure in found.items() if figure is not None}
 
 
-def colours(results: Results) -> dict[str, str]:
+def protocol_colours(results: Results) -> dict[str, str]:
     """Protocol in words → colour of its bars, for those that were read."""
     read = {key.partition("@")[2] for *_, key in results.cells}
     return {name: color for (key, name), color in zip(_PROTOCOL_NAMES.items(), PALETTE, strict=False) if key in read}
 
 
-def bars(results: Results, kind: str) -> Figure | None:
+def bar_figure(results: Results, kind: str) -> Figure | None:
     """Mean and 95 % interval of one kind of probe: a group of bars per method, a bar per protocol."""
     groups = [UNEDITED, *((method, results.last_stage) for method in results.manifest["settings"]["methods"])]
     groups = [g for g in groups if any((*g, f"{kind}@{protocol}") in results.cells for protocol in PROTOCOLS)]
@@ -87,7 +91,7 @@ def bars(results: Results, kind: str) -> Figure | None:
     return figure
 
 
-def retention(results: Results, protocol: str) -> Figure | None:
+def retention_figure(results: Results, protocol: str) -> Figure | None:
     """Reliability of an edit against how many were made after it; band: 95 % interval."""
     curves = {method: _retained(results, method, protocol) for method in results.manifest["settings"]["methods"]}
     curves = {method: points for method, points in curves.items() if len(points) > 1}
@@ -125,7 +129,7 @@ def _retained(results: Results, method: str, protocol: str) -> list[tuple[float,
     return points
 
 
-def over_time(results: Results, protocol: str) -> Figure | None:
+def sequence_figure(results: Results, protocol: str) -> Figure | None:
     """Mean reliability (solid) and locality (dashed) of all edits so far, at the checkpoints and the end."""
     total = len(results.before)
     made = {s: total if s == "end" else int(s[3:]) for _, s, _ in results.cells if s == "end" or s.startswith("at:")}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, stage_label, when
 from reknow.files.atomic import atomic_write, write_text
-from reknow.report import tables
+from reknow.report import contents
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
 from reknow.studies.ice.script_ppl_r import METRIC as SCRIPT_PPL_R
 from reknow.texts.tables import to_markdown
@@ -199,5 +199,5 @@ def _trade_off_figure(sets: Mapping[str, Results]) -> Figure:
 
 
 def _about(results: Results) -> list[str]:
-    facts = tables.facts(results)
+    facts = contents.describe_run(results)
     return ["\n".join(f"- {name}: {facts[name]}" for name in ("Model", "Mode", "Seeds", "Machine", "Software"))]

@@ -52,7 +52,7 @@ class Card(NamedTuple):
     """A method did not get the new answer out of the model, or changed a neighbour."""
 
 
-def cards(results: Results) -> Iterator[Card]:
+def make_cards(results: Results) -> Iterator[Card]:
     """Cases of which the model wrote something as cards, with the answers of the first seed at the last stage."""
     settings = results.manifest["settings"]
     for (case,), row in results.before.items():
@@ -102,7 +102,7 @@ def _shown(text: str | None, words: int = 60) -> str:
     return clip(text or "", words)
 
 
-def headline(results: Results) -> list[str]:
+def describe_methods(results: Results) -> list[str]:
     """A sentence per method: what one would tell a colleague."""
     sentences = []
     for method in results.manifest["settings"]["methods"]:
@@ -129,7 +129,7 @@ def headline(results: Results) -> list[str]:
     return sentences
 
 
-def facts(results: Results) -> dict[str, str]:
+def describe_run(results: Results) -> dict[str, str]:
     """The manifest in words."""
     manifest, settings = results.manifest, results.manifest["settings"]
     machine = manifest.get("machine", {})
@@ -154,7 +154,7 @@ def facts(results: Results) -> dict[str, str]:
     return found
 
 
-def failures(results: Results) -> list[dict[str, Any]]:
+def list_failures(results: Results) -> list[dict[str, Any]]:
     """Edits that could not be made or read: method, case, seed, request and the reason; each once."""
     found = {}
     for row in results.rows.values():
@@ -165,7 +165,7 @@ def failures(results: Results) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def unfinished(results: Results) -> str:
+def describe_rest(results: Results) -> str:
     """A sentence about a run that has not made all its rows, or nothing."""
     settings = results.manifest["settings"]
     stage = "after_edit" if settings["mode"] == "single" else "end"
