@@ -47,15 +47,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Statistics", "covariance", "statistics"]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-FORMAT = 4
+_FORMAT = 4
 """Counts up when the same settings give other statistics."""
 _ROW_TOKENS = 128
 """Texts are cut into rows of this many tokens."""
-ROWS = 16
+_ROWS = 16
 """Rows that are read together."""
-SAVE_SECONDS = 30.0
+_SAVE_SECONDS = 30.0
 """How often a running sum is written."""
 
 
@@ -121,7 +121,7 @@ def statistics(
         )
     if missing:
         cache_limit()  # a wrong one is refused before the work
-        log.info("reading %d tokens of %s for the statistics of layers %s", tokens, source.name, missing)
+        _log.info("reading %d tokens of %s for the statistics of layers %s", tokens, source.name, missing)
         found |= _compute(lm, {layer: keys[layer] for layer in missing}, source, tokens, state)
     return {layer: found[layer] for layer in keys}
 
@@ -129,7 +129,7 @@ def statistics(
 def _key(lm: LM, name: str, source: TextSource, tokens: int) -> dict[str, str]:
     """All that the statistics of the matrix `name` depend on."""
     return {
-        "format": f"{FORMAT}, rows of {_ROW_TOKENS}",
+        "format": f"{_FORMAT}, rows of {_ROW_TOKENS}",
         "model": lm.fingerprint.digest,
         "matrix": name,
         "text": source.digest,
@@ -168,7 +168,7 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
         blocks = _check_blocks(sealed.tensors, _blocks(lm, key["matrix"]), "float32")
         count = parse_json(Count, sealed.metadata.get("read", ""))
     except (OSError, FormatError) as error:
-        log.warning("%s is broken and is made again: %s", file, explain(error))
+        _log.warning("%s is broken and is made again: %s", file, explain(error))
         return None
     mark_used(file)
     return Statistics(Triangle(blocks).to(_device(lm, key["matrix"])).full(), count, file)
@@ -277,7 +277,7 @@ def _sum_keys(task: _Task) -> tuple[dict[str, Triangle], int]:
                 keys = exact(states[batch.mask.bool().to(states.device)])  # (tokens, in)
                 totals[name].add_products(keys)
             count += int(batch.mask.sum())
-            if time.monotonic() - saved >= SAVE_SECONDS:
+            if time.monotonic() - saved >= _SAVE_SECONDS:
                 running = {part: block for name in names for part, block in totals[name].named(name).items()}
                 _save(running, task.sums_file, {"count": str(count), "following": str(number + 1), "name": lm.name})
                 saved = time.monotonic()
@@ -298,10 +298,10 @@ def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle
                 own = {part: tensor for part, tensor in sealed.tensors.items() if part in shapes}
                 totals[name] = Triangle(_check_blocks(own, shapes, "float64"))
             count, following = (parse_json(Count, sealed.metadata.get(part, "")) for part in ("count", "following"))
-            log.info("going on behind %d tokens that an earlier run read", count)
+            _log.info("going on behind %d tokens that an earlier run read", count)
             return totals, count, following
         except (OSError, FormatError) as error:
-            log.warning("%s is broken (%s); the text is read from its beginning", sums_file, explain(error))
+            _log.warning("%s is broken (%s); the text is read from its beginning", sums_file, explain(error))
     return {}, 0, 0
 
 
@@ -318,7 +318,7 @@ def _batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[Row]]:
             ids = (begin + row.ids[start : start + width])[:tokens]
             tokens -= len(ids)
             rows.append(Row(ids, len(ids)))
-            if len(rows) == ROWS or not tokens:
+            if len(rows) == _ROWS or not tokens:
                 yield rows
                 rows = []
             if not tokens:

@@ -44,7 +44,7 @@ __all__ = [
     "try_layers",
 ]
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 FACTS = 8
 """Trial edits per layer."""
@@ -52,7 +52,7 @@ _FEWEST_FACTS = 5
 """With fewer known facts no layer is tried."""
 _ASKED_PER_RELATION = 6
 """Facts of one relation of which the model is asked whether it knows them."""
-CANDIDATES = 6
+_CANDIDATES = 6
 """Layers tried at most, beside those of the papers."""
 _ASKED_PER_EDIT = 3
 """Paraphrases and other subjects that one trial edit is asked."""
@@ -115,7 +115,7 @@ def remembered_layer(lm: LM) -> int | None:
 def _key(lm: LM, relations: Sequence[Sequence[Fact]]) -> str:
     """The name under which the choice is kept: all that it depends on, whatever the settings are called."""
     facts, trial = [astuple(fact) for relation in relations for fact in relation], [*trial_settings(lm, 0).values()]
-    settings = json.dumps([facts, FACTS, CANDIDATES, _ASKED_PER_EDIT, trial, papers_layers(lm)])
+    settings = json.dumps([facts, FACTS, _CANDIDATES, _ASKED_PER_EDIT, trial, papers_layers(lm)])
     return f"{lm.fingerprint.digest}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
@@ -129,7 +129,7 @@ def trial_settings(lm: LM, layer: int) -> dict[str, Any]:
 def _choose(lm: LM) -> int:
     remembered = remembered_layer(lm)
     if remembered is not None:
-        log.info("layer %d of %s was chosen before", remembered, lm.name)
+        _log.info("layer %d of %s was chosen before", remembered, lm.name)
         return remembered
     relations = trial_relations()
     trials = try_layers(lm, relations)
@@ -137,10 +137,10 @@ def _choose(lm: LM) -> int:
         chosen = best_score(trials)
         entry = {"layer": chosen.layer, "model": lm.name, "trials": [asdict(trial) for trial in trials]}
         scores = ", ".join(f"{trial.layer} ({trial.score:.2f})" for trial in trials)
-        log.info("layer %d of %s scores best in trial edits: %s", chosen.layer, lm.name, scores)
+        _log.info("layer %d of %s scores best in trial edits: %s", chosen.layer, lm.name, scores)
     else:
         entry = {"layer": papers_layers(lm)[0], "model": lm.name, "trials": []}
-        log.warning(
+        _log.warning(
             "layer %d of %s is a guess by depth or by papers: it knows too few trial facts", entry["layer"], lm.name
         )
     cache, key = cache_folder() / FILE, _key(lm, relations)
@@ -164,14 +164,14 @@ def _read(file) -> dict[str, dict]:
     try:
         entries = parse_json(dict[str, JsonValue], file.read_bytes())
     except (OSError, FormatError) as error:
-        log.warning("%s is broken and is made again: %s", file, explain(error))
+        _log.warning("%s is broken and is made again: %s", file, explain(error))
         return {}
     known = {}
     for key, entry in entries.items():
         try:
             known[key] = _Choice.model_validate(entry).model_dump()
         except ValidationError as error:
-            log.warning("%s: the layer of %s is chosen again: %s", file, key, first_problem(error))
+            _log.warning("%s: the layer of %s is chosen again: %s", file, key, first_problem(error))
     return known
 
 
@@ -222,11 +222,11 @@ def candidates(effects: Sequence[float], always: Sequence[int] = ()) -> list[int
     """Layers to try: all of the lower two thirds; of a deep model those of `always`, some evenly spaced and, of the
     others, those of largest effect."""
     lower = range(-(-2 * len(effects) // 3))
-    if len(lower) <= CANDIDATES:
+    if len(lower) <= _CANDIDATES:
         return sorted({*lower, *always})
-    spaced = {round(i * (len(lower) - 1) / (CANDIDATES - 3)) for i in range(CANDIDATES - 2)}
+    spaced = {round(i * (len(lower) - 1) / (_CANDIDATES - 3)) for i in range(_CANDIDATES - 2)}
     rest = sorted(set(lower) - spaced - set(always), key=lambda layer: -effects[layer])
-    return sorted({*always, *spaced, *rest[: CANDIDATES - len(spaced)]})
+    return sorted({*always, *spaced, *rest[: _CANDIDATES - len(spaced)]})
 
 
 def _trial_edits(relations: Sequence[Sequence[Fact]], known: set[Fact]) -> list[_TrialEdit]:

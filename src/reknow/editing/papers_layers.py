@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 __all__ = ["band_around", "depth_layer", "papers_layers"]
 
-DEPTH = 0.17
+_DEPTH = 0.17
 """The papers' layers as a share of the depth: 5 of 28 (GPT-J), 5 of 32 (Llama); GPT-2 XL's 17 of 48 is deeper."""
 
 
-def depth_layer(lm: LM, depth: float = DEPTH) -> int:
+def depth_layer(lm: LM, depth: float = _DEPTH) -> int:
     """The layer at that share of the depth; unless told otherwise, where the papers on locating edit."""
     return round(depth * (lm.layers - 1))
 

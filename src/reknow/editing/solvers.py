@@ -28,7 +28,7 @@ from reknow.errors import EditFailed, InputError
 from reknow.model.exact import exact, exact_device
 from reknow.patching.deltas import LowRank
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def cholesky(covariance: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def cholesky(covariance: Tensor) -> Tensor:
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not failed:
             if ridge:
-                log.warning("the covariance is singular: solved with a ridge of %g of its mean diagonal", ridge)
+                _log.warning("the covariance is singular: solved with a ridge of %g of its mean diagonal", ridge)
             return factor
     raise InputError("expected a positive covariance matrix; got one that is not: compute it again from more text")
 

@@ -27,7 +27,7 @@ from reknow.methods import method
 from reknow.methods.instructedit import InstructEdit
 from reknow.studies.instructedit.tables import write_tables
 
-_AnyLearned = TypeVar("AnyLearned", bound=Learned)
+_AnyLearned = TypeVar("_AnyLearned", bound=Learned)
 
 LEARNED, _HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
 TASKS = (*LEARNED, _HELD_OUT)
