@@ -28,7 +28,7 @@ _RISE = 1.5
 """Perplexity that rises by more than this factor has collapsed; edits that work leave it within a few percent."""
 _ANSWER_TOKENS = 6
 """Length of the completions that are shown."""
-CANDIDATES = 200
+_CANDIDATES = 200
 """How many facts are asked to find some that the model knows."""
 _LONGEST = 80
 """Characters of such a fact: short prompts are quick to read, and fit any model."""
@@ -114,5 +114,5 @@ def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
     """
     prompts, subjects = {edit.prompt for edit in edits}, {edit.subject for edit in edits}
     facts = [f for f in load_facts("counterfact") if f.subject not in subjects and len(f.text) <= _LONGEST]
-    facts = sorted(facts, key=lambda fact: fact.prompt not in prompts)[:CANDIDATES]
+    facts = sorted(facts, key=lambda fact: fact.prompt not in prompts)[:_CANDIDATES]
     return (known_facts(lm, facts) or facts)[:count]

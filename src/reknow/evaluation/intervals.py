@@ -11,7 +11,7 @@ import numpy as np
 from reknow.evaluation.metrics import harmonic_mean
 
 _RESAMPLES = 1000
-LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
+_LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
 """Metrics that are averaged as logarithms."""
 
 
@@ -61,7 +61,7 @@ def average_cases(cases: Sequence[Mapping[str, float]]) -> dict[str, Mean]:
     for key in dict.fromkeys(key for case in cases for key in case):
         values = np.array([case.get(key, np.nan) for case in cases])
         count = int((~np.isnan(values)).sum())
-        found[key] = (np.exp(resample(np.log(values))) if key in LOGARITHMIC else resample(values)), count
+        found[key] = (np.exp(resample(np.log(values))) if key in _LOGARITHMIC else resample(values)), count
     parts = [found[key] for key in ("ES@contrast", "PS@contrast", "NS@contrast") if key in found]
     if len(parts) == 3:
         rows = np.stack([means for means, _ in parts], 1)  # (1 + resamples, 3)

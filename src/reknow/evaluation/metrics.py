@@ -102,7 +102,7 @@ def unchanged_generated(before: str, after: str, answers: Sequence[str]) -> floa
 # ---- CounterFact
 
 
-def contrast(kind: str, nll_new: float, nll_true: float) -> dict[str, float]:
+def _contrast(kind: str, nll_new: float, nll_true: float) -> dict[str, float]:
     """CounterFact scores of one prompt (Meng et al. 2022, `eval_utils_counterfact.py`, `summarize.py`).
 
     From the mean NLL per token of the two targets: success is 1 if the wanted one is strictly more likely,
@@ -205,7 +205,7 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     for protocol, value in scores.items():
         found[f"{now.kind}@{protocol}"] = found[f"{now.kind}:{now.name}@{protocol}"] = value
     if now.nll_new is not None and now.nll_true is not None:
-        found |= contrast(now.kind, now.nll_new, now.nll_true)
+        found |= _contrast(now.kind, now.nll_new, now.nll_true)
     return found
 
 

@@ -25,7 +25,7 @@ _Nats = Annotated[float, Field(ge=-1, le=700)]
 """A mean −log P, such that its exponential and that of its negative are numbers."""
 
 
-class StoredReading(Strict):
+class _StoredReading(Strict):
     """A `Reading` as JSON."""
 
     kind: Kind
@@ -44,7 +44,7 @@ class StoredReading(Strict):
     """As earlier versions have it: `ppl_r`, and the same as the script of its authors reads it."""
 
     @model_validator(mode="after")
-    def _fits(self) -> StoredReading:
+    def _fits(self) -> _StoredReading:
         if self.kind != "fluency" and not (self.answers and self.hits and self.nll is not None):
             raise ValueError("expected an answer with its hits and its likelihood")
         if len(self.hits) != len(self.top):
@@ -59,10 +59,10 @@ class _Row(Strict):
 
     case: str
     held_out_perplexity: _Positive | None
-    readings: Listed[StoredReading]
+    readings: Listed[_StoredReading]
 
 
-class StoredEdit(Strict):
+class _StoredEdit(Strict):
     """The edit of a case, as far as it is shown."""
 
     open: ClassVar[bool] = True
@@ -75,7 +75,7 @@ class StoredEdit(Strict):
 class BeforeRow(_Row):
     """A line of `before.jsonl`."""
 
-    edit: StoredEdit
+    edit: _StoredEdit
 
 
 class CaseRow(_Row, Cost):
@@ -89,7 +89,7 @@ class CaseRow(_Row, Cost):
     peak_memory_mb: float | None = None
 
 
-class RunSettings(Strict):
+class _RunSettings(Strict):
     """What a comparison of methods was started with, as far as the results depend on it."""
 
     open: ClassVar[bool] = True
@@ -118,7 +118,7 @@ class RunManifest(Strict):
     machine: dict[str, JsonValue] = Field(default_factory=dict)
     refused: Listed[str] = Field(default_factory=list)
     """Why records of the data set are no cases."""
-    settings: RunSettings
+    settings: _RunSettings
 
 
 def run_digest(settings: Mapping[str, Any]) -> str:
