@@ -34,7 +34,7 @@ READ = {
     "counted where it happens. Failed: share of edits that could not be made, or not be read.",
 }
 _MARKS = {"right": "✓ new answer", "wrong": "✗ not the new answer", "same": "✓ as before", "changed": "✗ changed"}
-KINDS = {
+_KINDS = {
     "reliability": "the request's own prompt gives the new answer",
     "generalization": "so do paraphrases of it",
     "locality": "other questions are answered as before the edit, whether that was right or wrong",
@@ -80,7 +80,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
         failures=contents.list_failures(results),
         read=READ,
         marks=_MARKS,
-        kinds=KINDS,
+        kinds=_KINDS,
     )
     write_text(folder / "report.html", page)
     write_text(folder / "report.csv", results.to_csv())
