@@ -30,7 +30,7 @@ from reknow.model.readable import unreadable
 
 __all__ = ["Learned"]
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,5 +128,5 @@ def _readable(lm: LM, cases: Sequence[Case]) -> list[Case]:
     if left_out:
         edit, reason = left_out[0]
         about = edit.id or edit.text
-        logger.warning("%d of %d cases left out; the first: %s, %s", len(left_out), len(cases), about, reason)
+        _log.warning("%d of %d cases left out; the first: %s, %s", len(left_out), len(cases), about, reason)
     return [case for case, reason in zip(cases, reasons, strict=True) if reason is None]
