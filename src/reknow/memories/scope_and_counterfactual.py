@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ScopeAndCounterfactual", "TrainedSettings"]
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ class ScopeAndCounterfactual(nn.Module):
             return list(lm.generate(list(prompts), max_new_tokens, **sampling))
 
 
-def _batches(texts: Sequence[T]) -> list[Sequence[T]]:
+def _batches(texts: Sequence[_T]) -> list[Sequence[_T]]:
     return [texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS)]
 
 
