@@ -43,9 +43,9 @@ INTRODUCTIONS = (
     "Remember this fact: ",
     "Remember this new fact and reason about its consequences: ",
 )
-LOSSES = ("losses", "target_losses", "consistency_losses", "answer_losses")
+_LOSSES = ("losses", "target_losses", "consistency_losses", "answer_losses")
 """Noted for every step, before it: the whole loss, its two terms, and the mean loss of the answers' tokens."""
-LAYERS = 5
+_LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ICE(StepSize, Method):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, size = check_edits(self, edits), self.batch_size
-        layers = resolve_layers(lm, self.layers, LAYERS)
+        layers = resolve_layers(lm, self.layers, _LAYERS)
         matrices = TrainableMatrices(lm, [lm.parts.value[layer] for layer in layers], self)
         parts = [edits[i : i + size] for i in range(0, len(edits), size)]
         batches = [self._batch(lm, part, layers[0]) for part in parts]
@@ -135,7 +135,7 @@ class ICE(StepSize, Method):
                 after_pass=lambda step: repetitions.append(sum(batch.repetitions() for batch in batches)),
                 progress=lm.progress,
             )
-        notes = {name: [fmean(edit[i] for edit in losses) for losses in passes] for i, name in enumerate(LOSSES)}
+        notes = {name: [fmean(edit[i] for edit in losses) for losses in passes] for i, name in enumerate(_LOSSES)}
         notes = {"layers": layers, **notes, "repetitions": repetitions}
         return make_patch(self, lm, edits, matrices.deltas(), notes=notes)
 

@@ -36,7 +36,7 @@ from reknow.patching.state_spec import StateSpec
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-DEPTH = (0.64, 0.96)
+_DEPTH = (0.64, 0.96)
 """Where the paper's layers begin and end, as a share of the model's (18–26 of 28 in GPT-J)."""
 
 
@@ -69,7 +69,7 @@ class UltraEdit(Method):
         return "ultraedit"
 
     def _layers(self, lm: LM) -> list[int]:
-        first, last = (round(share * lm.layers) for share in DEPTH)
+        first, last = (round(share * lm.layers) for share in _DEPTH)
         own = range(min(first, lm.layers - 1), max(last, first + 1))
         return resolve_layers(lm, own if self.layers is None else self.layers)
 
