@@ -22,8 +22,8 @@ from reknow.registry import METHODS
 
 __all__ = ["ActiveMemories"]
 
-Answer = TypeVar("Answer")
-Asked = tuple[AnswerModel | None, list[int], list[str]]
+_Answer = TypeVar("_Answer")
+_Asked = tuple[AnswerModel | None, list[int], list[str]]
 """Who answers (None: the model itself), the indices of the prompts, and what they became."""
 
 _CACHE_SIZE = 4
@@ -114,22 +114,22 @@ class ActiveMemories:
     # --- who is asked what ---------------------------------------------------------------------------------
 
     def answer_each(
-        self, prompts: Sequence[str], answer: Callable[[AnswerModel | None, list[int], list[str]], Sequence[Answer]]
-    ) -> list[Answer]:
+        self, prompts: Sequence[str], answer: Callable[[AnswerModel | None, list[int], list[str]], Sequence[_Answer]]
+    ) -> list[_Answer]:
         """One answer per prompt, by the model whom the routers name.
 
         Args:
             answer: (who, which, texts) → answers; see `Asked`.
         """
-        answers: dict[int, Answer] = {}
+        answers: dict[int, _Answer] = {}
         for who, which, texts in self._route(list(prompts)):
             answers.update(zip(which, answer(who, which, texts), strict=True))
         return [answers[i] for i in range(len(prompts))]
 
-    def _route(self, prompts: list[str]) -> list[Asked]:
+    def _route(self, prompts: list[str]) -> list[_Asked]:
         """What is asked of whom: every prompt by the newest router in whose scope it is, else of the model itself, as
         the prompt memories have it."""
-        asked: dict[int, Asked] = {}
+        asked: dict[int, _Asked] = {}
         left = list(range(len(prompts)))
         for router in self._newest_first("router"):
             routes = router.route(self._lm, [prompts[i] for i in left]) if left else []

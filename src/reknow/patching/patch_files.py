@@ -70,7 +70,7 @@ def _check_notes(notes: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return notes
 
 
-class Header(Strict):
+class _Header(Strict):
     """The JSON text of a patch file."""
 
     format: Annotated[int, Field(ge=1, le=FORMAT)]
@@ -120,7 +120,7 @@ def read_patch(path: str | Path, *, companion: str | None = None) -> PatchRecord
 
 
 def _read(sealed: Sealed) -> PatchRecord:
-    header, tensors = parse_json(Header, sealed.header, once=True), dict(sealed.tensors)
+    header, tensors = parse_json(_Header, sealed.header, once=True), dict(sealed.tensors)
     check_finite(tensors)
     base = header.base.fingerprint(tensors)
     state = {name.removeprefix("state."): tensors.pop(name) for name in list(tensors) if name.startswith("state.")}
@@ -129,7 +129,7 @@ def _read(sealed: Sealed) -> PatchRecord:
         raise FormatError("a memory has edits, and changes no weights")
     if header.kind == "weights" and (header.memory or header.follows):
         raise FormatError("a change of weights continues no memory")
-    values = {name: getattr(header, name) for name in Header.model_fields if name not in ("format", "base")}
+    values = {name: getattr(header, name) for name in _Header.model_fields if name not in ("format", "base")}
     patch = PatchRecord(**values, base=base, deltas=deltas, state=state)
     _check_state(patch)
     return patch

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS, REST = "adapter_config.json", "adapter_model.safetensors", "reknow.patch"
 """The two files of `peft`, and what a patch has besides: edits, settings, the base's fingerprint."""
-PREFIX, RIGHT, LEFT = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+PREFIX, _RIGHT, _LEFT = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _RANKS = "reknow.ranks"
 """Metadata of the weights: the rank of each change before it was padded."""
 
@@ -48,8 +48,8 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -
     tensors: dict[str, Tensor] = {}
     for name, factor in factors.items():
         missing = rank - factor.rank
-        tensors[f"{PREFIX}{name}{RIGHT}"] = pad(factor.right, (0, 0, 0, missing)).contiguous()  # (rank, in)
-        tensors[f"{PREFIX}{name}{LEFT}"] = pad(factor.left, (0, missing)).contiguous()  # (out, rank)
+        tensors[f"{PREFIX}{name}{_RIGHT}"] = pad(factor.right, (0, 0, 0, missing)).contiguous()  # (rank, in)
+        tensors[f"{PREFIX}{name}{_LEFT}"] = pad(factor.left, (0, missing)).contiguous()  # (out, rank)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -108,8 +108,8 @@ def read_folder(folder: str | Path) -> PatchRecord:
         ranks = parse_json(dict[str, Count], sealed.metadata.get(_RANKS, "{}"), once=True)
         deltas: dict[str, Delta] = {}
         for key in sealed.tensors:
-            name = key.removeprefix(PREFIX).removesuffix(RIGHT).removesuffix(LEFT)
-            padded = check_factors(name, sealed.tensors, f"{PREFIX}{name}{LEFT}", f"{PREFIX}{name}{RIGHT}")
+            name = key.removeprefix(PREFIX).removesuffix(_RIGHT).removesuffix(_LEFT)
+            padded = check_factors(name, sealed.tensors, f"{PREFIX}{name}{_LEFT}", f"{PREFIX}{name}{_RIGHT}")
             rank = ranks.get(name)  # None: a folder from before ranks were padded
             deltas[name] = LowRank(padded.left[:, :rank].contiguous(), padded.right[:rank].contiguous())
     except (OSError, FormatError) as error:

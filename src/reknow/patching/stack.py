@@ -21,7 +21,7 @@ from reknow.files.schema import Listed, NewerFormat, Strict, explain, read_json
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patches import Patch
 
-FORMAT = 1
+_FORMAT = 1
 FORCED = "forced"
 """The note of a patch that was put on another base than its own: structure and tokenizer of that one."""
 
@@ -39,7 +39,7 @@ _PatchName = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.patch$", max_length=25
 class _StackFile(Strict):
     """What is in `stack.json`."""
 
-    format: Annotated[int, Field(ge=1, le=FORMAT)]
+    format: Annotated[int, Field(ge=1, le=_FORMAT)]
     base: Annotated[str, Field(min_length=1)]
     """Name or path of the base model."""
     patches: Annotated[Listed[_PatchName], AfterValidator(_each_once)]
@@ -123,7 +123,7 @@ def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
         for name, patch in zip(names, patches, strict=True):
             if not _holds(folder / name, patch):
                 patch.save(folder / name)
-        text = json.dumps({"format": FORMAT, "base": base_name(base), "patches": names}, indent=1)
+        text = json.dumps({"format": _FORMAT, "base": base_name(base), "patches": names}, indent=1)
         return write_text(folder / STACK_FILE, text).parent
 
 
@@ -163,5 +163,5 @@ def _load_named(file: Path) -> Patch:
 
 def _refusal(source: str | Path, error: Exception) -> PatchError:
     if isinstance(error, NewerFormat):
-        return PatchError(f"expected stack format {FORMAT}; {source} has {error}: upgrade reknow")
+        return PatchError(f"expected stack format {_FORMAT}; {source} has {error}: upgrade reknow")
     return PatchError(f"expected a stack folder at {source}; {STACK_FILE} is broken ({explain(error)}): restore it")
