@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 PAPER = "-paper"
 """Behind a name: with what the paper sets for the model that is edited, or, as `rome-paper:gpt2-xl`, for another."""
-PAPER_NAME = re.compile(rf"{PAPER}(?::(.+))?$")
+_PAPER_NAME = re.compile(rf"{PAPER}(?::(.+))?$")
 
 METHODS: dict[str, Row] = {
     "adalora": Row("lora:LoRA", {"variant": "adalora", "learning_rate": 0.05}, "Zhang et al. 2023, arXiv 2303.10512"),
@@ -99,7 +99,7 @@ def known_settings(kind: type, settings: Mapping[str, Any], name: str) -> dict[s
 
 def find_row(name: str) -> Row:
     """The row of a name, with or without `PAPER` behind it; raises InputError where there is none."""
-    row = PAPER_NAME.sub("", name)
+    row = _PAPER_NAME.sub("", name)
     if row not in METHODS:
         raise did_you_mean("method", name, METHODS)
     return METHODS[row]
@@ -114,7 +114,7 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
     from reknow.checks.bounds import refuse_mixed
 
     row, kind = find_row(name), find_row(name).method
-    if paper := PAPER_NAME.search(name):
+    if paper := _PAPER_NAME.search(name):
         as_published, settings = resolve_name("reknow.methods.as_published:AsPublished"), {**settings}
         return as_published(name[: paper.start()], paper[1], known_settings(kind, settings, name))
     refuse_mixed(kind, {**row.settings, **settings})
