@@ -42,7 +42,7 @@ class Preset(NamedTuple):
 
 _SAMPLED: Mapping[str, Any] = MappingProxyType({"fluency": True})
 """The plan of studies whose tables have fluency, which takes most of their time."""
-KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
+_KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
 _ICE_PAPER = "Qi et al. 2024, arXiv 2406.11194"
 _FT_M_ARTICLE = ("ft-m@article.span=5", "ft-m@article.clamp=0.12")
 """FT-M as in the article's repository (`hparams/FT`): ICE's layers, rate and bound, what λ = 0 leaves of ICE."""
@@ -71,7 +71,7 @@ PRESETS: dict[str, Preset] = {
         f"Single edits: In-Context Editing against fine-tuning, ROME and MEMIT. {_ICE_PAPER}, Table 1",
         ("ice", "ft-m@article=ft-m", "ft-l@article=ft-l", "ft-m", "ft-l", "ft-t", "memit", "rome"),
         _FT_ARTICLE,
-        data=f"{KNOWEDIT},counterfact",
+        data=f"{_KNOWEDIT},counterfact",
         limit=16,
         limits={"wikibio": 4},
         probes_per_name=2,
@@ -102,7 +102,7 @@ PRESETS: dict[str, Preset] = {
         probes_per_name=2,
         plan=_SAMPLED,
         script_ppl_r=True,
-        full={"data": KNOWEDIT, "limit": None, "probes_per_name": None, "plan": {**_SAMPLED, "seeds": (0, 1, 2)}},
+        full={"data": _KNOWEDIT, "limit": None, "probes_per_name": None, "plan": {**_SAMPLED, "seeds": (0, 1, 2)}},
     ),
     "ice-lambda": Preset(
         f"How much consistency: λ from 0, plain fine-tuning, upwards. {_ICE_PAPER}, Table 3",
@@ -113,13 +113,13 @@ PRESETS: dict[str, Preset] = {
         probes_per_name=2,
         plan={"seeds": (0, 1)},
         script_ppl_r=True,
-        full={"data": KNOWEDIT, "limit": None, "probes_per_name": None, "plan": {**_SAMPLED, "seeds": (0, 1, 2)}},
+        full={"data": _KNOWEDIT, "limit": None, "probes_per_name": None, "plan": {**_SAMPLED, "seeds": (0, 1, 2)}},
     ),
     "ice-continual": Preset(
         f"300 edits one after the other, all kept, read right after each and after all. {_ICE_PAPER}, Table 5",
         ("ice", "ft-m@article=ft-m", "ft-l@article=ft-l", "ft-m", "ft-l", "memit", "rome"),
         _FT_ARTICLE,
-        data=KNOWEDIT,
+        data=_KNOWEDIT,
         limit=100,
         limits={"wiki_counterfact": 90, "wikibio": 10},
         probes_per_name=2,

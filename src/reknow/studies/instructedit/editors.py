@@ -29,15 +29,15 @@ from reknow.studies.instructedit.tables import write_tables
 
 _AnyLearned = TypeVar("_AnyLearned", bound=Learned)
 
-LEARNED, _HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
-TASKS = (*LEARNED, _HELD_OUT)
+_LEARNED, _HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
+TASKS = (*_LEARNED, _HELD_OUT)
 
 
 class Variant(NamedTuple):
     """An editor of a study: what it learns, and how it differs from the others."""
 
     label: str
-    tasks: tuple[str, ...] = LEARNED
+    tasks: tuple[str, ...] = _LEARNED
     settings: Mapping[str, object] = {}
     """Fields of InstructEdit that differ from its defaults."""
     unseen: bool = False
@@ -73,7 +73,7 @@ STUDIES: dict[str, Study] = {
     ),
     "scaling": Study(
         "One, two and three tasks to learn from.",
-        (Variant("1 task", LEARNED[:1]), Variant("2 tasks", LEARNED[:2]), Variant("3 tasks", LEARNED)),
+        (Variant("1 task", _LEARNED[:1]), Variant("2 tasks", _LEARNED[:2]), Variant("3 tasks", _LEARNED)),
         "1 task",
     ),
     "balance": Study(
@@ -204,7 +204,7 @@ class Editors(NamedTuple):
         other = method(name)
         if not isinstance(other, Learned):
             return other
-        return self.trained(other, self.training_cases(LEARNED), [*LEARNED, name], len(LEARNED), 0)
+        return self.trained(other, self.training_cases(_LEARNED), [*_LEARNED, name], len(_LEARNED), 0)
 
     def training_cases(self, tasks: Sequence[str]) -> list[Case]:
         return [case for task in tasks for case in FamilySplit.of(self.known[task], self.budget.test).training]

@@ -30,12 +30,12 @@ _METRICS = (
 )
 
 
-Values = Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
+_Values = Mapping[tuple[str, str], Mapping[str, Mapping[str, float]]]
 """(editor, task) → case → metric → value."""
 
 
 def gain(
-    values: Values, label: str, baseline: str, metric: str, tasks: Sequence[str]
+    values: _Values, label: str, baseline: str, metric: str, tasks: Sequence[str]
 ) -> tuple[float, float, float, int] | None:
     """The mean over tasks of a metric's paired difference, its interval over cases, and how many tasks have it."""
     means = []
@@ -51,7 +51,7 @@ def gain(
     return float(whole[0]), float(low), float(high), len(means)
 
 
-def write_tables(folder: Path, name: str, question: str, values: Values, baseline: str, unit: str = "task") -> str:
+def write_tables(folder: Path, name: str, question: str, values: _Values, baseline: str, unit: str = "task") -> str:
     """Writes `NAME.md`, `NAME.csv` and `NAME.json`; gives the tables.
 
     Args:
@@ -64,7 +64,7 @@ def write_tables(folder: Path, name: str, question: str, values: Values, baselin
     return text
 
 
-def _tables(question: str, values: Values, baseline: str, unit: str) -> str:
+def _tables(question: str, values: _Values, baseline: str, unit: str) -> str:
     """Markdown: a table for each metric; rows are editors, columns tasks and the gain on the baseline."""
     parts = [question]
     labels, tasks = (list(dict.fromkeys(names)) for names in zip(*values, strict=True))
@@ -92,7 +92,7 @@ def _gain_cell(value: float, low: float, high: float, count: int, unit: str) -> 
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] ({count} {unit}{'s' * (count > 1)})"
 
 
-def _numbers(values: Values) -> Iterator[Sequence[object]]:
+def _numbers(values: _Values) -> Iterator[Sequence[object]]:
     yield "editor", "task", "metric", *Mean._fields
     for (label, task), cases in values.items():
         for metric, mean in average_cases(list(cases.values())).items():
