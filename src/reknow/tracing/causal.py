@@ -42,7 +42,7 @@ from reknow.tracing.restoration import Prompt, RestorationKind, list_restoration
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 PARTIAL_CHARACTER = "\ufffd"
 """What a tokenizer shows of bytes that are no whole character."""
@@ -61,7 +61,7 @@ TOKEN_CLASSES = (
 """The rows of the paper's averages; the first token of a one-token subject is its last one too."""
 
 
-Probability = Annotated[float, Field(ge=0, le=1.001)]
+_Probability = Annotated[float, Field(ge=0, le=1.001)]
 """A probability, rounded."""
 
 
@@ -134,9 +134,9 @@ class StoredTrace(Strict):
     tokens: Listed[str]
     subject: Annotated[list[Count], Field(min_length=2, max_length=2)]
     answer: str
-    clean: Probability
-    corrupted: Probability
-    restored: dict[RestorationKind, Listed[Listed[Probability | None]]]
+    clean: _Probability
+    corrupted: _Probability
+    restored: dict[RestorationKind, Listed[Listed[_Probability | None]]]
     window: Count
 
     @model_validator(mode="after")
@@ -212,7 +212,7 @@ def trace_facts(
     """
     std = embedding_std(lm, facts) if std is None else std
     known = known_facts(lm, facts)
-    log.info("%d of %d facts are known and traced", len(known), len(facts))
+    _log.info("%d of %d facts are known and traced", len(known), len(facts))
     for fact in known:
         yield trace_prompt(lm, fact.prompt, fact.subject, std, settings)
 
