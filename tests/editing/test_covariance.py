@@ -138,7 +138,7 @@ import os, signal, sys
 import reknow.editing.covariance
 from conftest import make_lm
 from test_covariance import LONG
-reknow.editing.covariance.SAVE_SECONDS = 0.0
+reknow.editing.covariance._SAVE_SECONDS = 0.0
 own, seen = reknow.editing.covariance._save, []
 def save(tensors, file, about):
     own(tensors, file, about)
