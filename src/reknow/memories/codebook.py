@@ -81,15 +81,11 @@ class Codebook:
             own = patch.state["slots"].sort().values
             new = own[own >= known]
             if not torch.equal(new, known + torch.arange(len(new))) or bool((own < 0).any()):
-                raise PatchError(
-                    f"expected keys numbered one by one in {patch.label}; got others: make the edit again"
-                )
+                raise PatchError(f"expected keys numbered one by one in {patch.label}; got others: edit again")
             known += len(new)
         newest = torch.zeros(known, dtype=torch.long).scatter_reduce(0, slots, torch.arange(len(slots)), "amax")
-        names = ("keys", "values", "radii")
-        keys, values, radii = (
-            torch.cat([patch.state[name] for patch in patches])[newest].to(device) for name in names
-        )
+        names = "keys", "values", "radii"
+        keys, values, radii = (torch.cat([p.state[name] for p in patches])[newest].to(device) for name in names)
         answers = [tuple(answer) for patch in patches for answer in patch.memory["labels"]]
         return cls(keys, values, radii, [answers[i] for i in newest])
 
@@ -188,5 +184,5 @@ class Clusters:
 
 
 def _distances(keys: Tensor, query: Tensor) -> Tensor:
-    """Of keys (n, in) from a query (in,). (n,)"""
+    """How far keys (n, in) are from a query (in,). (n,)"""
     return (keys.float() - query.float()).norm(dim=1)

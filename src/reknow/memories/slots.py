@@ -5,7 +5,7 @@ arXiv 2210.03329, eq. 5)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -76,11 +76,7 @@ def merge(slots: Sequence[Slots]) -> list[Slots]:
     for one in slots:
         groups.setdefault(one.mlp_out, []).append(one)
     return [
-        Slots(
-            *(group[0].mlp_in, group[0].mlp_out, group[0].activation),
-            torch.cat([one.keys for one in group]),
-            torch.cat([one.values for one in group]),
-        )
+        replace(group[0], keys=torch.cat([s.keys for s in group]), values=torch.cat([s.values for s in group]))
         for group in groups.values()
     ]
 

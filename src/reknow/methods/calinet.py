@@ -81,7 +81,7 @@ class CaliNet(SideModuleMethod):
     state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 slots in", "values": "float32 slots out"}, Memory)
 
     trained_keys: bool = False
-    """As in the paper: keys start at random and are trained with the values."""
+    """Whether keys start at random and are trained with the values, as in the paper."""
     slots: Number | None = None
     """Trained keys of one call; None: four per edit (64 to 256 for 10 to 1,000 facts in the paper)."""
     steps: Number = 200

@@ -48,7 +48,7 @@ class Memory(Strict):
     replaces: Listed[Count]
     """Stored edits, counted over all versions, whose place these take."""
     digests: Listed[str | None]
-    """Of the encoder and of the counterfactual model; None where the base model is it."""
+    """Digests of the encoder and of the counterfactual model; None where the base model is it."""
 
 
 @dataclass(frozen=True)
