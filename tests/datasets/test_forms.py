@@ -14,7 +14,7 @@ from reknow.datasets import DATASETS, load_cases, load_edits, parse_address
 from reknow.edits import cases_digest
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench, evaluate
-from reknow.studies.presets import agreeing
+from reknow.studies.comparison import drop_conflicting
 
 COUNTERFACT = {
     "case_id": 3,
@@ -347,9 +347,9 @@ def test_an_edit_of_several_cases_is_made_once_in_a_batch_and_a_contradiction_le
         two_edits(second="German", id="c"),
         two_edits(first="Rome", id="d"),
     ]
-    assert [case.edit.id for case in agreeing(cases)] == ["a", "b"]
+    assert [case.edit.id for case in drop_conflicting(cases)] == ["a", "b"]
     later = Case(Edit("Apple is", target_new="Zoë"), (), (Edit("{} is", subject="Zoë", target_new="Peru"),))
-    assert agreeing([two_edits(), two_edits("Rome"), later])[1:] == [later]
+    assert drop_conflicting([two_edits(), two_edits("Rome"), later])[1:] == [later]
     results = bench(make_lm(), cases[:2], [FT(layer=2, steps=2)], tmp_path, plan=Plan("batch", fluency=False))
     costs = json.loads(next((tmp_path / "patches").rglob("*.json")).read_text("utf-8"))
     assert len(costs) == 2 and results.failed == {}

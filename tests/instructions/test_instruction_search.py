@@ -153,7 +153,7 @@ def test_it_goes_on_while_a_metric_rises(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from test_search import FAMILY, SMALL, by_length, run_search, Rewriter
+from test_instruction_search import FAMILY, SMALL, by_length, run_search, Rewriter
 calls = []
 def score(family, text):
     calls.append(text)
