@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, fields
@@ -321,6 +322,9 @@ def test_every_setting_of_every_method_is_explained():
     for name, entry in METHODS.items():
         assert set(field_docs(entry.method)) == {field.name for field in fields(entry.method)}, name
         assert METHODS[name].paper in done("methods", name)
+        for field, doc in field_docs(entry.method).items():
+            fragment = re.match(r"(Of|That|The same|Such|Those|It|In that)\b", doc)
+            assert doc.endswith((".", ".)")) and not fragment, f"{name}.{field}: {doc}"
 
 
 def test_published_settings_are_shown_and_taken(model, empty_folder):
