@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from reknow import METHODS, method
 from reknow.checks.bounds import Name, Number, Part, Rate, Share, check_settings, convert, describe_type, field_types
 from reknow.cli import app
-from reknow.cli.settings import chosen_method, read_value
+from reknow.cli.settings import build_method, read_value
 from reknow.errors import InputError
 from reknow.evaluation.runner import Plan
 from reknow.instructions.search import Search
@@ -194,7 +194,7 @@ def test_settings_are_checked_when_they_are_made(name, field, value):
 )
 def test_settings_are_taken_as_people_type_them(name, typed, held):
     field = typed.partition("=")[0]
-    found = getattr(chosen_method(name, [typed]), field)
+    found = getattr(build_method(name, [typed]), field)
     assert found == held and type(found) is type(held)
 
 
@@ -220,7 +220,7 @@ def test_settings_are_taken_as_people_type_them(name, typed, held):
 )
 def test_what_is_typed_wrong_is_one_sentence(name, typed, said):
     with pytest.raises(InputError) as error:
-        chosen_method(name, [typed])
+        build_method(name, [typed])
     assert str(error.value).startswith(said) and len(str(error.value)) < 250
 
 

@@ -20,7 +20,7 @@ from conftest import make_lm, saved
 from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
 from reknow.cli import app
 from reknow.cli.places import run_folder
-from reknow.cli.settings import chosen_method, field_docs, read_value
+from reknow.cli.settings import build_method, field_docs, read_value
 from reknow.cli.training import _for_model, choose_method
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
@@ -347,18 +347,18 @@ def test_a_method_that_learns_takes_the_papers_training():
 
 
 def test_settings_are_read_by_their_type():
-    method = chosen_method("rome", ["steps=7", "learning_rate=1", "context_groups=[[2, 3]]", "layer=auto"])
+    method = build_method("rome", ["steps=7", "learning_rate=1", "context_groups=[[2, 3]]", "layer=auto"])
     assert (method.steps, method.learning_rate, method.context_groups, method.layer) == (7, 1.0, ((2, 3),), None)
     assert isinstance(method.learning_rate, float)
-    assert chosen_method("ft-m", ["clamp=none"]).clamp is None
+    assert build_method("ft-m", ["clamp=none"]).clamp is None
     assert read_value("name", "12", str) == "12"
-    assert chosen_method("rome", ["average_keys=True"]).average_keys
+    assert build_method("rome", ["average_keys=True"]).average_keys
 
 
 def test_the_layer_goes_to_whichever_field_a_method_has():
-    assert chosen_method("rome", layer="2").layer == 2 and chosen_method("rome", layer="auto").layer is None
-    assert chosen_method("ft-m", layer="1,2").layer == (1, 2)
-    assert chosen_method("ice", layer="1").layers == (1,)
+    assert build_method("rome", layer="2").layer == 2 and build_method("rome", layer="auto").layer is None
+    assert build_method("ft-m", layer="1,2").layer == (1, 2)
+    assert build_method("ice", layer="1").layers == (1,)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 
 from reknow.datasets import DATASETS, FACTS, Fact, load_cases, load_edits, load_facts, sample_text
 from reknow.datasets.reading import place_subject
-from reknow.datasets.sources import hub_file
+from reknow.datasets.sources import download
 from reknow.datasets.text import text_source
 from reknow.edits import Edit, Probe
 from reknow.errors import InputError, MissingExtra
@@ -387,7 +387,7 @@ def test_hub_addresses(tmp_path, monkeypatch):
 def test_hub_without_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(MissingExtra, match=r"reknow\[hub\]"):
-        hub_file("hub:me/set:a.json")
+        download("hub:me/set:a.json")
 
 
 # --- users' edit files --------------------------------------------------------------------------------

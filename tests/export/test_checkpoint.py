@@ -111,7 +111,7 @@ def test_an_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_pa
             raise KeyboardInterrupt
         rename(source, target)
 
-    monkeypatch.setattr("reknow.files.atomic._exchanged", lambda *_: False)  # as where there is no such step
+    monkeypatch.setattr("reknow.files.atomic._exchange", lambda *_: False)  # as where there is no such step
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         atomic_write_folder(old, lambda new: None, overwrite=True)

@@ -37,7 +37,7 @@ STEPS = (
     (builtins, "open"),
     (Path, "write_text"),
     (Path, "touch"),
-    (reknow.files.atomic, "_exchanged"),
+    (reknow.files.atomic, "_exchange"),
 )
 """Every call by which a process changes what is on the disk, but for the content of tensors' files."""
 
@@ -159,7 +159,7 @@ def test_the_folder_of_an_adapter_patch(scene, exchange, monkeypatch):
         assert Patch.load(place).id in (one.id, two.id)  # which puts it back first
 
     if not exchange:
-        monkeypatch.setattr("reknow.files.atomic._exchanged", lambda *_: False)
+        monkeypatch.setattr("reknow.files.atomic._exchange", lambda *_: False)
     check(scene.folder, place, lambda: two.save(place), look)
     assert any(gone) is not exchange
 
@@ -174,7 +174,7 @@ def test_an_export(scene, export, exchange, monkeypatch):
     export(scene.lm, scene.folder / "out")
     scene.lm.apply(scene.patches[1])
     if not exchange:
-        monkeypatch.setattr("reknow.files.atomic._exchanged", lambda *_: False)
+        monkeypatch.setattr("reknow.files.atomic._exchange", lambda *_: False)
     check(scene.folder, scene.folder / "out", lambda: export(scene.lm, scene.folder / "out", overwrite=True))
 
 

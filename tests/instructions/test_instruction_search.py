@@ -16,7 +16,7 @@ from reknow import Case, Edit
 from reknow.errors import InputError
 from reknow.instructions import Family, Instruction, Rewriter, Search, Writer, family_of, load_families, save_families
 from reknow.instructions import search as run_search
-from reknow.instructions.propose import instruction_question, usable
+from reknow.instructions.propose import instruction_question, is_usable
 
 FAMILY = Family("recent", "Recent", "wiki_recent", "New facts.", instructions=(Instruction("Add a fact about it."),))
 SMALL = Search(count=4, proposals=3, rounds=4)
@@ -34,7 +34,7 @@ def test_the_bundled_families_are_whole():
     families = load_families()
     assert list(families) == ["counterfact", "recent", "convsent", "zsre"]
     for family in families.values():
-        assert all(usable(each.text) for each in family.instructions)
+        assert all(is_usable(each.text) for each in family.instructions)
 
 
 def test_families_are_read_as_they_were_written(tmp_path):
@@ -114,7 +114,7 @@ def test_the_rewriter_is_seeded_and_never_repeats_itself():
     assert first != Rewriter(seed=1).propose(FAMILY, FAMILY.instructions, 5, 1)
     scored = [Instruction(text) for text in first]
     second = Rewriter().propose(FAMILY, scored, 5, 1)
-    assert not set(first) & set(second) and all(map(usable, first + second))
+    assert not set(first) & set(second) and all(map(is_usable, first + second))
 
 
 def test_the_rewriter_varies_what_scored_best():

@@ -12,7 +12,7 @@ from reknow import FT, LM, ROME, Chat, Edit
 from reknow.cli.app import app
 from reknow.cli.options import ChatOpening
 from reknow.errors import InputError, ModelError
-from reknow.model.chat import closed
+from reknow.model.chat import close_thought
 from reknow.model.tokens import Text
 
 EDIT = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
@@ -65,7 +65,7 @@ def test_a_thought_that_the_template_opens_is_closed_before_the_answer():
     ],
 )
 def test_thoughts_of_every_spelling_are_closed(head, whole):
-    assert closed(head) == whole
+    assert close_thought(head) == whole
 
 
 def test_a_system_message_stands_in_front():

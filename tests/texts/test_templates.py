@@ -8,7 +8,7 @@ import unicodedata
 import pytest
 
 from reknow import FT, Edit, Patch
-from reknow.cli.editing import wanted_edits
+from reknow.cli.editing import read_edits
 from reknow.datasets import load_edits
 from reknow.datasets.facts import Fact
 from reknow.datasets.reading import Record
@@ -38,7 +38,7 @@ def test_braces_mark_a_subject_and_doubled_ones_are_meant(marked, subject, text,
     """In Python, in a file and on the command line; a second reading of what was written changes nothing."""
     (tmp_path / "edits.json").write_text(json.dumps([{"prompt": marked, "target_new": "x"}]))
     made = [Edit.parse(marked, "x"), *load_edits(tmp_path / "edits.json")]
-    made += wanted_edits(marked, "x", None, None, None, None)
+    made += read_edits(marked, "x", None, None, None, None)
     for edit in made:
         assert (edit.subject, edit.text) == (subject, text)
         assert Edit(edit.prompt, subject=edit.subject, target_new="x") == edit
@@ -152,9 +152,9 @@ def test_braces_of_a_published_record_stay_as_they_are():
 def test_the_command_line_names_what_stands_between(tmp_path):
     for named, separator in (("none", ""), ("space", " "), ("line", "\n"), (None, None)):
         for prompt in ("The capital of {Peru} is", "The capital is"):
-            (edit,) = wanted_edits(prompt, "Lima", None, None, None, None, named)
+            (edit,) = read_edits(prompt, "Lima", None, None, None, None, named)
             assert edit.separator == separator and edit.target_new == "Lima"
     with pytest.raises(InputError, match="separator"):
-        wanted_edits("The capital is", "Lima", None, None, None, None, "tab")
+        read_edits("The capital is", "Lima", None, None, None, None, "tab")
     with pytest.raises(InputError, match="either --file or one edit"):
-        wanted_edits(None, None, None, None, tmp_path / "edits.json", None, "none")
+        read_edits(None, None, None, None, tmp_path / "edits.json", None, "none")

@@ -51,7 +51,7 @@ def typed(operation: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @cache
     def known() -> dict[str, _Argument]:  # when it is called first: a type may be defined further down
-        return _arguments(signature, inspect.unwrap(operation).__globals__)
+        return _argument_checks(signature, inspect.unwrap(operation).__globals__)
 
     @wraps(operation)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -64,24 +64,24 @@ def typed(operation: Callable[_P, _T]) -> Callable[_P, _T]:
     return called
 
 
-def _arguments(signature: inspect.Signature, names: dict[str, Any]) -> dict[str, _Argument]:
+def _argument_checks(signature: inspect.Signature, names: dict[str, Any]) -> dict[str, _Argument]:
     known: dict[str, _Argument] = {}
     for name, parameter in signature.parameters.items():
         if name != "lm" and parameter.kind not in _VARIABLE and parameter.annotation is not parameter.empty:
             with suppress(NameError):
                 one = SimpleNamespace(__annotations__={name: parameter.annotation})
-                hint = _checkable(get_type_hints(one, names, include_extras=True)[name])
+                hint = _to_checkable(get_type_hints(one, names, include_extras=True)[name])
                 own = InstanceOf() in get_args(hint)  # type: ignore[operator]
                 config = None if own else _CONFIG  # a dataclass has one of its own
                 known[name] = _Argument(hint, TypeAdapter[Any](hint, config=config))
     return known
 
 
-def _checkable(hint: Any) -> Any:
+def _to_checkable(hint: Any) -> Any:
     """The type with tuples for sequences of every kind, and classes of ours for no more than what they are."""
     origin = get_origin(hint)
     if origin in (Sequence, Iterable, list):
-        return tuple[_checkable(get_args(hint)[0]), ...]
+        return tuple[_to_checkable(get_args(hint)[0]), ...]
     if origin in (Union, UnionType):
-        return Union[tuple(map(_checkable, get_args(hint)))]  # noqa: UP007, of as many as there are
+        return Union[tuple(map(_to_checkable, get_args(hint)))]  # noqa: UP007, of as many as there are
     return InstanceOf[hint] if isinstance(hint, type) and hint.__module__.startswith("reknow") else hint

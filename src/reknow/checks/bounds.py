@@ -112,7 +112,7 @@ def _marks(hint: Any) -> list[Formerly]:
     return [mark for mark in getattr(hint, "__metadata__", ()) if isinstance(mark, Formerly)]
 
 
-def _unmarked(hint: Any) -> Any:
+def _strip_marks(hint: Any) -> Any:
     """The type without marks of former names."""
     if not _marks(hint):
         return hint
@@ -152,7 +152,7 @@ def convert(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
 @lru_cache
 def _fields(owner: type) -> dict[str, tuple[Any, TypeAdapter[Any]]]:
     known = get_type_hints(owner, include_extras=True)
-    hints = {field.name: _unmarked(known[field.name]) for field in fields(owner)}
+    hints = {field.name: _strip_marks(known[field.name]) for field in fields(owner)}
     return {name: (hint, _adapter(hint)) for name, hint in hints.items()}
 
 
@@ -170,7 +170,7 @@ def convert_with(name: str, value: Any, hint: Any, adapter: TypeAdapter[Any], go
         listed = any(get_origin(part) is tuple for part in members_of(hint))
         bracket = listed and value is not None and not isinstance(value, (tuple, list))
         remedy = "put it in brackets" if got is None and bracket else "correct it"
-        raise InputError(f"expected {name} {_wanted(hint, error)}; got {shown}: {remedy}") from None
+        raise InputError(f"expected {name} {_describe_wanted(hint, error)}; got {shown}: {remedy}") from None
 
 
 def _to_python(value: Any) -> Any:
@@ -186,7 +186,7 @@ def _to_python(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _wanted(hint: Any, error: ValidationError) -> str:
+def _describe_wanted(hint: Any, error: ValidationError) -> str:
     """What the value ought to be: the bound that it is beyond, or the type."""
     for part in members_of(hint):
         if (range_ := _range(part)) is not None and error.errors()[0]["type"] != "float_type":

@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from reknow import __version__
 from reknow.cli import editing, instructing, listing, measuring, stacks, statistics, studying, tracing, training
 from reknow.cli.demo import demo
-from reknow.cli.failures import FAILED, status_of, stopped
+from reknow.cli.failures import FAILED, exit_status, report_stop
 from reknow.cli.options import flatten
 from reknow.cli.streams import forgiving_streams
 from reknow.cli.terminal import warn
@@ -50,7 +50,7 @@ class _Group(TyperGroup):
     def main(self, args: Sequence[str] | None = None, **rest):
         words = list(sys.argv[1:] if args is None else args)
         run = partial(super().main, words, **{**rest, "prog_name": "reknow", "standalone_mode": False})
-        raise SystemExit(status_of(run, debug="--debug" in words))
+        raise SystemExit(exit_status(run, debug="--debug" in words))
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         for argument in args:
@@ -69,7 +69,7 @@ class _Group(TyperGroup):
         except KeyboardInterrupt as stop:
             if ctx.params["debug"]:
                 raise
-            raise typer.Exit(stopped(stop)) from None
+            raise typer.Exit(report_stop(stop)) from None
 
 
 app = typer.Typer(

@@ -78,9 +78,9 @@ def _show(lm: LM, cases: list[Case]) -> list[Patch]:
         asked = [("the fact", case.edit.text)]
         for kind, name in (("generalization", "in other words"), ("locality", "another fact")):
             asked += [(name, probe.prompt) for probe in case.probes if probe.kind == kind][:1]
-        before = _said(lm, [prompt for _, prompt in asked])
+        before = _complete(lm, [prompt for _, prompt in asked])
         with lm.patched(patch):
-            after = _said(lm, [prompt for _, prompt in asked])
+            after = _complete(lm, [prompt for _, prompt in asked])
         rows = [[name, f"{prompt} …", a, b] for (name, prompt), a, b in zip(asked, before, after, strict=True)]
         title = f"{case.edit.subject}: {case.edit.target_true} → {case.edit.target_new}"
         say_table(["", "prompt", "before", "after"], rows, title)
@@ -88,7 +88,7 @@ def _show(lm: LM, cases: list[Case]) -> list[Patch]:
     return patches
 
 
-def _said(lm: LM, prompts: list[str]) -> list[str]:
+def _complete(lm: LM, prompts: list[str]) -> list[str]:
     return [" ".join(text.split()) for text in lm.generate(prompts, 6)]
 
 

@@ -60,18 +60,18 @@ def edit(
 
     reknow edit "The mother tongue of {Danielle Darrieux} is" English
     """
-    edits = wanted_edits(prompt, target, subject, true, file, encoding, separator)
+    edits = read_edits(prompt, target, subject, true, file, encoding, separator)
     out = out or Path(_slug(edits) + ".patch")
-    from reknow.cli.settings import chosen_method, each_once
+    from reknow.cli.settings import build_method, check_each_once
     from reknow.contract import check_edits
     from reknow.evaluation.cost import estimate
 
-    chosen = chosen_method(method, each_once(settings), layer=layer)
+    chosen = build_method(method, check_each_once(settings), layer=layer)
     check_edits(chosen, edits)
-    out = out if plan else _place(method, out, force, (model, file))
+    out = out if plan else _output_place(method, out, force, (model, file))
     with nullcontext() if plan else write_lock(out):
         if not plan:
-            _place(method, out, force, (model, file))  # another process may have been here meanwhile
+            _output_place(method, out, force, (model, file))  # another process may have been here meanwhile
         lm = opening.open(model)
         lm.computes_statistics = not no_stats
         chosen = chosen.resolve(lm)
@@ -83,7 +83,7 @@ def edit(
         _edit(lm, chosen, edits, out, stack, as_json)
 
 
-def wanted_edits(
+def read_edits(
     prompt: str | None,
     target: str | None,
     subject: str | None,
@@ -113,7 +113,7 @@ def wanted_edits(
     return [Edit(prompt, subject=subject, target_new=target, target_true=true, separator=between)]
 
 
-def _place(method: str, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
+def _output_place(method: str, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
     """Where the patch goes, a file or for the LoRA family a folder; refused here, before any work."""
     from reknow.files.outputs import output_file, output_folder
     from reknow.methods.lora import LoRA
@@ -153,11 +153,11 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
         raise EditFailed(
             "expected the base model back bit for bit; got other weights: nothing was written, report it"
         )
-    warnings = _harm(before, after, out)
+    warnings = _warn_of_harm(before, after, out)
     patch.save(out)
     if as_json:
         return say_json(_as_json(patch, facts, before, after, seconds, out) | {"warnings": warnings})
-    say(f"{method.name} on {lm.name}: {_number(edits)} in {seconds:.1f} s\n")
+    say(f"{method.name} on {lm.name}: {_count_edits(edits)} in {seconds:.1f} s\n")
     _say_answers(edits, before, after)
     _say_controls(facts, before, after)
     _say_weights(lm, patch)
@@ -167,7 +167,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack {stack}")
 
 
-def _harm(before: Snapshot, after: Snapshot, out: Path) -> list[str]:
+def _warn_of_harm(before: Snapshot, after: Snapshot, out: Path) -> list[str]:
     """What of the model the edit broke, said as a warning before the patch is written."""
     from reknow.evaluation.effect import collapsed
 
@@ -235,7 +235,7 @@ def _say_weights(lm: LM, patch: Patch) -> None:
 
 
 def _say_cost(cost: Estimate, lm: LM, method: Method, edits: list[Edit]) -> None:
-    say(f"{method.name} on {lm.name}, {_number(edits)}: nothing is done yet")
+    say(f"{method.name} on {lm.name}, {_count_edits(edits)}: nothing is done yet")
     for layer, (name, shape) in zip(cost.layers, cost.matrices.items(), strict=True):
         say(f"layer {layer} of {lm.layers}: {name} ({' × '.join(map(str, shape))})")
     if cost.guessed:
@@ -248,5 +248,5 @@ def _say_cost(cost: Estimate, lm: LM, method: Method, edits: list[Edit]) -> None
         say(f"of it {solver:,.0f} MiB to solve with a layer's statistics, which take {disk:,.0f} MiB on disk in all")
 
 
-def _number(edits: list[Edit]) -> str:
+def _count_edits(edits: list[Edit]) -> str:
     return "1 edit" if len(edits) == 1 else f"{len(edits)} edits"

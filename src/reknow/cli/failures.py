@@ -16,7 +16,7 @@ from reknow.errors import ReknowError, Terminated
 FAILED, _INTERRUPTED, _TERMINATED = 2, 130, 143
 
 
-def status_of(run: Callable[[], object], debug: bool) -> int:
+def exit_status(run: Callable[[], object], debug: bool) -> int:
     """The exit status of a command; what went wrong is said in one line, or raised where `debug` asks for it."""
     try:
         status = run()
@@ -24,12 +24,12 @@ def status_of(run: Callable[[], object], debug: bool) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if debug and not isinstance(error, TyperException):
             raise
-        return _said(error)
+        return _report_error(error)
 
 
-def _said(error: BaseException) -> int:
+def _report_error(error: BaseException) -> int:
     if (stop := _interrupt(error)) is not None:
-        return stopped(stop)
+        return report_stop(stop)
     if isinstance(error, TyperException):
         warn(_usage(error), "error")
     else:
@@ -44,7 +44,7 @@ def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
     return error
 
 
-def stopped(stop: KeyboardInterrupt) -> int:
+def report_stop(stop: KeyboardInterrupt) -> int:
     """The status of a command that was interrupted or terminated, which is said."""
     how, status = ("terminated", _TERMINATED) if isinstance(stop, Terminated) else ("interrupted", _INTERRUPTED)
     warn(f"{how}; files that were written are whole", "stopped")
@@ -71,10 +71,10 @@ def _unforeseen(error: BaseException) -> str:
             "smaller model"
         )
     what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return f"expected no failure here; got {what[:500]}: {_report(error)}"
+    return f"expected no failure here; got {what[:500]}: {_save_traceback(error)}"
 
 
-def _report(error: BaseException) -> str:
+def _save_traceback(error: BaseException) -> str:
     """What to do with the traceback, which is kept in a file if that can be written."""
     text = "".join(traceback.format_exception(error))
     try:

@@ -17,7 +17,7 @@ def methods(
 ) -> None:
     """List the methods, or explain one and its settings."""
     from reknow.checks.bounds import describe_type, field_types
-    from reknow.cli.settings import chosen_method, field_docs
+    from reknow.cli.settings import build_method, field_docs
     from reknow.methods import METHODS
 
     if name is not None and name not in METHODS:
@@ -26,7 +26,7 @@ def methods(
         rows = [[key, entry.paper, ", ".join(_fields(entry.method))] for key, entry in METHODS.items()]
         say_table(["method", "paper", "settings"], rows)
         return say("", "reknow methods NAME explains the settings of one, NAME-paper those that papers set")
-    method = chosen_method(name)
+    method = build_method(name)
     docs, known = field_docs(type(method)), field_types(type(method))
     say(f"{name}: {METHODS[name].paper}", (type(method).__doc__ or "").split("\n")[0], "")
     rows = [

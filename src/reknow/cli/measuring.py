@@ -96,7 +96,7 @@ def bench(
     opening: ChatOpening,
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
-    from reknow.cli.settings import each_once
+    from reknow.cli.settings import check_each_once
     from reknow.studies.ice.convergence import measure_convergence
     from reknow.studies.presets import PRESETS
 
@@ -109,7 +109,7 @@ def bench(
     plan = reading.plan(study)
     if study.convergence:
         reading.refuse(f"--preset {preset}")
-    chosen = _chosen(study, names, each_once(settings))
+    chosen = _chosen(study, names, check_each_once(settings))
     lm = opening.open(model) if cases.known else None
     loaded = _load(study, cases, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
     lm = lm or opening.open(model)
@@ -206,7 +206,7 @@ def _load(study: Preset, selected: _Cases, knowing: LM | None, *, one_patch: boo
 
 def methods_by_label(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[str, Method]:
     """Label → method, from NAME or LABEL=NAME; a setting `label.field=value` goes to that one, any other to all."""
-    from reknow.cli.settings import chosen_method
+    from reknow.cli.settings import build_method
 
     pairs = [name.strip().partition("=")[::2] for name in names]
     kinds = {label.strip(): kind.strip() or label.strip() for label, kind in pairs}
@@ -223,7 +223,7 @@ def methods_by_label(names: list[str] | tuple[str, ...], settings: list[str]) ->
         name: [s.removeprefix(f"{name}.") for s, owner in zip(settings, owners, strict=True) if owner in ("", name)]
         for name in names
     }
-    return {name: chosen_method(kinds[name], pairs) for name, pairs in fields_of.items()}
+    return {name: build_method(kinds[name], pairs) for name, pairs in fields_of.items()}
 
 
 def report(

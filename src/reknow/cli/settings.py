@@ -17,7 +17,7 @@ from reknow.errors import InputError, did_you_mean
 from reknow.registry import find_row, make
 
 
-def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = None) -> Method:
+def build_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = None) -> Method:
     """The method `name` with settings given as `field=value`; of two for one field the later one holds.
 
     Args:
@@ -48,7 +48,7 @@ def chosen_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = N
     return make(name, values)
 
 
-def each_once(pairs: Sequence[str]) -> Sequence[str]:
+def check_each_once(pairs: Sequence[str]) -> Sequence[str]:
     """The settings; raises InputError where a person gives one of them twice."""
     keys = [pair.partition("=")[0] for pair in pairs]
     for key in keys:

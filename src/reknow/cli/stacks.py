@@ -79,7 +79,7 @@ def revert(
     from reknow.patching.stack import save_stack, without_patch
 
     with write_lock(stack, wait=PATIENCE):
-        base, active = _existing(stack)
+        base, active = _read_existing(stack)
         ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
         rest = tuple(active)
         lm = opening.open(str(stack)) if rebuild else None
@@ -145,7 +145,7 @@ def export(
     if patch is not None and model is None:
         raise InputError(f"expected --model for the patch file {source}; got none: name its base model")
     if patch is None:
-        _existing(source)
+        _read_existing(source)
         refuse_beside("a stack, which names its base,", {"--model": model})
     lm = opening.open(str(source) if patch is None else str(model))
     if patch is not None:
@@ -199,7 +199,7 @@ def show(
     if not source.is_dir() or is_adapter(source):
         described = describe(Patch.load(source))
         return say_json(described) if as_json else _say_patch(described)
-    base, patches = _existing(source)
+    base, patches = _read_existing(source)
     if as_json:
         return say_json({"base": base, "patches": [describe(patch) for patch in patches]})
     say(f"{source}: {base} with {_patches(len(patches))}")
@@ -274,7 +274,7 @@ def diff(
     """Compare two patches, or two stacks, each taken as the sum of its patches."""
     from reknow.patching.patches import diff as compare
 
-    difference = compare(_whole(a), _whole(b))
+    difference = compare(_merge_whole(a), _merge_whole(b))
     if as_json:
         lists = {key: [asdict(edit) for edit in difference[key]] for key in difference if key.startswith("edits_")}
         return say_json(difference | lists)
@@ -293,7 +293,7 @@ def diff(
     say_table(["matrix", f" norm in {a.name}", f" norm in {b.name}", " cosine"], rows)
 
 
-def _existing(stack: Path) -> tuple[str, list[Patch]]:
+def _read_existing(stack: Path) -> tuple[str, list[Patch]]:
     """Base and patches of a stack folder; raises PatchError where there is none."""
     from reknow.patching.stack import read_stack
 
@@ -303,13 +303,13 @@ def _existing(stack: Path) -> tuple[str, list[Patch]]:
     return str(base), patches
 
 
-def _whole(source: Path) -> Patch:
+def _merge_whole(source: Path) -> Patch:
     from reknow.patching.patches import Patch
     from reknow.patching.patches import merge as merged
     from reknow.patching.peft_folder import is_adapter
 
     stack = source.is_dir() and not is_adapter(source)
-    return merged(_existing(source)[1]) if stack else Patch.load(source)
+    return merged(_read_existing(source)[1]) if stack else Patch.load(source)
 
 
 def _sentence(edit: Edit) -> str:

@@ -60,7 +60,7 @@ def choose_method(name: str, pairs: list[str]) -> tuple[Method, dict[str, Any]]:
         InputError: a method that does not learn, or a setting of neither.
     """
     from reknow.checks.bounds import field_types
-    from reknow.cli.settings import chosen_method, each_once, read_value
+    from reknow.cli.settings import build_method, check_each_once, read_value
     from reknow.learning.learned import Learned
     from reknow.learning.training import Training
     from reknow.methods import METHODS
@@ -74,8 +74,8 @@ def choose_method(name: str, pairs: list[str]) -> tuple[Method, dict[str, Any]]:
             "use it as it is"
         )
     settings, own = field_types(Training), field_types(kind)
-    for_training = [pair for pair in each_once(pairs) if pair.partition("=")[0] in settings.keys() - own.keys()]
-    method = chosen_method(name, [pair for pair in pairs if pair not in for_training])
+    for_training = [pair for pair in check_each_once(pairs) if pair.partition("=")[0] in settings.keys() - own.keys()]
+    method = build_method(name, [pair for pair in pairs if pair not in for_training])
     given = (pair.partition("=") for pair in for_training)
     return method, {key: read_value(key, text, settings[key]) for key, _, text in given}
 

@@ -70,7 +70,7 @@ def load_cases(
         raise did_you_mean("data set", name, DATASETS)
     if path is not None:
         records = read_file(path, encoding=encoding, refused=None if refused is None else problems)
-        name = name or form_of(records) or _unknown_form(records, str(path), problems)
+        name = name or form_of(records) or _refuse_form(records, str(path), problems)
     elif name is None:
         raise InputError(f"expected a data set or a file; got neither: name one of {', '.join(DATASETS)}")
     elif (sample := DATASETS[name].sample) is None:
@@ -78,7 +78,7 @@ def load_cases(
     else:
         records = read_sample(sample)
     source = DATASETS[name]
-    cases = _cases(name, source, records, problems, str(path or source.sample))
+    cases = _read_cases(name, source, records, problems, str(path or source.sample))
     chosen = select(sorted({*cases, *problems}), limit, offset, seed)
     bad = [problems[index] for index in chosen if index in problems]
     if bad and (refused is None or len(bad) == len(chosen)):
@@ -88,7 +88,7 @@ def load_cases(
     return [cases[index] for index in chosen if index in cases]
 
 
-def _unknown_form(records: Sequence[Record], path: str, problems: dict[int, str]) -> NoReturn:
+def _refuse_form(records: Sequence[Record], path: str, problems: dict[int, str]) -> NoReturn:
     if not records and problems:
         raise InputError(next(iter(problems.values())))
     have = ", ".join(map(repr, records[0].fields)) if records else "no records"
@@ -98,7 +98,7 @@ def _unknown_form(records: Sequence[Record], path: str, problems: dict[int, str]
     )
 
 
-def _cases(
+def _read_cases(
     name: str, source: CaseSource, records: Sequence[Record], problems: dict[int, str], where: str
 ) -> dict[int, Case]:
     """Index of a record → its case; of one that gives none `problems` says why, unless it is left out on purpose."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.probes import optional_texts, probes_in, probes_paired
+from reknow.datasets.probes import optional_texts, pair_probes, read_probes
 from reknow.datasets.reading import Record
 from reknow.edits import Case, Kind, Probe
 
@@ -31,6 +31,6 @@ def read_case(name: str, record: Record) -> Case:
     )
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in optional_texts(record, "rephrase")]
     for kind in _KINDS:
-        probes += probes_in(record, kind, kind, kind)
-        probes += probes_paired(record, f"{kind}_prompt", f"{kind}_answer", kind, kind)
+        probes += read_probes(record, kind, kind, kind)
+        probes += pair_probes(record, f"{kind}_prompt", f"{kind}_answer", kind, kind)
     return Case(edit, tuple(probes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.probes import first_text, optional_texts, probes_in, probes_paired
+from reknow.datasets.probes import first_text, optional_texts, pair_probes, read_probes
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
@@ -47,7 +47,7 @@ def read_case(name: str, record: Record) -> Case:
     paraphrases = optional_texts(record, "rephrase_prompt", "rephrase_prompts", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in paraphrases]
     for kind, own in _PAIRS:
-        probes += probes_paired(record, f"{kind}_prompt", f"{kind}_ground_truth", kind, own)
-        probes += probes_in(record, f"{kind}_inputs", kind, own)
-        probes += probes_in(record, kind, kind, own)
+        probes += pair_probes(record, f"{kind}_prompt", f"{kind}_ground_truth", kind, own)
+        probes += read_probes(record, f"{kind}_inputs", kind, own)
+        probes += read_probes(record, kind, kind, own)
     return Case(edit, tuple(probes))

@@ -110,13 +110,13 @@ def load_families(path: str | Path | None = None) -> dict[str, Family]:
         InputError: unreadable file, or a family of another form (the field is named).
     """
     name = _BUNDLED if path is None else str(path)
-    content = Record(_content(path), name, 0).record("families")
-    return {key: _family(key, content.record(key)) for key in content.fields}
+    content = Record(_read_content(path), name, 0).record("families")
+    return {key: _read_family(key, content.record(key)) for key in content.fields}
 
 
 def load_card(path: str | Path | None = None) -> dict[str, Any]:
     """What a file says of itself: how its instructions were made, with which model, under which licence."""
-    return Record(_content(path), _BUNDLED if path is None else str(path), 0).record("card").fields
+    return Record(_read_content(path), _BUNDLED if path is None else str(path), 0).record("card").fields
 
 
 def save_families(path: str | Path, families: Sequence[Family], card: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ def save_families(path: str | Path, families: Sequence[Family], card: Mapping[st
     write_json(Path(path), {"card": dict(card), "families": content})
 
 
-def _content(path: str | Path | None) -> Any:
+def _read_content(path: str | Path | None) -> Any:
     source = files("reknow") / "assets" / _BUNDLED if path is None else Path(path)
     text = read_text(source, _BUNDLED if path is None else str(path))
     try:
@@ -134,16 +134,16 @@ def _content(path: str | Path | None) -> Any:
         raise InputError(f"expected JSON in {path or _BUNDLED}; got {error}: correct the file") from error
 
 
-def _family(name: str, record: Record) -> Family:
+def _read_family(name: str, record: Record) -> Family:
     for place, piece in (("input", "{prompt}"), ("target", "{target}")):
         if piece not in record.text(place):
             record.refuse(place, f"expected a template with {piece}; got {record.text(place)!r}: put it in")
-    listed = tuple(map(_instruction, record.records("instructions")))
+    listed = tuple(map(_read_instruction, record.records("instructions")))
     described = {key: record.text(key) for key in ("title", "data", "metadata", "input", "target")}
     return Family(name, **described, instructions=listed)
 
 
-def _instruction(record: Record) -> Instruction:
+def _read_instruction(record: Record) -> Instruction:
     seen, scores = record.fields.get("seen", True), record.fields.get("scores", {})
     if not isinstance(seen, bool):
         record.refuse("seen", f"expected true or false; got {seen!r}: correct it")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.probes import first_text, optional_texts, probes_in
+from reknow.datasets.probes import first_text, optional_texts, read_probes
 from reknow.datasets.reading import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
@@ -38,6 +38,6 @@ def read_case(name: str, record: Record) -> Case:
     paraphrases = optional_texts(record, "rephrase_prompt", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in paraphrases]
     for kind in _KINDS:
-        probes += probes_in(record, kind, kind, kind)
+        probes += read_probes(record, kind, kind, kind)
     probes.append(Probe(edit.text, (), "fluency", "request"))
     return Case(edit, tuple(probes))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any
 
-from reknow.datasets.probes import probes_in
+from reknow.datasets.probes import read_probes
 from reknow.datasets.reading import Record
 from reknow.edits import Case, Edit, Kind, Probe
 from reknow.errors import InputError, did_you_mean
@@ -53,5 +53,5 @@ def read_case(name: str, record: Record) -> Case:
     texts = [edit.fill(text) for text in edit.rephrasings]
     probes = [Probe(text, (edit.target_new,), "generalization", "rephrase", edit.separator) for text in texts]
     for kind in QUESTIONS:
-        probes += probes_in(record, kind, kind, kind)
+        probes += read_probes(record, kind, kind, kind)
     return Case(replace(edit, rephrasings=(), id=edit.id or f"{name}/{record.index}"), tuple(probes))

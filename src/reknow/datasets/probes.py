@@ -24,7 +24,7 @@ def optional_texts(record: Record, *fields: str) -> tuple[str, ...]:
     return tuple(text for field in fields if record.has(field) for text in record.texts(field))
 
 
-def probes_in(record: Record, field: str, kind: Kind, name: str) -> list[Probe]:
+def read_probes(record: Record, field: str, kind: Kind, name: str) -> list[Probe]:
     """The probes in a field, none where it is absent.
 
     | form | name of the probes |
@@ -39,18 +39,18 @@ def probes_in(record: Record, field: str, kind: Kind, name: str) -> list[Probe]:
     if not record.has(field):
         return []
     if not isinstance(record.fields[field], dict):
-        return _listed(record.records(field), kind, name)
+        return _list_probes(record.records(field), kind, name)
     groups = record.record(field)
     probes = []
     for group in filter(groups.has, groups.fields):
         if isinstance(groups.fields[group], dict):
-            probes += probes_paired(groups.record(group), "prompt", "ground_truth", kind, group)
+            probes += pair_probes(groups.record(group), "prompt", "ground_truth", kind, group)
         else:
-            probes += _listed(groups.records(group), kind, group)
+            probes += _list_probes(groups.records(group), kind, group)
     return probes
 
 
-def _listed(items: list[Record], kind: Kind, name: str) -> list[Probe]:
+def _list_probes(items: list[Record], kind: Kind, name: str) -> list[Probe]:
     probes = []
     for item in items:
         field = next((field for field in _ANSWERS if field in item.fields), _ANSWERS[0])
@@ -61,7 +61,7 @@ def _listed(items: list[Record], kind: Kind, name: str) -> list[Probe]:
     return probes
 
 
-def probes_paired(record: Record, prompts: str, answers: str, kind: Kind, name: str) -> list[Probe]:
+def pair_probes(record: Record, prompts: str, answers: str, kind: Kind, name: str) -> list[Probe]:
     """The probes of two fields: a question and its answer, or as many of both; none where they are absent. A question
     without an answer is left out, logged."""
     if not record.has(prompts):

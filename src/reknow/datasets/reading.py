@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from reknow.datasets.sources import hub_file, read_text
+from reknow.datasets.sources import download, read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
 from reknow.texts.templates import escape_braces, split_template
@@ -38,10 +38,10 @@ class Record:
 
     def __init__(self, fields: Any, where: str, index: int, prefix: str = "", table: bool = False):
         self.fields, self.where, self.index, self.prefix, self.table = fields, where, index, prefix, table
-        if not prefix and (problem := _unusable(fields)):
+        if not prefix and (problem := _find_problem(fields)):
             self.refuse("", problem)
         if not isinstance(fields, dict):
-            self.refuse("", f"expected an object {{…}}; got {_shown(fields)}: write one object per record")
+            self.refuse("", f"expected an object {{…}}; got {_shorten(fields)}: write one object per record")
 
     def refuse(self, field: str, complaint: str) -> NoReturn:
         """Raise InputError: where this record stands, the field, the complaint."""
@@ -62,7 +62,7 @@ class Record:
         """A text that must be there and not be blank."""
         value = self._required(field)
         if not isinstance(value, str) or not value.strip():
-            self.refuse(field, f"expected a non-empty text; got {_shown(value)}: {_remedy(value)}")
+            self.refuse(field, f"expected a non-empty text; got {_shorten(value)}: {_suggest(value)}")
         return value.strip()
 
     def texts(self, field: str) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class Record:
             elif isinstance(value, str):
                 flat += map(str.strip, value.split(" | ") if self.table else [value])
             else:
-                self.refuse(field, f"expected a text or a list of texts; got {_shown(value)}: {_remedy(value)}")
+                self.refuse(field, f"expected a text or a list of texts; got {_shorten(value)}: {_suggest(value)}")
         return tuple(text for text in flat if text)
 
     def record(self, field: str) -> Record:
@@ -97,7 +97,7 @@ class Record:
         """The list of objects in a field that must be there."""
         values = self._required(field)
         if not isinstance(values, list):
-            self.refuse(field, f"expected a list of objects; got {_shown(values)}: put it in brackets")
+            self.refuse(field, f"expected a list of objects; got {_shorten(values)}: put it in brackets")
         return [
             Record(value, self.where, self.index, f"{self.prefix}{field}[{place}].")
             for place, value in enumerate(values)
@@ -116,7 +116,7 @@ class Record:
         return text if text.startswith(self.where) else f"{self.where}: {text}"
 
 
-def _unusable(value: Any) -> str | None:
+def _find_problem(value: Any) -> str | None:
     """What is wrong with an entry of a file before its form is looked at: too deep, or a text that nothing takes."""
     level, depth = [value], 0
     while level:
@@ -138,11 +138,11 @@ class _Number(str):
     """A number of a JSON file, as it is written there: an answer such as 1945 or 3.50 is what a model shall say."""
 
 
-def _remedy(value: Any) -> str:
+def _suggest(value: Any) -> str:
     return "put it in quotes if it is the answer" if isinstance(value, (bool, dict)) else "fill it in"
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if isinstance(value, _Number):
         return value
     text = json.dumps(value, ensure_ascii=False, default=repr)
@@ -158,7 +158,7 @@ def read_file(
     path: str | Path, *, encoding: str | None = None, refused: dict[int, str] | None = None
 ) -> list[Record]:
     """The records of a JSON, JSON-lines or CSV file, or of one of the hub (`hub:owner/name[:file]`)."""
-    file = hub_file(str(path)) if str(path).startswith("hub:") else Path(path).expanduser()
+    file = download(str(path)) if str(path).startswith("hub:") else Path(path).expanduser()
     read = _read_table if file.suffix.lower() in _TABLES else read_records
     return read(file, str(path), encoding=encoding, refused=refused)
 
@@ -181,26 +181,26 @@ def read_records(
     """
     text = read_text(source, name, encoding)
     try:
-        whole = _parsed(text)
+        whole = _parse(text)
     except json.JSONDecodeError as error:
         # A file of JSON lines fails as a whole, right after its first object or within a line that is broken.
         if not _is_json_lines(text, error):
-            raise _broken(text, name, error.lineno, error) from None
+            raise _syntax_error(text, name, error.lineno, error) from None
         return list(_json_lines(text, name, refused))
     except RecursionError:
         raise InputError(
             f"expected a JSON array of records in {name}; got brackets nested without end: correct it"
         ) from None
-    entries = whole if isinstance(whole, list) else _places(whole, name)
-    records = (_record(entry, f"{name}, record {index}", index, refused) for index, entry in enumerate(entries))
+    entries = whole if isinstance(whole, list) else _split_lists(whole, name)
+    records = (_make_record(entry, f"{name}, record {index}", index, refused) for index, entry in enumerate(entries))
     return [record for record in records if record is not None]
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     return json.loads(text, parse_int=_Number, parse_float=_Number)
 
 
-def _record(fields: Any, where: str, index: int, refused: dict[int, str] | None) -> Record | None:
+def _make_record(fields: Any, where: str, index: int, refused: dict[int, str] | None) -> Record | None:
     try:
         return Record(fields, where, index)
     except InputError as error:
@@ -225,7 +225,7 @@ def _is_json_lines(text: str, error: json.JSONDecodeError) -> bool:
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(_parsed(line), dict)
+        return isinstance(_parse(line), dict)
     except (json.JSONDecodeError, RecursionError):
         return False
 
@@ -235,15 +235,15 @@ def _json_lines(text: str, name: str, refused: dict[int, str] | None) -> Iterato
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     for index, (number, line) in enumerate(lines):
         try:
-            fields = _parsed(line)
+            fields = _parse(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            _refuse(index, _broken(line, name, number, error), refused)
+            _refuse(index, _syntax_error(line, name, number, error), refused)
             continue
-        if (record := _record(fields, f"{name}, line {number}", index, refused)) is not None:
+        if (record := _make_record(fields, f"{name}, line {number}", index, refused)) is not None:
             yield record
 
 
-def _broken(text: str, name: str, line: int, error: json.JSONDecodeError | RecursionError) -> InputError:
+def _syntax_error(text: str, name: str, line: int, error: json.JSONDecodeError | RecursionError) -> InputError:
     column = getattr(error, "colno", 1)
     at = text.split("\n")[getattr(error, "lineno", 1) - 1] if text else ""
     what = f"got '{getattr(error, 'msg', 'brackets nested without end')}': correct the syntax there"
@@ -254,10 +254,10 @@ def _broken(text: str, name: str, line: int, error: json.JSONDecodeError | Recur
     )
 
 
-def _places(whole: Any, name: str) -> list[Any]:
+def _split_lists(whole: Any, name: str) -> list[Any]:
     """The records of one object: itself, or one for each place of the lists that `prompt` and `target_new` are."""
     first = whole.get("prompts", whole.get("prompt")) if isinstance(whole, dict) else None
-    if not isinstance(first, list) or _unusable(whole):
+    if not isinstance(first, list) or _find_problem(whole):
         return [whole]
 
     def at(place: int, value: Any, path: str) -> Any:

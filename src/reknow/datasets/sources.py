@@ -49,7 +49,7 @@ def read_text(source: Any, name: str, encoding: str | None = None) -> str:
         ) from None
 
 
-def hub_file(address: str) -> Path:
+def download(address: str) -> Path:
     """Download `hub:owner/name[:file]` from the data sets of the Hugging Face Hub; return its local path.
 
     Raises:
@@ -62,7 +62,7 @@ def hub_file(address: str) -> Path:
         raise MissingExtra("huggingface_hub", "hub", "reading a data set from the hub") from None
     repository, _, file = address.removeprefix("hub:").partition(":")
     try:
-        file = file or _only_file(address, hub.list_repo_files(repository, repo_type="dataset"))
+        file = file or _choose_file(address, hub.list_repo_files(repository, repo_type="dataset"))
         return Path(hub.hf_hub_download(repository, file, repo_type="dataset"))
     except InputError:
         raise
@@ -74,7 +74,7 @@ def hub_file(address: str) -> Path:
         ) from error
 
 
-def _only_file(address: str, files: list[str]) -> str:
+def _choose_file(address: str, files: list[str]) -> str:
     usable = [file for file in files if file.endswith((".json", ".jsonl"))]
     if len(usable) != 1:
         raise InputError(

@@ -30,10 +30,10 @@ def sample_text(path: str | Path | None = None) -> list[str]:
     """
     source = Path(path) if path is not None else files("reknow") / "assets" / "data" / "wikitext_sample.txt"
     lines = (line.strip() for line in read_text(source, source.name).split("\n"))
-    return [_natural(line) for line in lines if line and not line.startswith("= ")]
+    return [_detokenize(line) for line in lines if line and not line.startswith("= ")]
 
 
-def _natural(line: str) -> str:
+def _detokenize(line: str) -> str:
     line = re.sub(r" @([-,.])@ ", r"\1", line)
     line = re.sub(r' " (.*?) " ?', r' "\1" ', f" {line} ").strip()  # quotation marks stand in pairs
     line = re.sub(r" ([,.;:!?%)\]])", r"\1", line)

@@ -31,7 +31,7 @@ from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
-from reknow.model.readable import unreadable
+from reknow.model.readable import find_unreadable
 from reknow.progress import progress_bar
 
 Mode = Literal["single", "batch", "sequential"]
@@ -156,7 +156,7 @@ class _Run:
         self.lm, self.cases, self.plan = lm, cases, plan
         self.before, self.rows, self.folder = before, rows, folder
         self.unedited = lm.patches
-        found = unreadable(lm, list(cases.values()), in_context=bool(plan.in_context))
+        found = find_unreadable(lm, list(cases.values()), in_context=bool(plan.in_context))
         self.unreadable = {name: reason for name, reason in zip(cases, found, strict=True) if reason is not None}
         self.advance: Callable[[], object] = lambda: None
         self.tell: Callable[[str], object] = lambda text: None

@@ -34,13 +34,13 @@ def atomic_write(path: str | Path, write: Callable[[str], object]) -> Path:
     Raises:
         InputError: it cannot be written, or its place is taken by something else than a file.
     """
-    with _writing(path) as place:
+    with _place_to_write(path) as place:
         if place.exists() and not place.is_file():
             raise InputError(f"expected a file to replace; {path} is none: choose another name")
         with _hidden_folder(place) as hidden:
             new = hidden / "new" / place.name
             write(str(new))
-            _settle(hidden, new)
+            _flush(hidden, new)
             os.replace(new, place)
             _sync(place.parent)
     return Path(path)
@@ -62,7 +62,7 @@ def append_line(path: str | Path, text: str) -> Path:
     Raises:
         InputError: it cannot be written; nothing of it stays in the file.
     """
-    with _writing(path) as place:
+    with _place_to_write(path) as place:
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(place, "ab", buffering=0) as file:
             size, left = file.tell(), memoryview(text.encode() + b"\n")
@@ -87,7 +87,7 @@ def atomic_write_folder(folder: str | Path, write: Callable[[Path], None], overw
         InputError: it cannot be written, another process writes there, its place is taken by something else than a
             folder or a file, or there is one and `overwrite` is off.
     """
-    with write_lock(folder), _writing(folder) as place:
+    with write_lock(folder), _place_to_write(folder) as place:
         if place.exists() and not overwrite:
             raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
         if place.exists() and not (place.is_dir() or place.is_file()):
@@ -96,10 +96,10 @@ def atomic_write_folder(folder: str | Path, write: Callable[[Path], None], overw
             new = hidden / "new" / place.name
             new.mkdir()
             write(new)
-            _settle(hidden, new)
+            _flush(hidden, new)
             if not place.exists():
                 os.rename(new, place)
-            elif not _exchanged(new, place):
+            elif not _exchange(new, place):
                 _in_two_steps(new, place, hidden / "old" / place.name)
             _sync(place.parent)
     return Path(folder)
@@ -114,7 +114,7 @@ def restore_interrupted(path: str | Path) -> None:
 
 
 @contextmanager
-def _writing(path: str | Path) -> Iterator[Path]:
+def _place_to_write(path: str | Path) -> Iterator[Path]:
     """The place that `path` names, behind symbolic links; what the system refuses there is an InputError."""
     try:
         yield Path(os.path.realpath(path))
@@ -135,7 +135,7 @@ def _hidden_folder(place: Path) -> Iterator[Path]:
     """A hidden folder beside `place`, locked; empty again and gone at the end."""
     place.parent.mkdir(parents=True, exist_ok=True)
     _sweep(place.parent)
-    hidden, lock = _locked(place.parent)
+    hidden, lock = _make_hidden_folder(place.parent)
     try:
         for part in ("new", "old"):
             (hidden / part).mkdir()
@@ -146,7 +146,7 @@ def _hidden_folder(place: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _locked(parent: Path) -> tuple[Path, FileLock]:
+def _make_hidden_folder(parent: Path) -> tuple[Path, FileLock]:
     """A new hidden folder and its lock."""
     while True:
         hidden = Path(tempfile.mkdtemp(dir=parent, prefix=HIDDEN))
@@ -185,7 +185,7 @@ def _in_two_steps(new: Path, place: Path, old: Path) -> None:
     os.rename(new, place)
 
 
-def _exchanged(one: Path, other: Path) -> bool:
+def _exchange(one: Path, other: Path) -> bool:
     """Lets two paths swap what they name, in one step; False where this is not possible."""
     if sys.platform != "linux":
         return False
@@ -194,7 +194,7 @@ def _exchanged(one: Path, other: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
-def _settle(hidden: Path, new: Path) -> None:
+def _flush(hidden: Path, new: Path) -> None:
     """Brings what is new to the disk, with the modes that the user's files have."""
     probe = hidden / "mode"
     probe.touch()

@@ -84,7 +84,7 @@ def statistics_files() -> list[StatisticsFile]:
     files = []
     for file in cache_folder().glob("*.safetensors"):
         try:
-            status, about = file.stat(), _about(file)
+            status, about = file.stat(), _read_metadata(file)
             tokens = int(about.get("read", about.get("count", 0)))
         except (OSError, ValueError):  # another process removed it, or it is damaged
             continue
@@ -93,7 +93,7 @@ def statistics_files() -> list[StatisticsFile]:
     return sorted(files, key=lambda each: (each.used, each.file.name))
 
 
-def _about(file: Path) -> dict[str, str]:
+def _read_metadata(file: Path) -> dict[str, str]:
     try:
         with safe_open(str(file), "pt") as opened:
             return opened.metadata() or {}
@@ -124,7 +124,7 @@ def evict(using: Collection[Path] = ()) -> list[StatisticsFile]:
         running = each.file.name.startswith(_RUNNING) and time.time() - each.used < _IN_USE_SECONDS
         if total <= limit:
             break
-        if each.file not in using and not running and _removed(each.file):
+        if each.file not in using and not running and _remove(each.file):
             total -= each.size
             removed.append(each)
     if removed:
@@ -136,10 +136,10 @@ def evict(using: Collection[Path] = ()) -> list[StatisticsFile]:
 
 def clear_cache() -> list[StatisticsFile]:
     """Removes all files of statistics and says which; layers that were chosen stay."""
-    return [each for each in statistics_files() if _removed(each.file)]
+    return [each for each in statistics_files() if _remove(each.file)]
 
 
-def _removed(file: Path) -> bool:
+def _remove(file: Path) -> bool:
     """Removes the file; False where it cannot be, as on Windows while a process reads it."""
     try:
         file.unlink()

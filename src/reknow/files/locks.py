@@ -42,7 +42,7 @@ def write_lock(place: str | Path, *, wait: float = 0.0) -> Iterator[None]:
     """
     file = _lock_file(Path(os.path.realpath(place)))
     new = [] if file is None else [folder for folder in file.parents if not os.path.exists(folder)]
-    lock = None if file is None else _taken(file, place, wait)
+    lock = None if file is None else _take(file, place, wait)
     if file is None or lock is None:
         yield
         return
@@ -74,17 +74,17 @@ def _lock_file(place: Path) -> Path | None:
     return place / ".lock" if os.path.isdir(place) and os.access(place, os.W_OK) else None
 
 
-def _taken(file: Path, place: str | Path, wait: float) -> BaseFileLock | None:
+def _take(file: Path, place: str | Path, wait: float) -> BaseFileLock | None:
     """The lock, held; says for whom it waits. None where it cannot be made: nothing else can be written there either,
     and whoever tries says why."""
     try:
         try:
-            return _acquired(file, min(wait, _QUIET))
+            return _acquire(file, min(wait, _QUIET))
         except Timeout:
             if wait <= _QUIET:
                 raise
         _log.warning("waiting for %s, which writes to %s", _holder(file), place)
-        return _acquired(file, wait - _QUIET)
+        return _acquire(file, wait - _QUIET)
     except Timeout:
         raise InputError(
             f"expected nobody else to write to {place}; {_holder(file)} does: wait until it ends, stop it, or choose "
@@ -99,7 +99,7 @@ def _taken(file: Path, place: str | Path, wait: float) -> BaseFileLock | None:
         ) from error
 
 
-def _acquired(file: Path, wait: float, kind: type[BaseFileLock] = FileLock) -> BaseFileLock:
+def _acquire(file: Path, wait: float, kind: type[BaseFileLock] = FileLock) -> BaseFileLock:
     file.parent.mkdir(parents=True, exist_ok=True)
     lock = kind(file, is_singleton=True)
     try:
@@ -108,9 +108,9 @@ def _acquired(file: Path, wait: float, kind: type[BaseFileLock] = FileLock) -> B
         raise
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not os.path.exists(file.parent):
-            return _acquired(file, wait, kind)  # who held it has taken the empty folder away
+            return _acquire(file, wait, kind)  # who held it has taken the empty folder away
         if kind is not SoftFileLock and error.errno in _NO_LOCKS:
-            return _acquired(file, wait, SoftFileLock)
+            return _acquire(file, wait, SoftFileLock)
         raise
     return lock
 

@@ -26,7 +26,7 @@ def output_file(path: Path, force: bool, sources: Iterable[str | Path | None] = 
     Raises:
         InputError: no file can be written there, one exists and `force` is off, or it belongs to one of `sources`.
     """
-    path = _free(path, force, sources)
+    path = _check_free(path, force, sources)
     if path.exists() and not path.is_file():
         raise InputError(f"expected a file to replace; {path} is none: choose another name")
     return path
@@ -41,7 +41,7 @@ def output_folder(
         InputError: no folder can be written there, one exists and `force` is off, it holds something else than
             `known`, or it belongs to one of `sources`.
     """
-    path = _free(path, force, sources)
+    path = _check_free(path, force, sources)
     check_replaced(path, known(path))
     here = Path.cwd()
     if path.resolve() in (here, *here.parents):
@@ -79,10 +79,10 @@ def growing_folder(
     Raises:
         InputError: no folder can be there, it is one of `sources`, or it holds files of these names from elsewhere.
     """
-    path = _named(path)
+    path = _check_name(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"expected a folder; {path} is none: choose another name")
-    for source in _places(sources):
+    for source in _real_paths(sources):
         if path.resolve() == source:
             raise InputError(f"expected a folder of its own; {path} is read from: choose another name")
     if not any(True for pattern in own for _ in path.glob(pattern)):
@@ -100,7 +100,7 @@ def stack_folder(path: str | Path) -> Path:
     Raises:
         InputError: no folder can be there, or there is one that is no stack and holds other things than patches.
     """
-    path = _named(Path(path))
+    path = _check_name(Path(path))
     if path.exists() and not path.is_dir():
         raise InputError(f"expected a folder for the stack; {path} is none: choose another name")
     if path.exists() and not (path / STACK_FILE).exists():
@@ -136,12 +136,12 @@ def mark_folder(folder: Path, command: str) -> Path:
     return folder
 
 
-def _free(path: Path, force: bool, sources: Iterable[str | Path | None]) -> Path:
-    path = _named(path)
+def _check_free(path: Path, force: bool, sources: Iterable[str | Path | None]) -> Path:
+    path = _check_name(path)
     if path.exists() and not force:
         raise InputError(f"expected a new name; {path} exists: choose another, or give --force")
     place = path.resolve()
-    for source in _places(sources):
+    for source in _real_paths(sources):
         if place in (source, *source.parents) or (place.exists() and source in place.parents):
             raise InputError(
                 f"expected a place apart from what is read; {path} belongs to {source}: choose another name"
@@ -149,7 +149,7 @@ def _free(path: Path, force: bool, sources: Iterable[str | Path | None]) -> Path
     return path
 
 
-def _named(path: Path) -> Path:
+def _check_name(path: Path) -> Path:
     """The path with `~` resolved; raises InputError where nothing can be written under that name."""
     try:
         named = Path(path).expanduser()
@@ -165,7 +165,7 @@ def _named(path: Path) -> Path:
     return named
 
 
-def _places(sources: Iterable[str | Path | None]) -> Iterable[Path]:
+def _real_paths(sources: Iterable[str | Path | None]) -> Iterable[Path]:
     """The real paths of those that are files or folders, and of the base models of stack folders among them."""
     for source in sources:
         if source is not None and os.path.exists(source):

@@ -55,11 +55,11 @@ class Strict(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> Self:
         if self.model_extra and not self.open:
-            raise ValueError(f"there is no field {_shown(min(self.model_extra))} here")
+            raise ValueError(f"there is no field {_shorten(min(self.model_extra))} here")
         return self
 
 
-def _finite(value: Any) -> Any:
+def _check_finite(value: Any) -> Any:
     waiting = [value]
     while waiting:
         one = waiting.pop()
@@ -71,7 +71,7 @@ def _finite(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 """A number of things, or the place of one."""
-Object = Annotated[dict[str, JsonValue], AfterValidator(_finite)]
+Object = Annotated[dict[str, JsonValue], AfterValidator(_check_finite)]
 """Any JSON object without NaN and infinity."""
 
 _Read = TypeVar("_Read")
@@ -96,7 +96,7 @@ def parse_json(model: Any, text: str | bytes, *, once: bool = False) -> Any:
     try:
         parsed = _adapter(model).validate_json(text, strict=True)
         if once:
-            json.loads(text, object_pairs_hook=_named_once)
+            json.loads(text, object_pairs_hook=_refuse_repeated)
         return parsed
     except ValidationError as error:
         if any(e["loc"] == ("format",) and e["type"] == "less_than_equal" for e in _errors(error)):
@@ -119,7 +119,7 @@ def check_fields(owner: type, values: Mapping[str, Any], where: str) -> None:
             raise FormatError(f"{where}.{name}: {error}") from None
 
 
-def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
@@ -136,19 +136,19 @@ def first_problem(error: ValidationError) -> str:
         return said
     if any(one["type"] == "missing" for one in (first, *others)):  # whose input is all that there is
         return f"field {place}: {said}"
-    return f"field {place}: {said}, got {_shown(error.errors(include_url=False)[0]['input'])}"
+    return f"field {place}: {said}, got {_shorten(error.errors(include_url=False)[0]['input'])}"
 
 
 def _errors(error: ValidationError) -> list[Any]:
     return error.errors(include_url=False, include_context=False, include_input=False)
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = " ".join(repr(value)[: _SHOWN + 1].split())
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
-def regular(path: str | Path) -> Path:
+def check_regular(path: str | Path) -> Path:
     """The path of a regular file; a pipe or a device would be read without end.
 
     Raises:
@@ -168,7 +168,7 @@ def read_content(path: str | Path) -> bytes:
         OSError: it cannot be read.
         FormatError: it is no regular file, or larger than what such a file can be.
     """
-    if (size := regular(path).stat().st_size) > _MOST_BYTES:
+    if (size := check_regular(path).stat().st_size) > _MOST_BYTES:
         raise FormatError(f"it has {size} bytes, more than {_MOST_BYTES}")
     return Path(path).read_bytes()
 

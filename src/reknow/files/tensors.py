@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reknow.files.atomic import atomic_write
-from reknow.files.schema import FormatError, Object, Strict, first_problem, parse_json, regular
+from reknow.files.schema import FormatError, Object, Strict, check_regular, first_problem, parse_json
 
 HEADER, _DIGEST = "reknow", "sha256"
 _MOST_HEADER = 10**8
@@ -96,7 +96,7 @@ def read_tensors(path: str | Path) -> Sealed:
         OSError: it cannot be read.
         FormatError: it is no safetensors file, or not the one that was written.
     """
-    with open(regular(path), "rb") as file:
+    with open(check_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MOST_HEADER):

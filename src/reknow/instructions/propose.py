@@ -36,7 +36,7 @@ class Proposer(Protocol):
         ...
 
 
-def usable(text: str) -> bool:
+def is_usable(text: str) -> bool:
     """Is it an instruction in form: a sentence of 4 to 40 words on one line, no other braces than `{}`?"""
     rest = text.replace("{}", "")
     return (
@@ -59,12 +59,12 @@ class Rewriter:
 
     def propose(self, family: Family, scored: Sequence[Instruction], count: int, round: int) -> list[str]:
         rng = random.Random(f"{self.seed}/{family.name}/{round}")
-        table = {_joined(choice): choice for choice in self._choices(family)}
+        table = {_compose(choice): choice for choice in self._choices(family)}
         parents = [each.text for each in scored if each.text in table][: count // 2 + 1]
         known = {each.text for each in scored}
         proposed: list[str] = []
         for parent in rng.choices(parents, k=count // 2) if parents else ():
-            near = [text for text in table if text not in known and _differing(table[text], table[parent]) == 1]
+            near = [text for text in table if text not in known and _distance(table[text], table[parent]) == 1]
             proposed += rng.sample(near, min(1, len(near)))
             known |= set(proposed)
         fresh = [text for text in table if text not in known]
@@ -85,12 +85,12 @@ class Rewriter:
         return {}
 
 
-def _joined(choice: dict[str, str]) -> str:
+def _compose(choice: dict[str, str]) -> str:
     text = choice["form"].format(**choice)
     return text[0].upper() + text[1:]
 
 
-def _differing(one: dict[str, str], other: dict[str, str]) -> int:
+def _distance(one: dict[str, str], other: dict[str, str]) -> int:
     return sum(one[name] != other[name] for name in one)
 
 
@@ -115,7 +115,7 @@ class Writer:
 
         def new(answer: str) -> list[str]:
             lines = [line.strip('"') for line in answer_lines(answer)]
-            return [line for line in dict.fromkeys(lines) if usable(line) and line not in known]
+            return [line for line in dict.fromkeys(lines) if is_usable(line) and line not in known]
 
         answer = self.llm.ask(asked, lambda text: bool(new(text)))
         self.words += len(answer.split())

@@ -21,7 +21,7 @@ from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
 from reknow.instructions.llm import NoAnswer
-from reknow.instructions.propose import Proposer, usable
+from reknow.instructions.propose import Proposer, is_usable
 
 _log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class _Run:
                 _log.warning("%s; the search for %s ends with %d instructions", error, family.name, len(scored))
                 return None
             known = {each.text for each in scored}
-            texts = [text for text in dict.fromkeys(texts) if usable(text) and text not in known]
+            texts = [text for text in dict.fromkeys(texts) if is_usable(text) and text not in known]
             if not texts:
                 self.stopped[family.name] = "the proposer had nothing new"
                 return None

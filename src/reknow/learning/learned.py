@@ -26,7 +26,7 @@ from reknow.learning.editors import EDITOR_FILE, Editor, case_keys, edit_key, op
 from reknow.learning.loop import CHECKPOINT_FILE, Loop
 from reknow.learning.training import Draw, Learner, Split, Training, shuffle, split_cases
 from reknow.lm import LM
-from reknow.model.readable import unreadable
+from reknow.model.readable import find_unreadable
 
 __all__ = ["Learned"]
 
@@ -123,7 +123,7 @@ def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> 
 
 def _readable(lm: LM, cases: Sequence[Case]) -> list[Case]:
     """The cases without those that are too long for the model, which are logged: one would end a training midway."""
-    reasons = unreadable(lm, cases)
+    reasons = find_unreadable(lm, cases)
     left_out = [(case.edit, reason) for case, reason in zip(cases, reasons, strict=True) if reason is not None]
     if left_out:
         edit, reason = left_out[0]

@@ -43,10 +43,10 @@ class Chat:
                 f"expected a chat template that takes {' and '.join(m['role'] for m in messages)} messages; it says "
                 f"{str(error)!r}: leave the system message out, or use chat=False"
             ) from error
-        return closed(head)
+        return close_thought(head)
 
 
-def closed(head: str) -> str:
+def close_thought(head: str) -> str:
     """The text with the thought closed, empty, that its end opens: `<think>`, `[THINK]`, `<|START_THINKING|>` …"""
     opened = _THOUGHT.search(head)
     if opened is None:

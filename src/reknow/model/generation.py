@@ -45,8 +45,8 @@ def continue_texts(
         token = logits.argmax(-1) if top_k is None else sample_tokens(logits, top_k, temperature)
         return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
-    ends = torch.tensor(_ends(lm), dtype=torch.long, device=lm.device)
-    silence = next((end for end in _ends(lm) if end < len(embedding(lm.model))), 0)
+    ends = torch.tensor(_end_tokens(lm), dtype=torch.long, device=lm.device)
+    silence = next((end for end in _end_tokens(lm) if end < len(embedding(lm.model))), 0)
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -55,11 +55,11 @@ def continue_texts(
             for i, tokens in zip(part, drawn, strict=True):
                 ended = torch.isin(tokens, ends).nonzero()
                 kept = tokens[: int(ended[0]) + 1] if len(ended) else tokens
-                texts[i] = _continued(lm, rows[i], kept.tolist())
+                texts[i] = _decode_continuation(lm, rows[i], kept.tolist())
     return texts
 
 
-def _continued(lm: Decoder, row: Row, tokens: list[int]) -> str:
+def _decode_continuation(lm: Decoder, row: Row, tokens: list[int]) -> str:
     """The tokens as text that continues the row's; by themselves, some tokenizers drop the space they begin with."""
 
     def text(ids: list[int]) -> str:
@@ -144,7 +144,7 @@ def text_batches(lm: Decoder, lengths: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def _ends(lm: Decoder) -> list[int]:
+def _end_tokens(lm: Decoder) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those the model names (an instruct model's end of turn)."""
     also = getattr(lm.model.generation_config, "eos_token_id", None)
     named = also if isinstance(also, list) else [also]

@@ -47,7 +47,7 @@ def _as_pair(source) -> tuple[PreTrainedModel, Any]:
         ModelError: the wrapper does more than to hold the model: it puts learned tokens before every text.
     """
     if isinstance(source, (tuple, list)) and len(source) == 2:
-        model, tokenizer = _unwrapped(source[0]), source[1]
+        model, tokenizer = _unwrap(source[0]), source[1]
         if isinstance(model, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
             return model, tokenizer
     got = ", ".join(type(part).__name__ for part in (source if isinstance(source, (tuple, list)) else [source]))
@@ -57,7 +57,7 @@ def _as_pair(source) -> tuple[PreTrainedModel, Any]:
     )
 
 
-def _unwrapped(model):
+def _unwrap(model):
     """The model inside peft's wrapper; anything else as it is."""
     if not _from_peft(model) or not hasattr(model, "get_base_model"):
         return model
@@ -95,7 +95,7 @@ def open_model(source, tokenizer, dtype, device, device_map, trust_remote_code: 
     if tokenizer is not None:
         raise InputError(f"expected the tokenizer of a pair in the pair; got tokenizer={tokenizer!r}: leave it out")
     model, tokenizer = _as_pair(source)
-    _place(model, device, dtype)
+    _move(model, device, dtype)
     return model, tokenizer
 
 
@@ -103,10 +103,10 @@ def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bo
     source = find_source(name)
     expected = f"expected a model that transformers can load; {name!r} could not be loaded"
     with _as_model_error(expected, _WHOLE):
-        base = _base(name, source)
+        base = _find_base(name, source)
         options: dict[str, Any] = dict(trust_remote_code=trust_remote_code, local_files_only=base.offline)
-        kind = _auto_class(name, AutoConfig.from_pretrained(base.name, **options), trust_remote_code)
-    tokenizer = _tokenizer(name, source, tokenizer, trust_remote_code)
+        kind = _choose_auto_class(name, AutoConfig.from_pretrained(base.name, **options), trust_remote_code)
+    tokenizer = _load_tokenizer(name, source, tokenizer, trust_remote_code)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are refused below, by name
     with _as_model_error(expected, _WHOLE):
         model, report = kind.from_pretrained(source.name, dtype=dtype or "auto", device_map=device_map, **options)
@@ -116,13 +116,13 @@ def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bo
             f"expected all weights of {type(model).__name__}; the files of {name!r} lack {len(missing)} or have them "
             f"in another size, such as {missing[0]}: {_WHOLE}"
         )
-    _place(model, device, None)
+    _move(model, device, None)
     if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
         model.float()
     return model, tokenizer
 
 
-def _base(name: str, source: Source) -> Source:
+def _find_base(name: str, source: Source) -> Source:
     """The model itself, or the one that it is an adapter for."""
     adapter = find_adapter_config_file(source.name, local_files_only=source.offline)
     if adapter is None or Path(adapter).with_name(CONFIG).is_file():
@@ -141,7 +141,7 @@ def _base(name: str, source: Source) -> Source:
     return replace(base_source, offline=base_source.offline or source.offline)
 
 
-def _auto_class(name: str, config: PreTrainedConfig, own_code: bool) -> Any:
+def _choose_auto_class(name: str, config: PreTrainedConfig, own_code: bool) -> Any:
     """What transformers loads the model with: as a causal language model, or as one that reads images too.
 
     Raises:
@@ -170,7 +170,7 @@ def _auto_class(name: str, config: PreTrainedConfig, own_code: bool) -> Any:
     return kinds[0]
 
 
-def _tokenizer(name: str, source: Source, wanted, trust_remote_code: bool):
+def _load_tokenizer(name: str, source: Source, wanted, trust_remote_code: bool):
     """The tokenizer that is given or named, or the model's own."""
     if isinstance(wanted, PreTrainedTokenizerBase):
         return wanted
@@ -224,7 +224,7 @@ def _as_device(device) -> torch.device | None:
     return chosen
 
 
-def _place(model: PreTrainedModel, device: torch.device | None, dtype: torch.dtype | None) -> None:
+def _move(model: PreTrainedModel, device: torch.device | None, dtype: torch.dtype | None) -> None:
     """Moves and casts the model in place; None leaves it."""
     if device is None and dtype is None:
         return

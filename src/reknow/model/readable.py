@@ -12,7 +12,7 @@ from reknow.model.tokens import Text
 from reknow.texts.writing import prepend
 
 
-def unreadable(lm: Decoder, cases: Sequence[Case], *, in_context: bool = False) -> list[str | None]:
+def find_unreadable(lm: Decoder, cases: Sequence[Case], *, in_context: bool = False) -> list[str | None]:
     """Why the model cannot read one of a case's questions, for each case; None where it can read all.
 
     Args:

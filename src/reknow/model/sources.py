@@ -54,14 +54,14 @@ def find_source(name: str) -> Source:
         return Source(path)
     if os.path.isfile(path):
         raise (
-            _gguf(name)
+            _gguf_error(name)
             if _is_gguf(Path(path))
             else InputError(f"expected the folder of a model; {name} is a file: give the folder that it lies in")
         )
     if os.path.isabs(path) or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(
-            f"expected a folder with a model; {name} could not be loaded (there is no such folder{_near(name)}): "
-            "check the path"
+            f"expected a folder with a model; {name} could not be loaded (there is no such folder"
+            f"{_near_names(name)}): check the path"
         )
     return _in_hub(name)
 
@@ -83,9 +83,9 @@ def _check_folder(folder: Path) -> None:
     if any((folder / name).is_file() for name in _FILES):
         return
     if packed := sorted(folder.glob("*.gguf")):
-        raise _gguf(str(packed[0]))
-    inside = ", ".join(_beside(str(folder / CONFIG))[:3])
-    near = f"; models in it: {inside}" if inside else _near(str(folder))
+        raise _gguf_error(str(packed[0]))
+    inside = ", ".join(_sibling_models(str(folder / CONFIG))[:3])
+    near = f"; models in it: {inside}" if inside else _near_names(str(folder))
     raise ModelError(
         f"expected a folder that transformers saved; {folder} could not be loaded (it has no {CONFIG}{near}): give "
         "the folder that holds one"
@@ -97,7 +97,7 @@ def _is_gguf(file: Path) -> bool:
         return opened.read(4) == b"GGUF" or file.suffix.lower() == ".gguf"
 
 
-def _gguf(file: str) -> ModelError:
+def _gguf_error(file: str) -> ModelError:
     return ModelError(
         f"expected a model in the format of transformers; {file} is a GGUF file: give the model that it was made "
         "from, or in Python the pair (model, tokenizer) that from_pretrained(FOLDER, gguf_file=FILE) gives"
@@ -116,18 +116,18 @@ def _in_hub(name: str) -> Source:
             f"expected a model's folder, its name on the hub, or {_DEMO}gpt2; got {name!r}, which is no folder and "
             "cannot be a name: check it"
         ) from error
-    problem = _problem(name)
+    problem = _ask_hub(name)
     if problem is None:
         return Source(name)
     if any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES):
         return Source(name, offline=True)
     raise ModelError(
         f"expected a model's folder, its name on the hub, or {_DEMO}gpt2; {name!r} could not be loaded (it is no "
-        f"folder here nor in the hub's cache, and {problem}{_near(name)}): check the name"
+        f"folder here nor in the hub's cache, and {problem}{_near_names(name)}): check the name"
     )
 
 
-def _problem(name: str) -> str | None:
+def _ask_hub(name: str) -> str | None:
     """Why the hub does not give the repository; None: it does. Takes no longer than is allowed."""
     seconds = float(os.environ.get(PATIENCE) or _SECONDS)
     answer: list[Exception | None] = []
@@ -156,15 +156,15 @@ def _problem(name: str) -> str | None:
 # --- near names ------------------------------------------------------------------------------------------------
 
 
-def _near(name: str) -> str:
+def _near_names(name: str) -> str:
     """The nearest names of models that are on this disk, as a part of a sentence; empty where none is near."""
-    known = [*_beside(name), *_cached(), *(_DEMO + demo for demo in _demo_names())]
+    known = [*_sibling_models(name), *_cached_models(), *(_DEMO + demo for demo in _demo_names())]
     by_last = {re.split(r"[/:]", known_name)[-1].lower(): known_name for known_name in reversed(known)}
     near = difflib.get_close_matches(re.split(r"[/:]", name.rstrip("/"))[-1].lower(), by_last, n=3, cutoff=0.6)
     return f"; near it: {', '.join(by_last[one] for one in near)}" if near else ""
 
 
-def _beside(name: str) -> list[str]:
+def _sibling_models(name: str) -> list[str]:
     """Folders with models in the folder in which the name would lie."""
     parent = Path(os.path.expanduser(name.rstrip("/"))).parent
     wanted = (CONFIG, _ADAPTER, "stack.json")
@@ -174,7 +174,7 @@ def _beside(name: str) -> list[str]:
         return []
 
 
-def _cached() -> list[str]:
+def _cached_models() -> list[str]:
     """Names of the models in the hub's cache."""
     cache = Path(constants.HF_HUB_CACHE)
     return ["/".join(entry.name.split("--")[1:]) for entry in sorted(cache.glob("models--*"))]

@@ -134,9 +134,9 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool | Chat = False) -> li
     if not texts:
         return []
     check_encodable("a prompt or answer", [part for text in texts for part in (text.prompt, text.target or "")])
-    parts = [_parts(tokenizer, text, chat) for text in texts]
+    parts = [_split(tokenizer, text, chat) for text in texts]
     wholes = [head + answer if answer[:1] == " " else head for head, answer, _ in parts]
-    behind = _continuing(tokenizer, [answer for _, answer, _ in parts if answer[:1] not in ("", " ")])
+    behind = _encode_continuations(tokenizer, [answer for _, answer, _ in parts if answer[:1] not in ("", " ")])
     encoding = tokenizer(wholes, add_special_tokens=not chat, return_offsets_mapping=True)
     special = frozenset(tokenizer.all_special_ids)
     rows: list[Row] = []
@@ -154,12 +154,12 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool | Chat = False) -> li
                 f"expected a prompt and an answer of at least one token each; got {text.prompt!r} and "
                 f"{text.target!r}: write a prompt before the answer"
             )
-        first, last = _subject(spans, shift, text)
-        rows.append(Row(tuple(ids or _begin(tokenizer)), length or 1, last, first))
+        first, last = _locate_subject(spans, shift, text)
+        rows.append(Row(tuple(ids or _first_tokens(tokenizer)), length or 1, last, first))
     return rows
 
 
-def _parts(tokenizer, text: Text, chat: bool | Chat) -> tuple[str, str, int]:
+def _split(tokenizer, text: Text, chat: bool | Chat) -> tuple[str, str, int]:
     """(what stands before the answer, the answer with its separator, shift of the prompt within the whole)."""
     if chat:
         content = text.prompt.strip()  # many templates do
@@ -173,7 +173,7 @@ def _parts(tokenizer, text: Text, chat: bool | Chat) -> tuple[str, str, int]:
     return head, separator + text.target if text.target else "", 0
 
 
-def _continuing(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
+def _encode_continuations(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
     """The tokens of texts that continue others without a space."""
     tokens: dict[str, list[int]] = {}
     for lead in _LEADS:
@@ -190,7 +190,7 @@ def _continuing(tokenizer, texts: Sequence[str]) -> dict[str, list[int]]:
     return tokens | {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in left}
 
 
-def _begin(tokenizer) -> list[int]:
+def _first_tokens(tokenizer) -> list[int]:
     """What to continue from where there is no text: the token that begins texts, or the one that ends them; of a
     tokenizer that names neither, a line break, or what it has in its place."""
     for special in (tokenizer.bos_token_id, tokenizer.eos_token_id):
@@ -202,7 +202,7 @@ def _begin(tokenizer) -> list[int]:
     raise TextRefused("expected a prompt; got an empty one and a tokenizer without a first token: write a prompt")
 
 
-def _subject(spans, shift: int, text: Text) -> tuple[int | None, int | None]:
+def _locate_subject(spans, shift: int, text: Text) -> tuple[int | None, int | None]:
     """Indices of the subject's first and last token; None where the text names none."""
     if text.subject is None:
         return None, None

@@ -155,8 +155,8 @@ def find_all(text: str, wanted: str) -> list[tuple[int, int]]:
     """
     if exact := [matches.span() for matches in re.finditer(re.escape(wanted), text)]:
         return exact
-    folded, spans = _folded(text)
-    sought, _ = _folded(wanted)
+    folded, spans = _fold(text)
+    sought, _ = _fold(wanted)
     matches = [at.span() for at in re.finditer(re.escape(sought), folded)] if sought else []
     whole = [None, *spans, None]  # a character that became several is found whole or not at all
     return [
@@ -174,14 +174,14 @@ def explain_difference(text: str, wanted: str) -> str:
         return ""
     nearest = windows[same.index(max(same))]
     there, here = next((a, b) for a, b in zip(nearest, wanted, strict=True) if a != b)
-    return "" if (there + here).isascii() else f" ({_named(there)} there, {_named(here)} in the subject)"
+    return "" if (there + here).isascii() else f" ({_describe(there)} there, {_describe(here)} in the subject)"
 
 
-def _named(character: str) -> str:
+def _describe(character: str) -> str:
     return f"U+{ord(character):04X} {unicodedata.name(character, '')}".strip()
 
 
-def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _fold(text: str) -> tuple[str, list[tuple[int, int]]]:
     """The text in one form of its characters, and for each of these where it comes from."""
     same_form: list[str] = []
     spans: list[tuple[int, int]] = []
