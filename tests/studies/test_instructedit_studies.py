@@ -55,7 +55,7 @@ def test_domains_are_apart_and_large_enough():
 
 @pytest.mark.slow
 def test_a_study_of_other_methods_and_one_of_domains(tmp_path, monkeypatch):
-    monkeypatch.setitem(STUDIES, "baselines", STUDIES["baselines"]._replace(beside=("ft-l", "ke")))
+    monkeypatch.setitem(STUDIES, "baselines", STUDIES["baselines"]._replace(baselines=("ft-l", "ke")))
     lm, budget = LM.demo("gpt2"), Budget(steps=1, batch_size=3, rank=4, test=2)
     text = run_study(lm, "baselines", tmp_path, budget)
     assert all(f"| {name} |" in text for name in ("InstructEdit", "ft-l", "ke"))
