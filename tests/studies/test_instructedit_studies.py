@@ -68,7 +68,7 @@ def test_a_study_of_other_methods_and_one_of_domains(tmp_path, monkeypatch):
 def test_a_study_from_training_to_table(tmp_path):
     lm, said = LM.demo("gpt2"), []
     budget = Budget(steps=1, batch_size=3, rank=4, test=2)
-    text = run_study(lm, "tasks", tmp_path, budget, say=said.append)
+    text = run_study(lm, "tasks", tmp_path, budget, on_progress=said.append)
     assert "| multi-task |" in text and "| InstructEdit |" in text and "| single-task |" in text
     header = "| editor | counterfact | recent | convsent | zsre | gain on multi-task |"
     assert header in text and text == (tmp_path / "tasks.md").read_text()

@@ -56,9 +56,9 @@ def study(
     chosen = None if families is None else str(families)
     with write_lock(out):
         if name == "gradients":
-            return say(*gradient_study(lm, out, budget, families=chosen, say=say))
+            return say(*gradient_study(lm, out, budget, families=chosen, on_progress=say))
         if name == "domains":
-            text = domain_study(lm, out, budget, say=say)
+            text = domain_study(lm, out, budget, on_progress=say)
         else:
-            text = run_study(lm, name, out, budget, families=chosen, say=say)
+            text = run_study(lm, name, out, budget, families=chosen, on_progress=say)
     say(text, f"wrote {out / name}.md, .csv and .json")

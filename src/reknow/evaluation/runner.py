@@ -159,7 +159,7 @@ class _Run:
         found = find_unreadable(lm, list(cases.values()), in_context=bool(plan.in_context))
         self.unreadable = {name: reason for name, reason in zip(cases, found, strict=True) if reason is not None}
         self.advance: Callable[[], object] = lambda: None
-        self.tell: Callable[[str], object] = lambda text: None
+        self.report: Callable[[str], object] = lambda text: None
 
     def run_all(self, methods: Mapping[str, Method], progress: bool) -> None:
         for method in methods.values():
@@ -168,7 +168,7 @@ class _Run:
         readings = stages * len(methods) + len(set(self.plan.in_context) & set(methods))
         steps = len(self.cases) * (1 + bool(self.plan.in_context) + len(self.plan.seeds) * readings)
         done = len(self.before) + len(self.rows)
-        with progress_bar(progress, "cases read", steps, done) as (self.advance, self.tell):
+        with progress_bar(progress, "cases read", steps, done) as (self.advance, self.report):
             self.read_before()
             for label, method in methods.items():
                 for seed in self.plan.seeds:
@@ -199,14 +199,15 @@ class _Run:
                 continue
             about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             makeable = [name for name in names if name not in self.unreadable]
-            with self.lm.progress.reported_to(lambda text, about=about: self.tell(f"{label}, {about}: {text}")):
+            with self.lm.progress.reported_to(lambda text, about=about: self.report(f"{label}, {about}: {text}")):
                 found = edit_each(self.lm, method, [self.cases[name].edits for name in makeable])
             made = dict(zip(makeable, found, strict=True))
             for name in names:
                 patch, costs = made.get(name, (None, []))
                 with self.lm.patched(*filter(None, [patch])):
                     for stage in stages:
-                        self.add_rows(label, seed, stage, {name: self.case_cost(name, costs)}, texts=True)
+                        cost = {name: self.case_cost(name, costs)}
+                        self.add_rows(label, seed, stage, cost, texts=stage != IN_CONTEXT)
 
     def run_sequence(self, label: str, method: Method, seed: int) -> None:
         """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
@@ -221,7 +222,7 @@ class _Run:
                 chunk = names[start : start + size]
                 file = None if folder is None else folder / f"{start:06d}.patch"
                 with self.lm.progress.reported_to(
-                    lambda text, number=start: self.tell(f"{label}, from edit {number + 1}: {text}")
+                    lambda text, number=start: self.report(f"{label}, from edit {number + 1}: {text}")
                 ):
                     now = self.apply_patch(method, chunk, file)
                 costs |= now
@@ -259,9 +260,8 @@ class _Run:
         for names in _blocks(list(costs)):
             if self.is_done(label, seed, stage, names):
                 continue
-            in_context = stage == IN_CONTEXT
-            readings = self.read(names, texts=texts and not in_context, seed=seed, in_context=in_context)
-            held_out = self.read_held_out() if texts and not in_context else None
+            readings = self.read(names, texts=texts, seed=seed, in_context=stage == IN_CONTEXT)
+            held_out = self.read_held_out() if texts else None
             for name, found in zip(names, readings, strict=True):
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
                 cost = costs[name]

@@ -38,7 +38,7 @@ def domain_cases() -> dict[str, list[Case]]:
 
 
 def domain_study(
-    lm: LM, out: str | Path, budget: Budget = SMALL, *, say: Callable[[str], object] = lambda text: None
+    lm: LM, out: str | Path, budget: Budget = SMALL, *, on_progress: Callable[[str], object] = lambda text: None
 ) -> str:
     """Trains the editors, which read no instructions, and reads each domain with its own and with that of all.
 
@@ -49,7 +49,7 @@ def domain_study(
         InputError: a folder with other settings.
     """
     folder, seed = Path(out), budget.seeds[0]
-    trained = Editors(lm, folder, budget, None, load_families(), say)
+    trained = Editors(lm, folder, budget, None, load_families(), on_progress)
     learner = InstructEdit(rank=budget.rank, seed=seed, instructed=False)
     parts = domain_cases()
     training = {domain: cases[budget.test :] for domain, cases in parts.items()}
@@ -58,7 +58,7 @@ def domain_study(
     values = {}
     for domain, cases in parts.items():
         own = trained.trained(learner, training[domain], ["domains", domain], 1, seed)
-        say(f"reading {domain}")
+        on_progress(f"reading {domain}")
         read = [few_probes(case) for case in cases[: budget.test]]
         plan = Plan(fluency=False, generate=False)
         results = bench(lm, read, {_ONE: own, _ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)

@@ -131,7 +131,7 @@ def run_study(
     budget: Budget = SMALL,
     *,
     families: str | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    on_progress: Callable[[str], object] = lambda text: None,
 ) -> str:
     """Trains what is not trained yet, reads it on every task, and writes `NAME.md`, `NAME.csv` and `NAME.json`.
 
@@ -146,7 +146,7 @@ def run_study(
     if name not in STUDIES:
         raise did_you_mean("study", name, STUDIES)
     study, folder, known = STUDIES[name], Path(out), task_families(families)
-    trained = Editors(lm, folder, budget, families, known, say)
+    trained = Editors(lm, folder, budget, families, known, on_progress)
     values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
     for task in TASKS:
         parts = {unseen: [e for e in study.variants if e.unseen == unseen] for unseen in (False, True)}
@@ -164,7 +164,7 @@ def run_study(
             if editors:
                 cases = reading_cases(known[task], budget.test, unseen)
                 run = folder / name / f"{task}{'-unseen' if unseen else ''}"
-                say(f"reading {task} with {', '.join(editors)}")
+                on_progress(f"reading {task} with {', '.join(editors)}")
                 plan = Plan(fluency=False, generate=False)
                 results = bench(lm, cases, editors, run, dataset=task, plan=plan)
                 for label in editors:
@@ -192,7 +192,7 @@ class Editors(NamedTuple):
     """File of the task families."""
     known: Mapping[str, Family]
     """What is in it."""
-    say: Callable[[str], object]
+    on_progress: Callable[[str], object]
 
     def of(self, variant: Variant, tasks: Sequence[str], seed: int) -> InstructEdit:
         marks = [f"{key}={value}" for key, value in variant.settings.items()]
@@ -225,7 +225,7 @@ class Editors(NamedTuple):
             checkpoint_every=50,
             seed=seed,
         )
-        self.say(f"training {place.name}: {steps} updates")
+        self.on_progress(f"training {place.name}: {steps} updates")
         return learner.fit(self.lm, cases, place, training, progress=True)
 
 

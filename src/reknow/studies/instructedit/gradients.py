@@ -39,7 +39,7 @@ def gradient_study(
     budget: Budget = SMALL,
     *,
     families: str | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    on_progress: Callable[[str], object] = lambda text: None,
 ) -> list[str]:
     """Draws the edit gradients ∇̃u of the multi-task editor and of InstructEdit, and says how far the tasks lie apart.
 
@@ -63,7 +63,7 @@ def gradient_study(
     panels: dict[str, np.ndarray] = {}
     scores: dict[str, float] = {}
     for variant in (MULTI, INSTRUCT):
-        editor = Editors(lm, folder, budget, families, known, say).of(variant, variant.tasks, seed)
+        editor = Editors(lm, folder, budget, families, known, on_progress).of(variant, variant.tasks, seed)
         points = _edit_gradients(lm, editor, [case for found in cases.values() for case in found])
         scores[variant.label] = float(silhouette_score(points, labels))
         perplexity = min(30.0, (len(points) - 1) / 3)
