@@ -16,8 +16,10 @@ from reknow.evaluation.readings import Reading
 from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
+    IN_CONTEXT,
     ROW_KEY,
     ROWS_FILE,
+    UNEDITED,
     BeforeRow,
     CaseRow,
     RunManifest,
@@ -28,11 +30,8 @@ from reknow.files.json_lines import Rows
 from reknow.files.manifest import read_manifest
 from reknow.texts.tables import to_columns, to_csv, to_markdown
 
-UNEDITED = ("unedited", "before")
-"""Method and stage under which the unedited model stands."""
-
-IN_CONTEXT = "in_context"
-"""Stage at which the edit stands in front of every question; also read of the unedited model."""
+BEFORE = (UNEDITED, "before")
+"""Method and stage under which the unedited model's answers stand."""
 _MEASURED = ("seconds", "peak_memory_mb")
 """Costs that are measured over all edits which are made together."""
 _COSTS = (*_MEASURED, "steps", "loss", "repetitions")
@@ -154,7 +153,7 @@ class Results:
             values = {**case_metrics(before[case]), "perplexity@held_out": row["held_out_perplexity"]}
             for key, value in (values | self.added.get((case,), {})).items():
                 if value is not None:
-                    found[UNEDITED][case][key].append(value)
+                    found[BEFORE][case][key].append(value)
         for place, row in sorted(self.rows.items(), key=lambda item: self._order(item[1])):
             now = row_readings(row)
             then = before[row["case"]] if now else ()
@@ -172,7 +171,7 @@ class Results:
         }
 
     def _order(self, row: Mapping) -> tuple[int, float]:
-        names = [UNEDITED[0], *self.manifest["settings"]["methods"]]
+        names = [UNEDITED, *self.manifest["settings"]["methods"]]
         return names.index(row["method"]), when(row["stage"])
 
     @cached_property

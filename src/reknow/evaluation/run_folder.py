@@ -17,6 +17,10 @@ from reknow.errors import InputError
 from reknow.evaluation.editing import Cost
 from reknow.files.schema import Count, Listed, Strict
 
+UNEDITED = "unedited"
+"""The label under which the unedited model stands among the methods."""
+IN_CONTEXT = "in_context"
+"""Stage at which the edit stands in front of every question; also read of the unedited model."""
 BEFORE_FILE, ROWS_FILE = "before.jsonl", "cases.jsonl"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
 
@@ -165,7 +169,7 @@ def own_rows(
 
 def _odd(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[tuple, dict]) -> str | None:
     """What is not the run's own in a row; None: nothing."""
-    if row["method"] not in settings["methods"] and (row["method"], row["stage"]) != ("unedited", "in_context"):
+    if row["method"] not in settings["methods"] and (row["method"], row["stage"]) != (UNEDITED, IN_CONTEXT):
         return "method"
     if row["seed"] not in settings["seeds"]:
         return "seed"

@@ -15,12 +15,14 @@ from reknow.edits import Case, cases_digest, to_json
 from reknow.errors import InputError
 from reknow.evaluation.editing import edit_each, edit_once
 from reknow.evaluation.probing import perplexity, read_each
-from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results
+from reknow.evaluation.results import Results
 from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
+    IN_CONTEXT,
     ROW_KEY,
     ROWS_FILE,
+    UNEDITED,
     BeforeRow,
     CaseRow,
     own_rows,
@@ -188,7 +190,7 @@ class _Run:
                     self.advance()
         if self.plan.in_context:
             nothing = {name: {"error": None} for name in self.cases}
-            self.add_rows(UNEDITED[0], self.plan.seeds[0], IN_CONTEXT, nothing, texts=False)
+            self.add_rows(UNEDITED, self.plan.seeds[0], IN_CONTEXT, nothing, texts=False)
 
     def run_single(self, label: str, method: Method, seed: int) -> None:
         """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
@@ -266,7 +268,7 @@ class _Run:
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
                 cost = costs[name]
                 if isinstance(found, str):
-                    cost, found = {**cost, "error": cost["error"] if label == UNEDITED[0] else found}, []
+                    cost, found = {**cost, "error": cost["error"] if label == UNEDITED else found}, []
                 self.rows.add({**about, **cost, "held_out_perplexity": held_out, "readings": found})
                 self.advance()
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.metrics import PROTOCOLS
-from reknow.evaluation.results import KINDS, UNEDITED, Results
+from reknow.evaluation.results import BEFORE, KINDS, Results
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a6fd1", "#7f7f7f")
 """Okabe & Ito's colours, which people with colour blindness tell apart; two replaced for dark backgrounds."""
@@ -64,7 +64,7 @@ def protocol_colours(results: Results) -> dict[str, str]:
 
 def bar_figure(results: Results, kind: str) -> Figure | None:
     """Mean and 95 % interval of one kind of probe: a group of bars per method, a bar per protocol."""
-    groups = [UNEDITED, *((method, results.last_stage) for method in results.manifest["settings"]["methods"])]
+    groups = [BEFORE, *((method, results.last_stage) for method in results.manifest["settings"]["methods"])]
     groups = [g for g in groups if any((*g, f"{kind}@{protocol}") in results.cells for protocol in PROTOCOLS)]
     if not groups:
         return None

@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from reknow.evaluation.intervals import average_cases
-from reknow.evaluation.results import IN_CONTEXT, UNEDITED, Results, stage_label, when
+from reknow.evaluation.results import BEFORE, Results, stage_label, when
+from reknow.evaluation.run_folder import IN_CONTEXT, UNEDITED
 from reknow.files.atomic import atomic_write, write_text
 from reknow.report import contents
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
@@ -102,7 +103,7 @@ def _pool_sets(sets: Mapping[str, Results]) -> Results:
 def _study_table(results: Results, stage: str) -> list[list[str]]:
     """Header and a line per method at one stage, the unedited model first; columns without numbers are left out."""
     methods = [*results.manifest["settings"]["methods"]]
-    groups = [(UNEDITED[0], stage)] if stage == IN_CONTEXT else [UNEDITED]
+    groups = [(UNEDITED, stage)] if stage == IN_CONTEXT else [BEFORE]
     groups += [(method, stage) for method in methods]
     groups = [group for group in groups if any(key[:2] == group for key in results.cells)]
     names = [n for n, key in _COLUMNS.items() if any((method, read, key) in results.cells for method, read in groups)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from reknow.editing.self_distillation import prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
-from reknow.evaluation.results import UNEDITED
+from reknow.evaluation.run_folder import UNEDITED
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
@@ -111,7 +111,7 @@ def _most_likely_by_step(lm: LM, method: ICE, edit: Edit) -> list[dict[str, list
 
 def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows: Rows) -> Iterator[dict]:
     """The divergence of every edit, before all and after it by each method."""
-    for label, method in {UNEDITED[0]: None, **methods}.items():
+    for label, method in {UNEDITED: None, **methods}.items():
         for number, edit in enumerate(edits):
             if ("consistency", label, number) in rows:
                 continue
