@@ -93,7 +93,7 @@ class _Prepared(NamedTuple):
 
 
 def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int = 1) -> _Prepared:
-    """The edits checked, the place found, and what is stored there. The memory of the patch must name its `modules`.
+    """The edits checked, the place found, and what is stored there. A memory that names its `modules` has one place.
 
     Args:
         span: how many layers take part.
@@ -107,7 +107,7 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int =
     layer = method.chosen_layer(lm)
     modules = list(lm.parts.value[layer : layer + span])
     stored = versions(lm.patches, method.name)
-    if stored and (there := stored[-1].memory["modules"]) != modules:
+    if stored and (there := stored[-1].memory.get("modules", modules)) != modules:
         raise InputError(
             f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer"
         )

@@ -25,30 +25,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Number, Rate, Weight
-from reknow.contract import check_edits
 from reknow.datasets.facts import load_facts
 from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.files.schema import Strict
-from reknow.memories.base import (
-    SideModuleMethod,
-    conflicts,
-    memory_patch,
-    paraphrases,
-    resolve_conflicts,
-    train_beside,
-)
+from reknow.memories.base import SideModuleMethod, memory_patch, paraphrases, prepare, train_beside
 from reknow.memories.distances import prompt_inputs, prompt_states
 from reknow.memories.slots import Slots, merge, slot_hooks
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
-from reknow.patching.memory import Hooks, versions
+from reknow.patching.memory import Hooks
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec
 
@@ -96,9 +88,7 @@ class CaliNet(SideModuleMethod):
         return "calinet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
-        notes: dict[str, Any] = {"conflicts": resolve_conflicts(self, conflicts(self, lm, edits))}
-        notes["layer"] = layer = self.chosen_layer(lm)
+        edits, layer, _, stored, notes = prepare(self, lm, edits)
         rows = lm.encode([Text.asked(edit, text) for edit in edits for text in paraphrases(edit)])
         inputs, _ = prompt_states(lm, rows, lm.parts.mlp_in[layer][0])  # (rows, hidden)
         _, outputs = prompt_states(lm, rows, lm.parts.value[layer])
@@ -121,8 +111,8 @@ class CaliNet(SideModuleMethod):
         if self.trained_keys:
             groups.append({"params": [keys], "lr": self.learning_rate / length})
         slots = Slots.beside(lm, layer, keys, values)
-        stored = [Slots.read(lm, patch) for patch in versions(lm.patches, self.name)]
-        hooks, update = slot_hooks([*stored, slots]), adam_update(torch.optim.Adam(groups))
+        hooks = slot_hooks([*(Slots.read(lm, patch) for patch in stored), slots])
+        update = adam_update(torch.optim.Adam(groups))
         passes = train_beside(self, lm, hooks, rows, layer, update, lambda losses: losses.mean() < self.stop_loss)
         notes["losses"] = [fmean(losses) for losses in passes]
         state = {"keys": keys.detach(), "values": values.detach()}
