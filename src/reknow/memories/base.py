@@ -162,7 +162,7 @@ def train_beside(
 
 
 def paraphrases(edit: Edit) -> list[str]:
-    """The edit's prompt and its other wordings, the subject filled in."""
+    """The edit's prompt and its paraphrases, the subject filled in."""
     return [edit.text, *map(edit.fill, edit.rephrasings)]
 
 
