@@ -6,17 +6,20 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from pydantic import RootModel
 
+from reknow.contract import Method
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS, InputError, ReknowError, TextRefused
 from reknow.files.atomic import write_json
 from reknow.files.schema import Count, FormatError, Strict, explain, read_json
 from reknow.lm import LM
 from reknow.patching.patches import Patch
+
+_T = TypeVar("_T")
 
 
 class EditOutcome(NamedTuple):
@@ -48,7 +51,7 @@ class Costs(RootModel[list[Cost] | Cost]):
     """What each edit cost; earlier versions wrote one for all of them."""
 
 
-def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) -> EditOutcome:
+def edit_once(lm: LM, method: Method, edits: list[Edit], file: Path | None = None) -> EditOutcome:
     """One patch of all edits but for those that cannot be made. Kept under `file`; a patch that an earlier run kept
     is loaded instead."""
     note = None if file is None else file.with_suffix(".json")
@@ -73,7 +76,7 @@ def edit_once(lm: LM, method: Any, edits: list[Edit], file: Path | None = None) 
     return made
 
 
-def edit_each(lm: LM, method: Any, groups: Sequence[Sequence[Edit]]) -> list[EditOutcome]:
+def edit_each(lm: LM, method: Method, groups: Sequence[Sequence[Edit]]) -> list[EditOutcome]:
     """A patch of each group by itself; of single edits that are computed together the cost is their mean."""
     if len(groups) > 1 and all(len(group) == 1 for group in groups):
         edits = [edit for (edit,) in groups]
@@ -98,7 +101,7 @@ def _read_costs(note: Path, edits: int) -> list[dict]:
     return [cost.model_dump(exclude_unset=True) for cost in costs]
 
 
-def _measure(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], Any]) -> tuple[Any, list[dict]]:
+def _measure(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], _T]) -> tuple[_T | None, list[dict]]:
     """What `run` gives for the edits that can be made, None where there are none; and of every edit what it cost and
     why it was not made. An edit that is refused, or breaks down by itself, does not cost the others their patch."""
     reasons: dict[int, str] = {}

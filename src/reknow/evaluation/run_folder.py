@@ -7,11 +7,13 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
+from reknow.contract import Method
 from reknow.edits import Kind
 from reknow.errors import InputError
 from reknow.evaluation.editing import Cost
@@ -123,6 +125,11 @@ class RunManifest(Strict):
     refused: Listed[str] = Field(default_factory=list)
     """Why records of the data set are no cases."""
     settings: _RunSettings
+
+
+def method_settings(methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
+    """The settings of methods as a manifest has them, by label."""
+    return {label: {"name": one.name, **asdict(one)} for label, one in methods.items()}  # type: ignore[call-overload]
 
 
 def run_digest(settings: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from reknow.evaluation.run_folder import (
     UNEDITED,
     BeforeRow,
     CaseRow,
+    method_settings,
     own_rows,
     run_digest,
 )
@@ -314,7 +315,7 @@ def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Method], plan
         "dataset": dataset,
         "cases": len(cases),
         "cases_digest": cases_digest(cases),
-        "methods": {label: {"name": method.name, **asdict(method)} for label, method in methods.items()},
+        "methods": method_settings(methods),
         **asdict(plan),
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from reknow.contract import Method
 from reknow.editing.self_distillation import prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
-from reknow.evaluation.run_folder import UNEDITED
+from reknow.evaluation.run_folder import UNEDITED, method_settings
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
@@ -44,7 +45,7 @@ KEY = ("part", "label", "edit")
 
 @exclusively
 def measure_convergence(
-    lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], out: Path, *, progress: bool = False
+    lm: LM, edits: Sequence[Edit], methods: Mapping[str, Method], out: Path, *, progress: bool = False
 ) -> Rows:
     """Measures all three for the edits, each by itself; started again on the folder, it goes on where it was.
 
@@ -61,8 +62,8 @@ def measure_convergence(
     settings = {
         "model": lm.fingerprint.digest,
         "edits": [[edit.text, edit.target_new] for edit in edits],
-        "methods": {label: {"name": method.name, **asdict(method)} for label, method in methods.items()},
-        "losses": {"name": "ice", **asdict(ICE(stop_loss=0.0))},
+        "methods": method_settings(methods),
+        "losses": method_settings({"": ICE(stop_loss=0.0)})[""],
     }
     with write_lock(out):
         open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}, _former)
@@ -109,7 +110,7 @@ def _most_likely_by_step(lm: LM, method: ICE, edit: Edit) -> list[dict[str, list
     return found
 
 
-def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Any], rows: Rows) -> Iterator[dict]:
+def _consistency(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Method], rows: Rows) -> Iterator[dict]:
     """The divergence of every edit, before all and after it by each method."""
     for label, method in {UNEDITED: None, **methods}.items():
         for number, edit in enumerate(edits):
