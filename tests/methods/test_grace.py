@@ -85,8 +85,6 @@ def test_a_prompt_that_is_stored_with_another_answer(together):
     lm.apply(method.edit(lm, first))
     before = lm.generate("Who is Zoë Übel", 3)
     assert before.startswith(" in")
-    with pytest.raises(InputError, match="stored as 'of', got 'in': rebuild without"):
-        GRACE(layer=2, conflict="refuse").edit(lm, [edit("The capital of Peru is", "in")])
     more = [edit("Beats Music is", "of")] if together else []
     update = method.edit(lm, [edit("The capital of Peru is", "in"), *more])
     assert update.notes["conflicts"] == [{"prompt": "The capital of Peru is", "old": "of", "new": "in"}]
@@ -109,14 +107,9 @@ def test_edits_together_are_edits_one_by_one():
     assert a.answers == b.answers
 
 
-def test_one_memory_has_one_place():
-    lm = make_lm()
-    lm.apply(GRACE(layer=1, steps=2).edit(lm, [edit("I know")]))
-    with pytest.raises(InputError, match="where the memory is"):
-        GRACE(layer=2, steps=2).edit(lm, [edit("The capital of Peru is")])
-    for wrong in (dict(replacement="all"), dict(conflict="ask")):
-        with pytest.raises(InputError, match=r"expected .* as one of .*: correct it"):
-            GRACE(**wrong).edit(lm, [edit("I know")])  # type: ignore[arg-type]
+def test_a_value_stands_where_the_papers_put_it_or_nowhere():
+    with pytest.raises(InputError, match=r"expected replacement as one of .*: correct it"):
+        GRACE(replacement="all")  # type: ignore[arg-type]
 
 
 def test_a_prompt_for_which_a_key_was_widened_is_inside_whatever_the_rounding():

@@ -52,8 +52,7 @@ def kind(text: str) -> str:
 
 
 def asked(lm: LM, *prompts: str) -> list[str]:
-    ((_, memory),) = lm._memories._active.values()
-    return memory.prompts(lm, prompts)
+    return IKE.memory(lm, lm.patches).prompts(lm, prompts)
 
 
 def test_the_authors_prompt(roomy, tmp_path):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 from conftest import make_lm
 from reknow import MELO, Edit
-from reknow.errors import InputError
 
 PROMPTS = ["The capital of Peru is", "I know Danielle Darrieux", "Who is Zoë Übel ? She is"]
 
@@ -25,5 +22,3 @@ def test_melo_has_a_block_for_every_few_edits():
         assert all(score.correct[0] for score in lm.score(PROMPTS, ["of"] * 3))
         more = method.edit(lm, [edit("Beats Music is", "in")])
         assert more.memory["blocks"] == [2]
-    with pytest.raises(InputError, match="where the memory is"), lm.patched(patch):
-        MELO(layer=0).edit(lm, [edit("Beats Music is")])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import make_lm
-from reknow import WISE, Edit, Patch
+from reknow import WISE, Edit
 from reknow.errors import InputError
 from reknow.memories.side_memory import Shard
 from reknow.methods.wise import margin_loss
@@ -71,17 +71,6 @@ def test_edits_one_by_one_are_those_of_one_call():
     assert "mask.0" not in lm.patches[1].state and sorted(lm.patches[2].state) == ["delta.1", "distances", "mask.1"]
     a, b = WISE.memory(lm, [batch]), WISE.memory(lm, lm.patches)
     assert torch.allclose(a.deltas, b.deltas, atol=1e-4) and torch.allclose(a.thresholds, b.thresholds, rtol=1e-3)
-
-
-def test_one_memory_has_one_place(tmp_path):
-    lm = make_lm()
-    first = WISE(**QUICK).edit(lm, [edit("I know")])
-    lm.apply(Patch.load(first.save(tmp_path / "one.patch")))
-    with pytest.raises(InputError, match="where the memory is"):
-        WISE(**QUICK | dict(layer=2)).edit(lm, [edit("The capital of Peru is")])
-    with pytest.raises(InputError, match="stored as 'of', got 'in'"):
-        WISE(**QUICK, conflict="refuse").edit(lm, [edit("I know", "in")])
-    assert WISE(**QUICK).edit(lm, [edit("I know", "in")]).notes["conflicts"][0]["old"] == "of"
 
 
 def test_one_memory_has_one_size_of_shards():
