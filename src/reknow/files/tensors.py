@@ -8,11 +8,12 @@ Files without a digest, as they were written before there was one, are taken as 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field, ValidationError
@@ -22,7 +23,8 @@ from torch import Tensor
 from reknow.files.atomic import atomic_write
 from reknow.files.schema import FormatError, Object, Strict, check_regular, first_problem, parse_json
 
-HEADER, _DIGEST = "reknow", "sha256"
+_Form = TypeVar("_Form", bound=Strict)
+_HEADER, _DIGEST = "reknow", "sha256"
 _MOST_HEADER = 10**8
 """Bytes of a header, as the format has it."""
 _DTYPES = {
@@ -53,15 +55,30 @@ class _Place(Strict):
 class Sealed(NamedTuple):
     """What a file holds."""
 
-    header: str
-    """JSON text of ours; empty where there is none."""
     metadata: dict[str, str]
     """All texts of the file."""
     tensors: dict[str, Tensor]
 
+    def header(self, form: type[_Form]) -> _Form:
+        """Our header; raises FormatError where there is none of that form, or a tensor has NaN or infinity."""
+        header = parse_json(form, self.metadata.get(_HEADER, ""), once=True)
+        check_finite(self.tensors)
+        return header
 
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Writes tensors and texts with their digest; an old file stays until the new one is whole."""
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    header: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes tensors and texts with their digest; an old file stays until the new one is whole.
+
+    Args:
+        header: what `Sealed.header` gives again, as JSON values.
+    """
+    metadata = {**(metadata or {}), **({} if header is None else {_HEADER: json.dumps(header)})}
     # Cloned where memory is shared, as by tied embeddings: safetensors refuses that.
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     owners: dict[int, str] = {}
@@ -114,7 +131,7 @@ def read_tensors(path: str | Path) -> Sealed:
                 raise FormatError("it was cut short while it was read")
     if _DIGEST in metadata and digest(metadata, tensors) != metadata[_DIGEST]:
         raise FormatError("its content is not what was written: a part of it was changed or damaged")
-    return Sealed(metadata.get(HEADER, ""), metadata, tensors)
+    return Sealed(metadata, tensors)
 
 
 def _check_places(places: Mapping[str, _Place], size: int) -> None:

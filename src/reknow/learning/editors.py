@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
-from reknow.files.schema import FormatError, NewerFormat, Object, Strict, explain, parse_json
-from reknow.files.tensors import HEADER, check_finite, check_tensor, read_tensors, write_tensors
+from reknow.files.schema import FormatError, NewerFormat, Object, Strict, explain
+from reknow.files.tensors import check_tensor, read_tensors, write_tensors
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
 from reknow.registry import make
@@ -74,7 +73,7 @@ class Editor:
         }
         tensors = {"base.samples": self.base.samples, "seen": self.seen}
         tensors |= {f"editor.{name}": tensor for name, tensor in self.tensors.items()}
-        return write_tensors(path, tensors, {HEADER: json.dumps(header)})
+        return write_tensors(path, tensors, header=header)
 
     @classmethod
     def load(cls, path: str | Path) -> Editor:
@@ -86,8 +85,7 @@ class Editor:
         path = Path(path) / EDITOR_FILE if Path(path).is_dir() else Path(path)
         try:
             sealed = read_tensors(path)
-            header, tensors = parse_json(_Header, sealed.header, once=True), dict(sealed.tensors)
-            check_finite(tensors)
+            header, tensors = sealed.header(_Header), dict(sealed.tensors)
             base = header.base.fingerprint(tensors)
             seen = check_tensor("seen", tensors.pop("seen", None), "int64", 1)
             if others := [name for name in tensors if not name.startswith("editor.")]:

@@ -9,7 +9,6 @@ processes and their gradients averaged, so the number of processes changes the s
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,8 +27,8 @@ from torch import Tensor
 from reknow.edits import FROM_FILES, Case
 from reknow.errors import EditFailed, InputError, MissingExtra
 from reknow.files.json_lines import Rows
-from reknow.files.schema import Count, FormatError, Strict, explain, parse_json
-from reknow.files.tensors import HEADER, check_finite, read_tensors, write_tensors
+from reknow.files.schema import Count, FormatError, Strict, explain
+from reknow.files.tensors import read_tensors, write_tensors
 from reknow.learning.editors import check_like
 from reknow.learning.training import Draw, Learner, Training
 from reknow.progress import progress_bar
@@ -225,7 +224,7 @@ class Loop:
             named |= {f"optimizer.{i}.{name}": torch.as_tensor(v) for name, v in values.items() if v is not None}
         scaler = self.accelerator.scaler
         header = {"state": asdict(self.state), "scaler": scaler.state_dict() if scaler is not None else None}
-        write_tensors(self.folder / CHECKPOINT_FILE, named, {HEADER: json.dumps(header)})
+        write_tensors(self.folder / CHECKPOINT_FILE, named, header=header)
 
     def _resume(self) -> None:
         """Takes up the checkpoint, if there is one."""
@@ -234,8 +233,7 @@ class Loop:
             return
         try:
             sealed = read_tensors(path)
-            check_finite(sealed.tensors)
-            header = parse_json(_Header, sealed.header, once=True)
+            header = sealed.header(_Header)
             module = self.learner.module.state_dict()
             for part in ("module", "best") if header.state.best_step else ("module",):
                 check_like(f"tensor {part}.", _below(sealed.tensors, part), module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from reknow.checks.bounds import current_names
 from reknow.edits import Edit
 from reknow.errors import PatchError, ReknowError
-from reknow.files.schema import FormatError, Listed, NewerFormat, Object, Strict, check_fields, explain, parse_json
-from reknow.files.tensors import HEADER, Sealed, check_finite, check_tensor, read_tensors, write_tensors
+from reknow.files.schema import FormatError, Listed, NewerFormat, Object, Strict, check_fields, explain
+from reknow.files.tensors import Sealed, check_tensor, read_tensors, write_tensors
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.deltas import read_deltas
 from reknow.patching.record import FORMAT, PatchKind, PatchRecord
@@ -92,10 +91,8 @@ def write_patch(patch: PatchRecord, path: str | Path, *, companion: str | None =
     Args:
         companion: the digest of another file that belongs to this patch.
     """
-    texts = {HEADER: json.dumps(patch.header())}
-    if companion is not None:
-        texts[_COMPANION] = companion
-    return write_tensors(path, patch.tensors(), texts)
+    texts = {} if companion is None else {_COMPANION: companion}
+    return write_tensors(path, patch.tensors(), texts, header=patch.header())
 
 
 def read_patch(path: str | Path, *, companion: str | None = None) -> PatchRecord:
@@ -120,8 +117,7 @@ def read_patch(path: str | Path, *, companion: str | None = None) -> PatchRecord
 
 
 def _read(sealed: Sealed) -> PatchRecord:
-    header, tensors = parse_json(_Header, sealed.header, once=True), dict(sealed.tensors)
-    check_finite(tensors)
+    header, tensors = sealed.header(_Header), dict(sealed.tensors)
     base = header.base.fingerprint(tensors)
     state = {name.removeprefix("state."): tensors.pop(name) for name in list(tensors) if name.startswith("state.")}
     deltas = read_deltas(tensors)
