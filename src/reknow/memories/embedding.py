@@ -21,7 +21,7 @@ from reknow.model.tokens import Row, Text, encode
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["embed"]
+__all__ = ["embed", "encode_ends"]
 
 
 def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
@@ -41,12 +41,16 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
         )
         vectors = encoded.clone()  # made in inference mode, where autograd could not use it
     else:
-        # The end of a text that is too long: there the question stands.
-        rows = [Row(row.ids[-(lm.max_tokens or 0) :], 1) for row in encode(lm.tokenizer, [Text(t) for t in texts])]
+        rows = encode_ends(lm, texts)
         name = lm.parts.blocks[-1]
         with lm.unpatched():
             vectors = lm.read(rows, [len(row.ids) - 1 for row in rows], outputs=[name])[name]
     return torch.nn.functional.normalize(vectors.to(lm.device).float(), dim=-1)
+
+
+def encode_ends(lm: LM, texts: Sequence[str]) -> list[Row]:
+    """The tokens of each text; of one that is too long for the model, the last ones: there the question stands."""
+    return [Row(row.ids[-(lm.max_tokens or 0) :], 1) for row in encode(lm.tokenizer, [Text(text) for text in texts])]
 
 
 def _sentence_encoder(lm: LM, name: str) -> Any:

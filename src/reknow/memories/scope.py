@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reknow.errors import InputError
+from reknow.memories.embedding import encode_ends
 from reknow.model.fingerprint import Fingerprint
 from reknow.model.hooks import by_row, recorded
-from reknow.model.tokens import Row, Text, encode, make_batches
+from reknow.model.tokens import make_batches
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -68,7 +69,7 @@ class _OwnStates:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> States:
         lm = self._lm
-        rows = [Row(row.ids[-(lm.max_tokens or 0) :], 1) for row in encode(lm.tokenizer, [Text(t) for t in texts])]
+        rows = encode_ends(lm, texts)
         lengths = [len(row.ids) for row in rows]
         states = torch.zeros(len(rows), max(lengths), self.features, device=lm.device)
         with lm.unpatched():
