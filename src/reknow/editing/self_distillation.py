@@ -18,7 +18,7 @@ from reknow.texts.writing import prepend
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-Losses = Callable[[], tuple[Tensor, Tensor]]
+_Losses = Callable[[], tuple[Tensor, Tensor]]
 """Gives the losses of the answers' tokens and of the sampled ones, in nats, with the weights as they are now."""
 
 
@@ -53,7 +53,7 @@ class SampledAnswers:
         lm: LM,
         contexts: Sequence[tuple[Edit, str]],
         layer: int | None,
-        loss: Callable[[SampledAnswers], tuple[Tensor, Losses]],
+        loss: Callable[[SampledAnswers], tuple[Tensor, _Losses]],
         static: bool,
     ):
         self.contexts, self.static = contexts, static
@@ -128,7 +128,7 @@ class SampledAnswers:
         return ScoredTokens(self._lm, rows, [predictions(row, row.prompt_length) for row in rows], self._layer)
 
 
-def algorithm_1(texts: SampledAnswers) -> tuple[Tensor, Losses]:
+def algorithm_1(texts: SampledAnswers) -> tuple[Tensor, _Losses]:
     """The paper's loss, −log p(y* | q) − log p(x | [q, y*]): the weights of its tokens, for a mean over them, and
     the losses."""
 
@@ -140,7 +140,7 @@ def algorithm_1(texts: SampledAnswers) -> tuple[Tensor, Losses]:
     return torch.tensor(weights, device=texts.is_answer.device), losses
 
 
-def authors_script(texts: SampledAnswers) -> tuple[Tensor, Losses]:
+def authors_script(texts: SampledAnswers) -> tuple[Tensor, _Losses]:
     """The loss of the authors' script (`print_kl`), −log p(y* | q) − log p(y* | [c, q]) and at the sampled tokens
     KL(with context ‖ without) over the vocabulary: the weights of its tokens, for a sum over them, and the losses."""
     plain, informed, is_answer = texts.plain, texts.score_informed(), texts.is_answer

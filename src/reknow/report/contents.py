@@ -20,7 +20,7 @@ _PER_KIND = 2
 """Probes of a kind that a card shows."""
 
 
-class Answer(NamedTuple):
+class _Answer(NamedTuple):
     """What one model said to a probe."""
 
     who: str
@@ -31,28 +31,28 @@ class Answer(NamedTuple):
     """Does it differ from what the unedited model said?"""
 
 
-class Question(NamedTuple):
+class _Question(NamedTuple):
     """A probe with the answers of the unedited and the edited models."""
 
     kind: str
     name: str
     prompt: str
     wanted: str
-    answers: list[Answer]
+    answers: list[_Answer]
 
 
-class Card(NamedTuple):
+class _Card(NamedTuple):
     """A case: what was edited, and some of its probes."""
 
     request: tuple[str, str, str]
     """The prompt: what is before the subject, the subject, what is behind it."""
     edit: Mapping[str, str]
-    questions: list[Question]
+    questions: list[_Question]
     missed: bool
     """A method did not get the new answer out of the model, or changed a neighbour."""
 
 
-def make_cards(results: Results) -> Iterator[Card]:
+def make_cards(results: Results) -> Iterator[_Card]:
     """Cases of which the model wrote something as cards, with the answers of the first seed at the last stage."""
     settings = results.manifest["settings"]
     for (case,), row in results.before.items():
@@ -71,11 +71,11 @@ def make_cards(results: Results) -> Iterator[Card]:
             head, *tail = split_template(row["edit"]["prompt"])
             request = (head, row["edit"].get("subject", ""), "{}".join(tail))
             if shown := _selected(questions):
-                yield Card(request, row["edit"], shown, missed)
+                yield _Card(request, row["edit"], shown, missed)
 
 
-def _question(then: Reading, after: Mapping[str, Reading]) -> Question:
-    answers = [Answer("before", _shown(then.text))]
+def _question(then: Reading, after: Mapping[str, Reading]) -> _Question:
+    answers = [_Answer("before", _shown(then.text))]
     for method, now in after.items():
         mark = ""
         if now.text is None:
@@ -84,13 +84,13 @@ def _question(then: Reading, after: Mapping[str, Reading]) -> Question:
             mark = "same" if unchanged_generated(then.text or "", now.text or "", now.answers) else "changed"
         elif now.kind not in ("fluency", "sentiment"):
             mark = "right" if generated(now.text or "", now.answers) else "wrong"
-        answers.append(Answer(method, _shown(now.text), mark, now.text != then.text))
-    return Question(then.kind, then.name, then.prompt, " / ".join(then.answers), answers)
+        answers.append(_Answer(method, _shown(now.text), mark, now.text != then.text))
+    return _Question(then.kind, then.name, then.prompt, " / ".join(then.answers), answers)
 
 
-def _selected(questions: list[Question]) -> list[Question]:
+def _selected(questions: list[_Question]) -> list[_Question]:
     """A few of each kind, those that went wrong first."""
-    chosen: dict[str, list[Question]] = {}
+    chosen: dict[str, list[_Question]] = {}
     for question in sorted(questions, key=lambda q: all(a.mark in ("", "right", "same") for a in q.answers)):
         if any(answer.text for answer in question.answers):
             chosen.setdefault(question.kind, []).append(question)

@@ -43,7 +43,7 @@ STYLE: Any = {
 def make_figures(results: Results) -> dict[str, Figure]:
     """Caption → figure: a panel of bars for each kind of probe and, for a sequence, what is left of its edits."""
     with matplotlib.rc_context(STYLE):
-        found = {f"{kind.capitalize()}, %": bar_figure(results, kind) for kind in KINDS}
+        found = {f"{kind.capitalize()}, %": _bar_figure(results, kind) for kind in KINDS}
         if results.manifest["settings"]["mode"] == "sequential":
             for protocol in ("teacher_forced_exact", "generated"):
                 name = _PROTOCOL_NAMES[protocol]
@@ -62,7 +62,7 @@ def protocol_colours(results: Results) -> dict[str, str]:
     return {name: color for (key, name), color in zip(_PROTOCOL_NAMES.items(), PALETTE, strict=False) if key in read}
 
 
-def bar_figure(results: Results, kind: str) -> Figure | None:
+def _bar_figure(results: Results, kind: str) -> Figure | None:
     """Mean and 95 % interval of one kind of probe: a group of bars per method, a bar per protocol."""
     groups = [BEFORE, *((method, results.last_stage) for method in results.manifest["settings"]["methods"])]
     groups = [g for g in groups if any((*g, f"{kind}@{protocol}") in results.cells for protocol in PROTOCOLS)]
