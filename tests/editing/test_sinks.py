@@ -16,7 +16,7 @@ from reknow.editing.keys import Subjects
 from reknow.editing.sinks import NEUTRAL, avoid_sinks, first_token_is_sink
 from reknow.editing.solvers import rank_one
 from reknow.editing.values import find_values
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "rome_sites.json").read_text())["cases"]
@@ -121,7 +121,9 @@ def test_one_sink_does_no_harm_to_the_batch(name):
     with pytest.warns(UserWarning, match="'Paris' begins 'Paris is the capital of'"):
         together = method.edit(lm, [*OTHERS, PARIS])
     matrix = lm.parts.value[0]
-    rows = [Row(row.ids[:1], 1) for row in lm.encode([Text("English is"), Text("Berlin is"), Text("Because of")])]
+    rows = [
+        EncodedText(row.ids[:1], 1) for row in lm.encode([Text("English is"), Text("Berlin is"), Text("Because of")])
+    ]
 
     def sinks() -> torch.Tensor:
         return lm.read(rows, [0] * len(rows), outputs=[matrix])[matrix]

@@ -9,7 +9,7 @@ from reknow.edits import Edit
 from reknow.errors import EditFailed
 from reknow.methods.kn import KN, attribute_neurons
 from reknow.model.hooks import added_at, output_edited
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 
 EDIT = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", target_true="French")
 
@@ -31,7 +31,7 @@ def test_kn_attributions_add_up(gpt2):
     scores = attribute_neurons(gpt2, "The capital of Peru", "is", 200)
     (row,) = gpt2.encode([Text("The capital of Peru", "is")])
     assert len(row.target_ids) == 1
-    batch = gpt2.pad([Row(row.ids[:-1], len(row.ids) - 1)])
+    batch = gpt2.pad([EncodedText(row.ids[:-1], len(row.ids) - 1)])
     column, target = row.prompt_length - 1, row.ids[-1]
 
     def probability():

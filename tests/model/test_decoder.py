@@ -9,7 +9,7 @@ from conftest import some_patch
 from families import tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.errors import ModelError
-from reknow.model.tokens import Row
+from reknow.model.tokens import EncodedText
 
 EDIT = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
 
@@ -48,7 +48,7 @@ def test_a_token_without_a_row_is_refused_before_the_model_runs(special, text):
         with pytest.raises(ModelError, match=r"below 320, .* got 320, the token '<.*resize_token_embeddings"):
             ask()
     with pytest.raises(ModelError, match="below 320"):
-        lm.pad([Row((3, 320), 2)])
+        lm.pad([EncodedText((3, 320), 2)])
     with pytest.raises(ModelError, match="below 320"):
         ROME(layer=0).edit(lm, [Edit("{} is", subject="The <thing> or <begin>", target_new="English")])
 

@@ -15,7 +15,7 @@ from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.model.hooks import added_at, fused_gelu, output_edited, recorded, weight_replaced
 from reknow.model.replay import BlockReplay, apply_head
-from reknow.model.tokens import Batch, Row, Text, pad
+from reknow.model.tokens import Batch, EncodedText, Text, pad
 
 TALL = {
     "gemma2, caps": ("gemma2", dict(final_logit_softcapping=0.5, attn_logit_softcapping=1.0)),
@@ -46,7 +46,7 @@ def built():
 def batch_of(lm, anchors) -> tuple[Batch, Tensor, Tensor]:
     """Random rows lined up at `anchors`, and the (rows, columns) of everything from there on."""
     generator = torch.Generator().manual_seed(1)
-    rows = [Row(tuple(torch.randint(2, 320, (n,), generator=generator).tolist()), n) for n in LENGTHS]
+    rows = [EncodedText(tuple(torch.randint(2, 320, (n,), generator=generator).tolist()), n) for n in LENGTHS]
     batch = pad(rows, 1, anchors=anchors)
     scored = batch.mask.bool()
     scored[:, : max(anchors)] = False

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from families import TEXT, tiny_tokenizer
 from reknow.errors import InputError, ModelError
-from reknow.model.tokens import Row, Text, encode, pad
+from reknow.model.tokens import EncodedText, Text, encode, pad
 from reknow.texts.writing import separator_between
 
 
@@ -95,7 +95,7 @@ def tokenizer(request):
     return TOKENIZERS[request.param]
 
 
-def one(tokenizer, text: Text, **options) -> Row:
+def one(tokenizer, text: Text, **options) -> EncodedText:
     return encode(tokenizer, [text], **options)[0]
 
 
@@ -118,7 +118,7 @@ def byte_of(character: str) -> int:
     return ord(character) if ord(character) < 256 else others[ord(character) - 256]
 
 
-def parts(tokenizer, row: Row) -> tuple[bytes, bytes, bytes]:
+def parts(tokenizer, row: EncodedText) -> tuple[bytes, bytes, bytes]:
     """(bytes up to the subject's last token, of the whole prompt, of the target)."""
     spell = [spelling(tokenizer, token) for token in row.ids]
     upto = b"".join(spell[: row.subject_last + 1]) if row.subject_last is not None else b""
@@ -280,7 +280,7 @@ def test_chat_refuses_a_template_that_changes_the_prompt(chatty):
         one(chatty, Text("The capital of Peru is"), chat=True)
 
 
-ROWS = [Row((3, 4, 5), 3, 1), Row((6,), 1, 0), Row((7, 8, 9, 10, 11), 5, 2)]
+ROWS = [EncodedText((3, 4, 5), 3, 1), EncodedText((6,), 1, 0), EncodedText((7, 8, 9, 10, 11), 5, 2)]
 
 
 @pytest.mark.parametrize("anchors", [None, [0, 0, 0], [1, 0, 2], [2, 0, 0]])

@@ -40,7 +40,7 @@ from reknow.model.exact import exact, exact_device
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.hooks import by_row, recorded
 from reknow.model.parts import device_of, shape
-from reknow.model.tokens import Row, Text, encode
+from reknow.model.tokens import EncodedText, Text, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -305,9 +305,9 @@ def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle
     return {}, 0, 0
 
 
-def _batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[Row]]:
+def _batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[EncodedText]]:
     """The texts as batches of rows, until `tokens` tokens are read."""
-    rows: list[Row] = []
+    rows: list[EncodedText] = []
     around = lm.tokenizer("")["input_ids"]  # what the tokenizer puts before and behind a text
     for text in texts:
         (row,) = encode(lm.tokenizer, [Text(text)])  # general text is no chat
@@ -317,7 +317,7 @@ def _batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[Row]]:
         for start in range(len(begin), max(len(row.ids), len(begin) + 1), width):
             ids = (begin + row.ids[start : start + width])[:tokens]
             tokens -= len(ids)
-            rows.append(Row(ids, len(ids)))
+            rows.append(EncodedText(ids, len(ids)))
             if len(rows) == _ROWS or not tokens:
                 yield rows
                 rows = []

@@ -14,7 +14,7 @@ from torch import Tensor
 from reknow.editing.descent import StepSize, descend
 from reknow.model.hooks import fused_gelu
 from reknow.model.scored_tokens import ScoredTokens
-from reknow.model.tokens import Row
+from reknow.model.tokens import EncodedText
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -32,7 +32,7 @@ def is_addition(lm: LM, layers: Sequence[int]) -> bool:
 
 def train_each(
     lm: LM,
-    rows: Sequence[Row],
+    rows: Sequence[EncodedText],
     pairs: Sequence[Sequence[tuple[int, int]]],
     layer: int,
     step_size: StepSize,
@@ -69,7 +69,7 @@ class _IndependentDeltas:
     def __init__(
         self,
         lm: LM,
-        rows: Sequence[Row],
+        rows: Sequence[EncodedText],
         pairs: Sequence[Sequence[tuple[int, int]]],
         layer: int,
         step_size: StepSize,

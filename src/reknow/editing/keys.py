@@ -12,7 +12,7 @@ from torch import Tensor
 from reknow.editing.sinks import avoid_sinks
 from reknow.edits import Edit
 from reknow.model.exact import exact
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ class Subjects:
         prefixes = avoid_sinks(lm, edits, contexts)
         texts = [Text.about(edit, prefix) for edit, own in zip(edits, prefixes, strict=True) for prefix in own]
         self._lm, self._contexts, self._last = lm, len(contexts), list[int]()
-        self._rows: list[Row] = []
+        self._rows: list[EncodedText] = []
         for row in lm.encode(texts):
             assert row.subject_last is not None, "the text names its subject"
             self._last.append(row.subject_last)
             # What follows cannot change the states of the subject.
-            self._rows.append(Row(row.ids[: row.subject_last + 1], row.subject_last + 1))
+            self._rows.append(EncodedText(row.ids[: row.subject_last + 1], row.subject_last + 1))
 
     def keys(self, layer: int) -> Tensor:
         """Input of layer `layer`'s value matrix: the mean of the bare prompt's and of the prefixed prompts' mean.

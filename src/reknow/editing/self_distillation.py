@@ -12,7 +12,7 @@ from reknow.edits import Edit
 from reknow.model.generation import sample
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.texts.writing import prepend
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class SampledAnswers:
         self.samples: list[tuple[int, ...]] = [()] * len(contexts)
         self._lm, self._layer, self._loss = lm, layer, loss
         self._rows = lm.encode([Text.asked(edit) for edit, _ in contexts])
-        self._informed: list[Row] = []
+        self._informed: list[EncodedText] = []
 
     def draw(
         self,
@@ -90,7 +90,7 @@ class SampledAnswers:
         ]
         # The answer's tokens are those of the bare row, so that both sides are scored at the same places.
         self._informed = [
-            Row(row.ids[: row.prompt_length] + bare.target_ids, row.prompt_length)
+            EncodedText(row.ids[: row.prompt_length] + bare.target_ids, row.prompt_length)
             for row, bare in zip(self._lm.encode(texts), self._rows, strict=True)
         ]
         if count:
@@ -124,7 +124,7 @@ class SampledAnswers:
         new = [len({*drawn} - {*row.target_ids}) for row, drawn in zip(self._rows, self.samples, strict=True)]
         return sum(map(len, self.samples)) - sum(new)
 
-    def _score(self, rows: list[Row]) -> ScoredTokens:
+    def _score(self, rows: list[EncodedText]) -> ScoredTokens:
         return ScoredTokens(self._lm, rows, [predictions(row, row.prompt_length) for row in rows], self._layer)
 
 
@@ -156,9 +156,9 @@ def authors_script(texts: SampledAnswers) -> tuple[Tensor, _Losses]:
     return torch.full(is_answer.shape, 1 / len(texts.samples), device=is_answer.device), losses
 
 
-def _longer(row: Row, tokens: Sequence[int]) -> Row:
-    return Row((*row.ids, *tokens), row.prompt_length)
+def _longer(row: EncodedText, tokens: Sequence[int]) -> EncodedText:
+    return EncodedText((*row.ids, *tokens), row.prompt_length)
 
 
-def _question(row: Row) -> Row:
-    return Row(row.ids[: row.prompt_length], row.prompt_length)
+def _question(row: EncodedText) -> EncodedText:
+    return EncodedText(row.ids[: row.prompt_length], row.prompt_length)

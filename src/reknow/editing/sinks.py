@@ -16,7 +16,7 @@ import torch
 
 from reknow.edits import Edit
 from reknow.model.exact import exact
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -71,9 +71,11 @@ def _has_sink(lm: LM) -> bool:
     tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:_FIRST_TOKENS]
     before, names = rows[0].ids, list(lm.parts.value)
     with lm.unpatched():
-        bare = lm.read([Row((token,), 1) for token in tokens], [0] * len(tokens), inputs=names)
+        bare = lm.read([EncodedText((token,), 1) for token in tokens], [0] * len(tokens), inputs=names)
         behind = lm.read(
-            [Row((*before, token), len(before) + 1) for token in tokens], [len(before)] * len(tokens), inputs=names
+            [EncodedText((*before, token), len(before) + 1) for token in tokens],
+            [len(before)] * len(tokens),
+            inputs=names,
         )
     return any(_mean_correlation(bare[name]) >= _SAME_KEY > _mean_correlation(behind[name]) for name in names)
 

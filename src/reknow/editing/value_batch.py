@@ -15,7 +15,7 @@ from reknow.editing.sinks import avoid_sinks, warn_of_sink
 from reknow.edits import Edit
 from reknow.model.parts import embedding
 from reknow.model.replay import BlockReplay
-from reknow.model.tokens import TOKENS_PER_BATCH, Row, Text
+from reknow.model.tokens import TOKENS_PER_BATCH, EncodedText, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -45,7 +45,7 @@ def token_budget(lm: LM) -> tuple[int, int]:
     return min(max(left // 2 // each, TOKENS_PER_BATCH // 8), MOST_TOKENS), FREE_TOKENS_ON_GPU
 
 
-def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[Row]]:
+def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[EncodedText]]:
     """Rows of every fact: one per context, the bare prompt's first, then the KL prompt's, up to where it is read.
 
     A subject that is an attention sink (`sinks`) is read behind other text in all of them, with a warning.
@@ -65,18 +65,18 @@ def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_posi
     return [rows[i : i + each] for i in range(0, len(rows), each)]
 
 
-def _until_subject(row: Row) -> Row:
+def _until_subject(row: EncodedText) -> EncodedText:
     assert row.subject_last is not None
-    return Row(row.ids[: row.subject_last + 1], row.subject_last + 1, row.subject_last)
+    return EncodedText(row.ids[: row.subject_last + 1], row.subject_last + 1, row.subject_last)
 
 
-def replayed_tokens(row: Row) -> int:
+def replayed_tokens(row: EncodedText) -> int:
     """Tokens of the row that are run at every step: from the subject's last to the last but one of the target."""
     assert row.subject_last is not None
     return len(row.ids) - bool(row.target_ids) - row.subject_last
 
 
-def make_batches(facts: list[list[Row]], delta_index: list[int], limit: int, free: int) -> list[list[int]]:
+def make_batches(facts: list[list[EncodedText]], delta_index: list[int], limit: int, free: int) -> list[list[int]]:
     """Indices of facts in batches of at most `limit` tokens; facts of one δ are in one batch.
 
     What is run at every step is as wide as the widest fact of a batch, so other widths open another batch, unless
@@ -125,14 +125,14 @@ class FactBatch:
         width: of an addition, the model's hidden size.
     """
 
-    def __init__(self, lm: LM, facts: list[list[Row]], weights: Tensor, layer: int):
+    def __init__(self, lm: LM, facts: list[list[EncodedText]], weights: Tensor, layer: int):
         prompts, kl_prompts = [row for fact in facts for row in fact[:-1]], [fact[-1] for fact in facts]
         spared = len(facts) * (max(map(replayed_tokens, prompts)) - max(map(replayed_tokens, kl_prompts)))
         # The KL prompt is read at the subject already, so its rows are short.
         self._replays = []
         for rows in [prompts, kl_prompts] if spared > FREE_TOKENS else [prompts + kl_prompts]:
             # The last token of a target predicts nothing that is scored.
-            cut = [Row(row.ids[:-1], row.prompt_length) if row.target_ids else row for row in rows]
+            cut = [EncodedText(row.ids[:-1], row.prompt_length) if row.target_ids else row for row in rows]
             columns = [row.subject_last for row in rows if row.subject_last is not None]
             self._replays.append(BlockReplay(lm, lm.pad(cut, columns), layer, max(columns)))
         self._rows, self.weights, self.width = facts, weights, lm.parts.hidden_size
@@ -204,7 +204,9 @@ class FactBatch:
         return Scores(nll, kl_prompt.log_softmax(-1), lowest, missed == 0)
 
 
-def split_contexts(lm: LM, facts: list[list[Row]], weights: Tensor, layer: int, batches: int) -> list[FactBatch]:
+def split_contexts(
+    lm: LM, facts: list[list[EncodedText]], weights: Tensor, layer: int, batches: int
+) -> list[FactBatch]:
     """The facts with every `batches`-th context, from the first on, from the second on …"""
     whole, batches = FactBatch(lm, facts, weights, layer), min(batches, len(weights))
     if batches == 1:

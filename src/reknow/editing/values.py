@@ -27,7 +27,7 @@ from reknow.edits import Edit
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu
 from reknow.model.scoring import kl_divergence
-from reknow.model.tokens import Row
+from reknow.model.tokens import EncodedText
 from reknow.progress import Progress
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _delta_index(edits: Sequence[Edit], merge_subjects: bool) -> list[int]:
 
 
 def _search_batch(
-    lm: LM, facts: list[list[Row]], weights: Tensor, index: Tensor, layer: int, search: SearchSettings
+    lm: LM, facts: list[list[EncodedText]], weights: Tensor, index: Tensor, layer: int, search: SearchSettings
 ) -> Values:
     """The values of the facts of one batch; fact i is given the addition `index[i]`."""
 

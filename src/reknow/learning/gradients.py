@@ -17,7 +17,7 @@ from torch import Tensor
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import by_row, hidden_states, hooked
 from reknow.model.scored_tokens import ScoredTokens, predictions
-from reknow.model.tokens import Row, make_batches
+from reknow.model.tokens import EncodedText, make_batches
 from reknow.patching.deltas import Delta, as_delta
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def mlp_matrices(lm: LM, layers: Sequence[int]) -> list[str]:
 
 
 def gradient_factors(
-    lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
+    lm: LM, names: Sequence[str], rows: Sequence[EncodedText], *, answers_only: bool = False
 ) -> tuple[dict[str, Factors], float]:
     """The factors of Σ over the rows of −(1/T) Σ_t log P(answer's token t), by matrix; and that loss per row.
 
@@ -99,7 +99,7 @@ def gradient_factors(
 
 
 def flat_factors(
-    lm: LM, names: Sequence[str], rows: Sequence[Row], *, answers_only: bool = False
+    lm: LM, names: Sequence[str], rows: Sequence[EncodedText], *, answers_only: bool = False
 ) -> tuple[TokenFactors, float]:
     """The kept factors of any number of rows, in batches: name → (n, in), (n, out); and the mean loss.
 

@@ -25,7 +25,7 @@ from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
 from reknow.model.scored_tokens import AnswerLoss
-from reknow.model.tokens import Row
+from reknow.model.tokens import EncodedText
 from reknow.patching.memory import HookMemory, versions
 from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint, PatchKind
@@ -141,7 +141,7 @@ def train_beside(
     method: SideModuleMethod,
     lm: LM,
     hooks: HookMemory,
-    rows: Sequence[Row],
+    rows: Sequence[EncodedText],
     layer: int,
     update: Update,
     finished: Callable[[Tensor], Tensor],

@@ -11,7 +11,7 @@ from torch import Tensor
 from reknow.datasets.facts import load_facts
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, recorded
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -43,15 +43,15 @@ def distance_scale(lm: LM, layer: int) -> float:
     return lm.cached(("distance_scale", layer), measure)
 
 
-def prompt_states(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+def prompt_states(lm: LM, rows: Sequence[EncodedText], module: str) -> tuple[Tensor, Tensor]:
     """The module's input and output at each prompt's last token. (rows, in), (rows, out), float32"""
-    prompts = [Row(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
+    prompts = [EncodedText(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
     states = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
     return states[module].float(), states[f"{module}:out"].float()
 
 
 @torch.no_grad()
-def prompt_inputs(lm: LM, rows: Sequence[Row], module: str) -> tuple[Tensor, Tensor]:
+def prompt_inputs(lm: LM, rows: Sequence[EncodedText], module: str) -> tuple[Tensor, Tensor]:
     """The module's input at all tokens of a few texts, and which of them belong to the prompt.
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import InputError, MissingExtra
-from reknow.model.tokens import Row, Text, encode
+from reknow.model.tokens import EncodedText, Text, encode
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -48,9 +48,12 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
     return torch.nn.functional.normalize(vectors.to(lm.device).float(), dim=-1)
 
 
-def encode_ends(lm: LM, texts: Sequence[str]) -> list[Row]:
+def encode_ends(lm: LM, texts: Sequence[str]) -> list[EncodedText]:
     """The tokens of each text; of one that is too long for the model, the last ones: there the question stands."""
-    return [Row(row.ids[-(lm.max_tokens or 0) :], 1) for row in encode(lm.tokenizer, [Text(text) for text in texts])]
+    return [
+        EncodedText(row.ids[-(lm.max_tokens or 0) :], 1)
+        for row in encode(lm.tokenizer, [Text(text) for text in texts])
+    ]
 
 
 def _sentence_encoder(lm: LM, name: str) -> Any:

@@ -27,7 +27,7 @@ from reknow.editing.independent_deltas import is_addition, train_each
 from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
 from reknow.model.scored_tokens import ScoredTokens, predictions
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Dense
 from reknow.patching.patches import Patch
 
@@ -107,10 +107,10 @@ class FT(StepSize, Method):
             return [resolve_layer(lm, self.layer)]
         return resolve_layers(lm, self.layer, self.span)
 
-    def _rows(self, lm: LM, edits: Sequence[Edit]) -> list[Row]:
+    def _rows(self, lm: LM, edits: Sequence[Edit]) -> list[EncodedText]:
         rows = lm.encode([Text.asked(edit) for edit in edits])
         if self.breadth_first and lm.tokenizer.eos_token_id is not None:
-            rows = [Row((*row.ids, lm.tokenizer.eos_token_id), row.prompt_length) for row in rows]
+            rows = [EncodedText((*row.ids, lm.tokenizer.eos_token_id), row.prompt_length) for row in rows]
         return rows
 
     def _batches(self, lm: LM, edits: Sequence[Edit], lowest: int) -> list[ScoredTokens]:
@@ -120,7 +120,7 @@ class FT(StepSize, Method):
         return [ScoredTokens(lm, batch, [_scored(row, self.loss) for row in batch], reused) for batch in batches]
 
 
-def _scored(row: Row, loss: _Loss) -> list[tuple[int, int]]:
+def _scored(row: EncodedText, loss: _Loss) -> list[tuple[int, int]]:
     """(index of the token that predicts, token predicted) of everything that enters the loss."""
     if loss == "last_token":
         return [(row.prompt_length - 1, token) for token in row.target_ids]

@@ -30,7 +30,7 @@ from reknow.memories.codebook import Codebook
 from reknow.memories.distances import distance_scale, prompt_states
 from reknow.model.forward_context import ForwardContext
 from reknow.model.scored_tokens import AnswerLoss
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import CountedBy, StateSpec, check_matrix
@@ -97,7 +97,7 @@ class GRACE(SideModuleMethod):
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     def _train(
-        self, lm: LM, rows: Sequence[Row], layer: int, book: Codebook, slots: Tensor, outputs: Tensor
+        self, lm: LM, rows: Sequence[EncodedText], layer: int, book: Codebook, slots: Tensor, outputs: Tensor
     ) -> list[float]:
         """Learns the values of the edits; gives the mean loss before every update.
 

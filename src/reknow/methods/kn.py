@@ -27,7 +27,7 @@ from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.model.exact import exact
 from reknow.model.replay import BlockReplay
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Delta, LowRank
 from reknow.patching.patches import Patch, merge
 from reknow.tracing.causal import MOST_ANSWER_TOKENS, PARTIAL_CHARACTER
@@ -153,7 +153,7 @@ def attribute_neurons(lm: LM, prompt: str, answer: str, steps: int, separator: s
     """
     (row,) = lm.encode([Text(prompt, answer, separator=separator)])
     ends = range(row.prompt_length, len(row.ids))
-    rows = [Row(row.ids[:end], end) for end in ends for _ in range(steps)]
+    rows = [EncodedText(row.ids[:end], end) for end in ends for _ in range(steps)]
     batch = lm.pad(rows)
     column = batch.ids.shape[1] - 1
     here = torch.arange(len(rows), device=lm.device)

@@ -32,7 +32,7 @@ from reknow.edits import Edit
 from reknow.errors import ModelError
 from reknow.model.hooks import forward_replaced
 from reknow.model.loading import carries_adapters
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.patching.patches import Patch
 from reknow.patching.peft_folder import describe_base
 
@@ -100,7 +100,7 @@ class LoRA(Method):
         # AdaLoRA may leave a matrix without any rank.
         return make_patch(self, lm, edits, {n: delta for n, delta in deltas.items() if delta.rank}, notes=notes)
 
-    def _train(self, lm: LM, tuner: Any, batches: list[list[Row]]) -> list[float]:
+    def _train(self, lm: LM, tuner: Any, batches: list[list[EncodedText]]) -> list[float]:
         """Trains the adapters; gives the mean loss of every pass."""
         trained = [parameter for parameter in tuner.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -124,7 +124,7 @@ class LoRA(Method):
         return [fmean(losses) for losses in passes]
 
 
-def _batch_loss(lm: LM, tuner: Any, rows: Sequence[Row]) -> Tensor:
+def _batch_loss(lm: LM, tuner: Any, rows: Sequence[EncodedText]) -> Tensor:
     """Mean NLL of the answers' tokens, the same for every row; AdaLoRA's model adds its term that keeps the factors
     orthogonal. (rows,)"""
     batch = lm.pad(rows, anchors=[0] * len(rows))

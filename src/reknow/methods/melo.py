@@ -30,7 +30,7 @@ from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_
 from reknow.memories.codebook import Clusters
 from reknow.memories.distances import distance_scale, prompt_states
 from reknow.model.forward_context import ForwardContext
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import CountedBy, StateSpec, check_matrix
@@ -108,7 +108,7 @@ class MELO(SideModuleMethod):
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     def _train(
-        self, lm: LM, rows: Sequence[Row], layer: int, modules: list[str], number: int
+        self, lm: LM, rows: Sequence[EncodedText], layer: int, modules: list[str], number: int
     ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
         """Per module the block's two factors, (rank, in) and (out, rank); and the loss before every update."""
         generator = torch.Generator().manual_seed(self.seed + number)

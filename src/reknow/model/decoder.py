@@ -16,7 +16,7 @@ from reknow.model.exclusive import exclusive, exclusively
 from reknow.model.forward_context import RunningPass
 from reknow.model.hooks import by_row, fused_gelu, recorded
 from reknow.model.parts import Parts, accepts_positions, device_of, embedding, find_parts
-from reknow.model.tokens import Batch, Row, Text, encode, make_batches, pad
+from reknow.model.tokens import Batch, EncodedText, Text, encode, make_batches, pad
 from reknow.progress import Progress
 
 _T = TypeVar("_T")
@@ -125,13 +125,13 @@ class Decoder(ABC):
             self.running.ends = None
 
     @exclusively
-    def encode(self, texts: Sequence[Text]) -> list[Row]:
+    def encode(self, texts: Sequence[Text]) -> list[EncodedText]:
         """Tokens of the texts, each with the place of its parts; ModelError where the embedding lacks one."""
         rows = encode(self.tokenizer, texts, chat=self.chat or False)
         self._check_ids(rows)
         return rows
 
-    def pad(self, rows: Sequence[Row], anchors: Sequence[int] | None = None) -> Batch:
+    def pad(self, rows: Sequence[EncodedText], anchors: Sequence[int] | None = None) -> Batch:
         """The rows as one rectangle on the model's device; see `tokens.pad`.
 
         Raises:
@@ -144,7 +144,7 @@ class Decoder(ABC):
         pad_id = own if own is not None and own < len(embedding(self.model)) else 0
         return pad(rows, pad_id, anchors=anchors, device=self.device)
 
-    def check_length(self, rows: Sequence[Row], extra: int = 0) -> None:
+    def check_length(self, rows: Sequence[EncodedText], extra: int = 0) -> None:
         """Raises TextRefused where a row and `extra` tokens behind it do not fit into the model's positions."""
         longest = max((len(row.ids) for row in rows), default=0) + extra
         if self.max_tokens is not None and longest > self.max_tokens:
@@ -153,7 +153,7 @@ class Decoder(ABC):
                 f"{longest}{' with what is to be written' if extra else ''}: shorten them"
             )
 
-    def _check_ids(self, rows: Sequence[Row]) -> None:
+    def _check_ids(self, rows: Sequence[EncodedText]) -> None:
         """Raises ModelError where a row has a token for which the model's embedding has no row."""
         known = len(embedding(self.model))
         highest = max((max(row.ids) for row in rows), default=0)
@@ -166,7 +166,7 @@ class Decoder(ABC):
 
     @exclusively
     @torch.no_grad()
-    def read(self, rows: Sequence[Row], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
+    def read(self, rows: Sequence[EncodedText], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
         """Inputs and outputs of modules at one token of every row.
 
         Args:

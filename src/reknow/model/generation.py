@@ -13,7 +13,7 @@ from reknow.errors import InputError
 from reknow.model.exact import finite_loss
 from reknow.model.parts import embedding
 from reknow.model.scoring import check_logits
-from reknow.model.tokens import Row, make_batches
+from reknow.model.tokens import EncodedText, make_batches
 
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
@@ -35,7 +35,7 @@ def check_sampling(top_k: int | None, temperature: float) -> None:
 
 
 def continue_texts(
-    lm: Decoder, rows: Sequence[Row], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
+    lm: Decoder, rows: Sequence[EncodedText], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
 ) -> list[str]:
     """What follows the rows; see `LM.generate`."""
 
@@ -59,7 +59,7 @@ def continue_texts(
     return texts
 
 
-def _decode_continuation(lm: Decoder, row: Row, tokens: list[int]) -> str:
+def _decode_continuation(lm: Decoder, row: EncodedText, tokens: list[int]) -> str:
     """The tokens as text that continues the row's; by themselves, some tokenizers drop the space they begin with."""
 
     def text(ids: list[int]) -> str:
@@ -82,7 +82,13 @@ def sample_tokens(logits: Tensor, top_k: int, temperature: float, generator: tor
 
 
 def sample(
-    lm: Decoder, rows: Sequence[Row], count: int, *, temperature: float, top_k: int | None, generator: torch.Generator
+    lm: Decoder,
+    rows: Sequence[EncodedText],
+    count: int,
+    *,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator,
 ) -> list[tuple[int, ...]]:
     """`count` tokens drawn behind each row, never the end-of-text token.
 
@@ -108,7 +114,11 @@ def sample(
 
 @torch.no_grad()
 def decode(
-    lm: Decoder, rows: Sequence[Row], count: int, choose: Callable[[Tensor], Tensor], ends: Tensor | None = None
+    lm: Decoder,
+    rows: Sequence[EncodedText],
+    count: int,
+    choose: Callable[[Tensor], Tensor],
+    ends: Tensor | None = None,
 ) -> Tensor:
     """`count` tokens behind each row; fewer if every row has come to one of the tokens `ends`. (rows, tokens)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reknow.model.replay import BlockReplay
-from reknow.model.tokens import Row, make_batches
+from reknow.model.tokens import EncodedText, make_batches
 
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["AnswerLoss", "ScoredTokens", "predictions"]
 
 
-def predictions(row: Row, first: int) -> list[tuple[int, int]]:
+def predictions(row: EncodedText, first: int) -> list[tuple[int, int]]:
     """(index of the token that predicts, token predicted) of the row's tokens from the index `first` on."""
     return [(i - 1, row.ids[i]) for i in range(first, len(row.ids))]
 
@@ -44,10 +44,10 @@ class ScoredTokens:
     """
 
     def __init__(
-        self, lm: Decoder, rows: Sequence[Row], pairs: Sequence[Sequence[tuple[int, int]]], layer: int | None
+        self, lm: Decoder, rows: Sequence[EncodedText], pairs: Sequence[Sequence[tuple[int, int]]], layer: int | None
     ):
         ends = [max(column for column, _ in scored) + 1 for scored in pairs]
-        rows = [Row(row.ids[:end], min(row.prompt_length, end)) for row, end in zip(rows, ends, strict=True)]
+        rows = [EncodedText(row.ids[:end], min(row.prompt_length, end)) for row, end in zip(rows, ends, strict=True)]
         self._lm, self._batch = lm, lm.pad(rows)
         starts = self._batch.starts.tolist()
         flat = [(i, starts[i] + c, token) for i, scored in enumerate(pairs) for c, token in scored]
@@ -102,7 +102,7 @@ class AnswerLoss:
         batch: indices of the edits whose batch runs, for hooks that do something else for each. (rows,)
     """
 
-    def __init__(self, lm: Decoder, rows: Sequence[Row], layer: int):
+    def __init__(self, lm: Decoder, rows: Sequence[EncodedText], layer: int):
         self._batches: list[tuple[Tensor, ScoredTokens]] = []
         for batch in make_batches([len(row.ids) for row in rows]):
             here = [rows[i] for i in batch]

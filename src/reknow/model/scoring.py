@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reknow.errors import InputError, ModelError
-from reknow.model.tokens import Row, Text, encode, make_batches
+from reknow.model.tokens import EncodedText, Text, encode, make_batches
 
 if TYPE_CHECKING:
     from reknow.model.decoder import Decoder
@@ -79,17 +79,17 @@ def score_texts(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
         if not row.target_ids:
             raise InputError(f"expected an answer to score behind {text.prompt!r}; got an empty one: write it")
     # A target's last token predicts nothing, so answers of one token behind one prompt are one text to run.
-    sharing: dict[Row, dict[Row, None]] = {}
+    sharing: dict[EncodedText, dict[EncodedText, None]] = {}
     for row in rows:
-        sharing.setdefault(Row(row.ids[:-1], row.prompt_length), {})[row] = None
+        sharing.setdefault(EncodedText(row.ids[:-1], row.prompt_length), {})[row] = None
     runs = list(sharing)
-    score_of: dict[Row, Score] = {}
+    score_of: dict[EncodedText, Score] = {}
     for part in make_batches([len(run.ids) for run in runs], lm.device):
         score_of |= _batch(lm, {runs[i]: list(sharing[runs[i]]) for i in part})
     return [score_of[row] for row in rows]
 
 
-def _batch(lm: Decoder, texts: dict[Row, list[Row]]) -> dict[Row, Score]:
+def _batch(lm: Decoder, texts: dict[EncodedText, list[EncodedText]]) -> dict[EncodedText, Score]:
     """Runs the texts and scores the rows that end one token behind each."""
     batch = lm.pad(list(texts))  # they end in the last column
     keep = max(len(row.target_ids) for rows in texts.values() for row in rows)
@@ -115,7 +115,7 @@ def perplexity(lm: Decoder, texts: Sequence[str], max_tokens: int) -> float:
     total, count = 0.0, 0
     cut = min(max_tokens, lm.max_tokens or max_tokens)
     encoded = encode(lm.tokenizer, [Text(text) for text in texts])  # text to read is no chat
-    rows = [Row(row.ids[:cut], 1) for row in encoded if len(row.ids) > 1]
+    rows = [EncodedText(row.ids[:cut], 1) for row in encoded if len(row.ids) > 1]
     for part in make_batches([len(row.ids) for row in rows], lm.device):
         batch = lm.pad([rows[i] for i in part])
         logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()

@@ -102,7 +102,7 @@ def pair_texts(
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedText:
     """A text as tokens, special tokens included."""
 
     ids: tuple[int, ...]
@@ -118,7 +118,7 @@ class Row:
         return self.ids[self.prompt_length :]
 
 
-def encode(tokenizer, texts: Sequence[Text], *, chat: bool | Chat = False) -> list[Row]:
+def encode(tokenizer, texts: Sequence[Text], *, chat: bool | Chat = False) -> list[EncodedText]:
     """Tokens of prompt + target, with the place of each part.
 
     Between prompt and target stands the text's separator; spaces that end a prompt are left out, so that a model
@@ -139,7 +139,7 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool | Chat = False) -> li
     behind = _encode_continuations(tokenizer, [answer for _, answer, _ in parts if answer[:1] not in ("", " ")])
     encoding = tokenizer(wholes, add_special_tokens=not chat, return_offsets_mapping=True)
     special = frozenset(tokenizer.all_special_ids)
-    rows: list[Row] = []
+    rows: list[EncodedText] = []
     for ids, spans, (head, answer, shift), text in zip(
         encoding["input_ids"], encoding["offset_mapping"], parts, texts, strict=True
     ):
@@ -155,7 +155,7 @@ def encode(tokenizer, texts: Sequence[Text], *, chat: bool | Chat = False) -> li
                 f"{text.target!r}: write a prompt before the answer"
             )
         first, last = _locate_subject(spans, shift, text)
-        rows.append(Row(tuple(ids or _first_tokens(tokenizer)), length or 1, last, first))
+        rows.append(EncodedText(tuple(ids or _first_tokens(tokenizer)), length or 1, last, first))
     return rows
 
 
@@ -229,7 +229,7 @@ class Batch:
         return (columns[None] - self.starts[:, None]).clamp(min=0) * self.mask
 
 
-def pad(rows: Sequence[Row], pad_id: int, *, anchors: Sequence[int] | None = None, device=None) -> Batch:
+def pad(rows: Sequence[EncodedText], pad_id: int, *, anchors: Sequence[int] | None = None, device=None) -> Batch:
     """Puts the token `anchors[i]` of every row in one column; without anchors the last tokens (left padding)."""
     lengths = [len(row.ids) for row in rows]
     anchors = [n - 1 for n in lengths] if anchors is None else anchors

@@ -13,7 +13,7 @@ from reknow.model.hooks import added_at, output_edited, recorded
 from reknow.model.parts import Parts, embedding, refusal
 from reknow.model.replay import BlockReplay
 from reknow.model.scoring import check_logits
-from reknow.model.tokens import Batch, Row, Text, encode, pad
+from reknow.model.tokens import Batch, EncodedText, Text, encode, pad
 
 _log = logging.getLogger(__name__)
 
@@ -32,12 +32,12 @@ def verify(lm: Decoder) -> Parts:
     generator = torch.Generator().manual_seed(0)
     vocabulary = len(embedding(lm.model))
     lengths, anchors = (4, 6, 7), (2, 5, 3)
-    rows = [Row(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
+    rows = [EncodedText(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
     unpadded = [_logits(lm, row) for row in rows]
     for logits in (*unpadded, _logits(lm, _sentence(lm))):
         check_logits(lm, logits)
     tolerance = 1e-4 if lm.dtype == torch.float32 else 5e-2
-    if not _close(_logits(lm, Row(rows[-1].ids[:4], 4))[-1], unpadded[-1][3], tolerance):
+    if not _close(_logits(lm, EncodedText(rows[-1].ids[:4], 4))[-1], unpadded[-1][3], tolerance):
         raise refusal(lm.model, "its tokens see later ones")
     batch = pad(rows, rows[0].ids[0], anchors=anchors, device=lm.device)
     here = torch.arange(len(rows), device=lm.device)
@@ -81,17 +81,17 @@ def _measure(
     return replace(lm.parts, replayable=same, row_selectable=row_selectable)
 
 
-def _logits(lm: Decoder, row: Row) -> Tensor:
+def _logits(lm: Decoder, row: EncodedText) -> Tensor:
     """Logits of one row by itself. (tokens, vocabulary), float32"""
     ids = torch.tensor([row.ids], device=lm.device)
     positions = torch.arange(ids.shape[1], device=lm.device)[None]
     return lm.forward(ids, torch.ones_like(ids), positions, None).logits[0].float()
 
 
-def _sentence(lm: Decoder) -> Row:
+def _sentence(lm: Decoder) -> EncodedText:
     """A real text with the tokenizer's own special tokens, whose states are the largest: what float16 cannot hold."""
     (row,) = encode(lm.tokenizer, [Text("The capital of France is Paris, and its river is the Seine.")])
-    row = Row(row.ids[: lm.max_tokens], 1)
+    row = EncodedText(row.ids[: lm.max_tokens], 1)
     lm.pad([row])  # refuses tokens beyond the embedding
     return row
 

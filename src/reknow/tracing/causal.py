@@ -34,7 +34,7 @@ from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.generation import decode
 from reknow.model.parts import embedding
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.texts.templates import fill, split_template
 from reknow.tracing.known import known_facts
 from reknow.tracing.restoration import Prompt, RestorationKind, list_restorations
@@ -217,7 +217,7 @@ def trace_facts(
         yield trace_prompt(lm, fact.prompt, fact.subject, std, settings)
 
 
-def read_answer(lm: LM, row: Row) -> list[int]:
+def read_answer(lm: LM, row: EncodedText) -> list[int]:
     """The tokens with which the model's answer to a prompt begins: one, or as many as say a number or a character."""
 
     def most_likely(count: int) -> list[int]:

@@ -21,7 +21,7 @@ from reknow.errors import InputError
 from reknow.model.hooks import by_row, hidden_states, hooked, output_edited
 from reknow.model.replay import Call, apply_head, record_block_calls, select_cache_rows
 from reknow.model.scoring import check_logits
-from reknow.model.tokens import Row
+from reknow.model.tokens import EncodedText
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -73,7 +73,7 @@ class Prompt:
     """
 
     @torch.no_grad()
-    def __init__(self, lm: LM, row: Row, noise: Tensor, answer: Sequence[int] | None = None):
+    def __init__(self, lm: LM, row: EncodedText, noise: Tensor, answer: Sequence[int] | None = None):
         assert row.subject_first is not None and row.subject_last is not None, "the caller gives a subject"
         self.lm, self.noise = lm, noise.to(lm.device, lm.dtype)
         # An answer's last token predicts nothing that is read.

@@ -29,7 +29,7 @@ from reknow.methods.ice import ICE, INTRODUCTIONS
 from reknow.model.exclusive import exclusively
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
-from reknow.model.tokens import Row, Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -153,13 +153,16 @@ def consistency(
             for context in method.contexts_of(edit)
             for introduction in introductions
         ]
-        full = [Row(row.ids[: row.prompt_length] + plain.target_ids, row.prompt_length) for row in lm.encode(texts)]
+        full = [
+            EncodedText(row.ids[: row.prompt_length] + plain.target_ids, row.prompt_length)
+            for row in lm.encode(texts)
+        ]
         aware = _behind(lm, full).unflatten(0, (len(full), -1))
         found.append(float(kl_divergence(aware, _behind(lm, [plain])).mean()))
     return found
 
 
-def _behind(lm: LM, rows: Sequence[Row]) -> Tensor:
+def _behind(lm: LM, rows: Sequence[EncodedText]) -> Tensor:
     """Log-probabilities at the answer's tokens and at the one behind it, row by row. (n, vocabulary)"""
     places = [[*predictions(row, row.prompt_length), (len(row.ids) - 1, 0)] for row in rows]
     return ScoredTokens(lm, rows, places, None).log_probs()
