@@ -32,8 +32,8 @@ Rank = Annotated[int, Field(ge=1, le=2**16)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Rate = Annotated[float, Field(gt=0)]
 """How fast, or how large: nothing happens at 0."""
-Weight = Annotated[float, Field(ge=0)]
-"""How much; 0 switches it off."""
+NonNegative = Annotated[float, Field(ge=0)]
+"""A bound, a weight in a sum or a length; 0 mostly switches it off."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """A part of something, or a probability."""
 Part = Annotated[float, Field(gt=0, le=1)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from reknow.checks.bounds import Formerly, Weight
+from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.search import SearchSettings
@@ -32,9 +32,9 @@ class BandSettings(SearchSettings):
 
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
-    regularization: Annotated[Weight, Formerly("stiffness")] = 0.1
+    regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.1
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + this) of its change in a layer."""
-    covariance_weight: Weight | None = None
+    covariance_weight: NonNegative | None = None
     """λ as a number, instead of `regularization`: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
 
     def distribute_residual(self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values) -> Patch:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Seed, Share, Units, Weight
+from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Seed, Share, Units
 from reknow.contract import Method
 from reknow.editing.contexts import sample_contexts
 from reknow.editing.keys import Site, warn_of_shared_keys
@@ -42,11 +42,11 @@ class SearchSettings(Method):
     learning_rate: Rate = 0.1
     """Adam's step of one coordinate of the addition, in root mean squares of the block's output, or in half those of
     the value matrix's output where a norm or a multiplier follows it."""
-    kl_weight: Weight = 0.0625
+    kl_weight: NonNegative = 0.0625
     """Weight of the drift of what the model says after "{subject} is a"."""
-    weight_decay: Annotated[Weight, Formerly("decay")] = 0.05
+    weight_decay: Annotated[NonNegative, Formerly("decay")] = 0.05
     """Weight of the addition's length, relative to what it is added to, in the loss."""
-    clamp: Weight = 1.0
+    clamp: NonNegative = 1.0
     """Largest length of the addition, relative to what it is added to; in the papers 0.75, ROME's 4."""
     units: Units = "relative"
     """`relative`: the learning rate and the addition's length are measured by the model's own states. `absolute`: the
@@ -54,7 +54,7 @@ class SearchSettings(Method):
     stop_probability: Share = 0.95
     """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
     the papers."""
-    min_delta: Annotated[Weight, Formerly("stop_gain")] = 0.005
+    min_delta: Annotated[NonNegative, Formerly("stop_gain")] = 0.005
     """End a fact's search too once the new answer is the most likely in every context and the loss falls by less than
     this per pass; 0: never, as in the papers."""
     context_batches: Annotated[Number, Formerly("turns")] = 2

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Natural, Number, Rank, Rate, Seed, Weight
+from reknow.checks.bounds import Formerly, Natural, NonNegative, Number, Rank, Rate, Seed
 from reknow.contract import check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Case, Edit
@@ -113,11 +113,11 @@ class NetworkSettings(MatrixEditor):
     says; the released code of neither method does."""
     edits_per_example: Annotated[Number, Formerly("edits_together")] = 1
     """In training: edits that are made at once."""
-    edit_weight: Weight = 0.25
+    edit_weight: NonNegative = 0.25
     """c_e: weight of the edit loss against the locality loss."""
     step_size: Rate = 1e-2
     """Step size α at the start, in units of each matrix's root mean square."""
-    step_size_learning_rate: Annotated[Weight, Formerly("step_size_rate")] = 3e-4
+    step_size_learning_rate: Annotated[NonNegative, Formerly("step_size_rate")] = 3e-4
     """Learning rate of the step size α, in units of each matrix's root mean square."""
     learning_rate: Rate = 1e-3
     """Learning rate of Adam for the network."""

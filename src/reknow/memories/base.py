@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Seed, Weight
+from reknow.checks.bounds import NonNegative, Number, Seed
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import Update, descend
 from reknow.editing.papers_layers import depth_layer
@@ -66,7 +66,7 @@ class SideModuleMethod(MemoryMethod):
     """Layer beside whose value matrix the memory stands; None: at the share of the depth where the papers put it."""
     steps: Number = 100
     """Updates at most of what is trained together: an edit, a block of edits, or all edits of a call."""
-    stop_loss: Weight = 0.05
+    stop_loss: NonNegative = 0.05
     """What is trained is finished when its whole loss (nats a token) is below; 0: all steps, as in the papers."""
     seed: Seed = 0
     """Seed of all that is drawn at random."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Share, Weight
+from reknow.checks.bounds import Formerly, NonNegative, Share
 from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
@@ -54,11 +54,11 @@ class AlphaEdit(SearchSettings):
     null_share: Share = 0.1
     """Weakest directions of general text that may change: those that carry this share of the trace of C, without the
     direction of an attention sink."""
-    null_threshold: Weight | None = None
+    null_threshold: NonNegative | None = None
     """Eigenvalue of C below which a direction may change, instead of by `null_share`; 0.02 in the paper."""
-    regularization: Annotated[Weight, Formerly("stiffness")] = 0.1
+    regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.1
     """L2 in units of the projected keys' mean square norm."""
-    l2: Weight | None = None
+    l2: NonNegative | None = None
     """L2 as a plain number, instead of `regularization`: 10 (GPT-2 XL, GPT-J, Llama 3)."""
     boundary_layers: bool = False
     """Change the first and the last layer only, each with a z of its own, as BLUE does."""

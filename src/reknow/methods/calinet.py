@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rate, Weight
+from reknow.checks.bounds import NonNegative, Number, Rate
 from reknow.datasets.facts import load_facts
 from reknow.editing.descent import adam_update
 from reknow.edits import Edit
@@ -80,7 +80,7 @@ class CaliNet(SideModuleMethod):
     learning_rate: Rate = 0.06
     """Learning rate of Adam: of values in root mean squares of the MLP's output, of trained keys in units in which a
     step moves a slot's input by this much."""
-    smoothing: Weight = 1e-3
+    smoothing: NonNegative = 1e-3
     """α of the score, a probability."""
 
     @property

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from reknow.checks.bounds import Formerly, Weight
+from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
@@ -37,11 +37,11 @@ class EMMET(SearchSettings):
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
-    regularization: Annotated[Weight, Formerly("stiffness")] = 0.01
+    regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.01
     """Ridge in units of the keys' mean kᵀC⁻¹k; a single fact has none."""
-    ridge: Weight | None = None
+    ridge: NonNegative | None = None
     """Ridge as a plain number, instead of `regularization`: 0.1 in the authors' code."""
-    covariance_scale: Weight = 1.0
+    covariance_scale: NonNegative = 1.0
     """Number s by which C is multiplied first; matters with `ridge` only: 1,000 (GPT-2 XL), 1 (GPT-J, Llama 2)."""
 
     @property

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from reknow.checks.bounds import Number, Seed, Weight
+from reknow.checks.bounds import NonNegative, Number, Seed
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import StepSize, TrainableMatrices, descend
 from reknow.editing.independent_deltas import is_addition, train_each
@@ -55,7 +55,7 @@ class FT(StepSize, Method):
     """So many layers around `suggest_layer` where none is given; 5 for the baselines of ICE's article."""
     steps: Number = 25
     """Passes over all edits."""
-    stop_loss: Weight = 1e-2
+    stop_loss: NonNegative = 1e-2
     """End when the mean loss is below; a batch below is not trained on."""
     batch_size: Number = 32
     """Edits per update; edits of similar length share a batch."""

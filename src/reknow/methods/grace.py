@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Rate, Units, Weight
+from reknow.checks.bounds import NonNegative, Rate, Units
 from reknow.editing.descent import adam_update, descend
 from reknow.edits import Edit
 from reknow.files.schema import Count, Listed, Strict
@@ -61,7 +61,7 @@ class GRACE(SideModuleMethod):
         Memory,
     )
 
-    epsilon: Weight = 0.9
+    epsilon: NonNegative = 0.9
     """Radius ε of a new key, in units of the distance in that layer between questions of the same wording
     about different subjects."""
     learning_rate: Rate = 0.3

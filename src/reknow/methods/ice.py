@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Rate, Seed, Weight
+from reknow.checks.bounds import Formerly, NonNegative, Number, Rate, Seed
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import StepSize, TrainableMatrices, descend
 from reknow.editing.layers import resolve_layers
@@ -56,11 +56,11 @@ class ICE(StepSize, Method):
     """Layers whose value matrices are trained; None: five, as in the paper, around `suggest_layer`."""
     steps: Number = 25
     """Updates of each batch."""
-    clamp: Annotated[Weight | None, Formerly("clamp_absolute", also={"units": "absolute"})] = 0.12
+    clamp: Annotated[NonNegative | None, Formerly("clamp_absolute", also={"units": "absolute"})] = 0.12
     """Largest change of a single weight (paper: 5e-4); None: no bound, which harms other facts."""
-    consistency_weight: Weight = 1.0
+    consistency_weight: NonNegative = 1.0
     """λ, the weight of L_ice; 0: plain fine-tuning, nothing is sampled."""
-    target_weight: Weight = 1.0
+    target_weight: NonNegative = 1.0
     """Weight of −log p(y*); 0 together with `sample_target=False`: L_ice alone."""
     targets: Literal["dynamic", "static"] = "dynamic"
     """Which model draws the samples: the one that is being edited, or (static) the one before the edit."""
@@ -87,7 +87,7 @@ class ICE(StepSize, Method):
     variant: Literal["paper", "code"] = "paper"
     """`code`: the loss of the authors' script, −log p(y*|q) − log p(y*|[c,q]) + λ Σ KL over the vocabulary at the
     sampled tokens; it takes all steps."""
-    stop_loss: Weight = 1e-2
+    stop_loss: NonNegative = 1e-2
     """Mean loss of the answers' tokens below which the edit is done, and a batch is not trained on."""
     batch_size: Number = 16
     """Edits per update."""

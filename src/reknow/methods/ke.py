@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from reknow.checks.bounds import Formerly, Rank, Rate, Share, Units, Weight
+from reknow.checks.bounds import Formerly, NonNegative, Rank, Rate, Share, Units
 from reknow.edits import Case, Edit
 from reknow.learning.editors import fill_network
 from reknow.learning.examples import Losses, mean_over_batches, without_instructions
@@ -61,13 +61,13 @@ class KE(MatrixEditor):
     absolute: ∇L as it is and softmax with sum 1, as in the authors' code."""
     smoothing: Share = 0.1
     """Label smoothing of the answer's loss L."""
-    margin: Weight = 1e-3
+    margin: NonNegative = 1e-3
     """Largest KL at the start of the training, in nats per token."""
-    min_margin: Annotated[Weight, Formerly("least_margin")] = 1e-5
+    min_margin: Annotated[NonNegative, Formerly("least_margin")] = 1e-5
     """Smallest margin: it is × 0.8 after every validation in which more than nine of ten edits succeed."""
     learning_rate: Rate = 3e-4
     """Learning rate of RMSprop for the network."""
-    multiplier_learning_rate: Annotated[Weight, Formerly("multiplier_rate")] = 0.1
+    multiplier_learning_rate: Annotated[NonNegative, Formerly("multiplier_rate")] = 0.1
     """Learning rate of RMSprop for the multiplier λ."""
 
     training: ClassVar[Training] = Training(steps=4000, batch_size=8, warmup=200, validate_every=250, decay=True)

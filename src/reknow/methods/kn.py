@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Share, Weight
+from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import Method, check_edits, make_patch
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
@@ -51,9 +51,9 @@ class KN(Method):
     """Attribution that a neuron needs, as a share of the largest one."""
     prompt_share: Annotated[Share, Formerly("share")] = 0.7
     """Share of the prompts (the edit's own and its paraphrases) for which a neuron must have that attribution."""
-    old_weight: Weight = 0.04
+    old_weight: NonNegative = 0.04
     """How much of the old answer's embedding is taken from a slot (λ₁; 1 in the paper)."""
-    new_weight: Weight = 0.3
+    new_weight: NonNegative = 0.3
     """How much of the new answer's embedding is added to a slot (λ₂; 8 in the paper)."""
     normalize: Annotated[bool, Formerly("scaled")] = True
     """Embeddings are brought to the norm of the slot first, as in the paper, so that the weights mean the same in any

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Rank, Rate, Seed, Weight
+from reknow.checks.bounds import Formerly, NonNegative, Number, Rank, Rate, Seed
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.adapters import adapters_in_use, four_bit_weights, read_factors
 from reknow.editing.descent import descend
@@ -61,7 +61,7 @@ class LoRA(Method):
     """Passes over all edits."""
     learning_rate: Rate = 5e-3
     """How far Adam moves an entry of the factors in a step."""
-    stop_loss: Weight = 1e-2
+    stop_loss: NonNegative = 1e-2
     """End when the mean loss is below; AdaLoRA runs through all steps, since its ranks are settled at the end."""
     batch_size: Number = 32
     """Edits per update; edits of similar length share a batch."""

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from reknow.checks.bounds import Rank, Rate, Weight
+from reknow.checks.bounds import NonNegative, Rank, Rate
 from reknow.editing.solvers import cholesky, least_squares, solve
 from reknow.edits import Case, Edit
 from reknow.learning.blocks import MALMENBlock, MatrixGroups, RunningNorm, transform_factors
@@ -53,7 +53,7 @@ class MALMEN(MatrixEditor):
     """Blocks of the network."""
     step_size: Rate = 1e-3
     """Step size α at the start, in units of the matrix's root mean square."""
-    locality_weight: Weight = 1.0
+    locality_weight: NonNegative = 1.0
     """Weight of KL on other facts against the answers' loss."""
     learning_rate: Rate = 1e-5
     """Learning rate of Adam for everything that is learned."""

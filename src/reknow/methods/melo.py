@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Number, Rank, Rate, Weight
+from reknow.checks.bounds import NonNegative, Number, Rank, Rate
 from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.errors import PatchError
@@ -68,7 +68,7 @@ class MELO(SideModuleMethod):
 
     span: Number = 2
     """How many layers have blocks, from the one that gives the keys up."""
-    radius: Weight = 1.0
+    radius: NonNegative = 1.0
     """Radius of a new cluster, in units of the distance in that layer between questions of the same wording about
     different subjects (in the paper 0.5, plain)."""
     rank: Rank = 2

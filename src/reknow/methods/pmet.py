@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from reknow.checks.bounds import Formerly, Number, Share, Weight
+from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import check_edits
 from reknow.editing.band import BandSettings
 from reknow.editing.keys import Site
@@ -36,14 +36,14 @@ class PMET(BandSettings):
     moves_attention: ClassVar[bool] = True
     distance_power: ClassVar[float] = 0.5
 
-    regularization: Annotated[Weight, Formerly("stiffness")] = 0.03
+    regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.03
     steps: Number = 30
-    clamp: Weight = 0.75
+    clamp: NonNegative = 0.75
     stop_probability: Share = 1.0  # what attention took up is not written: ended early, too little is
-    min_delta: Annotated[Weight, Formerly("stop_gain")] = 0.0
-    success_weight: Weight = 0.1
+    min_delta: Annotated[NonNegative, Formerly("stop_gain")] = 0.0
+    success_weight: NonNegative = 0.1
     """Weight of the likelihood while the new answer is the most likely in every context."""
-    stop_drift: Weight = 0.01
+    stop_drift: NonNegative = 0.01
     """Weighted drift at which a fact's search ends, once the new answer is the most likely in every context."""
 
     @property

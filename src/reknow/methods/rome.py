@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from reknow.checks.bounds import Formerly, Natural, Number, Weight
+from reknow.checks.bounds import Formerly, Natural, NonNegative, Number
 from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Site
 from reknow.editing.layers import resolve_layer
@@ -41,7 +41,7 @@ class ROME(SearchSettings):
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
-    clamp: Weight = 4.0
+    clamp: NonNegative = 4.0
     context_batches: Annotated[Number, Formerly("turns")] = 5
     context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))
     context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = ()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Natural, Number, Rate, Units, Weight
+from reknow.checks.bounds import Formerly, Natural, NonNegative, Number, Rate, Units
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
@@ -59,7 +59,7 @@ class UltraEdit(Method):
     units: Units = "relative"
     """`relative`: η is a multiple of the outputs' root mean square, as W's entries and ‖h‖ make it; `absolute`: it is
     a plain number, as in the paper (1e-6)."""
-    ridge: Weight = 1.0
+    ridge: NonNegative = 1.0
     """Weight of the identity in the least squares."""
     min_tokens: Annotated[Natural, Formerly("least_tokens")] = 32
     """While fewer tokens were seen, statistics mean little: every h and g is divided by its own root mean square."""

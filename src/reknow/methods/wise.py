@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, Number, Part, Rate, Units, Weight
+from reknow.checks.bounds import Formerly, NonNegative, Number, Part, Rate, Units
 from reknow.datasets.facts import load_facts
 from reknow.editing.contexts import sample_contexts
 from reknow.edits import Edit
@@ -71,16 +71,16 @@ class WISE(SideModuleMethod):
     steps: Number = 70
     learning_rate: Rate = 0.3
     """How far the first step of gradient descent moves the weights, in units of their root mean square."""
-    clamp: Weight = 50.0
+    clamp: NonNegative = 50.0
     """Largest change of a weight, in units of their root mean square."""
-    alpha: Weight = 0.25
+    alpha: NonNegative = 0.25
     """Margin α: how far unrelated text may move, in units of the length of the matrix's output."""
-    beta: Weight = 1.0
+    beta: NonNegative = 1.0
     """Margin β: how far an edit's prompt must move, in units of the length of the matrix's output."""
-    gamma: Weight = 0.5
+    gamma: NonNegative = 0.5
     """Margin γ: how much farther an edit's prompt must move than unrelated text, in units of the length of the
     matrix's output."""
-    threshold: Weight = 0.6
+    threshold: NonNegative = 0.6
     """A prompt is routed when it moves farther than this share of the least that any edit moved (the paper: 0.88)."""
     units: Units = "relative"
     """`absolute`: learning rate, clamp and margins are plain numbers (in the paper 1, 1, 5, 20, 10)."""
