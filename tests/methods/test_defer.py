@@ -27,7 +27,7 @@ def test_defer_is_adam_on_whole_matrices():
         patch = method.edit(lm, [Edit(case["prompt"], target_new=case["target_new"])])
         assert patch.notes["losses"][0] == pytest.approx(case["losses"], rel=2e-3)
         lm.apply(patch)
-    gate = DEFER.memory(lm, lm.patches)
+    gate = DEFER.running_memory(lm, lm.patches)
     (row,) = lm.encode([Text(wanted[0]["prompt"])])
     inputs, _ = prompt_states(lm, [row], gate.module)
     value, logit = gate.read(inputs)

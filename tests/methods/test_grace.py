@@ -38,8 +38,8 @@ def test_grace_gives_the_authors_codebook(case):
         patch = lm.patches[-1]
         assert patch.notes["slots"] == [wanted["slot"]] and patch.notes["keys"] == wanted["keys"]
         assert patch.notes["losses"] == pytest.approx(wanted["losses"], rel=1e-4)
-        assert GRACE.memory(lm, lm.patches).book.radii.tolist() == pytest.approx(wanted["radii"], rel=1e-4)
-    book = GRACE.memory(lm, lm.patches).book
+        assert GRACE.running_memory(lm, lm.patches).book.radii.tolist() == pytest.approx(wanted["radii"], rel=1e-4)
+    book = GRACE.running_memory(lm, lm.patches).book
     for name, found in (("keys", book.keys), ("values", book.values)):
         wanted = tensors[f"{case['name']}/{name}"]
         assert (found - wanted).norm() <= 1e-3 * wanted.norm()
@@ -53,14 +53,14 @@ def edit(prompt: str, target: str = "of") -> Edit:
 
 
 def radii(lm: LM) -> list[float]:
-    return GRACE.memory(lm, lm.patches).book.radii.tolist()
+    return GRACE.running_memory(lm, lm.patches).book.radii.tolist()
 
 
 def test_far_keys_are_added_and_equal_answers_widen_a_radius():
     lm, method = make_lm(), GRACE(layer=1, epsilon=1.0, units="absolute", steps=2)
     lm.apply(method.edit(lm, [edit("The capital of Peru is"), edit("I know Danielle Darrieux", "in")]))
     assert radii(lm) == [1.0, 1.0]
-    keys = GRACE.memory(lm, lm.patches).book.keys
+    keys = GRACE.running_memory(lm, lm.patches).book.keys
     far = float((keys[0] - keys[1]).norm())
     wide = GRACE(layer=1, epsilon=far, units="absolute", steps=2)
     lm.apply(wide.edit(lm, [edit("The capital of Chile is")]))
@@ -72,7 +72,7 @@ def test_other_answers_share_the_room_between_two_keys():
     lm, method = make_lm(), GRACE(layer=1, epsilon=50.0, units="absolute", steps=2)
     lm.apply(method.edit(lm, [edit("The capital of Peru is")]))
     lm.apply(method.edit(lm, [edit("The capital of Chile is", "in")]))
-    book = GRACE.memory(lm, lm.patches).book
+    book = GRACE.running_memory(lm, lm.patches).book
     gap = float((book.keys[0] - book.keys[1]).norm())
     assert book.radii.tolist() == pytest.approx([gap / 2 - 1e-5, gap / 2])
 
@@ -102,7 +102,7 @@ def test_edits_together_are_edits_one_by_one():
     batch = method.edit(lm, edits)
     for one in edits:
         lm.apply(method.edit(lm, [one]))
-    a, b = GRACE.memory(lm, [batch]).book, GRACE.memory(lm, lm.patches).book
+    a, b = GRACE.running_memory(lm, [batch]).book, GRACE.running_memory(lm, lm.patches).book
     assert torch.allclose(a.keys, b.keys, atol=1e-4) and torch.allclose(a.values, b.values, atol=1e-2)
     assert a.answers == b.answers
 

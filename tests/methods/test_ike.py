@@ -52,7 +52,7 @@ def kind(text: str) -> str:
 
 
 def asked(lm: LM, *prompts: str) -> list[str]:
-    return IKE.memory(lm, lm.patches).prompts(lm, prompts)
+    return IKE.running_memory(lm, lm.patches).prompts(lm, prompts)
 
 
 def test_the_authors_prompt(roomy, tmp_path):

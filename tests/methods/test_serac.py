@@ -56,7 +56,7 @@ def setting(family, tmp_path_factory):
 
 
 def routes(lm: LM, *prompts: str) -> list:
-    return SERAC.memory(lm, lm.patches).route(lm, prompts)
+    return SERAC.running_memory(lm, lm.patches).route(lm, prompts)
 
 
 def test_questions_inside_and_outside():
@@ -190,7 +190,7 @@ def test_other_classifiers(classifier, tmp_path):
     serac = replace(SMALL, classifier=classifier).fit(lm, CASES, tmp_path, TRAINING)
     patch = serac.edit(lm, [case.edit for case in CASES[:6]])
     with lm.patched(Patch.load(patch.save(tmp_path / "p.patch"))):
-        memory = SERAC.memory(lm, lm.patches)
+        memory = SERAC.running_memory(lm, lm.patches)
         places, log_p = memory.scopes([case.edit.text for case in CASES[:6]])
         assert all(value <= 0 for value in log_p)
         if classifier == "cosine":

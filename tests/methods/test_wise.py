@@ -36,7 +36,7 @@ def test_a_shard_changes_its_part_and_no_more():
     assert 0.2 < float(shard.mask.float().mean()) < 0.3
     assert torch.equal(patch.state["mask.0"], shard.packed_mask())
     assert len(patch.state["delta.0"]) == int(shard.mask.sum())
-    changed = WISE.memory(lm, [patch]).deltas[0] != 0
+    changed = WISE.running_memory(lm, [patch]).deltas[0] != 0
     assert changed.any() and not (changed & ~shard.mask).any()
 
 
@@ -48,14 +48,14 @@ def test_edits_are_routed_and_other_prompts_are_not(retrieve):
     method = WISE(**QUICK, retrieve=retrieve, shard_size=1, density=1.0, mask_ratio=0.5)
     for prompt in prompts[:2]:
         lm.apply(method.edit(lm, [edit(prompt)]))
-    memory = WISE.memory(lm, lm.patches)
+    memory = WISE.running_memory(lm, lm.patches)
     assert len(memory.deltas) == (2 if retrieve else 1) == len(memory.thresholds)
     if retrieve:
         assert all(score.correct[0] for score in lm.score(prompts[:2], ["of", "of"]))
     lm.revert(lm.patches[-1])
     assert lm.score(prompts[:1], ["of"])[0].correct == (True,)
     least = float(lm.patches[0].state["distances"].min())
-    assert float(WISE.memory(lm, lm.patches).thresholds) == pytest.approx(method.threshold * least)
+    assert float(WISE.running_memory(lm, lm.patches).thresholds) == pytest.approx(method.threshold * least)
     lm.revert(lm.patches[-1])
     assert lm.generate(prompts, 4) == plain
 
@@ -69,7 +69,7 @@ def test_edits_one_by_one_are_those_of_one_call():
     for one in edits:
         lm.apply(method.edit(lm, [one]))
     assert "mask.0" not in lm.patches[1].state and sorted(lm.patches[2].state) == ["delta.1", "distances", "mask.1"]
-    a, b = WISE.memory(lm, [batch]), WISE.memory(lm, lm.patches)
+    a, b = WISE.running_memory(lm, [batch]), WISE.running_memory(lm, lm.patches)
     assert torch.allclose(a.deltas, b.deltas, atol=1e-4) and torch.allclose(a.thresholds, b.thresholds, rtol=1e-3)
 
 

@@ -48,7 +48,7 @@ class Shift(MemoryMethod):
         return memory_patch(self, lm, edits, {"keys": keys.cpu(), "values": values}, memory={"module": name})
 
     @staticmethod
-    def memory(lm, patches):
+    def running_memory(lm, patches):
         keys, values = (torch.cat([p.state[part] for p in patches]) for part in ("keys", "values"))
         return _Shift(patches[-1].memory["module"], keys.to(lm.device), values.to(lm.device))
 
@@ -86,7 +86,7 @@ class Preface(MemoryMethod):
         return memory_patch(self, lm, edits, {}, memory={"facts": [f"{e.text} {e.target_new} . " for e in edits]})
 
     @staticmethod
-    def memory(lm, patches):
+    def running_memory(lm, patches):
         facts = "".join(fact for patch in patches for fact in patch.memory["facts"])
 
         class Prefaced:
@@ -111,7 +111,7 @@ class Elsewhere(MemoryMethod):
         return memory_patch(self, lm, edits, {}, memory={"prompts": [edit.text for edit in edits]})
 
     @staticmethod
-    def memory(lm, patches):
+    def running_memory(lm, patches):
         known = {prompt for patch in patches for prompt in patch.memory["prompts"]}
 
         class Sent:

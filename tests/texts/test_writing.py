@@ -112,7 +112,7 @@ def test_a_separator_is_kept_on_the_whole_path(lm):
     patch = FT(layer=1, steps=3).edit(lm, [fused])
     assert patch.notes["losses"][0] == pytest.approx(scored[1].nll, rel=1e-3)
     demonstrated = IKE(demonstrations=0).edit(lm, [fused])
-    (told,) = IKE.memory(lm, [demonstrated]).prompts(lm, [fused.text])
+    (told,) = IKE.running_memory(lm, [demonstrated]).prompts(lm, [fused.text])
     assert "Darrieux isEnglish\n" in told
 
 

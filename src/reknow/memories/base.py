@@ -47,7 +47,7 @@ class MemoryMethod(Method):
 
     @staticmethod
     @abstractmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> Any:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> Any:
         """The running memory of these versions, oldest first: a Hook-, Prompt- or RouterMemory, as `kind` says.
 
         Called whenever the stack changes, so it moves tensors and runs no model.

@@ -56,7 +56,7 @@ _CONTRASTS = 4
 """Prompts of other relations that the score compares with."""
 
 
-class Memory(Strict):
+class VersionFields(Strict):
     """What a version knows besides its tensors: names of the MLP's input and output module, and of its activation."""
 
     reader: str
@@ -70,7 +70,9 @@ class CaliNet(SideModuleMethod):
 
     depth: ClassVar[float] = 0.6
     """Deep in the model, as in the paper, but with layers above that later tokens of an answer can read."""
-    state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 slots in", "values": "float32 slots out"}, Memory)
+    state_spec: ClassVar[StateSpec] = StateSpec(
+        {"keys": "float32 slots in", "values": "float32 slots out"}, VersionFields
+    )
 
     trained_keys: bool = False
     """Whether keys start at random and are trained with the values, as in the paper."""
@@ -119,7 +121,7 @@ class CaliNet(SideModuleMethod):
         return memory_patch(self, lm, edits, state, memory=slots.memory, notes=notes)
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> Hooks:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> Hooks:
         return slot_hooks(merge([Slots.read(lm, patch) for patch in patches]))
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-class Memory(Strict):
+class VersionFields(Strict):
     """What a version knows besides its tensors."""
 
     modules: list[str] = Field(min_length=1, max_length=1)
@@ -62,7 +62,7 @@ class DEFER(SideModuleMethod):
             "map?": "float32 out in+1",
             "gate?": "float32 in+1",
         },
-        Memory,
+        VersionFields,
     )
 
     learning_rate: Rate = 0.1
@@ -81,7 +81,7 @@ class DEFER(SideModuleMethod):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, stored, notes = prepare(self, lm, edits)
-        gate = self.memory(lm, stored) if stored else Gate.new(lm, modules[0], self.threshold, self.seed)
+        gate = self.running_memory(lm, stored) if stored else Gate.new(lm, modules[0], self.threshold, self.seed)
         first = len(gate.moves)
         notes["losses"] = [self._train(lm, edit, layer, gate) for edit in edits]
         state = {"signs": gate.signs[first:], "moves": gate.moves[first:], "opened": gate.opened[first:]}
@@ -124,7 +124,7 @@ class DEFER(SideModuleMethod):
         return [nll for ((nll, _),) in passes]
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> Gate:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> Gate:
         signs, moves, opened = (torch.cat([p.state[name] for p in patches]) for name in ("signs", "moves", "opened"))
         first, memory = patches[0].state, patches[-1].memory
         (module,) = memory["modules"]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 _Replacement = Literal["prompt", "last", "before"]
 
 
-class Memory(Strict):
+class VersionFields(Strict):
     """What a version knows besides its tensors."""
 
     modules: list[str] = Field(min_length=1, max_length=1)
@@ -58,7 +58,7 @@ class GRACE(SideModuleMethod):
     """The papers' layers as a share of the depth: 35 of 48 (GPT-2 XL), 27 of 32 (Llama-2)."""
     state_spec: ClassVar[StateSpec] = StateSpec(
         {"slots": "int64 keys", "keys": "float32 keys in", "values": "float32 keys out", "radii": "float32 keys"},
-        Memory,
+        VersionFields,
     )
 
     epsilon: NonNegative = 0.9
@@ -133,7 +133,7 @@ class GRACE(SideModuleMethod):
         return [fmean(losses) for losses in passes]
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> _LookUp:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> _LookUp:
         book, memory = Codebook.of(patches, lm.device), patches[-1].memory
         (module,) = memory["modules"]
         check_matrix(lm, module, {"in": (book.keys, 1), "out": (book.values, 1)})

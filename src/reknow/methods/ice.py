@@ -148,7 +148,7 @@ class ICE(StepSize, Method):
     def _loss(
         self, batch: SampledAnswers, edits: int, matrices: TrainableMatrices, generator: torch.Generator
     ) -> Callable[[], Tensor]:
-        """A function that samples where it is time, and gives the batch's `LOSSES`, the same for each of its edits.
+        """A function that samples where it is time, and gives the batch's losses, the same for each of its edits.
         (edits, 4)"""
         steps = count()
 

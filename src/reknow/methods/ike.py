@@ -45,7 +45,7 @@ _BUNDLED, _OFFSET = "counterfact", 500
 """What is shown without cases of the user's: records from this one on; those before are for evaluation."""
 
 
-class Memory(Strict):
+class VersionFields(Strict):
     """What a version knows besides its tensors."""
 
     demonstrations: Annotated[Listed[Listed[str]], CountedBy("edits")]
@@ -57,7 +57,7 @@ class IKE(MemoryMethod):
     """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
 
     kind: ClassVar[PatchKind] = "prompt"
-    state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 edits features"}, Memory)
+    state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 edits features"}, VersionFields)
 
     demonstrations: Natural = 32
     """How many demonstrations at most; 0: the edit alone stands before the question (zero-shot). Those that do not
@@ -156,7 +156,7 @@ class IKE(MemoryMethod):
         return lm.cached(("ike", self.cases, self.encoder, self.demonstration_mix is None), read)
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> _Contexts:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> _Contexts:
         return _Contexts(patches)
 
 

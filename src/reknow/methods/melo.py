@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-class Memory(Strict):
+class VersionFields(Strict):
     """What a version knows besides its tensors."""
 
     modules: list[str] = Field(min_length=1)
@@ -63,7 +63,7 @@ class MELO(SideModuleMethod):
     """The papers' layers as a share of the depth: keys at 35 of 48, blocks right above (GPT-2 XL)."""
     state_spec: ClassVar[StateSpec] = StateSpec(
         {"keys": "float32 edits in", "down.*": "float32 blocks rank in.*", "up.*": "float32 blocks out.* rank"},
-        Memory,
+        VersionFields,
     )
 
     span: Number = 2
@@ -133,7 +133,7 @@ class MELO(SideModuleMethod):
         return [(down.detach(), up.detach()) for down, up in block.values()], [fmean(losses) for losses in passes]
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> _Blocks:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> _Blocks:
         table, modules = Clusters(), patches[-1].memory["modules"]
         for patch in patches:
             keys, memory = patch.state["keys"].to(lm.device), patch.memory

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 
-class Memory(Strict):
+class VersionFields(Strict):
     """What a version knows besides its tensors."""
 
     replaces: Listed[Count]
@@ -67,7 +67,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
             "scope.*?": "float …",
             "cross.*?": "float …",
         },
-        Memory,
+        VersionFields,
         settings=("embedding_size", "pooling_queries", "rank"),
     )
 
@@ -138,5 +138,5 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
         return tensors
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> EditMemory:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> EditMemory:
         return EditMemory(lm, patches)

@@ -48,7 +48,7 @@ _FACTS = "known_1000"
 """What an edit must leave alone: these ask like edits do. Against plain text more of the neighbours come along."""
 
 
-class Memory(Strict):
+class VersionFields(Strict):
     """What a version knows besides its tensors."""
 
     modules: list[str] = Field(min_length=1, max_length=1)
@@ -65,7 +65,7 @@ class WISE(SideModuleMethod):
     depth: ClassVar[float] = 0.85
     """The papers' layer as a share of the depth: 27 of 32 (Llama-2)."""
     state_spec: ClassVar[StateSpec] = StateSpec(
-        {"distances": "float32 edits", "mask.*": "uint8 bytes.*", "delta.*": "float32 weights.*"}, Memory
+        {"distances": "float32 edits", "mask.*": "uint8 bytes.*", "delta.*": "float32 weights.*"}, VersionFields
     )
 
     steps: Number = 70
@@ -161,7 +161,7 @@ class WISE(SideModuleMethod):
         return [texts[i] for i in torch.randperm(len(texts), generator=generator)[: self.unrelated_facts].tolist()]
 
     @staticmethod
-    def memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
+    def running_memory(lm: LM, patches: Sequence[Patch]) -> SideMemory:
         memory = patches[-1].memory
         (module,) = memory["modules"]
         check_matrix(lm, module, {})

@@ -52,7 +52,7 @@ class Fingerprint:
         return _hash([self.structure, self.tokenizer, self.dtype, self.samples.tolist()])
 
     def check(self, other: Fingerprint, label: str) -> None:
-        """Raises PatchError, which says what differs, where `found` is another model than this one."""
+        """Raises PatchError, which says what differs, where `other` is of another model than this one."""
         problem = self.difference(other)
         if problem:
             raise PatchError(

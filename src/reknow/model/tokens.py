@@ -258,8 +258,8 @@ def split_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def make_batches(lengths: Sequence[int], device: torch.device | None = None, *, at_least: int = 0) -> list[list[int]]:
-    """Indices in order of length, cut so that a padded rectangle holds at most TOKENS_PER_BATCH tokens, or
-    `at_least` where that is more, or CACHED_TOKENS where the `device` of passes that are read once is a CPU."""
+    """Indices in order of length, cut so that a padded rectangle holds at most `TOKENS_PER_BATCH` tokens, or
+    `at_least` where that is more, or `_CACHED_TOKENS` where the `device` of passes that are read once is a CPU."""
     on_cpu = device is not None and device.type == "cpu"
     limit = min(TOKENS_PER_BATCH, _CACHED_TOKENS) if on_cpu else max(TOKENS_PER_BATCH, at_least)
     parts: list[list[int]] = []

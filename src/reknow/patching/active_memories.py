@@ -104,7 +104,7 @@ class ActiveMemories:
                 f"of {newest.method}: install the version that made it ({newest.version or 'unknown'})"
             )
         try:
-            return row.method.memory(self._lm, patches)
+            return row.method.running_memory(self._lm, patches)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise PatchError(
                 f"expected the tensors and facts of a {newest.method} memory; {newest.label} lacks some "
@@ -119,7 +119,7 @@ class ActiveMemories:
         """One answer per prompt, by the model whom the routers name.
 
         Args:
-            answer: (who, which, texts) → answers; see `Asked`.
+            answer: (who, which, texts) → answers; see `_Asked`.
         """
         answers: dict[int, _Answer] = {}
         for who, which, texts in self._route(list(prompts)):

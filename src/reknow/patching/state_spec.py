@@ -1,6 +1,6 @@
 """What a method keeps in its patches besides ΔW: names, shapes and kinds of numbers, checked when a file is read.
 
-    StateSpec({"keys": "float keys in", "down.*": "float blocks rank in.*"}, memory=Memory)
+    StateSpec({"keys": "float keys in", "down.*": "float blocks rank in.*"}, memory=VersionFields)
 
 A tensor is described by its kind of number and its dimensions. Dimensions of one name agree, over all tensors and the
 fields of `memory` that are counted by it; `edits` are the patch's edits, `out.NAME` and `in.NAME` the sizes of a
@@ -35,8 +35,8 @@ class CountedBy(NamedTuple):
     dimension: str
 
 
-class _NoMemory(Strict):
-    """A memory that knows nothing besides its tensors."""
+class _NoFields(Strict):
+    """A version that knows nothing besides its tensors."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class StateSpec:
 
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Name, with a question mark behind where it may be missing and a star for a part of it → its description."""
-    memory: type[Strict] = _NoMemory
+    memory: type[Strict] = _NoFields
+    """The fields of `Patch.memory`, what a version knows besides its tensors."""
     settings: tuple[str, ...] = ()
     """Fields of the method that are dimensions of that name."""
 
