@@ -111,7 +111,7 @@ def plain(lm: LM, case: Case, layer: int, site: str, rate: float = 0.1, decay: f
     (row,) = lm.encode([Text.of(case.edit.prompt, case.edit.subject or "")])
     assert row.subject_last is not None
     names = {"block": lm.parts.blocks[layer], "value": lm.parts.value[layer]}
-    found = lm.read([row], [row.subject_last], outputs=list(names.values()))
+    found = lm.read([row], [row.subject_last], outputs=list(names.values())).outputs
     scale = found[names["block"]].square().mean().sqrt()
     return {"v_lr": rate * float(scale), "v_weight_decay": decay * float(found[names[site]].norm())}
 

@@ -105,21 +105,22 @@ def test_reading_gives_the_states_of_single_rows(lm, monkeypatch):
     for limit in (4096, 20):
         monkeypatch.setattr(reknow.model.tokens, "TOKENS_PER_BATCH", limit)
         found = lm.read(rows, places, [value], [value, block])
-        assert set(found) == {value, f"{value}:out", block}
+        assert set(found.inputs) == {value} and set(found.outputs) == {value, block}
         for i, (row, place) in enumerate(zip(rows, places, strict=True)):
-            for name, states in states_by_hand(lm, row, value, block).items():
-                assert close(found[name][i], states.view(len(row.ids), -1)[place])
+            for states, by_name in zip(states_by_hand(lm, row, value, block), found, strict=True):
+                for name in by_name:
+                    assert close(by_name[name][i], states[name].view(len(row.ids), -1)[place])
 
 
 def states_by_hand(lm: LM, row, value: str, block: str):
-    seen = {}
+    inputs, outputs = {}, {}
 
     def keep(_module, args, output):
         # Copies, since Falcon adds attention's output to the MLP's in place.
-        seen[value], seen[f"{value}:out"] = args[0].clone(), output.clone()
+        inputs[value], outputs[value] = args[0].clone(), output.clone()
 
     def keep_block(_module, _args, output):
-        seen[block] = (output[0] if isinstance(output, tuple) else output).clone()
+        outputs[block] = (output[0] if isinstance(output, tuple) else output).clone()
 
     hooks = [
         lm.model.get_submodule(value).register_forward_hook(keep),
@@ -128,11 +129,11 @@ def states_by_hand(lm: LM, row, value: str, block: str):
     by_hand(lm, list(row.ids))
     for hook in hooks:
         hook.remove()
-    return seen
+    return inputs, outputs
 
 
 def test_reading_nothing_gives_nothing(lm):
-    assert lm.read([], [], [lm.parts.value[0]]) == {}
+    assert lm.read([], [], [lm.parts.value[0]]) == ({}, {})
     assert lm.score([], []) == [] and lm.generate([]) == []
 
 

@@ -94,11 +94,11 @@ def test_keys_and_states_of_a_sink_are_those_behind_the_stand_in():
     assert row.subject_last
     name = lm.parts.value[0]
     wanted = lm.read([row], [row.subject_last], inputs=[name], outputs=[name])
-    assert torch.allclose(subjects.states(0, "value"), wanted[f"{name}:out"].double(), atol=1e-5)
+    assert torch.allclose(subjects.states(0, "value"), wanted.outputs[name].double(), atol=1e-5)
     (other,) = lm.encode([Text.of(PARIS.prompt, "Paris", prefix=CONTEXTS[2])])
     assert other.subject_last
-    second = lm.read([other], [other.subject_last], inputs=[name])[name].double()
-    mean = (3 * wanted[name].double() + second) / 4  # (stand-in + mean of both contexts) / 2
+    second = lm.read([other], [other.subject_last], inputs=[name]).inputs[name].double()
+    mean = (3 * wanted.inputs[name].double() + second) / 4  # (stand-in + mean of both contexts) / 2
     assert torch.allclose(subjects.keys(0), mean, atol=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_one_sink_does_no_harm_to_the_batch(name):
     ]
 
     def sinks() -> torch.Tensor:
-        return lm.read(rows, [0] * len(rows), outputs=[matrix])[matrix]
+        return lm.read(rows, [0] * len(rows), outputs=[matrix]).outputs[matrix]
 
     before, moved = sinks(), []
     for patch in (without, together):
@@ -146,7 +146,7 @@ def test_the_step_and_the_bound_are_medians_over_the_contexts():
     for prefix in CONTEXTS:
         (row,) = lm.encode([Text.of(edit.prompt, "Toko Yasuda", prefix=prefix)])
         assert row.subject_last
-        lengths.append(float(lm.read([row], [row.subject_last], outputs=[block])[block].norm()))
+        lengths.append(float(lm.read([row], [row.subject_last], outputs=[block]).outputs[block].norm()))
     unit = sorted(lengths)[1] / found.delta.shape[1] ** 0.5
     # One step of Adam moves every coordinate by the learning rate.
     assert found.delta[0].abs().median() == pytest.approx(0.1 * unit, rel=1e-3)

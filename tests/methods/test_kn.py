@@ -38,7 +38,7 @@ def test_kn_attributions_add_up(gpt2):
         return gpt2.forward(batch.ids, batch.mask, batch.positions, None).logits[0, -1].softmax(-1)[target]
 
     for layer, name in enumerate(gpt2.parts.value):
-        key = gpt2.read([row], [column], inputs=[name])[name]
+        key = gpt2.read([row], [column], inputs=[name]).inputs[name]
         with output_edited(gpt2.model.get_submodule(name), added_at(-key @ gpt2.weight(name).T, column)):
             without = probability()
         assert float(scores[layer].sum()) == pytest.approx(float(probability() - without), abs=2e-4)

@@ -72,7 +72,7 @@ def test_readers_do_not_disturb_each_other(lm, edited):
     work = [
         lambda: lm.score(PROMPTS, ANSWERS),
         lambda: lm.score(PROMPTS[:1], ANSWERS[:1]),
-        lambda: lm.read(rows, [2, 0], inputs=[name], outputs=[name])[name].tolist(),
+        lambda: lm.read(rows, [2, 0], inputs=[name], outputs=[name]).inputs[name].tolist(),
         lambda: lm.generate(PROMPTS[:3], 6),
         lambda: lm.generate(PROMPTS, 5, top_k=5, seed=3),
         lambda: lm.perplexity(PROMPTS),

@@ -124,7 +124,7 @@ def test_a_rank_one_write_gives_the_key_its_value(built, name):
     (row,) = lm.encode([Text("The mother tongue of Danielle Darrieux is")])
     places = [len(row.ids) - 1]
     before = lm.read([row], places, [matrix], [matrix])
-    key, old = before[matrix][0], before[f"{matrix}:out"][0]
+    key, old = before.inputs[matrix][0], before.outputs[matrix][0]
     wanted = torch.randn(len(old), generator=torch.Generator().manual_seed(0))
     base = lm.weight(matrix).clone()
     delta = LowRank((wanted - old)[:, None] / key.square().sum(), key[None])
@@ -133,8 +133,8 @@ def test_a_rank_one_write_gives_the_key_its_value(built, name):
         after = lm.read([row], places, [matrix], [matrix])
     finally:
         lm.weight(matrix).copy_(base)
-    assert close(after[matrix][0], key), "the key comes from below"
-    assert close(after[f"{matrix}:out"][0], wanted)
+    assert close(after.inputs[matrix][0], key), "the key comes from below"
+    assert close(after.outputs[matrix][0], wanted)
 
 
 def test_the_text_part_of_a_multimodal_model():

@@ -42,7 +42,7 @@ class Shift(MemoryMethod):
         edits = check_edits(self, edits)
         name = lm.parts.value[1]
         rows = lm.encode([Text(edit.text) for edit in edits])
-        keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name]
+        keys = lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name]).inputs[name]
         generator = torch.Generator().manual_seed(len(versions(lm.patches, "shift")))
         values = self.size * torch.randn(len(edits), lm.parts.hidden_size, generator=generator)
         return memory_patch(self, lm, edits, {"keys": keys.cpu(), "values": values}, memory={"module": name})

@@ -51,7 +51,7 @@ class Subjects:
             (facts, in), float64.
         """
         name = self._lm.parts.value[layer]
-        states = self._lm.read(self._rows, self._last, inputs=[name])[name]
+        states = self._lm.read(self._rows, self._last, inputs=[name]).inputs[name]
         states = states.view(-1, self._contexts, states.shape[1])  # (facts, contexts, in)
         states = exact(states)
         bare = states[:, 0]
@@ -65,7 +65,7 @@ class Subjects:
         """
         parts, bare = self._lm.parts, slice(None, None, self._contexts)
         name = parts.blocks[layer] if site == "block" and parts.residual_identity else parts.value[layer]
-        return exact(self._lm.read(self._rows[bare], self._last[bare], outputs=[name])[name])
+        return exact(self._lm.read(self._rows[bare], self._last[bare], outputs=[name]).outputs[name])
 
 
 def warn_of_shared_keys(method: str, edits: Sequence[Edit]) -> None:

@@ -71,12 +71,12 @@ def _has_sink(lm: LM) -> bool:
     tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:_FIRST_TOKENS]
     before, names = rows[0].ids, list(lm.parts.value)
     with lm.unpatched():
-        bare = lm.read([EncodedText((token,), 1) for token in tokens], [0] * len(tokens), inputs=names)
+        bare = lm.read([EncodedText((token,), 1) for token in tokens], [0] * len(tokens), inputs=names).inputs
         behind = lm.read(
             [EncodedText((*before, token), len(before) + 1) for token in tokens],
             [len(before)] * len(tokens),
             inputs=names,
-        )
+        ).inputs
     return any(_mean_correlation(bare[name]) >= _SAME_KEY > _mean_correlation(behind[name]) for name in names)
 
 

@@ -36,7 +36,7 @@ def distance_scale(lm: LM, layer: int) -> float:
         rows = lm.encode([Text(text) for texts in groups for text in texts])
         name = lm.parts.value[layer]
         with lm.unpatched():
-            keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name])[name])
+            keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name]).inputs[name])
         apart = keys.view(len(groups), _FACTS_PER_PROMPT, -1).var(1).sum(-1)  # (groups,)
         return float((2 * apart.mean()).sqrt())
 
@@ -47,7 +47,7 @@ def prompt_states(lm: LM, rows: Sequence[EncodedText], module: str) -> tuple[Ten
     """The module's input and output at each prompt's last token. (rows, in), (rows, out), float32"""
     prompts = [EncodedText(row.ids[: row.prompt_length], row.prompt_length) for row in rows]
     states = lm.read(prompts, [len(row.ids) - 1 for row in prompts], inputs=[module], outputs=[module])
-    return states[module].float(), states[f"{module}:out"].float()
+    return states.inputs[module].float(), states.outputs[module].float()
 
 
 @torch.no_grad()

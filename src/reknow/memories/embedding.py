@@ -44,7 +44,7 @@ def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
         rows = encode_ends(lm, texts)
         name = lm.parts.blocks[-1]
         with lm.unpatched():
-            vectors = lm.read(rows, [len(row.ids) - 1 for row in rows], outputs=[name])[name]
+            vectors = lm.read(rows, [len(row.ids) - 1 for row in rows], outputs=[name]).outputs[name]
     return torch.nn.functional.normalize(vectors.to(lm.device).float(), dim=-1)
 
 

@@ -100,7 +100,7 @@ class KN(Method):
             change = -slots if self.erase else self._shift(lm, edit, old, slots)
             if self.flip_negative and not self.erase:
                 (row,) = lm.encode([Text(edit.text)])
-                activation = lm.read([row], [len(row.ids) - 1], inputs=[name])[name][0]  # (in,)
+                activation = lm.read([row], [len(row.ids) - 1], inputs=[name]).inputs[name][0]  # (in,)
                 change *= activation[indices].sign().to(change)
             rows = torch.nn.functional.one_hot(indices, weight.shape[1]).float()  # (neurons, in)
             deltas[name] = LowRank(change.float(), rows.to(change.device))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from reknow.model.tokens import Batch, EncodedText, Text, encode, make_batches, 
 from reknow.progress import Progress
 
 _T = TypeVar("_T")
+
+
+class ModuleStates(NamedTuple):
+    """What modules took in and gave out at one token of every row: name → (rows, features)."""
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
 
 
 class Decoder(ABC):
@@ -166,7 +174,7 @@ class Decoder(ABC):
 
     @exclusively
     @torch.no_grad()
-    def read(self, rows: Sequence[EncodedText], columns: Sequence[int], inputs=(), outputs=()) -> dict[str, Tensor]:
+    def read(self, rows: Sequence[EncodedText], columns: Sequence[int], inputs=(), outputs=()) -> ModuleStates:
         """Inputs and outputs of modules at one token of every row.
 
         Args:
@@ -175,21 +183,22 @@ class Decoder(ABC):
             inputs, outputs: names of modules; the pass stops behind the last of them.
 
         Returns:
-            name → (rows, features); a module named in both is given under `name` (input) and `name + ":out"`.
+            `inputs` and `outputs`, each of the modules named there.
         """
-        states_of: dict[str, list[Tensor]] = {}
+        found = [defaultdict[str, list[Tensor]](list) for _ in ModuleStates._fields]
         parts = make_batches([len(row.ids) for row in rows], self.device)
         for part in parts:
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
             column = max(columns[i] for i in part)
-            with recorded(self.model, inputs, outputs, stop=True) as (seen_in, seen_out):
+            with recorded(self.model, inputs, outputs, stop=True) as seen:
                 self.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
-            named = seen_in | {f"{k}:out" if k in seen_in else k: v for k, v in seen_out.items()}
-            for name, states in named.items():
-                # A view would hold the states of all columns.
-                states_of.setdefault(name, []).append(by_row(states, len(part))[:, column].clone())
+            for kept, states_of in zip(found, seen, strict=True):
+                for name, states in states_of.items():
+                    # A view would hold the states of all columns.
+                    kept[name].append(by_row(states, len(part))[:, column].clone())
         order = torch.tensor([i for part in parts for i in part]).argsort()
-        return {name: torch.cat(states)[order.to(states[0].device)] for name, states in states_of.items()}
+        joined = [{k: torch.cat(v)[order.to(v[0].device)] for k, v in kept.items()} for kept in found]
+        return ModuleStates(*joined)
 
     def exclusive(self):
         """While open, other threads that use the model wait; every operation opens it for itself."""
