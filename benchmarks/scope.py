@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from reknow import LM, SERAC, load_cases
-from reknow.memories.embedding import embed
+from reknow.memories.embedding import embed_texts
 from reknow.memories.scope_training import ScopeCases
 
 CASES, HARD, CROSSED = 200, 5, 3
@@ -29,7 +29,7 @@ def questions(lm, cases):
     found = {"paraphrases": [], "hard negatives": [], "same subject": []}
     for i, case in enumerate(cases):
         near = [probe.prompt for probe in case.probes if probe.kind == "locality"]
-        likeness = embed(lm, near) @ embed(lm, [case.edit.text])[0]
+        likeness = embed_texts(lm, near) @ embed_texts(lm, [case.edit.text])[0]
         found["hard negatives"] += [(i, near[k]) for k in likeness.topk(min(HARD, len(near))).indices.tolist()]
         found["paraphrases"] += [(i, probe.prompt) for probe in case.probes if probe.kind == "generalization"]
         same_subject = [asked.same_subject(i, rng) for _ in range(CROSSED)]

@@ -7,7 +7,7 @@ import torch
 
 from conftest import AuthorsSearch, make_lm
 from reknow.editing import value_batch, values
-from reknow.editing.value_batch import encode_facts, make_batches, replayed_tokens, token_budget
+from reknow.editing.value_batch import encode_facts, group_facts, replayed_tokens, token_budget
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 
@@ -24,7 +24,7 @@ def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
     prompts = ["{} is", "{} is a city in", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 9]
     facts = encode_facts(gpt2, edits, CONTEXTS, "subject")
-    batches = make_batches(facts, list(range(len(edits))), *token_budget(gpt2))
+    batches = group_facts(facts, list(range(len(edits))), *token_budget(gpt2))
     assert sorted(i for batch in batches for i in batch) == list(range(len(edits)))
     widths = [max(replayed_tokens(row) for row in fact) for fact in facts]
     for batch in batches:
@@ -39,7 +39,7 @@ def test_a_gpus_batches_of_unlike_width_find_the_same(gpt2, monkeypatch):
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 6]
     large = value_batch.MOST_TOKENS, value_batch.FREE_TOKENS_ON_GPU
     facts = encode_facts(gpt2, edits, CONTEXTS, "subject")
-    assert len(make_batches(facts, list(range(len(edits))), *large)) == 1
+    assert len(group_facts(facts, list(range(len(edits))), *large)) == 1
     search = AuthorsSearch(steps=6, site="block")
     apart = find_values(gpt2, edits, 1, CONTEXTS, search)
     monkeypatch.setattr(values, "token_budget", lambda lm: large)

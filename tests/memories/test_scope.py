@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import make_lm, some_patch
-from reknow.memories.scope import Cross, Embedding, StateCache, log_in_scope, scope_loss, token_states
+from reknow.memories.scope import AttentionPooling, Cross, StateCache, log_in_scope, scope_loss, token_states
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "serac.json").read_text())
 QUESTION = "Where is the capital of Danielle Darrieux ? It is in"
@@ -40,7 +40,7 @@ def test_padding_changes_no_vector_and_no_verdict(kind):
     texts = [QUESTION, "Lima"]
     together, alone = read(texts), [read([text]) for text in texts]
     if kind == "embedding":
-        scope = Embedding(read.features, 16, 4)
+        scope = AttentionPooling(read.features, 16, 4)
         torch.nn.init.normal_(scope.attention.weight)
         found, expected = scope(together), torch.cat([scope(one) for one in alone])
     else:

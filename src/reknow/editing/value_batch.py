@@ -13,14 +13,14 @@ from torch.nn.functional import cross_entropy
 
 from reknow.editing.sinks import avoid_sinks, warn_of_sink
 from reknow.edits import Edit
-from reknow.model.parts import embedding
+from reknow.model.parts import embedding_matrix
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import TOKENS_PER_BATCH, EncodedText, Text
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["FactBatch", "Scores", "encode_facts", "make_batches", "split_contexts", "token_budget"]
+__all__ = ["FactBatch", "Scores", "encode_facts", "group_facts", "split_contexts", "token_budget"]
 
 _KL_PROMPT = "{} is a"
 """The prompt whose next-token distribution must not drift: what kind of thing the subject is."""
@@ -34,12 +34,12 @@ MOST_TOKENS = 65536
 
 
 def token_budget(lm: LM) -> tuple[int, int]:
-    """(how many tokens a batch of facts may have, how many of one step cost nothing), for `make_batches`."""
+    """(how many tokens a batch of facts may have, how many of one step cost nothing), for `group_facts`."""
     if lm.device.type != "cuda":
         return TOKENS_PER_BATCH, FREE_TOKENS
     taken = sum(p.nbytes for p in lm.model.parameters() if p.device == lm.device)
     left = torch.cuda.get_device_properties(lm.device).total_memory - taken
-    vocabulary = embedding(lm.model).shape[0]
+    vocabulary = embedding_matrix(lm.model).shape[0]
     # Keys and values, twice while contexts are split; of a step's few tokens what the gradient needs, and logits.
     each = 8 * lm.layers * lm.parts.hidden_size * lm.dtype.itemsize + vocabulary
     return min(max(left // 2 // each, TOKENS_PER_BATCH // 8), MOST_TOKENS), FREE_TOKENS_ON_GPU
@@ -76,7 +76,7 @@ def replayed_tokens(row: EncodedText) -> int:
     return len(row.ids) - bool(row.target_ids) - row.subject_last
 
 
-def make_batches(facts: list[list[EncodedText]], delta_index: list[int], limit: int, free: int) -> list[list[int]]:
+def group_facts(facts: list[list[EncodedText]], delta_index: list[int], limit: int, free: int) -> list[list[int]]:
     """Indices of facts in batches of at most `limit` tokens; facts of one δ are in one batch.
 
     What is run at every step is as wide as the widest fact of a batch, so other widths open another batch, unless

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from reknow.editing.search import SearchSettings
-from reknow.editing.value_batch import FactBatch, Scores, encode_facts, make_batches, split_contexts, token_budget
+from reknow.editing.value_batch import FactBatch, Scores, encode_facts, group_facts, split_contexts, token_budget
 from reknow.edits import Edit
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu
@@ -77,7 +77,7 @@ def find_values(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[st
     facts = encode_facts(lm, edits, list(distinct), search.kl_position)
     weights = torch.tensor(list(distinct.values()), device=lm.device)
     index = _delta_index(edits, search.merge_subjects)
-    batches = make_batches(facts, index, *token_budget(lm))
+    batches = group_facts(facts, index, *token_budget(lm))
     found = []
     for batch in batches:
         _, own_index = torch.tensor([index[i] for i in batch]).unique(return_inverse=True)

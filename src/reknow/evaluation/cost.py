@@ -11,7 +11,7 @@ from reknow.editing.layers import resolve_layers
 from reknow.editing.papers_layers import band_around, papers_layers
 from reknow.editing.triangle import kept_bytes
 from reknow.edits import Edit
-from reknow.model.parts import embedding, shape
+from reknow.model.parts import embedding_matrix, shape
 from reknow.model.tokens import Text
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     matrices = {lm.parts.value[layer]: shape(lm.model.get_submodule(lm.parts.value[layer])) for layer in layers}
     parameters = sum(p.numel() for p in lm.model.parameters())
     block = sum(p.numel() for p in lm.model.get_submodule(lm.parts.blocks[layers[0]]).parameters())
-    vocabulary = len(embedding(lm.model))
+    vocabulary = len(embedding_matrix(lm.model))
     head = vocabulary * lm.parts.hidden_size
     above = lm.layers - layers[0]  # blocks that gradients go through
 

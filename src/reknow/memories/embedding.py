@@ -21,10 +21,10 @@ from reknow.model.tokens import EncodedText, Text, encode
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["embed", "encode_ends"]
+__all__ = ["embed_texts", "encode_ends"]
 
 
-def embed(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
+def embed_texts(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Tensor:
     """A vector of length 1 for each text, on the model's device. (texts, features) float32
 
     Args:
@@ -57,7 +57,7 @@ def encode_ends(lm: LM, texts: Sequence[str]) -> list[EncodedText]:
 
 
 def _sentence_encoder(lm: LM, name: str) -> Any:
-    """The sentence-transformers model of this name or folder, kept with the LM; see `embed` for the errors."""
+    """The sentence-transformers model of this name or folder, kept with the LM; see `embed_texts` for the errors."""
 
     def load() -> Any:
         try:

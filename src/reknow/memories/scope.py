@@ -2,7 +2,8 @@
 
 Both read the states of a text's tokens, from a frozen encoder, and learn what to take from them:
 
-* `Embedding`: a vector for each text alone, p = exp(−‖a − b‖²) or exp(cos − 1), so that stored edits can be searched;
+* `AttentionPooling`: a vector for each text alone, p = exp(−‖a − b‖²) or exp(cos − 1), so that stored edits can be
+  searched;
 * `Cross`: the two texts together, p = σ(logit), once for every pair.
 """
 
@@ -24,7 +25,7 @@ from reknow.model.tokens import make_batches
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["TEXTS", "Cross", "Embedding", "StateCache", "States", "log_in_scope", "scope_loss", "token_states"]
+__all__ = ["TEXTS", "AttentionPooling", "Cross", "StateCache", "States", "log_in_scope", "scope_loss", "token_states"]
 
 States = tuple[Tensor, Tensor]
 """States of the tokens of several texts (texts, tokens, features), and which tokens are real (texts, tokens)."""
@@ -137,7 +138,7 @@ class _EncoderStates:
         return F.layer_norm(states, states.shape[-1:]), encoding["attention_mask"].bool()
 
 
-class Embedding(nn.Module):
+class AttentionPooling(nn.Module):
     """Learned queries that each attend to the tokens of a text; what they gather, side by side, is its vector.
 
     Args:

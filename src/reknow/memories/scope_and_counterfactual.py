@@ -20,7 +20,7 @@ from reknow.checks.bounds import Formerly, Name, Number, Rank, check_settings
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.loop import seeded
-from reknow.memories.scope import TEXTS, Cross, Embedding, log_in_scope, token_states
+from reknow.memories.scope import TEXTS, AttentionPooling, Cross, log_in_scope, token_states
 from reknow.model.hooks import forwards_replaced
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
@@ -104,7 +104,7 @@ class ScopeAndCounterfactual(nn.Module):
         features, rank = self.states.features, settings.rank
         with seeded("serac", settings.embedding_size, rank):
             self.cosine = settings.classifier == "cosine"
-            self.scope = Embedding(features, settings.embedding_size, settings.pooling_queries)
+            self.scope = AttentionPooling(features, settings.embedding_size, settings.pooling_queries)
             self.cross = Cross(features) if settings.classifier == "cross" else None
             shapes = [tuple(answers.weight(name).shape) for name in self._names]
             self.left = nn.ParameterList([torch.zeros(out, rank) for out, _ in shapes])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
-from reknow.memories.embedding import embed
+from reknow.memories.embedding import embed_texts
 from reknow.memories.nearest import Nearest
 from reknow.memories.scope import StateCache, log_in_scope, scope_loss
 from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
@@ -109,7 +109,7 @@ class ScopeCases:
     def _neighbors(self, lm: LM, count: int, skipped: int) -> list[list[str]]:
         edits = [case.edit.text for case in self.cases]
         pool = list(dict.fromkeys(edits + [text for texts in self._unrelated for text in texts[:1]]))
-        vectors = embed(lm, pool)
+        vectors = embed_texts(lm, pool)
         indices = Nearest(vectors).search(vectors[: len(edits)], count + skipped)[1].tolist()
         neighbors = []
         for case, near in zip(self.cases, indices, strict=True):

@@ -30,7 +30,7 @@ from reknow.files.atomic import write_text
 from reknow.files.schema import Listed, Strict
 from reknow.memories.base import MemoryMethod, conflicts, memory_patch, resolve_conflicts
 from reknow.memories.demonstrations import copy_of, demonstrations_of, fit_demonstrations, question_head, read_cases
-from reknow.memories.embedding import embed
+from reknow.memories.embedding import embed_texts
 from reknow.memories.nearest import Nearest
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
@@ -112,7 +112,7 @@ class IKE(MemoryMethod):
         notes["demonstrations"] = [len(texts) for texts in shown]
         if notes["demonstrations"] != [len(texts) for texts in chosen]:
             notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"
-        keys = embed(lm, [edit.text for edit in edits], self.encoder)
+        keys = embed_texts(lm, [edit.text for edit in edits], self.encoder)
         return memory_patch(self, lm, edits, {"keys": keys}, memory={"demonstrations": shown}, notes=notes)
 
     def _choose(self, lm: LM, edits: Sequence[Edit]) -> list[list[str]]:
@@ -120,7 +120,7 @@ class IKE(MemoryMethod):
         cases, vectors = self._pool(lm)
         heads = ["" if self.demonstration_mix is not None else question_head(edit) for edit in edits]
         queries = [head + edit.text for head, edit in zip(heads, edits, strict=True)]
-        _, indices = Nearest(vectors).search(embed(lm, queries, self.encoder), len(vectors))
+        _, indices = Nearest(vectors).search(embed_texts(lm, queries, self.encoder), len(vectors))
         chosen = []
         for edit, order in zip(edits, indices.tolist(), strict=True):
             others = [cases[i] for i in order if edit.subject is None or cases[i][0].edit.subject != edit.subject]
@@ -151,7 +151,7 @@ class IKE(MemoryMethod):
                 pool = [(case, text) for case in cases for texts in demonstrations_of(case) for text in texts[:1]]
             else:
                 pool = [(case, case.edit.text) for case in cases]
-            return pool, embed(lm, [text.strip() for _, text in pool], self.encoder)
+            return pool, embed_texts(lm, [text.strip() for _, text in pool], self.encoder)
 
         return lm.cached(("ike", self.cases, self.encoder, self.demonstration_mix is None), read)
 
@@ -176,7 +176,7 @@ class _Contexts:
         """Each question behind its context."""
         nearest = [0] * len(texts)
         if len(self._edits) > 1:
-            queries = embed(lm, texts, self._method.encoder)
+            queries = embed_texts(lm, texts, self._method.encoder)
             if queries.shape[1] != self._keys.shape[1]:
                 raise PatchError(
                     f"expected facts kept as {queries.shape[1]} numbers, as {self._method.encoder or lm.name} gives "

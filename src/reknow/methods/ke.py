@@ -31,7 +31,7 @@ from reknow.learning.gradients import TokenFactors, gradient_factors, mlp_matric
 from reknow.learning.loop import seeded
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training, parameter_groups
-from reknow.model.parts import embedding
+from reknow.model.parts import embedding_matrix
 from reknow.model.tokens import Text
 from reknow.patching.record import Footprint
 
@@ -102,7 +102,9 @@ class KENetwork(nn.Module):
         assert method.layers is not None
         self.names, self.absolute = mlp_matrices(lm, method.layers), method.units == "absolute"
         weights = {name: lm.base_weight(name) for name in self.names}
-        self.reader = nn.LSTM(embedding(lm.model).shape[1], method.lstm_width, bidirectional=True, batch_first=True)
+        self.reader = nn.LSTM(
+            embedding_matrix(lm.model).shape[1], method.lstm_width, bidirectional=True, batch_first=True
+        )
         self.summary = nn.Linear(2 * method.lstm_width, method.width)
         self.sizes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}  # (out, in)
         self.norms = {name: float(weight.float().norm()) for name, weight in weights.items()}
@@ -137,7 +139,7 @@ class KENetwork(nn.Module):
     def read(self, lm: LM, edits: Sequence[Edit]) -> Tensor:
         """What the reader makes of the edits. (edits, width)"""
         texts = [Text(f"{edit.target_true or ''} >> {edit.target_new} || {edit.text}") for edit in edits]
-        vectors = embedding(lm.model).detach()
+        vectors = embedding_matrix(lm.model).detach()
         words = [vectors[list(row.ids)].float() for row in lm.encode(texts)]  # (tokens, embedding) of each edit
         packed = nn.utils.rnn.pack_sequence(words, enforce_sorted=False)
         _, (last, _) = self.reader(packed)  # (2, edits, lstm_width), each direction's last state

@@ -16,7 +16,7 @@ from reknow.model.chat import Chat
 from reknow.model.exclusive import exclusive, exclusively
 from reknow.model.forward_context import RunningPass
 from reknow.model.hooks import by_row, fused_gelu, recorded
-from reknow.model.parts import Parts, accepts_positions, device_of, embedding, find_parts
+from reknow.model.parts import Parts, accepts_positions, device_of, embedding_matrix, find_parts
 from reknow.model.tokens import Batch, EncodedText, Text, encode, make_batches, pad
 from reknow.progress import Progress
 
@@ -61,7 +61,7 @@ class Decoder(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        return embedding(self.model).dtype
+        return embedding_matrix(self.model).dtype
 
     @property
     def layers(self) -> int:
@@ -149,7 +149,7 @@ class Decoder(ABC):
         self.check_length(rows)
         self._check_ids(rows)
         own = self.tokenizer.pad_token_id  # what pads is masked, so that any token will do
-        pad_id = own if own is not None and own < len(embedding(self.model)) else 0
+        pad_id = own if own is not None and own < len(embedding_matrix(self.model)) else 0
         return pad(rows, pad_id, anchors=anchors, device=self.device)
 
     def check_length(self, rows: Sequence[EncodedText], extra: int = 0) -> None:
@@ -163,7 +163,7 @@ class Decoder(ABC):
 
     def _check_ids(self, rows: Sequence[EncodedText]) -> None:
         """Raises ModelError where a row has a token for which the model's embedding has no row."""
-        known = len(embedding(self.model))
+        known = len(embedding_matrix(self.model))
         highest = max((max(row.ids) for row in rows), default=0)
         if highest >= known:
             raise ModelError(

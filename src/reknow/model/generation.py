@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from reknow.errors import InputError
 from reknow.model.exact import finite_loss
-from reknow.model.parts import embedding
+from reknow.model.parts import embedding_matrix
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import EncodedText, make_batches
 
@@ -46,7 +46,7 @@ def continue_texts(
         return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
     ends = torch.tensor(_end_tokens(lm), dtype=torch.long, device=lm.device)
-    silence = next((end for end in _end_tokens(lm) if end < len(embedding(lm.model))), 0)
+    silence = next((end for end in _end_tokens(lm) if end < len(embedding_matrix(lm.model))), 0)
     texts = [""] * len(rows)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
@@ -129,7 +129,7 @@ def decode(
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     cache = DynamicCache(config=lm.model.config) if lm.parts.replayable else None
     running = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
-    known = len(embedding(lm.model))  # a head may be larger, and what it names there could not be read on
+    known = len(embedding_matrix(lm.model))  # a head may be larger, and what it names there could not be read on
     for step in range(count):
         new = slice(-1, None) if cache is not None and step else slice(None)
         read = lm.forward(ids[:, new], mask, positions[:, new], cache, ends=batch.ends, logits_to_keep=1)

@@ -79,7 +79,7 @@ def _features(module: nn.Module) -> tuple[int, int] | None:
     return features if all(isinstance(size, int) for size in features) else None  # type: ignore[return-value]
 
 
-def embedding(model: PreTrainedModel) -> Tensor:
+def embedding_matrix(model: PreTrainedModel) -> Tensor:
     """The matrix of token embeddings. (vocabulary, features)"""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reknow.model.decoder import Decoder
 from reknow.model.hooks import added_at, output_edited, recorded
-from reknow.model.parts import Parts, embedding, refusal
+from reknow.model.parts import Parts, embedding_matrix, refusal
 from reknow.model.replay import BlockReplay
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import Batch, EncodedText, Text, encode, pad
@@ -30,7 +30,7 @@ def verify(lm: Decoder) -> Parts:
         ModelError: the logits are no numbers, or one of the two checks fails.
     """
     generator = torch.Generator().manual_seed(0)
-    vocabulary = len(embedding(lm.model))
+    vocabulary = len(embedding_matrix(lm.model))
     lengths, anchors = (4, 6, 7), (2, 5, 3)
     rows = [EncodedText(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), n) for n in lengths]
     unpadded = [_logits(lm, row) for row in rows]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.exact import exact
 from reknow.model.hooks import forwards_replaced, own_forward, set_forward
-from reknow.model.parts import device_of, embedding, is_matrix, reorient, shape, wraps_matrix
+from reknow.model.parts import device_of, embedding_matrix, is_matrix, reorient, shape, wraps_matrix
 from reknow.patching.deltas import Delta, Dense, LowRank, add_deltas, sum_deltas
 from reknow.patching.patches import Patch
 
@@ -81,7 +81,7 @@ class Weights:
                     "model whole"
                 )
         # A quantised or adapted matrix shows its weight when it multiplies the identity.
-        states = embedding(self._model)
+        states = embedding_matrix(self._model)
         unit = torch.eye(shape(module)[1], dtype=states.dtype, device=device_of(module, states.device))
         with forwards_replaced({module: self._forward(name, module)}):
             return (module(unit) - module(torch.zeros_like(unit[:1]))).T

@@ -33,7 +33,7 @@ from reknow.files.schema import Count, Listed, Strict
 from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.generation import decode
-from reknow.model.parts import embedding
+from reknow.model.parts import embedding_matrix
 from reknow.model.tokens import EncodedText, Text
 from reknow.texts.templates import fill, split_template
 from reknow.tracing.known import known_facts
@@ -185,7 +185,7 @@ def trace_prompt(lm: LM, prompt: str, subject: str, std: float, settings: Tracin
     assert row.subject_first is not None and row.subject_last is not None
     place = (row.subject_first, row.subject_last + 1)
     generator = torch.Generator().manual_seed(settings.seed)
-    size = (settings.samples, place[1] - place[0], embedding(lm.model).shape[1])
+    size = (settings.samples, place[1] - place[0], embedding_matrix(lm.model).shape[1])
     answer = read_answer(lm, row)
     runs = Prompt(lm, row, torch.randn(size, generator=generator) * std * settings.noise, answer)
     window = settings.window_of(lm.layers)
