@@ -15,7 +15,7 @@ import torch
 
 from reknow import LM, SERAC, load_cases
 from reknow.memories.nearest import Nearest
-from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
+from reknow.memories.serac.models import ScopeAndCounterfactual
 
 QUESTIONS, RELATIONS, SPREAD, DISTANCE = 200, 34, 0.7, 0.1
 

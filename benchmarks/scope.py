@@ -18,7 +18,7 @@ import torch
 
 from reknow import LM, SERAC, load_cases
 from reknow.memories.embedding import embed_texts
-from reknow.memories.scope_training import ScopeCases
+from reknow.memories.serac.cases import ScopeCases
 
 CASES, HARD, CROSSED = 200, 5, 3
 

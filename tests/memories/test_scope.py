@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from conftest import make_lm, some_patch
-from reknow.memories.scope import AttentionPooling, Cross, StateCache, log_in_scope, scope_loss, token_states
+from reknow.memories.serac.scope import AttentionPooling, Cross, log_in_scope, scope_loss
+from reknow.memories.serac.states import StateCache, token_states
 
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "serac.json").read_text())
 QUESTION = "Where is the capital of Danielle Darrieux ? It is in"

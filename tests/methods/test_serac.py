@@ -14,8 +14,8 @@ from reknow import LM, SERAC, Case, Edit, Patch, Probe
 from reknow.errors import InputError, PatchError
 from reknow.learning.editors import Editor
 from reknow.learning.training import Training
-from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
-from reknow.memories.scope_training import ScopeCases
+from reknow.memories.serac.cases import ScopeCases
+from reknow.memories.serac.models import ScopeAndCounterfactual
 
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]
 NAMES += [f"{a} {b}" for a in ("French", "German", "English") for b in ("Peru", "Apple", "Paris", "Lima", "Zoë")]
@@ -70,6 +70,13 @@ def test_questions_inside_and_outside():
         for text in outside:
             question = text.rsplit(". ", 1)[-1]
             assert edit.subject not in question or own not in question, (edit.text, text)
+
+
+def test_the_counterfactual_model_reads_the_edit_before_the_question():
+    edit = Edit("La capitale de {} :", subject="{input}", target_new="Lima", separator="")
+    paper = SERAC(template="{edit} {answer} {input}")
+    assert paper.prompt_with_edit(edit, "Où ?") == "La capitale de {input} :Lima Où ?"
+    assert SERAC(template="{input} {answer} {edit}").prompt_with_edit(edit, "Où ?") == f"Où ? Lima {edit.text}"
 
 
 def test_training_learns_the_scope(setting):

@@ -6,8 +6,8 @@
 
 The scope classifier p and the counterfactual model h are trained on cases with questions inside and outside the scope
 of an edit, each with its own loss: scope_loss, and the answer's mean −log P. The base model is never touched: h is a
-low-rank change of it, or of another decoder, that is in use only while it answers. What is trained stands in
-`reknow.memories.scope_and_counterfactual`, how in `scope_training`, and the choice of z in `edit_memory`.
+low-rank change of it, or of another decoder, that is in use only while it answers. The parts stand in
+`reknow.memories.serac`: what is trained in `models`, how in `cases` and `learner`, and the choice of z in `memory`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.learned import Learned
 from reknow.learning.training import Learner, Split, Training
 from reknow.memories.base import MemoryMethod, memory_patch, paraphrases, resolve_conflicts
-from reknow.memories.edit_memory import EditMemory
-from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual, TrainedSettings
-from reknow.memories.scope_training import ScopeLearner
+from reknow.memories.serac.learner import LearnerSettings, ScopeLearner
+from reknow.memories.serac.memory import EditMemory
+from reknow.memories.serac.models import ScopeAndCounterfactual, TrainedSettings
 from reknow.model.exact import finite_loss
 from reknow.patching.memory import versions
 from reknow.patching.patches import Patch
@@ -96,15 +96,8 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
         return "serac"
 
     def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
-        return ScopeLearner(
-            ScopeAndCounterfactual(self, lm),
-            lm,
-            cases.train,
-            cases.validation,
-            learning_rate=self.learning_rate,
-            max_questions=self.max_questions,
-            threshold=self.threshold,
-        )
+        settings = LearnerSettings(self.learning_rate, self.max_questions, self.threshold)
+        return ScopeLearner(ScopeAndCounterfactual(self, lm), lm, cases, settings)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits)

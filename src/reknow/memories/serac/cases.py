@@ -1,4 +1,4 @@
-"""Training a scope classifier: what can be asked about an edit inside and outside its scope, and the losses.
+"""What SERAC is trained on: questions inside and outside the scope of an edit.
 
 Paraphrases and other facts come from the cases themselves. What they lack is made from one another, since a data set
 rarely has enough of it: paraphrases borrowed from cases that ask the same of another subject, sentences put in front,
@@ -7,27 +7,21 @@ near neighbours that ask about other subjects, and other questions about the sam
 
 from __future__ import annotations
 
-import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.memories.embedding import embed_texts
 from reknow.memories.nearest import Nearest
-from reknow.memories.scope import StateCache, log_in_scope, scope_loss
-from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
 from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["ScopeCases", "ScopeLearner"]
+__all__ = ["Sample", "ScopeCases"]
 
 _PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
@@ -36,6 +30,16 @@ _SETS, _LEAST_SETS = 16384, 4
 kept and each is read only once."""
 _TRIES = 10
 """Draws of another case before one is given up."""
+
+
+class Sample(NamedTuple):
+    """Edits, and questions drawn for each."""
+
+    edits: list[Edit]
+    inside: list[str]
+    """A question in the scope of each edit."""
+    outside: list[list[str]]
+    """Questions close to each edit and out of its scope, as many for each."""
 
 
 class ScopeCases:
@@ -67,6 +71,16 @@ class ScopeCases:
         for i, case in enumerate(self.cases):
             self._same_prompt[case.edit.prompt].append(i)
         self._near = self._neighbors(lm, neighbors, skipped)
+
+    def sample(self, indices: Sequence[int], rng: random.Random) -> Sample:
+        """One of the sets of questions about each of these edits."""
+        sets = max(_LEAST_SETS, _SETS // len(self.cases))
+        inside, outside = [], []
+        for i in indices:
+            own_rng = random.Random(f"{i}/{rng.randrange(sets)}")
+            inside.append(self.in_scope(i, own_rng))
+            outside.append(self.out_of_scope(i, own_rng))
+        return Sample([self.cases[i].edit for i in indices], inside, outside)
 
     def in_scope(self, i: int, rng: random.Random) -> str:
         """A question that falls in the scope of edit i: its own prompt or a paraphrase."""
@@ -140,78 +154,3 @@ def _templates(case: Case, paraphrases: Sequence[str]) -> list[str]:
 def _words(edit: Edit) -> str:
     """The longest part of the prompt beside the subject."""
     return max(split_template(edit.prompt), key=len).strip().lower()
-
-
-class ScopeLearner:
-    """Draws questions, and trains classifier and counterfactual model on them, each with its own loss.
-
-    Args:
-        max_questions: of a batch, that the counterfactual model learns to answer.
-        threshold: p above which a question counts as in scope, in the validation.
-    """
-
-    def __init__(
-        self,
-        module: ScopeAndCounterfactual,
-        lm: LM,
-        train_cases: Sequence[Case],
-        validation_cases: Sequence[Case],
-        *,
-        learning_rate: float,
-        max_questions: int,
-        threshold: float,
-    ):
-        self.module = module
-        self._states = StateCache(module.states)
-        self._train = ScopeCases(lm, train_cases)
-        self._validation = ScopeCases(lm, validation_cases) if validation_cases else None
-        self._learning_rate, self._max_questions, self._threshold = learning_rate, max_questions, threshold
-
-    def optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.module.parameters(), lr=self._learning_rate)
-
-    def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
-        indices = [self._train.index[case.edit.text] for case in batch]
-        inside, outside, answer = self._read(self._train, indices, rng, self._max_questions)
-        scope = torch.stack([scope_loss(a, b) for a, b in zip(inside, outside, strict=True)]).sum()
-        return scope + answer, {"scope": scope.item(), "answer": answer.item()}
-
-    @torch.no_grad()
-    def validate(self, cases: Sequence[Case]) -> dict[str, float]:
-        assert self._validation is not None
-        inside, outside, answer = self._read(self._validation, range(len(cases)), random.Random(0), len(cases))
-        limit = math.log(self._threshold)
-        scope = sum(float(scope_loss(a, b)) for a, b in zip(inside, outside, strict=True))
-        return {
-            "loss": scope + float(answer),
-            "in_scope": float((inside[-1] > limit).float().mean()),
-            "out_of_scope": float((outside[-1] <= limit).float().mean()),
-            "answer": float(answer),
-        }
-
-    def _read(
-        self, cases: ScopeCases, indices: Sequence[int], rng: random.Random, max_questions: int
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """log p of pairs inside and outside a scope, for each classifier, and the first answers' mean −log P."""
-        edits = [cases.cases[i].edit for i in indices]
-        sets = max(_LEAST_SETS, _SETS // len(cases.cases))
-        rngs = [random.Random(f"{i}/{rng.randrange(sets)}") for i in indices]
-        inside = [cases.in_scope(i, own_rng) for i, own_rng in zip(indices, rngs, strict=True)]
-        outside = [text for i, own_rng in zip(indices, rngs, strict=True) for text in cases.out_of_scope(i, own_rng)]
-        count, hard = len(edits), len(outside) // len(edits)
-        tokens, mask = self._states([*(edit.text for edit in edits), *inside, *outside])
-        vectors = self.module.scope((tokens, mask))
-        log_p = log_in_scope(vectors[count:], vectors[:count], cosine=self.module.cosine)  # (questions, edits)
-        own = torch.arange(count, device=log_p.device)
-        # As many questions of other cases as hard ones, so that either half of the mean counts the same.
-        easy = [log_p[own, (own + shift) % count] for shift in range(1, min(hard, count - 1) + 1)]
-        apart = log_p[count:].view(count, hard, count)[own, :, own].flatten()
-        log_inside, log_outside = [log_p[own, own]], [torch.cat([apart, *easy])]
-        if self.module.cross is not None:
-            which = torch.cat([own, own.repeat_interleave(hard), (own + 1) % count])
-            asked = torch.cat([count + own, torch.arange(2 * count, len(tokens), device=own.device), count + own])
-            judged = self.module.cross((tokens[which], mask[which]), (tokens[asked], mask[asked]))
-            log_inside.append(judged[:count])
-            log_outside.append(judged[count:])
-        answered = list(zip(edits, inside, strict=True))[:max_questions]
-        return log_inside, log_outside, self.module.answer_loss(answered)

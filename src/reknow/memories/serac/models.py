@@ -20,7 +20,8 @@ from reknow.checks.bounds import Formerly, Name, Number, Rank, check_settings
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.loop import seeded
-from reknow.memories.scope import TEXTS, AttentionPooling, Cross, log_in_scope, token_states
+from reknow.memories.serac.scope import AttentionPooling, Cross, log_in_scope
+from reknow.memories.serac.states import TEXTS, token_states
 from reknow.model.hooks import forwards_replaced
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
@@ -47,7 +48,8 @@ class TrainedSettings:
     counterfactual: Name | None = None
     """Folder or name of a decoder with the same tokenizer that answers in scope; None: the base model itself."""
     template: str = "Fact: {edit} {answer}. {input}"
-    """What the counterfactual model reads; the paper: `{edit} {answer} {input}`."""
+    """What the counterfactual model reads; the paper: `{edit} {answer} {input}`. An answer right behind the edit's
+    prompt, as there, follows it as the edit's separator says: without a space where the language has none."""
     embedding_size: Annotated[Rank, Formerly("size")] = 64
     """How many numbers a learned vector has; a multiple of `pooling_queries`."""
     pooling_queries: Annotated[Number, Formerly("queries")] = 4
@@ -74,11 +76,11 @@ class TrainedSettings:
         names = (field.name for field in fields(TrainedSettings))
         return next((name for name in names if getattr(self, name) != getattr(other, name)), None)
 
-    def question(self, edit: Edit, text: str) -> str:
-        """What the counterfactual model reads to answer `text` as the edit says."""
-        template = self.template.replace("{edit} {answer}", "{stated}")
-        stated = edit.answered(edit.text, edit.target_new)
-        return template.format(edit=edit.text, answer=edit.target_new, stated=stated, input=text)
+    def prompt_with_edit(self, edit: Edit, question: str) -> str:
+        """What the counterfactual model reads to answer the question as the edit says."""
+        statement = edit.answered(edit.text, edit.target_new)
+        parts = {"{edit} {answer}": statement, "{edit}": edit.text, "{answer}": edit.target_new, "{input}": question}
+        return re.sub("|".join(map(re.escape, parts)), lambda found: parts[found[0]], self.template)
 
 
 class ScopeAndCounterfactual(nn.Module):
@@ -96,7 +98,7 @@ class ScopeAndCounterfactual(nn.Module):
 
     def __init__(self, settings: TrainedSettings, lm: LM, tensors: dict[str, Tensor] | None = None):
         super().__init__()
-        self.question = settings.question
+        self.prompt_with_edit = settings.prompt_with_edit
         self.states = token_states(lm, settings.encoder)
         self.counterfactual_lm = answers = _counterfactual_model(lm, settings.counterfactual)
         self.digests = [self.states.digest, None if answers is lm else answers.fingerprint.digest]
@@ -147,7 +149,7 @@ class ScopeAndCounterfactual(nn.Module):
     def answer_loss(self, questions: Sequence[tuple[Edit, str]]) -> Tensor:
         """Mean −log P of the tokens of the edits' answers, under the counterfactual model that reads each edit before
         a question; a scalar with gradients."""
-        texts = [Text.asked(edit, self.question(edit, question)) for edit, question in questions]
+        texts = [Text.asked(edit, self.prompt_with_edit(edit, question)) for edit, question in questions]
         nll = []
         with self.counterfactual() as lm:
             for batch in _batches(texts):

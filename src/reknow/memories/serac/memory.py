@@ -18,7 +18,7 @@ from torch import Tensor
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.memories.nearest import Nearest
-from reknow.memories.scope_and_counterfactual import ScopeAndCounterfactual
+from reknow.memories.serac.models import ScopeAndCounterfactual
 from reknow.patching.memory import Route
 from reknow.patching.patches import Patch
 from reknow.registry import make
@@ -73,7 +73,7 @@ class EditMemory:
         routes: list[Route | None] = []
         for i, log_p, prompt in zip(*self.scopes(prompts), prompts, strict=True):
             in_scope = log_p > math.log(self._method.threshold)
-            routes.append((self.modules, self.modules.question(self.edits[i], prompt)) if in_scope else None)
+            routes.append((self.modules, self.modules.prompt_with_edit(self.edits[i], prompt)) if in_scope else None)
         return routes
 
     def scopes(self, prompts: Sequence[str]) -> tuple[list[int], list[float]]:
