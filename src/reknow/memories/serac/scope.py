@@ -1,6 +1,7 @@
 """SERAC's scope classifiers: does a question fall in the scope of an edit? (Mitchell et al. 2022, arXiv 2206.06520)
 
-* `AttentionPooling`: a vector for each text alone, p = exp(−‖a − b‖²) or exp(cos − 1), so that stored edits can be searched;
+* `AttentionPooling`: a vector for each text alone, p = exp(−‖a − b‖²) or exp(cos − 1), so that stored edits can be
+  searched;
 * `Cross`: the two texts together, p = σ(logit), once for every pair.
 
 Either reads the states of a text's tokens (`reknow.memories.serac.states`), and learns what to take from them.
