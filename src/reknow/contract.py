@@ -16,6 +16,7 @@ from reknow.checks.bounds import check_settings
 from reknow.edits import Edit, refuse_contradictions
 from reknow.errors import EditFailed, InputError
 from reknow.model.exclusive import exclusively
+from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, delta_tensors
 from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint, PatchKind
@@ -36,6 +37,8 @@ class Method(ABC):
     """What its patches are."""
     state_spec: ClassVar[StateSpec | None] = None
     """What its patches keep besides ΔW, which is checked when one is read; None: anything that is finite."""
+    needs_knowledge: ClassVar[bool] = False
+    """Whether it builds on what a model knows or understands, so that a random one need not follow its edits."""
 
     def __init_subclass__(cls, **options: Any):
         """What works on the model has it for itself; see `reknow.model.exclusive`."""
@@ -93,24 +96,22 @@ class Method(ABC):
 
 
 @typed
-def check_edits(method: Method, edits: Edit | Sequence[Edit]) -> list[Edit]:
-    """The edits as a list.
-
-    Raises InputError where there are none, EditRefused for one that contradicts another or cannot be made.
-    """
+def check_edits(method: Method, edits: Edit | Sequence[Edit], lm: LM | None = None) -> list[Edit]:
+    """The edits as a list; raises InputError where there are none, EditRefused for one that contradicts another or
+    cannot be made, TextRefused for one that is longer than what `lm` has positions for."""
     edits = [edits] if isinstance(edits, Edit) else list(edits)
     if not edits:
         raise InputError(f"expected at least one edit for {method.name}; got none: give an Edit")
     refuse_contradictions(edits)
     method.check(edits)
+    if lm is not None:
+        lm.check_length(lm.encode([Text.asked(edit) for edit in edits]))
     return edits
 
 
 def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
-    """The patch of a finished computation on `lm` as it is now; `rest` are other fields of `Patch`.
-
-    Raises EditFailed where a number is not finite, so that nothing is handed out.
-    """
+    """The patch of a finished computation on `lm` as it is now; `rest` are other fields of `Patch`. Raises EditFailed
+    where a number is not finite, so that nothing is handed out."""
     settings, made_on = asdict(method), tuple(patch.id for patch in lm.patches)  # type: ignore[call-overload]
     patch = Patch(method.name, settings, tuple(edits), deltas, lm.fingerprint, made_on, version=__version__, **rest)
     for name, tensor in (delta_tensors(deltas) | patch.state).items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import tempfile
 from dataclasses import fields, replace
 from functools import cache
@@ -17,8 +18,9 @@ from conftest import alone, bits, make_lm, same
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from learned import is_learned, trained
 from reknow import IKE, LM, METHODS, Case, Edit, Patch, Probe, method
+from reknow.contract import check_edits
 from reknow.editing.search import SearchSettings
-from reknow.errors import EditFailed, InputError, ModelError, ReknowError
+from reknow.errors import EditFailed, EditRefused, InputError, ModelError, ReknowError
 from reknow.memories.base import MemoryMethod
 from reknow.methods import Method
 
@@ -30,8 +32,6 @@ RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
 """The subject stands at the end, where it can steer even a random model, and the answer is one token."""
 OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
-MAY_MISS = {"kn", "kn-erase", "ike", "ike-easyedit", "ike-zero", "serac"}
-"""Knowledge neurons of a random model know nothing, and it follows no context."""
 
 
 def quick(name: str, lm: LM, **changes) -> Method:
@@ -116,7 +116,7 @@ def test_contract(models, name, family, tmp_path):
     try:
         edited, said = bits(lm), answers(lm)
         assert same(edited, before) == in_memory(name) and said != plain
-        if name not in MAY_MISS:
+        if not editor.needs_knowledge:
             assert nll(lm, EDIT) < answer - 1, "the answer gains more than a factor of e"
     finally:
         lm.revert(patch)
@@ -131,11 +131,12 @@ def test_contract(models, name, family, tmp_path):
 def test_two_edits_in_one_call(models, name):
     lm = models["llama"]
     before = [nll(lm, edit) for edit in (EDIT, OTHER)]
-    patch = quick(name, lm).edit(lm, [EDIT, OTHER])
+    editor = quick(name, lm)
+    patch = editor.edit(lm, [EDIT, OTHER])
     assert patch.edits == (EDIT, OTHER)
     with lm.patched(patch):
         after = [nll(lm, edit) for edit in (EDIT, OTHER)]
-    if name not in MAY_MISS:
+    if not editor.needs_knowledge:
         assert all(a < b - 0.5 for a, b in zip(after, before, strict=True)), (before, after)
 
 
@@ -164,7 +165,7 @@ def test_an_edit_on_top_of_another(models, name):
         assert second.made_on == (first.id,)
         answer = nll(lm, EDIT)
         with lm.patched(second):
-            if name not in MAY_MISS:
+            if not editor.needs_knowledge:
                 assert nll(lm, EDIT) < answer - 0.5
 
 
@@ -187,11 +188,11 @@ def test_memories_generate_as_they_score(models, name, family):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
     lm = LM((tiny_model("llama").to(dtype), tiny_tokenizer(bos=True)))
-    before, answer = bits(lm), nll(lm, EDIT)
-    patch = quick(name, lm).edit(lm, [EDIT])
+    editor, before, answer = quick(name, lm), bits(lm), nll(lm, EDIT)
+    patch = editor.edit(lm, [EDIT])
     assert same(bits(lm), before)
     with lm.patched(patch):
-        if name not in MAY_MISS:
+        if not editor.needs_knowledge:
             assert nll(lm, EDIT) < answer - 0.5
     assert same(bits(lm), before)
 
@@ -211,17 +212,36 @@ def test_bad_requests_are_refused_at_the_door(models, name):
         method(name, no_such_setting=1)
 
 
-def test_a_subject_is_asked_for_where_it_is_needed(models, name):
+def test_an_edit_without_a_subject_is_made_or_refused_before_the_model_is_there(models, name):
     lm = models["gpt2"]
-    bare = Edit("The capital of Peru is", target_new="of")
+    bare, editor = Edit("The capital of Peru is", target_new="of"), quick(name, lm)
     try:
-        patch = quick(name, lm).edit(lm, [bare])
-    except InputError as error:
-        assert "needs a subject" in str(error)
-        takes_any = ("ft-l", "ft-m", "ft-t", "locft-bf", "lora", "adalora", "ice")
-        assert name not in takes_any and not is_learned(name) and not in_memory(name)
+        check_edits(editor, bare)
+    except EditRefused as refused:
+        assert "needs a subject" in str(refused) and refused.edit == bare
+        with pytest.raises(EditRefused, match="needs a subject"):
+            editor.edit(lm, [bare])
     else:
-        assert patch.edits == (bare,)
+        assert editor.edit(lm, [bare]).edits == (bare,)
+
+
+def test_an_edit_that_contradicts_the_memory_replaces_what_is_stored_or_is_refused(models, name):
+    if not in_memory(name):
+        pytest.skip("weights hold no edits")
+    lm = models["llama"]
+    editor, opposite = quick(name, lm), replace(EDIT, target_new="in")
+    assert isinstance(editor, MemoryMethod)
+    refusing = type(editor)(**vars(editor) | {"conflict": "refuse"})
+    with lm.patched(editor.edit(lm, [EDIT, OTHER])):
+        with pytest.raises(EditRefused, match="is stored as 'of', got 'in': rebuild without the old edit"):
+            refusing.edit(lm, [opposite])
+        assert refusing.edit(lm, [EDIT]).notes["conflicts"] == []
+        update = editor.edit(lm, [opposite])
+        assert update.notes["conflicts"] == [{"prompt": EDIT.text, "old": "of", "new": "in"}]
+        before = nll(lm, opposite)
+        with lm.patched(update):
+            if not editor.needs_knowledge:
+                assert nll(lm, opposite) < before - 0.5
 
 
 GONE, NONE = "layer from 0 to 2", "layers? as .*int"
@@ -270,16 +290,18 @@ def test_searches_refuse_rates_below_zero_and_what_is_no_probability():
 def test_weights_that_broke_give_no_patch(name):
     """NaN in the model: an error of the library, no patch, and the model as it was found.
 
-    A method that reads logits meets no numbers there and says so of the model, others of what they computed.
+    A method that reads logits meets no numbers there and says so of the model, others of what they computed. A patch
+    that nothing of the broken matrix went into is the one of the whole model.
     """
     lm = make_lm("gpt2")
     lm.fingerprint  # noqa: B018, taken while the model was whole
     editor = quick(name, lm)
     lm.weight(lm.parts.value[1])[0, 0] = torch.nan
     before = bits(lm)
-    with pytest.raises(ReknowError) as failure:
-        editor.edit(lm, [EDIT])
-    assert isinstance(failure.value, (EditFailed, InputError, ModelError)), failure.value
+    try:
+        assert editor.edit(lm, [EDIT]).id == editor.edit(make_lm("gpt2"), [EDIT]).id
+    except ReknowError as failure:
+        assert isinstance(failure, (EditFailed, InputError, ModelError)), failure
     assert same(bits(lm), before) and lm.patches == ()
 
 
@@ -288,7 +310,8 @@ def test_the_table_names_what_it_makes():
         if name != "qlora":
             made = method(name)
             assert made.name == name and type(made) is entry.method
-        assert "arXiv" in entry.paper or "doi" in entry.paper.lower()
+        published = bool(re.search(r"\b(19|20)\d\d\b", entry.paper))  # one that has a year has an address
+        assert published == ("arXiv" in entry.paper or "doi" in entry.paper.lower()) and entry.paper
     with pytest.raises(InputError, match="Did you mean 'rome'"):
         method("rmoe")
     with pytest.raises(InputError, match="Did you mean 'steps'"):

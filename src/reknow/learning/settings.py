@@ -60,7 +60,7 @@ class MatrixEditor(Learned):
         """What the network makes of the edits, by the settings and tensors that `load_trained` gave."""
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         trained, tensors = self.load_trained(lm)
         with torch.no_grad():
             deltas, loss = self.transform(lm, edits, trained, tensors)

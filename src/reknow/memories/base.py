@@ -2,7 +2,7 @@
 
     prepare         checks the edits and finds the place, the versions stored there, and conflicts with them
     train_beside    learns what hooks add to the model until it gives the answers
-    memory_patch    makes what was learned the next version of the memory
+    memory_patch    makes what was learned the next version of the memory, and notes conflicts if nobody has
 
 Settings that the memories beside a matrix share stand here too.
 """
@@ -102,7 +102,7 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int =
         InputError: no edits, or a layer that the model lacks; or the memory stands elsewhere.
         EditRefused: see `check_edits` and `resolve_conflicts`.
     """
-    edits = check_edits(method, edits)
+    edits = check_edits(method, edits, lm)
     resolved = resolve_conflicts(method, conflicts(method, lm, edits))
     layer = method.chosen_layer(lm)
     modules = list(lm.parts.value[layer : layer + span])
@@ -166,13 +166,35 @@ def paraphrases(edit: Edit) -> list[str]:
     return [edit.text, *map(edit.fill, edit.rephrasings)]
 
 
-def memory_patch(method: MemoryMethod, lm: LM, edits: Sequence[Edit], state: dict[str, Tensor], **rest) -> Patch:
-    """The next version of the method's memory on `lm`: what these edits add; `rest` are `memory` and `notes`.
+def memory_patch(
+    method: MemoryMethod,
+    lm: LM,
+    edits: Sequence[Edit],
+    state: dict[str, Tensor],
+    *,
+    memory: dict[str, Any] | None = None,
+    notes: dict[str, Any] | None = None,
+) -> Patch:
+    """The next version of the method's memory on `lm`: what these edits add.
+
+    Args:
+        state: the version's tensors.
+        memory: what it knows besides, as JSON values: its `VersionFields`.
+        notes: what its maker tells about it; `conflicts` are found here where a method has not found them before.
 
     Raises:
         EditFailed: a tensor is not finite, so nothing is handed out.
+        EditRefused: see `resolve_conflicts`.
     """
+    notes = notes or {}
+    if "conflicts" not in notes:
+        notes = {"conflicts": resolve_conflicts(method, conflicts(method, lm, edits)), **notes}
     state = {name: tensor.cpu() for name, tensor in state.items()}
     stored = versions(lm.patches, method.name)
-    follows = stored[-1].id if stored else None
-    return make_patch(method, lm, edits, deltas={}, state=state, kind=method.kind, follows=follows, **rest)
+    about = {
+        "kind": method.kind,
+        "follows": stored[-1].id if stored else None,
+        "memory": memory or {},
+        "notes": notes,
+    }
+    return make_patch(method, lm, edits, deltas={}, state=state, **about)

@@ -70,7 +70,7 @@ class AlphaEdit(SearchSettings):
         return "alphaedit-blue" if self.boundary_layers else "alphaedit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         layers = resolve_layers(lm, self.layers)
         if self.boundary_layers:
             layers = sorted({layers[0], layers[-1]})

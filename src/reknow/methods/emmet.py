@@ -49,7 +49,7 @@ class EMMET(SearchSettings):
         return "emmet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         layer = resolve_layer(lm, self.layer)
         prefixes = self.contexts(lm)
         found = find_values(lm, edits, layer, prefixes, self)

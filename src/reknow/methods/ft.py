@@ -69,7 +69,7 @@ class FT(StepSize, Method):
         return "locft-bf" if self.breadth_first else _NAMES[self.loss]
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layers = check_edits(self, edits), self._layers(lm)
+        edits, layers = check_edits(self, edits, lm), self._layers(lm)
         if len(edits) == 1 and is_addition(lm, layers):
             return self.edit_each(lm, edits)[0]
         matrices = TrainableMatrices(lm, [lm.parts.value[layer] for layer in layers], self)
@@ -87,7 +87,7 @@ class FT(StepSize, Method):
         return make_patch(self, lm, edits, matrices.deltas(), notes=notes)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits, layers = [check_edits(self, edit)[0] for edit in edits], self._layers(lm)
+        edits, layers = [check_edits(self, edit, lm)[0] for edit in edits], self._layers(lm)
         if not is_addition(lm, layers):
             return super().edit_each(lm, edits)
         (layer,), rows = layers, self._rows(lm, edits)

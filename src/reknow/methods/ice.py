@@ -115,7 +115,7 @@ class ICE(StepSize, Method):
         return "ice"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, size = check_edits(self, edits), self.batch_size
+        edits, size = check_edits(self, edits, lm), self.batch_size
         layers = resolve_layers(lm, self.layers, _LAYERS)
         matrices = TrainableMatrices(lm, [lm.parts.value[layer] for layer in layers], self)
         parts = [edits[i : i + size] for i in range(0, len(edits), size)]

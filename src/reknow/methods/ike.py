@@ -57,6 +57,7 @@ class IKE(MemoryMethod):
     """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
 
     kind: ClassVar[PatchKind] = "prompt"
+    needs_knowledge: ClassVar[bool] = True
     state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 edits features"}, VersionFields)
 
     demonstrations: Natural = 32
@@ -100,7 +101,7 @@ class IKE(MemoryMethod):
         return replace(self, cases=str(write_text(out, lines)))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         notes: dict[str, Any] = {"conflicts": resolve_conflicts(self, conflicts(self, lm, edits))}
         prompts = [question_head(edit) + edit.text for edit in edits]
         lm.check_length(lm.encode([Text.asked(edit, text) for edit, text in zip(edits, prompts, strict=True)]))

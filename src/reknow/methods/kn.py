@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ _Neuron = tuple[int, int]
 class KN(Method):
     """Editing or erasing the slots of a fact's knowledge neurons, one fact after the other."""
 
+    needs_knowledge: ClassVar[bool] = True
+
     erase: bool = False
     """Set the slots to 0 instead of moving them from the old answer to the new."""
     steps: Number = 20
@@ -66,7 +68,7 @@ class KN(Method):
         return "kn-erase" if self.erase else "kn"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         patches = []
         with lm.restored_afterwards():
             for edit in edits:

@@ -78,7 +78,7 @@ class LoRA(Method):
                 f"expected a model without adapters, since {self.name} puts its own into it; {lm.name} carries some: "
                 "merge them, model.merge_and_unload(), or use another method"
             )
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         layers = resolve_layers(lm, self.layers)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         lm.check_length(rows)

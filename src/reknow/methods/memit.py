@@ -39,7 +39,7 @@ class MEMIT(BandSettings):
         return "memit-merge" if self.merge_subjects else "memit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         layers = resolve_layers(lm, self.layers)
         found = find_values(lm, edits, layers[-1], self.contexts(lm), self)
         return self.distribute_residual(lm, edits, layers, found)

@@ -51,7 +51,7 @@ class PMET(BandSettings):
         return "pmet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         layers = resolve_layers(lm, self.layers)
         found = find_values(lm, edits, layers[-1], self.contexts(lm), self)
         return self.distribute_residual(lm, edits, layers, found)

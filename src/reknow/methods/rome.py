@@ -55,7 +55,7 @@ class ROME(SearchSettings):
         return "r-rome" if self.average_keys else "rome"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         patches = []
         with lm.restored_afterwards():
             for edit in edits:
@@ -64,7 +64,7 @@ class ROME(SearchSettings):
         return patches[0] if len(patches) == 1 else merge(patches)
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits = [check_edits(self, edit)[0] for edit in edits]
+        edits = [check_edits(self, edit, lm)[0] for edit in edits]
         layer = resolve_layer(lm, self.layer)
         found = find_values(lm, edits, layer, self.contexts(lm), self)
         mean_key = exact(found.mean_key)  # (edits, in)

@@ -56,6 +56,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
     """An edit memory with a scope classifier and a counterfactual model, both trained. Needs no subject."""
 
     kind: ClassVar[PatchKind] = "router"
+    needs_knowledge: ClassVar[bool] = True
     state_spec: ClassVar[StateSpec] = StateSpec(
         {
             "keys": "float32 texts embedding_size",
@@ -100,7 +101,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
         return ScopeLearner(ScopeAndCounterfactual(self, lm), lm, cases, settings)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         stored = versions(lm.patches, self.name)
         trained = self._trained(lm, stored)
         modules = ScopeAndCounterfactual(self, lm, trained)

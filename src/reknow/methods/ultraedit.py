@@ -77,7 +77,7 @@ class UltraEdit(Method):
         return Footprint(self._layers(lm), takes_gradient=True)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits)
+        edits = check_edits(self, edits, lm)
         layers = self._layers(lm)
         parts = [[name] for name in lm.parts.value] if self.matrices == "value" else lm.parts.mlp_in
         names = [name for layer in layers for name in parts[layer]]
