@@ -1,5 +1,4 @@
-"""IKE: the edit stands in the prompt, behind demonstrations of how to follow one.
-(Zheng et al. 2023, arXiv 2305.12740)
+"""IKE: Can We Edit Factual Knowledge by In-Context Learning? Zheng et al. 2023, arXiv 2305.12740.
 
     P(answer | d_1 … d_k, f, question)        d_i: another fact, a question about it, and its answer; f: the edit
 
@@ -119,8 +118,8 @@ class IKE(MemoryMethod):
     def _choose(self, lm: LM, edits: Sequence[Edit]) -> list[list[str]]:
         """Demonstrations for each edit, in the order in which they stand in the prompt."""
         cases, vectors = self._pool(lm)
-        heads = ["" if self.demonstration_mix is not None else question_head(edit) for edit in edits]
-        queries = [head + edit.text for head, edit in zip(heads, edits, strict=True)]
+        mixed = self.demonstration_mix is not None
+        queries = [edit.text if mixed else question_head(edit) + edit.text for edit in edits]
         _, indices = Nearest(vectors).search(embed_texts(lm, queries, self.encoder), len(vectors))
         chosen = []
         for edit, order in zip(edits, indices.tolist(), strict=True):
