@@ -76,8 +76,9 @@ def published(row: str, model: Decoder | str | None = None, source: str | None =
     # TOML has no null.
     settings = {key: None if value == "none" else deepcopy(value) for key, value in fields.items()}
     training = {key: value for table in tables for key, value in table.get("training", {}).items()}
-    sources, notes = _texts([*specific, *tables], "source", name), _texts(tables, "note", name)
-    return Published(row, name, settings, training, sources, notes)
+    notes = {topic: text for table in tables for topic, text in table.get("note", {}).items()}
+    sources = _texts([*specific, *tables], "source", name)
+    return Published(row, name, settings, training, sources, tuple(filter(None, notes.values())))
 
 
 def holds_for_any(row: str) -> bool:

@@ -43,6 +43,23 @@ def test_every_table_makes_a_method_and_has_a_source(row, model, by):
         assert method(f"{row}-paper:{model}").resolve(None) == method(row, **found.settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("row", "model", "by"), CASES)
+def test_no_note_is_about_a_setting_that_went_over_its_own(row, model, by):
+    tables = [t for t in _tables(row) if model in t.get("models", [model]) and t.get("by") in (None, by)]
+    known = {field.name for field in fields(METHODS[row].method)}
+    for topic in known & {topic for table in tables for topic in table.get("note", {})}:
+        noted = max(i for i, table in enumerate(tables) if topic in table.get("note", {}))
+        assert not [table for table in tables[noted + 1 :] if topic in table], topic
+
+
+def test_notes_speak_of_the_model():
+    llama, xl = (" ".join(published("rome", name).notes) for name in ("llama-2-7b", "gpt2-xl"))
+    assert "3 and 8 are new" in llama and "4 and 9" not in llama
+    assert "C is the identity" in llama and "100,000 articles" not in llama
+    assert "4 and 9 are new" in xl and "100,000 articles" in xl
+    assert "BERT" not in " ".join(published("kn", "gpt2-xl").notes)
+
+
 def test_rome_is_the_authors():
     rome = ROME.paper("gpt2-xl")
     assert (rome.layer, rome.learning_rate, rome.weight_decay, rome.clamp, rome.steps) == (17, 0.5, 0.5, 4.0, 20)
@@ -75,6 +92,9 @@ def test_another_source_may_be_asked_for():
     assert ROME.paper("gpt2-xl", source="EasyEdit").covariance_tokens == 0
     assert ROME.paper("gpt2-xl", source="zjunlp/EasyEdit").covariance_tokens == 0
     assert ROME.paper("gpt2-xl", source="kmeng01") == ROME.paper("gpt2-xl")
+    assert ROME.paper("llama-3-8b", source="alphaedit") == ROME.paper("llama-3-8b")
+    assert published("rome", "llama-3-8b", "alphaedit").source.startswith("AlphaEdit's baseline")
+    assert published("rome", "llama-3-8b").source.startswith("zjunlp/EasyEdit")
     assert ROME.paper("llama-2-7b", source="EasyEdit") == ROME.paper("llama-2-7b")  # there is no other
     assert FT.paper("llama-2-7b", source="ice").layer == (4, 5, 6, 7, 8)
     with pytest.raises(InputError, match=r"expected a source .* got easyedit: there are MEMIT's baseline"):
