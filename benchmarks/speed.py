@@ -37,7 +37,7 @@ from reknow.editing.papers_layers import band_around
 from reknow.editing.search import SearchSettings
 from reknow.edits import Case
 from reknow.evaluation.metrics import case_metrics
-from reknow.evaluation.probing import read
+from reknow.evaluation.probing import read_cases
 from reknow.model.generation import sample
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
@@ -90,12 +90,12 @@ class Quality:
 
     def __init__(self, lm: LM, cases: Sequence[Case]):
         self._lm = lm
-        self._before = dict(zip(cases, read(lm, cases, fluency=False), strict=True))
+        self._before = dict(zip(cases, read_cases(lm, cases, fluency=False), strict=True))
         self._found: dict[str, list[dict]] = {}
 
     def add(self, label: str, patch: Patch, cases: Sequence[Case]) -> None:
         with self._lm.patched(patch):
-            after = read(self._lm, cases, fluency=False)
+            after = read_cases(self._lm, cases, fluency=False)
         for case, now in zip(cases, after, strict=True):
             self._found.setdefault(label, []).append(case_metrics(now, self._before[case]))
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from easyedit import EasyEdit
 from reknow import LM, load_cases
 from reknow.edits import Case
-from reknow.evaluation.probing import SAMPLED_TOKENS, SAMPLED_TOP_K, read
+from reknow.evaluation.probing import SAMPLED_TOKENS, SAMPLED_TOP_K, read_cases
 from reknow.model.tokens import Text
 from speed_work import timed
 
@@ -34,7 +34,7 @@ def evaluation(lm: LM, theirs: EasyEdit, count: int = 100) -> dict:
     one_by_one = sum(timed(lambda case=case: score(lm, case))[1] for case in cases)
     _, sampled = timed(lambda: lm.generate(heads, room, top_k=SAMPLED_TOP_K))
     their_sampled = theirs.fluency(few)
-    _, everything = timed(lambda: read(lm, cases, fluency=False))
+    _, everything = timed(lambda: read_cases(lm, cases, fluency=False))
     hits = iter(scores)
     differ = 0.0
     for case, one in zip(few, found, strict=True):

@@ -316,14 +316,14 @@ def test_run_folders(part, run, tmp_path):
 
 @pytest.mark.parametrize("part", ["json", "patch"])
 def test_what_a_run_keeps_of_its_edits_is_made_again(part, run, tmp_path):
-    from reknow.evaluation.editing import edit_once
+    from reknow.evaluation.attempts import attempt
 
     lm, kept = model(), tmp_path / "000000.patch"
-    edit_once(lm, FT(layer=2, steps=1), [EDIT], kept)
+    attempt(lm, FT(layer=2, steps=1), [EDIT], kept)
     file = kept.with_suffix(f".{part}")
 
     def read() -> None:
-        found = edit_once(lm, FT(layer=2, steps=1), [EDIT], kept)
+        found = attempt(lm, FT(layer=2, steps=1), [EDIT], kept)
         if part == "patch":
             assert found.patch is not None and found.patch.edits == (EDIT,)
         assert len(found.costs) == 1

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from typing_extensions import Self
@@ -95,6 +95,22 @@ class Method(ABC):
         return None
 
 
+def field_values(method: Method) -> dict[str, Any]:
+    """The method's fields by name."""
+    return asdict(cast(Any, method))  # every concrete method is a dataclass
+
+
+def method_settings(method: Method) -> dict[str, Any]:
+    """Name and fields, from which `make` of `reknow.registry` gives the method again."""
+    return {"name": method.name, **field_values(method)}
+
+
+def with_seed(method: Method, seed: int) -> Method:
+    """The method with this seed, where it has one."""
+    seeded = any(field.name == "seed" for field in fields(cast(Any, method)))
+    return replace(cast(Any, method), seed=seed) if seeded else method
+
+
 @typed
 def check_edits(method: Method, edits: Edit | Sequence[Edit], lm: LM | None = None) -> list[Edit]:
     """The edits as a list; raises InputError where there are none, EditRefused for one that contradicts another or
@@ -112,7 +128,7 @@ def check_edits(method: Method, edits: Edit | Sequence[Edit], lm: LM | None = No
 def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
     """The patch of a finished computation on `lm` as it is now; `rest` are other fields of `Patch`. Raises EditFailed
     where a number is not finite, so that nothing is handed out."""
-    settings, made_on = asdict(method), tuple(patch.id for patch in lm.patches)  # type: ignore[call-overload]
+    settings, made_on = field_values(method), tuple(patch.id for patch in lm.patches)
     patch = Patch(method.name, settings, tuple(edits), deltas, lm.fingerprint, made_on, version=__version__, **rest)
     for name, tensor in (delta_tensors(deltas) | patch.state).items():
         if not bool(torch.isfinite(tensor).all()):

@@ -17,7 +17,7 @@ from reknow.checks.bounds import Name, Number, Part, Rate, Share, check_settings
 from reknow.cli import app
 from reknow.cli.settings import build_method, read_value
 from reknow.errors import InputError
-from reknow.evaluation.runner import Plan
+from reknow.evaluation.plan import Plan
 from reknow.instructions.search import Search
 from reknow.learning.training import Training
 from reknow.studies.instructedit.editors import Budget

@@ -15,7 +15,7 @@ from reknow.cli import app
 from reknow.datasets import load_cases
 from reknow.errors import EditFailed, EditRefused, InputError, TextRefused
 from reknow.evaluation import Plan, Results, bench, evaluate
-from reknow.evaluation.editing import edit_once
+from reknow.evaluation.attempts import attempt
 from reknow.learning.editors import Editor, case_keys
 from reknow.model.tokens import Text
 from reknow.report.page import write_report
@@ -107,9 +107,9 @@ def test_an_edit_that_is_too_long_behind_a_prefix_does_not_cost_the_batch_its_pa
     lm, method = make_lm(), replace(SUBJECTS, context_groups=((2, 20),))
     short, long = ask("{} speaks", subject="Zoë").edit, ask("{} has" + " Peru" * 37, subject="Apple").edit
     lm.check_length(lm.encode([Text(edit.text, edit.target_new) for edit in (short, long)]))
-    patch, costs = edit_once(lm, method, [long, short])
+    patch, costs = attempt(lm, method, [long, short])
     assert patch is not None and patch.edits == (short,)
-    assert costs[0]["error"].startswith("expected texts of at most 128 tokens") and costs[1]["error"] is None
+    assert costs[0].error.startswith("expected texts of at most 128 tokens") and costs[1].error is None
 
 
 def test_an_edit_that_breaks_down_by_itself_is_named_to_the_batch():
@@ -123,9 +123,9 @@ def test_an_edit_that_breaks_down_by_itself_is_named_to_the_batch():
 
 def test_costs_that_earlier_versions_kept_for_a_whole_patch_are_read(tmp_path):
     lm, edits = make_lm(), [THREE[0].edit, THREE[2].edit]
-    patch, costs = edit_once(lm, QUICK, edits, tmp_path / "000000.patch")
-    (tmp_path / "000000.json").write_text(json.dumps(costs[0]), encoding="utf-8")
-    loaded, read = edit_once(lm, QUICK, edits, tmp_path / "000000.patch")
+    patch, costs = attempt(lm, QUICK, edits, tmp_path / "000000.patch")
+    (tmp_path / "000000.json").write_text(json.dumps(costs[0].to_json()), encoding="utf-8")
+    loaded, read = attempt(lm, QUICK, edits, tmp_path / "000000.patch")
     assert loaded.id == patch.id and read == [costs[0]] * 2
 
 

@@ -380,19 +380,19 @@ def test_a_run_folder_is_refused_with_file_and_place(part, text, said, run, tmp_
 
 
 def test_kept_edits_that_are_damaged_or_of_others_are_made_again(tmp_path):
-    from reknow.evaluation.editing import edit_once
+    from reknow.evaluation.attempts import attempt
 
     lm, fast, file = make_lm("gpt2"), FT(layer=2, steps=1), tmp_path / "000000.patch"
-    whole = edit_once(lm, fast, [EDIT], file).patch
-    assert edit_once(lm, fast, [EDIT], file).patch.id == whole.id
+    whole = attempt(lm, fast, [EDIT], file).patch
+    assert attempt(lm, fast, [EDIT], file).patch.id == whole.id
     for damage in (
         lambda: flip(file, -1),
         lambda: file.with_suffix(".json").write_text("{"),
-        lambda: edit_once(lm, fast, [OTHER], tmp_path / "other.patch").patch.save(file),
+        lambda: attempt(lm, fast, [OTHER], tmp_path / "other.patch").patch.save(file),
     ):
         damage()
         with pytest.warns(UserWarning, match="made again"):
-            assert edit_once(lm, fast, [EDIT], file).patch.id == whole.id
+            assert attempt(lm, fast, [EDIT], file).patch.id == whole.id
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert Patch.load(file).id == whole.id

@@ -13,7 +13,7 @@ from reknow.datasets.edits_file import load_edits
 from reknow.editing.value_batch import encode_facts
 from reknow.edits import to_json
 from reknow.errors import InputError
-from reknow.evaluation.probing import read
+from reknow.evaluation.probing import read_cases
 from reknow.model.tokens import Text, encode
 from reknow.texts.writing import full_stop, join_texts, separator_between
 
@@ -107,7 +107,7 @@ def test_a_separator_is_kept_on_the_whole_path(lm):
     scored = lm.score([fused.text] * 3, ["English"] * 3, [None, "", " "])
     assert scored[0] == scored[2] != scored[1]
     case = Case(fused, (Probe(fused.text, ("English",), "generalization", "same", ""),))
-    own, probe = read(lm, [case], fluency=False)[0]
+    own, probe = read_cases(lm, [case], fluency=False)[0]
     assert own.nll == probe.nll == scored[1].nll
     patch = FT(layer=1, steps=3).edit(lm, [fused])
     assert patch.notes["losses"][0] == pytest.approx(scored[1].nll, rel=1e-3)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reknow.contract import field_values
 from reknow.editing.layer_trials import remembered_layer
 from reknow.editing.layers import resolve_layers
 from reknow.editing.papers_layers import band_around, papers_layers
@@ -73,7 +74,7 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
         InputError: the method cannot edit this model, for want of a trained editor.
     """
     method = method.resolve(lm)
-    settings = asdict(method)  # type: ignore[call-overload]
+    settings = field_values(method)
     own = method.footprint(lm)
     layers, guessed = _layers(lm, settings) if own is None else (own.layers, False)
     matrices = {lm.parts.value[layer]: shape(lm.model.get_submodule(lm.parts.value[layer])) for layer in layers}

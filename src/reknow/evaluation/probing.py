@@ -33,7 +33,7 @@ _IMPOSSIBLE = 690.0
 """Nats recorded for a likelihood that is NaN or less than e^-690: both ways its exponential is still a number."""
 
 
-def read(
+def read_cases(
     lm: LM,
     cases: Sequence[Case],
     *,
@@ -64,25 +64,27 @@ def read(
     return [[next(readings) for _ in case.questions] for case in cases]
 
 
-def read_each(
+def read_compared(
     lm: LM,
     cases: Sequence[Case],
-    unedited: tuple[Patch, ...],
+    stack_before: tuple[Patch, ...],
     *,
     fluency: bool,
     generate: bool,
     seed: int,
     in_context: bool,
 ) -> list[list[Reading] | str]:
-    """`read`, compared with what the model says with the patches `unedited` alone; for a case that it cannot read as
-    it is now, since a memory puts texts in front of the questions, the reason."""
+    """`read_cases`, compared with what the model says with the patches `stack_before` alone.
+
+    A case that it cannot read as it is now, since a memory puts texts in front of the questions, has the reason.
+    """
 
     def answers(some: Sequence[Case]) -> list[list[Reading]]:
-        readings = read(lm, some, fluency=fluency, generate=generate, seed=seed, in_context=in_context)
-        if lm.patches != unedited:
-            readings = _with_divergence(lm, readings, unedited)
+        readings = read_cases(lm, some, fluency=fluency, generate=generate, seed=seed, in_context=in_context)
+        if lm.patches != stack_before:
+            readings = _with_divergence(lm, readings, stack_before)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):
-            with lm.stacked(unedited):
+            with lm.stacked(stack_before):
                 readings = _with_perplexity(lm, some, readings)
         return readings
 
@@ -116,9 +118,9 @@ def _with_perplexity(lm: LM, cases: Sequence[Case], readings: Sequence[Sequence[
 
 @torch.no_grad()
 def _with_divergence(
-    lm: LM, readings: Sequence[Sequence[Reading]], unedited: tuple[Patch, ...]
+    lm: LM, readings: Sequence[Sequence[Reading]], stack_before: tuple[Patch, ...]
 ) -> list[list[Reading]]:
-    """The readings of ConvSent's other topics with KL(unedited ‖ the model as it is now) over the answer's tokens."""
+    """The readings of ConvSent's other topics with KL(before ‖ the model as it is now) over the answer's tokens."""
     asked = {(r.prompt, r.answers[0]) for case in readings for r in case if r.name == OTHER_TOPIC}
     rows = lm.encode([Text(*pair) for pair in sorted(asked)])
     found: dict[tuple[str, str], float] = {}
@@ -126,7 +128,7 @@ def _with_divergence(
         part = rows[start : start + _TEXTS_PER_PASS]
         scored = ScoredTokens(lm, part, [predictions(row, row.prompt_length) for row in part], None)
         now = scored.log_probs()
-        with lm.stacked(unedited):
+        with lm.stacked(stack_before):
             before = scored.log_probs()
         divergence = kl_divergence(before, now)  # (tokens,)
         means = [divergence[scored.of_row == i].mean().item() for i in range(len(part))]

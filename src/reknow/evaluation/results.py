@@ -16,21 +16,20 @@ from reknow.evaluation.readings import Reading
 from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
-    IN_CONTEXT,
     ROW_KEY,
     ROWS_FILE,
-    UNEDITED,
     BeforeRow,
     CaseRow,
     RunManifest,
     own_rows,
     run_digest,
 )
+from reknow.evaluation.stages import AFTER_EDIT, BEFORE, IN_CONTEXT, UNEDITED, stage_label, stage_order
 from reknow.files.json_lines import Rows
 from reknow.files.manifest import read_manifest
 from reknow.texts.tables import to_columns, to_csv, to_markdown
 
-BEFORE = (UNEDITED, "before")
+UNEDITED_BEFORE = (UNEDITED, BEFORE)
 """Method and stage under which the unedited model's answers stand."""
 _MEASURED = ("seconds", "peak_memory_mb")
 """Costs that are measured over all edits which are made together."""
@@ -142,7 +141,7 @@ class Results:
     def last_stage(self) -> str:
         """The latest stage that has rows; of a finished run the one that sums it up."""
         stages = (row["stage"] for row in self.rows.values() if row["stage"] != IN_CONTEXT)
-        return max(stages, key=when, default="before")
+        return max(stages, key=stage_order, default=BEFORE)
 
     @cached_property
     def case_values(self) -> dict[tuple[str, str], dict[str, dict[str, float]]]:
@@ -153,13 +152,13 @@ class Results:
             values = {**case_metrics(before[case]), "perplexity@held_out": row["held_out_perplexity"]}
             for key, value in (values | self.added.get((case,), {})).items():
                 if value is not None:
-                    found[BEFORE][case][key].append(value)
+                    found[UNEDITED_BEFORE][case][key].append(value)
         for place, row in sorted(self.rows.items(), key=lambda item: self._order(item[1])):
             now = row_readings(row)
             then = before[row["case"]] if now else ()
             values = case_metrics(now, then, failed=row["error"] is not None)
             values["perplexity@held_out"] = row["held_out_perplexity"]
-            if row["stage"] == "after_edit" or row["mode"] == "batch":
+            if row["stage"] == AFTER_EDIT or row["mode"] == "batch":
                 values |= {f"{name}@edit": row.get(name) for name in _COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
             for key, value in (values | self.added.get(place, {})).items():
@@ -172,7 +171,7 @@ class Results:
 
     def _order(self, row: Mapping) -> tuple[int, float]:
         names = [UNEDITED, *self.manifest["settings"]["methods"]]
-        return names.index(row["method"]), when(row["stage"])
+        return names.index(row["method"]), stage_order(row["stage"])
 
     @cached_property
     def cells(self) -> dict[tuple[str, str, str], Cell]:
@@ -265,19 +264,3 @@ class Results:
 def row_readings(row: Mapping) -> list[Reading]:
     """The readings of a row of a run folder."""
     return [Reading.from_json(record) for record in row["readings"]]
-
-
-def stage_label(stage: str) -> str:
-    """A stage in words."""
-    known = {
-        "before": "before",
-        "after_edit": "right after the edit",
-        IN_CONTEXT: "with the edit in front of the question",
-        "end": "after all edits",
-    }
-    return known.get(stage) or f"after {stage.partition(':')[2]} edits"
-
-
-def when(stage: str) -> float:
-    """When a stage comes, for sorting."""
-    return float("inf") if stage == "end" else float(stage.partition(":")[2] or 0)

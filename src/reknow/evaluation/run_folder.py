@@ -7,22 +7,17 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from reknow.contract import Method
 from reknow.edits import Kind
 from reknow.errors import InputError
-from reknow.evaluation.editing import Cost
+from reknow.evaluation.attempts import Cost
+from reknow.evaluation.stages import IN_CONTEXT, UNEDITED, Mode, Stage, checkpoint_edits
 from reknow.files.schema import Count, Listed, Strict
 
-UNEDITED = "unedited"
-"""The label under which the unedited model stands among the methods."""
-IN_CONTEXT = "in_context"
-"""Stage at which the edit stands in front of every question; also read of the unedited model."""
 BEFORE_FILE, ROWS_FILE = "before.jsonl", "cases.jsonl"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
 
@@ -90,9 +85,7 @@ class CaseRow(_Row, Cost):
     method: str
     seed: int
     mode: str
-    stage: Annotated[str, Field(pattern=r"^(after_edit|in_context|end|at:[0-9]{1,9})$")]
-    seconds: float | None = None  # of the unedited model there are no costs
-    peak_memory_mb: float | None = None
+    stage: Stage
 
 
 class _RunSettings(Strict):
@@ -107,7 +100,7 @@ class _RunSettings(Strict):
     cases: Count
     cases_digest: str
     methods: dict[str, dict[str, JsonValue]]
-    mode: Literal["single", "batch", "sequential"]
+    mode: Mode
     batch_size: Count
     checkpoints: Listed[Count]
     seeds: Annotated[Listed[int], Field(min_length=1)]
@@ -125,11 +118,6 @@ class RunManifest(Strict):
     refused: Listed[str] = Field(default_factory=list)
     """Why records of the data set are no cases."""
     settings: _RunSettings
-
-
-def method_settings(methods: Mapping[str, Method]) -> dict[str, dict[str, Any]]:
-    """The settings of methods as a manifest has them, by label."""
-    return {label: {"name": one.name, **asdict(one)} for label, one in methods.items()}  # type: ignore[call-overload]
 
 
 def run_digest(settings: Mapping[str, Any]) -> str:
@@ -158,7 +146,7 @@ def own_rows(
     if cases is None and len(before) > settings["cases"]:
         raise InputError(
             f"expected {settings['cases']} cases in {folder}, as its manifest says; got {len(before)} of the "
-            f"unedited model: take out the lines of before.jsonl that are of other cases"
+            f"unedited model: take out the lines of {BEFORE_FILE} that are of other cases"
         )
     asked = {key: row for key, row in before.items() if key in known}
     own, odd = {}, Counter({"case": len(before) - len(asked)})
@@ -176,20 +164,18 @@ def own_rows(
 
 def _odd(row: Mapping[str, Any], settings: Mapping[str, Any], asked: Mapping[tuple, dict]) -> str | None:
     """What is not the run's own in a row; None: nothing."""
-    if row["method"] not in settings["methods"] and (row["method"], row["stage"]) != (UNEDITED, IN_CONTEXT):
-        return "method"
-    if row["seed"] not in settings["seeds"]:
-        return "seed"
-    if row["mode"] != settings["mode"]:
-        return "mode"
-    if row["stage"].startswith("at:") and int(row["stage"].partition(":")[2]) not in settings["checkpoints"]:
-        return "stage"
-    if (then := asked.get((row["case"],))) is None:
-        return "case"
+    at, then = checkpoint_edits(row["stage"]), asked.get((row["case"],))
+    named = row["method"] in settings["methods"] or (row["method"], row["stage"]) == (UNEDITED, IN_CONTEXT)
     unread = row["error"] is not None and not row["readings"]  # its texts are too long for the model
-    if not unread and _questions(then) != _questions(row):
-        return "list of questions"
-    return None
+    own = {
+        "method": named,
+        "seed": row["seed"] in settings["seeds"],
+        "mode": row["mode"] == settings["mode"],
+        "stage": at is None or at in settings["checkpoints"],
+        "case": then is not None,
+        "list of questions": unread or then is None or _questions(then) == _questions(row),
+    }
+    return next((what for what, fits in own.items() if not fits), None)
 
 
 def _questions(row: Mapping[str, Any]) -> list[tuple]:

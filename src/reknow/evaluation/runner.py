@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 from urllib.parse import quote
 
 import reknow
-from reknow.checks.bounds import Natural, Number, Seed, check_settings
-from reknow.contract import Method
+from reknow.contract import Method, method_settings, with_seed
 from reknow.edits import Case, cases_digest, to_json
 from reknow.errors import InputError
-from reknow.evaluation.editing import edit_each, edit_once
-from reknow.evaluation.probing import perplexity, read_each
+from reknow.evaluation.attempts import Cost, attempt, attempt_each, case_cost
+from reknow.evaluation.plan import Plan
+from reknow.evaluation.probing import perplexity, read_compared
 from reknow.evaluation.results import Results
 from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
-    IN_CONTEXT,
     ROW_KEY,
     ROWS_FILE,
-    UNEDITED,
     BeforeRow,
     CaseRow,
-    method_settings,
     own_rows,
     run_digest,
 )
+from reknow.evaluation.stages import AFTER_EDIT, END, IN_CONTEXT, UNEDITED, checkpoint
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
@@ -37,59 +34,8 @@ from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import find_unreadable
 from reknow.progress import progress_bar
 
-Mode = Literal["single", "batch", "sequential"]
-"""Each case on the unedited model; all in one patch; one after the other, all kept."""
-
 _BLOCK = 32
 """Cases that are read together. Fixed, so that a resumed run asks the same questions in the same batches."""
-
-
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raises InputError where there is none, or one twice."""
-    if len(set(seeds)) != len(seeds) or not seeds:
-        raise InputError(f"expected at least one seed, each once; got {list(seeds)}: correct them")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the cases are edited and read, whatever the method."""
-
-    mode: Mode = "single"
-    """Each case on the unedited model (single), all in one patch (batch), or one after the other (sequential)."""
-    batch_size: Number = 1
-    """Cases whose edits a patch of a sequence makes."""
-    checkpoints: tuple[Number, ...] = ()
-    """After how many edits of a sequence all earlier ones are read again; after all of them always."""
-    seeds: tuple[Seed, ...] = (0,)
-    """Seeds of the methods and of the sampled texts: a run for each."""
-    fluency: bool = False
-    """Sample text for fluency, where the cases have prompts for it: most of a run's time goes there."""
-    generate: bool = True
-    """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
-    held_out: tuple[str, ...] = ()
-    """Texts whose perplexity is taken where fluency is, sampled or not."""
-    fluency_every: Natural = 0
-    """Patches of a sequence from one right after which text is sampled to the next; 0: at the checkpoints only."""
-    in_context: tuple[str, ...] = ()
-    """Labels of methods after whose single edits every question is also asked with the edit in front, as of the
-    unedited model: what knowing it would give."""
-
-    def __post_init__(self):
-        check_settings(self)
-        check_seeds(self.seeds)
-        wrong = [at for at in self.checkpoints if at % self.batch_size]
-        if wrong or (self.checkpoints and self.mode != "sequential"):
-            raise InputError(
-                "expected checkpoints of a sequential run, at multiples of its batch size; "
-                f"got {list(self.checkpoints)} in mode {self.mode} with batch size {self.batch_size}: change them"
-            )
-        if self.batch_size > 1 and self.mode != "sequential":
-            raise InputError(
-                f"expected a batch size in sequential mode only; got {self.batch_size} in mode {self.mode}: leave it "
-                "out, or make the run sequential"
-            )
-        if self.in_context and self.mode != "single":
-            raise InputError(f"expected in_context in single mode only; got mode {self.mode}: change them")
 
 
 @typed_exclusively
@@ -102,9 +48,9 @@ def evaluate(
     afterwards.
     """
     methods = {method.name: method.resolve(lm)}
-    run = _Run(lm, _by_id(cases), plan, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
-    run.run_all(methods, progress)
-    return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, run.before, run.rows)
+    before, rows = Rows(None, BEFORE_KEY), Rows(None, ROW_KEY)
+    _fill(lm, _by_id(cases), methods, plan, before, rows, None, progress)
+    return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, before, rows)
 
 
 @typed_exclusively
@@ -146,145 +92,174 @@ def bench(
         run = run_digest(manifest["settings"])
         before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
         rows = Rows(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
-        _Run(lm, named, plan, before, rows, folder).run_all(labelled, progress)
+        _fill(lm, named, labelled, plan, before, rows, folder, progress)
     return Results(manifest, *own_rows(manifest, before, rows, named, folder))
 
 
-class _Run:
-    """The loops of a run. What is in the rows already is not done again."""
+def _fill(
+    lm: LM,
+    cases: dict[str, Case],
+    methods: Mapping[str, Method],
+    plan: Plan,
+    before: Rows,
+    rows: Rows,
+    folder: Path | None,
+    progress: bool,
+) -> None:
+    """Adds the rows that are missing, of the unedited model to `before` and of the methods to `rows`."""
+    for method in methods.values():
+        _refuse_seen(method, lm, cases.values())
+    stages = 2 + len(plan.checkpoints) if plan.mode == "sequential" else 1
+    readings = stages * len(methods) + len(set(plan.in_context) & set(methods))
+    steps = len(cases) * (1 + bool(plan.in_context) + len(plan.seeds) * readings)
+    reader = _Reader(lm, cases, plan)
+    with progress_bar(progress, "cases read", steps, len(before) + len(rows)) as (advance, report):
+        run = _Run(lm, cases, plan, reader, before, rows, folder, advance, report)
+        run.read_before()
+        for label, method in methods.items():
+            for seed in plan.seeds:
+                run_method = run.run_single if plan.mode == "single" else run.run_sequence
+                run_method(label, with_seed(method, seed), seed)
 
-    def __init__(
-        self, lm: LM, cases: dict[str, Case], plan: Plan, before: Rows, rows: Rows, folder: Path | None = None
-    ):
+
+class _Reader:
+    """Asks the questions of the cases, as far as the plan wants them."""
+
+    def __init__(self, lm: LM, cases: dict[str, Case], plan: Plan):
         self.lm, self.cases, self.plan = lm, cases, plan
-        self.before, self.rows, self.folder = before, rows, folder
-        self.unedited = lm.patches
+        self.stack_before = lm.patches
         found = find_unreadable(lm, list(cases.values()), in_context=bool(plan.in_context))
         self.unreadable = {name: reason for name, reason in zip(cases, found, strict=True) if reason is not None}
-        self.advance: Callable[[], object] = lambda: None
-        self.report: Callable[[str], object] = lambda text: None
 
-    def run_all(self, methods: Mapping[str, Method], progress: bool) -> None:
-        for method in methods.values():
-            _refuse_seen(method, self.lm, self.cases.values())
-        stages = 2 + len(self.plan.checkpoints) if self.plan.mode == "sequential" else 1
-        readings = stages * len(methods) + len(set(self.plan.in_context) & set(methods))
-        steps = len(self.cases) * (1 + bool(self.plan.in_context) + len(self.plan.seeds) * readings)
-        done = len(self.before) + len(self.rows)
-        with progress_bar(progress, "cases read", steps, done) as (self.advance, self.report):
-            self.read_before()
-            for label, method in methods.items():
-                for seed in self.plan.seeds:
-                    run = self.run_single if self.plan.mode == "single" else self.run_sequence
-                    seeded = any(field.name == "seed" for field in fields(method))  # type: ignore[arg-type]
-                    run(label, replace(method, seed=seed) if seeded else method, seed)  # type: ignore[type-var]
-
-    def read_before(self) -> None:
-        for names in _blocks(list(self.cases)):
-            if not all((name,) in self.before for name in names):
-                readings, held_out = self.read(names, texts=True), self.read_held_out()
-                for name, found in zip(names, readings, strict=True):
-                    if isinstance(found, str):
-                        self.unreadable[name], found = found, []
-                    edit = {key: v for key, v in to_json(self.cases[name].edit).items() if v or v == ""}
-                    self.before.add({"case": name, "edit": edit, "held_out_perplexity": held_out, "readings": found})
-                    self.advance()
-        if self.plan.in_context:
-            nothing = {name: {"error": None} for name in self.cases}
-            self.add_rows(UNEDITED, self.plan.seeds[0], IN_CONTEXT, nothing, texts=False)
-
-    def run_single(self, label: str, method: Method, seed: int) -> None:
-        """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
-        time."""
-        stages = ["after_edit", IN_CONTEXT] if label in self.plan.in_context else ["after_edit"]
-        for names in _blocks(list(self.cases), method.edits_per_call):
-            if all(self.is_done(label, seed, stage, names) for stage in stages):
-                continue
-            about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            makeable = [name for name in names if name not in self.unreadable]
-            with self.lm.progress.reported_to(lambda text, about=about: self.report(f"{label}, {about}: {text}")):
-                found = edit_each(self.lm, method, [self.cases[name].edits for name in makeable])
-            made = dict(zip(makeable, found, strict=True))
-            for name in names:
-                patch, costs = made.get(name, (None, []))
-                with self.lm.patched(*filter(None, [patch])):
-                    for stage in stages:
-                        cost = {name: self.case_cost(name, costs)}
-                        self.add_rows(label, seed, stage, cost, texts=stage != IN_CONTEXT)
-
-    def run_sequence(self, label: str, method: Method, seed: int) -> None:
-        """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
-        names, plan = list(self.cases), self.plan
-        if self.is_done(label, seed, "end", names):
-            return
-        size = len(names) if plan.mode == "batch" else plan.batch_size
-        folder = None if self.folder is None else self.folder / "patches" / f"{quote(label, safe='')}-{seed}"
-        costs: dict[str, dict] = {}
-        with self.lm.stacked(self.unedited):
-            for start in range(0, len(names), size):
-                chunk = names[start : start + size]
-                file = None if folder is None else folder / f"{start:06d}.patch"
-                with self.lm.progress.reported_to(
-                    lambda text, number=start: self.report(f"{label}, from edit {number + 1}: {text}")
-                ):
-                    now = self.apply_patch(method, chunk, file)
-                costs |= now
-                if plan.mode == "sequential":
-                    texts = bool(plan.fluency_every) and start // size % plan.fluency_every == 0
-                    self.add_rows(label, seed, "after_edit", now, texts=texts)
-                if len(costs) in plan.checkpoints and len(costs) < len(names):
-                    self.add_rows(label, seed, f"at:{len(costs)}", costs, texts=True)
-            self.add_rows(label, seed, "end", costs, texts=True)
-
-    def apply_patch(self, method: Method, names: list[str], file: Path | None) -> dict[str, dict]:
-        """Puts the patch of these cases on, if there is any; what each cost."""
-        readable = [name for name in names if name not in self.unreadable]
-        asked = {replace(edit, id=None): edit for name in readable for edit in self.cases[name].edits}  # each once
-        patch, costs = edit_once(self.lm, method, list(asked.values()), file)
-        if patch is not None:
-            self.lm.apply(patch)
-        cost_of = dict(zip(asked, costs, strict=True))
-        return {
-            name: self.case_cost(name, [cost_of.get(replace(edit, id=None), {}) for edit in self.cases[name].edits])
-            for name in names
-        }
-
-    def case_cost(self, name: str, costs: list[dict]) -> dict:
-        """What a case cost, by its edits, all of which have to be made; none if the model cannot read it."""
-        if name in self.unreadable:
-            return {"error": self.unreadable[name]}
-        return {**costs[0], "error": next((cost["error"] for cost in costs if cost["error"] is not None), None)}
-
-    def is_done(self, label: str, seed: int, stage: str, names: Sequence[str]) -> bool:
-        return all((label, seed, self.plan.mode, stage, name) in self.rows for name in names)
-
-    def add_rows(self, label: str, seed: int, stage: str, costs: Mapping[str, dict], *, texts: bool) -> None:
-        """Reads the cases on the model as it is and writes their rows; `texts`: with what the plan asks of texts."""
-        for names in _blocks(list(costs)):
-            if self.is_done(label, seed, stage, names):
-                continue
-            readings = self.read(names, texts=texts, seed=seed, in_context=stage == IN_CONTEXT)
-            held_out = self.read_held_out() if texts else None
-            for name, found in zip(names, readings, strict=True):
-                about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
-                cost = costs[name]
-                if isinstance(found, str):
-                    cost, found = {**cost, "error": cost["error"] if label == UNEDITED else found}, []
-                self.rows.add({**about, **cost, "held_out_perplexity": held_out, "readings": found})
-                self.advance()
-
-    def read(self, names: list[str], *, texts: bool, seed: int = 0, in_context: bool = False) -> list[list | str]:
+    def read(
+        self, names: list[str], *, texts: bool, seed: int = 0, in_context: bool = False
+    ) -> list[list[dict] | str]:
         """By case its readings as JSON, or why it cannot be read."""
-        cases = [self.cases[name] for name in names if name not in self.unreadable]
-        plan, asked = self.plan, {"seed": seed, "in_context": in_context}
-        fluency = texts and plan.fluency
-        found = iter(read_each(self.lm, cases, self.unedited, fluency=fluency, generate=plan.generate, **asked))
+        cases, plan = [self.cases[name] for name in names if name not in self.unreadable], self.plan
+        asked = {"fluency": texts and plan.fluency, "generate": plan.generate, "seed": seed, "in_context": in_context}
+        found = iter(read_compared(self.lm, cases, self.stack_before, **asked))
         each = [self.unreadable[name] if name in self.unreadable else next(found) for name in names]
         return [one if isinstance(one, str) else [reading.to_json() for reading in one] for one in each]
 
     def read_held_out(self) -> float | None:
         """The perplexity of the held-out texts, where there are any."""
         return perplexity(self.lm, self.plan.held_out) if self.plan.held_out else None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The loops of a run. What is in the rows already is not done again."""
+
+    lm: LM
+    cases: dict[str, Case]
+    plan: Plan
+    reader: _Reader
+    before: Rows
+    rows: Rows
+    folder: Path | None
+    """Where patches are kept; None: nowhere."""
+    advance: Callable[[], object]
+    """Says that a case has been read."""
+    report: Callable[[str], object]
+    """Says what is being done."""
+
+    def read_before(self) -> None:
+        """Reads every case on the unedited model."""
+        for names in _blocks(list(self.cases)):
+            if not all((name,) in self.before for name in names):
+                readings, held_out = self.reader.read(names, texts=True), self.reader.read_held_out()
+                for name, found in zip(names, readings, strict=True):
+                    if isinstance(found, str):
+                        self.reader.unreadable[name], found = found, []
+                    edit = {key: v for key, v in to_json(self.cases[name].edit).items() if v or v == ""}
+                    self.before.add({"case": name, "edit": edit, "held_out_perplexity": held_out, "readings": found})
+                    self.advance()
+        if self.plan.in_context:
+            self.add_rows(UNEDITED, self.plan.seeds[0], IN_CONTEXT, list(self.cases), {}, texts=False)
+
+    def run_single(self, label: str, method: Method, seed: int) -> None:
+        """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
+        time."""
+        stages = [AFTER_EDIT, IN_CONTEXT] if label in self.plan.in_context else [AFTER_EDIT]
+        for names in _blocks(list(self.cases), method.edits_per_call):
+            if all(self.is_done(label, seed, stage, names) for stage in stages):
+                continue
+            about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            readable = [name for name in names if name not in self.reader.unreadable]
+            with self.lm.progress.reported_to(lambda text, about=about: self.report(f"{label}, {about}: {text}")):
+                found = attempt_each(self.lm, method, [self.cases[name].edits for name in readable])
+            patches = {name: [patch] for name, (patch, _) in zip(readable, found, strict=True) if patch is not None}
+            costs = {name: case_cost(edit_costs) for name, (_, edit_costs) in zip(readable, found, strict=True)}
+            costs |= self.unread_costs(names)
+            for name in names:
+                with self.lm.patched(*patches.get(name, [])):
+                    for stage in stages:
+                        self.add_rows(label, seed, stage, [name], costs, texts=stage != IN_CONTEXT)
+
+    def run_sequence(self, label: str, method: Method, seed: int) -> None:
+        """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
+        names, plan = list(self.cases), self.plan
+        if self.is_done(label, seed, END, names):
+            return
+        size = len(names) if plan.mode == "batch" else plan.batch_size
+        folder = None if self.folder is None else self.folder / "patches" / f"{quote(label, safe='')}-{seed}"
+        costs: dict[str, Cost] = {}
+        with self.lm.stacked(self.lm.patches):
+            for start in range(0, len(names), size):
+                chunk = names[start : start + size]
+                file = None if folder is None else folder / f"{start:06d}.patch"
+                with self.lm.progress.reported_to(
+                    lambda text, number=start: self.report(f"{label}, from edit {number + 1}: {text}")
+                ):
+                    costs |= self.apply_patch(method, chunk, file)
+                if plan.mode == "sequential":
+                    texts = bool(plan.fluency_every) and start // size % plan.fluency_every == 0
+                    self.add_rows(label, seed, AFTER_EDIT, chunk, costs, texts=texts)
+                if len(costs) in plan.checkpoints and len(costs) < len(names):
+                    self.add_rows(label, seed, checkpoint(len(costs)), list(costs), costs, texts=True)
+            self.add_rows(label, seed, END, names, costs, texts=True)
+
+    def apply_patch(self, method: Method, names: list[str], file: Path | None) -> dict[str, Cost]:
+        """Puts the patch of these cases on, if there is any; gives what each cost."""
+        edits = {name: self.cases[name].edits for name in names if name not in self.reader.unreadable}
+        asked = {replace(edit, id=None): edit for group in edits.values() for edit in group}  # each once
+        patch, costs = attempt(self.lm, method, list(asked.values()), file)
+        if patch is not None:
+            self.lm.apply(patch)
+        cost_of = dict(zip(asked, costs, strict=True))
+        found = {name: case_cost([cost_of[replace(e, id=None)] for e in group]) for name, group in edits.items()}
+        unread = self.unread_costs(names)
+        return {name: unread[name] if name in unread else found[name] for name in names}
+
+    def unread_costs(self, names: Sequence[str]) -> dict[str, Cost]:
+        """The costs of the cases that the model cannot read, which are not edited."""
+        reasons = self.reader.unreadable
+        return {name: Cost(error=reasons[name]) for name in names if name in reasons}
+
+    def is_done(self, label: str, seed: int, stage: str, names: Sequence[str]) -> bool:
+        return all((label, seed, self.plan.mode, stage, name) in self.rows for name in names)
+
+    def add_rows(
+        self, label: str, seed: int, stage: str, names: list[str], costs: Mapping[str, Cost], *, texts: bool
+    ) -> None:
+        """Reads the cases on the model as it is and writes their rows.
+
+        Args:
+            costs: what the cases cost; of the unedited model there are none.
+            texts: with what the plan asks of texts.
+        """
+        for block in _blocks(names):
+            if self.is_done(label, seed, stage, block):
+                continue
+            readings = self.reader.read(block, texts=texts, seed=seed, in_context=stage == IN_CONTEXT)
+            held_out = self.reader.read_held_out() if texts else None
+            for name, found in zip(block, readings, strict=True):
+                about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
+                cost = costs[name].to_json() if costs else {"error": None}
+                if isinstance(found, str):
+                    cost, found = {**cost, "error": found if costs else None}, []
+                self.rows.add({**about, **cost, "held_out_perplexity": held_out, "readings": found})
+                self.advance()
 
 
 def _by_label(methods: Sequence[Method] | Mapping[str, Method], lm: LM) -> dict[str, Method]:
@@ -315,7 +290,7 @@ def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Method], plan
         "dataset": dataset,
         "cases": len(cases),
         "cases_digest": cases_digest(cases),
-        "methods": method_settings(methods),
+        "methods": {label: method_settings(method) for label, method in methods.items()},
         **asdict(plan),
     }
 

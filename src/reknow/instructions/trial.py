@@ -10,6 +10,7 @@ from reknow.datasets.cases import load_cases
 from reknow.datasets.families import Family
 from reknow.edits import Case, Probe
 from reknow.evaluation import Plan, evaluate
+from reknow.evaluation.stages import AFTER_EDIT
 from reknow.lm import LM
 
 METRICS = {
@@ -61,7 +62,7 @@ class InstructionScorer:
         cases = [family.instruct(few_probes(case), instruction) for case in self.cases[family.name]]
         results = evaluate(self.lm, cases, self.method, Plan(generate=False))
         self.edits += len(cases)
-        cells = {name: results.cells.get((self.method.name, "after_edit", key)) for name, key in METRICS.items()}
+        cells = {name: results.cells.get((self.method.name, AFTER_EDIT, key)) for name, key in METRICS.items()}
         return {name: cell.mean for name, cell in cells.items() if cell is not None}
 
 

@@ -17,7 +17,7 @@ from typing_extensions import Self
 import reknow
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import Name
-from reknow.contract import Method
+from reknow.contract import Method, field_values, method_settings
 from reknow.edits import Case, Edit, cases_digest
 from reknow.errors import EditFailed
 from reknow.files.locks import write_lock
@@ -101,7 +101,7 @@ def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> 
         asked = {
             "reknow": reknow.__version__,
             "model": lm.fingerprint.digest,
-            "method": {"name": method.name, **asdict(method)},
+            "method": method_settings(method),
             "training": {**asdict(loop.training), "tensorboard": None},
             "cases": len(cases),
             "cases_digest": cases_digest(cases),
@@ -115,7 +115,7 @@ def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> 
     if not loop.best:
         raise EditFailed("expected a validation loss that is a number; got none: lower the learning rate")
     if loop.main:
-        settings = json.loads(json.dumps(asdict(method) | {"editor": None}))
+        settings = json.loads(json.dumps(field_values(method) | {"editor": None}))
         Editor(method.name, settings, loop.best, lm.fingerprint, case_keys(cases), notes).save(path)
         (loop.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
     loop.accelerator.wait_for_everyone()

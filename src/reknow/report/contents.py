@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from reknow.evaluation.metrics import generated, unchanged_generated
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import Results, row_readings
+from reknow.evaluation.stages import AFTER_EDIT, BEFORE, END, UNEDITED
 from reknow.texts.templates import fill, split_template
 from reknow.texts.writing import clip
 
@@ -111,19 +112,19 @@ def describe_methods(results: Results) -> list[str]:
             cell = results.cells.get((method, stage, metric))
             return None if cell is None else cell.mean
 
-        new, first = of("reliability@generated"), of("reliability@generated", "after_edit")
-        before = of("reliability@generated", "before", "unedited")
+        new, first = of("reliability@generated"), of("reliability@generated", AFTER_EDIT)
+        before = of("reliability@generated", BEFORE, UNEDITED)
         if new is None or before is None:
             continue
         earlier = f"before: {before:.0%}"
-        if results.last_stage == "end" and first is not None:
+        if results.last_stage == END and first is not None:
             earlier += f", right after each edit: {first:.0%}"
         text = f"{method}: left to write, the model gives the new answer in {new:.0%} of the cases ({earlier})"
         if (paraphrased := of("generalization@generated")) is not None:
             text += f", to paraphrases in {paraphrased:.0%}"
         if (same := of("locality@generated")) is not None:
             text += f"; {same:.0%} of its other answers are as before"
-        if (seconds := of("seconds@edit", "after_edit") or of("seconds@edit")) is not None:
+        if (seconds := of("seconds@edit", AFTER_EDIT) or of("seconds@edit")) is not None:
             text += f"; {seconds:.2g} s an edit"
         sentences.append(text + ".")
     return sentences
@@ -168,7 +169,7 @@ def list_failures(results: Results) -> list[dict[str, Any]]:
 def describe_rest(results: Results) -> str:
     """A sentence about a run that has not made all its rows, or nothing."""
     settings = results.manifest["settings"]
-    stage = "after_edit" if settings["mode"] == "single" else "end"
+    stage = AFTER_EDIT if settings["mode"] == "single" else END
     done = sum(row["stage"] == stage for row in results.rows.values())
     wanted = settings["cases"] * len(settings["methods"]) * len(settings["seeds"])
     return f"This run is not finished: {done} of {wanted} cases have been read to the end." if done < wanted else ""

@@ -7,7 +7,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
-from reknow.evaluation.results import Results, stage_label
+from reknow.evaluation.results import Results
+from reknow.evaluation.stages import stage_label
 from reknow.files.atomic import atomic_write, write_text
 from reknow.report import contents, plots
 

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.metrics import PROTOCOLS
-from reknow.evaluation.results import BEFORE, KINDS, Results
+from reknow.evaluation.results import KINDS, UNEDITED_BEFORE, Results
+from reknow.evaluation.stages import END, checkpoint_edits
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a6fd1", "#7f7f7f")
 """Okabe & Ito's colours, which people with colour blindness tell apart; two replaced for dark backgrounds."""
@@ -64,7 +65,7 @@ def protocol_colours(results: Results) -> dict[str, str]:
 
 def _bar_figure(results: Results, kind: str) -> Figure | None:
     """Mean and 95 % interval of one kind of probe: a group of bars per method, a bar per protocol."""
-    groups = [BEFORE, *((method, results.last_stage) for method in results.manifest["settings"]["methods"])]
+    groups = [UNEDITED_BEFORE, *((method, results.last_stage) for method in results.manifest["settings"]["methods"])]
     groups = [g for g in groups if any((*g, f"{kind}@{protocol}") in results.cells for protocol in PROTOCOLS)]
     if not groups:
         return None
@@ -113,7 +114,7 @@ def _retained(results: Results, method: str, protocol: str) -> list[tuple[float,
     order = {case: number for number, (case,) in enumerate(results.before, 1)}
     found = []
     for (name, stage), cases in results.case_values.items():
-        made = len(order) if stage == "end" else int(stage.partition(":")[2] or 0)
+        made = len(order) if stage == END else checkpoint_edits(stage) or 0
         if name == method:
             found += [(max(0, made - order[case]), values[key]) for case, values in cases.items() if key in values]
     found.sort()
@@ -131,8 +132,9 @@ def _retained(results: Results, method: str, protocol: str) -> list[tuple[float,
 
 def sequence_figure(results: Results, protocol: str) -> Figure | None:
     """Mean reliability (solid) and locality (dashed) of all edits so far, at the checkpoints and the end."""
-    total = len(results.before)
-    made = {s: total if s == "end" else int(s[3:]) for _, s, _ in results.cells if s == "end" or s.startswith("at:")}
+    stages = {stage for _, stage, _ in results.cells}
+    made = {stage: edits for stage in stages if (edits := checkpoint_edits(stage)) is not None}
+    made |= {END: len(results.before)} if END in stages else {}
     if len(made) < 2:
         return None
     figure, axes = _time_axes("edits made")

@@ -11,8 +11,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from reknow.evaluation.intervals import average_cases
-from reknow.evaluation.results import BEFORE, Results, stage_label, when
-from reknow.evaluation.run_folder import IN_CONTEXT, UNEDITED
+from reknow.evaluation.results import UNEDITED_BEFORE, Results
+from reknow.evaluation.stages import BEFORE, IN_CONTEXT, UNEDITED, stage_label, stage_order
 from reknow.files.atomic import atomic_write, write_text
 from reknow.report import contents
 from reknow.report.plots import FAINT, INK, PALETTE, STYLE, save_png
@@ -60,8 +60,8 @@ def write_study(title: str, runs: Mapping[str, Results], folder: str | Path) -> 
         *_about(next(iter(runs.values()))),
         f"**The sets.**\n\n{to_markdown(_set_statistics(sets))}",
     ]
-    found = {stage for results in sets.values() for _, stage, _ in results.cells} - {"before"}
-    for stage in sorted(found, key=lambda stage: (stage == IN_CONTEXT, when(stage))):
+    found = {stage for results in sets.values() for _, stage, _ in results.cells} - {BEFORE}
+    for stage in sorted(found, key=lambda stage: (stage == IN_CONTEXT, stage_order(stage))):
         for name, results in {**sets, _POOLED: _pool_sets(sets)}.items():
             lines = _study_table(results, stage)
             if len(lines) > 1:
@@ -103,7 +103,7 @@ def _pool_sets(sets: Mapping[str, Results]) -> Results:
 def _study_table(results: Results, stage: str) -> list[list[str]]:
     """Header and a line per method at one stage, the unedited model first; columns without numbers are left out."""
     methods = [*results.manifest["settings"]["methods"]]
-    groups = [(UNEDITED, stage)] if stage == IN_CONTEXT else [BEFORE]
+    groups = [(UNEDITED, stage)] if stage == IN_CONTEXT else [UNEDITED_BEFORE]
     groups += [(method, stage) for method in methods]
     groups = [group for group in groups if any(key[:2] == group for key in results.cells)]
     names = [n for n, key in _COLUMNS.items() if any((method, read, key) in results.cells for method, read in groups)]

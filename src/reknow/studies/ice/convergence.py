@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from reknow.contract import Method
+from reknow.contract import Method, method_settings
 from reknow.editing.self_distillation import prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
-from reknow.evaluation.run_folder import UNEDITED, method_settings
+from reknow.evaluation.stages import UNEDITED
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
@@ -62,8 +62,8 @@ def measure_convergence(
     settings = {
         "model": lm.fingerprint.digest,
         "edits": [[edit.text, edit.target_new] for edit in edits],
-        "methods": method_settings(methods),
-        "losses": method_settings({"": ICE(stop_loss=0.0)})[""],
+        "methods": {label: method_settings(method) for label, method in methods.items()},
+        "losses": method_settings(ICE(stop_loss=0.0)),
     }
     with write_lock(out):
         open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}, _former)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reknow.edits import Case
 from reknow.evaluation.long_text import written_ratio
-from reknow.evaluation.results import BEFORE, Results
+from reknow.evaluation.results import UNEDITED_BEFORE, Results
 from reknow.evaluation.run_folder import ROW_KEY
 from reknow.files.json_lines import Rows
 from reknow.model.exclusive import exclusively
@@ -56,7 +56,8 @@ def with_script_ppl_r(results: Results, folder: Path) -> Results:
 
 def _rows(results: Results) -> dict[tuple, dict]:
     """The rows of the unedited model and of the edited ones, all under keys of one form."""
-    unedited = {(BEFORE[0], 0, "", BEFORE[1], case): row for (case,), row in results.before.items()}
+    method, stage = UNEDITED_BEFORE
+    unedited = {(method, 0, "", stage, case): row for (case,), row in results.before.items()}
     return {**unedited, **results.rows}
 
 

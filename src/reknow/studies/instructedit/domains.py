@@ -11,6 +11,7 @@ from reknow.datasets.families import load_families
 from reknow.datasets.reading import read_records
 from reknow.edits import Case
 from reknow.evaluation import Plan, bench
+from reknow.evaluation.stages import AFTER_EDIT
 from reknow.instructions.trial import few_probes
 from reknow.lm import LM
 from reknow.methods.instructedit import InstructEdit
@@ -63,5 +64,5 @@ def domain_study(
         plan = Plan(fluency=False, generate=False)
         results = bench(lm, read, {_ONE: own, _ALL: general}, folder / "domains" / domain, dataset=domain, plan=plan)
         for label in (_ONE, _ALL):
-            values[label, domain] = results.case_values[label, "after_edit"]
+            values[label, domain] = results.case_values[label, AFTER_EDIT]
     return write_tables(folder, "domains", QUESTION, values, _ONE, "domain")

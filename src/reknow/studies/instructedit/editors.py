@@ -19,7 +19,8 @@ from reknow.datasets.families import Family, load_families
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 from reknow.evaluation import Plan, bench
-from reknow.evaluation.runner import check_seeds
+from reknow.evaluation.plan import check_seeds
+from reknow.evaluation.stages import AFTER_EDIT
 from reknow.instructions.trial import FamilySplit, few_probes
 from reknow.learning.learned import Learned
 from reknow.lm import LM
@@ -169,7 +170,7 @@ def run_study(
                 results = bench(lm, cases, editors, run, dataset=task, plan=plan)
                 for label in editors:
                     of = values.setdefault((label.partition("#")[0], task), {})
-                    found = results.case_values[label, "after_edit"]
+                    found = results.case_values[label, AFTER_EDIT]
                     _merge(of, as_trained(found, label in instructed), len(budget.seeds) if "#" in label else 1)
     return write_tables(folder, name, study.question, values, study.reference)
 
