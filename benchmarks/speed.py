@@ -34,7 +34,7 @@ from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
 from reknow.editing.contexts import sample_contexts
 from reknow.editing.papers_layers import band_around
-from reknow.editing.search import SearchSettings
+from reknow.editing.search import ValueSearchMethod
 from reknow.edits import Case
 from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.probing import read_cases
@@ -116,7 +116,7 @@ def plain(lm: LM, case: Case, layer: int, site: str, rate: float = 0.1, decay: f
     return {"v_lr": rate * float(scale), "v_weight_decay": decay * float(found[names[site]].norm())}
 
 
-def variants(same: SearchSettings) -> dict[str, Any]:
+def variants(same: ValueSearchMethod) -> dict[str, Any]:
     """Our ways to search: as many passes as the paper, the same with a part of the contexts in each, and ours."""
     own = type(same)
     until = replace(same, **{name: getattr(own, name) for name in ("steps", *EXACT)})

@@ -22,7 +22,7 @@ from families import tiny_model, tiny_tokenizer  # noqa: E402
 from llm_server import serve  # noqa: E402, F401, a fixture
 from reknow import LM, Edit, Patch  # noqa: E402
 from reknow.editing.keys import Site  # noqa: E402
-from reknow.editing.search import SearchSettings  # noqa: E402
+from reknow.editing.search import SearchRules, ValueSearchMethod  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402
 from reknow.patching.deltas import Dense, LowRank  # noqa: E402
 
@@ -89,7 +89,7 @@ def some_patch(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuthorsSearch(SearchSettings):
+class AuthorsSearch(ValueSearchMethod):
     """The search as ROME's authors run it, where what methods fix can be set too."""
 
     name = "search"
@@ -105,6 +105,11 @@ class AuthorsSearch(SearchSettings):
     stop_loss: float = 0.05
     stop_drift: float | None = None
     merge_subjects: bool = False
+
+    @property
+    def rules(self) -> SearchRules:
+        names = ("site", "stop_loss", "stop_drift", "merge_subjects")
+        return SearchRules(**{name: getattr(self, name) for name in names})
 
     def edit(self, lm, edits):
         raise NotImplementedError("it only searches")

@@ -1,9 +1,9 @@
-"""What a method is, and what every one does first and last: check the edits, make the patch."""
+"""What a method is, and what methods do first and last: check the edits, make the patch."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -18,7 +18,7 @@ from reknow.errors import EditFailed, InputError
 from reknow.model.exclusive import exclusively
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, delta_tensors
-from reknow.patching.patches import Patch
+from reknow.patching.patches import Patch, merge
 from reknow.patching.record import Footprint, PatchKind
 from reknow.patching.state_spec import StateSpec
 from reknow.published import published
@@ -123,6 +123,16 @@ def check_edits(method: Method, edits: Edit | Sequence[Edit], lm: LM | None = No
     if lm is not None:
         lm.check_length(lm.encode([Text.asked(edit) for edit in edits]))
     return edits
+
+
+def edit_sequentially(lm: LM, edits: Sequence[Edit], edit_one: Callable[[Edit], Patch]) -> Patch:
+    """One patch of edits made one after the other, each on the model as those before it left it."""
+    patches: list[Patch] = []
+    with lm.restored_afterwards():
+        for edit in edits:
+            patches.append(edit_one(edit))
+            lm.apply(patches[-1])
+    return patches[0] if len(patches) == 1 else merge(patches)
 
 
 def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:

@@ -84,6 +84,9 @@ METHODS: dict[str, Row] = {
     "wise-retrieve": Row("wise:WISE", {"retrieve": True}, "Wang et al. 2024, arXiv 2405.14768"),
 }
 
+NEED_A_SUBJECT = ("alphaedit", "alphaedit-blue", "emmet", "memit", "memit-merge", "pmet", "r-rome", "rome")
+"""Those that edit at the subject's last token."""
+
 
 def known_settings(kind: type, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The settings under the names that their fields have now; raises InputError where one is no field of `kind`."""

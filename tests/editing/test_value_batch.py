@@ -23,7 +23,7 @@ def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
     """Each fact is in one batch, and one is as wide as its facts unless it is too small to matter."""
     prompts = ["{} is", "{} is a city in", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 9]
-    facts = encode_facts(gpt2, edits, CONTEXTS, "subject")
+    facts = encode_facts(gpt2, edits, CONTEXTS)
     batches = group_facts(facts, list(range(len(edits))), *token_budget(gpt2))
     assert sorted(i for batch in batches for i in batch) == list(range(len(edits)))
     widths = [max(replayed_tokens(row) for row in fact) for fact in facts]
@@ -38,7 +38,7 @@ def test_a_gpus_batches_of_unlike_width_find_the_same(gpt2, monkeypatch):
     prompts = ["{} is", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 6]
     large = value_batch.MOST_TOKENS, value_batch.FREE_TOKENS_ON_GPU
-    facts = encode_facts(gpt2, edits, CONTEXTS, "subject")
+    facts = encode_facts(gpt2, edits, CONTEXTS)
     assert len(group_facts(facts, list(range(len(edits))), *large)) == 1
     search = AuthorsSearch(steps=6, site="block")
     apart = find_values(gpt2, edits, 1, CONTEXTS, search)

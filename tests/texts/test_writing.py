@@ -101,7 +101,7 @@ def test_a_separator_is_kept_on_the_whole_path(lm):
     """Scoring, editing, the search for values, probes, contexts and demonstrations."""
     fused = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", separator="")
     assert fused.statement == "The mother tongue of Danielle Darrieux isEnglish."
-    row, *_ = encode_facts(lm, [fused], ["", "Well. "], "last")[0]
+    row, *_ = encode_facts(lm, [fused], ["", "Well. "])[0]
     prompt = lm.encode([Text(fused.text)])[0].ids
     assert row.ids[: len(prompt)] == prompt and lm.tokenizer.decode(row.target_ids) == "English"
     scored = lm.score([fused.text] * 3, ["English"] * 3, [None, "", " "])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import make_patch
 from reknow.editing.keys import Subjects
-from reknow.editing.search import SearchSettings
+from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
 from reknow.editing.values import Values
 from reknow.edits import Edit
@@ -20,12 +20,12 @@ from reknow.patching.patches import Patch
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["BandSettings"]
+__all__ = ["BandMethod"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BandSettings(SearchSettings):
-    """How what is missing is written over a band of layers: MEMIT, PMET. No method by itself."""
+class BandMethod(ValueSearchMethod):
+    """A method that writes what is missing over a band of layers: MEMIT, PMET."""
 
     distance_power: ClassVar[float] = 1.0
     """A layer gets what is missing by the number of layers left to this power (PMET: 0.5)."""
@@ -33,9 +33,10 @@ class BandSettings(SearchSettings):
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
     regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.1
-    """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + this) of its change in a layer."""
+    """λ in units of the keys' mean kᵀC⁻¹k: by itself a fact gets 1 / (1 + this) of its change in a layer. Not read
+    where `covariance_weight` is given."""
     covariance_weight: NonNegative | None = None
-    """λ as a number, instead of `regularization`: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
+    """λ as a number, in place of `regularization`: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
 
     def distribute_residual(self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values) -> Patch:
         """The patch that brings the subjects to z behind the last layer, a part of what is missing in each layer."""
@@ -44,7 +45,7 @@ class BandSettings(SearchSettings):
         with lm.restored_afterwards():
             for i, layer in enumerate(layers):
                 keys = subjects.keys(layer)  # (facts, in)
-                missing = z - subjects.states(layers[-1], self.site)  # (facts, hidden)
+                missing = z - subjects.states(layers[-1], self.rules.site)  # (facts, hidden)
                 right = least_squares(
                     self.whitening(lm, layer),
                     keys,

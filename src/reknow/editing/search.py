@@ -1,13 +1,13 @@
-"""The settings of every method that searches a wanted value: ROME, MEMIT, PMET, EMMET and AlphaEdit.
+"""What every method that searches a wanted value shares: ROME, MEMIT, PMET, EMMET and AlphaEdit.
 
-What they mean is in the equation at the top of `values`, which has the search itself.
+What the settings mean is in the equation at the top of `values`, which has the search itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from torch import Tensor
@@ -18,13 +18,13 @@ from reknow.editing.contexts import sample_contexts
 from reknow.editing.keys import Site, warn_of_shared_keys
 from reknow.editing.solvers import Whitening, cholesky
 from reknow.errors import EditRefused
-from reknow.registry import METHODS
+from reknow.registry import METHODS, NEED_A_SUBJECT
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
     from reknow.lm import LM
 
-__all__ = ["SearchSettings"]
+__all__ = ["SearchRules", "ValueSearchMethod"]
 
 _CACHE_BYTES = 2**31
 """How much memory matrices made of covariances may take between two edits."""
@@ -33,8 +33,26 @@ _CACHE_SHARE_OF_GPU = 1 / 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchSettings(Method):
-    """How a wanted value is searched and general text is spared. No method by itself: methods inherit it."""
+class SearchRules:
+    """In what the searches of the methods differ, beyond the settings that all of them have."""
+
+    site: Site = "block"
+    """What δ is added to, and measured against: the block's output (MEMIT) or the value matrix's (ROME, PMET)."""
+    moves_attention: bool = False
+    """Search a second addition at attention's output together with δ, and throw it away (PMET)."""
+    merge_subjects: bool = False
+    """Search one δ for all edits of the same subject (MEMIT-Merge)."""
+    stop_loss: float = 0.05
+    """End a fact's search when its whole loss is below."""
+    success_weight: float = 1.0
+    """Weight of the likelihood while the target is the most likely answer in every context (PMET: 0.1)."""
+    stop_drift: float | None = None
+    """Weighted KL term at which a fact's search ends, once the target is the most likely answer (PMET: 0.01)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueSearchMethod(Method):
+    """A method that searches wanted values and spares general text: its settings, its checks, its statistics."""
 
     steps: Number = 60
     """Passes of the model at most; the last one only measures, so that there is one update less. In the papers 20 to
@@ -45,15 +63,15 @@ class SearchSettings(Method):
     kl_weight: NonNegative = 0.0625
     """Weight of the drift of what the model says after "{subject} is a"."""
     weight_decay: Annotated[NonNegative, Formerly("decay")] = 0.05
-    """Weight of the addition's length, relative to what it is added to, in the loss."""
+    """Weight of the addition's length, in units of what it is added to, in the loss: no weight decay of Adam's."""
     clamp: NonNegative = 1.0
-    """Largest length of the addition, relative to what it is added to; in the papers 0.75, ROME's 4."""
+    """Largest length of the addition, relative to what it is added to; in the papers 0.75."""
     units: Units = "relative"
     """`relative`: the learning rate and the addition's length are measured by the model's own states. `absolute`: the
     learning rate is a plain number, and the length is divided by the square of the state's, as in the papers."""
     stop_probability: Share = 0.95
-    """End a fact's search when the new answer has this probability in every context; 1: at a loss < 0.05 only, as in
-    the papers."""
+    """End a fact's search when the mean probability of the new answer's tokens is this in every context; 1: at a
+    loss < 0.05 only, as in the papers."""
     min_delta: Annotated[NonNegative, Formerly("stop_gain")] = 0.005
     """End a fact's search too once the new answer is the most likely in every context and the loss falls by less than
     this per pass; 0: never, as in the papers."""
@@ -77,33 +95,22 @@ class SearchSettings(Method):
     seed: Seed = 0
     """Seed of the sampled contexts."""
 
-    # What a method fixes, whatever its user sets.
-    site: ClassVar[Site] = "block"
-    """What δ is added to, and measured against: the block's output (MEMIT) or the value matrix's (ROME, PMET)."""
-    moves_attention: ClassVar[bool] = False
-    """Search a second addition at attention's output together with δ, and throw it away (PMET)."""
-    kl_position: ClassVar[Literal["subject", "end"]] = "subject"
-    """Read the KL prompt at the subject's last token (ROME's code) or at its end (ROME's paper)."""
-    stop_loss: ClassVar[float] = 0.05
-    """End a fact's search when its whole loss is below."""
-    success_weight: ClassVar[float] = 1.0
-    """Weight of the likelihood while the target is the most likely answer in every context (PMET: 0.1)."""
-    stop_drift: ClassVar[float | None] = None
-    """Weighted KL term at which a fact's search ends, once the target is the most likely answer (PMET: 0.01)."""
-    merge_subjects: ClassVar[bool] = False
-    """Search one δ for all edits of the same subject (MEMIT-Merge)."""
+    @property
+    def rules(self) -> SearchRules:
+        """What the method fixes of the search."""
+        return SearchRules()
 
     def check(self, edits: Sequence[Edit]) -> None:
         for edit in edits:
             if edit.subject is None:
-                others = [name for name, row in METHODS.items() if not issubclass(row.method, SearchSettings)]
+                others = [name for name in METHODS if name not in NEED_A_SUBJECT]
                 raise EditRefused(
                     f"{self.name} edits at the subject's last token and needs a subject; {edit.prompt!r} has none: "
                     "put it into braces, as in 'The capital of {France} is' (in Python: Edit.parse), or take a "
                     f"method that needs none: {', '.join(others)}",
                     edit,
                 )
-        if not self.merge_subjects:
+        if not self.rules.merge_subjects:
             warn_of_shared_keys(self.name, edits)
 
     def contexts(self, lm: LM) -> tuple[str, ...]:

@@ -1,4 +1,8 @@
-"""Facts as padded batches that are read with an addition δ at the subject's last token; see `values`."""
+"""Facts as padded batches that are read with an addition δ at the subject's last token; see `values`.
+
+Facts are searched in groups, as many as memory takes, and the contexts are split into batches, of which each pass
+reads one: a `FactBatch` is a group of facts behind a batch of contexts.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,7 @@ MOST_TOKENS = 65536
 
 
 def token_budget(lm: LM) -> tuple[int, int]:
-    """(how many tokens a batch of facts may have, how many of one step cost nothing), for `group_facts`."""
+    """(how many tokens a group of facts may have, how many of one step cost nothing), for `group_facts`."""
     if lm.device.type != "cuda":
         return TOKENS_PER_BATCH, FREE_TOKENS
     taken = sum(p.nbytes for p in lm.model.parameters() if p.device == lm.device)
@@ -45,8 +49,9 @@ def token_budget(lm: LM) -> tuple[int, int]:
     return min(max(left // 2 // each, TOKENS_PER_BATCH // 8), MOST_TOKENS), FREE_TOKENS_ON_GPU
 
 
-def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_position: str) -> list[list[EncodedText]]:
-    """Rows of every fact: one per context, the bare prompt's first, then the KL prompt's, up to where it is read.
+def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> list[list[EncodedText]]:
+    """Rows of every fact: one per context, the bare prompt's first, then the KL prompt's, up to the subject's end,
+    where ROME's code reads it.
 
     A subject that is an attention sink (`sinks`) is read behind other text in all of them, with a warning.
     """
@@ -60,8 +65,7 @@ def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], kl_posi
             warn_of_sink(edit)
     rows = lm.encode(texts)
     each = len(contexts) + 1
-    if kl_position == "subject":
-        rows[each - 1 :: each] = [_until_subject(row) for row in rows[each - 1 :: each]]
+    rows[each - 1 :: each] = [_until_subject(row) for row in rows[each - 1 :: each]]
     return [rows[i : i + each] for i in range(0, len(rows), each)]
 
 
@@ -77,9 +81,9 @@ def replayed_tokens(row: EncodedText) -> int:
 
 
 def group_facts(facts: list[list[EncodedText]], delta_index: list[int], limit: int, free: int) -> list[list[int]]:
-    """Indices of facts in batches of at most `limit` tokens; facts of one δ are in one batch.
+    """Indices of facts in groups of at most `limit` tokens; facts of one δ are in one group.
 
-    What is run at every step is as wide as the widest fact of a batch, so other widths open another batch, unless
+    What is run at every step is as wide as the widest fact of a group, so other widths open another group, unless
     the one at hand has fewer than `free` tokens in a step, so that its passes cost more than their tokens.
     """
     sharing: dict[int, list[int]] = {}
@@ -89,18 +93,18 @@ def group_facts(facts: list[list[EncodedText]], delta_index: list[int], limit: i
     for index, members in sharing.items():
         rows = [row for i in members for row in facts[i]]
         sizes[index] = max(map(replayed_tokens, rows)), max(len(row.ids) for row in rows)
-    batches: list[list[int]] = []
+    groups: list[list[int]] = []
     step, width = 0, 0
     for index in sorted(sharing, key=lambda index: sizes[index]):
         members, wider = sharing[index], max(width, sizes[index][1])
-        fits = batches and (sizes[index][0] == step or len(batches[-1]) * len(facts[0]) * step < free)
-        if fits and (len(batches[-1]) + len(members)) * len(facts[0]) * wider <= limit:
-            batches[-1] += members
+        fits = groups and (sizes[index][0] == step or len(groups[-1]) * len(facts[0]) * step < free)
+        if fits and (len(groups[-1]) + len(members)) * len(facts[0]) * wider <= limit:
+            groups[-1] += members
             step, width = sizes[index][0], wider
         else:
-            batches.append(list(members))
+            groups.append(list(members))
             step, width = sizes[index]
-    return batches
+    return groups
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ class Scores:
 
 
 class FactBatch:
-    """Facts as one batch, run once up to the edited layer.
+    """A group of facts behind a batch of contexts, run once up to the edited layer.
 
     Args:
         facts: per fact its contexts' rows and the KL prompt's.

@@ -5,10 +5,11 @@ Shared by every locate-then-edit method (ROME, arXiv 2202.05262, eq. 4; MEMIT, a
 
     L(δ) = mean over contexts of  − 1/T Σ_t log P(target_t | context, prompt, target_<t; δ)
          + kl_weight · KL( P(· | "{subject} is a"; δ) ‖ P(· | "{subject} is a"; 0) )
-         + weight_decay · ‖δ‖ / ‖v‖²
+         + weight_decay · ‖δ‖ / ‖v‖
 
-where units are relative with ‖δ‖ / ‖v‖. `value_loss` is this equation, `_descend` the loop around it, `Convergence`
-says when a fact is finished, and `value_batch` how many facts are read at once.
+With `units="absolute"` the last term is weight_decay · ‖δ‖ / ‖v‖², as in the papers. `value_loss` is this equation,
+`_descend` the loop around it, `Convergence` says when a fact is finished, and `value_batch` how facts are read: a
+group of them at a time, with one batch of the contexts in every pass.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from reknow.editing.search import SearchSettings
+from reknow.editing.search import ValueSearchMethod
 from reknow.editing.value_batch import FactBatch, Scores, encode_facts, group_facts, split_contexts, token_budget
 from reknow.edits import Edit
 from reknow.model.exact import finite_loss
@@ -62,7 +63,9 @@ class Values:
         return self.start + self.delta
 
 
-def find_values(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str], search: SearchSettings) -> Values:
+def find_values(
+    lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str], method: ValueSearchMethod
+) -> Values:
     """δ for every edit, many facts at a time; the model is left as it is.
 
     Args:
@@ -74,15 +77,15 @@ def find_values(lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[st
     distinct = dict.fromkeys(contexts, 0.0)  # sampled texts are alike now and then
     for context in contexts:
         distinct[context] += 1 / len(contexts)
-    facts = encode_facts(lm, edits, list(distinct), search.kl_position)
+    facts = encode_facts(lm, edits, list(distinct))
     weights = torch.tensor(list(distinct.values()), device=lm.device)
-    index = _delta_index(edits, search.merge_subjects)
-    batches = group_facts(facts, index, *token_budget(lm))
+    index = _delta_index(edits, method.rules.merge_subjects)
+    groups = group_facts(facts, index, *token_budget(lm))
     found = []
-    for batch in batches:
-        _, own_index = torch.tensor([index[i] for i in batch]).unique(return_inverse=True)
-        found.append(_search_batch(lm, [facts[i] for i in batch], weights, own_index, layer, search))
-    order = torch.tensor([i for batch in batches for i in batch]).argsort()
+    for group in groups:
+        _, own_index = torch.tensor([index[i] for i in group]).unique(return_inverse=True)
+        found.append(_search_group(lm, [facts[i] for i in group], weights, own_index, layer, method))
+    order = torch.tensor([i for group in groups for i in group]).argsort()
     names = [field.name for field in fields(Values) if field.name != "losses"]
     joined = {name: torch.cat([getattr(values, name) for values in found])[order] for name in names}
     losses = [fact for values in found for fact in values.losses]
@@ -95,46 +98,48 @@ def _delta_index(edits: Sequence[Edit], merge_subjects: bool) -> list[int]:
     return [first.setdefault(edit.subject or i if merge_subjects else i, i) for i, edit in enumerate(edits)]
 
 
-def _search_batch(
-    lm: LM, facts: list[list[EncodedText]], weights: Tensor, index: Tensor, layer: int, search: SearchSettings
+def _search_group(
+    lm: LM, facts: list[list[EncodedText]], weights: Tensor, index: Tensor, layer: int, method: ValueSearchMethod
 ) -> Values:
-    """The values of the facts of one batch; fact i is given the addition `index[i]`."""
+    """The values of a group of facts; fact i is given the addition `index[i]`."""
 
     def bare(name: str) -> Tensor:
-        return batches[0].by_context(name)[:, 0]  # (facts, features)
+        return context_batches[0].by_context(name)[:, 0]  # (facts, features)
 
     def mean(name: str) -> Tensor:
-        return sum((batch.mean(name) for batch in batches), torch.tensor(0.0))
+        return sum((batch.mean(name) for batch in context_batches), torch.tensor(0.0))
 
     with fused_gelu(lm.model):
-        batches = split_contexts(lm, facts, weights, layer, search.context_batches)
-        site = search.site if lm.parts.residual_identity else "value"
-        sites = ["attention", site] if search.moves_attention else [site]
+        context_batches = split_contexts(lm, facts, weights, layer, method.context_batches)
+        site = method.rules.site if lm.parts.residual_identity else "value"
+        sites = ["attention", site] if method.rules.moves_attention else [site]
         start = torch.stack([bare(name) for name in sites])  # (sites, facts, hidden)
-        if search.units == "absolute":
+        if method.units == "absolute":
             sizes, units = start.norm(dim=2), start.new_ones(start.shape[:2])
         else:
-            sizes, units = _relative_units(batches, sites, lm.parts.residual_identity)
+            sizes, units = _relative_units(context_batches, sites, lm.parts.residual_identity)
         with torch.enable_grad():
-            delta, losses = _descend(batches, sizes, units, index.to(start.device), search, lm.progress)
+            delta, losses = _descend(context_batches, sizes, units, index.to(start.device), method, lm.progress)
     return Values(delta, start[-1], bare("value"), bare("key"), mean("value"), mean("key"), losses)
 
 
-def _relative_units(batches: list[FactBatch], sites: list[str], residual_identity: bool) -> tuple[Tensor, Tensor]:
+def _relative_units(
+    context_batches: list[FactBatch], sites: list[str], residual_identity: bool
+) -> tuple[Tensor, Tensor]:
     """(‖v‖, root mean square of what a step is measured by) of every fact, (sites, facts) each."""
 
     def length(name: str) -> Tensor:  # one context that is out of the common does not count
-        return torch.cat([batch.by_context(name).norm(dim=2) for batch in batches], 1).median(1).values
+        return torch.cat([batch.by_context(name).norm(dim=2) for batch in context_batches], 1).median(1).values
 
     sizes = torch.stack([length(site) for site in sites])
     if residual_identity:
-        return sizes, torch.stack([length("block") for _ in sites]) / batches[0].width ** 0.5
+        return sizes, torch.stack([length("block") for _ in sites]) / context_batches[0].width ** 0.5
     # A norm behind the MLP gives δ another size than the block's output has.
-    return sizes, sizes / batches[0].width ** 0.5 * _BEHIND_NORM
+    return sizes, sizes / context_batches[0].width ** 0.5 * _BEHIND_NORM
 
 
 def value_loss(
-    delta: Tensor, scores: Scores, unedited: Tensor, sizes: Tensor, nll_weight: Tensor, search: SearchSettings
+    delta: Tensor, scores: Scores, unedited: Tensor, sizes: Tensor, nll_weight: Tensor, method: ValueSearchMethod
 ) -> tuple[Tensor, Tensor]:
     """L(δ) of this module's equation, and its KL term by itself. (facts,) each
 
@@ -145,13 +150,18 @@ def value_loss(
         sizes: ‖v‖. (sites, facts)
         nll_weight: 1, but PMET's once it has the answer. (facts,)
     """
-    drift = search.kl_weight * kl_divergence(scores.kl_prompt, unedited)
-    length = (delta.norm(dim=2) / sizes ** (2 if search.units == "absolute" else 1)).sum(0)
-    return nll_weight * scores.nll + drift + search.weight_decay * length, drift
+    drift = method.kl_weight * kl_divergence(scores.kl_prompt, unedited)
+    length = (delta.norm(dim=2) / sizes ** (2 if method.units == "absolute" else 1)).sum(0)
+    return nll_weight * scores.nll + drift + method.weight_decay * length, drift
 
 
 def _descend(
-    batches: list[FactBatch], sizes: Tensor, units: Tensor, index: Tensor, search: SearchSettings, progress: Progress
+    context_batches: list[FactBatch],
+    sizes: Tensor,
+    units: Tensor,
+    index: Tensor,
+    method: ValueSearchMethod,
+    progress: Progress,
 ) -> tuple[Tensor, list[list[float]]]:
     """(δ of every fact at the last site, losses): Adam on δ, each pass with the next batch of contexts.
 
@@ -160,23 +170,23 @@ def _descend(
         units: of the learning rate. (sites, facts)
         index: number of each fact's δ. (facts,)
     """
-    convergence, count = Convergence(index, len(batches), search), int(index.max()) + 1
-    radius, unit = search.clamp * _smallest(sizes, index, count), _smallest(units, index, count)  # (sites, δs, 1)
+    convergence, count = Convergence(index, len(context_batches), method), int(index.max()) + 1
+    radius, unit = method.clamp * _smallest(sizes, index, count), _smallest(units, index, count)  # (sites, δs, 1)
     # Adam's steps have the size of the learning rate whatever the gradient, so δ is searched in its units.
-    scaled = sizes.new_zeros(len(sizes), count, batches[0].width, requires_grad=True)
-    optimizer, unedited = torch.optim.Adam([scaled], lr=search.learning_rate), None
-    for step in range(search.steps):
+    scaled = sizes.new_zeros(len(sizes), count, context_batches[0].width, requires_grad=True)
+    optimizer, unedited = torch.optim.Adam([scaled], lr=method.learning_rate), None
+    for step in range(method.steps):
         if (left := convergence.drop_finished()) is not None:
-            batches = [batch.select(left) for batch in batches]
+            context_batches = [batch.select(left) for batch in context_batches]
         read = convergence.read
         delta = (unit * scaled)[:, index[read]]  # (sites, facts read, hidden)
-        scores = batches[step % len(batches)].score(delta)
+        scores = context_batches[step % len(context_batches)].score(delta)
         unedited = scores.kl_prompt.detach() if unedited is None else unedited
-        loss, drift = value_loss(delta, scores, unedited[read], sizes[:, read], convergence.nll_weight[read], search)
+        loss, drift = value_loss(delta, scores, unedited[read], sizes[:, read], convergence.nll_weight[read], method)
         finite_loss(loss.sum())
-        progress.step(step, search.steps, float(loss.detach().mean()))
+        progress.step(step, method.steps, float(loss.detach().mean()))
         convergence.record(loss.detach(), drift.detach(), scores)
-        if step == search.steps - 1 or not bool(convergence.running.any()):
+        if step == method.steps - 1 or not bool(convergence.running.any()):
             break
         before = scaled.detach().clone()
         optimizer.zero_grad()
@@ -191,17 +201,17 @@ def _descend(
 
 def _smallest(sizes: Tensor, index: Tensor, count: int) -> Tensor:
     """The smallest size among the facts that share a δ. sizes: (sites, facts); result: (sites, δs, 1)."""
-    largest = sizes.new_full((len(sizes), count), torch.inf)
-    return largest.scatter_reduce(1, index.expand_as(sizes), sizes, "amin")[..., None]
+    infinite = sizes.new_full((len(sizes), count), torch.inf)
+    return infinite.scatter_reduce(1, index.expand_as(sizes), sizes, "amin")[..., None]
 
 
 class Convergence:
-    """Which facts of a batch are still searched: a fact is finished when every batch of its contexts in turn was
+    """Which facts of a group are still searched: a fact is finished when every batch of its contexts in turn was
     read as it should be, and facts that share a δ are finished together.
 
     Args:
         index: number of each fact's δ. (facts,)
-        batches: into how many the contexts are split.
+        context_batches: into how many the contexts are split.
 
     Attributes:
         losses: per fact, of every pass until it was finished.
@@ -210,8 +220,8 @@ class Convergence:
         nll_weight: of each fact's likelihood in the next pass. (facts,)
     """
 
-    def __init__(self, index: Tensor, batches: int, search: SearchSettings):
-        self._index, self._batches, self._search = index, batches, search
+    def __init__(self, index: Tensor, context_batches: int, method: ValueSearchMethod):
+        self._index, self._context_batches, self._method = index, context_batches, method
         self.losses: list[list[float]] = [[] for _ in index]
         self.read = torch.arange(len(index), device=index.device)
         self.running = torch.ones_like(self.read, dtype=torch.bool)
@@ -233,30 +243,30 @@ class Convergence:
         for i, value in zip(self.read.tolist(), loss.tolist(), strict=True):
             if running[i]:
                 self.losses[i].append(value)
-        self.nll_weight[self.read] = torch.where(scores.predicted, self._search.success_weight, 1.0)
+        self.nll_weight[self.read] = torch.where(scores.predicted, self._method.rules.success_weight, 1.0)
         satisfied = self._ends(loss, drift, scores)
         self._satisfied[self.read] = torch.where(satisfied, self._satisfied[self.read] + 1, 0)
-        unfinished = self.read[self._satisfied[self.read] < self._batches]
+        unfinished = self.read[self._satisfied[self.read] < self._context_batches]
         open_deltas = torch.zeros_like(self.running).index_fill(0, self._index[unfinished], True)
         self.running &= open_deltas[self._index]
 
     def _ends(self, loss: Tensor, drift: Tensor, scores: Scores) -> Tensor:
         """Which of the facts that are read have what the search is for. (facts read,), boolean"""
-        search = self._search
-        ends = (loss < search.stop_loss) | (scores.probability >= search.stop_probability)
-        if search.stop_drift is not None:
-            ends |= scores.predicted & (drift <= search.stop_drift)
-        if search.min_delta > 0:
-            gains = [decrease_per_pass(self.losses[i], self._batches) for i in self.read.tolist()]
-            ends |= scores.predicted & (loss.new_tensor(gains) < search.min_delta)
+        method, rules = self._method, self._method.rules
+        ends = (loss < rules.stop_loss) | (scores.probability >= method.stop_probability)
+        if rules.stop_drift is not None:
+            ends |= scores.predicted & (drift <= rules.stop_drift)
+        if method.min_delta > 0:
+            gains = [decrease_per_pass(self.losses[i], self._context_batches) for i in self.read.tolist()]
+            ends |= scores.predicted & (loss.new_tensor(gains) < method.min_delta)
         return ends
 
 
-def decrease_per_pass(losses: list[float], batches: int) -> float:
+def decrease_per_pass(losses: list[float], context_batches: int) -> float:
     """By how much a fact's loss falls from pass to pass, read off its last passes; infinite while they are too few.
 
     Batches of contexts differ, so both halves of what is compared are whole rounds of them.
     """
-    half = batches * math.ceil(_WINDOW / batches)
+    half = context_batches * math.ceil(_WINDOW / context_batches)
     before, last = losses[-2 * half : -half], losses[-half:]
     return (sum(before) - sum(last)) / half**2 if len(before) == half else math.inf

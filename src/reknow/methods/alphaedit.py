@@ -27,7 +27,7 @@ from reknow.checks.bounds import Formerly, NonNegative, Share
 from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layers
-from reknow.editing.search import SearchSettings
+from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares, null_space
 from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
@@ -44,7 +44,7 @@ _KEPT_NORMS = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlphaEdit(SearchSettings):
+class AlphaEdit(ValueSearchMethod):
     """Mass editing in the null space of general text, made for edit after edit."""
 
     state_spec: ClassVar[StateSpec] = StateSpec({"keys.*?": "float32 edits in.*", "anchor.*?": "float32 one"})
@@ -57,9 +57,9 @@ class AlphaEdit(SearchSettings):
     null_threshold: NonNegative | None = None
     """Eigenvalue of C below which a direction may change, instead of by `null_share`; 0.02 in the paper."""
     regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.1
-    """L2 in units of the projected keys' mean square norm."""
+    """L2 in units of the projected keys' mean square norm. Not read where `l2` is given."""
     l2: NonNegative | None = None
-    """L2 as a plain number, instead of `regularization`: 10 (GPT-2 XL, GPT-J, Llama 3)."""
+    """L2 as a plain number, in place of `regularization`: 10 (GPT-2 XL, GPT-J, Llama 3)."""
     boundary_layers: bool = False
     """Change the first and the last layer only, each with a z of its own, as BLUE does."""
     norm_anchor: bool = False

@@ -19,7 +19,7 @@ from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
-from reknow.editing.search import SearchSettings
+from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
 from reknow.editing.values import find_values
 from reknow.edits import Edit
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EMMET(SearchSettings):
+class EMMET(ValueSearchMethod):
     """Equality-constrained mass editing of one layer."""
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
     regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.01
-    """Ridge in units of the keys' mean kᵀC⁻¹k; a single fact has none."""
+    """Ridge in units of the keys' mean kᵀC⁻¹k; a single fact has none. Not read where `ridge` is given."""
     ridge: NonNegative | None = None
-    """Ridge as a plain number, instead of `regularization`: 0.1 in the authors' code."""
+    """Ridge as a plain number, in place of `regularization`: 0.1 in the authors' code."""
     covariance_scale: NonNegative = 1.0
     """Number s by which C is multiplied first; matters with `ridge` only: 1,000 (GPT-2 XL), 1 (GPT-J, Llama 2)."""
 

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Share
-from reknow.contract import Method, check_edits, make_patch
+from reknow.contract import Method, check_edits, edit_sequentially, make_patch
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.model.exact import exact
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Delta, LowRank
-from reknow.patching.patches import Patch, merge
+from reknow.patching.patches import Patch
 from reknow.tracing.causal import MOST_ANSWER_TOKENS, PARTIAL_CHARACTER
 
 if TYPE_CHECKING:
@@ -69,12 +69,7 @@ class KN(Method):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
-        patches = []
-        with lm.restored_afterwards():
-            for edit in edits:
-                patches.append(self._edit_one(lm, edit))
-                lm.apply(patches[-1])
-        return patches[0] if len(patches) == 1 else merge(patches)
+        return edit_sequentially(lm, edits, lambda edit: self._edit_one(lm, edit))
 
     def _edit_one(self, lm: LM, edit: Edit) -> Patch:
         old = edit.target_true or model_answer(lm, edit.text)

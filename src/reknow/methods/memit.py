@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reknow.contract import check_edits
-from reknow.editing.band import BandSettings
+from reknow.editing.band import BandMethod
 from reknow.editing.layers import resolve_layers
+from reknow.editing.search import SearchRules
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.patching.patches import Patch
@@ -28,11 +29,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MEMIT(BandSettings):
+class MEMIT(BandMethod):
     """Mass editing over a band of layers."""
 
     merge_subjects: bool = False
     """Search one δ for all edits of a subject, as MEMIT-Merge does."""
+
+    @property
+    def rules(self) -> SearchRules:
+        return SearchRules(merge_subjects=self.merge_subjects)
 
     @property
     def name(self) -> str:

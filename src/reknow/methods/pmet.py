@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import check_edits
-from reknow.editing.band import BandSettings
-from reknow.editing.keys import Site
+from reknow.editing.band import BandMethod
 from reknow.editing.layers import resolve_layers
+from reknow.editing.search import SearchRules
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.patching.patches import Patch
@@ -29,11 +29,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PMET(BandSettings):
+class PMET(BandMethod):
     """Mass editing of the MLP's share in the wanted state."""
 
-    site: ClassVar[Site] = "value"
-    moves_attention: ClassVar[bool] = True
     distance_power: ClassVar[float] = 0.5
 
     regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.03
@@ -45,6 +43,15 @@ class PMET(BandSettings):
     """Weight of the likelihood while the new answer is the most likely in every context."""
     stop_drift: NonNegative = 0.01
     """Weighted drift at which a fact's search ends, once the new answer is the most likely in every context."""
+
+    @property
+    def rules(self) -> SearchRules:
+        return SearchRules(
+            site="value",
+            moves_attention=True,
+            success_weight=self.success_weight,
+            stop_drift=self.stop_drift,
+        )
 
     @property
     def name(self) -> str:

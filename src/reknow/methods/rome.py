@@ -1,8 +1,8 @@
 """ROME: Locating and Editing Factual Associations in GPT. Meng, Bau, Andonian, Belinkov 2022, arXiv 2202.05262.
 
-The value matrix W of one layer is a linear memory: key k (the subject) → value v (what is known of it). The value v*
-that makes the model answer with the new object is found by gradient descent (`reknow.editing.values`), and W is
-changed by the rank-one matrix that maps the subject's key k* to v* and disturbs the keys of general text, whose
+The value matrix W of one layer is a linear memory: key k (the subject) → value v (what is known of it). The value
+v* = v + δ that makes the model answer with the new object is found by gradient descent (`reknow.editing.values`), and
+W is changed by the rank-one matrix that maps the subject's key k* to v* and disturbs the keys of general text, whose
 covariance is C, the least:
 
     ΔW = (v* − W k*) (C⁻¹ k*)ᵀ / ((C⁻¹ k*)ᵀ k*)                                                          (eq. 2)
@@ -18,30 +18,29 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, Natural, NonNegative, Number
-from reknow.contract import check_edits, make_patch
-from reknow.editing.keys import Site
+from reknow.contract import check_edits, edit_sequentially, make_patch
 from reknow.editing.layers import resolve_layer
-from reknow.editing.search import SearchSettings
+from reknow.editing.search import SearchRules, ValueSearchMethod
 from reknow.editing.solvers import rank_one
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.model.exact import exact
-from reknow.patching.patches import Patch, merge
+from reknow.patching.patches import Patch
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
 
 @dataclass(frozen=True, kw_only=True)
-class ROME(SearchSettings):
+class ROME(ValueSearchMethod):
     """Rank-one model editing, one fact after the other."""
 
     edits_per_call: ClassVar[int] = 16
-    site: ClassVar[Site] = "value"
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
     clamp: NonNegative = 4.0
+    """Largest length of the addition, relative to what it is added to, as in the authors' code."""
     context_batches: Annotated[Number, Formerly("turns")] = 5
     context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))
     context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = ()
@@ -54,17 +53,19 @@ class ROME(SearchSettings):
     def name(self) -> str:
         return "r-rome" if self.average_keys else "rome"
 
+    @property
+    def rules(self) -> SearchRules:
+        return SearchRules(site="value")
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
-        patches = []
-        with lm.restored_afterwards():
-            for edit in edits:
-                patches += self.edit_each(lm, [edit])
-                lm.apply(patches[-1])
-        return patches[0] if len(patches) == 1 else merge(patches)
+        return edit_sequentially(lm, edits, lambda edit: self._rank_one_patches(lm, [edit])[0])
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
-        edits = [check_edits(self, edit, lm)[0] for edit in edits]
+        return self._rank_one_patches(lm, [check_edits(self, edit, lm)[0] for edit in edits])
+
+    def _rank_one_patches(self, lm: LM, edits: list[Edit]) -> list[Patch]:
+        """Of each edit by itself a patch of rank one for the model as it is; their v* are searched together."""
         layer = resolve_layer(lm, self.layer)
         found = find_values(lm, edits, layer, self.contexts(lm), self)
         mean_key = exact(found.mean_key)  # (edits, in)
@@ -76,7 +77,7 @@ class ROME(SearchSettings):
         residual = exact(found.value) + exact(found.delta) - exact(value)  # v* − W k*, (edits, hidden)
         patches = []
         for i, edit in enumerate(edits):
+            change = rank_one(u[i], key[i], residual[i])
             notes = {"layer": layer, "losses": found.losses[i]}
-            delta = rank_one(u[i], key[i], residual[i])
-            patches.append(make_patch(self, lm, [edit], {lm.parts.value[layer]: delta}, notes=notes))
+            patches.append(make_patch(self, lm, [edit], {lm.parts.value[layer]: change}, notes=notes))
         return patches
