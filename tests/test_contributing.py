@@ -1,58 +1,65 @@
-"""The method that CONTRIBUTING.md shows: one file and one row, and everything knows it."""
+"""The methods that CONTRIBUTING.md shows are a file and a row each, and keep the whole contract."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import reknow.methods
-from conftest import bits, make_lm, same
-from reknow import METHODS, Edit, Patch, method
+from methods.test_contract import *  # noqa: F403, its tests, fixtures and marks, run on the methods of the page
+from reknow import METHODS
 from reknow.__main__ import main
 from reknow.registry import Row
 
-PAGE = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
-FILE, ROW = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)[:2]
-EDITS = [
-    Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="of"),
-    Edit("{} is a citizen of", subject="Peru", target_new="in"),
-]
+ROOT = Path(__file__).parent.parent
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+ROWS = eval("{" + "".join(text for text in SNIPPETS if text.startswith(" ")) + "}", {"Row": Row})
+HOMES = [f"{row.home.partition(':')[0]}.py" for row in ROWS.values()]
+FILES = dict(zip(HOMES, (text for text in SNIPPETS if text.startswith('"""')), strict=True))
 
 
-@pytest.fixture
-def added(tmp_path, monkeypatch) -> str:
-    """The name of the method, whose file lies among the others and whose row is in the table."""
-    (name, row), home = next(iter(eval(f"{{{ROW}}}", {"Row": Row}).items())), reknow.methods
-    (tmp_path / f"{row.home.partition(':')[0]}.py").write_text(FILE, encoding="utf-8")
-    monkeypatch.setattr(home, "__path__", [*home.__path__, str(tmp_path)])
-    monkeypatch.setitem(METHODS, name, row)
-    return name
+@pytest.fixture(autouse=True, scope="module")
+def added(tmp_path_factory):
+    """The files lie among the others', and the rows are in the table."""
+    folder = tmp_path_factory.mktemp("methods")
+    for file, text in FILES.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(reknow.methods, "__path__", [*reknow.methods.__path__, str(folder)])
+        for name, row in ROWS.items():
+            patched.setitem(METHODS, name, row)
+        yield
 
 
-def test_it_is_short():
-    assert len(FILE.splitlines()) <= 32 and sum(bool(line.strip()) for line in FILE.splitlines()) <= 25
+@pytest.fixture(params=ROWS)
+def name(request) -> str:
+    return request.param
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
-def test_it_is_a_method(added, family, tmp_path):
-    lm = make_lm(family)
-    before = bits(lm)
-    asked, answers = [edit.text for edit in EDITS], [edit.target_new for edit in EDITS]
-    unedited = lm.score(asked, answers)
-    patch = method(added, strength=3).edit(lm, EDITS)
-    assert same(bits(lm), before) and patch.settings == {"strength": 3.0}
-    patch.save(tmp_path / "a.patch")
-    lm.apply(Patch.load(tmp_path / "a.patch"))
-    assert all(now.nll < then.nll for now, then in zip(lm.score(asked, answers), unedited, strict=True))
-    lm.revert(patch)
-    assert same(bits(lm), before)
+@pytest.mark.parametrize(("file", "limit"), zip(FILES, (25, 40), strict=True))
+def test_it_is_short(file, limit):
+    code = [line for line in map(str.strip, FILES[file].splitlines()) if line and not line.startswith('"""')]
+    assert len(code) <= limit
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=str)
+@pytest.mark.parametrize("file", FILES)
+def test_it_has_the_style_of_the_project(file, command):
+    pytest.importorskip("ruff")
+    place = ["--stdin-filename", f"src/reknow/methods/{file}", "-"]
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, *place], input=FILES[file], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.slow
-def test_the_command_line_knows_it(added, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["reknow", "edit", "{Danielle Darrieux} speaks", "English", "--method", added])
+def test_the_command_line_knows_it(name, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["reknow", "edit", "{Danielle Darrieux} speaks", "English", "--method", name])
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         main()

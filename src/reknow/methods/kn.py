@@ -106,9 +106,7 @@ class KN(Method):
 
     def _shift(self, lm: LM, edit: Edit, old: str, slots: Tensor) -> Tensor:
         """− λ₁ e_old + λ₂ e_new for every slot. slots and result: (out, neurons)"""
-        head = lm.model.get_output_embeddings()
-        name = next(name for name, module in lm.model.named_modules() if module is head)
-        table = lm.weight(name)  # (vocabulary, features)
+        table = lm.unembedding  # (vocabulary, features)
         if table.shape[1] != len(slots):
             raise ModelError(
                 f"expected answer embeddings of {len(slots)} numbers, to add to the slots; got {table.shape[1]}: "

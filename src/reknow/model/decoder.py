@@ -83,6 +83,12 @@ class Decoder(ABC):
         """The current weight of the matrix `name`, seen as (out, in)."""
 
     @property
+    def unembedding(self) -> Tensor:
+        """The current matrix that makes logits of final states. (vocabulary, features)"""
+        head = self.model.get_output_embeddings()
+        return self.weight(next(name for name, module in self.model.named_modules() if module is head))
+
+    @property
     @abstractmethod
     def hooked(self) -> bool:
         """Whether a memory is applied that changes what modules compute, beyond what the weights say."""
