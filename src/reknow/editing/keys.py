@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -13,12 +11,11 @@ from reknow.editing.sinks import avoid_sinks
 from reknow.edits import Edit
 from reknow.model.exact import exact
 from reknow.model.tokens import EncodedText, Text
-from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
     from reknow.lm import LM
 
-__all__ = ["Site", "Subjects", "warn_of_shared_keys"]
+__all__ = ["Site", "Subjects"]
 
 Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
@@ -66,17 +63,3 @@ class Subjects:
         parts, bare = self._lm.parts, slice(None, None, self._contexts)
         name = parts.blocks[layer] if site == "block" and parts.residual_identity else parts.value[layer]
         return exact(self._lm.read(self._rows[bare], self._last[bare], outputs=[name]).outputs[name])
-
-
-def warn_of_shared_keys(method: str, edits: Sequence[Edit]) -> None:
-    """Warns where edits begin with the same text up to the subject's end: one key can have one value only."""
-    begins = {edit.text: split_template(edit.prompt)[0] + str(edit.subject) for edit in edits}
-    shared = {begin: count for begin, count in Counter(begins.values()).items() if count > 1}
-    if shared:
-        begin, count = next(iter(shared.items()))
-        more = f" (and {len(shared) - 1} more such texts)" if len(shared) > 1 else ""
-        warnings.warn(
-            f"{method} finds one key for all {count} edits that begin with {begin!r}{more}, so at most one of "
-            "them will be made: memit-merge makes them together",
-            stacklevel=1,  # said once, whoever calls
-        )

@@ -5,6 +5,8 @@ What the settings mean is in the equation at the top of `values`, which has the 
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated
@@ -15,10 +17,11 @@ from torch import Tensor
 from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Seed, Share, Units
 from reknow.contract import Method
 from reknow.editing.contexts import sample_contexts
-from reknow.editing.keys import Site, warn_of_shared_keys
+from reknow.editing.keys import Site
 from reknow.editing.solvers import Whitening, cholesky
 from reknow.errors import EditRefused
 from reknow.registry import METHODS, NEED_A_SUBJECT
+from reknow.texts.templates import split_template
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -63,7 +66,7 @@ class ValueSearchMethod(Method):
     kl_weight: NonNegative = 0.0625
     """Weight of the drift of what the model says after "{subject} is a"."""
     weight_decay: Annotated[NonNegative, Formerly("decay")] = 0.05
-    """Weight of the addition's length, in units of what it is added to, in the loss: no weight decay of Adam's."""
+    """Weight in the loss of the addition's length, relative to what it is added to; not Adam's weight decay."""
     clamp: NonNegative = 1.0
     """Largest length of the addition, relative to what it is added to; in the papers 0.75."""
     units: Units = "relative"
@@ -111,7 +114,7 @@ class ValueSearchMethod(Method):
                     edit,
                 )
         if not self.rules.merge_subjects:
-            warn_of_shared_keys(self.name, edits)
+            _warn_of_shared_keys(self.name, edits)
 
     def contexts(self, lm: LM) -> tuple[str, ...]:
         """The texts to put before the prompt; the first is empty."""
@@ -140,3 +143,17 @@ class ValueSearchMethod(Method):
 
         key = ("covariance", make.__name__, name, str(device), *source, *settings)
         return lm.cached(key, compute, budget=budget)
+
+
+def _warn_of_shared_keys(method: str, edits: Sequence[Edit]) -> None:
+    """Warns where edits begin with the same text up to the subject's end: one key can have one value only."""
+    begins = {edit.text: split_template(edit.prompt)[0] + str(edit.subject) for edit in edits}
+    shared = {begin: count for begin, count in Counter(begins.values()).items() if count > 1}
+    if shared:
+        begin, count = next(iter(shared.items()))
+        more = f" (and {len(shared) - 1} more such texts)" if len(shared) > 1 else ""
+        warnings.warn(
+            f"{method} finds one key for all {count} edits that begin with {begin!r}{more}, so at most one of "
+            "them will be made: memit-merge makes them together",
+            stacklevel=1,  # said once, whoever calls
+        )
