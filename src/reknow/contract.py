@@ -51,10 +51,10 @@ class Method(ABC):
 
     @classmethod
     def paper(cls, model: LM | str | None = None, *, source: str | None = None, **settings: Any) -> Self:
-        """The method as its paper sets it for a model: `ROME.paper("gpt2-xl")`; `settings` go over the paper's.
+        """The method as published for a model: `ROME.paper("gpt2-xl")`; `settings` go over what is published.
 
-        They say too which row of the table is meant: `average_keys=True` makes it R-ROME's. See `published` for the
-        other arguments and the errors.
+        Not always the paper's own: see `published`, which has the other arguments, the sources and the errors. The
+        settings say too which row of the table is meant: `average_keys=True` makes it R-ROME's.
         """
         row = cls(**known_settings(cls, settings, cls.__name__)).name
         return make(row, {**published(row, model, source).settings, **settings})

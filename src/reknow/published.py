@@ -52,6 +52,10 @@ class Published(NamedTuple):
 def published(row: str, model: Decoder | str | None = None, source: str | None = None) -> Published:
     """What is published for the method `row`, a name in the table of methods.
 
+    That is what the code of the paper's authors sets where it has the model, else EasyEdit's, else that of another
+    paper whose baseline the method was; `sources` says which. `notes` say what no field can: that C of ROME and its
+    like is of 100,000 articles there, say, while `covariance_tokens` stays at our default of 100,000 tokens.
+
     Args:
         model: its name, or an LM, which is recognised by its sizes and never by its name; None: where the same holds
             for all models.

@@ -221,3 +221,13 @@ def test_the_page_lists_what_there_is():
     for row, cells in listed.items():
         assert set(re.findall(r"`([\w.-]+)`", cells)) == set(published_models(row)), row
         assert ("any" in cells) == holds_for_any(row), row
+
+
+def test_the_page_says_which_models_methods_can_be_compared_on():
+    page = (Path(__file__).parents[2] / "docs" / "published.md").read_text(encoding="utf-8")
+    rows = re.search(r"^\| model \| (.*) \|$", page, re.MULTILINE)[1].split(" | ")
+    lines = re.findall(r"^\| ([\w.-]+) \| ((?:yes|–).*) \|$", page, re.MULTILINE)
+    assert len(lines) > 5
+    for model, cells in lines:
+        there = [row for row, cell in zip(rows, cells.split(" | "), strict=True) if cell == "yes"]
+        assert there == [row for row in rows if holds_for_any(row) or model in published_models(row)], model
