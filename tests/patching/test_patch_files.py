@@ -27,6 +27,7 @@ def test_a_file_keeps_every_bit(lm, tmp_path, dense):
     patch = some_patch(lm, dense=dense, state=state, version="9.9")
     loaded = Patch.load(patch.save(tmp_path / "deep" / "one.patch"))
     assert loaded.id == patch.id and loaded.label == patch.label
+    assert loaded == patch and {loaded, patch} == {patch} and patch != patch.id
     assert (loaded.edits, loaded.made_on, loaded.version) == (patch.edits, (), "9.9")
     assert loaded.notes == patch.notes and json.dumps(loaded.settings) == json.dumps(patch.settings)
     for key, tensor in state.items():

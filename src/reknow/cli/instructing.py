@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reknow.cli.options import DEMO, Families, Model, Opening, refuse_beside
-from reknow.cli.places import instructions_place, run_folder
+from reknow.cli.places import INSTRUCTIONS, START, instructions_place, run_folder
 from reknow.cli.terminal import say, say_table
 from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
@@ -75,9 +75,9 @@ def instruct(
         seconds = time.perf_counter() - started
         card = _card(lm, writer, about["editor"], settings.seed)
         others = [family for family in known.values() if family not in chosen]
-        save_families(out / "instructions.json", [*searched.families, *others], card)
+        save_families(out / INSTRUCTIONS, [*searched.families, *others], card)
     _say_found(searched, seconds, trial.edits)
-    say(f"wrote {out / 'instructions.json'}; use it with: --method instructedit --set families=FILE")
+    say(f"wrote {out / INSTRUCTIONS}; use it with: --method instructedit --set families=FILE")
 
 
 def _chosen(known: dict[str, Family], tasks: str | None) -> list[Family]:
@@ -103,11 +103,11 @@ def _trial_editor(
     if editor is not None:
         return replace(method, editor=str(editor))
     first = [replace(family, instructions=family.instructions[:1]) for family in chosen]
-    save_families(out / "start.json", first, {"description": "what the trial editor was trained with"})
+    save_families(out / START, first, {"description": "what the trial editor was trained with"})
     cases = [case for family in chosen for case in FamilySplit.of(family).training]
     short = Training(steps=steps, batch_size=6, validation=0, validate_every=steps, checkpoint_every=steps)
     say(f"training a trial editor: {steps} updates")
-    return replace(method, families=str(out / "start.json")).fit(lm, cases, out / "trial", short, progress=True)
+    return replace(method, families=str(out / START)).fit(lm, cases, out / "trial", short, progress=True)
 
 
 def _card(lm: LM, writer: Proposer, editor: str, seed: int) -> dict[str, object]:

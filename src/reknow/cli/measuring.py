@@ -232,8 +232,7 @@ def report(
 ) -> None:
     """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
     from reknow.evaluation import Results
-    from reknow.files.manifest import MANIFEST_FILE
-    from reknow.files.outputs import mark_folder
+    from reknow.files.outputs import MANIFEST_FILE, mark_folder
     from reknow.report import write_report
     from reknow.studies.comparison_page import split_by_set, write_study
     from reknow.studies.ice.convergence import ROWS_FILE

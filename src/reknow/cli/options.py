@@ -134,7 +134,7 @@ class ChatOpening(Opening):
 def flatten(command: Callable[..., None]) -> Callable[..., None]:
     """The command as typer wants it: the fields of an argument that is a dataclass are options of their own."""
     hints = get_type_hints(command, include_extras=True)
-    groups = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
     parameters: list[inspect.Parameter] = []
     for name, parameter in inspect.signature(command).parameters.items():
         if name not in groups:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from reknow.cli.options import DEMO
 from reknow.errors import InputError
-from reknow.files.outputs import MARK, growing_folder
+from reknow.files.outputs import MANIFEST_FILE, MARK, growing_folder
 
+TRACES, INSTRUCTIONS, START = "traces.jsonl", "instructions.json", "start.json"
 _REPORT = ("report.html", "report.csv", "report.md", "figure*.png")
 _STUDY = ("study.md", "study.png", "convergence.md", "convergence.png")
-_RUN = ("before.jsonl", "cases.jsonl", "inside.jsonl", "script_ppl_r.jsonl", *_REPORT, *_STUDY)
-_TRAINING = ("editor.safetensors", "checkpoint.safetensors", "log.jsonl")
-_INSTRUCTIONS = ("instructions.json", "start.json", "proposals.jsonl", "scores.jsonl")
 _PICTURES = tuple(f"{name}.{ending}" for name in ("trace", "average", "bars") for ending in ("png", "svg"))
-TRACES = "traces.jsonl"
+_TRACES_START = b'{"model": '
 
 
 def run_folder(name: str, model: str) -> Path:
@@ -25,19 +25,28 @@ def run_folder(name: str, model: str) -> Path:
 
 def run_place(out: Path, command: str, model: str, sets: Iterable[str] = ()) -> dict[str, Path]:
     """Name of each set → its run folder: `out` itself where there is one or none."""
-    names = list(sets)
-    whole = growing_folder(out, command, own=("manifest.json", "*/manifest.json"), written=_RUN, sources=(model,))
+    from reknow.evaluation.run_folder import BEFORE_FILE, ROWS_FILE
+    from reknow.studies.ice.convergence import ROWS_FILE as CONVERGENCE_FILE
+    from reknow.studies.ice.script_ppl_r import FILE as SCRIPT_FILE
+
+    names, written = list(sets), (BEFORE_FILE, ROWS_FILE, CONVERGENCE_FILE, SCRIPT_FILE, *_REPORT, *_STUDY)
+
+    def place(folder: Path, *own: str) -> Path:
+        return growing_folder(folder, command, own=own, written=written, sources=(model,))
+
+    whole = place(out, MANIFEST_FILE, f"*/{MANIFEST_FILE}")
     if len(names) < 2:
         return dict.fromkeys(names or [""], whole)
-    return {
-        name: growing_folder(whole / name, command, own=("manifest.json",), written=_RUN, sources=(model,))
-        for name in names
-    }
+    return {name: place(whole / name, MANIFEST_FILE) for name in names}
 
 
 def training_place(out: Path, model: str) -> Path:
     """The folder of a training."""
-    return growing_folder(out, "train", own=("manifest.json",), written=_TRAINING, sources=(model,))
+    from reknow.learning.editors import EDITOR_FILE
+    from reknow.learning.loop import CHECKPOINT_FILE, LOG_FILE
+
+    written = (EDITOR_FILE, CHECKPOINT_FILE, LOG_FILE)
+    return growing_folder(out, "train", own=(MANIFEST_FILE,), written=written, sources=(model,))
 
 
 def study_place(out: Path, name: str, model: str) -> Path:
@@ -48,17 +57,19 @@ def study_place(out: Path, name: str, model: str) -> Path:
 
 def instructions_place(out: Path, model: str) -> Path:
     """The folder of a search for instructions."""
-    own = (MARK, "manifest.json", "trial")
-    return growing_folder(out, "instruct", own=own, written=_INSTRUCTIONS, sources=(model,))
+    from reknow.instructions.search import PROPOSALS_FILE, SCORES_FILE
+
+    own, written = (MARK, MANIFEST_FILE, "trial"), (INSTRUCTIONS, START, PROPOSALS_FILE, SCORES_FILE)
+    return growing_folder(out, "instruct", own=own, written=written, sources=(model,))
 
 
 def report_place(run: Path, out: Path) -> Path:
     """Another folder for the report of a run, or for the folders of several."""
-    parts = [path.parent.relative_to(run) for path in run.glob("*/manifest.json")]
+    parts = [path.parent.relative_to(run) for path in run.glob(f"*/{MANIFEST_FILE}")]
     for part in parts:
-        growing_folder(out / part, "report", own=(MARK, "../" + MARK, "manifest.json"), written=_REPORT)
+        growing_folder(out / part, "report", own=(MARK, f"../{MARK}", MANIFEST_FILE), written=_REPORT)
     written = (*_REPORT, *_STUDY)
-    return growing_folder(out, "report", own=(MARK, "manifest.json"), written=written)
+    return growing_folder(out, "report", own=(MARK, MANIFEST_FILE), written=written)
 
 
 def trace_place(out: Path, model: str, force: bool) -> Path:
@@ -66,10 +77,7 @@ def trace_place(out: Path, model: str, force: bool) -> Path:
     own, written = (MARK, TRACES), () if force else _PICTURES
     out = growing_folder(out, "trace", own=own, written=written, sources=(model,))
     try:
-        with open(out / TRACES, "rb") as file:
-            ours = file.readline(10_000).startswith(b'{"model": ')
-    except FileNotFoundError:
-        ours = True
+        ours = not (out / TRACES).exists() or holds_traces(out / TRACES)
     except OSError as error:
         raise InputError(f"expected a folder for traces; {out / TRACES} cannot be read ({error.strerror})") from error
     if not ours:
@@ -77,3 +85,14 @@ def trace_place(out: Path, model: str, force: bool) -> Path:
             f"expected traces that reknow made; {out / TRACES} holds something else: choose another --out"
         )
     return out
+
+
+def trace_header(model: str, facts: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the first line of a file of traces says: what they are of."""
+    return {"model": model, "facts": facts, "settings": json.loads(json.dumps(settings))}
+
+
+def holds_traces(path: Path) -> bool:
+    """Whether the file begins with a `trace_header`."""
+    with open(path, "rb") as file:
+        return file.read(len(_TRACES_START)) == _TRACES_START

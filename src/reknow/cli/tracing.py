@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reknow.cli.options import DEMO, Force, Json, Model, Opening, refuse_beside
-from reknow.cli.places import TRACES, trace_place
+from reknow.cli.places import TRACES, trace_header, trace_place
 from reknow.cli.terminal import say, say_json, say_table
 from reknow.errors import InputError
 from reknow.files.locks import write_lock
@@ -114,7 +114,7 @@ def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, for
     from reknow.tracing.causal import average, embedding_std, known_facts, trace_prompt
 
     facts = load_facts(name, limit=limit)
-    header = {"model": lm.fingerprint.digest, "facts": name, "settings": json.loads(json.dumps(asdict(settings)))}
+    header = trace_header(lm.fingerprint.digest, name, asdict(settings))
     traces = read_traces(out / TRACES, header, force)
     done = {each.prompt for each in traces}
     std = embedding_std(lm, load_facts(name))

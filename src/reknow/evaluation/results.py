@@ -150,7 +150,7 @@ class Results:
         before = {case: row_readings(row) for (case,), row in self.before.items()}
         for (case,), row in self.before.items():
             values = {**case_metrics(before[case]), "perplexity@held_out": row["held_out_perplexity"]}
-            for key, value in (values | self.added.get((case,), {})).items():
+            for key, value in {**values, **self.added.get((case,), {})}.items():
                 if value is not None:
                     found[UNEDITED_BEFORE][case][key].append(value)
         for place, row in sorted(self.rows.items(), key=lambda item: self._order(item[1])):
@@ -161,7 +161,7 @@ class Results:
             if row["stage"] == AFTER_EDIT or row["mode"] == "batch":
                 values |= {f"{name}@edit": row.get(name) for name in _COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
-            for key, value in (values | self.added.get(place, {})).items():
+            for key, value in {**values, **self.added.get(place, {})}.items():
                 if value is not None:
                     found[row["method"], row["stage"]][row["case"]][key].append(value)
         return {

@@ -14,10 +14,9 @@ import torch
 
 from reknow.errors import InputError
 from reknow.files.atomic import write_json
+from reknow.files.outputs import MANIFEST_FILE
 from reknow.files.schema import Object, Strict, explain, read_json
 from reknow.registry import as_now
-
-MANIFEST_FILE = "manifest.json"
 
 
 def _machine() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from reknow.files.atomic import write_text
 
 MARK = "reknow.json"
 """In an exported folder: which command wrote it, which files, and what they are."""
-STACK_FILE = "stack.json"
+STACK_FILE, MANIFEST_FILE = "stack.json", "manifest.json"
 
 
 def output_file(path: Path, force: bool, sources: Iterable[str | Path | None] = ()) -> Path:

@@ -25,7 +25,7 @@ from reknow.instructions.propose import Proposer, is_usable
 
 _log = logging.getLogger(__name__)
 
-_PROPOSALS_FILE, _SCORES_FILE = "proposals.jsonl", "scores.jsonl"
+PROPOSALS_FILE, SCORES_FILE = "proposals.jsonl", "scores.jsonl"
 _RISE = 1e-3
 """A metric that rises by less stands still."""
 
@@ -101,8 +101,8 @@ def search(
 class _Run:
     def __init__(self, proposer: Proposer, score: _Scorer, folder: Path, settings: Search, report: Callable):
         self.proposer, self.score, self.settings, self.report = proposer, score, settings, report
-        self.proposals = Rows(folder / _PROPOSALS_FILE, ("family", "round"))
-        self.scores = Rows(folder / _SCORES_FILE, ("family", "text"))
+        self.proposals = Rows(folder / PROPOSALS_FILE, ("family", "round"))
+        self.scores = Rows(folder / SCORES_FILE, ("family", "text"))
         self.seconds, self.trials, self.stopped = 0.0, 0, dict[str, str]()
 
     def family(self, family: Family, start: str) -> Family:

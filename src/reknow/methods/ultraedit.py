@@ -25,7 +25,7 @@ from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import cholesky, solve
 from reknow.edits import Edit
 from reknow.learning.blocks import RunningNorm
-from reknow.learning.gradients import flat_factors
+from reknow.learning.gradients import TokenFactors, flat_factors
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, as_delta, sum_deltas
@@ -101,7 +101,7 @@ class UltraEdit(Method):
     def _batch_deltas(
         self,
         lm: LM,
-        factors: dict[str, tuple[Tensor, Tensor]],
+        factors: TokenFactors,
         before: dict[str, RunningNorm],
         own: dict[str, RunningNorm],
     ) -> dict[str, Delta]:

@@ -37,7 +37,7 @@ class Footprint(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PatchRecord:
-    """What an edit changed, with the state that later edits need."""
+    """What an edit changed, with the state that later edits need. Patches of the same `id` are equal."""
 
     method: str
     """Name in the table of methods."""
@@ -71,6 +71,12 @@ class PatchRecord:
             digest.update(name.encode())
             digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:12]
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, PatchRecord) and self.id == other.id)
+
+    def __hash__(self) -> int:
+        return hash(self.id)
 
     @property
     def label(self) -> str:

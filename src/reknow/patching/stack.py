@@ -99,7 +99,8 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
     if later := [p for p in stack if p.follows == wanted]:
         raise PatchError(
             f"expected the newest version of the {later[0].method} memory; {later[0].label} continues {wanted}: "
-            "revert from the newest on, or rebuild (`--rebuild`), which makes the later edits again without it"
+            "revert from the newest on, or rebuild without it, which makes the later edits again "
+            f'(`lm.rebuild(without="{wanted}")`; on the command line --rebuild)'
         )
     later = [p.label for p in stack if wanted in p.made_on]
     if later:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
 
 METRIC = "PPL_r@sampled_unshifted"
-_FILE = "script_ppl_r.jsonl"
+FILE = "script_ppl_r.jsonl"
 """In a run folder: for each row the ratio that the script would give."""
 
 
@@ -34,7 +34,7 @@ def measure_script_ppl_r(lm: LM, cases: Sequence[Case], results: Results, folder
         lm: the unedited model.
     """
     edits = {case.edit.id or str(number): case.edit for number, case in enumerate(cases)}
-    kept = Rows(folder / _FILE, ROW_KEY)
+    kept = Rows(folder / FILE, ROW_KEY)
     for place, row in _rows(results).items():
         edit, texts = edits[row["case"]], [one["text"] for one in row["readings"] if one.get("ppl_r") is not None]
         if texts and place not in kept:
@@ -45,7 +45,7 @@ def measure_script_ppl_r(lm: LM, cases: Sequence[Case], results: Results, folder
 
 def with_script_ppl_r(results: Results, folder: Path) -> Results:
     """The results with what was kept; runs of earlier versions have it in their readings."""
-    kept, added = Rows.reading(folder / _FILE, ROW_KEY), {}
+    kept, added = Rows.reading(folder / FILE, ROW_KEY), {}
     for place, row in _rows(results).items():
         earlier = [one["ratios"][1] for one in row["readings"] if one.get("ratios")]
         if place in kept or earlier:
