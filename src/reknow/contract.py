@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from typing_extensions import Self
@@ -15,6 +15,7 @@ from reknow.checks.arguments import typed
 from reknow.checks.bounds import check_settings
 from reknow.edits import Edit, refuse_contradictions
 from reknow.errors import EditFailed, InputError
+from reknow.lm import LM
 from reknow.model.exclusive import exclusively
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, delta_tensors
@@ -23,9 +24,6 @@ from reknow.patching.record import Footprint, PatchKind
 from reknow.patching.state_spec import StateSpec
 from reknow.published import published
 from reknow.registry import known_settings, make
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 class Method(ABC):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from reknow.progress import visible
-
-if TYPE_CHECKING:
-    pass
 
 _WIDTH = 120
 """Characters in a line of tables that go to a file or a pipe."""

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reknow.errors import MissingExtra
+from reknow.lm import LM
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.hooks import weight_replaced
 from reknow.model.parts import is_matrix
 from reknow.patching.deltas import LowRank
 from reknow.patching.peft_folder import describe_base
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _NAME = "default"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import make_patch
@@ -13,12 +13,10 @@ from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
 from reknow.editing.values import Values
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.patching.deltas import Delta, as_delta
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["BandMethod"]
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from reknow.lm import LM
 from reknow.texts.writing import full_stop
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["sample_contexts"]
 

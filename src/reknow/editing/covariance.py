@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
@@ -36,14 +36,12 @@ from reknow.files.cache import cache_folder, cache_limit, evict, mark_used, warn
 from reknow.files.locks import write_lock
 from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
+from reknow.lm import LM
 from reknow.model.exact import exact, exact_device
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.hooks import by_row, recorded
 from reknow.model.parts import device_of, shape
 from reknow.model.tokens import EncodedText, Text, encode
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["Statistics", "covariance", "statistics"]
 

@@ -12,19 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, NonNegative, Rate, Units
+from reknow.lm import LM
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu, weight_replaced
 from reknow.patching.deltas import Delta, Dense
 from reknow.progress import Progress
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["StepSize", "TrainableMatrices", "Update", "adam_update", "descend"]
 

@@ -6,18 +6,15 @@ The matrix's input is the same whatever the change, so a change is an addition b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reknow.editing.descent import StepSize, descend
+from reknow.lm import LM
 from reknow.model.hooks import fused_gelu
 from reknow.model.scored_tokens import ScoredTokens
 from reknow.model.tokens import EncodedText
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["is_addition", "train_each"]
 

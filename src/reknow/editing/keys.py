@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from reknow.editing.sinks import avoid_sinks
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.tokens import EncodedText, Text
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["Site", "Subjects"]
 

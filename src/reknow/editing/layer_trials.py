@@ -15,7 +15,7 @@ from dataclasses import asdict, astuple, dataclass
 from importlib.resources import files
 from itertools import islice, zip_longest
 from statistics import fmean, harmonic_mean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import JsonValue, ValidationError
 
@@ -26,13 +26,11 @@ from reknow.files.atomic import write_text
 from reknow.files.cache import cache_folder, warn_if_unwritable
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.schema import Count, FormatError, Listed, Strict, explain, first_problem, parse_json
+from reknow.lm import LM
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
 from reknow.registry import make
 from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = [
     "LayerScore",

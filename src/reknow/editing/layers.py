@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from reknow.editing.papers_layers import band_around
 from reknow.errors import InputError
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
+from reknow.lm import LM
 
 __all__ = ["resolve_layer", "resolve_layers"]
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from reknow.lm import LM
 from reknow.published import published_layers
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["band_around", "depth_layer", "papers_layers"]
 

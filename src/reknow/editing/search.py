@@ -9,7 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -19,13 +19,11 @@ from reknow.contract import Method
 from reknow.editing.contexts import sample_contexts
 from reknow.editing.keys import Site
 from reknow.editing.solvers import Whitening, cholesky
+from reknow.edits import Edit
 from reknow.errors import EditRefused
+from reknow.lm import LM
 from reknow.registry import METHODS, NEED_A_SUBJECT
 from reknow.texts.templates import split_template
-
-if TYPE_CHECKING:
-    from reknow.edits import Edit
-    from reknow.lm import LM
 
 __all__ = ["SearchRules", "ValueSearchMethod"]
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.generation import sample
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText, Text
 from reknow.texts.writing import prepend
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _Losses = Callable[[], tuple[Tensor, Tensor]]
 """Gives the losses of the answers' tokens and of the sampled ones, in nats, with the weights as they are now."""

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.tokens import EncodedText, Text
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _SAME_KEY = 0.8
 """Mean correlation between keys of different tokens from which on they are one key. SmolLM2 has 0.98 and more at the

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,12 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from reknow.editing.sinks import avoid_sinks, warn_of_sink
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.parts import embedding_matrix
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import TOKENS_PER_BATCH, EncodedText, Text
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["FactBatch", "Scores", "encode_facts", "group_facts", "split_contexts", "token_budget"]
 

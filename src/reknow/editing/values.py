@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,14 +24,12 @@ from torch import Tensor
 from reknow.editing.search import ValueSearchMethod
 from reknow.editing.value_batch import FactBatch, Scores, encode_facts, group_facts, split_contexts, token_budget
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText
 from reknow.progress import Progress
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["Convergence", "Values", "decrease_per_pass", "find_values", "value_loss"]
 

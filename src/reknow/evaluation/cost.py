@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reknow.contract import field_values
+from reknow.contract import Method, field_values
 from reknow.editing.layer_trials import remembered_layer
 from reknow.editing.layers import resolve_layers
 from reknow.editing.papers_layers import band_around, papers_layers
 from reknow.editing.triangle import kept_bytes
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.parts import embedding_matrix, shape
 from reknow.model.tokens import Text
-
-if TYPE_CHECKING:
-    from reknow.contract import Method
-    from reknow.lm import LM
 
 _FORWARD, _BACKWARD, _TRAIN = 2, 2, 6
 """Floating-point operations per weight and token: of a forward pass; of the gradient by what flows; of a forward pass

@@ -11,18 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from reknow.checks.arguments import typed
 from reknow.datasets.facts import Fact, load_facts
 from reknow.datasets.text import sample_text
 from reknow.edits import Edit
 from reknow.errors import EditFailed
+from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.tracing.known import known_facts
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _RISE = 1.5
 """Perplexity that rises by more than this factor has collapsed; edits that work leave it within a few percent."""

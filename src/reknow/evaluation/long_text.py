@@ -7,18 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reknow.errors import MissingExtra
+from reknow.lm import LM
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import Text
 from reknow.texts.writing import words
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 def token_f1(answer: str, reference: str) -> float:

@@ -9,22 +9,20 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from reknow.errors import PatchError
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.loading import carries_adapters
 from reknow.model.parts import reorient
 from reknow.patching.deltas import add_deltas
 from reknow.patching.weights import takes_changes
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 def find_adapters(model: nn.Module) -> list[str]:

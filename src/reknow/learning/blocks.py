@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from reknow.lm import LM
 from reknow.model.exact import exact
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["MALMENBlock", "MENDBlock", "MatrixGroups", "RunningNorm", "transform_factors"]
 

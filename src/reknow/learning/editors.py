@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import Field, JsonValue
@@ -18,12 +18,10 @@ from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.files.schema import FormatError, NewerFormat, Object, Strict, explain
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
+from reknow.lm import LM
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.patch_files import Base, Name
 from reknow.registry import make
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _FORMAT = 1
 EDITOR_FILE = "editor.safetensors"

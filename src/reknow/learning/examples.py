@@ -10,19 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from reknow.edits import Case
 from reknow.errors import InputError
+from reknow.lm import LM
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Text, split_by_length
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 LocalityTokens = Literal["all", "answer"]
 Averaging = Literal["tokens", "texts"]

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,11 @@ from reknow.learning.gradients import (
     token_delta,
 )
 from reknow.learning.loop import seeded
+from reknow.learning.settings import NetworkSettings
 from reknow.learning.training import parameter_groups
+from reknow.lm import LM
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta
-
-if TYPE_CHECKING:
-    from reknow.learning.settings import NetworkSettings
-    from reknow.lm import LM
 
 __all__ = ["GradientNetwork", "TransformLearner", "make_network", "transform_gradients"]
 

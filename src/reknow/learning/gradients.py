@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from reknow.lm import LM
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import by_row, hidden_states, hooked
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import EncodedText, make_batches
 from reknow.patching.deltas import Delta, as_delta
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
-
 
 TokenFactors = Mapping[str, tuple[Tensor, Tensor]]
 """Matrix → two factors with a row for each token."""

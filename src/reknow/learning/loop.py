@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +31,8 @@ from reknow.files.schema import Count, FormatError, Strict, explain
 from reknow.files.tensors import read_tensors, write_tensors
 from reknow.learning.editors import check_like
 from reknow.learning.training import Draw, Learner, Training
+from reknow.lm import LM
 from reknow.progress import progress_bar
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["CHECKPOINT_FILE", "LOG_FILE", "Loop", "seeded"]
 

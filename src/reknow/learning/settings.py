@@ -6,10 +6,11 @@ import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from reknow.checks.bounds import Formerly, Natural, NonNegative, Number, Rank, Rate, Seed
 from reknow.contract import check_edits, make_patch
@@ -20,14 +21,10 @@ from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.examples import Averaging, Example, ExampleBatch, LocalityTokens, make_examples
 from reknow.learning.learned import Learned
 from reknow.learning.training import Training
+from reknow.lm import LM
 from reknow.patching.deltas import Delta
 from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from reknow.lm import LM
 
 __all__ = ["Changes", "MatrixEditor", "NetworkSettings", "Tensors"]
 

@@ -8,15 +8,12 @@ arXiv 2305.12740; as in EasyEdit, Wang et al. 2023, arXiv 2308.07269)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from reknow.edits import Case, Edit, Probe
 from reknow.errors import InputError
 from reknow.files.schema import FormatError, explain, parse_json, read_content
+from reknow.lm import LM
 from reknow.texts.writing import join_texts
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["copy_of", "demonstrations_of", "fit_demonstrations", "question_head", "read_cases"]
 

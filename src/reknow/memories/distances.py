@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reknow.datasets.facts import load_facts
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import EncodedText, Text
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["distance_scale", "prompt_inputs", "prompt_states"]
 

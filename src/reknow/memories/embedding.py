@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reknow.errors import InputError, MissingExtra
+from reknow.lm import LM
 from reknow.model.tokens import EncodedText, Text, encode
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["embed_texts", "encode_ends"]
 

@@ -6,19 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from reknow.errors import PatchError
+from reknow.lm import LM
 from reknow.model.forward_context import ForwardContext
 from reknow.patching.memory import hook_output
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["Shard", "ShardDescent", "SideMemory", "distance", "divide", "read_shards", "ties"]
 

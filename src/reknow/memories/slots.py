@@ -7,20 +7,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
 from reknow.errors import PatchError
+from reknow.lm import LM
 from reknow.model.forward_context import ForwardContext
 from reknow.patching.memory import Hooks, OutputChange
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import check_matrix
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["Slots", "merge", "slot_hooks"]
 

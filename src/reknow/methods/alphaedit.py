@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,13 +31,11 @@ from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares, null_space
 from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.patching.deltas import Delta, as_delta
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _KEPT_NORMS = 0.95
 """The reference norm of NAS is the mean of ‖v*‖ over the edits without the largest twentieth."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reknow.checks.bounds import Name
 from reknow.contract import Method
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.patching.patches import Patch
 from reknow.published import Published, published
 from reknow.registry import PAPER, make
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from reknow.datasets.facts import load_facts
 from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.files.schema import Strict
+from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, paraphrases, prepare, train_beside
 from reknow.memories.distances import prompt_inputs, prompt_states
 from reknow.memories.slots import Slots, merge, slot_hooks
@@ -43,9 +44,6 @@ from reknow.model.tokens import Text
 from reknow.patching.memory import Hooks
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _OTHERS = "known_1000", 128
 """Facts that the slots shall not answer to: bundled set, how many."""

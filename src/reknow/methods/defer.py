@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,6 +28,7 @@ from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Strict
+from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
 from reknow.memories.distances import prompt_states
 from reknow.model.forward_context import ForwardContext
@@ -36,9 +37,6 @@ from reknow.model.tokens import Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec, check_matrix
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 class VersionFields(Strict):

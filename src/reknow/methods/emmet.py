@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import check_edits, make_patch
@@ -23,12 +23,10 @@ from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
 from reknow.editing.values import find_values
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.patching.deltas import as_delta
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -26,13 +26,11 @@ from reknow.editing.descent import StepSize, TrainableMatrices, descend
 from reknow.editing.independent_deltas import is_addition, train_each
 from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Dense
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _Loss = Literal["last_token", "target", "text"]
 _NAMES: dict[str, str] = {"last_token": "ft-l", "target": "ft-m", "text": "ft-t"}

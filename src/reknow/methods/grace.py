@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from reknow.checks.bounds import NonNegative, Rate, Units
 from reknow.editing.descent import adam_update, descend
 from reknow.edits import Edit
 from reknow.files.schema import Count, Listed, Strict
+from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
 from reknow.memories.codebook import Codebook
 from reknow.memories.distances import distance_scale, prompt_states
@@ -34,9 +35,6 @@ from reknow.model.tokens import EncodedText, Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import CountedBy, StateSpec, check_matrix
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _Replacement = Literal["prompt", "last", "before"]
 

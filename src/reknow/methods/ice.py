@@ -18,7 +18,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,10 +30,8 @@ from reknow.editing.layers import resolve_layers
 from reknow.editing.self_distillation import SampledAnswers, algorithm_1, authors_script
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
+from reknow.lm import LM
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 INTRODUCTIONS = (
     "",

@@ -15,7 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from reknow.edits import Case, Edit, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
 from reknow.files.schema import Listed, Strict
+from reknow.lm import LM
 from reknow.memories.base import MemoryMethod, conflicts, memory_patch, resolve_conflicts
 from reknow.memories.demonstrations import copy_of, demonstrations_of, fit_demonstrations, question_head, read_cases
 from reknow.memories.embedding import embed_texts
@@ -36,9 +37,6 @@ from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
 from reknow.patching.state_spec import CountedBy, StateSpec
 from reknow.registry import make
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _BUNDLED, _OFFSET = "counterfact", 500
 """What is shown without cases of the user's: records from this one on; those before are for evaluation."""

@@ -18,7 +18,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+
+from typing_extensions import Self
 
 from reknow.checks.bounds import Name
 from reknow.datasets.families import Family, family_of, load_families
@@ -26,12 +27,8 @@ from reknow.edits import Case, Edit
 from reknow.learning.gradient_network import TransformLearner, transform_gradients
 from reknow.learning.settings import Changes, NetworkSettings, Tensors
 from reknow.learning.training import Draw, Learner, Split, Training, interleave
+from reknow.lm import LM
 from reknow.model.tokens import Text
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from reknow.lm import LM
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from typing_extensions import Self
 
 from reknow.checks.bounds import Formerly, NonNegative, Rank, Rate, Share, Units
 from reknow.edits import Case, Edit
@@ -31,14 +32,10 @@ from reknow.learning.gradients import TokenFactors, gradient_factors, mlp_matric
 from reknow.learning.loop import seeded
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training, parameter_groups
+from reknow.lm import LM
 from reknow.model.parts import embedding_matrix
 from reknow.model.tokens import Text
 from reknow.patching.record import Footprint
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from reknow.lm import LM
 
 _VALIDATION_BATCH = 8
 """Validation cases that are read at once."""

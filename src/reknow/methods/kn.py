@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,15 +25,13 @@ from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import Method, check_edits, edit_sequentially, make_patch
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Delta, LowRank
 from reknow.patching.patches import Patch
 from reknow.tracing.causal import MOST_ANSWER_TOKENS, PARTIAL_CHARACTER
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _Neuron = tuple[int, int]
 """(layer, index among the inputs of its value matrix)."""

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,14 +30,12 @@ from reknow.editing.descent import descend
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
 from reknow.errors import ModelError
+from reknow.lm import LM
 from reknow.model.hooks import forward_replaced
 from reknow.model.loading import carries_adapters
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.patches import Patch
 from reknow.patching.peft_folder import describe_base
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _Variant = Literal["lora", "adalora", "qlora"]
 _MatrixName = Literal["value", "up", "attention_out"]

@@ -15,11 +15,12 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from reknow.checks.bounds import NonNegative, Rank, Rate
 from reknow.editing.solvers import cholesky, least_squares, solve
@@ -31,13 +32,9 @@ from reknow.learning.gradients import TokenFactors, delta_added, flat_factors, m
 from reknow.learning.loop import seeded
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from reknow.lm import LM
 
 _CASES_PER_PASS = 16
 """Cases whose texts are read at once in training."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
+from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
 from reknow.memories.codebook import Clusters
 from reknow.memories.distances import distance_scale, prompt_states
@@ -34,9 +35,6 @@ from reknow.model.tokens import EncodedText, Text
 from reknow.patching.memory import Hooks, hook_output
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import CountedBy, StateSpec, check_matrix
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 class VersionFields(Strict):

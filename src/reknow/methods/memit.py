@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from reknow.contract import check_edits
 from reknow.editing.band import BandMethod
@@ -22,10 +21,8 @@ from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchRules
 from reknow.editing.values import find_values
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,19 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from typing_extensions import Self
 
 from reknow.edits import Edit
 from reknow.learning.examples import without_instructions
 from reknow.learning.gradient_network import TransformLearner, transform_gradients
 from reknow.learning.settings import Changes, NetworkSettings, Tensors
 from reknow.learning.training import Learner, Split, Training
+from reknow.lm import LM
 from reknow.model.tokens import Text
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from reknow.lm import LM
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import check_edits
@@ -22,10 +22,8 @@ from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchRules
 from reknow.editing.values import find_values
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 @dataclass(frozen=True, kw_only=True)

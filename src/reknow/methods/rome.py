@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, Natural, NonNegative, Number
 from reknow.contract import check_edits, edit_sequentially, make_patch
@@ -24,11 +24,9 @@ from reknow.editing.search import SearchRules, ValueSearchMethod
 from reknow.editing.solvers import rank_one
 from reknow.editing.values import find_values
 from reknow.edits import Edit
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from reknow.files.schema import Count, Listed, Strict
 from reknow.learning.editors import open_editor, trained_settings
 from reknow.learning.learned import Learned
 from reknow.learning.training import Learner, Split, Training
+from reknow.lm import LM
 from reknow.memories.base import MemoryMethod, memory_patch, paraphrases, resolve_conflicts
 from reknow.memories.serac.learner import LearnerSettings, ScopeLearner
 from reknow.memories.serac.memory import EditMemory
@@ -37,9 +38,6 @@ from reknow.patching.patches import Patch
 from reknow.patching.record import PatchKind
 from reknow.patching.state_spec import StateSpec
 from reknow.registry import make
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 class VersionFields(Strict):

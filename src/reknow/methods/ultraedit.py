@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,15 +26,13 @@ from reknow.editing.solvers import cholesky, solve
 from reknow.edits import Edit
 from reknow.learning.blocks import RunningNorm
 from reknow.learning.gradients import TokenFactors, flat_factors
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, as_delta, sum_deltas
 from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint
 from reknow.patching.state_spec import StateSpec
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _DEPTH = (0.64, 0.96)
 """Where the paper's layers begin and end, as a share of the model's (18–26 of 28 in GPT-J)."""

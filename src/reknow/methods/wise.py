@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,7 @@ from reknow.editing.contexts import sample_contexts
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.schema import Strict
+from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
 from reknow.memories.distances import prompt_inputs
 from reknow.memories.side_memory import Shard, ShardDescent, SideMemory, distance, divide, read_shards, ties
@@ -40,9 +41,6 @@ from reknow.patching.memory import Hooks
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec, check_matrix
 from reknow.texts.writing import prepend
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _FACTS = "known_1000"
 """What an edit must leave alone: these ask like edits do. Against plain text more of the neighbours come along."""

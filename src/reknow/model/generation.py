@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from reknow.errors import InputError
+from reknow.model.decoder import Decoder
 from reknow.model.exact import finite_loss
 from reknow.model.parts import embedding_matrix
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import EncodedText, make_batches
-
-if TYPE_CHECKING:
-    from reknow.model.decoder import Decoder
 
 CACHE_BYTES = 2**30
 """What keys and values of texts that are written together may take: a pass reads one token of each, and the more

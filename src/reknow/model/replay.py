@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import fields
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from reknow.model.decoder import Decoder
 from reknow.model.hooks import (
     Stop,
     added_at,
@@ -30,9 +30,6 @@ from reknow.model.hooks import (
     recorded,
 )
 from reknow.model.tokens import Batch
-
-if TYPE_CHECKING:
-    from reknow.model.decoder import Decoder
 
 __all__ = ["BlockReplay", "Call", "apply_head", "record_block_calls", "select_cache_rows"]
 

@@ -6,16 +6,13 @@ The blocks below the layer that is trained are run once; every reading begins th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from reknow.model.decoder import Decoder
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import EncodedText, make_batches
-
-if TYPE_CHECKING:
-    from reknow.model.decoder import Decoder
 
 __all__ = ["AnswerLoss", "ScoredTokens", "predictions"]
 

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reknow.errors import InputError, ModelError
+from reknow.model.decoder import Decoder
 from reknow.model.tokens import EncodedText, Text, encode, make_batches
-
-if TYPE_CHECKING:
-    from reknow.model.decoder import Decoder
-
 
 NO_TOKEN = -1
 """In the place of a token where a model that edits have wrecked says none."""

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from reknow.edits import check_encodable
+from reknow.edits import Edit, Probe, check_encodable
 from reknow.errors import InputError, ModelError, TextRefused
 from reknow.model.chat import Chat
 from reknow.texts.templates import split_template
 from reknow.texts.writing import prepend, separator_between
-
-if TYPE_CHECKING:
-    from reknow.edits import Edit, Probe
 
 _T = TypeVar("_T")
 

@@ -11,7 +11,7 @@ is the prompt (plain text, or the raw Hugging Face model), all of it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -19,10 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from reknow.model.decoder import Decoder
 from reknow.model.forward_context import ForwardContext
 from reknow.model.hooks import by_row, hidden_states
+from reknow.model.scoring import Score
 from reknow.patching.patches import Patch
-
-if TYPE_CHECKING:
-    from reknow.model.scoring import Score
 
 __all__ = [
     "AnswerModel",

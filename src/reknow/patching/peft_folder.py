@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,13 +16,11 @@ from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import check_replaced
 from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_finite, digest, read_tensors
+from reknow.model.decoder import Decoder
 from reknow.model.parts import is_transposed
 from reknow.patching.deltas import Delta, LowRank, check_factors
 from reknow.patching.patch_files import read_patch, write_patch
 from reknow.patching.record import PatchRecord
-
-if TYPE_CHECKING:
-    from reknow.model.decoder import Decoder
 
 CONFIG, WEIGHTS, REST = "adapter_config.json", "adapter_model.safetensors", "reknow.patch"
 """The two files of `peft`, and what a patch has besides: edits, settings, the base's fingerprint."""

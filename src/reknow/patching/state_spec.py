@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from torch import Tensor
@@ -21,9 +21,7 @@ from torch import Tensor
 from reknow.errors import PatchError
 from reknow.files.schema import FormatError, Strict, first_problem
 from reknow.files.tensors import check_tensor
-
-if TYPE_CHECKING:
-    from reknow.model.decoder import Decoder
+from reknow.model.decoder import Decoder
 
 _ANY = "…"
 """Stands for any dimensions in a description."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from reknow.datasets.cases import load_cases, parse_address
 from reknow.edits import Case
 from reknow.errors import InputError
+from reknow.lm import LM
 from reknow.studies.presets import Preset
 from reknow.tracing.known import known_cases
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 class LoadedSets(NamedTuple):

@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -30,6 +30,7 @@ from reknow.checks.bounds import Number, Rate, Seed, check_settings
 from reknow.datasets.facts import Fact
 from reknow.errors import InputError
 from reknow.files.schema import Count, Listed, Strict
+from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.generation import decode
@@ -38,9 +39,6 @@ from reknow.model.tokens import EncodedText, Text
 from reknow.texts.templates import fill, split_template
 from reknow.tracing.known import known_facts
 from reknow.tracing.restoration import Prompt, RestorationKind, list_restorations
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 _log = logging.getLogger(__name__)
 

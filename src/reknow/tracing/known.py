@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from reknow.checks.arguments import typed
 from reknow.datasets.facts import Fact
 from reknow.edits import Case
 from reknow.errors import TextRefused
+from reknow.lm import LM
 from reknow.model.tokens import Text
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 
 @typed

@@ -11,20 +11,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from reknow.errors import InputError
+from reknow.lm import LM
 from reknow.model.hooks import by_row, hidden_states, hooked, output_edited
 from reknow.model.replay import Call, apply_head, record_block_calls, select_cache_rows
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import EncodedText
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 RestorationKind = Literal["hidden", "mlp", "attention", "mlp_severed", "attention_severed"]
 """What is restored: a block's output, or the MLP's or attention's in a window of layers. Severed: a block's output,

@@ -10,16 +10,14 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
+from reknow.lm import LM
 from reknow.memories.embedding import embed_texts
 from reknow.memories.nearest import Nearest
 from reknow.texts.templates import split_template
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["Sample", "ScopeCases"]
 

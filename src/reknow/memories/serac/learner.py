@@ -13,20 +13,18 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from reknow.edits import Case
 from reknow.learning.training import Split
+from reknow.lm import LM
 from reknow.memories.serac.cases import Sample, ScopeCases
 from reknow.memories.serac.models import ScopeAndCounterfactual
 from reknow.memories.serac.scope import log_in_scope, scope_loss
 from reknow.memories.serac.states import StateCache, States
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["LearnerSettings", "ScopeLearner"]
 

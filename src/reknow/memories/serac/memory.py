@@ -10,21 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from reknow.edits import Edit
 from reknow.errors import PatchError
+from reknow.lm import LM
 from reknow.memories.nearest import Nearest
 from reknow.memories.serac.models import ScopeAndCounterfactual
 from reknow.patching.memory import Route
 from reknow.patching.patches import Patch
 from reknow.registry import make
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["EditMemory"]
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from reknow.checks.bounds import Formerly, Name, Number, Rank, check_settings
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.loop import seeded
+from reknow.lm import LM, Score
 from reknow.memories.serac.scope import AttentionPooling, Cross, log_in_scope
 from reknow.memories.serac.states import TEXTS, token_states
 from reknow.model.hooks import forwards_replaced
@@ -27,9 +28,6 @@ from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
 from reknow.patching.deltas import LowRank
 from reknow.patching.weights import with_unmerged
-
-if TYPE_CHECKING:
-    from reknow.lm import LM, Score
 
 __all__ = ["ScopeAndCounterfactual", "TrainedSettings"]
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reknow.errors import InputError
+from reknow.lm import LM
 from reknow.memories.embedding import encode_ends
 from reknow.model.fingerprint import Fingerprint
 from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import make_batches
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 __all__ = ["TEXTS", "StateCache", "States", "token_states"]
 

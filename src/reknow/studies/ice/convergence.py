@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,15 +25,13 @@ from reknow.evaluation.stages import UNEDITED
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
+from reknow.lm import LM
 from reknow.methods.ice import ICE, INTRODUCTIONS
 from reknow.model.exclusive import exclusively
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText, Text
 from reknow.progress import progress_bar
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 TEMPERATURES = (0.1, 1.0, 10.0, 100.0)
 TARGETS = ("static", "dynamic")

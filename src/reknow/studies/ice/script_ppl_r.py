@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -16,10 +15,8 @@ from reknow.evaluation.long_text import written_ratio
 from reknow.evaluation.results import UNEDITED_BEFORE, Results
 from reknow.evaluation.run_folder import ROW_KEY
 from reknow.files.json_lines import Rows
+from reknow.lm import LM
 from reknow.model.exclusive import exclusively
-
-if TYPE_CHECKING:
-    from reknow.lm import LM
 
 METRIC = "PPL_r@sampled_unshifted"
 FILE = "script_ppl_r.jsonl"
