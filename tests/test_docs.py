@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -58,3 +59,34 @@ def test_files_that_a_page_names_are_there(page):
     assert named and not [
         name for name in named if not (ROOT / name).exists() and not (ROOT / "src/reknow" / name).exists()
     ]
+
+
+OTHERS = """
+AutoProcessor Reasoning Relation_Specificity Subject_Aliasing attribute_prompts compute_n_gram_entropy
+eval_utils_counterfact final_data_v2 locality_ground_truth new_answer_alias portability_ground_truth pred print_kl py
+summarize test_prediction_acc word_tokenize NUMBER PATH
+"""
+"""What docstrings name of other people's code and files, and two words that stand for something."""
+
+
+def test_names_in_docstrings_are_there():
+    source, known, docstrings = ROOT / "src/reknow", set(OTHERS.split()), []
+    for path in source.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        known |= set(path.relative_to(source).with_suffix("").parts)
+        documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            match node:
+                case ast.Constant(value=str(text)) if id(node) in documentation:
+                    docstrings.append((f"{path.relative_to(source)}:{node.lineno}", text))
+                case ast.Constant(value=str(text)):  # values of settings, fields of files
+                    known |= set(re.findall(r"\w+", text))
+                case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
+                    known.add(name)
+                case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                    known.add(name)
+                case ast.alias(name=name):
+                    known |= set(name.split("."))
+    named = [(place, name) for place, text in docstrings for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)*)`", text)]
+    assert len(named) > 300
+    assert not [f"{place} `{name}`" for place, name in named if not known.issuperset(name.split("."))]
