@@ -11,7 +11,7 @@ import torch
 from conftest import bits, make_lm, same, some_patch
 from families import tiny_tokenizer
 from reknow import LM, SERAC, Case, Edit, Patch, Probe
-from reknow.errors import InputError, PatchError
+from reknow.errors import EditFailed, InputError, PatchError, TextRefused
 from reknow.learning.editors import Editor
 from reknow.learning.training import Training
 from reknow.memories.serac.cases import ScopeCases
@@ -253,6 +253,22 @@ def test_a_sentence_encoder_reads_the_texts(tmp_path, monkeypatch):
         assert routes(lm, EDIT.text)[0] is not None
     with pytest.raises(InputError, match="expected a Hugging Face encoder"):
         replace(SMALL, encoder=str(tmp_path / "none")).fit(make_lm(), CASES, tmp_path / "b", TRAINING)
+
+
+def test_what_the_counterfactual_model_cannot_read_is_not_stored(setting):
+    lm, serac = setting
+    assert lm.max_tokens is not None
+    long = replace(EDIT, prompt="of " * (lm.max_tokens // 2) + "{} is")  # it fits once, but not before a question
+    with pytest.raises(TextRefused, match="expected texts of at most"):
+        serac.edit(lm, [long])
+    last = lm.weight(lm.parts.value[-1])
+    whole = last[0, 0].clone()
+    last[0, 0] = torch.nan  # the classifier reads only what enters the blocks below
+    try:
+        with pytest.raises(EditFailed, match="expected finite losses"):
+            serac.edit(lm, [EDIT])
+    finally:
+        last[0, 0] = whole
 
 
 def test_bad_requests(setting, tmp_path):

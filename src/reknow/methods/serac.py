@@ -106,6 +106,7 @@ class SERAC(TrainedSettings, Learned, MemoryMethod):
         texts = list(map(paraphrases, edits))
         replaced = EditMemory(lm, stored).conflicts(edits) if stored else []
         notes: dict[str, Any] = {"conflicts": resolve_conflicts(self, [(old, new) for _, old, new in replaced])}
+        # Read as it will be: an edit too long with a question behind it, or a broken model, is refused here.
         notes["loss"] = finite_loss(modules.answer_loss([(edit, edit.text) for edit in edits]))
         keys = modules.embed([text for own in texts for text in own])
         owners = torch.tensor([i for i, own in enumerate(texts) for _ in own])
