@@ -28,6 +28,12 @@ def test_imports_run_down(name):
     assert not {other for other in imports(MODULES[name], MODULES) if ORDER.index(room(other)) > place}
 
 
+def test_imports_are_hidden_only_where_they_are_late():
+    """The command line and the packages that import their names when they are used; all others say at once."""
+    late = {name for name, path in MODULES.items() if "TYPE_CHECKING" in path.read_text(encoding="utf-8")}
+    assert not {name for name in late if not name.startswith("cli.")} - {"datasets"}
+
+
 def test_no_circle_of_files():
     below = {name: imports(path, MODULES) - {name} for name, path in MODULES.items()}
     while free := [name for name, others in below.items() if not others & set(below)]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache, wraps
 from types import SimpleNamespace, UnionType
 from typing import Any, NamedTuple, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -45,7 +44,7 @@ def typed(operation: Callable[_P, _T]) -> Callable[_P, _T]:
     """The operation, which refuses arguments that are nothing of their type with an InputError; others go in as they
     are.
 
-    An argument without a type is left to the operation, as is `lm`, and a type that only type checkers know.
+    An argument without a type is left to the operation, as is `lm`.
     """
     signature = inspect.signature(operation)
 
@@ -68,12 +67,11 @@ def _argument_checks(signature: inspect.Signature, names: dict[str, Any]) -> dic
     known: dict[str, _Argument] = {}
     for name, parameter in signature.parameters.items():
         if name != "lm" and parameter.kind not in _VARIABLE and parameter.annotation is not parameter.empty:
-            with suppress(NameError):
-                one = SimpleNamespace(__annotations__={name: parameter.annotation})
-                hint = _to_checkable(get_type_hints(one, names, include_extras=True)[name])
-                own = InstanceOf() in get_args(hint)  # type: ignore[operator]
-                config = None if own else _CONFIG  # a dataclass has one of its own
-                known[name] = _Argument(hint, TypeAdapter[Any](hint, config=config))
+            one = SimpleNamespace(__annotations__={name: parameter.annotation})
+            hint = _to_checkable(get_type_hints(one, names, include_extras=True)[name])
+            own = InstanceOf() in get_args(hint)  # type: ignore[operator]
+            config = None if own else _CONFIG  # a dataclass has one of its own
+            known[name] = _Argument(hint, TypeAdapter[Any](hint, config=config))
     return known
 
 
