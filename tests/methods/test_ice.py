@@ -84,7 +84,7 @@ def test_the_articles_fine_tuning_has_the_layers_the_rate_and_the_bound(monkeypa
     monkeypatch.setattr("reknow.editing.layer_trials.suggest_layer", lambda lm: 3)
     lm = make_lm("gpt2", n_layer=6)
     for preset in (PRESETS["ice-table"], PRESETS["ice-continual"]):
-        chosen = methods_by_label(preset.methods, list(preset.settings))
+        chosen = methods_by_label(preset.methods, [])
         fast = {label: replace(chosen[label], steps=4) for label in ("ft-m@article", "ft-l@article", "ft-m")}
         wanted = ICE(steps=4, consistency_weight=0.0).edit(lm, [edit])
         found = {label: method.edit(lm, [edit]) for label, method in fast.items()}

@@ -10,7 +10,7 @@ import pytest
 
 from conftest import make_lm
 from reknow import FT, ICE, LM, ROME, Case, Edit, Probe
-from reknow.cli.measuring import _ready, methods_by_label, report
+from reknow.cli.measuring import _ready, methods_by_label, read_variants, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
@@ -23,13 +23,13 @@ from reknow.studies.presets import PRESETS
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_names_what_there_is(name):
-    for preset in (PRESETS[name], PRESETS[name]._replace(**PRESETS[name].full)):
-        methods = methods_by_label(preset.methods, [*preset.settings])
-        assert len(methods) == len(preset.methods)
-        Plan(**preset.plan)
-        sets = preset.data.split(",")
-        assert set(sets) <= set(DATASETS) and set(preset.limits) <= set(sets)
-        assert set(preset.plan.get("in_context", ())) <= set(methods)
+    preset = PRESETS[name]
+    methods = methods_by_label(preset.methods, [])
+    assert len(methods) == len(preset.methods)
+    for cases, plan in filter(None, (preset.size, preset.full)):
+        sets = cases.data.split(",")
+        assert set(sets) <= set(DATASETS) and set(cases.limits) <= set(sets)
+        assert set(plan.in_context) <= set(methods)
 
 
 def test_cases_that_contradict_each_other_are_not_put_into_one_patch():
@@ -41,7 +41,7 @@ def test_cases_that_contradict_each_other_are_not_put_into_one_patch():
 
 def test_a_method_without_a_label_is_refused():
     with pytest.raises(InputError, match="got an empty label"):
-        methods_by_label(["=rome"], [])
+        read_variants(["=rome"])
 
 
 def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
@@ -53,24 +53,24 @@ def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
 
 
 def test_labels_part_the_variants_of_a_method():
-    methods = methods_by_label(PRESETS["ice-ablation"].methods, [*PRESETS["ice-ablation"].settings])
+    methods = methods_by_label(PRESETS["ice-ablation"].methods, [])
     assert methods["ice"] == ICE() and methods["static"] == ICE(targets="static")
     assert methods["t0.1"] == ICE(temperature=0.1) and methods["no-now"] == ICE(context_separator=" ")
     assert methods["bare-context"] == ICE(context_introductions=("",)) and len(set(methods.values())) == len(methods)
-    weights = methods_by_label(PRESETS["ice-lambda"].methods, [*PRESETS["ice-lambda"].settings])
+    weights = methods_by_label(PRESETS["ice-lambda"].methods, [])
     assert [method.consistency_weight for method in weights.values()] == [0, 0.25, 0.5, 1, 2, 4]
     with pytest.raises(InputError, match="different labels"):
-        methods_by_label(("ice", "ice=ft-m"), [])
+        methods_by_label(read_variants(("ice", "ice=ft-m")), [])
     with pytest.raises(InputError, match="method of a setting"):
-        methods_by_label(("mine=ice",), ["ice.steps=3"])
+        methods_by_label(read_variants(("mine=ice",)), ["ice.steps=3"])
 
 
 def test_the_continual_study_is_three_hundred_edits_of_all_four_sets():
-    preset = PRESETS["ice-continual"]
-    sets = [load_cases(name, limit=preset.limits.get(name, preset.limit)) for name in preset.data.split(",")]
+    chosen = PRESETS["ice-continual"].size.cases
+    sets = [load_cases(name, limit=chosen.limits.get(name, chosen.limit)) for name in chosen.data.split(",")]
     cases = merge_sets(sets)
-    assert len(cases) == 300 and preset.one_run
-    assert {case.edit.id.split("/")[0] for case in cases[:20]} == set(preset.data.split(","))
+    assert len(cases) == 300 and chosen.one_run
+    assert {case.edit.id.split("/")[0] for case in cases[:20]} == set(chosen.data.split(","))
 
 
 def test_limited_probes_are_the_first_probes_of_each_name():

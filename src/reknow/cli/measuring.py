@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from reknow.evaluation import Plan, Results
     from reknow.lm import LM
     from reknow.studies.comparison import LoadedSets
-    from reknow.studies.presets import Preset
+    from reknow.studies.preset import Preset, Variant
 
 _LIMIT = 20
 
@@ -61,14 +61,12 @@ class _Reading:
 
     def plan(self, study: Preset) -> Plan:
         """The study's plan with what is given in its place."""
-        from reknow.evaluation import Plan
-
         numbers = {
             "checkpoints": whole_numbers("--checkpoints", self.checkpoints),
             "seeds": whole_numbers("--seeds", self.seeds),
         }
         given = {name: value for name, value in (vars(self) | numbers).items() if value is not None}
-        return Plan(**{**study.plan, **given})
+        return replace(study.size.plan, **given)
 
     def refuse(self, what: str) -> None:
         """Raises InputError where anything is given beside `what`."""
@@ -98,6 +96,7 @@ def bench(
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.cli.settings import check_each_once
     from reknow.studies.ice.convergence import measure_convergence
+    from reknow.studies.ice.presets import CONVERGENCE, ICE_PRESETS
     from reknow.studies.presets import PRESETS
 
     if out is not None:
@@ -107,7 +106,7 @@ def bench(
         return say_table(["preset", "study"], [[key, each.study] for key, each in PRESETS.items()])
     study = _study(preset, full, cases)
     plan = reading.plan(study)
-    if study.convergence:
+    if preset == CONVERGENCE:
         reading.refuse(f"--preset {preset}")
     chosen = _chosen(study, names, check_each_once(settings))
     lm = opening.open(model) if cases.known else None
@@ -119,18 +118,24 @@ def bench(
         chosen = _ready(lm, chosen)
     out = out or run_folder(preset or "+".join(loaded.sets), model)
     folders = run_place(out, "bench", model, loaded.sets)
-    if study.convergence:
+    if preset == CONVERGENCE:
         edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
         measure_convergence(lm, edits, chosen, out, progress=True)
         return report(out)
-    runs = _compare(lm, study, loaded, chosen, plan, folders)
+    runs = _compare(lm, loaded, chosen, plan, folders, script_ppl_r=preset in ICE_PRESETS)
     report(out)
     for results in runs:
         results.refuse_lost()
 
 
 def _compare(
-    lm: LM, study: Preset, loaded: LoadedSets, methods: dict[str, Method], plan: Plan, folders: dict[str, Path]
+    lm: LM,
+    loaded: LoadedSets,
+    methods: dict[str, Method],
+    plan: Plan,
+    folders: dict[str, Path],
+    *,
+    script_ppl_r: bool,
 ) -> list[Results]:
     """A run for each set, whose numbers are printed."""
     from reknow.evaluation import bench as run
@@ -140,7 +145,7 @@ def _compare(
     for name, cases in loaded.sets.items():
         refused, folder = loaded.refused_of(name), folders[name]
         runs.append(run(lm, cases, methods, folder, dataset=name, plan=plan, refused=refused, progress=True))
-        if study.script_ppl_r:
+        if script_ppl_r:
             measure_script_ppl_r(lm, cases, runs[-1], folder)
         say(*([f"== {name}"] if len(loaded.sets) > 1 else []), str(runs[-1]), "", f"run folder: {folder}")
     return runs
@@ -148,35 +153,45 @@ def _compare(
 
 def _study(preset: str | None, full: bool, cases: _Cases) -> Preset:
     """The preset, or ROME beside FT-M; with the data and the limit that are given."""
-    from reknow.studies.presets import PRESETS, Preset
+    from reknow.studies.preset import Preset, Selection, Size, plain
+    from reknow.studies.presets import PRESETS
 
     data, limit = cases.data, cases.limit
     if preset is not None and preset not in PRESETS:
         raise did_you_mean("preset", preset, PRESETS)
     if full and preset is None:
         raise InputError("expected --full together with --preset; got no preset: name one, see --list-presets")
-    study = Preset("", ("rome", "ft-m"), limit=_LIMIT) if preset is None else PRESETS[preset]
-    study = study._replace(**study.full) if full else study
+    ours = Preset("", plain("rome", "ft-m"), Size(Selection(limit=_LIMIT)))
+    study = ours if preset is None else PRESETS[preset]
+    size = study.full or study.size if full else study.size
+    selection = size.cases
     if data is not None and preset is not None:
-        own, given = set(study.data.split(",")), {source.strip().partition(":")[0] for source in data.split(",")}
+        own, given = set(selection.data.split(",")), {source.strip().partition(":")[0] for source in data.split(",")}
         if not given <= own:
             raise InputError(
                 f"expected the data of the study {preset}, which are {', '.join(sorted(own))}, or files of theirs; "
                 f"got {data}: name a part of them, as SET or SET:FILE, or leave --preset out"
             )
-    study = study if data is None else study._replace(data=data)
-    if limit is None:
-        return study
-    return study._replace(limit=limit, limits={name: min(limit, most) for name, most in study.limits.items()})
+    if data is not None:
+        selection = selection._replace(data=data)
+    if limit is not None:
+        limits = {name: min(limit, most) for name, most in selection.limits.items()}
+        selection = selection._replace(limit=limit, limits=limits)
+    return study._replace(size=size._replace(cases=selection))
 
 
 def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[str, Method]:
     """Label → method: those named, else the study's, with its settings and then the given ones."""
-    own = {method.partition("=")[0]: method for method in study.methods}
-    wanted = [own.get(name.strip(), name) for name in names.split(",")] if names else study.methods
-    labels = {name.partition("=")[0].strip() for name in wanted}
-    kept = [s for s in study.settings if s.partition("=")[0].rpartition(".")[0] in ("", *labels)]
-    return methods_by_label(wanted, [*kept, *settings])
+    own = {variant.label: variant for variant in study.methods}
+    wanted = list(study.methods)
+    if names is not None:
+        wanted = [
+            own[variant.label]
+            if variant.label in own and variant.method in (variant.label, own[variant.label].method)
+            else variant
+            for variant in read_variants(names.split(","))
+        ]
+    return methods_by_label(wanted, settings)
 
 
 def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
@@ -196,7 +211,7 @@ def _load(study: Preset, selected: _Cases, knowing: LM | None, *, one_patch: boo
     from reknow.studies.comparison import load_sets
 
     chosen = {"offset": selected.offset, "shuffle": selected.shuffle, "encoding": selected.encoding}
-    loaded = load_sets(study, knowing, one_patch=one_patch, **chosen)
+    loaded = load_sets(study.size.cases, knowing, one_patch=one_patch, **chosen)
     for sentences in loaded.refused.values():
         warn_of_records(sentences)
     for name, count in loaded.conflicting.items():
@@ -204,26 +219,34 @@ def _load(study: Preset, selected: _Cases, knowing: LM | None, *, one_patch: boo
     return loaded
 
 
-def methods_by_label(names: list[str] | tuple[str, ...], settings: list[str]) -> dict[str, Method]:
-    """Label → method, from NAME or LABEL=NAME; a setting `label.field=value` goes to that one, any other to all."""
+def read_variants(names: Sequence[str]) -> list[Variant]:
+    """Methods given as NAME or LABEL=NAME."""
+    from reknow.studies.preset import Variant
+
+    pairs = [[part.strip() for part in name.partition("=")[::2]] for name in names]
+    if not all(label for label, _ in pairs):
+        raise InputError("expected NAME or LABEL=NAME with commas between; got an empty label: fill it in or drop it")
+    return [Variant(label, name or label) for label, name in pairs]
+
+
+def methods_by_label(variants: Sequence[Variant], settings: Sequence[str]) -> dict[str, Method]:
+    """Label → method; a setting `label.field=value` goes to that one, any other to all."""
     from reknow.cli.settings import build_method
 
-    pairs = [name.strip().partition("=")[::2] for name in names]
-    kinds = {label.strip(): kind.strip() or label.strip() for label, kind in pairs}
-    names = list(kinds)
-    if len(names) < len(pairs):
-        raise InputError(f"expected different labels; got {', '.join(label for label, _ in pairs)}: rename one")
-    if "" in names:
-        raise InputError("expected NAME or LABEL=NAME with commas between; got an empty label: fill it in or drop it")
+    labels = [variant.label for variant in variants]
+    if len(set(labels)) < len(labels):
+        raise InputError(f"expected different labels; got {', '.join(labels)}: rename one")
     owners = [setting.partition("=")[0].rpartition(".")[0] for setting in settings]
     for owner in owners:
-        if owner and owner not in names:
-            raise did_you_mean("method of a setting", owner, names)
-    fields_of = {
-        name: [s.removeprefix(f"{name}.") for s, owner in zip(settings, owners, strict=True) if owner in ("", name)]
-        for name in names
+        if owner and owner not in labels:
+            raise did_you_mean("method of a setting", owner, labels)
+    pairs_of = {
+        label: [
+            s.removeprefix(f"{label}.") for s, owner in zip(settings, owners, strict=True) if owner in ("", label)
+        ]
+        for label in labels
     }
-    return {name: build_method(kinds[name], pairs) for name, pairs in fields_of.items()}
+    return {label: build_method(name, pairs_of[label], given=given) for label, name, given in variants}
 
 
 def report(

@@ -6,7 +6,7 @@ import ast
 import inspect
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -17,11 +17,14 @@ from reknow.errors import InputError, did_you_mean
 from reknow.registry import find_row, make
 
 
-def build_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = None) -> Method:
+def build_method(
+    name: str, pairs: Sequence[str] = (), *, layer: str | None = None, given: Mapping[str, Any] = {}
+) -> Method:
     """The method `name` with settings given as `field=value`; of two for one field the later one holds.
 
     Args:
         layer: `3`, `3,4,5` or `auto`, for whichever field of the method it is.
+        given: settings that hold where `pairs` have no other.
 
     Raises:
         InputError: unknown method or field, a value that the field cannot have, or a layer that is given twice.
@@ -33,7 +36,7 @@ def build_method(name: str, pairs: Sequence[str] = (), *, layer: str | None = No
         if any(pair.partition("=")[0] == field for pair in pairs):
             raise InputError(f"expected the layer once; got both --layer and --set {field}: leave one out")
         pairs = [*pairs, f"{field}={layer}"]
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {**given}
     for key, equals, text in (pair.partition("=") for pair in pairs):
         if not equals:
             raise InputError(f"expected --set FIELD=VALUE; got {key!r}: see `reknow methods {name}`")

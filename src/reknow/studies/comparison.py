@@ -10,7 +10,7 @@ from reknow.datasets.cases import load_cases, parse_address
 from reknow.edits import Case
 from reknow.errors import InputError
 from reknow.lm import LM
-from reknow.studies.presets import Preset
+from reknow.studies.preset import Selection
 from reknow.tracing.known import known_cases
 
 
@@ -30,7 +30,7 @@ class LoadedSets(NamedTuple):
 
 
 def load_sets(
-    study: Preset,
+    selection: Selection,
     knowing: LM | None = None,
     *,
     one_patch: bool = False,
@@ -38,7 +38,7 @@ def load_sets(
     shuffle: int | None = None,
     encoding: str | None = None,
 ) -> LoadedSets:
-    """The study's cases.
+    """The cases of a selection.
 
     Args:
         knowing: take the cases whose facts this model knows; None: all.
@@ -50,11 +50,11 @@ def load_sets(
         InputError: a set is named twice, or the model knows none of its facts.
     """
     loaded = LoadedSets({}, {}, {})
-    for source in study.data.split(","):
+    for source in selection.data.split(","):
         label, name, path = parse_address(source.strip())
         if label in loaded.sets:
             raise InputError(f"expected every set once; got {label} twice: join the files, or run them one by one")
-        wanted = study.limits.get(label, study.limit)
+        wanted = selection.limits.get(label, selection.limit)
         limit = None if knowing or one_patch else wanted
         bad = loaded.refused.setdefault(label, [])
         cases = load_cases(name, path=path, encoding=encoding, refused=bad, limit=limit, offset=offset, seed=shuffle)
@@ -63,8 +63,8 @@ def load_sets(
         if one_patch and len(kept := drop_conflicting(cases)) < len(cases):
             loaded.conflicting[label] = len(cases) - len(kept)
             cases = kept
-        loaded.sets[label] = limit_probes(cases[:wanted], study.probes_per_name)
-    if study.one_run:
+        loaded.sets[label] = limit_probes(cases[:wanted], selection.probes_per_name)
+    if selection.one_run:
         return loaded._replace(sets={"+".join(loaded.sets): merge_sets(list(loaded.sets.values()))})
     return loaded
 
