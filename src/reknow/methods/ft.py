@@ -69,7 +69,7 @@ class FT(StepSize, Method):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layers = check_edits(self, edits, lm), self._layers(lm)
         if len(edits) == 1 and is_addition(lm, layers):
-            return self.edit_each(lm, edits)[0]
+            return self._train_each(lm, edits, layers[0])[0]
         matrices = TrainableMatrices(lm, [lm.parts.value[layer] for layer in layers], self)
         batches = self._batches(lm, edits, layers[0])
         with matrices.in_use(), torch.enable_grad():
@@ -88,7 +88,11 @@ class FT(StepSize, Method):
         edits, layers = [check_edits(self, edit, lm)[0] for edit in edits], self._layers(lm)
         if not is_addition(lm, layers):
             return super().edit_each(lm, edits)
-        (layer,), rows = layers, self._rows(lm, edits)
+        return self._train_each(lm, edits, layers[0])
+
+    def _train_each(self, lm: LM, edits: Sequence[Edit], layer: int) -> list[Patch]:
+        """A patch of each edit by itself, each for the model as it is; what is added is trained for all together."""
+        rows = self._rows(lm, edits)
         pairs = [_scored(row, self.loss) for row in rows]
         trained = train_each(
             lm, rows, pairs, layer, self, steps=self.steps, stop_loss=self.stop_loss, batch_size=self.batch_size
