@@ -13,9 +13,11 @@ from families import tiny_tokenizer
 from reknow import LM, SERAC, Case, Edit, Patch, Probe
 from reknow.errors import EditFailed, InputError, PatchError, TextRefused
 from reknow.learning.editors import Editor
-from reknow.learning.training import Training
+from reknow.learning.training import Split, Training
 from reknow.memories.serac.cases import ScopeCases
 from reknow.memories.serac.models import ScopeAndCounterfactual
+from reknow.memories.serac.scope import scope_loss
+from reknow.memories.serac.states import StateCache
 
 NAMES = ["Danielle Darrieux", "Zoë Übel", "Beats Music", "Peru", "Eiffel Tower", "Apple", "São Paulo", "Lima"]
 NAMES += [f"{a} {b}" for a in ("French", "German", "English") for b in ("Peru", "Apple", "Paris", "Lima", "Zoë")]
@@ -77,6 +79,33 @@ def test_the_counterfactual_model_reads_the_edit_before_the_question():
     paper = SERAC(template="{edit} {answer} {input}")
     assert paper.prompt_with_edit(edit, "Où ?") == "La capitale de {input} :Lima Où ?"
     assert SERAC(template="{input} {answer} {edit}").prompt_with_edit(edit, "Où ?") == f"Où ? Lima {edit.text}"
+
+
+@torch.no_grad()
+def test_the_loss_is_over_these_pairs():
+    """Each edit with its own question and its four hard ones; each question with other edits, the next one by `cross`."""
+    lm, rng = make_lm(), random.Random(1)
+    serac = replace(SMALL, classifier="cross", max_questions=2)
+    learner = serac.learner(lm, Split(CASES[:6], []), TRAINING)
+    _, losses = learner.loss(CASES[:4], random.Random(1))
+    module, sample = learner.module, ScopeCases(lm, CASES[:6]).sample(range(4), rng)
+    read, texts, asked = StateCache(module.states), [edit.text for edit in sample.edits], sample.inside
+
+    def by_vectors(edit: str, question: str) -> torch.Tensor:
+        return -(module.scope(read([edit])) - module.scope(read([question]))).square().sum()
+
+    def by_both(edit: str, question: str) -> torch.Tensor:
+        return module.cross(read([edit]), read([question]))[0]
+
+    expected = 0.0
+    for log_p, shifts in ((by_vectors, (1, 2, 3)), (by_both, (1,))):
+        inside = [log_p(texts[i], asked[i]) for i in range(4)]
+        outside = [log_p(texts[i], question) for i in range(4) for question in sample.outside[i]]
+        outside += [log_p(texts[(i + shift) % 4], asked[i]) for i in range(4) for shift in shifts]
+        expected += float(scope_loss(torch.stack(inside), torch.stack(outside)))
+    assert losses["scope"] == pytest.approx(expected, rel=1e-4)
+    answered = list(zip(sample.edits, asked, strict=True))[:2]
+    assert losses["answer"] == pytest.approx(float(module.answer_loss(answered)), rel=1e-5)
 
 
 def test_training_learns_the_scope(setting):
