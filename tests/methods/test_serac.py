@@ -83,7 +83,7 @@ def test_the_counterfactual_model_reads_the_edit_before_the_question():
 
 @torch.no_grad()
 def test_the_loss_is_over_these_pairs():
-    """Each edit with its own question and its four hard ones; each question with other edits, the next one by `cross`."""
+    """Each edit with its own question and four hard ones; each question with other edits, the next one by `cross`."""
     lm, rng = make_lm(), random.Random(1)
     serac = replace(SMALL, classifier="cross", max_questions=2)
     learner = serac.learner(lm, Split(CASES[:6], []), TRAINING)
