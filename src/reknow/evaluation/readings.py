@@ -4,33 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import FailFast, Field
+
+from reknow.edits import Kind
+
+__all__ = ["Positive", "Reading"]
+
+Positive = Annotated[float, Field(gt=0)]
+_Nats = Annotated[float, Field(ge=-1, le=700)]
+"""A mean −log P, such that its exponential and that of its negative are numbers."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model answered to one probe: everything the metrics need, kept raw in the run folder."""
+    """What a model answered to one probe: everything the metrics need, kept raw in the run folder.
 
-    kind: str
+    The bounds hold for what is read from a file, see `evaluation.run_folder`.
+    """
+
+    kind: Kind
     name: str
     prompt: str
-    answers: tuple[str, ...]
+    answers: Annotated[tuple[str, ...], FailFast()]
     """Accepted answers; `hits`, `top` and `nll` belong to the first."""
     hits: tuple[bool, ...] = ()
     """Per token of the first answer: is it the argmax, teacher-forced?"""
     top: tuple[int, ...] = ()
     """The argmax token ids at those positions."""
-    nll: float | None = None
+    nll: _Nats | None = None
     """Mean negative log-likelihood per token, in nats: of the first answer; for fluency, of the prompt
     with the sampled text under the unedited model."""
-    nll_new: float | None = None
+    nll_new: _Nats | None = None
     """Mean NLL of the edit's `target_new` on this prompt, where the contrast is asked."""
-    nll_true: float | None = None
+    nll_true: _Nats | None = None
     """Mean NLL of its `target_true`."""
     text: str | None = None
     """Greedy continuation of the prompt, for fluency a sampled one; None where none was asked for."""
     divergence: float | None = None
     """KL(unedited ‖ now) per token of the first answer, in nats, where it is asked: on another topic in ConvSent."""
-    ppl_r: float | None = None
+    ppl_r: Positive | None = None
     """PPL_r of a text that was sampled behind the request."""
 
     def to_json(self) -> dict:

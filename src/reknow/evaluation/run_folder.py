@@ -8,58 +8,50 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, ConfigDict, FailFast, Field, JsonValue
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
-from reknow.edits import Kind
 from reknow.errors import InputError
 from reknow.evaluation.attempts import Cost
+from reknow.evaluation.readings import Positive, Reading
 from reknow.evaluation.stages import IN_CONTEXT, UNEDITED, Mode, Stage, checkpoint_edits
 from reknow.files.schema import Count, Listed, Strict
 
 BEFORE_FILE, ROWS_FILE = "before.jsonl", "cases.jsonl"
 BEFORE_KEY, ROW_KEY = ("case",), ("method", "seed", "mode", "stage", "case")
 
-_Positive = Annotated[float, Field(gt=0)]
-_Nats = Annotated[float, Field(ge=-1, le=700)]
-"""A mean −log P, such that its exponential and that of its negative are numbers."""
+
+def _as_bool(number: object) -> bool:
+    if number not in (0, 1):
+        raise ValueError("expected 0 or 1")
+    return bool(number)
 
 
-class _StoredReading(Strict):
+@pydantic_dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid", allow_inf_nan=False))
+class _StoredReading(Reading):
     """A `Reading` as JSON."""
 
-    kind: Kind
-    name: str
-    prompt: str
-    answers: Listed[str]
-    hits: Listed[Literal[0, 1]]
-    top: Listed[Count]
-    nll: _Nats | None = None
-    nll_new: _Nats | None = None
-    nll_true: _Nats | None = None
-    text: str | None = None
-    divergence: float | None = None
-    ppl_r: _Positive | None = None
-    ratios: Annotated[list[_Positive], Field(min_length=2, max_length=2)] | None = None
+    hits: Annotated[tuple[Annotated[bool, BeforeValidator(_as_bool)], ...], FailFast()] = Field()
+    top: Annotated[tuple[Count, ...], FailFast()] = Field()
+    ratios: tuple[Positive, Positive] | None = None
     """As earlier versions have it: `ppl_r`, and the same as the script of its authors reads it."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> _StoredReading:
+    def __post_init__(self):
         if self.kind != "fluency" and not (self.answers and self.hits and self.nll is not None):
             raise ValueError("expected an answer with its hits and its likelihood")
         if len(self.hits) != len(self.top):
             raise ValueError(f"expected as many tokens in top as in hits, {len(self.hits)}; got {len(self.top)}")
         if self.nll_new is not None and self.kind not in ("reliability", "generalization", "locality"):
             raise ValueError(f"expected no contrast of two answers for a probe of {self.kind}")
-        return self
 
 
 class _Row(Strict):
     open: ClassVar[bool] = True
 
     case: str
-    held_out_perplexity: _Positive | None
+    held_out_perplexity: Positive | None
     readings: Listed[_StoredReading]
 
 
