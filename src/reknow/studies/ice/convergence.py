@@ -48,7 +48,7 @@ def measure_convergence(
     """Measures all three for the edits, each by itself; started again on the folder, it goes on where it was.
 
     The folder gets `manifest.json` and `inside.jsonl`, a line per part, setting and edit, as returned.
-    `report.convergence.write_convergence` makes a page of it.
+    `studies.ice.convergence_page.write_convergence` makes a page of it.
 
     Args:
         methods: label → method, for the consistency condition. The losses are those of ICE as it is by default,
