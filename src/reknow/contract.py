@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import torch
@@ -19,7 +19,7 @@ from reknow.lm import LM
 from reknow.model.exclusive import exclusively
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, delta_tensors
-from reknow.patching.patches import Patch, merge
+from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint, PatchKind
 from reknow.patching.state_spec import StateSpec
 from reknow.published import published
@@ -39,8 +39,7 @@ class Method(ABC):
     """Whether it builds on what a model knows or understands, so that a random one need not follow its edits."""
 
     def __init_subclass__(cls, **options: Any):
-        """What works on the model has it for itself; see `reknow.model.exclusive`."""
-        super().__init_subclass__(**options)
+        super().__init_subclass__(**options)  # what works on the model has it for itself
         for name in {"edit", "edit_each", "fit"} & set(vars(cls)):
             setattr(cls, name, exclusively(vars(cls)[name]))
 
@@ -49,11 +48,8 @@ class Method(ABC):
 
     @classmethod
     def paper(cls, model: LM | str | None = None, *, source: str | None = None, **settings: Any) -> Self:
-        """The method as published for a model: `ROME.paper("gpt2-xl")`; `settings` go over what is published.
-
-        Not always the paper's own: see `published`, which has the other arguments, the sources and the errors. The
-        settings say too which row of the table is meant: `average_keys=True` makes it R-ROME's.
-        """
+        """The method as published for a model, by its paper's authors or others (see `published`, also for the
+        errors): `ROME.paper("gpt2-xl")`. `settings` go over it, and say which row is meant: `average_keys=True`."""
         row = cls(**known_settings(cls, settings, cls.__name__)).name
         return make(row, {**published(row, model, source).settings, **settings})
 
@@ -70,11 +66,8 @@ class Method(ABC):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         """The patch that makes the edits on `lm` as it is now; `lm` is left bit for bit as it was.
 
-        Raises:
-            InputError: no edits, or settings that do not fit the model.
-            EditRefused: an edit that this method cannot make.
-            EditFailed: the computation broke down.
-        """
+        Raises InputError: no edits, or settings that do not fit the model; EditRefused: an edit that this method
+        cannot make; EditFailed: the computation broke down."""
 
     @exclusively
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
@@ -94,19 +87,13 @@ class Method(ABC):
 
 
 def field_values(method: Method) -> dict[str, Any]:
-    """The method's fields by name."""
-    return asdict(cast(Any, method))  # every concrete method is a dataclass
+    """The method's fields by name; every concrete method is a dataclass."""
+    return asdict(cast(Any, method))
 
 
 def method_settings(method: Method) -> dict[str, Any]:
     """Name and fields, from which `make` of `reknow.registry` gives the method again."""
     return {"name": method.name, **field_values(method)}
-
-
-def with_seed(method: Method, seed: int) -> Method:
-    """The method with this seed, where it has one."""
-    seeded = any(field.name == "seed" for field in fields(cast(Any, method)))
-    return replace(cast(Any, method), seed=seed) if seeded else method
 
 
 @typed
@@ -123,19 +110,8 @@ def check_edits(method: Method, edits: Edit | Sequence[Edit], lm: LM | None = No
     return edits
 
 
-def edit_sequentially(lm: LM, edits: Sequence[Edit], edit_one: Callable[[Edit], Patch]) -> Patch:
-    """One patch of edits made one after the other, each on the model as those before it left it."""
-    patches: list[Patch] = []
-    with lm.restored_afterwards():
-        for edit in edits:
-            patches.append(edit_one(edit))
-            lm.apply(patches[-1])
-    return patches[0] if len(patches) == 1 else merge(patches)
-
-
 def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
-    """The patch of a finished computation on `lm` as it is now; `rest` are other fields of `Patch`. Raises EditFailed
-    where a number is not finite, so that nothing is handed out."""
+    """The patch of a computation on `lm`; `rest` are other fields of `Patch`. Raises EditFailed for NaN or infinity."""
     settings, made_on = field_values(method), tuple(patch.id for patch in lm.patches)
     patch = Patch(method.name, settings, tuple(edits), deltas, lm.fingerprint, made_on, version=__version__, **rest)
     for name, tensor in (delta_tensors(deltas) | patch.state).items():

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 from urllib.parse import quote
 
 import reknow
-from reknow.contract import Method, method_settings, with_seed
+from reknow.contract import Method, field_values, method_settings
 from reknow.edits import Case, cases_digest, to_json
 from reknow.errors import InputError
 from reknow.evaluation.attempts import Cost, attempt, attempt_each, case_cost
@@ -119,7 +120,7 @@ def _fill(
         for label, method in methods.items():
             for seed in plan.seeds:
                 run_method = run.run_single if plan.mode == "single" else run.run_sequence
-                run_method(label, with_seed(method, seed), seed)
+                run_method(label, _with_seed(method, seed), seed)
 
 
 class _Reader:
@@ -311,3 +312,8 @@ def _refuse_seen(method: Method, lm: LM, cases: Collection[Case]) -> None:
 
 def _blocks(names: list[str], size: int = _BLOCK) -> list[list[str]]:
     return [names[start : start + size] for start in range(0, len(names), size)]
+
+
+def _with_seed(method: Method, seed: int) -> Method:
+    """The method with this seed, where it has one."""
+    return replace(cast(Any, method), seed=seed) if "seed" in field_values(method) else method

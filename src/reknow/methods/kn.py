@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Share
-from reknow.contract import Method, check_edits, edit_sequentially, make_patch
+from reknow.contract import Method, check_edits, make_patch
+from reknow.editing.sequence import edit_sequentially
 from reknow.edits import Edit
 from reknow.errors import EditFailed, EditRefused, ModelError
 from reknow.lm import LM

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, Natural, NonNegative, Number
-from reknow.contract import check_edits, edit_sequentially, make_patch
+from reknow.contract import check_edits, make_patch
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchRules, ValueSearchMethod
+from reknow.editing.sequence import edit_sequentially
 from reknow.editing.solvers import rank_one
 from reknow.editing.values import find_values
 from reknow.edits import Edit
