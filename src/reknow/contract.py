@@ -111,7 +111,7 @@ def check_edits(method: Method, edits: Edit | Sequence[Edit], lm: LM | None = No
 
 
 def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, Delta], **rest) -> Patch:
-    """The patch of a computation on `lm`; `rest` are other fields of `Patch`. Raises EditFailed for NaN or infinity."""
+    """The patch of a computation on `lm`; `rest` are other fields of it. Raises EditFailed for NaN or infinity."""
     settings, made_on = field_values(method), tuple(patch.id for patch in lm.patches)
     patch = Patch(method.name, settings, tuple(edits), deltas, lm.fingerprint, made_on, version=__version__, **rest)
     for name, tensor in (delta_tensors(deltas) | patch.state).items():
