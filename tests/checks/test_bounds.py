@@ -113,7 +113,7 @@ def test_types_say_their_bounds():
     }
 
 
-GROUPS = [*{entry.method for entry in METHODS.values()}, Training, Tracing, Search, Budget, Plan]
+GROUPS = [*dict.fromkeys(entry.method for entry in METHODS.values()), Training, Tracing, Search, Budget, Plan]
 WRONG = [math.nan, math.inf, -math.inf, -1, 10**22, "word", "", b"bytes", object(), {"a": 1}, [[[0]]], ("x",), 1j]
 
 
