@@ -116,7 +116,8 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
     """
     from reknow.checks.bounds import refuse_mixed
 
-    row, kind = find_row(name), find_row(name).method
+    row = find_row(name)
+    kind = row.method
     if paper := _PAPER_NAME.search(name):
         as_published, settings = resolve_name("reknow.methods.as_published:AsPublished"), {**settings}
         return as_published(name[: paper.start()], paper[1], known_settings(kind, settings, name))

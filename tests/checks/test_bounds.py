@@ -256,3 +256,33 @@ def test_a_setting_that_is_given_twice_is_refused(line, said):
 def test_methods_shows_bounds():
     shown = CliRunner().invoke(app, ["methods", "rome"]).stdout
     assert "float > 0" in shown and "float from 0 to 1" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("rome", {"turns": 3, "context_batches": 2}),
+        ("memit", {"regularization": 0.1, "stiffness": 0.1}),
+        ("grace", {"absolute": True, "units": "relative"}),
+        ("serac", {"size": 8, "embedding_size": 8}),
+    ],
+)
+def test_a_setting_under_both_its_names_is_refused(name, settings):
+    with pytest.raises(InputError, match=r"once; got it as \w+ too, which it was called before: keep one"):
+        method(name, **settings)
+    pairs = [f"{field}={value}" for field, value in settings.items()]
+    with pytest.raises(InputError, match="keep one"):
+        build_method(name, pairs)
+    old = next(field for field in settings if field not in field_types(METHODS[name].method))
+    with pytest.warns(FutureWarning, match=f"the setting {old} of"):
+        build_method(name, [f"{old}={settings[old]}"])
+
+
+def test_a_former_name_is_read_on_the_command_line_as_in_python():
+    with pytest.raises(InputError) as typed:
+        build_method("ft-l", ["learning_rate_absolute=0.0005"])
+    with pytest.raises(InputError) as called:
+        method("ft-l", learning_rate_absolute=0.0005)
+    assert str(typed.value) == str(called.value)
+    with pytest.warns(FutureWarning):
+        assert build_method("rome", ["turns=3"], given={"context_batches": 9}).context_batches == 3

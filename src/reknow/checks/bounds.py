@@ -75,6 +75,9 @@ def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings under the names that their fields have now; warns where one is given under a former name.
 
     Settings that the class has no more, its `removed`, are left out.
+
+    Raises:
+        InputError: one is given under both names.
     """
     former, removed = former_names(owner), getattr(owner, "removed", ())
     current = {name: value for name, value in settings.items() if name not in former and name not in removed}
@@ -83,6 +86,8 @@ def current_names(owner: type, settings: Mapping[str, Any]) -> dict[str, Any]:
         value = settings[old]
         if value is None and (name in current or mark.also):
             continue  # it was not used
+        if name in settings and not mark.also:
+            raise InputError(f"expected {name} once; got it as {old} too, which it was called before: keep one")
         warnings.warn(
             f"the setting {old} of {owner.__name__} is called {name} now; the old name is read for one more release",
             FutureWarning,

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from reknow.checks.bounds import convert, current_names, field_types, former_names
+from reknow.checks.bounds import convert, field_types, former_names
 from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
 from reknow.registry import find_row, make
@@ -36,19 +36,19 @@ def build_method(
         if any(pair.partition("=")[0] == field for pair in pairs):
             raise InputError(f"expected the layer once; got both --layer and --set {field}: leave one out")
         pairs = [*pairs, f"{field}={layer}"]
-    values: dict[str, Any] = {**given}
+    values: dict[str, Any] = {}
     for key, equals, text in (pair.partition("=") for pair in pairs):
         if not equals:
             raise InputError(f"expected --set FIELD=VALUE; got {key!r}: see `reknow methods {name}`")
         if key in former:
             field, mark = former[key]
-            value = read_value(key, text, bool if mark.values else known[field] | None)
-            values |= current_names(kind, {key: value})
+            values[key] = read_value(key, text, bool if mark.values else known[field] | None)
         elif key in known:
             values[key] = read_value(key, text, known[key])
         else:
             raise did_you_mean(f"setting of {name}", key, known)
-    return make(name, values)
+    renamed = {former[key][0] for key in values if key in former}
+    return make(name, {key: value for key, value in given.items() if key not in renamed} | values)
 
 
 def check_each_once(pairs: Sequence[str]) -> Sequence[str]:
