@@ -68,9 +68,22 @@ def saved(folder, family: str = "gpt2", **changes) -> str:
     return str(folder)
 
 
-@pytest.fixture(params=["gpt2", "llama"])
-def lm(request) -> LM:
-    return make_lm(request.param)
+@pytest.fixture(params=["gpt2", "llama"])  # Conv1D stores (in, out)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def lm(family) -> LM:
+    return make_lm(family)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """Commands run in an empty folder, so that a test sees everything they write."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
 
 
 def some_patch(

@@ -19,13 +19,7 @@ from reknow.cli.app import app as commands
 from reknow.cli.app import main
 from reknow.patching.stack import save_stack
 
-
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    """Commands run in an empty folder, so that a test sees everything they write."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def refused(*arguments: str) -> str:

@@ -30,12 +30,7 @@ def model(tmp_path_factory) -> str:
     return saved(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(autouse=True)
-def empty_folder(tmp_path, monkeypatch):
-    """Commands run in an empty folder, so that a test sees everything they write."""
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def reknow(*arguments: object):

@@ -5,22 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import make_lm
 from families import tiny_model, tiny_tokenizer
 from reknow import LM
 from reknow.model.fingerprint import Fingerprint
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(params=["gpt2", "llama"])  # Conv1D stores (in, out)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def lm(family) -> LM:
-    return make_lm(family)
 
 
 @pytest.mark.parametrize("made", DTYPES)

@@ -17,16 +17,6 @@ from reknow.patching import weights
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=["gpt2", "llama"])  # Conv1D stores (in, out)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def lm(family) -> LM:
-    return make_lm(family)
-
-
 # --- on and off ------------------------------------------------------------------------------------------
 
 

@@ -8,20 +8,9 @@ import pytest
 import torch
 
 from conftest import make_lm, some_patch
-from reknow import LM
 from reknow.errors import InputError, PatchError
 from reknow.patching.deltas import LowRank
 from reknow.patching.patches import diff, merge
-
-
-@pytest.fixture(params=["gpt2", "llama"])  # Conv1D stores (in, out)
-def family(request) -> str:
-    return request.param
-
-
-@pytest.fixture
-def lm(family) -> LM:
-    return make_lm(family)
 
 
 @pytest.mark.parametrize("ranks", [(1, 1), (1, 20, 20), (2, None), (None, None)])
