@@ -61,7 +61,7 @@ def passed(losses, predicted=None):
     """A pass of which only the losses matter, and which answers are predicted."""
     count = len(losses)
     predicted = torch.zeros(count, dtype=torch.bool) if predicted is None else torch.tensor(predicted)
-    return torch.tensor(losses), torch.ones(count), Scores(*[torch.zeros(count)] * 3, predicted)
+    return torch.tensor(losses), torch.ones(count), torch.zeros(count), predicted
 
 
 def test_a_fact_is_finished_when_every_batch_of_contexts_in_turn_satisfied_it():

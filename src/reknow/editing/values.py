@@ -167,7 +167,7 @@ def _descend(
         units: of the learning rate. (sites, facts)
         index: number of each fact's δ. (facts,)
     """
-    convergence, count = Convergence(index, len(context_batches), method), int(index.max()) + 1
+    convergence, count = Convergence(index.cpu(), len(context_batches), method), int(index.max()) + 1
     radius, unit = method.clamp * _smallest(sizes, index, count), _smallest(units, index, count)  # (sites, δs, 1)
     # Adam's steps have the size of the learning rate whatever the gradient, so δ is searched in its units.
     scaled = sizes.new_zeros(len(sizes), count, context_batches[0].width, requires_grad=True)
@@ -175,24 +175,27 @@ def _descend(
     for step in range(method.steps):
         if (left := convergence.drop_finished()) is not None:
             context_batches = [batch.select(left) for batch in context_batches]
-        read = convergence.read
+        read = convergence.read.to(index.device)
+        weight = convergence.nll_weight[convergence.read].to(index.device)
         delta = (unit * scaled)[:, index[read]]  # (sites, facts read, hidden)
         scores = context_batches[step % len(context_batches)].score(delta)
         unedited = scores.kl_prompt.detach() if unedited is None else unedited
-        loss, drift = value_loss(delta, scores, unedited[read], sizes[:, read], convergence.nll_weight[read], method)
-        finite_loss(loss.sum())
-        progress.step(step, method.steps, float(loss.detach().mean()))
-        convergence.record(loss.detach(), drift.detach(), scores)
+        loss, drift = value_loss(delta, scores, unedited[read], sizes[:, read], weight, method)
+        # The one place of a pass that waits for a GPU.
+        passed = torch.stack([loss.detach(), drift.detach(), scores.probability, scores.predicted.float()]).cpu()
+        finite_loss(passed[0].sum())
+        progress.step(step, method.steps, float(passed[0].mean()))
+        convergence.record(*passed[:3], passed[3].bool())
         if step == method.steps - 1 or not bool(convergence.running.any()):
             break
-        before = scaled.detach().clone()
+        finished = convergence.finished.to(index.device)  # Adam's momentum would carry them on
+        before = scaled.detach()[:, finished]
         optimizer.zero_grad()
         loss.sum().backward()
         optimizer.step()
         with torch.no_grad():
             scaled *= (radius / (unit * scaled).norm(dim=2, keepdim=True).clamp(min=1e-12)).clamp(max=1)
-            finished = index[~convergence.running]
-            scaled[:, finished] = before[:, finished]  # Adam's momentum would carry them on
+            scaled[:, finished] = before
     return (unit * scaled).detach()[-1, index], convergence.losses
 
 
@@ -204,7 +207,7 @@ def _smallest(sizes: Tensor, index: Tensor, count: int) -> Tensor:
 
 class Convergence:
     """Which facts of a group are still searched: a fact is finished when every batch of its contexts in turn was
-    read as it should be, and facts that share a δ are finished together.
+    read as it should be, and facts that share a δ are finished together. All of it lies on the CPU.
 
     Args:
         index: number of each fact's δ. (facts,)
@@ -220,7 +223,7 @@ class Convergence:
     def __init__(self, index: Tensor, context_batches: int, method: ValueSearchMethod):
         self._index, self._context_batches, self._method = index, context_batches, method
         self.losses: list[list[float]] = [[] for _ in index]
-        self.read = torch.arange(len(index), device=index.device)
+        self.read = torch.arange(len(index))
         self.running = torch.ones_like(self.read, dtype=torch.bool)
         self.nll_weight = torch.ones_like(self.read, dtype=torch.float32)
         self._satisfied = torch.zeros_like(self.read)  # consecutive passes that satisfied the fact, up to the last
@@ -234,28 +237,33 @@ class Convergence:
         self.read = self.running.nonzero()[:, 0]
         return left
 
-    def record(self, loss: Tensor, drift: Tensor, scores: Scores) -> None:
-        """Takes note of a pass over the facts that are read. loss, and its KL term drift: (facts read,)"""
+    @property
+    def finished(self) -> Tensor:
+        """Numbers of the δs that move no more, one for every fact of theirs."""
+        return self._index[~self.running]
+
+    def record(self, loss: Tensor, drift: Tensor, probability: Tensor, predicted: Tensor) -> None:
+        """Takes note of a pass: per fact that is read the loss, its KL term, and the rest as in `Scores`."""
         running = self.running.tolist()
         for i, value in zip(self.read.tolist(), loss.tolist(), strict=True):
             if running[i]:
                 self.losses[i].append(value)
-        self.nll_weight[self.read] = torch.where(scores.predicted, self._method.rules.success_weight, 1.0)
-        satisfied = self._ends(loss, drift, scores)
+        self.nll_weight[self.read] = torch.where(predicted, self._method.rules.success_weight, 1.0)
+        satisfied = self._ends(loss, drift, probability, predicted)
         self._satisfied[self.read] = torch.where(satisfied, self._satisfied[self.read] + 1, 0)
         unfinished = self.read[self._satisfied[self.read] < self._context_batches]
         open_deltas = torch.zeros_like(self.running).index_fill(0, self._index[unfinished], True)
         self.running &= open_deltas[self._index]
 
-    def _ends(self, loss: Tensor, drift: Tensor, scores: Scores) -> Tensor:
+    def _ends(self, loss: Tensor, drift: Tensor, probability: Tensor, predicted: Tensor) -> Tensor:
         """Which of the facts that are read have what the search is for. (facts read,), boolean"""
         method, rules = self._method, self._method.rules
-        ends = (loss < rules.stop_loss) | (scores.probability >= method.stop_probability)
+        ends = (loss < rules.stop_loss) | (probability >= method.stop_probability)
         if rules.stop_drift is not None:
-            ends |= scores.predicted & (drift <= rules.stop_drift)
+            ends |= predicted & (drift <= rules.stop_drift)
         if method.min_delta > 0:
             gains = [decrease_per_pass(self.losses[i], self._context_batches) for i in self.read.tolist()]
-            ends |= scores.predicted & (loss.new_tensor(gains) < method.min_delta)
+            ends |= predicted & (loss.new_tensor(gains) < method.min_delta)
         return ends
 
 

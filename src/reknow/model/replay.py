@@ -131,6 +131,7 @@ class BlockReplay:
         self._calls: list[tuple[tuple, dict]] = []
         self._block_input: Tensor  # (rows, columns, hidden), where the blocks are replayed
         self._cache = self._prefill() if self._start else None
+        self._asked: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None
         self._record()
 
     def select(self, rows: Tensor) -> BlockReplay:
@@ -138,7 +139,7 @@ class BlockReplay:
         arguments are told apart by row (`parts.row_selectable`). rows: (n,)"""
         selected, batch = copy.copy(self), self.batch
         selected.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
-        selected._cache, selected._calls = _copy_cache(self._cache), []
+        selected._cache, selected._calls, selected._asked = _copy_cache(self._cache), [], None
         for layer in [] if selected._cache is None else selected._cache.layers:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
         if self.lm.parts.row_selectable and not self.lm.hooked:
@@ -209,7 +210,7 @@ class BlockReplay:
         delta = delta.to(self.value.dtype)
         if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
             added = added_at(delta, self.column - self._start)(self._block_output)
-            with _mlp_only_at(self.lm, rows, columns - self._start):
+            with _mlp_only_at(self.lm, self._distinct(rows, columns)):
                 return self._replay(added, 1, rows, columns)
         with ExitStack() as stack:
             for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
@@ -217,6 +218,15 @@ class BlockReplay:
                     edit = added_at(addition.to(self.value.dtype), self.column - self._start)
                     stack.enter_context(output_edited(self.lm.model.get_submodule(name), edit))
             return self.rerun(rows, columns)
+
+    def _distinct(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
+        """The places in order and each once, among the columns that are run: found once for these very tensors, since
+        a GPU has to be waited for."""
+        if self._asked is None or self._asked[0] is not rows or self._asked[1] is not columns:
+            wanted = torch.zeros(self._block_output.shape[:2], dtype=torch.bool, device=rows.device)
+            wanted[rows, columns - self._start] = True  # a place may be asked for twice
+            self._asked = rows, columns, wanted.nonzero(as_tuple=True)
+        return self._asked[2]
 
     def rerun(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at (rows[i], columns[i]) with the weights of the blocks as they are now. (n, vocabulary)"""
@@ -236,18 +246,16 @@ class BlockReplay:
         return apply_head(self.lm, hidden[rows, columns])
 
 
-def _mlp_only_at(lm: Decoder, rows: Tensor, columns: Tensor):
-    """While open, the last block's MLP is computed at these places alone, where it is a module that maps states to
-    states; elsewhere it gives 0. What the block gives at other places is read by nobody."""
+def _mlp_only_at(lm: Decoder, wanted: tuple[Tensor, ...]):
+    """While open, the last block's MLP is computed at these (rows, columns) alone, where it is a module that maps
+    states to states; elsewhere it gives 0. What the block gives at other places is read by nobody."""
     block, name = lm.parts.blocks[-1], lm.parts.value[-1].rpartition(".")[0]
     module = lm.model.get_submodule(name)
     own = module.forward
 
     def forward(states: Tensor, *rest):
-        wanted = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device)
-        wanted[rows, columns] = True  # a place may be asked for twice
         outputs = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
-        return states.new_zeros(*states.shape[:2], outputs.shape[-1]).index_put((wanted,), outputs)
+        return states.new_zeros(*states.shape[:2], outputs.shape[-1]).index_put(wanted, outputs)
 
     # A memory wants to see whole rows.
     return nullcontext() if name == block or lm.hooked else forward_replaced(module, forward)
