@@ -16,7 +16,9 @@ import reknow.editing.covariance
 from conftest import make_lm, some_patch
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, Edit, method
-from reknow.editing.covariance import _batches, cache_folder, covariance, statistics
+from reknow.datasets.text import text_source
+from reknow.editing.covariance import cache_folder, covariance, statistics
+from reknow.editing.key_sums import _resume, _rows, read_batches
 from reknow.editing.solvers import cholesky, solve
 from reknow.errors import EditFailed, InputError
 from reknow.model.tokens import Text
@@ -27,7 +29,7 @@ TEXTS = [
     "",
     " ".join(["Beats Music is owned by Apple ."] * 9),
 ]
-LONG = [f"Beats Music {i} is owned by Apple . " for i in range(200)]
+LONG = [f"Beats Music {i} is owned by Apple . " for i in range(1000)]
 
 
 @pytest.fixture(autouse=True)
@@ -68,14 +70,14 @@ def test_every_row_of_a_long_text_begins_as_the_text(words):
     begin = lm.tokenizer.bos_token_id
     (whole,) = lm.encode([Text("Lima " * words)])
     assert whole.ids[0] == begin and begin not in whole.ids[1:]
-    rows = [row.ids for batch in _batches(lm, iter(["Lima " * words]), 10_000) for row in batch]
+    rows = [row.ids for row in _rows(lm, iter(["Lima " * words]), 10_000)]
     assert all(ids[0] == begin and len(ids) <= 128 for ids in rows)
     assert [i for ids in rows for i in ids[1:]] == list(whole.ids[1:])
     plain = make_lm("gpt2")  # whose tokenizer puts none
     (whole,) = plain.encode([Text("Lima " * words)])
-    rows = [row.ids for batch in _batches(plain, iter(["Lima " * words]), 10_000) for row in batch]
+    rows = [row.ids for row in _rows(plain, iter(["Lima " * words]), 10_000)]
     assert [i for ids in rows for i in ids] == list(whole.ids)
-    few = [row.ids for batch in _batches(lm, iter(["Lima " * words]), 50) for row in batch]
+    few = [row.ids for row in _rows(lm, iter(["Lima " * words]), 50)]
     assert sum(map(len, few)) == 50
 
 
@@ -90,8 +92,8 @@ def test_it_is_the_base_s_whatever_is_applied():
 
 def test_it_is_made_once_per_everything_it_depends_on(monkeypatch, caplog):
     made = []
-    own = reknow.editing.covariance._sum_keys
-    monkeypatch.setattr(reknow.editing.covariance, "_sum_keys", lambda *args: made.append(1) or own(*args))
+    own = reknow.editing.covariance.sum_keys
+    monkeypatch.setattr(reknow.editing.covariance, "sum_keys", lambda *args: made.append(1) or own(*args))
     lm = make_lm("llama")
     first = covariance(lm, 1, text=TEXTS)
     assert torch.equal(covariance(make_lm("llama"), 1, text=TEXTS), first) and len(made) == 1
@@ -127,26 +129,52 @@ def test_several_layers_are_read_in_one_pass(monkeypatch):
     own = lm.forward
     monkeypatch.setattr(lm, "forward", lambda *args: passes.append(1) or own(*args))
     together = statistics(lm, [0, 2], text=TEXTS)
-    count = sum(len(row.ids) for batch in _batches(lm, iter(TEXTS), 100_000) for row in batch)
+    count = sum(len(row.ids) for batch in read_batches(lm, iter(TEXTS), 100_000) for row in batch)
     assert len(passes) == 1 and [together[layer].tokens for layer in (0, 2)] == [count] * 2
     assert all(torch.equal(together[layer].covariance, one) for layer, one in zip((0, 2), apart, strict=True))
     assert {one.file for one in together.values()} == set(cache_folder().iterdir())
+
+
+def test_rows_of_like_length_are_read_together():
+    """So that little of what is computed is padding."""
+    lm = make_lm("gpt2")
+    batches = list(read_batches(lm, text_source(None).texts(), 8000))
+    rows = [len(row.ids) for batch in batches for row in batch]
+    assert sum(rows) == 8000 and all(len(batch) * len(batch[-1].ids) <= 16 * 128 for batch in batches)
+    assert sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches) < 1.2 * 8000
+
+
+def test_a_band_is_read_in_one_pass(monkeypatch):
+    """What the statistics of one layer would be read for is enough for those of all."""
+    edit = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
+    read, own = [], reknow.editing.covariance.sum_keys
+    monkeypatch.setattr(reknow.editing.covariance, "sum_keys", lambda task: read.append(task.names) or own(task))
+    for name, layers in (("memit", (0, 1, 2)), ("alphaedit", (0, 1, 2)), ("pmet", (0, 2))):
+        lm = make_lm("gpt2")
+        chosen = method(name, layers=layers, steps=1, context_groups=(), covariance_tokens=300)
+        for file in cache_folder().glob("*.safetensors"):
+            file.unlink()
+        chosen.edit(lm, [edit])
+        chosen.edit(lm, [edit])  # with what is kept
+        assert read == [[lm.parts.value[layer] for layer in layers]]
+        read.clear()
 
 
 KILLED = """
 import os, signal, sys
 import reknow.editing.covariance
 from conftest import make_lm
+from reknow.editing import key_sums
 from test_covariance import LONG
-reknow.editing.covariance._SAVE_SECONDS = 0.0
-own, seen = reknow.editing.covariance._save, []
+key_sums._SAVE_SECONDS = 0.0
+own, seen = key_sums.save, []
 def save(tensors, file, about):
     own(tensors, file, about)
     if file.name.startswith("sums"):
         seen.append(file)
     if len(seen) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-reknow.editing.covariance._save = save
+key_sums.save = save
 reknow.editing.covariance.statistics(make_lm("gpt2"), [0, 2], text=LONG)
 """
 
@@ -179,7 +207,7 @@ def test_a_broken_running_sum_is_not_used(caplog):
     torn = whole.file.with_name("sums-0.safetensors")
     torn.write_bytes(b"torn")
     with caplog.at_level(logging.WARNING):
-        totals, count, following = reknow.editing.covariance._resume(torn, {"a": 4})
+        totals, count, following = _resume(torn, {"a": 4})
     assert (totals, count, following) == ({}, 0, 0) and "broken" in caplog.text
 
 

@@ -40,6 +40,7 @@ class BandMethod(ValueSearchMethod):
         """The patch that brings the subjects to z behind the last layer, a part of what is missing in each layer."""
         z, subjects = exact(found.z), Subjects(lm, edits, self.contexts(lm))  # (facts, hidden)
         deltas: dict[str, Delta] = {}
+        self.keep_statistics(lm, layers)
         with lm.restored_afterwards():
             for i, layer in enumerate(layers):
                 keys = subjects.keys(layer)  # (facts, in)

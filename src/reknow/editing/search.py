@@ -118,6 +118,14 @@ class ValueSearchMethod(Method):
         """The texts to put before the prompt; the first is empty."""
         return sample_contexts(lm, self.context_groups, first_words=self.context_first_words, seed=self.seed)
 
+    def keep_statistics(self, lm: LM, layers: Sequence[int]) -> None:
+        """Reads what C of these layers needs in one pass over the text, where it is not kept; each by itself would
+        read the text again."""
+        if self.covariance_tokens:
+            from reknow.editing.covariance import keep_statistics
+
+            keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
+
     def whitening(self, lm: LM, layer: int) -> Whitening:
         """B with B Bᵀ = C⁻¹, for C of the layer's keys. (in, in)"""
         return Whitening(self.from_covariance(lm, layer, cholesky))

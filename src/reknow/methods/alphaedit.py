@@ -77,6 +77,7 @@ class AlphaEdit(ValueSearchMethod):
         deltas: dict[str, Delta] = {}
         state: dict[str, Tensor] = {}
         found, z = None, None
+        self.keep_statistics(lm, layers)
         with lm.restored_afterwards():
             for i, layer in enumerate(layers):
                 if z is None or self.boundary_layers:
