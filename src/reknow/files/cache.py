@@ -1,4 +1,5 @@
-"""The cache folder: where statistics of models are kept, how large they are, and what makes room for new ones.
+"""The cache folder: where statistics of models are kept, how large they are, and what makes room for new ones; and
+models that were converted.
 
 A covariance takes 2 · width² bytes, 0.7 GB for 18,944 inputs. The files of statistics together stay below a bound
 (`REKNOW_CACHE_GB`); where a new one would pass it, those that were used longest ago are removed.
@@ -22,6 +23,8 @@ from reknow.errors import InputError
 
 _log = logging.getLogger(__name__)
 
+MODELS = "models"
+"""The folder in it that holds models converted from other formats; the bound does not count them."""
 _BOUND_GB = 20.0
 """How much the files of statistics take together, unless `REKNOW_CACHE_GB` says otherwise."""
 _RUNNING = "sums"

@@ -24,7 +24,7 @@ from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
-from reknow.model.sources import CONFIG, Source, find_source
+from reknow.model.sources import CONFIG, Source, find_source, readable
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _WHOLE = "check that its files are whole"
@@ -100,7 +100,13 @@ def open_model(source, tokenizer, dtype, device, device_map, trust_remote_code: 
 
 
 def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
-    source = find_source(name)
+    with readable(find_source(name)) as source:
+        return _load_source(name, source, tokenizer, dtype, device, device_map, trust_remote_code)
+
+
+def _load_source(
+    name: str, source: Source, tokenizer, dtype, device, device_map, trust_remote_code: bool
+) -> tuple[PreTrainedModel, Any]:
     expected = f"expected a model that transformers can load; {name!r} could not be loaded"
     with _as_model_error(expected, _WHOLE):
         base = _find_base(name, source)
@@ -175,7 +181,8 @@ def _load_tokenizer(name: str, source: Source, wanted, trust_remote_code: bool):
     if isinstance(wanted, PreTrainedTokenizerBase):
         return wanted
     if wanted is not None:
-        name, source = str(wanted), find_source(str(wanted))
+        with readable(find_source(str(wanted))) as other:
+            return _load_tokenizer(str(wanted), other, None, trust_remote_code)
     options = dict(trust_remote_code=trust_remote_code, local_files_only=source.offline)
     with _as_model_error(
         f"expected a tokenizer that transformers can load; that of {name!r} could not be loaded",

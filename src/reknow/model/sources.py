@@ -1,4 +1,5 @@
-"""What a model's name stands for: a bundled model, a folder, or a repository of the hub; found out before any work.
+"""What a model's name stands for: a bundled model, one in a package, a folder, or a repository of the hub; found out
+before any work.
 
 What is nowhere is refused within seconds, with the nearest names that are there.
 """
@@ -9,7 +10,9 @@ import difflib
 import os
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, Repo
 from huggingface_hub.utils import validate_repo_id
 
 from reknow.errors import InputError, ModelError, did_you_mean
+from reknow.model.packaged import PACKAGED, check_installed, converted, kept_folder
 
 _DEMO = "demo:"
 CONFIG, _ADAPTER = "config.json", "adapter_config.json"
@@ -37,6 +41,22 @@ class Source:
     """A folder, or a repository of the hub."""
     offline: bool = False
     """Whether the hub does not answer, and only its cache may be read."""
+    packaged: str | None = None
+    """The demo model that a package holds, which may have to be converted first: see `readable`."""
+
+
+@contextmanager
+def readable(source: Source) -> Iterator[Source]:
+    """Gives the source as something that transformers reads. What is in a package is converted, if it is not yet.
+
+    Raises:
+        ModelError, InputError: it cannot be.
+    """
+    if source.packaged is None:
+        yield source
+        return
+    with converted(source.packaged) as folder:
+        yield replace(source, name=str(folder))
 
 
 def find_source(name: str) -> Source:
@@ -44,10 +64,11 @@ def find_source(name: str) -> Source:
 
     Raises:
         InputError: a demo model that does not exist, a file, or no name at all.
-        ModelError: there is no such folder, it holds no model of transformers, or the hub has none of that name.
+        ModelError: there is no such folder, it holds no model of transformers, the hub has none of that name, or the
+            package of a demo model is not installed.
     """
     if name.startswith(_DEMO):
-        return Source(_demo_folder(name.removeprefix(_DEMO)))
+        return _find_demo(name.removeprefix(_DEMO))
     path = os.path.expanduser(name)
     if os.path.isdir(path) and name.strip():
         _check_folder(Path(path))
@@ -66,16 +87,19 @@ def find_source(name: str) -> Source:
     return _in_hub(name)
 
 
-def _demo_folder(name: str) -> str:
-    folder = files("reknow") / "assets" / "models"
+def _find_demo(name: str) -> Source:
+    if name in PACKAGED:
+        check_installed(name)
+        return Source(str(kept_folder(name)), packaged=name)
     if name not in (known := _demo_names()):
         raise did_you_mean("demo model", name, known)
-    return str(folder / name)
+    return Source(str(files("reknow") / "assets" / "models" / name))
 
 
 def _demo_names() -> list[str]:
     folder = files("reknow") / "assets" / "models"
-    return [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    bundled = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return [*bundled, *PACKAGED]
 
 
 def _check_folder(folder: Path) -> None:

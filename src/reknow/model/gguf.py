@@ -1,0 +1,84 @@
+"""A GGUF file as a folder of transformers: unpacked to float32 by transformers, with no trace of the quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+
+from reknow.errors import ModelError
+from reknow.progress import Progress
+
+
+def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
+    """Writes model and tokenizer of the file into the folder.
+
+    Args:
+        folder: an empty one.
+        progress: is told of the parts of the work.
+
+    Raises:
+        ModelError: transformers cannot read the file: it is damaged, or of an architecture that it does not know.
+        OSError, SafetensorError: the folder cannot be written to.
+    """
+    options = {"gguf_file": file.name, "local_files_only": True}
+    with progress.stage("converting the model once, part", 3) as advance:
+        with _as_model_error(file):
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+            advance()
+            with _reported_bar(progress):
+                model = AutoModelForCausalLM.from_pretrained(
+                    file.parent, dtype=torch.float32, **_unpacked(), **options
+                )
+        advance()
+        model.hf_quantizer, model.is_quantized = None, False  # the weights are plain float32 now
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        advance()
+
+
+def _unpacked() -> dict:
+    """What keeps a transformers that could compute with packed weights from doing so."""
+    kind = getattr(transformers, "GgufConfig", None)
+    return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+@contextmanager
+def _as_model_error(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # the file may be broken in any way
+        reason = " ".join(str(error).split()).rstrip(".:") or type(error).__name__
+        raise ModelError(
+            f"expected a GGUF file that transformers can read; {file.name} could not be read ({reason}): give a "
+            "whole file of a decoder that transformers knows, or the model that it was made from"
+        ) from error
+
+
+@contextmanager
+def _reported_bar(progress: Progress) -> Iterator[None]:
+    """While open, transformers' own bar over the tensors is a report instead, if somebody listens."""
+    module, bar = modeling_gguf_pytorch_utils, getattr(modeling_gguf_pytorch_utils, "tqdm", None)
+    if progress.callback is None or bar is None:
+        yield
+        return
+
+    def report(tensors, **_):
+        with progress.stage("tensor", len(tensors)) as advance:
+            for tensor in tensors:
+                yield tensor
+                advance()
+
+    module.tqdm = report
+    try:
+        yield
+    finally:
+        module.tqdm = bar
