@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reknow.edits import Case
+from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.lm import LM
 from reknow.model.scored_tokens import ScoredTokens, predictions
@@ -37,6 +37,10 @@ class Example:
     """Must be answered as the edit asks: its own prompt, and a paraphrase where the case has one."""
     out_of_scope: tuple[Text, ...]
     """Must be continued as before: other facts."""
+
+    @property
+    def texts(self) -> tuple[Text, ...]:
+        return (self.edit, *self.in_scope, *self.out_of_scope)
 
 
 def without_instructions(cases: Sequence[Case]) -> list[Case]:
@@ -65,7 +69,7 @@ def make_examples(
         j = (i + edits_at_once) % len(batch)
         other = batch[j].edit
         if i // edits_at_once != j // edits_at_once and other.text != edit.text:
-            out_of_scope.append(Text(other.text, other.target_true or other.target_new, separator=other.separator))
+            out_of_scope.append(_before(other))
         examples.append(Example(own, tuple(in_scope), tuple(out_of_scope)))
     if not any(example.out_of_scope for example in examples):
         about = batch[0].edit.id or repr(batch[0].edit.text)
@@ -74,6 +78,17 @@ def make_examples(
             "choose a data set that has them"
         )
     return examples
+
+
+def possible_texts(case: Case) -> list[Text]:
+    """All texts that examples may take from a case, but for what has an instruction in front."""
+    facts = [Text.of_probe(probe) for probe in case.probes if probe.kind == "locality"]
+    return [Text.asked(case.edit), _before(case.edit), *_paraphrases(case), *facts]
+
+
+def _before(edit: Edit) -> Text:
+    """An edit's prompt with the answer from before."""
+    return Text(edit.text, edit.target_true or edit.target_new, separator=edit.separator)
 
 
 def _paraphrases(case: Case) -> list[Text]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from reknow.edits import Case
 from reknow.learning.blocks import MatrixGroups, MENDBlock, RunningNorm, transform_factors
 from reknow.learning.editors import fill_network
-from reknow.learning.examples import Losses, mean_over_batches
+from reknow.learning.examples import Example, Losses, mean_over_batches
 from reknow.learning.gradients import (
     TokenFactors,
     flat_factors,
@@ -29,7 +29,7 @@ from reknow.learning.gradients import (
 )
 from reknow.learning.loop import seeded
 from reknow.learning.settings import NetworkSettings
-from reknow.learning.training import parameter_groups
+from reknow.learning.training import Split, Training, parameter_groups
 from reknow.lm import LM
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta
@@ -113,8 +113,9 @@ class _Transform(nn.Module):
 class TransformLearner:
     """MEND's training step (Alg. 1)."""
 
-    def __init__(self, settings: NetworkSettings, lm: LM, batch_size: int, prepare: _Prepare):
-        self.settings, self.lm, self.batch_size, self.prepare = settings, lm, batch_size, prepare
+    def __init__(self, settings: NetworkSettings, lm: LM, cases: Split, training: Training, prepare: _Prepare):
+        self.settings, self.lm, self.batch_size, self.prepare = settings, lm, training.batch_size, prepare
+        self.lower = settings.lower_states(lm, cases, training)
         self.module = make_network(settings, lm)
 
     def optimizer(self) -> torch.optim.Optimizer:
@@ -135,6 +136,11 @@ class TransformLearner:
         """The losses where each group of edits that are made at once is made by itself, all groups in one batch."""
         at_once = self.settings.edits_per_example
         examples = self.settings.make_examples(self.prepare(batch, rng), rng, edits_at_once=at_once)
+        with self.lower.given([text for example in examples for text in example.texts]):
+            return self._try(examples, observe=observe)
+
+    def _try(self, examples: Sequence[Example], *, observe: bool) -> Losses:
+        at_once = self.settings.edits_per_example
         rows = self.lm.encode([example.edit for example in examples])
         factors, _ = gradient_factors(self.lm, self.module.names, rows)
         flat = {name: one.flat() for name, one in factors.items()}

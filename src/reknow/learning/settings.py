@@ -18,9 +18,10 @@ from reknow.editing.layers import resolve_layers
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import open_editor, trained_settings
-from reknow.learning.examples import Averaging, Example, ExampleBatch, LocalityTokens, make_examples
+from reknow.learning.examples import Averaging, Example, ExampleBatch, LocalityTokens, make_examples, possible_texts
 from reknow.learning.learned import Learned
-from reknow.learning.training import Training
+from reknow.learning.lower_states import LowerStates
+from reknow.learning.training import Split, Training
 from reknow.lm import LM
 from reknow.patching.deltas import Delta
 from reknow.patching.patches import Patch
@@ -78,6 +79,15 @@ class MatrixEditor(Learned):
         assert self.layers is not None
         tokens, over = self.locality_tokens, self.average_over
         return ExampleBatch(lm, examples, min(self.layers), locality_tokens=tokens, average_over=over)
+
+    def lower_states(self, lm: LM, cases: Split, training: Training) -> LowerStates:
+        """What enters the lowest layer, by settings that `for_model` gave. Of train cases it is kept where as many
+        texts are drawn from them as they have."""
+        assert self.layers is not None
+        groups = [possible_texts(case) for case in cases.train]
+        drawn = training.steps * training.batch_size * training.micro_batches * (3 + self.locality_facts)
+        often = groups if drawn >= sum(map(len, groups)) else []
+        return LowerStates(lm, min(self.layers), [*often, *(possible_texts(case) for case in cases.validation)])
 
     def for_model(self, lm: LM) -> Self:
         layers = range(max(0, lm.layers - 3), lm.layers) if self.layers is None else self.layers

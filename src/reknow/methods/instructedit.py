@@ -55,7 +55,7 @@ class InstructEdit(NetworkSettings):
         def prepare(batch: Sequence[Case], rng: random.Random) -> list[Case]:
             return [self.instruct(case, families, rng) for case in batch]
 
-        return TransformLearner(self, lm, training.batch_size, prepare)
+        return TransformLearner(self, lm, cases, training, prepare)
 
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         """The change of edits that have an instruction, or a task whose first instruction is then taken."""

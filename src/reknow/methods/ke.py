@@ -30,6 +30,7 @@ from reknow.learning.editors import fill_network
 from reknow.learning.examples import Losses, mean_over_batches, without_instructions
 from reknow.learning.gradients import TokenFactors, gradient_factors, mlp_matrices, row_changes, token_delta
 from reknow.learning.loop import seeded
+from reknow.learning.lower_states import LowerStates
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training, parameter_groups
 from reknow.lm import LM
@@ -74,7 +75,7 @@ class KE(MatrixEditor):
         return "ke"
 
     def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
-        return _Learner(self, lm)
+        return _Learner(self, lm, self.lower_states(lm, cases, training))
 
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         network = fill_network(lambda: KENetwork(trained, lm), tensors)
@@ -152,8 +153,8 @@ def _head(method: KE, out: int, inside: int) -> nn.Sequential:
 class _Learner:
     """KE's training step: descent for the network, ascent for the multiplier."""
 
-    def __init__(self, method: KE, lm: LM):
-        self.method, self.lm = method, lm
+    def __init__(self, method: KE, lm: LM, lower: LowerStates):
+        self.method, self.lm, self.lower = method, lm, lower
         with seeded(method.seed, "ke"):
             self.module = KENetwork(method, lm).to(lm.device)
 
@@ -181,6 +182,7 @@ class _Learner:
 
     def _losses(self, batch: Sequence[Case], rng: random.Random) -> Losses:
         examples = self.method.make_examples(without_instructions(batch), rng)
-        changes, _ = self.module(self.lm, [case.edit for case in batch], [example.edit for example in examples])
-        read = self.method.read_examples(self.lm, examples)
-        return read.losses(lambda numbers: row_changes(self.lm, changes, numbers), self.method.smoothing)
+        with self.lower.given([text for example in examples for text in example.texts]):
+            changes, _ = self.module(self.lm, [case.edit for case in batch], [example.edit for example in examples])
+            read = self.method.read_examples(self.lm, examples)
+            return read.losses(lambda numbers: row_changes(self.lm, changes, numbers), self.method.smoothing)

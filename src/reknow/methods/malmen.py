@@ -27,9 +27,10 @@ from reknow.editing.solvers import cholesky, least_squares, solve
 from reknow.edits import Case, Edit
 from reknow.learning.blocks import MALMENBlock, MatrixGroups, RunningNorm, transform_factors
 from reknow.learning.editors import fill_network
-from reknow.learning.examples import mean_over_batches, without_instructions
+from reknow.learning.examples import Example, mean_over_batches, without_instructions
 from reknow.learning.gradients import TokenFactors, delta_added, flat_factors, mlp_matrices, token_delta
 from reknow.learning.loop import seeded
+from reknow.learning.lower_states import LowerStates
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
 from reknow.learning.training import Learner, Split, Training
 from reknow.lm import LM
@@ -64,7 +65,7 @@ class MALMEN(MatrixEditor):
         return "malmen"
 
     def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
-        return _Learner(self, lm, training.batch_size)
+        return _Learner(self, lm, training.batch_size, self.lower_states(lm, cases, training))
 
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         network = fill_network(lambda: MALMENNetwork(trained, lm), tensors)
@@ -142,8 +143,8 @@ def surrogate(network: MALMENNetwork, factors: TokenFactors, deltas: Mapping[str
 class _Learner:
     """MALMEN's training step (Alg. 1): the edits of all cases of a micro-batch are made at once."""
 
-    def __init__(self, method: MALMEN, lm: LM, batch_size: int):
-        self.method, self.lm, self.batch_size = method, lm, batch_size
+    def __init__(self, method: MALMEN, lm: LM, batch_size: int, lower: LowerStates):
+        self.method, self.lm, self.batch_size, self.lower = method, lm, batch_size, lower
         with seeded(method.seed, "malmen"):
             self.module = MALMENNetwork(method, lm).to(lm.device)
 
@@ -164,6 +165,10 @@ class _Learner:
     ) -> tuple[TokenFactors, dict[str, Tensor], dict[str, float]]:
         """(factors, ΔW of each matrix with its gradient if `learn`, what to show)."""
         examples = self.method.make_examples(without_instructions(batch), rng, edits_at_once=len(batch))
+        with self.lower.given([text for example in examples for text in example.texts]):
+            return self._read(examples, learn)
+
+    def _read(self, examples: Sequence[Example], learn: bool) -> tuple[TokenFactors, dict[str, Tensor], dict]:
         rows = self.lm.encode([example.edit for example in examples])
         factors, _ = flat_factors(self.lm, self.module.names, rows, answers_only=True)
         if learn:

@@ -37,7 +37,7 @@ class MEND(NetworkSettings):
         return "mend"
 
     def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
-        return TransformLearner(self, lm, training.batch_size, lambda batch, _: without_instructions(batch))
+        return TransformLearner(self, lm, cases, training, lambda batch, _: without_instructions(batch))
 
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         return transform_gradients(lm, trained, tensors, [Text.asked(edit) for edit in edits])
