@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reknow.checks.arguments import typed
-from reknow.model.chat import Chat, as_chat
+from reknow.model.chat import Chat, as_chat, asked_without_template
 from reknow.model.decoder import Decoder
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import Fingerprint
@@ -172,6 +173,7 @@ class LM(Decoder):
         if isinstance(prompts, str):
             return self.generate([prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)[0]
         check_sampling(top_k, temperature)
+        self._hint_at_template(prompts)
 
         def answer(who, _which, texts: list[str]) -> list[str]:
             if who is not None:
@@ -181,6 +183,17 @@ class LM(Decoder):
             return continue_texts(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
 
         return self._memories.answer_each(prompts, answer)
+
+    def _hint_at_template(self, prompts: Sequence[str]) -> None:
+        """Warns once where a chat model is asked a question outside its chat template."""
+        question = asked_without_template(self.tokenizer, self.chat, prompts)
+        if question is not None and ("hinted",) not in self.memo:
+            self.memo[("hinted",)] = True
+            warnings.warn(
+                f"{self.name} is a chat model and is asked “{question.strip()[-60:]}” outside its chat template, so "
+                "it continues the text: chat=True (--chat) puts questions into the template",
+                stacklevel=5,
+            )
 
     @typed_exclusively
     def perplexity(self, texts: Sequence[str], max_tokens: int = 256) -> float:

@@ -18,7 +18,7 @@ from reknow.editing.triangle import ROWS, Triangle, block_shapes, kept_bytes
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.evaluation.cost import estimate
-from reknow.files.cache import cache_folder, cache_limit, clear_cache, evict, statistics_files
+from reknow.files.cache import MODELS, cache_folder, cache_limit, clear_cache, evict, statistics_files
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.memit import MEMIT
 from reknow.methods.rome import ROME
@@ -124,6 +124,19 @@ def test_the_command_shows_and_clears_them():
     assert "kept: 1 files" in ran("cache") and one.file.exists()
     assert "removed: 1 files" in ran("cache", "--clear") and not one.file.exists()
     assert torch.equal(covariance(lm, 1, text=TEXTS), one.covariance), "read again"
+
+
+def test_converted_models_are_shown_and_cleared_and_not_bounded(monkeypatch):
+    monkeypatch.setenv("REKNOW_CACHE_GB", "0")
+    folder = cache_folder() / MODELS / "tiny-0123"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(1000))
+    (folder.parent / ".reknow-half").mkdir()
+    assert not evict()
+    (row,) = json.loads(ran("cache", "--json"))
+    assert (row["model"], row["bytes"], row["file"]) == ("tiny", 1000, str(folder))
+    assert "kept: 0 files, 0 GB" in (said := ran("cache")) and said.endswith("; 1 models, 1e-06 GB\n")
+    assert "1 models" in ran("cache", "--clear") and os.listdir(folder.parent) == [".reknow-half"]
 
 
 def ran(*arguments: str) -> str:

@@ -111,3 +111,16 @@ def test_a_tokenizer_without_named_special_tokens_has_contexts(named):
     assert len(lm.generate("", 4)) > 0
     patch = ROME(layer=0, steps=3).edit(lm, [EDIT])
     assert all(bool(torch.isfinite(delta.dense()).all()) for delta in patch.deltas.values())
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_chat_model_asked_outside_its_template_says_so_once():
+    lm = chatting(chat=False)
+    lm.generate(["The capital of France is", "Who? Nobody"], 1)
+    with pytest.warns(
+        UserWarning, match=r"asked “Who wrote Hamlet\?” outside its chat template.*chat=True \(--chat\)"
+    ):
+        lm.generate(["The capital of France is", "Who wrote Hamlet? "], 1)
+    lm.generate("Who wrote Faust?", 1)
+    chatting().generate("Who wrote Faust?", 1)
+    LM((tiny_model("llama"), tiny_tokenizer())).generate("Who wrote Faust?", 1)  # it has no template

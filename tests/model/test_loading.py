@@ -204,6 +204,14 @@ def test_gguf_is_named(tmp_path):
     for source in (file, tmp_path / "blob", tmp_path):
         said = refused(str(source))
         assert "is a GGUF file: give the model that it was made from" in said
+    name, kind = b"general.architecture", b"rwkv7"
+    field = (
+        len(name).to_bytes(8, "little") + name + (8).to_bytes(4, "little") + len(kind).to_bytes(8, "little") + kind
+    )
+    file.write_bytes(b"GGUF\3\0\0\0" + bytes(16) + field)
+    assert "is a GGUF file ('rwkv7'): give" in refused(str(file))
+    file.write_bytes(b"GGUF\3\0\0\0" + name)
+    assert "is a GGUF file: give" in refused(str(file))
     config = saved(tmp_path / "model") / "config.json"
     assert refused(config, InputError).endswith("is a file: give the folder that it lies in")
 

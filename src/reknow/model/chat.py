@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from reknow.errors import InputError, ModelError
 _THOUGHT = re.compile(
     r"([<\[◁]\|?)(\w*[_:])?(think\w*|thought\w*|reason\w*|reflect\w*)(\|?[>\]▷])\s*$", re.IGNORECASE
 )
+_QUESTION_MARKS = ("?", "？", "؟")
 _ENDS = {"begin_": "end_", "begin_of_": "end_of_", "start_": "end_"}
 
 
@@ -81,3 +82,13 @@ def as_chat(chat: bool | Chat | None, tokenizer, name: str) -> Chat | None:
             )
     chat.head(tokenizer, "?")
     return chat
+
+
+def asked_without_template(tokenizer, chat: Chat | None, prompts: Iterable[str]) -> str | None:
+    """The first question that is put to a chat model outside its template, which continues it rather than answers.
+
+    A sentence to complete needs no template; only what ends as a question tells that an answer is expected.
+    """
+    if chat is not None or not tokenizer.chat_template:
+        return None
+    return next((prompt for prompt in prompts if prompt.rstrip().endswith(_QUESTION_MARKS)), None)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from reknow.errors import ModelError
 from reknow.files.atomic import atomic_write_folder, write_json
-from reknow.files.cache import MODELS, cache_folder, warn_if_unwritable
+from reknow.files.cache import MODELS, cache_folder, mark_used, warn_if_unwritable
 from reknow.files.locks import write_lock
 from reknow.progress import Progress
 
@@ -121,6 +121,7 @@ def converted(name: str) -> Iterator[Path]:
         if not _is_whole(folder, model):
             folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="reknow-"))) / name
             atomic_write_folder(folder, lambda new: _make(name, new), overwrite=False)
+        mark_used(folder)
         yield folder
 
 

@@ -22,6 +22,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from reknow.errors import InputError, ModelError, did_you_mean
 from reknow.model.packaged import PACKAGED, check_installed, converted, kept_folder
+from reknow.progress import visible
 
 _DEMO = "demo:"
 CONFIG, _ADAPTER = "config.json", "adapter_config.json"
@@ -31,6 +32,8 @@ PATIENCE = "HF_HUB_ETAG_TIMEOUT"
 """The setting of the hub's library that says how many seconds its answer may take."""
 _SECONDS = 2.0
 """Where that is not set."""
+_FIRST, _HEAD = b"general.architecture", 128
+"""Name of the first field of a GGUF file, and how many bytes hold it."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,23 @@ def _is_gguf(file: Path) -> bool:
 
 
 def _gguf_error(file: str) -> ModelError:
+    kind = _architecture(Path(file))
     return ModelError(
-        f"expected a model in the format of transformers; {file} is a GGUF file: give the model that it was made "
-        "from, or in Python the pair (model, tokenizer) that from_pretrained(FOLDER, gguf_file=FILE) gives"
+        f"expected a model in the format of transformers; {file} is a GGUF file{f' ({kind!r})' if kind else ''}: "
+        "give the model that it was made from, or in Python, where transformers reads its architecture, the pair "
+        "(model, tokenizer) that from_pretrained(FOLDER, gguf_file=FILE) gives"
     )
+
+
+def _architecture(file: Path) -> str | None:
+    """The architecture that a GGUF file names in its first field, as writers do; None where it does not."""
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD)
+    place = head.find(_FIRST) + len(_FIRST)
+    if _FIRST not in head or len(head) < place + 12:
+        return None
+    size = int.from_bytes(head[place + 4 : place + 12], "little")  # behind the number of the type, text
+    return visible(head[place + 12 : place + 12 + size].decode(errors="replace"))
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------
