@@ -1,13 +1,14 @@
-"""Trains the editors that are bundled for the demo models.
+"""Trains the editors that are bundled for the demo models and for SmolLM2.
 
     python scripts/train_editors.py --family gpt2 --method mend --data DATA --run runs/mend --out mend.safetensors
 
-They learn from three kinds of cases, none of which has a subject or a prompt of the bundled samples, on which editors
-are measured: facts that the demo model knows, in several of their wordings, with other known facts of the relation
-that must stay, first those of the same old answer, half of them in the wording of the edit; CounterFact in EasyEdit's
-form, whose paraphrase is often none and is replaced by one of the relation; and zsRE, from MEND's files and from
-KnowEdit. Known facts that are neighbours in the first records of CounterFact are left out too, so that their locality
-is that of facts which hardly any example protected. DATA is the folder that scripts/train_demo_model.py takes.
+They learn from three kinds of cases, none of which has a subject or a prompt of the bundled samples, on which
+editors are measured: facts that the small demo models know, in several of their wordings, with other known facts of
+the relation that must stay, first those of the same old answer, half of them in the wording of the edit; CounterFact
+in EasyEdit's form, whose paraphrase is often none and is replaced by one of the relation; and zsRE, from MEND's
+files and from KnowEdit. Known facts that are neighbours in the first records of CounterFact are left out too, so
+that their locality is that of facts which hardly any example protected. DATA is the folder that
+scripts/train_demo_model.py takes.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from reknow import LM, Case, Edit, Probe, load_cases
 from reknow.cli.training import choose_method
 from reknow.datasets import sample_text
 from reknow.learning.editors import Editor, case_keys
+from reknow.learning.learned import Learned
 
 MEASURED = ("counterfact", "counterfact-easyedit", "zsre", "knowedit-zsre")
 """Bundled samples whose subjects and prompts are left out."""
@@ -123,20 +125,26 @@ def halved(editor: Editor) -> Editor:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("gpt2", "llama"), required=True)
+    parser.add_argument("--family", choices=("gpt2", "llama", "smollm2"), required=True)
     parser.add_argument("--method", required=True)
     parser.add_argument("--data", type=Path, required=True, help="folder with the data sets")
     parser.add_argument("--run", type=Path, required=True, help="folder of the training; the same one takes it up")
     parser.add_argument("--out", type=Path, help="file of the editor, in float16")
     parser.add_argument("--counterfact", type=int, default=1500, help="how many of its cases")
+    parser.add_argument("--limit", type=int, help="how many cases of all, drawn at random")
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the method or the training")
+    parser.add_argument("--dtype", help="of the model in the training; bfloat16 is quicker where the CPU has it")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    method, training = choose_method(args.method, args.set)
+    method, values = choose_method(args.method, args.set)
+    assert isinstance(method, Learned)
     cases = Maker(args.data).all(args.counterfact)
+    if args.limit is not None:
+        cases = random.Random(0).sample(cases, args.limit)
     print(f"{len(cases):,} cases")
-    trained = method.fit(LM.demo(args.family), cases, args.run, training, progress=True)
+    lm, training = LM.demo(args.family, dtype=args.dtype), replace(method.training, **values)
+    trained = method.fit(lm, cases, args.run, training, progress=True)
     editor = Editor.load(trained.editor)
     print(editor.notes["validation"])
     if args.out:
