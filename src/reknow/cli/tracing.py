@@ -35,6 +35,9 @@ def trace(
     severed: Annotated[bool, typer.Option("--severed", help="Also with MLP or attention severed.")] = False,
     window: Annotated[int | None, typer.Option("--window", help="Layers restored together; the paper: 10.")] = None,
     samples: Annotated[int, typer.Option("--samples", help="Noise samples per prompt.")] = 10,
+    classes: Annotated[
+        bool, typer.Option("--classes", help="Of many facts, only at one token of each class that is averaged.")
+    ] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Only try layers with trial edits, and name the best.")
     ] = False,
@@ -51,13 +54,13 @@ def trace(
     from reknow.edits import Edit
     from reknow.tracing.causal import Tracing
 
-    many = {"--facts": facts, "--limit": limit}
+    many = {"--facts": facts, "--limit": limit, "--classes": classes}
     if layers:
         refuse_beside("--layers", {"a prompt": prompt, **many, "--severed": severed, "--window": window})
         return _say_layers(opening.open(model), as_json)
     if prompt is not None:
         refuse_beside("one prompt", many)
-    settings = Tracing(samples=samples, window=window)
+    settings = Tracing(samples=samples, window=window, tokens="classes" if classes else "all")
     if severed:
         settings = replace(settings, kinds=(*settings.kinds, "mlp_severed", "attention_severed"))
     edit = None if prompt is None else Edit.parse(prompt, "?")

@@ -77,8 +77,9 @@ class Tracing:
     kinds: tuple[RestorationKind, ...] = ("hidden", "mlp", "attention")
     """What is restored; `mlp_severed` and `attention_severed` restore a block's output while the token's MLP or
     attention stays corrupted in all layers."""
-    tokens: Literal["all", "subject_last"] = "all"
-    """Where states are restored."""
+    tokens: Literal["all", "classes", "subject_last"] = "all"
+    """Where states are restored. `classes`: at one token of each class of `TOKEN_CLASSES`, the middle one, all
+    that averages need; it spares most of the work on long prompts."""
     seed: Seed = 0
     """Seed of the noise; every prompt starts from it."""
 
@@ -187,7 +188,6 @@ def trace_prompt(lm: LM, prompt: str, subject: str, std: float, settings: Tracin
     answer = read_answer(lm, row)
     runs = Prompt(lm, row, torch.randn(size, generator=generator) * std * settings.noise, answer)
     window = settings.window_of(lm.layers)
-    columns = range(len(row.ids)) if settings.tokens == "all" else [row.subject_last]
     return Trace(
         prompt=fill(prompt, subject),
         tokens=tuple(lm.tokenizer.decode([token]) for token in row.ids),
@@ -195,9 +195,20 @@ def trace_prompt(lm: LM, prompt: str, subject: str, std: float, settings: Tracin
         answer=lm.tokenizer.decode(answer),
         clean=runs.probability,
         corrupted=runs.corrupted_probability,
-        restored=measure_restorations(runs, lm.layers, settings.kinds, window, columns),
+        restored=measure_restorations(
+            runs, lm.layers, settings.kinds, window, _columns(settings, place, len(row.ids))
+        ),
         window=window,
     )
+
+
+def _columns(settings: Tracing, subject: tuple[int, int], width: int) -> list[int]:
+    """The tokens of a prompt of `width` at which states are restored."""
+    if settings.tokens == "all":
+        return list(range(width))
+    if settings.tokens == "subject_last":
+        return [subject[1] - 1]
+    return sorted({places[len(places) // 2] for places in _class_places(subject, width) if places})
 
 
 @typed
@@ -297,9 +308,15 @@ def average(traces: Sequence[Trace]) -> AverageEffects:
 
 def _average_classes(trace: Trace, table: Tensor) -> Tensor:
     """A table (tokens, layers) as means over each token class, NaN for an empty one. (token classes, layers)"""
-    first, behind = trace.subject
-    last, end = behind - 1, len(table) - 1
-    places = (
+    places = _class_places(trace.subject, len(table))
+    return torch.stack([table[list(place)].nanmean(0) for place in places])
+
+
+def _class_places(subject: tuple[int, int], width: int) -> tuple[range, ...]:
+    """The tokens of each of `TOKEN_CLASSES` in a prompt of `width`, whose subject has these bounds."""
+    first, behind = subject
+    last, end = behind - 1, width - 1
+    return (
         range(first, first + 1),
         range(first + 1, last),
         range(last, last + 1),
@@ -307,4 +324,3 @@ def _average_classes(trace: Trace, table: Tensor) -> Tensor:
         range(behind + 1, end),
         range(end, end + 1),
     )
-    return torch.stack([table[list(place)].nanmean(0) for place in places])
