@@ -122,7 +122,7 @@ class NetworkSettings(MatrixEditor):
     """In training: edits that are made at once."""
     edit_weight: NonNegative = 0.25
     """c_e: weight of the edit loss against the locality loss."""
-    step_size: Rate = 1e-2
+    step_size: Rate = 1e-3
     """Step size α at the start, in units of each matrix's root mean square."""
     step_size_learning_rate: Annotated[NonNegative, Formerly("step_size_rate")] = 3e-4
     """Learning rate of the step size α, in units of each matrix's root mean square."""

@@ -19,13 +19,15 @@ from reknow.memories.embedding import embed_texts
 from reknow.memories.nearest import Nearest
 from reknow.texts.templates import split_template
 
-__all__ = ["Sample", "ScopeCases"]
+__all__ = ["QUESTIONS", "SETS", "Sample", "ScopeCases"]
 
 _PREFIXED = 0.25
 """Share of the questions that stand behind an unrelated statement."""
-_SETS, _LEAST_SETS = 16384, 4
+SETS, _LEAST_SETS = 16384, 4
 """Sets of questions about all cases, and about one at least; one is asked at a time. So few that their states can be
 kept and each is read only once."""
+QUESTIONS = 5
+"""How many questions a set has: one inside the scope, four outside."""
 _TRIES = 10
 """Draws of another case before one is given up."""
 
@@ -44,6 +46,7 @@ class ScopeCases:
     """Questions about each case's edit, drawn at random.
 
     Args:
+        sets: how many sets of questions there are about all cases together.
         neighbors, skipped: hard negatives are the edits and locality probes of other cases nearest to an edit, so
             many of them, without the very nearest, which may ask the same.
 
@@ -51,8 +54,9 @@ class ScopeCases:
         InputError: no case has a paraphrase.
     """
 
-    def __init__(self, lm: LM, cases: Sequence[Case], *, neighbors: int = 50, skipped: int = 5):
+    def __init__(self, lm: LM, cases: Sequence[Case], *, sets: int = SETS, neighbors: int = 50, skipped: int = 5):
         self.cases = list(cases)
+        self._sets = max(_LEAST_SETS, sets // len(self.cases))
         self.index = {case.edit.text: i for i, case in enumerate(self.cases)}
         self._paraphrases = [_paraphrases(case) for case in self.cases]
         if not any(self._paraphrases):
@@ -72,10 +76,9 @@ class ScopeCases:
 
     def sample(self, indices: Sequence[int], rng: random.Random) -> Sample:
         """One of the sets of questions about each of these edits."""
-        sets = max(_LEAST_SETS, _SETS // len(self.cases))
         inside, outside = [], []
         for i in indices:
-            own_rng = random.Random(f"{i}/{rng.randrange(sets)}")
+            own_rng = random.Random(f"{i}/{rng.randrange(self._sets)}")
             inside.append(self.in_scope(i, own_rng))
             outside.append(self.out_of_scope(i, own_rng))
         return Sample([self.cases[i].edit for i in indices], inside, outside)

@@ -21,12 +21,17 @@ from torch import Tensor
 from reknow.edits import Case
 from reknow.learning.training import Split
 from reknow.lm import LM
-from reknow.memories.serac.cases import Sample, ScopeCases
+from reknow.memories.serac.cases import QUESTIONS, SETS, Sample, ScopeCases
 from reknow.memories.serac.models import ScopeAndCounterfactual
 from reknow.memories.serac.scope import log_in_scope, scope_loss
 from reknow.memories.serac.states import StateCache, States
 
 __all__ = ["LearnerSettings", "ScopeLearner"]
+
+_KEPT_BYTES = 2**31
+"""What the states of questions may take, which are kept in half precision."""
+_TOKENS = 16
+"""What a question is taken to have."""
 
 
 class LearnerSettings(NamedTuple):
@@ -55,8 +60,9 @@ class ScopeLearner:
     def __init__(self, module: ScopeAndCounterfactual, lm: LM, cases: Split, settings: LearnerSettings):
         self.module = module
         self._settings = settings
-        self._states = StateCache(module.states)
-        self._train = ScopeCases(lm, cases.train)
+        self._states = StateCache(module.states, _KEPT_BYTES)
+        set_bytes = QUESTIONS * _TOKENS * 2 * module.states.features
+        self._train = ScopeCases(lm, cases.train, sets=min(SETS, _KEPT_BYTES // set_bytes))
         self._validation = ScopeCases(lm, cases.validation) if cases.validation else None
 
     def optimizer(self) -> torch.optim.Optimizer:
