@@ -57,8 +57,8 @@ class Study:
         self.rows = Rows(self.out / "rows.jsonl", ("model", "set", "case", "settings"))
         self.before = Rows(self.out / "before.jsonl", ("model", "set", "case"))
 
-    def open(self, model, sets):
-        self.lm = LM(model)
+    def open(self, model, sets, **options):
+        self.lm = LM(model, **options)
         self.name = Path(model).name
         self.sets = {name: self._known(name, path) for name, _, path in (one.partition(":") for one in sets)}
 

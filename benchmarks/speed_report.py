@@ -39,7 +39,7 @@ def _part(file: Path) -> str:
     )
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows)]
 
 
@@ -53,7 +53,7 @@ def _rome(found: Mapping) -> list[str]:
         ratio = seconds["EasyEdit"] / seconds[label]
         rows.append([label, f"{passes:.1f}", f"{seconds[label]:.3f}", f"{ratio:.1f}", *_scores(found, label)])
     head = f"ROME at layer {found['layer']}, {len(facts)} facts one by one:"
-    return [head, "", *_table(["", "passes", "seconds per edit", "ratio", *KINDS], rows)]
+    return [head, "", *table(["", "passes", "seconds per edit", "ratio", *KINDS], rows)]
 
 
 def _memit(found: Mapping) -> list[str]:
@@ -64,7 +64,7 @@ def _memit(found: Mapping) -> list[str]:
         passes = f"{found['steps'][label]:.1f}"
         rows.append([label, passes, f"{found[label]:.2f}", f"{each:.3f}", f"{ratio:.1f}", *_scores(found, label)])
     head = f"MEMIT in layers {found['layers']}, {found['facts']} facts in one call, λ = {found['weight']:.0f}:"
-    lines = [head, "", *_table(["", "passes", "seconds", "per fact", "ratio", *KINDS], rows)]
+    lines = [head, "", *table(["", "passes", "seconds", "per fact", "ratio", *KINDS], rows)]
     for label in [key for key in found if key.endswith(" facts")]:
         count = int(label.split()[-2])
         each, theirs = found[label] / count, found["EasyEdit"] / found["facts"]
@@ -96,7 +96,7 @@ def _evaluation(found: Mapping) -> list[str]:
         f"token accuracies: {found['largest difference']:g}. All that reknow reads of these cases (contrast of both "
         f"targets and free generation too): {found['all that reknow reads']:.2f} s.",
         "",
-        *_table(["what", "", "seconds", "ratio"], rows),
+        *table(["what", "", "seconds", "ratio"], rows),
     ]
 
 
@@ -129,7 +129,7 @@ def _tuning(found: Mapping) -> list[str]:
         f"Layer {found['layer']}, {len(facts)} facts one by one, then all in one call. The sampling of ICE's 25 "
         f"steps by itself: {found['sampling']:.3f} s per edit.",
         "",
-        *_table(header, rows),
+        *table(header, rows),
     ]
 
 
@@ -140,7 +140,7 @@ def _scaling(found: Mapping) -> list[str]:
     if "GiB" in rows[0]:
         head.append("peak of the GPU's memory, GiB")
         cells = [[*cell, f"{row['GiB']:.1f}"] for cell, row in zip(cells, rows, strict=True)]
-    return [f"{label}:", "", *_table(head, cells)]
+    return [f"{label}:", "", *table(head, cells)]
 
 
 def _work(found: Mapping) -> list[str]:
@@ -160,5 +160,5 @@ def _work(found: Mapping) -> list[str]:
         f"Per fact ({found['facts of MEMIT']} facts of MEMIT in one call). A large matrix product runs at {rate:.0f} "
         "GFLOP/s here. The counter sees matrix products alone; those inside attention are not in it on a CPU.",
         "",
-        *_table(["", "phase", "GFLOP", "ms", "GFLOP/s", "of the machine's"], rows),
+        *table(["", "phase", "GFLOP", "ms", "GFLOP/s", "of the machine's"], rows),
     ]

@@ -48,9 +48,9 @@ def total_flops(run: Callable):
     return found, counter.get_total_flops()
 
 
-def matmul_rate(like: torch.Tensor, repeats: int = 10) -> float:
+def matmul_rate(like: torch.Tensor, repeats: int = 10, size: int | None = None) -> float:
     """FLOP/s of a large matrix product of the dtype and on the device of a weight."""
-    size = 2048 if like.device.type == "cpu" else 8192
+    size = size or (2048 if like.device.type == "cpu" else 8192)
     a, b, product = (torch.randn(size, size).to(like) for _ in range(3))  # new memory would be timed with it
 
     def multiply() -> None:
@@ -63,13 +63,13 @@ def matmul_rate(like: torch.Tensor, repeats: int = 10) -> float:
 
 def phases(run: Callable) -> dict[str, dict[str, float]]:
     """Per phase, and in `all`, the seconds of one run and the operations of another."""
-    seconds = _by_phase(run, now)
+    seconds = by_phase(run, now)
     with FlopCounterMode(display=False) as counter:
-        flops = _by_phase(run, counter.get_total_flops)
+        flops = by_phase(run, counter.get_total_flops)
     return {name: {"seconds": seconds[name], "flops": flops[name]} for name in seconds}
 
 
-def _by_phase(run: Callable, clock: Callable[[], float]) -> dict[str, float]:
+def by_phase(run: Callable, clock: Callable[[], float]) -> dict[str, float]:
     """How far `clock` went in each phase; `other` is the rest."""
     spent, inside = dict.fromkeys(PHASES, 0.0), [0.0]
     with ExitStack() as stack:

@@ -38,10 +38,19 @@ def edit() -> Edit:
     return Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", target_true="French")
 
 
-def make_lm(family: str = "gpt2", **changes) -> LM:
+DEVICE = os.environ.get("REKNOW_TEST_DEVICE")
+"""Where tiny models are put; None: on the CPU."""
+
+
+def make_lm(family: str = "gpt2", *, dtype: torch.dtype | None = None, **changes) -> LM:
     """A tiny random LM of a family, on the device that REKNOW_TEST_DEVICE names."""
-    device = os.environ.get("REKNOW_TEST_DEVICE")
-    return LM((tiny_model(family, **changes), tiny_tokenizer(bos=family == "llama")), device=device)
+    pair = tiny_model(family, **changes), tiny_tokenizer(bos=family == "llama")
+    return LM(pair, dtype=dtype, device=DEVICE)
+
+
+def random_states() -> list[torch.Tensor]:
+    """What torch draws from, on the CPU and where the tests run."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if (DEVICE or "").startswith("cuda") else [])]
 
 
 VALUES = ("mlp.c_proj", "mlp.fc_out", "mlp.dense_4h_to_h", "mlp.down_proj")

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from reknow import MEMIT, ROME, load_cases
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -15,7 +23,7 @@ def test_the_functions_that_are_timed_are_there(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import speed_work
 
-    found = speed_work._by_phase(lambda: None, time.process_time)
+    found = speed_work.by_phase(lambda: None, time.process_time)
     assert set(found) == {"all", *speed_work.PHASES, "other"}
 
 
@@ -54,3 +62,126 @@ def test_rows_of_real_models_are_made_once(monkeypatch, tmp_path, capsys):
         ["| rome", "1"],
         ["| ft-m-paper:gpt2-xl", "1"],
     ]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The modules of `gpu.py`, by name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    names = ("gpu", "gpu_graphs", "gpu_parts", "gpu_plan", "gpu_report", "speed_work")
+    return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+
+
+@pytest.fixture
+def small(gpu, tmp_path):
+    return gpu.gpu_parts.Setting(device="cpu", shape="tiny", out=tmp_path, seconds=60)
+
+
+def test_memits_operations_and_groups_are_those_that_were_derived(gpu, small, monkeypatch):
+    monkeypatch.setattr("reknow.editing.value_batch.TOKENS_PER_BATCH", 1500)
+    lm, edits = gpu.gpu_parts.random_model(small), gpu.gpu_parts.many_facts(12)
+    every = {"stop_probability": 1.0, "min_delta": 0.0, "covariance_tokens": 300}
+    method = MEMIT(layers=(1, 2), steps=3, **every)
+    method.edit(lm, edits[:1])
+    derived = gpu.gpu_plan.memit_work(lm, edits, method, (1, 2))
+    with FlopCounterMode(display=False) as counter:
+        counted = gpu.speed_work.by_phase(lambda: method.edit(lm, edits), counter.get_total_flops)
+    assert derived["groups"] > 1 and derived["passes"] == 3 * derived["groups"] == derived["chains"]
+    assert {phase: counted[phase] for phase in derived["flops"]} == derived["flops"]
+
+
+class NeverWaits(TorchDispatchMode):
+    """Refuses what a GPU would have to be waited for, or handed from Python: neither can be in a recording."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().partition("::")[2].partition(".")[0]
+        masks = name.startswith(("index", "_index")) and any(t.dtype == torch.bool for t in args[1] if t is not None)
+        assert name not in self.WAITS and not masks, f"{func} waits"
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_pass_can_be_recorded_and_repeated(gpu, small):
+    lm, edits = gpu.gpu_parts.random_model(small), gpu.gpu_parts.many_facts(2)
+    method = ROME(layer=1, steps=6, covariance_tokens=0, context_batches=2, stop_probability=1.0, min_delta=0.0)
+    plain = method.edit_each(lm, edits)
+    recorded = []
+
+    def capture(run, examples, num_warmup_iters):
+        """As `torch.cuda.make_graphed_callables`: run once to warm up, then once more to be recorded."""
+        assert num_warmup_iters == 1
+        for _ in range(2):
+            logits = run(*examples)
+            with NeverWaits() if recorded else nullcontext():  # the first one may look things up
+                torch.autograd.grad(logits, examples, torch.zeros_like(logits))
+
+        def repeat(added):
+            with NeverWaits():
+                return run(added)
+
+        recorded.append(repeat)
+        return repeat
+
+    with gpu.gpu_graphs.captured_passes(capture) as took:
+        again = method.edit_each(lm, edits)
+    assert len(took) == len(recorded) == 2, "one recording for each batch of contexts"
+    assert [patch.id for patch in again] == [patch.id for patch in plain]
+    assert method.edit_each(lm, edits[:1])[0].edits == (edits[0],) and len(recorded) == 2, (
+        "it is over when it is closed"
+    )
+
+
+def test_facts_of_a_mass_edit_are_different_requests(gpu):
+    edits = gpu.gpu_parts.many_facts(2500)
+    assert len({edit.text for edit in edits}) == 2500
+    assert edits[:900] == [case.edit for case in load_cases("counterfact")][:900], "those of the data come first"
+
+
+def test_a_call_goes_on_where_the_last_one_was(gpu, tmp_path, monkeypatch, capsys):
+    """Failed parts come behind those that were never run, and none is begun that does not fit."""
+    ran = []
+
+    def run_part(options, name, left, passes, predicted):
+        ran.append((name, passes))
+        failed = name == "rome" and not (options.out / "rome.json").exists()
+        rates = {"TFLOP/s": {"bfloat16": 395.0}}
+        found = {"error": "no"} if failed else {"found": rates}
+        gpu.gpu.keep(options.out / f"{name}.json", found)
+
+    monkeypatch.setattr(gpu.gpu, "run_part", run_part)
+    monkeypatch.setattr(gpu.gpu, "refuse_missing_device", lambda parser, device: None)
+    monkeypatch.setattr(gpu.gpu, "report", lambda folder, names: "")
+
+    def call(*arguments):
+        ran.clear()
+        monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(tmp_path / "out"), *arguments])
+        gpu.gpu.main()
+        return [name for name, _ in ran]
+
+    assert call("--minutes", "2.2") == ["machine", "memit-1000", "rome", "contract", "real"]
+    said = capsys.readouterr().out
+    assert "memit-10000: skipped, as about" in said and "run it again" in said
+    assert call("--minutes", "60") == ["memit-10000", "rome"] and ran[0][1] == 25
+    assert call("--minutes", "60") == []
+    (tmp_path / "out/memit-10000.json").unlink()
+    assert call("--minutes", "9") == ["memit-10000"]
+    assert 3 <= ran[0][1] < 25, "on a GPU of half the rate, as many passes as fit"
+
+
+@pytest.mark.slow
+def test_every_part_runs_in_small(gpu, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    small = ["--shape", "tiny", "--device", "cpu", "--facts", "4", "6", "--passes", "3"]
+    fast = ["--model", "demo:gpt2", "--layer", "0", "--tests", "test_counts_below_one and memit", "--minutes", "6"]
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), *small, *fast, "--easyedit", str(tmp_path)])
+    monkeypatch.setattr(gpu.gpu, "PARTS", [part for part in gpu.gpu.PARTS if part.name != "real"])
+    gpu.gpu.main()
+    said = capsys.readouterr().out
+    assert "Failed: its process ended with" in said or "Failed: SystemExit" in said, "there is no EasyEdit"
+    assert "4 facts in one call, 3 passes each" in said and "6 facts in one call, 3 passes each" in said
+    assert " 0 failed" in said and "extrapolated" in said and "bfloat16" in said
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--out", str(out), *small, *fast])
+    gpu.gpu.main()
+    said = capsys.readouterr().out
+    assert "rome: done" in said and "machine: done" not in said and "ROME at layer 1, 5 facts" in said

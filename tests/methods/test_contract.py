@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import alone, bits, make_lm, same
-from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
+from conftest import alone, bits, make_lm, random_states, same
+from families import CORE_FAMILIES
 from learned import is_learned, trained
 from reknow import IKE, LM, METHODS, Case, Edit, Patch, Probe, method
 from reknow.contract import check_edits
@@ -96,13 +96,13 @@ def test_contract(models, name, family, tmp_path):
     lm = models[family]
     editor, before, plain, answer = quick(name, lm), bits(lm), answers(lm), nll(lm, EDIT)
     torch.manual_seed(7)
-    state = torch.get_rng_state()
+    states = random_states()
     patch = editor.edit(lm, [EDIT])
 
     assert same(bits(lm), before) and lm.patches == (), "edit() leaves the model as it was"
     assert not any(p.requires_grad or p.grad is not None for p in lm.model.parameters()) and not lm.model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules()), "no hook is left behind"
-    assert torch.equal(torch.get_rng_state(), state), "torch's random state is the caller's"
+    assert all(map(torch.equal, random_states(), states)), "torch's random state is the caller's"
     assert patch.method == editor.name == name and patch.edits == (EDIT,) and patch.made_on == ()
     assert (patch.kind == "weights") == bool(patch.deltas) != in_memory(name) and patch.version
     for matrix, delta in patch.deltas.items():
@@ -188,7 +188,7 @@ def test_memories_generate_as_they_score(models, name, family):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(name, dtype):
-    lm = LM((tiny_model("llama").to(dtype), tiny_tokenizer(bos=True)))
+    lm = make_lm("llama", dtype=dtype)
     editor, before, answer = quick(name, lm), bits(lm), nll(lm, EDIT)
     patch = editor.edit(lm, [EDIT])
     assert same(bits(lm), before)

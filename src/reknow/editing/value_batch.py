@@ -129,9 +129,9 @@ class FactBatch:
     def __init__(self, lm: LM, facts: list[list[EncodedText]], weights: Tensor, layer: int):
         prompts, kl_prompts = [row for fact in facts for row in fact[:-1]], [fact[-1] for fact in facts]
         spared = len(facts) * (max(map(replayed_tokens, prompts)) - max(map(replayed_tokens, kl_prompts)))
-        # The KL prompt is read at the subject already, so its rows are short.
+        # The KL prompt is read at the subject already, so its rows are short; a pass by themselves costs a GPU more.
         self._replays = []
-        for rows in [prompts, kl_prompts] if spared > FREE_TOKENS else [prompts + kl_prompts]:
+        for rows in [prompts, kl_prompts] if spared > token_budget(lm)[1] else [prompts + kl_prompts]:
             # The last token of a target predicts nothing that is scored.
             cut = [EncodedText(row.ids[:-1], row.prompt_length) if row.target_ids else row for row in rows]
             columns = [row.subject_last for row in rows if row.subject_last is not None]

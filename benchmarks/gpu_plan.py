@@ -1,0 +1,141 @@
+"""What MEMIT on many facts costs, derived before it is run: matrix products by phase, tokens, memory.
+
+The derivation follows the search as `reknow.editing` makes it: facts in groups, padded, the blocks below the edited
+layer once, those above it in every pass, forward and back; frozen weights have no gradient, so that a pass back is as
+much work as one forward. Attention's own two products are left out, some per cent at these lengths; counted on a CPU
+the rest is right to the digit (`tests/test_benchmarks.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from reknow import LM, MEMIT, Edit
+from reknow.editing.sinks import avoid_sinks
+from reknow.editing.value_batch import encode_facts, group_facts, replayed_tokens, token_budget
+from reknow.model.parts import Conv1D
+from reknow.model.tokens import EncodedText, Text, make_batches
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Padded rows: `left` columns are run once, `right` ones in every pass."""
+
+    rows: int
+    left: int
+    right: int
+
+    @classmethod
+    def of(cls, rows: Sequence[EncodedText]) -> Rectangle:
+        ends = [len(row.ids) - bool(row.target_ids) for row in rows]
+        lasts = [row.subject_last or 0 for row in rows]
+        left = max(lasts)
+        return cls(len(rows), left, max(end - last for end, last in zip(ends, lasts, strict=True)))
+
+
+class Sizes:
+    """Operations of a model's parts, by token."""
+
+    def __init__(self, lm: LM):
+        self.lm, self.layers, self.hidden = lm, lm.layers, lm.parts.hidden_size
+        block = lm.model.get_submodule(lm.parts.blocks[0])
+        self.block = 2 * sum(m.weight.numel() for m in block.modules() if isinstance(m, (nn.Linear, Conv1D)))
+        self.out, self.inside = lm.weight(lm.parts.value[0]).shape
+        self.down = 2 * self.out * self.inside
+        name, value = lm.parts.value[-1].rpartition(".")[0], lm.model.get_submodule(lm.parts.value[-1])
+        mlp = [m for m in lm.model.get_submodule(name).modules() if isinstance(m, (nn.Linear, Conv1D))]
+        assert value in mlp
+        self.mlp = 2 * sum(m.weight.numel() for m in mlp)
+        self.head = 2 * lm.unembedding.numel()
+
+
+def memit_work(lm: LM, edits: Sequence[Edit], method: MEMIT, layers: Sequence[int]) -> dict:
+    """Operations of MEMIT by phase, groups of facts, passes, and the memory at its peak.
+
+    The method has to take all its passes (`stop_probability` 1, `min_delta` 0), and no subject may be a sink.
+
+    Returns:
+        `flops` by the phases of `speed_work`; `groups`; `passes` of all groups; `chains` of blocks that they run, two
+        for each where the KL prompts run by themselves; `tokens` of the padded facts; `bytes` at the peak, roughly.
+    """
+    sizes, contexts = Sizes(lm), method.contexts(lm)
+    distinct = list(dict.fromkeys(contexts))
+    facts = encode_facts(lm, edits, distinct)
+    limit, free = token_budget(lm)
+    groups = group_facts(facts, list(range(len(facts))), limit, free)
+    once = search = tokens = chains = 0
+    searched = 0.0
+    above = sizes.layers - layers[-1] - 1
+    for group in groups:
+        here = [facts[i] for i in group]
+        prompts, kl = [row for fact in here for row in fact[:-1]], [fact[-1] for fact in here]
+        spared = len(here) * (max(map(replayed_tokens, prompts)) - max(map(replayed_tokens, kl)))
+        apart = spared > free
+        chains += method.steps * (1 + apart)
+        wholes = [Rectangle.of(prompts), Rectangle.of(kl)] if apart else [Rectangle.of(prompts + kl)]
+        for whole in wholes:
+            passes = 2 if whole.left else 1  # each ends with the logits of a row's last token
+            once += whole.rows * ((whole.left + whole.right) * sizes.layers * sizes.block + passes * sizes.head)
+            tokens += whole.rows * (whole.left + whole.right)
+        batches = min(method.context_batches, len(distinct))
+        for step in range(method.steps):
+            some = len(distinct[step % batches :: batches])
+            rows = [len(here) * some, len(here)] if apart else [len(here) * (some + 1)]
+            read = sum(n * whole.right for n, whole in zip(rows, wholes, strict=True))
+            places = [row for fact in here for row in fact[:-1][step % batches :: batches]]
+            scored = sum(len(row.target_ids) for row in places) + len(here)
+            work = read * (above * sizes.block - sizes.mlp) + scored * (sizes.mlp + sizes.head)
+            search += work * (1 if step == method.steps - 1 else 2)
+        searched = max(searched, _bytes(sizes, wholes, above, batches))
+    flops = {
+        "lower blocks, left columns": once,
+        "search of δ": search,
+        "keys and states": _reading(lm, edits, contexts, sizes, layers),
+        "least squares": len(layers) * _solving(sizes, len(edits)),
+    }
+    weights = sum(p.nbytes for p in lm.model.parameters()) + 8 * len(layers) * sizes.inside**2
+    return {
+        "flops": flops,
+        "groups": len(groups),
+        "passes": len(groups) * method.steps,
+        "chains": chains,
+        "tokens": tokens,
+        "bytes": weights + max(searched, 8 * 4 * len(edits) ** 2),
+    }
+
+
+def _bytes(sizes: Sizes, wholes: Sequence[Rectangle], above: int, batches: int) -> float:
+    """What the search of a group holds besides the weights, of a decoder like Llama.
+
+    Keys and values of all blocks, twice while contexts are split or, later, with those that a pass puts together;
+    and for the way back of every token of a pass about 16 vectors of the model's width and 4 of the MLP's.
+    """
+    item = sizes.lm.dtype.itemsize
+    cache = sum(w.rows * (w.left + w.right) for w in wholes) * 2 * sizes.layers * sizes.hidden * item
+    step = sum(w.rows * w.right for w in wholes) / batches
+    return 2 * cache + step * above * (16 * sizes.hidden + 4 * sizes.inside) * item
+
+
+def _reading(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], sizes: Sizes, layers: Sequence[int]) -> int:
+    """Operations of the subjects' keys in every layer, and of their states behind the last one."""
+    prefixes = avoid_sinks(lm, edits, contexts)
+    texts = [Text.about(edit, prefix) for edit, own in zip(edits, prefixes, strict=True) for prefix in own]
+    lengths = [(row.subject_last or 0) + 1 for row in lm.encode(texts)]
+
+    def padded(some: list[int]) -> int:
+        return sum(len(part) * max(some[i] for i in part) for part in make_batches(some, lm.device))
+
+    keys = padded(lengths) * sum((layer + 1) * sizes.block - sizes.down for layer in layers)
+    return keys + len(layers) * padded(lengths[:: len(contexts)]) * (layers[-1] + 1) * sizes.block
+
+
+def _solving(sizes: Sizes, facts: int) -> int:
+    """Operations of one layer's least squares; triangular systems are not counted."""
+    inside = sizes.inside
+    products = 2 * facts**2 * inside * 2 if facts <= inside else 2 * facts * inside**2
+    written = 2 * sizes.out * facts * inside
+    factors = facts * (sizes.out + inside) < sizes.out * inside
+    return products + (0 if factors else written)
