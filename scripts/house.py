@@ -21,6 +21,7 @@ HERE = Path(__file__).parent.parent / "src"
 
 ORDER = (
     "errors",
+    "display",
     "progress",
     "texts",
     "edits",

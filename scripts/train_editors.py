@@ -144,7 +144,8 @@ def main():
         cases = random.Random(0).sample(cases, args.limit)
     print(f"{len(cases):,} cases")
     lm, training = LM.demo(args.family, dtype=args.dtype), replace(method.training, **values)
-    trained = method.fit(lm, cases, args.run, training, progress=True)
+    with lm.progress.shown():
+        trained = method.fit(lm, cases, args.run, training)
     editor = Editor.load(trained.editor)
     print(editor.notes["validation"])
     if args.out:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("REKNOW_PROGRESS", "0")  # what commands print does not depend on how fast they are
 torch.set_num_threads(1)
 
 from families import tiny_model, tiny_tokenizer  # noqa: E402

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
-import torch
 from typing_extensions import Self
 
 from reknow import __version__
@@ -22,6 +21,7 @@ from reknow.patching.deltas import Delta, delta_tensors
 from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint, PatchKind
 from reknow.patching.state_spec import StateSpec
+from reknow.progress import named
 from reknow.published import published
 from reknow.registry import known_settings, make
 
@@ -39,9 +39,9 @@ class Method(ABC):
     """Whether it builds on what a model knows or understands, so that a random one need not follow its edits."""
 
     def __init_subclass__(cls, **options: Any):
-        super().__init_subclass__(**options)  # what works on the model has it for itself
-        for name in {"edit", "edit_each", "fit"} & set(vars(cls)):
-            setattr(cls, name, exclusively(vars(cls)[name]))
+        super().__init_subclass__(**options)
+        for name in {"edit", "edit_each", "fit"} & set(vars(cls)):  # what works on the model has it for itself
+            setattr(cls, name, exclusively(named(vars(cls)[name])))
 
     def __post_init__(self):
         check_settings(self)
@@ -72,7 +72,7 @@ class Method(ABC):
     @exclusively
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         """What `edit` gives for each edit by itself; methods that can compute many at a time do."""
-        return [self.edit(lm, [edit]) for edit in edits]
+        return [self.edit(lm, [edit]) for edit in lm.progress.each("edits", edits)]
 
     def check(self, edits: Sequence[Edit]) -> None:  # noqa: B027, most can make any
         """Raises EditRefused for an edit that it cannot make; warns where one patch cannot make all of them."""
@@ -115,6 +115,6 @@ def make_patch(method: Method, lm: LM, edits: Sequence[Edit], deltas: dict[str, 
     settings, made_on = field_values(method), tuple(patch.id for patch in lm.patches)
     patch = Patch(method.name, settings, tuple(edits), deltas, lm.fingerprint, made_on, version=__version__, **rest)
     for name, tensor in (delta_tensors(deltas) | patch.state).items():
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(tensor.isfinite().all()):
             raise EditFailed(f"expected finite numbers in {name}; got NaN or infinity: lower the learning rate")
     return patch

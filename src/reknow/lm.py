@@ -28,6 +28,7 @@ from reknow.patching.memory import HookMemory
 from reknow.patching.patches import Patch
 from reknow.patching.stack import note_force, read_stack, with_patch, without_patch
 from reknow.patching.weights import Weights
+from reknow.progress import progress
 from reknow.registry import make
 
 
@@ -66,19 +67,20 @@ class LM(Decoder):
         trust_remote_code: bool = False,
     ):
         named, patches = isinstance(source, (str, Path)), list[Patch]()
-        if named:
-            source, patches = read_stack(source)
-        model, tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
-        name = str(source) if named else model.config._name_or_path or type(model).__name__
-        check_tokenizer(tokenizer, name)
-        super().__init__(model, tokenizer, name, as_chat(chat, tokenizer, name))
-        self.computes_statistics = True
-        self._weights = Weights(self.model)
-        self._memories = ActiveMemories(self)
-        self._applied = Applied(self._weights, self._memories)
-        self.parts = verify(self)
-        for patch in patches:
-            self.apply(patch)
+        with progress.stage(f"opening {source if named else 'a model'}"):
+            if named:
+                source, patches = read_stack(source)
+            model, tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
+            name = str(source) if named else model.config._name_or_path or type(model).__name__
+            check_tokenizer(tokenizer, name)
+            super().__init__(model, tokenizer, name, as_chat(chat, tokenizer, name))
+            self.computes_statistics = True
+            self._weights = Weights(self.model)
+            self._memories = ActiveMemories(self)
+            self._applied = Applied(self._weights, self._memories)
+            self.parts = verify(self)
+            for patch in progress.each("applying patches", patches):
+                self.apply(patch)
 
     @classmethod
     def demo(cls, name: str = "gpt2", **options) -> LM:

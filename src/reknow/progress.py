@@ -1,111 +1,194 @@
-"""How far a long work is: what the library reports, and how the commands show it on stderr."""
+"""How far a long work is: stages inside each other, and an estimate of what is left.
+
+Whoever does something long opens a stage, or goes through `each`, and need not know who listens: a function of the
+user's, or a display on stderr, which commands open and work in Python opens by itself where stderr is a terminal.
+"""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-import threading
-import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Column
-from rich.text import Text
+from reknow import display
+from reknow.display import Display, duration
 
-PATIENCE = 5.0
-"""Seconds between two lines where stderr is no terminal: a work that is done earlier says nothing."""
+__all__ = ["Progress", "Stage", "named", "progress"]
 
-_CONTROLS = {*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)} - {ord("\n"), ord("\t")}
-"""What a terminal obeys instead of showing it: C0, C1 and delete; and what turns the direction of writing."""
+_T = TypeVar("_T")
+_P = ParamSpec("_P")
 
+_MEMORY, _PARTS = 15.0, 0.75
+"""The rate remembers so many seconds; of slow parts, each has so much of the weight of the one behind it."""
 
-def visible(text: str, form: str = "\\x{:02x}") -> str:
-    """The text with its control characters written out, so that a foreign one cannot steer the terminal."""
-    return text.translate({code: form.format(code) for code in _CONTROLS})
+_FAST = 10
+"""Parts a second from which on the rate is shown."""
 
 
-class Progress(threading.local):
-    """How far a long work on a model is, in a few words for the callback that a thread has set, if any."""
+class Stage:
+    """A work that goes on, and how much of it is done. `total` None: nobody knows how much it is."""
 
-    callback: Callable[[str], object] | None = None
+    def __init__(self, what: str, total: float | None, unit: str, done: float, above: Stage | None, parts: float):
+        self.what, self.total, self.unit, self.done, self.above, self.note = what, total, unit, done, above, ""
+        self._parts, self._inside = parts, 0.0  # of the work around this; what works inside did of the present part
+        self._begun = self._moved = display.clock()
+        self._position, self._gain, self._seconds = done, 0.0, 0.0  # the last two: sums that forget
+
+    def advance(self, parts: float = 1) -> None:
+        """Takes note that so many more parts are done."""
+        self.done, self._inside = self.done + parts, 0.0
+        self._look()
+
+    def _look(self) -> None:
+        """Takes note of how far it is, for this stage and those around it whose share is known."""
+        now, position = display.clock(), self.done + self._inside
+        if (gain := position - self._position) <= 0:
+            return
+        seconds = now - self._moved
+        kept = max(math.exp(-seconds / _MEMORY), _PARTS**gain)
+        self._gain, self._seconds = self._gain * kept + gain, self._seconds * kept + seconds
+        self._position, self._moved = position, now
+        if self.above is not None and self._parts and self.total:
+            self.above._inside += self._parts * gain / self.total
+            self.above._look()
+
+    @property
+    def share(self) -> float | None:
+        """How much is done, 0 to 1, with what is known of the works inside; None: nobody knows."""
+        return min(self._position / self.total, 1.0) if self.total else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that are left, by the rate of late; None: too early to tell, or later than was foreseen."""
+        now = display.clock()
+        if not self.total or not self._gain or now - self._begun < 1:
+            return None
+        left = (self.total - self._position) * self._seconds / self._gain - (now - self._moved)
+        return left if left >= 1 else None
+
+    @property
+    def path(self) -> list[Stage]:
+        """The stages around this one, from the outermost on, and itself; without those that say nothing."""
+        around = [] if self.above is None else self.above.path
+        return [*(stage for stage in around if stage.total != 1), *([self] if self.what else [])]
+
+    def text(self, timed: Stage | None = None) -> str:
+        """What it and the works around it do, and how far they are; behind `timed`, how long that one takes still."""
+        words: list[str] = []
+        for stage in self.path:
+            said = stage.what
+            if stage.total is not None and stage.total > 1:
+                said += f", {stage.done:,} of {stage.total:,}" + (f" {stage.unit}" if stage.unit else "")
+            said += f", {stage.note}" if stage.note else ""
+            if stage is timed and (left := stage.left) is not None:
+                rate = stage._gain / stage._seconds
+                said += f", {rate:,.0f} a second" if rate >= _FAST else ""
+                said += f", {duration(left)} left"
+            if said not in words[-1:]:
+                words.append(said)
+        return ": ".join(words)
+
+    def __str__(self) -> str:
+        return self.text()
+
+
+_stage: ContextVar[Stage | None] = ContextVar("stage", default=None)
+_listener: ContextVar[Callable[[Stage], object] | None] = ContextVar("listener", default=None)
+
+
+class Progress:
+    """Opens stages, and says who hears of them: in this thread alone, and whatever model is worked on."""
 
     @contextmanager
-    def reported_to(self, callback: Callable[[str], object]):
-        """While open, the callback is called with each report."""
-        before, self.callback = self.callback, callback
+    def stage(self, what: str, total: float | None = None, *, unit: str = "", done: float = 0, parts: float = 0):
+        """Gives `advance(parts=1)`, which says that so many more of `total` parts of a work are done.
+
+        Args:
+            done: parts that an earlier run did.
+            parts: how many parts of the work around it this work is, for its estimate; 0: nobody knows.
+        """
+        above, hears = _stage.get(), _listener.get()
+        stage = Stage(what, total, unit, done, above, parts)
+        with self.shown() if hears is None and above is None and _wanted() else nullcontext():
+            hears = _listener.get() or (lambda stage: None)
+
+            def advance(parts: float = 1) -> None:
+                stage.advance(parts)
+                hears(stage)
+
+            _stage.set(stage)
+            try:
+                hears(stage)
+                yield advance
+                if total is not None and stage.done < total:  # it was done sooner than it might have been
+                    advance(total - stage.done)
+            finally:
+                if _stage.get() is stage:  # else one around it has ended first
+                    _stage.set(above)
+                if above is not None:
+                    hears(above)
+
+    def each(self, what: str, items: Collection[_T], *, unit: str = "", parts: float = 0) -> Iterator[_T]:
+        """The items one after the other, as a stage of so many parts."""
+        with self.stage(what, len(items), unit=unit, parts=parts) as advance, suppress(GeneratorExit):
+            for item in items:
+                yield item
+                advance()
+
+    def note(self, text: str) -> None:
+        """Puts a few words behind the innermost stage, such as a loss."""
+        if (stage := _stage.get()) is not None:
+            stage.note = text
+
+    @contextmanager
+    def reported_to(self, callback: Callable[[Stage], object]):
+        """While open, the callback is called with the innermost stage whenever one begins, moves or ends, and nothing
+        is shown."""
+        before = _listener.get()
+        _listener.set(callback)
         try:
             yield
         finally:
-            self.callback = before
-
-    def step(self, step: int, steps: int, loss: float) -> None:
-        """Reports that `step` (from 0) of `steps` is done, and the loss before it."""
-        if self.callback is not None:
-            self.callback(f"loss {loss:.3g}, step {step + 1} of {steps}")
+            _listener.set(before)
 
     @contextmanager
-    def stage(self, what: str, total: int):
-        """Gives a function that reports that one more of `total` parts of a work, or several, are done.
-
-        What a part reports by itself stands behind it.
-        """
-        callback, done = self.callback, 0
-        if callback is None:
-            yield lambda parts=1: None
+    def shown(self, what: str = ""):
+        """While open, work that lasts longer than two seconds is shown on stderr: on a terminal by one line that goes
+        away, else by a line every few seconds. With REKNOW_PROGRESS=0, and where others listen, by nothing."""
+        if _listener.get() is not None or sys.stderr is None or not _allowed():
+            with self.stage(what):
+                yield
             return
-
-        def report(text: str = "") -> None:
-            callback(f"{what}, {done:,} of {total:,}" + (f": {text}" if text else ""))
-
-        def advance(parts: int = 1) -> None:
-            nonlocal done
-            done += parts
-            report()
-
-        with self.reported_to(report):
-            report()
-            yield advance
-
-
-@contextmanager
-def progress_line(progress: Progress, what: str):
-    """While open, what is reported stands on a line of stderr, which is gone afterwards.
-
-    Where stderr is no terminal, a line is written every few seconds instead.
-    """
-    console = Console(file=sys.stderr)
-    if console.is_terminal:
-        with (
-            console.status(what) as line,
-            progress.reported_to(lambda text: line.update(Text(visible(f"{what}: {text}")))),
-        ):
+        with Display(sys.stderr) as line, self.reported_to(line.hear), self.stage(what):
             yield
-        return
-    last = time.monotonic()
-
-    def write(text: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= PATIENCE:
-            print(visible(f"{what}: {text}"), file=sys.stderr, flush=True)
-            last = time.monotonic()
-
-    with progress.reported_to(write):
-        yield
 
 
-@contextmanager
-def progress_bar(shown: bool, what: str, total: int, done: int):
-    """Gives two functions: one moves the progress bar on stderr, if it is shown; one puts text beside it."""
-    columns = (
-        *(TextColumn("{task.description}"), BarColumn(12), MofNCompleteColumn(), TimeRemainingColumn()),
-        # A long text is cut, so that the numbers beside it stay.
-        TextColumn(
-            "{task.fields[now]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"), markup=False
-        ),
-    )
-    with Bar(*columns, console=Console(file=sys.stderr), expand=True, disable=not shown) as bar:
-        task = bar.add_task(what, total=total, completed=done, now="")
-        yield lambda: bar.advance(task), lambda text: bar.update(task, now=visible(text))
-        bar.update(task, now="")
+def _allowed() -> bool:
+    return os.environ.get("REKNOW_PROGRESS") != "0" and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _wanted() -> bool:
+    """Whether work in Python shows how far it is by itself: at a terminal, or where REKNOW_PROGRESS=1."""
+    with suppress(AttributeError, ValueError):  # there is no stderr, or it is closed
+        return _allowed() and (os.environ.get("REKNOW_PROGRESS") == "1" or sys.stderr.isatty())
+    return False
+
+
+def named(operation: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The operation of an object as a stage of the object's name."""
+
+    @wraps(operation)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with progress.stage(args[0].name):  # type: ignore[attr-defined]
+            return operation(*args, **kwargs)
+
+    return run
+
+
+progress = Progress()
+"""The one of this process; every `LM` has it too, as `lm.progress`."""

@@ -1,11 +1,9 @@
-"""What is said before harm is done and while one waits: warnings of an edit, and how far a long work is."""
+"""What is said before harm is done: warnings of an edit."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -14,11 +12,9 @@ from conftest import make_lm, saved
 from reknow import Edit, Patch, method
 from reknow.cli import app
 from reknow.contract import check_edits
-from reknow.editing.covariance import statistics
 from reknow.errors import InputError
 from reknow.evaluation.effect import Snapshot, collapsed
 from reknow.methods import METHODS
-from reknow.progress import Progress, progress_line
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]
@@ -160,65 +156,3 @@ def test_a_question_without_a_subject_is_told_who_takes_it(name, empty_folder):
         assert method(taker, **settings).edit(lm, [bare]).edits == (bare,)
     with pytest.raises(InputError, match="needs a subject"):
         method(name).edit(lm, [bare])
-
-
-# --- how far a long work is ----------------------------------------------------------------------------------
-
-
-def test_a_stage_reports_how_far_it_is():
-    heard, progress = list[str](), Progress()
-    with progress.stage("unheard", 3) as advance:
-        advance()
-    with progress.reported_to(heard.append), progress.stage("trying layers", 2) as advance:
-        progress.step(0, 4, 0.25)
-        advance()
-        with progress.stage("reading", 1000) as inner:
-            inner(600)
-        advance()
-    progress.step(0, 4, 0.25)
-    assert heard == [
-        "trying layers, 0 of 2",
-        "trying layers, 0 of 2: loss 0.25, step 1 of 4",
-        "trying layers, 1 of 2",
-        "trying layers, 1 of 2: reading, 0 of 1,000",
-        "trying layers, 1 of 2: reading, 600 of 1,000",
-        "trying layers, 2 of 2",
-    ]
-
-
-def test_the_library_reports_what_takes_long(tmp_path):
-    lm, heard, text = make_lm(), [], tmp_path / "text.txt"
-    text.write_text("The mother tongue of Peru is Spanish.\n\n" * 40)
-    with lm.progress.reported_to(heard.append):
-        statistics(lm, [1], tokens=150, text=str(text))
-        method("rome", layer=1, steps=2, turns=1, context_groups=((2, 3), (2, 4)), covariance_tokens=0).edit(
-            lm, [Edit("The capital of {} is", subject="Peru", target_new="Rome")]
-        )
-    assert any("statistics, tokens, 150 of 150" in line for line in heard), heard
-    assert [line for line in heard if line.startswith("writing contexts")] == [
-        f"writing contexts, groups, {n} of 2" for n in range(3)
-    ]
-    assert any("step 2 of 2" in line for line in heard)
-
-
-def test_without_a_terminal_lines_come_now_and_then(capsys, monkeypatch):
-    progress = Progress()
-    monkeypatch.setattr("reknow.progress.PATIENCE", 0.0)
-    with progress_line(progress, "rome"):
-        progress.step(0, 4, 0.25)
-        progress.step(1, 4, 0.125)
-    assert capsys.readouterr().err == "rome: loss 0.25, step 1 of 4\nrome: loss 0.125, step 2 of 4\n"
-    monkeypatch.setattr("reknow.progress.PATIENCE", 3600.0)
-    with progress_line(progress, "rome"):
-        progress.step(0, 4, 0.25)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_terminal_shows_one_line_that_goes_away(monkeypatch):
-    screen, progress = io.StringIO(), Progress()
-    monkeypatch.setattr(screen, "isatty", lambda: True)
-    monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setenv("TERM", "xterm")
-    with progress_line(progress, "rome"):
-        progress.step(0, 4, 0.25)
-    assert "rome: loss 0.25, step 1 of 4" in screen.getvalue() and screen.getvalue().endswith("\x1b[2K")

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
 
-from reknow.editing import descent
-from reknow.editing.descent import StepSize, TrainableMatrices, adam_update
+from reknow.editing.descent import StepSize, TrainableMatrices, adam_update, descend
 from reknow.errors import EditFailed
 from reknow.model.hooks import weight_replaced
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import Text
-from reknow.progress import Progress
-
-descend = partial(descent.descend, progress=Progress())
 
 
 def problem(distances):

@@ -22,8 +22,9 @@ from reknow import LM
 from reknow.cli import app
 from reknow.errors import InputError, ModelError
 from reknow.model import gguf, packaged
-from reknow.model.packaged import PackagedModel, conversion, kept_folder
+from reknow.model.packaged import PackagedModel, kept_folder
 from reknow.patching.stack import save_stack
+from reknow.progress import progress
 
 PLACE = "tiny_words/tiny.gguf"
 
@@ -235,11 +236,14 @@ def test_a_stack_on_it_opens_again_and_without_the_package_says_what_to_install(
 
 def test_it_tells_how_far_it_is(site):
     reports: list[str] = []
-    with conversion.reported_to(reports.append):
+    with progress.reported_to(lambda stage: reports.append(str(stage))):
         LM.demo("tiny")
-    assert reports[0] == "converting the model once, part, 0 of 3"
-    assert any("1 of 3: tensor, 5 of 20" in report for report in reports), reports
-    assert reports[-1].endswith("3 of 3")
+    reports = [report for report in reports if "converting" in report]
+    assert reports[0] == "opening demo:tiny: converting the model once, 0 of 3 parts"
+    assert any(" 1 of 3 parts: converting and de-quantizing GGUF tensors, 5 of 20" in report for report in reports), (
+        reports
+    )
+    assert reports[-1].endswith("3 of 3 parts")
 
 
 # --- several processes, and their ends -----------------------------------------------------------------------
@@ -253,13 +257,13 @@ site, sum_, steps = sys.argv[1:]
 sys.path.insert(0, site)
 packaged.PACKAGED["tiny"] = packaged.PackagedModel("tiny.gguf", {"tiny-words": "tiny_words/tiny.gguf"}, "1", sum_, "")
 convert = gguf.convert_gguf
-def slowly(file, folder, progress):
+def slowly(file, folder):
     with open(steps, "a") as log:
         print("begins", file=log, flush=True)
     (folder / "half").write_text("half")
     time.sleep(float(Path(steps + ".wait").read_text()))
     (folder / "half").unlink()
-    convert(file, folder, progress)
+    convert(file, folder)
 gguf.convert_gguf = slowly
 print(LM.demo("tiny").fingerprint.digest)
 """

@@ -19,8 +19,9 @@ from reknow.cli.demo import demo
 from reknow.cli.failures import FAILED, exit_status, report_stop
 from reknow.cli.options import flatten
 from reknow.cli.streams import forgiving_streams
-from reknow.cli.terminal import warn
+from reknow.cli.terminal import LogHandler, warn
 from reknow.errors import InputError
+from reknow.progress import progress
 
 
 class _Command(TyperCommand):
@@ -50,7 +51,13 @@ class _Group(TyperGroup):
     def main(self, args: Sequence[str] | None = None, **rest):
         words = list(sys.argv[1:] if args is None else args)
         run = partial(super().main, words, **{**rest, "prog_name": "reknow", "standalone_mode": False})
-        raise SystemExit(exit_status(run, debug="--debug" in words))
+        command = next((word for word in words if not word.startswith("-")), "")
+
+        def shown():
+            with progress.shown(command):
+                return run()
+
+        raise SystemExit(exit_status(shown, debug="--debug" in words))
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         for argument in args:
@@ -99,7 +106,7 @@ def _options(
         print(ctx.get_help())
         raise typer.Exit
     level = logging.INFO if verbose else logging.WARNING
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, force=True)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=level, handlers=[LogHandler()], force=True)
     warnings.showwarning = lambda message, *_: warn(message)
 
 

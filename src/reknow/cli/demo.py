@@ -70,10 +70,7 @@ def _method(name: str) -> Method:
 
 def _show(lm: LM, cases: list[Case]) -> list[Patch]:
     """Edits one fact at a time and prints what the model says before and after; the patches."""
-    from reknow.progress import progress_line
-
-    with progress_line(lm.progress, "demo"):
-        patches = [_method("rome").edit(lm, [case.edit]) for case in cases]
+    patches = [_method("rome").edit(lm, [case.edit]) for case in lm.progress.each("showing edits", cases)]
     for case, patch in zip(cases, patches, strict=True):
         asked = [("the fact", case.edit.text)]
         for kind, name in (("generalization", "in other words"), ("locality", "another fact")):
@@ -103,7 +100,7 @@ def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
     chosen = {name: _method(name) for name in names}
     plan = Plan(fluency=not quick)
     cases = cases[:_FLUENT] + quiet
-    results = bench(lm, cases, chosen, out, dataset="counterfact, known facts", plan=plan, progress=True)
+    results = bench(lm, cases, chosen, out, dataset="counterfact, known facts", plan=plan)
     for table in results.tables():
         if table.protocol in _SHOWN:
             header, *rows = table.lines()

@@ -136,14 +136,12 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     from reknow.evaluation.cost import estimate
     from reknow.evaluation.effect import control_facts, observe
     from reknow.model.fingerprint import weight_bits
-    from reknow.progress import progress_line
 
     bits = weight_bits(lm.model)
     if estimate(lm, method, edits).guessed:
         warn("no layer given: one is chosen by trial edits, once for this model; --layer N is quicker")
     started = time.perf_counter()
-    with progress_line(lm.progress, method.name):
-        patch = method.edit(lm, edits)
+    patch = method.edit(lm, edits)
     seconds = time.perf_counter() - started
     facts = control_facts(lm, edits)
     before = observe(lm, edits, facts)

@@ -107,7 +107,7 @@ def _trial_editor(
     cases = [case for family in chosen for case in FamilySplit.of(family).training]
     short = Training(steps=steps, batch_size=6, validation=0, validate_every=steps, checkpoint_every=steps)
     say(f"training a trial editor: {steps} updates")
-    return replace(method, families=str(out / START)).fit(lm, cases, out / "trial", short, progress=True)
+    return replace(method, families=str(out / START)).fit(lm, cases, out / "trial", short)
 
 
 def _card(lm: LM, writer: Proposer, editor: str, seed: int) -> dict[str, object]:

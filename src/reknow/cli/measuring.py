@@ -120,7 +120,7 @@ def bench(
     folders = run_place(out, "bench", model, loaded.sets)
     if preset == CONVERGENCE:
         edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
-        measure_convergence(lm, edits, chosen, out, progress=True)
+        measure_convergence(lm, edits, chosen, out)
         return report(out)
     runs = _compare(lm, loaded, chosen, plan, folders, script_ppl_r=preset in ICE_PRESETS)
     report(out)
@@ -144,7 +144,7 @@ def _compare(
     runs = []
     for name, cases in loaded.sets.items():
         refused, folder = loaded.refused_of(name), folders[name]
-        runs.append(run(lm, cases, methods, folder, dataset=name, plan=plan, refused=refused, progress=True))
+        runs.append(run(lm, cases, methods, folder, dataset=name, plan=plan, refused=refused))
         if script_ppl_r:
             measure_script_ppl_r(lm, cases, runs[-1], folder)
         say(*([f"== {name}"] if len(loaded.sets) > 1 else []), str(runs[-1]), "", f"run folder: {folder}")

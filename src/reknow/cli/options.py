@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from reknow.errors import InputError
+from reknow.progress import progress
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -69,21 +70,18 @@ class Opening:
     ] = False
 
     def open(self, model: str) -> LM:
-        """The model, without transformers' progress bars.
+        """The model, without what transformers says.
 
         Raises:
             InputError: a path that does not exist, or an unknown dtype or device.
             ModelError: it cannot be loaded or handled.
         """
-        from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+        with progress.stage(f"opening {model}"):
+            from transformers.utils.logging import set_verbosity_error
 
-        from reknow.lm import LM
-        from reknow.model.packaged import conversion
-        from reknow.progress import progress_line
+            from reknow.lm import LM
 
-        disable_progress_bar()
-        set_verbosity_error()
-        with progress_line(conversion, model):
+            set_verbosity_error()
             return LM(
                 os.path.expanduser(model),
                 tokenizer=self.tokenizer,

@@ -39,14 +39,12 @@ def stats(
     from accelerate import PartialState
 
     from reknow.editing.covariance import statistics
-    from reknow.progress import progress_line
 
     state = PartialState(cpu=opening.device == "cpu")
     if state.num_processes > 1 and opening.device is None:
         opening = replace(opening, device=str(state.device))
     lm = opening.open(model)
-    with progress_line(lm.progress, "stats"):
-        by_layer = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
+    by_layer = statistics(lm, _layers(lm, layers), tokens=tokens, text=text, state=state)
     if not state.is_main_process:
         return
     rows = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from reknow.progress import visible
+from reknow.display import paused, visible
 
 _WIDTH = 120
 """Characters in a line of tables that go to a file or a pipe."""
@@ -21,18 +22,29 @@ _COMPLAINTS = 10
 def say(*lines: str) -> None:
     """Prints lines as they are: no markup, no wrapping of long paths."""
     for line in lines:
-        _console().print(visible(line), soft_wrap=True)
+        with paused():
+            _console().print(visible(line), soft_wrap=True)
 
 
 def say_json(value: Any) -> None:
     """Prints JSON, with its own escapes where the output has not all of Unicode."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    print(visible(json.dumps(value, indent=1, ensure_ascii=not unicode), "\\u{:04x}"))
+    with paused():
+        print(visible(json.dumps(value, indent=1, ensure_ascii=not unicode), "\\u{:04x}"))
 
 
 def warn(message: object, what: str = "warning") -> None:
     """Prints one line on standard error."""
-    print(f"{what}: {visible(' '.join(str(message).splitlines()))}", file=sys.stderr)
+    with paused():
+        print(f"{what}: {visible(' '.join(str(message).splitlines()))}", file=sys.stderr)
+
+
+class LogHandler(logging.StreamHandler):
+    """Prints records on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with paused():
+            super().emit(record)
 
 
 def warn_of_records(complaints: Sequence[str]) -> None:
@@ -60,4 +72,5 @@ def say_table(columns: list[str], rows: list[list[str]], title: str | None = Non
         )
     for row in rows:
         table.add_row(*map(visible, row))
-    _console().print(table)
+    with paused():
+        _console().print(table)

@@ -76,10 +76,8 @@ def trace(
 
 def _say_layers(lm: LM, as_json: bool) -> None:
     from reknow.editing.layer_trials import best_score, suggest_layer, try_layers
-    from reknow.progress import progress_line
 
-    with progress_line(lm.progress, "trace"):
-        trials = try_layers(lm)
+    trials = try_layers(lm)
     layer = best_score(trials).layer if trials else suggest_layer(lm)
     if as_json:
         return say_json({"layer": layer, "trials": [asdict(trial) for trial in trials]})

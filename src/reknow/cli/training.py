@@ -49,7 +49,7 @@ def train(
     cases = _cases(data or ["counterfact"], limit, offset, without, encoding)
     lm = replace(opening, device=opening.device or _own_gpu()).open(model)
     learned, training = _for_model(chosen, values, lm)
-    trained = learned.fit(lm, cases, out, training, progress=True)
+    trained = learned.fit(lm, cases, out, training)
     _say_result(trained, out)
 
 

@@ -22,7 +22,7 @@ def sample_contexts(
 
     def sample() -> tuple[str, ...]:
         texts: list[str] = []
-        with lm.unpatched(), lm.progress.stage("writing contexts, groups", len(groups)) as advance:
+        with lm.unpatched(), lm.progress.stage("writing contexts", len(groups), unit="groups") as advance:
             for count, tokens in groups:
                 opening = [first_words[i % len(first_words)] if first_words else "" for i in range(count)]
                 continued = lm.generate(opening, tokens, top_k=5, seed=seed)

@@ -22,7 +22,7 @@ from reknow.lm import LM
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu, weight_replaced
 from reknow.patching.deltas import Delta, Dense
-from reknow.progress import Progress
+from reknow.progress import progress
 
 __all__ = ["StepSize", "TrainableMatrices", "Update", "adam_update", "descend"]
 
@@ -36,7 +36,7 @@ def descend(
     steps: int,
     finished: Callable[[Tensor], Tensor],
     *,
-    progress: Progress,
+    parts: float = 0,
     shuffle: torch.Generator | None = None,
     after_pass: Callable[[int], object] = lambda step: None,
 ) -> list[list]:
@@ -49,7 +49,7 @@ def descend(
         steps: passes at most.
         finished: which of these losses need no update any more, boolean: one per item, or one for all. It is asked
             for each batch before its update, and for the whole pass whether the descent is at its end.
-        progress: reports every pass.
+        parts: of the work around it, for the estimate of what is left; see `Progress.stage`.
         shuffle: draws another order of the batches for every pass; None: as they stand.
         after_pass: called with the number of the pass, from 0.
 
@@ -61,11 +61,11 @@ def descend(
     """
     order = list(range(len(batches)))
     passes: list[list] = []
-    for step in range(steps):
+    for step in progress.each("learning", range(steps), unit="passes", parts=parts):
         if shuffle is not None:
             order = torch.randperm(len(batches), generator=shuffle).tolist()
         losses: dict[int, Tensor] = {}
-        for i in order:
+        for i in progress.each("", order, parts=1):
             loss = batches[i]()
             finite_loss(loss.sum())
             losses[i] = loss.detach()
@@ -75,7 +75,7 @@ def descend(
         after_pass(step)
         whole = torch.cat([losses[i] for i in range(len(batches))])
         passes.append(whole.tolist())
-        progress.step(step, steps, float(whole.reshape(len(whole), -1)[:, 0].mean()))
+        progress.note(f"loss {float(whole.reshape(len(whole), -1)[:, 0].mean()):.3g}")
         if bool(finished(whole).all()):
             break
     return passes

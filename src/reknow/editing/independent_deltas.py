@@ -15,6 +15,7 @@ from reknow.lm import LM
 from reknow.model.hooks import fused_gelu
 from reknow.model.scored_tokens import ScoredTokens
 from reknow.model.tokens import EncodedText
+from reknow.progress import progress
 
 __all__ = ["is_addition", "train_each"]
 
@@ -49,11 +50,10 @@ def train_each(
     count = max(1, min(batch_size, _TRAINED_WEIGHTS // lm.weight(lm.parts.value[layer]).numel()))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     trained: dict[int, tuple[Tensor, list[float]]] = {}
-    for part in (order[start : start + count] for start in range(0, len(order), count)):
+    parts = [order[start : start + count] for start in range(0, len(order), count)]
+    for part in progress.each("edits", parts, unit="batches"):
         deltas = _IndependentDeltas(lm, [rows[i] for i in part], [pairs[i] for i in part], layer, step_size)
-        passes = descend(
-            [deltas.losses], deltas.update, steps, lambda losses: losses < stop_loss, progress=lm.progress
-        )
+        passes = descend([deltas.losses], deltas.update, steps, lambda losses: losses < stop_loss, parts=1)
         for i, change, course in zip(part, deltas.changes, zip(*passes, strict=True), strict=True):
             end = next((step for step, loss in enumerate(course, 1) if loss < stop_loss), len(course))
             trained[i] = change.clone(), list(course[:end])

@@ -69,7 +69,8 @@ def sum_keys(task: Task) -> tuple[dict[str, Triangle], int]:
         for name, total in totals.items()
     }
     saved = time.monotonic()
-    with lm.unpatched(), lm.progress.stage(f"reading {source.name} for statistics, tokens", task.tokens) as advance:
+    what = f"reading {source.name} for statistics"
+    with lm.unpatched(), lm.progress.stage(what, task.tokens, unit="tokens") as advance:
         for number, rows in enumerate(read_batches(lm, source.texts(), task.tokens)):
             advance(sum(len(row.ids) for row in rows))
             if number < following or number % task.world != task.rank:

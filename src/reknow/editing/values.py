@@ -29,7 +29,7 @@ from reknow.model.exact import finite_loss
 from reknow.model.hooks import fused_gelu
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText
-from reknow.progress import Progress
+from reknow.progress import progress
 
 __all__ = ["Convergence", "Values", "decrease_per_pass", "find_values", "value_loss"]
 
@@ -79,7 +79,7 @@ def find_values(
     index = _delta_index(edits, method.rules.merge_subjects)
     groups = group_facts(facts, index, *token_budget(lm))
     found = []
-    for group in groups:
+    for group in progress.each("searching", groups, unit="groups of facts"):
         _, own_index = torch.tensor([index[i] for i in group]).unique(return_inverse=True)
         found.append(_search_group(lm, [facts[i] for i in group], weights, own_index, layer, method))
     order = torch.tensor([i for group in groups for i in group]).argsort()
@@ -116,7 +116,7 @@ def _search_group(
         else:
             sizes, units = _relative_units(context_batches, sites, lm.parts.residual_identity)
         with torch.enable_grad():
-            delta, losses = _descend(context_batches, sizes, units, index.to(start.device), method, lm.progress)
+            delta, losses = _descend(context_batches, sizes, units, index.to(start.device), method)
     return Values(delta, start[-1], bare("value"), bare("key"), mean("value"), mean("key"), losses)
 
 
@@ -158,7 +158,6 @@ def _descend(
     units: Tensor,
     index: Tensor,
     method: ValueSearchMethod,
-    progress: Progress,
 ) -> tuple[Tensor, list[list[float]]]:
     """(δ of every fact at the last site, losses): Adam on δ, each pass with the next batch of contexts.
 
@@ -172,7 +171,7 @@ def _descend(
     # Adam's steps have the size of the learning rate whatever the gradient, so δ is searched in its units.
     scaled = sizes.new_zeros(len(sizes), count, context_batches[0].width, requires_grad=True)
     optimizer, unedited = torch.optim.Adam([scaled], lr=method.learning_rate), None
-    for step in range(method.steps):
+    for step in progress.each("finding values", range(method.steps), unit="passes", parts=1):
         if (left := convergence.drop_finished()) is not None:
             context_batches = [batch.select(left) for batch in context_batches]
         read = convergence.read.to(index.device)
@@ -184,7 +183,7 @@ def _descend(
         # The one place of a pass that waits for a GPU.
         passed = torch.stack([loss.detach(), drift.detach(), scores.probability, scores.predicted.float()]).cpu()
         finite_loss(passed[0].sum())
-        progress.step(step, method.steps, float(passed[0].mean()))
+        progress.note(f"loss {float(passed[0].mean()):.3g}")
         convergence.record(*passed[:3], passed[3].bool())
         if step == method.steps - 1 or not bool(convergence.running.any()):
             break

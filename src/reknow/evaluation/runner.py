@@ -33,16 +33,13 @@ from reknow.files.manifest import open_manifest
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import find_unreadable
-from reknow.progress import progress_bar
 
 _BLOCK = 32
 """Cases that are read together. Fixed, so that a resumed run asks the same questions in the same batches."""
 
 
 @typed_exclusively
-def evaluate(
-    lm: LM, cases: Sequence[Case], method: Method, plan: Plan = Plan(), *, progress: bool = False
-) -> Results:
+def evaluate(lm: LM, cases: Sequence[Case], method: Method, plan: Plan = Plan()) -> Results:
     """Edits the cases with a method and reads their probes before and after; nothing is written to disk.
 
     What cannot be made or read counts as failed, as in `bench`, whose runs can be resumed. The model is the same
@@ -50,7 +47,7 @@ def evaluate(
     """
     methods = {method.name: method.resolve(lm)}
     before, rows = Rows(None, BEFORE_KEY), Rows(None, ROW_KEY)
-    _fill(lm, _by_id(cases), methods, plan, before, rows, None, progress)
+    _fill(lm, _by_id(cases), methods, plan, before, rows, None)
     return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, before, rows)
 
 
@@ -64,7 +61,6 @@ def bench(
     dataset: str = "",
     plan: Plan = Plan(),
     refused: Sequence[str] = (),
-    progress: bool = False,
 ) -> Results:
     """Compares methods on the same cases in a run folder; started again on that folder, it goes on where it was.
 
@@ -93,7 +89,7 @@ def bench(
         run = run_digest(manifest["settings"])
         before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
         rows = Rows(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
-        _fill(lm, named, labelled, plan, before, rows, folder, progress)
+        _fill(lm, named, labelled, plan, before, rows, folder)
     return Results(manifest, *own_rows(manifest, before, rows, named, folder))
 
 
@@ -105,7 +101,6 @@ def _fill(
     before: Rows,
     rows: Rows,
     folder: Path | None,
-    progress: bool,
 ) -> None:
     """Adds the rows that are missing, of the unedited model to `before` and of the methods to `rows`."""
     for method in methods.values():
@@ -114,8 +109,8 @@ def _fill(
     readings = stages * len(methods) + len(set(plan.in_context) & set(methods))
     steps = len(cases) * (1 + bool(plan.in_context) + len(plan.seeds) * readings)
     reader = _Reader(lm, cases, plan)
-    with progress_bar(progress, "cases read", steps, len(before) + len(rows)) as (advance, report):
-        run = _Run(lm, cases, plan, reader, before, rows, folder, advance, report)
+    with lm.progress.stage("cases read", steps, done=len(before) + len(rows)) as advance:
+        run = _Run(lm, cases, plan, reader, before, rows, folder, advance)
         run.read_before()
         for label, method in methods.items():
             for seed in plan.seeds:
@@ -161,8 +156,6 @@ class _Run:
     """Where patches are kept; None: nowhere."""
     advance: Callable[[], object]
     """Says that a case has been read."""
-    report: Callable[[str], object]
-    """Says what is being done."""
 
     def read_before(self) -> None:
         """Reads every case on the unedited model."""
@@ -187,7 +180,7 @@ class _Run:
                 continue
             about = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             readable = [name for name in names if name not in self.reader.unreadable]
-            with self.lm.progress.reported_to(lambda text, about=about: self.report(f"{label}, {about}: {text}")):
+            with self.lm.progress.stage(f"{label}, {about}"):
                 found = attempt_each(self.lm, method, [self.cases[name].edits for name in readable])
             patches = {name: [patch] for name, (patch, _) in zip(readable, found, strict=True) if patch is not None}
             costs = {name: case_cost(edit_costs) for name, (_, edit_costs) in zip(readable, found, strict=True)}
@@ -209,9 +202,7 @@ class _Run:
             for start in range(0, len(names), size):
                 chunk = names[start : start + size]
                 file = None if folder is None else folder / f"{start:06d}.patch"
-                with self.lm.progress.reported_to(
-                    lambda text, number=start: self.report(f"{label}, from edit {number + 1}: {text}")
-                ):
+                with self.lm.progress.stage(f"{label}, from edit {start + 1}"):
                     costs |= self.apply_patch(method, chunk, file)
                 if plan.mode == "sequential":
                     texts = bool(plan.fluency_every) and start // size % plan.fluency_every == 0

@@ -65,8 +65,6 @@ class Learned(Method):
         cases: Sequence[Case],
         out: str | Path,
         training: Training | None = None,
-        *,
-        progress: bool = False,
     ) -> Self:
         """Trains an editor in the folder `out`, and gives the method with its field `editor` set to the file.
 
@@ -90,11 +88,11 @@ class Learned(Method):
             learner = method.learner(lm, split, training)
         loop = Loop(lm, learner, method.draw(split.train, training), split.validation, Path(out), training)
         with write_lock(loop.folder) if loop.main else nullcontext():
-            _run(method, loop, [*split.train, *split.validation], progress)
+            _run(method, loop, [*split.train, *split.validation])
         return replace(self, editor=str(loop.folder / EDITOR_FILE))
 
 
-def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> None:
+def _run(method: Learned, loop: Loop, cases: Sequence[Case]) -> None:
     """Trains and writes the editor, unless the folder has it already."""
     lm, path = loop.lm, loop.folder / EDITOR_FILE
     if loop.main:
@@ -111,7 +109,7 @@ def _run(method: Learned, loop: Loop, cases: Sequence[Case], progress: bool) -> 
     if path.exists():
         return
     with lm.unpatched(), torch.enable_grad():
-        notes = loop.run(progress)
+        notes = loop.run()
     if not loop.best:
         raise EditFailed("expected a validation loss that is a number; got none: lower the learning rate")
     if loop.main:

@@ -32,7 +32,7 @@ from reknow.files.tensors import read_tensors, write_tensors
 from reknow.learning.editors import check_like
 from reknow.learning.training import Draw, Learner, Training
 from reknow.lm import LM
-from reknow.progress import progress_bar
+from reknow.progress import progress
 
 __all__ = ["CHECKPOINT_FILE", "LOG_FILE", "Loop", "seeded"]
 
@@ -111,7 +111,7 @@ class Loop:
         self.best: dict[str, Tensor] = {}
         self.log = Rows(None, ("step",))
 
-    def run(self, progress: bool) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
         """Runs to the end; returns the notes of the editor."""
         if self.main:
             self.log = Rows(self.folder / LOG_FILE, ("step",))
@@ -119,7 +119,7 @@ class Loop:
         training, state = self.training, self.state
         if training.tensorboard:
             self.accelerator.init_trackers("")
-        with _bar(progress and self.main, training.steps, state.step) as advance:
+        with _smoothed(training.steps, state.step) as advance:
             while state.step < training.steps and state.waited < training.patience:
                 losses = self._update()
                 for name, value in losses.items():
@@ -281,15 +281,15 @@ def _rate_factor(step: int, training: Training) -> float:
 
 
 @contextmanager
-def _bar(shown: bool, total: int, done: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """Gives the function that moves the progress bar by one step and shows the losses, smoothed."""
-    with progress_bar(shown, "training", total, done) as (move, tell):
+def _smoothed(total: int, done: int) -> Iterator[Callable[[Mapping[str, float]], None]]:
+    """A stage of so many steps; gives the function that reports one more, with the losses, smoothed."""
+    with progress.stage("training", total, unit="steps", done=done) as move:
         smooth: dict[str, float] = {}
 
         def advance(losses: Mapping[str, float]) -> None:
             for name, value in losses.items():
                 smooth[name] = 0.95 * smooth.get(name, value) + 0.05 * value
+            progress.note(", ".join(f"{name} {value:.3f}" for name, value in smooth.items()))
             move()
-            tell("  ".join(f"{name} {value:.3f}" for name, value in smooth.items()))
 
         yield advance

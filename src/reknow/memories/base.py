@@ -158,7 +158,7 @@ def train_beside(
     """
     with lm.temporary_memory(method.name, hooks), torch.enable_grad():
         answers = AnswerLoss(lm, rows, layer)
-        return descend([lambda: loss(answers)], update, method.steps, finished, progress=lm.progress)
+        return descend([lambda: loss(answers)], update, method.steps, finished)
 
 
 def paraphrases(edit: Edit) -> list[str]:

@@ -79,7 +79,6 @@ class FT(StepSize, Method):
                 self.steps,
                 lambda losses: losses.mean() < self.stop_loss,
                 shuffle=torch.Generator().manual_seed(self.seed) if self.breadth_first else None,
-                progress=lm.progress,
             )
         notes = {"layer": layers[0] if len(layers) == 1 else layers, "losses": [fmean(losses) for losses in passes]}
         return make_patch(self, lm, edits, matrices.deltas(), notes=notes)

@@ -124,9 +124,7 @@ class GRACE(SideModuleMethod):
         with lm.temporary_memory(self.name, Hooks({lm.parts.value[layer]: replace})), torch.enable_grad():
             answers = AnswerLoss(lm, rows, layer)
             update = adam_update(torch.optim.Adam([delta], lr=self.learning_rate), delta, value_of)
-            passes = descend(
-                [answers.nll], update, self.steps, lambda losses: losses < self.stop_loss, progress=lm.progress
-            )
+            passes = descend([answers.nll], update, self.steps, lambda losses: losses < self.stop_loss)
         book.values[trained] = (start + scale * delta).detach()
         return [fmean(losses) for losses in passes]
 

@@ -131,7 +131,6 @@ class ICE(StepSize, Method):
                 self.steps,
                 lambda losses: losses[:, -1].mean() < stop_loss,
                 after_pass=lambda step: repetitions.append(sum(batch.repetitions() for batch in batches)),
-                progress=lm.progress,
             )
         notes = {name: [fmean(edit[i] for edit in losses) for losses in passes] for i, name in enumerate(_LOSSES)}
         notes = {"layers": layers, **notes, "repetitions": repetitions}

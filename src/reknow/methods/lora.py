@@ -117,7 +117,6 @@ class LoRA(Method):
             self.steps,
             lambda losses: losses.mean() < (0.0 if adaptive else self.stop_loss),
             after_pass=lambda step: tuner.update_and_allocate(step + 1) if adaptive else None,
-            progress=lm.progress,
         )
         return [fmean(losses) for losses in passes]
 

@@ -18,7 +18,7 @@ from reknow.model.forward_context import RunningPass
 from reknow.model.hooks import by_row, fused_gelu, recorded
 from reknow.model.parts import Parts, accepts_positions, device_of, embedding_matrix, find_parts
 from reknow.model.tokens import Batch, EncodedText, Text, encode, make_batches, pad
-from reknow.progress import Progress
+from reknow.progress import progress
 
 _T = TypeVar("_T")
 
@@ -38,7 +38,7 @@ class Decoder(ABC):
         chat: prompts are put into the tokenizer's chat template.
         parts: where its matrices are.
         running: what is known of the pass that runs.
-        progress: reports how far a long work is.
+        progress: who hears how far a long work is.
         memo: see `cached`.
     """
 
@@ -48,7 +48,7 @@ class Decoder(ABC):
         self.model.config.return_dict = True  # outputs are read by name
         self.memo: dict[tuple, Any] = {}
         self.running = RunningPass()
-        self.progress = Progress()
+        self.progress = progress
         self.parts: Parts = find_parts(self.model)
         self._takes_positions = accepts_positions(self.model)
 

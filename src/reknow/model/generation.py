@@ -14,6 +14,7 @@ from reknow.model.exact import finite_loss
 from reknow.model.parts import embedding_matrix
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import EncodedText, make_batches
+from reknow.progress import progress
 
 CACHE_BYTES = 2**30
 """What keys and values of texts that are written together may take: a pass reads one token of each, and the more
@@ -45,14 +46,18 @@ def continue_texts(
     ends = torch.tensor(_end_tokens(lm), dtype=torch.long, device=lm.device)
     silence = next((end for end in _end_tokens(lm) if end < len(embedding_matrix(lm.model))), 0)
     texts = [""] * len(rows)
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
+    with (
+        torch.random.fork_rng(range(torch.cuda.device_count())),
+        progress.stage("writing", len(rows), unit="texts") as advance,
+    ):
         torch.manual_seed(seed)
         for part in text_batches(lm, [len(row.ids) + max_new_tokens for row in rows]):
-            drawn = decode(lm, [rows[i] for i in part], max_new_tokens, choose, ends)
+            drawn = decode(lm, [rows[i] for i in part], max_new_tokens, choose, ends, len(part))
             for i, tokens in zip(part, drawn, strict=True):
                 ended = torch.isin(tokens, ends).nonzero()
                 kept = tokens[: int(ended[0]) + 1] if len(ended) else tokens
                 texts[i] = _decode_continuation(lm, rows[i], kept.tolist())
+            advance(len(part))
     return texts
 
 
@@ -116,18 +121,20 @@ def decode(
     count: int,
     choose: Callable[[Tensor], Tensor],
     ends: Tensor | None = None,
+    parts: float = 0,
 ) -> Tensor:
     """`count` tokens behind each row; fewer if every row has come to one of the tokens `ends`. (rows, tokens)
 
     Args:
         choose: the next token of each row, (rows,), of logits (rows, vocabulary) in float32.
+        parts: of the work around it, for the estimate of what is left; see `Progress.stage`.
     """
     batch = lm.pad(rows)
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     cache = DynamicCache(config=lm.model.config) if lm.parts.replayable else None
     running = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
     known = len(embedding_matrix(lm.model))  # a head may be larger, and what it names there could not be read on
-    for step in range(count):
+    for step in progress.each("", range(count), parts=parts):
         new = slice(-1, None) if cache is not None and step else slice(None)
         read = lm.forward(ids[:, new], mask, positions[:, new], cache, ends=batch.ends, logits_to_keep=1)
         token = choose(read.logits[:, -1, :known].float()).to(ids.device)[:, None]  # (rows, 1)

@@ -8,32 +8,29 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reknow.errors import ModelError
-from reknow.progress import Progress
+from reknow.model.bars import bars_as_stages
+from reknow.progress import progress
 
 
-def convert_gguf(file: Path, folder: Path, progress: Progress) -> None:
+def convert_gguf(file: Path, folder: Path) -> None:
     """Writes model and tokenizer of the file into the folder.
 
     Args:
         folder: an empty one.
-        progress: is told of the parts of the work.
 
     Raises:
         ModelError: transformers cannot read the file: it is damaged, or of an architecture that it does not know.
         OSError, SafetensorError: the folder cannot be written to.
     """
     options = {"gguf_file": file.name, "local_files_only": True}
-    with progress.stage("converting the model once, part", 3) as advance:
+    with progress.stage("converting the model once", 3, unit="parts") as advance, bars_as_stages():
         with _as_model_error(file):
             tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
             advance()
-            with _reported_bar(progress):
-                model = AutoModelForCausalLM.from_pretrained(
-                    file.parent, dtype=torch.float32, **_unpacked(), **options
-                )
+            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **_unpacked(), **options)
         advance()
         model.hf_quantizer, model.is_quantized = None, False  # the weights are plain float32 now
         if hasattr(model.config, "quantization_config"):
@@ -61,24 +58,3 @@ def _as_model_error(file: Path) -> Iterator[None]:
             f"expected a GGUF file that transformers can read; {file.name} could not be read ({reason}): give a "
             "whole file of a decoder that transformers knows, or the model that it was made from"
         ) from error
-
-
-@contextmanager
-def _reported_bar(progress: Progress) -> Iterator[None]:
-    """While open, transformers' own bar over the tensors is a report instead, if somebody listens."""
-    module, bar = modeling_gguf_pytorch_utils, getattr(modeling_gguf_pytorch_utils, "tqdm", None)
-    if progress.callback is None or bar is None:
-        yield
-        return
-
-    def report(tensors, **_):
-        with progress.stage("tensor", len(tensors)) as advance:
-            for tensor in tensors:
-                yield tensor
-                advance()
-
-    module.tqdm = report
-    try:
-        yield
-    finally:
-        module.tqdm = bar

@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
+from reknow.model.bars import bars_as_stages
 from reknow.model.sources import CONFIG, Source, find_source, readable
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -114,7 +115,7 @@ def _load_source(
         kind = _choose_auto_class(name, AutoConfig.from_pretrained(base.name, **options), trust_remote_code)
     tokenizer = _load_tokenizer(name, source, tokenizer, trust_remote_code)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)  # both are refused below, by name
-    with _as_model_error(expected, _WHOLE):
+    with _as_model_error(expected, _WHOLE), bars_as_stages():
         model, report = kind.from_pretrained(source.name, dtype=dtype or "auto", device_map=device_map, **options)
     missing = sorted(report["missing_keys"]) or sorted(key for key, *_ in report["mismatched_keys"])
     if missing:

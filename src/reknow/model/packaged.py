@@ -22,7 +22,6 @@ from reknow.errors import ModelError
 from reknow.files.atomic import atomic_write_folder, write_json
 from reknow.files.cache import MODELS, cache_folder, mark_used, warn_if_unwritable
 from reknow.files.locks import write_lock
-from reknow.progress import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +31,6 @@ _NOTE = "conversion.json"
 """The file of a kept model that says from what it was made, and which files are whole."""
 _WEIGHTS = ".safetensors"
 _BLOCK = 1 << 20
-
-conversion = Progress()
-"""Where a conversion reports, which comes before there is a model that could."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +130,7 @@ def _make(name: str, folder: Path) -> None:
     _log.info("converting %s, once, into %s; its licence: %s", model.file, folder, model.licence)
     joined = None if len(parts) == 1 else folder / model.file
     _check_sum(name, parts, joined)
-    convert_gguf(joined or parts[0], folder, conversion)
+    convert_gguf(joined or parts[0], folder)
     if joined is not None:
         joined.unlink()
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}

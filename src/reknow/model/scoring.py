@@ -11,6 +11,7 @@ from torch import Tensor
 from reknow.errors import InputError, ModelError
 from reknow.model.decoder import Decoder
 from reknow.model.tokens import EncodedText, Text, encode, make_batches
+from reknow.progress import progress
 
 NO_TOKEN = -1
 """In the place of a token where a model that edits have wrecked says none."""
@@ -80,8 +81,10 @@ def score_texts(lm: Decoder, texts: Sequence[Text]) -> list[Score]:
         sharing.setdefault(EncodedText(row.ids[:-1], row.prompt_length), {})[row] = None
     runs = list(sharing)
     score_of: dict[EncodedText, Score] = {}
-    for part in make_batches([len(run.ids) for run in runs], lm.device):
-        score_of |= _batch(lm, {runs[i]: list(sharing[runs[i]]) for i in part})
+    with progress.stage("scoring", len(runs), unit="texts") as advance:
+        for part in make_batches([len(run.ids) for run in runs], lm.device):
+            score_of |= _batch(lm, {runs[i]: list(sharing[runs[i]]) for i in part})
+            advance(len(part))
     return [score_of[row] for row in rows]
 
 
@@ -112,15 +115,19 @@ def perplexity(lm: Decoder, texts: Sequence[str], max_tokens: int) -> float:
     cut = min(max_tokens, lm.max_tokens or max_tokens)
     encoded = encode(lm.tokenizer, [Text(text) for text in texts])  # text to read is no chat
     rows = [EncodedText(row.ids[:cut], 1) for row in encoded if len(row.ids) > 1]
-    for part in make_batches([len(row.ids) for row in rows], lm.device):
-        batch = lm.pad([rows[i] for i in part])
-        logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
-        nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none")
-        scored = batch.mask[:, :-1] * batch.mask[:, 1:]  # a token behind padding has no context
-        check_logits(lm, logits, scored.bool())
-        scored = scored.flatten()
-        total += float((nll * scored).sum())
-        count += int(scored.sum())
+    with progress.stage("reading", len(rows), unit="texts") as advance:
+        for part in make_batches([len(row.ids) for row in rows], lm.device):
+            batch = lm.pad([rows[i] for i in part])
+            logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[:, :-1].float()
+            nll = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none"
+            )
+            scored = batch.mask[:, :-1] * batch.mask[:, 1:]  # a token behind padding has no context
+            check_logits(lm, logits, scored.bool())
+            scored = scored.flatten()
+            total += float((nll * scored).sum())
+            count += int(scored.sum())
+            advance(len(part))
     if not count:
         raise InputError("expected texts of at least two tokens; got none: give longer texts")
     return float(torch.tensor(total / count).exp())

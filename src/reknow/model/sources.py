@@ -20,9 +20,9 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from reknow.display import visible
 from reknow.errors import InputError, ModelError, did_you_mean
 from reknow.model.packaged import PACKAGED, check_installed, converted, kept_folder
-from reknow.progress import visible
 
 _DEMO = "demo:"
 CONFIG, _ADAPTER = "config.json", "adapter_config.json"

@@ -31,7 +31,6 @@ from reknow.model.exclusive import exclusively
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText, Text
-from reknow.progress import progress_bar
 
 TEMPERATURES = (0.1, 1.0, 10.0, 100.0)
 TARGETS = ("static", "dynamic")
@@ -42,9 +41,7 @@ KEY = ("part", "label", "edit")
 
 
 @exclusively
-def measure_convergence(
-    lm: LM, edits: Sequence[Edit], methods: Mapping[str, Method], out: Path, *, progress: bool = False
-) -> Rows:
+def measure_convergence(lm: LM, edits: Sequence[Edit], methods: Mapping[str, Method], out: Path) -> Rows:
     """Measures all three for the edits, each by itself; started again on the folder, it goes on where it was.
 
     The folder gets `manifest.json` and `inside.jsonl`, a line per part, setting and edit, as returned.
@@ -67,7 +64,7 @@ def measure_convergence(
         open_manifest(out, settings, {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}, _former)
         rows = Rows(out / ROWS_FILE, KEY)
         total = len(edits) * (len(TARGETS) * len(TEMPERATURES) + 1 + len(methods))
-        with progress_bar(progress, "edits", total, len(rows)) as (advance, _):
+        with lm.progress.stage("edits", total, done=len(rows)) as advance:
             for row in chain(_losses(lm, edits, rows), _consistency(lm, edits, methods, rows)):
                 rows.add(row)
                 advance()

@@ -227,7 +227,7 @@ class Editors(NamedTuple):
             seed=seed,
         )
         self.on_progress(f"training {place.name}: {steps} updates")
-        return learner.fit(self.lm, cases, place, training, progress=True)
+        return learner.fit(self.lm, cases, place, training)
 
 
 def reading_cases(family: Family, count: int, unseen: bool) -> list[Case]:
