@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from exam import KINDS, Exam, one_search
 from reknow import LM, load_cases, method
 from reknow.datasets import sample_text
-from reknow.editing.layer_trials import suggest_layer
+from reknow.editing.layer_choice import suggest_layer
 from reknow.errors import EditFailed
 from reknow.files.atomic import write_text
 from reknow.tracing.known import known_cases

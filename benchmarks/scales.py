@@ -14,7 +14,7 @@ import torch
 
 from exam import Exam, one_search
 from reknow import LM, load_cases, method
-from reknow.editing.layer_trials import suggest_layer
+from reknow.editing.layer_choice import suggest_layer
 from reknow.tracing.known import known_cases
 
 SETTINGS = [

@@ -14,13 +14,14 @@ ASSETS = Path(__file__).parent.parent / "src" / "reknow" / "assets"
 
 def main() -> None:
     from reknow import LM
-    from reknow.editing.layer_trials import FILE, suggest_layer
+    from reknow.editing.layer_choice import FILE, best_score
+    from reknow.editing.layer_trials import measure_layers
 
     (ASSETS / FILE).unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["REKNOW_CACHE"] = folder
         for name in sorted(entry.name for entry in (ASSETS / "models").iterdir() if entry.is_dir()):
-            print(name, "layer", suggest_layer(LM.demo(name)))
+            print(name, "layer", best_score(measure_layers(LM.demo(name))).layer)
         text = (Path(folder) / FILE).read_text(encoding="utf-8")
     (ASSETS / FILE).write_text(text + "\n", encoding="utf-8")
 

@@ -36,7 +36,7 @@ from reknow.datasets import DATASETS, FACTS, load_edits, load_facts
 from reknow.datasets.families import load_card, load_families, save_families
 from reknow.datasets.text import sample_text, text_source
 from reknow.editing.covariance import statistics
-from reknow.editing.layer_trials import _read as read_layers
+from reknow.editing.layer_choice import _read as read_layers
 from reknow.errors import ReknowError
 from reknow.evaluation import Plan, Results, bench
 from reknow.files.tensors import write_tensors

@@ -11,7 +11,7 @@ from reknow import LM, Case, Edit, Patch, Probe, ReknowError, diff, evaluate, lo
 from reknow.checks.arguments import typed
 from reknow.datasets import load_facts
 from reknow.editing.covariance import covariance, statistics
-from reknow.editing.layer_trials import suggest_layer
+from reknow.editing.layer_choice import suggest_layer
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.effect import control_facts, observe

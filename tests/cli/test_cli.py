@@ -22,6 +22,7 @@ from reknow.cli import app
 from reknow.cli.places import run_folder
 from reknow.cli.settings import build_method, field_docs, read_value
 from reknow.cli.training import _for_model, choose_method
+from reknow.editing.layer_choice import LayerScore, write_scores
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]
@@ -375,6 +376,19 @@ def test_statistics_are_read_ahead_and_then_found(model, empty_folder, monkeypat
     for wrong, complaint in (("x", "whole numbers"), ("7", "layer from 0 to 2")):
         result = reknow("stats", "--model", model, "--layers", wrong)
         assert result.exit_code == 2 and complaint in " ".join(result.stderr.split())
+
+
+def test_layers_are_handed_on_from_file_to_file(model, empty_folder, monkeypatch):
+    monkeypatch.setenv("REKNOW_CACHE", "cache")
+    assert "layer 0: a guess by depth" in done("layers", model, "--out", "none.json")  # it knows nothing
+    assert not Path("none.json").exists() and not Path("cache").exists()
+    assert json.loads(done("edit", PROMPT, "English", "--model", model, "--plan", "--json"))["guessed"]
+    write_scores(LM(str(model)), [LayerScore(0, 0.1, 0.5, 0.5, 0.5), LayerScore(1, 0.0, 1, 1, 1)], Path("one.json"))
+    assert "layer 1: kept for" in done("layers", model, "--from", "one.json")
+    cost = json.loads(done("edit", PROMPT, "English", "--model", model, "--plan", "--json"))
+    assert (cost["layers"], cost["guessed"]) == ([1], False)
+    for wrong in (["--from", "one.json", "--out", "two.json"], ["--from", "nowhere.json"]):
+        assert reknow("layers", model, *wrong).exit_code == 2
 
 
 def test_models_have_run_folders_of_their_own():

@@ -1,28 +1,20 @@
-"""Which layer: candidates, trial edits, the cache, and the guess by depth."""
+"""Which layer: candidates and trial edits; where papers edit."""
 
 from __future__ import annotations
 
-import json
-import logging
 from importlib.resources import files
 
 import pytest
 import torch
 
+import reknow.editing.covariance
 from conftest import make_lm, without_weights
 from reknow import FT, LM, ROME, Edit
 from reknow.datasets import Fact, load_facts
 from reknow.editing import layer_trials
 from reknow.editing.covariance import cache_folder
-from reknow.editing.layer_trials import (
-    LayerScore,
-    best_score,
-    candidates,
-    suggest_layer,
-    trial_relations,
-    trial_settings,
-    try_layers,
-)
+from reknow.editing.layer_choice import LayerScore, best_score, keep_scores, measured_layer, suggest_layer
+from reknow.editing.layer_trials import candidates, measure_layers, trial_relations, trial_settings, try_layers
 from reknow.editing.layers import resolve_layer
 from reknow.editing.papers_layers import band_around, papers_layers
 from reknow.errors import InputError
@@ -150,38 +142,24 @@ def test_trials_edit_at_every_candidate_and_leave_the_model_alone(knowing, monke
     assert all(torch.equal(p, before[name]) for name, p in knowing.model.named_parameters())
 
 
-def test_the_best_trial_is_chosen_and_the_effect_breaks_ties(monkeypatch):
-    trials = [LayerScore(0, 0.1, 1, 0.5, 1), LayerScore(1, 0.2, 1, 1, 1), LayerScore(2, 0.3, 1, 1, 1)]
-    monkeypatch.setattr(layer_trials, "try_layers", lambda lm, facts: trials)
-    assert suggest_layer(make_lm()) == 2
+def test_the_choice_is_kept(knowing, monkeypatch):
+    monkeypatch.setattr(layer_trials, "trial_relations", lambda: relations(5))
+    trials = measure_layers(knowing)
+    assert suggest_layer(knowing) == suggest_layer(make_lm("gpt2")) == best_score(trials).layer
 
 
-def test_a_model_that_knows_nothing_gets_the_depth_of_the_papers(caplog):
-    caplog.set_level(logging.WARNING)
+def test_a_model_that_knows_nothing_gets_no_choice():
     lm = make_lm("gpt2", n_layer=7)
-    assert suggest_layer(lm) == 1
-    assert "guess by depth" in caplog.text
-    assert try_layers(lm) == []
+    assert measure_layers(lm) == [] and measured_layer(lm) is None
+    assert not (cache_folder() / "layers.json").exists()
 
 
-def test_the_choice_is_kept_for_the_same_weights_only(monkeypatch):
-    calls = []
-
-    def once(lm, facts):
-        calls.append(lm)
-        return [LayerScore(2, 0.1, 1.0, 1.0, 1.0)]
-
-    monkeypatch.setattr(layer_trials, "try_layers", once)
-    lm = make_lm()
-    assert [suggest_layer(lm), suggest_layer(lm), suggest_layer(make_lm())] == [2, 2, 2]
-    assert len(calls) == 1
-    (entry,) = json.loads((cache_folder() / "layers.json").read_text()).values()
-    assert entry["layer"] == 2 and entry["trials"][0]["reliability"] == 1.0
-    suggest_layer(make_lm(seed=1))
-    assert len(calls) == 2
-    (cache_folder() / "layers.json").write_text("{broken")
-    suggest_layer(make_lm())
-    assert len(calls) == 3
+def test_candidates_share_one_pass_over_the_text(knowing, monkeypatch):
+    monkeypatch.setitem(layer_trials.ROME_SETTINGS, "covariance_tokens", 300)
+    read, own = [], reknow.editing.covariance.sum_keys
+    monkeypatch.setattr(reknow.editing.covariance, "sum_keys", lambda task: read.append(task.names) or own(task))
+    trials = try_layers(knowing, relations(5))
+    assert read == [[knowing.parts.value[trial.layer] for trial in trials]]
 
 
 def test_the_base_model_decides_whatever_is_applied(knowing, monkeypatch):
@@ -192,15 +170,16 @@ def test_the_base_model_decides_whatever_is_applied(knowing, monkeypatch):
     )
     patch = FT(layer=0, steps=2).edit(knowing, [Edit("{} is", subject="Peru", target_new="Lima")])
     with knowing.patched(patch):
-        assert suggest_layer(knowing) == 1
+        assert [trial.layer for trial in try_layers(knowing)] == [1] * len(candidates([0.0] * knowing.layers))
         assert knowing.patches == (patch,)
     assert set(seen) == {()}
 
 
 def test_methods_ask_for_the_layer(knowing, monkeypatch):
-    monkeypatch.setattr(layer_trials, "trial_relations", lambda: relations(5))
     edit = Edit("{} is", subject="Peru", target_new="Lima")
+    keep_scores(knowing, [LayerScore(2, 0.0, 1.0, 1.0, 1.0)])
     chosen = suggest_layer(knowing)
+    assert chosen == 2
     method = ROME(steps=2, context_groups=((1, 2),), covariance_tokens=0)
     assert method.edit(knowing, [edit]).notes["layer"] == chosen
     assert FT(steps=1).edit(knowing, [edit]).notes["layer"] == chosen
@@ -221,4 +200,4 @@ def test_the_shipped_choice_is_what_trials_give(name):
     shipped = suggest_layer(lm)
     assert not (cache_folder() / "layers.json").exists()  # read, not measured
     trials = try_layers(lm)
-    assert shipped == best_score(trials).layer
+    assert measured_layer(lm) == shipped == best_score(trials).layer

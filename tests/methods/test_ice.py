@@ -81,7 +81,7 @@ def test_without_consistency_it_is_fine_tuning_of_the_same_layers(lm, edit):
 
 def test_the_articles_fine_tuning_has_the_layers_the_rate_and_the_bound(monkeypatch, edit):
     """The presets' rows, of six layers five."""
-    monkeypatch.setattr("reknow.editing.layer_trials.suggest_layer", lambda lm: 3)
+    monkeypatch.setattr("reknow.editing.layers.suggest_layer", lambda lm: 3)
     lm = make_lm("gpt2", n_layer=6)
     for preset in (PRESETS["ice-table"], PRESETS["ice-continual"]):
         chosen = methods_by_label(preset.methods, [])

@@ -14,7 +14,18 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from reknow import __version__
-from reknow.cli import editing, instructing, listing, measuring, stacks, statistics, studying, tracing, training
+from reknow.cli import (
+    editing,
+    instructing,
+    layers,
+    listing,
+    measuring,
+    stacks,
+    statistics,
+    studying,
+    tracing,
+    training,
+)
 from reknow.cli.demo import demo
 from reknow.cli.failures import FAILED, exit_status, report_stop
 from reknow.cli.options import flatten
@@ -120,6 +131,7 @@ for command in (
     stacks.show,
     stacks.diff,
     tracing.trace,
+    layers.layers,
     training.train,
     statistics.stats,
     statistics.cache,

@@ -139,7 +139,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
 
     bits = weight_bits(lm.model)
     if estimate(lm, method, edits).guessed:
-        warn("no layer given: one is chosen by trial edits, once for this model; --layer N is quicker")
+        warn(f"no layer given, and none measured: it is a guess by depth; reknow layers {lm.name} measures, once")
     started = time.perf_counter()
     patch = method.edit(lm, edits)
     seconds = time.perf_counter() - started
@@ -237,7 +237,7 @@ def _say_cost(cost: Estimate, lm: LM, method: Method, edits: list[Edit]) -> None
     for layer, (name, shape) in zip(cost.layers, cost.matrices.items(), strict=True):
         say(f"layer {layer} of {lm.layers}: {name} ({' × '.join(map(str, shape))})")
     if cost.guessed:
-        say("this layer is a guess by depth; trial edits, once per model, may choose another: --layer N skips them")
+        say(f"this layer is a guess by depth; trial edits may find a better one: reknow layers {lm.name}")
     rows = [[s.what, f"{s.passes:,}", f"{s.tokens:,}", f"{s.flops:.2g}"] for s in cost.steps]
     say_table(["work", " forward passes", " tokens", " FLOPs"], [*rows, ["together", "", "", f"{cost.flops:.2g}"]])
     say(f"the model has {cost.parameters:,} parameters; memory at the peak about {cost.memory / 2**20:,.0f} MiB")

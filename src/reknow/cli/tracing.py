@@ -1,4 +1,4 @@
-"""`reknow trace`: where the model keeps facts, by causal tracing; and which layer to edit."""
+"""`reknow trace`: where the model keeps facts, by causal tracing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.layers import say_layers
 from reknow.cli.options import DEMO, Force, Json, Model, Opening, refuse_beside
 from reknow.cli.places import TRACES, trace_header, trace_place
 from reknow.cli.terminal import say, say_json, say_table
@@ -38,9 +39,7 @@ def trace(
     classes: Annotated[
         bool, typer.Option("--classes", help="Of many facts, only at one token of each class that is averaged.")
     ] = False,
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Only try layers with trial edits, and name the best.")
-    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="The same as `reknow layers`.")] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for traces and figures.")] = Path("trace"),
     *,
     opening: Opening,
@@ -57,7 +56,7 @@ def trace(
     many = {"--facts": facts, "--limit": limit, "--classes": classes}
     if layers:
         refuse_beside("--layers", {"a prompt": prompt, **many, "--severed": severed, "--window": window})
-        return _say_layers(opening.open(model), as_json)
+        return say_layers(opening.open(model), as_json=as_json)
     if prompt is not None:
         refuse_beside("one prompt", many)
     settings = Tracing(samples=samples, window=window, tokens="classes" if classes else "all")
@@ -72,19 +71,6 @@ def trace(
         return _trace_one(lm, edit, settings, out, as_json)
     with write_lock(out):
         _trace_many(lm, facts or _FACTS, limit or _LIMIT, settings, out, force, as_json)
-
-
-def _say_layers(lm: LM, as_json: bool) -> None:
-    from reknow.editing.layer_trials import best_score, suggest_layer, try_layers
-
-    trials = try_layers(lm)
-    layer = best_score(trials).layer if trials else suggest_layer(lm)
-    if as_json:
-        return say_json({"layer": layer, "trials": [asdict(trial) for trial in trials]})
-    if trials:
-        rows = [[str(t.layer)] + [f"{v:.2f}" for v in (*list(vars(t).values())[1:], t.score)] for t in trials]
-        say_table(["layer", " AIE", " reliability", " generalization", " locality", " score"], rows)
-    say(f"layer {layer}" + ("" if trials else ": a guess by depth, since the model knows too few of the trial facts"))
 
 
 def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) -> None:

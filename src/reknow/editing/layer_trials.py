@@ -1,48 +1,29 @@
-"""Which layer to edit, when the user names none: locate by causal tracing, then try.
+"""Which layer to edit: locate by causal tracing, then try (`reknow layers`).
 
 Causal tracing shows where facts sit, but does not foretell where edits succeed best (Hase et al. 2023, arXiv
 2301.04213). So it chooses candidates, beside the layers that papers edit, and breaks ties, and trial edits of facts
-that the model knows decide.
+that the model knows decide. What they gave is kept by `layer_choice`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
-from importlib.resources import files
 from itertools import islice, zip_longest
-from statistics import fmean, harmonic_mean
+from statistics import fmean
 from typing import Any, NamedTuple
 
-from pydantic import JsonValue, ValidationError
-
 from reknow.datasets.facts import Fact, load_facts
+from reknow.editing.covariance import keep_statistics
+from reknow.editing.layer_choice import LayerScore, keep_scores
 from reknow.editing.papers_layers import papers_layers
 from reknow.edits import Edit
-from reknow.files.atomic import write_text
-from reknow.files.cache import cache_folder, warn_if_unwritable
-from reknow.files.locks import PATIENCE, write_lock
-from reknow.files.schema import Count, FormatError, Listed, Strict, explain, first_problem, parse_json
 from reknow.lm import LM
 from reknow.model.exclusive import exclusively
 from reknow.model.parts import shape
 from reknow.registry import make
 from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 
-__all__ = [
-    "LayerScore",
-    "best_score",
-    "candidates",
-    "remembered_layer",
-    "suggest_layer",
-    "trial_relations",
-    "try_layers",
-]
-
-_log = logging.getLogger(__name__)
+__all__ = ["candidates", "measure_layers", "trial_relations", "try_layers"]
 
 FACTS = 8
 """Trial edits per layer."""
@@ -61,25 +42,6 @@ ROME_SETTINGS: dict[str, Any] = dict(
 _TOKENS_PER_INPUT = 2
 """With fewer tokens per input of the value matrix C is nearly singular: trials find less locality than there is."""
 
-FILE = "layers.json"
-
-
-@dataclass(frozen=True)
-class LayerScore:
-    """What trial edits at one layer gave; rates are exact, teacher-forced, means over the facts."""
-
-    layer: int
-    effect: float
-    """Average indirect effect of the MLP window around it at the subject's last token."""
-    reliability: float
-    generalization: float
-    locality: float
-
-    @property
-    def score(self) -> float:
-        """Harmonic mean of the three rates."""
-        return harmonic_mean([self.reliability, self.generalization, self.locality])
-
 
 class _TrialEdit(NamedTuple):
     """A known fact, its new answer, and facts that must stay."""
@@ -89,34 +51,6 @@ class _TrialEdit(NamedTuple):
     others: list[Fact]
 
 
-@exclusively
-def suggest_layer(lm: LM) -> int:
-    """The layer whose trial edits score best on the base model, whatever is applied to it.
-
-    Kept in `layers.json` in the cache folder under the model's fingerprint, and shipped for the bundled models. A
-    model that knows fewer than five of the trial facts gets the first of `papers_layers`.
-    """
-    return lm.cached(("layer",), lambda: _choose(lm) if lm.layers > 1 else 0)
-
-
-def remembered_layer(lm: LM) -> int | None:
-    """What `suggest_layer` chose for this model before; None: it would have to make trial edits."""
-    if ("layer",) in lm.memo or lm.layers == 1:
-        return suggest_layer(lm)
-    key = _key(lm, trial_relations())
-    for known in (_read(cache_folder() / FILE), _read(files("reknow") / "assets" / FILE)):
-        if key in known and known[key]["layer"] < lm.layers:
-            return known[key]["layer"]
-    return None
-
-
-def _key(lm: LM, relations: Sequence[Sequence[Fact]]) -> str:
-    """The name under which the choice is kept: all that it depends on, whatever the settings are called."""
-    facts, trial = [astuple(fact) for relation in relations for fact in relation], [*trial_settings(lm, 0).values()]
-    settings = json.dumps([facts, FACTS, _CANDIDATES, _ASKED_PER_EDIT, trial, papers_layers(lm)])
-    return f"{lm.fingerprint.digest}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-
-
 def trial_settings(lm: LM, layer: int) -> dict[str, Any]:
     """Settings of ROME in trials at that layer."""
     tokens = ROME_SETTINGS["covariance_tokens"]
@@ -124,53 +58,14 @@ def trial_settings(lm: LM, layer: int) -> dict[str, Any]:
     return ROME_SETTINGS | {"covariance_tokens": tokens and max(tokens, _TOKENS_PER_INPUT * width)}
 
 
-def _choose(lm: LM) -> int:
-    remembered = remembered_layer(lm)
-    if remembered is not None:
-        _log.info("layer %d of %s was chosen before", remembered, lm.name)
-        return remembered
-    relations = trial_relations()
-    trials = try_layers(lm, relations)
-    if trials:
-        chosen = best_score(trials)
-        entry = {"layer": chosen.layer, "model": lm.name, "trials": [asdict(trial) for trial in trials]}
-        scores = ", ".join(f"{trial.layer} ({trial.score:.2f})" for trial in trials)
-        _log.info("layer %d of %s scores best in trial edits: %s", chosen.layer, lm.name, scores)
-    else:
-        entry = {"layer": papers_layers(lm)[0], "model": lm.name, "trials": []}
-        _log.warning(
-            "layer %d of %s is a guess by depth or by papers: it knows too few trial facts", entry["layer"], lm.name
-        )
-    cache, key = cache_folder() / FILE, _key(lm, relations)
-    with warn_if_unwritable(), write_lock(cache, wait=PATIENCE):
-        write_text(cache, json.dumps({**_read(cache), key: entry}, indent=1))
-    return entry["layer"]
-
-
-class _Choice(Strict):
-    """What `layers.json` has for a model."""
-
-    layer: Count
-    model: str
-    trials: Listed[dict[str, JsonValue]]
-
-
-def _read(file) -> dict[str, dict]:
-    """The choices in the file, none where there is none; what is broken is left out with a warning and made again."""
-    if not file.is_file():
-        return {}
-    try:
-        entries = parse_json(dict[str, JsonValue], file.read_bytes())
-    except (OSError, FormatError) as error:
-        _log.warning("%s is broken and is made again: %s", file, explain(error))
-        return {}
-    known = {}
-    for key, entry in entries.items():
-        try:
-            known[key] = _Choice.model_validate(entry).model_dump()
-        except ValidationError as error:
-            _log.warning("%s: the layer of %s is chosen again: %s", file, key, first_problem(error))
-    return known
+@exclusively
+def measure_layers(lm: LM) -> list[LayerScore]:
+    """What `try_layers` gives, kept: `suggest_layer` names the best of them from now on. Nothing is kept where the
+    model knows too few facts."""
+    scores = try_layers(lm)
+    if scores:
+        keep_scores(lm, scores)
+    return scores
 
 
 def trial_relations() -> list[list[Fact]]:
@@ -204,16 +99,14 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
                 advance()
         effects = average(traces).effects["mlp"][TOKEN_CLASSES.index("Last subject token")].tolist()
         chosen, scores = candidates(effects, papers_layers(lm)), []
+        tokens = trial_settings(lm, chosen[0])["covariance_tokens"]
+        if tokens:
+            keep_statistics(lm, chosen, tokens=tokens)  # of all in one pass over the text
         with lm.progress.stage("trying layers", len(chosen)) as advance:
             for layer in chosen:
                 scores.append(_score_layer(lm, layer, effects[layer], edits))
                 advance()
         return scores
-
-
-def best_score(scores: Sequence[LayerScore]) -> LayerScore:
-    """The highest score; between equals that of the layer which traces as more effective."""
-    return max(scores, key=lambda layer: (layer.score, layer.effect))
 
 
 def candidates(effects: Sequence[float], always: Sequence[int] = ()) -> list[int]:
@@ -244,13 +137,14 @@ def _trial_edit(fact: Fact, relation: Sequence[Fact], known: set[Fact]) -> _Tria
 
 def _score_layer(lm: LM, layer: int, effect: float, edits: Sequence[_TrialEdit]) -> LayerScore:
     """Edits every fact alone at the layer and asks for it, in paraphrases, and for what must stay."""
+    method = make("rome", {"layer": layer, **trial_settings(lm, layer)})
+    wanted = [Edit(fact.prompt, subject=fact.subject, target_new=new) for fact, new, _ in edits]
     rates = []
-    for fact, new, others in edits:
-        edit = Edit(fact.prompt, subject=fact.subject, target_new=new)
+    for edit, patch, (fact, new, others) in zip(wanted, method.edit_each(lm, wanted), edits, strict=True):
         paraphrases = [edit.fill(paraphrase) for paraphrase in fact.paraphrases[:_ASKED_PER_EDIT]]
         prompts = [edit.text, *paraphrases, *(other.text for other in others)]
         answers = [new] * (1 + len(paraphrases)) + [other.answer for other in others]
-        with lm.patched(make("rome", {"layer": layer, **trial_settings(lm, layer)}).edit(lm, [edit])):
+        with lm.patched(patch):
             right = [float(score.said) for score in lm.score(prompts, answers)]
         rates.append((right[0], fmean(right[1 : 1 + len(paraphrases)]), fmean(right[1 + len(paraphrases) :])))
     return LayerScore(layer, effect, *(fmean(column) for column in zip(*rates, strict=True)))

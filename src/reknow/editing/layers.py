@@ -1,9 +1,10 @@
-"""The layers that a method edits: those that its user names, or what `layer_trials` suggests."""
+"""The layers that a method edits: those that its user names, or what `layer_choice` suggests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from reknow.editing.layer_choice import suggest_layer
 from reknow.editing.papers_layers import band_around
 from reknow.errors import InputError
 from reknow.lm import LM
@@ -15,8 +16,6 @@ def resolve_layer(lm: LM, layer: int | None) -> int:
     """The layer asked for, checked; or the one suggested for this model."""
     if layer is not None:
         return lm.check_layer(layer)
-    from reknow.editing.layer_trials import suggest_layer  # tracing and data sets are loaded for it alone
-
     return suggest_layer(lm)
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from reknow.contract import Method, field_values
-from reknow.editing.layer_trials import remembered_layer
+from reknow.editing.layer_choice import measured_layer, suggest_layer
 from reknow.editing.layers import resolve_layers
-from reknow.editing.papers_layers import band_around, papers_layers
+from reknow.editing.papers_layers import band_around
 from reknow.editing.triangle import kept_bytes
 from reknow.edits import Edit
 from reknow.lm import LM
@@ -42,7 +42,7 @@ class Estimate:
 
     layers: tuple[int, ...]
     guessed: bool
-    """The layers are those that papers edit; trial edits, which are not counted here, may choose others."""
+    """The layers are those that papers edit; trial edits, which nobody has made, might choose others."""
     matrices: dict[str, tuple[int, int]]
     """(out, in) of the value matrix of each of these layers."""
     parameters: int
@@ -115,12 +115,11 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
 
 
 def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:
-    """The layers that a method of these settings edits, and whether they are a guess, since no trial was made."""
+    """The layers that a method of these settings edits, and whether they are a guess: no trial edits were made."""
     if not {"layer", "layers"} & set(settings):
         return list(range(lm.layers)), False  # such a method looks for its places in all of them
     wanted = settings.get("layers", settings.get("layer"))
     if wanted is not None:
         return resolve_layers(lm, wanted if isinstance(wanted, (tuple, list)) else [wanted]), False
-    remembered = remembered_layer(lm)
-    layer = papers_layers(lm)[0] if remembered is None else remembered
-    return band_around(lm, layer, None if "layers" in settings else settings.get("span", 1)), remembered is None
+    count = None if "layers" in settings else settings.get("span", 1)
+    return band_around(lm, suggest_layer(lm), count), measured_layer(lm) is None

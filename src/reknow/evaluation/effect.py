@@ -27,6 +27,8 @@ _ANSWER_TOKENS = 6
 """Length of the completions that are shown."""
 _CANDIDATES = 200
 """How many facts are asked to find some that the model knows."""
+_ASKED_TOGETHER = 25
+"""After so many the known ones are counted: the first few of them are enough."""
 _LONGEST = 80
 """Characters of such a fact: short prompts are quick to read, and fit any model."""
 _TEXTS, _TEXT_TOKENS = 8, 128
@@ -112,4 +114,9 @@ def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
     prompts, subjects = {edit.prompt for edit in edits}, {edit.subject for edit in edits}
     facts = [f for f in load_facts("counterfact") if f.subject not in subjects and len(f.text) <= _LONGEST]
     facts = sorted(facts, key=lambda fact: fact.prompt not in prompts)[:_CANDIDATES]
-    return (known_facts(lm, facts) or facts)[:count]
+    known: list[Fact] = []
+    for start in range(0, len(facts), _ASKED_TOGETHER):
+        known += known_facts(lm, facts[start : start + _ASKED_TOGETHER])
+        if len(known) >= count:
+            break
+    return (known or facts)[:count]
