@@ -10,12 +10,14 @@ import pytest
 
 from conftest import make_lm
 from reknow import FT, ICE, LM, ROME, Case, Edit, Probe
-from reknow.cli.measuring import _ready, methods_by_label, read_variants, report
+from reknow.cli.measuring import methods_by_label, read_variants, ready_methods, report
 from reknow.datasets import DATASETS, load_cases
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
+from reknow.studies.articles import ARTICLES, sized
 from reknow.studies.comparison import drop_conflicting, limit_probes, merge_sets
 from reknow.studies.comparison_page import split_by_set, write_study
+from reknow.studies.growth_page import growth_points
 from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, consistency, measure_convergence
 from reknow.studies.ice.script_ppl_r import METRIC, measure_script_ppl_r, with_script_ppl_r
 from reknow.studies.presets import PRESETS
@@ -46,8 +48,8 @@ def test_a_method_without_a_label_is_refused():
 
 def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
     chosen = methods_by_label(PRESETS["zsre-table"].methods, [])
-    assert list(_ready(LM.demo(), chosen)) == list(chosen)
-    assert set(chosen) - set(_ready(make_lm(), chosen)) == {"serac", "mend"}
+    assert list(ready_methods(LM.demo(), chosen)) == list(chosen)
+    assert set(chosen) - set(ready_methods(make_lm(), chosen)) == {"serac", "mend"}
     said = capsys.readouterr().out
     assert "left out: serac learns to edit" in said and "left out: mend learns to edit" in said
 
@@ -211,3 +213,43 @@ def test_an_edit_that_cannot_be_made_or_read_does_not_end_the_measuring_of_the_o
     assert failed["rome", 1].startswith("rome edits at the subject's last token")
     assert all(failed[label, 2].startswith("expected texts of at most 128") for label in ("unedited", "ft"))
     assert rows["consistency", "ft", 1]["nll"] > 0 and all(edit != 0 for _, edit in failed)
+
+
+@pytest.mark.parametrize("name", ARTICLES)
+def test_a_study_of_an_article_names_what_there_is(name):
+    study = ARTICLES[name]
+    assert study.grows == ("" not in study.parts) and 0 < study.minutes <= 60
+    for full in (False, True):
+        for preset in sized(study, 3, full=full).parts.values():
+            assert methods_by_label(preset.methods, []) and set(preset.size.plan.in_context) <= {"ice"}
+            cases = preset.size.cases
+            assert cases.limit == 3 and set(cases.data.split(",")) <= set(DATASETS)
+            assert all(most <= 3 for most in cases.limits.values())
+            assert bool(preset.size.plan.held_out) == study.grows
+
+
+def test_a_growing_study_has_a_line_for_each_number_of_edits(tmp_path):
+    lm, cases, runs = make_lm(), load_cases("counterfact", limit=4), {}
+    plans = {
+        "single": Plan(generate=False),
+        "batch-4": Plan("batch", generate=False),
+        "sequence": Plan("sequential", checkpoints=(2,), generate=False, held_out=("Some text.",)),
+    }
+    for name, plan in plans.items():
+        runs[name] = bench(
+            lm, cases[: 2 if name == "single" else 4], [FT(layer=1, steps=2)], tmp_path / name, plan=plan
+        )
+    points = growth_points(runs)
+    assert list(points) == [
+        ("unedited", "–", 0),
+        ("ft-m", "each by itself", 1),
+        ("ft-m", "in turns", 2),
+        ("ft-m", "in turns", 4),
+        ("ft-m", "one patch", 4),
+    ]
+    wanted = runs["sequence"].cells["ft-m", "at:2", "locality@teacher_forced_exact"]
+    assert points["ft-m", "in turns", 2]["locality"] == wanted and wanted.cases == 2
+    assert "perplexity" not in points["ft-m", "one patch", 4] and "perplexity" in points["ft-m", "in turns", 4]
+    report(tmp_path)
+    page = (tmp_path / "growth.md").read_text(encoding="utf-8")
+    assert page.count("| ft-m |") == 4 and (tmp_path / "growth.png").exists()

@@ -115,20 +115,20 @@ def bench(
     lm.computes_statistics = not no_stats
     chosen = {label: method.resolve(lm) for label, method in chosen.items()}
     if names is None:
-        chosen = _ready(lm, chosen)
+        chosen = ready_methods(lm, chosen)
     out = out or run_folder(preset or "+".join(loaded.sets), model)
     folders = run_place(out, "bench", model, loaded.sets)
     if preset == CONVERGENCE:
         edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
         measure_convergence(lm, edits, chosen, out)
         return report(out)
-    runs = _compare(lm, loaded, chosen, plan, folders, script_ppl_r=preset in ICE_PRESETS)
+    runs = compare_methods(lm, loaded, chosen, plan, folders, script_ppl_r=preset in ICE_PRESETS)
     report(out)
     for results in runs:
         results.refuse_lost()
 
 
-def _compare(
+def compare_methods(
     lm: LM,
     loaded: LoadedSets,
     methods: dict[str, Method],
@@ -194,7 +194,7 @@ def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[s
     return methods_by_label(wanted, settings)
 
 
-def _ready(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
+def ready_methods(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
     """A study's methods but for those that learn to edit and have no editor for this model; says which."""
     ready = dict(chosen)
     for label, method in chosen.items():
@@ -258,6 +258,7 @@ def report(
     from reknow.files.outputs import MANIFEST_FILE, mark_folder
     from reknow.report import write_report
     from reknow.studies.comparison_page import split_by_set, write_study
+    from reknow.studies.growth_page import write_growth
     from reknow.studies.ice.convergence import ROWS_FILE
     from reknow.studies.ice.convergence_page import write_convergence
     from reknow.studies.ice.script_ppl_r import with_script_ppl_r
@@ -276,3 +277,5 @@ def report(
     runs = {part.name: with_script_ppl_r(Results.load(part), part) for part in parts}
     if len(split_by_set(runs)) > 1:
         say(f"study: {write_study(run.name, runs, out or run)}")
+    elif len(runs) > 1:
+        say(f"study: {write_growth(run.name, runs, out or run)}")

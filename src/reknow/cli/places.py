@@ -13,7 +13,7 @@ from reknow.files.outputs import MANIFEST_FILE, MARK, growing_folder
 
 TRACES, INSTRUCTIONS, START = "traces.jsonl", "instructions.json", "start.json"
 _REPORT = ("report.html", "report.csv", "report.md", "figure*.png")
-_STUDY = ("study.md", "study.png", "convergence.md", "convergence.png")
+_STUDY = ("study.md", "study.png", "growth.md", "growth.png", "convergence.md", "convergence.png")
 _PICTURES = tuple(f"{name}.{ending}" for name in ("trace", "average", "bars") for ending in ("png", "svg"))
 _TRACES_START = b'{"model": '
 

@@ -1,18 +1,24 @@
-"""`reknow study`: the studies of InstructEdit, each one command."""
+"""`reknow study`: the studies of the articles that the library began with, each one command."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.options import DEMO, Families, Model, Opening, whole_numbers
-from reknow.cli.places import run_folder, study_place
+from reknow.cli.options import DEMO, Families, Model, Opening, refuse_beside, whole_numbers
+from reknow.cli.places import run_folder, run_place, study_place, trace_place
 from reknow.cli.terminal import say, say_table
 from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
 
+if TYPE_CHECKING:
+    from reknow.studies.articles import Article
+
+_TRACING = "ROME, Figure 2: which states carry a fact, average over known facts."
+_TRACED, _ALL_TRACED = 450, 1209
+"""Facts of known_1000 that are asked; a model of 135M parameters knows a quarter of them."""
 _GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
 _FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
 
@@ -21,44 +27,107 @@ def study(
     name: Annotated[str | None, typer.Argument(help="A study; without one they are listed.")] = None,
     model: Model = DEMO,
     families: Families = None,
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Updates for each task of an editor.")] = None,
-    test: Annotated[int | None, typer.Option("--test", min=2, help="Cases of each task to read.")] = None,
-    seeds: Annotated[
-        str | None, typer.Option("--seeds", help="With commas between; domains and gradients take the first. [0]")
+    steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="InstructEdit: updates for each task of an editor. [30]")
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="500 updates a task, 100 cases, three seeds.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="The folder; studies share its editors.")] = None,
+    test: Annotated[
+        int | None, typer.Option("--test", min=2, help="At most so many cases of each task or set.")
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option("--seeds", help="InstructEdit: with commas between; domains and gradients take the first. [0]"),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="In the full size, for hours; InstructEdit: 500 updates, three seeds.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="The folder; InstructEdit's share their editors.")] = None,
     *,
     opening: Opening,
 ) -> None:
-    """Run a study of InstructEdit: train its editors, read them on all tasks. A killed study goes on.
+    """Run a study of the articles and write its tables. A killed study goes on.
 
-    reknow study tasks          reknow study gradients
+    reknow study                reknow study mass --model demo:smollm2
     """
-    from reknow.studies.instructedit.domains import QUESTION, domain_study
-    from reknow.studies.instructedit.editors import STUDIES, Budget, run_study
-    from reknow.studies.instructedit.gradients import gradient_study
+    from reknow.studies.articles import ARTICLES, sized
 
-    questions = {key: each.question for key, each in STUDIES.items()}
-    questions |= {"domains": QUESTION, "gradients": _GRADIENTS}
     if name is None:
-        return say_table(["study", "question"], [list(row) for row in questions.items()])
-    if name not in questions:
-        raise did_you_mean("study", name, questions)
+        return say_table(["study", " minutes", "question"], _listed())
+    if name not in {row[0] for row in _listed()}:
+        raise did_you_mean("study", name, [row[0] for row in _listed()])
+    if name == "tracing" or name in ARTICLES:
+        refuse_beside(name, {"--families": families, "--steps": steps, "--seeds": seeds})
+        out = out or run_folder(name, model)
+        if name == "tracing":
+            return _trace(model, test or (_ALL_TRACED if full else _TRACED), out, opening)
+        return _compare(sized(ARTICLES[name], test, full=full), name, model, out, opening)
     if name == "domains" and families is not None:
         raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
-    budget = Budget(
-        **{**(_FULL if full else {}), **{key: value for key, value in given.items() if value is not None}}
-    )
+    budget = {**(_FULL if full else {}), **{key: value for key, value in given.items() if value is not None}}
     out = study_place(out or run_folder("instructedit", model), name, model)
+    _train(name, model, budget, None if families is None else str(families), out, opening)
+
+
+def _listed() -> list[list[str]]:
+    """Name, minutes on two idle cores with SmolLM2 and question of every study."""
+    from reknow.studies.articles import ARTICLES
+    from reknow.studies.instructedit.domains import QUESTION
+    from reknow.studies.instructedit.editors import STUDIES
+
+    rows = [["tracing", "45", _TRACING], *([key, str(one.minutes), one.question] for key, one in ARTICLES.items())]
+    rows += [[key, "", f"InstructEdit: {one.question}"] for key, one in STUDIES.items()]
+    return [*rows, ["domains", "", f"InstructEdit: {QUESTION}"], ["gradients", "", f"InstructEdit: {_GRADIENTS}"]]
+
+
+def _trace(model: str, limit: int, out: Path, opening: Opening) -> None:
+    """Average indirect effects over the known ones of so many facts of known_1000."""
+    from reknow.cli.tracing import trace_many
+    from reknow.tracing.causal import Tracing
+
+    out = trace_place(out, model, force=False)
     lm = opening.open(model)
-    chosen = None if families is None else str(families)
+    with write_lock(out):
+        trace_many(lm, "known_1000", limit, Tracing(tokens="classes"), out, force=False, as_json=False)
+
+
+def _compare(study: Article, name: str, model: str, out: Path, opening: Opening) -> None:
+    """Runs every part of a study that compares methods, and writes its page."""
+    from reknow.cli.measuring import compare_methods, methods_by_label, ready_methods, report
+    from reknow.studies.comparison import load_sets
+    from reknow.studies.ice.convergence import measure_convergence
+    from reknow.studies.ice.presets import CONVERGENCE, ICE_PRESETS
+
+    run_place(out, "study", model)
+    lm = opening.open(model)
+    for part, preset in study.parts.items():
+        cases, plan = preset.size
+        loaded = load_sets(cases, one_patch=plan.mode == "batch" or plan.batch_size > 1)
+        chosen = {label: one.resolve(lm) for label, one in methods_by_label(preset.methods, []).items()}
+        chosen = ready_methods(lm, chosen)
+        if name == CONVERGENCE:
+            edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
+            measure_convergence(lm, edits, chosen, out, progress=True)
+            continue
+        folders = run_place(out / part, "study", model, loaded.sets)
+        if study.grows:
+            say(f"== {part}")
+        compare_methods(lm, loaded, chosen, plan, folders, script_ppl_r=name in ICE_PRESETS)
+    report(out)
+
+
+def _train(name: str, model: str, budget: dict[str, Any], families: str | None, out: Path, opening: Opening) -> None:
+    """Trains the editors of a study of InstructEdit, and reads them."""
+    from reknow.studies.instructedit.domains import domain_study
+    from reknow.studies.instructedit.editors import Budget, run_study
+    from reknow.studies.instructedit.gradients import gradient_study
+
+    given = Budget(**budget)
+    lm = opening.open(model)
     with write_lock(out):
         if name == "gradients":
-            return say(*gradient_study(lm, out, budget, families=chosen, on_progress=say))
+            return say(*gradient_study(lm, out, given, families=families, on_progress=say))
         if name == "domains":
-            text = domain_study(lm, out, budget, on_progress=say)
+            text = domain_study(lm, out, given, on_progress=say)
         else:
-            text = run_study(lm, name, out, budget, families=chosen, on_progress=say)
+            text = run_study(lm, name, out, given, families=families, on_progress=say)
     say(text, f"wrote {out / name}.md, .csv and .json")

@@ -70,7 +70,7 @@ def trace(
     if edit is not None:
         return _trace_one(lm, edit, settings, out, as_json)
     with write_lock(out):
-        _trace_many(lm, facts or _FACTS, limit or _LIMIT, settings, out, force, as_json)
+        trace_many(lm, facts or _FACTS, limit or _LIMIT, settings, out, force, as_json)
 
 
 def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) -> None:
@@ -94,7 +94,8 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
     say(*map(str, pictures))
 
 
-def _trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, force: bool, as_json: bool) -> None:
+def trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, force: bool, as_json: bool) -> None:
+    """Traces the known ones among the first facts of a set, goes on where it was, and shows their averages."""
     from reknow.datasets.facts import load_facts
     from reknow.files.atomic import append_line
     from reknow.report.trace_plots import average_figure, effect_bars, save_figure

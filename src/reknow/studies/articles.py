@@ -1,0 +1,124 @@
+"""The studies of the articles that this library began with, sized for a model that others trained.
+
+A size finishes within an hour on two idle cores with a model of 135M parameters (`demo:smollm2`): `minutes` says how
+long that takes, by the seconds of single edits and readings (docs/studies.md). The presets of `bench` are the same
+studies in the size of the bundled models, a twentieth as large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from reknow.datasets import sample_text
+from reknow.evaluation.plan import Plan
+from reknow.studies.preset import Preset, Selection, Size, plain
+from reknow.studies.presets import PRESETS
+
+__all__ = ["ARTICLES", "Article", "sized"]
+
+
+class Article(NamedTuple):
+    """A study of an article: what it asks, and the runs that answer it."""
+
+    question: str
+    parts: Mapping[str, Preset]
+    """Folder of each run under the study's → what is run; `""`: the study's own folder."""
+    minutes: int
+    """On two idle cores with `demo:smollm2`."""
+    grows: bool = False
+    """Whether its parts differ in how many edits hold at once, so that one page shows them by that number, with the
+    perplexity of plain text."""
+
+
+def sized(study: Article, limit: int | None = None, *, full: bool = False) -> Article:
+    """The study in its full size, or over at most so many cases of each set; plain text is added where it is read."""
+    return study._replace(parts={name: _sized(study, each, limit, full) for name, each in study.parts.items()})
+
+
+def _sized(study: Article, preset: Preset, limit: int | None, full: bool) -> Preset:
+    cases, plan = (preset.full or preset.size) if full else preset.size
+    if limit is not None:
+        limits = {name: min(limit, most) for name, most in cases.limits.items()}
+        cases = cases._replace(limit=min(limit, limit if cases.limit is None else cases.limit), limits=limits)
+    if study.grows:
+        plan = replace(plan, held_out=_plain_text())
+    return preset._replace(size=Size(cases, plan))
+
+
+def _plain_text() -> tuple[str, ...]:
+    """Paragraphs of general text, about a thousand tokens: those of the most usual lengths."""
+    texts = sorted(sample_text(), key=len)
+    middle = len(texts) // 2
+    return tuple(texts[middle : middle + _PARAGRAPHS])
+
+
+_PARAGRAPHS = 8
+_KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
+
+
+def _of(name: str, cases: Selection | None = None, plan: Plan | None = None, methods: tuple[str, ...] = ()) -> Preset:
+    """A preset with other cases, another plan or some of its methods."""
+    preset = PRESETS[name]
+    some = tuple(variant for variant in preset.methods if not methods or variant.label in methods)
+    return preset._replace(methods=some, size=Size(cases or preset.size.cases, plan or preset.size.plan))
+
+
+def _growing(methods: tuple[str, ...], batches: tuple[int, ...], sequence: int, checkpoints: tuple[int, ...]):
+    """Runs of CounterFact: 20 edits each by itself, some in one patch, and a sequence in turns of ten."""
+
+    def run(limit: int, plan: Plan) -> Preset:
+        cases = Selection("counterfact", limit, probes_per_name=2)
+        return Preset("", plain(*methods), Size(cases, plan), Size(cases._replace(limit=3 * limit), plan))
+
+    turns = Plan("sequential", batch_size=10, checkpoints=checkpoints, generate=False)
+    parts = {"single": run(20, Plan(generate=False))}
+    parts |= {f"batch-{size}": run(size, Plan("batch", generate=False)) for size in batches}
+    return {**parts, "sequence": run(sequence, turns)}
+
+
+_CONTINUAL = ("ice", "ft-m@article", "ft-l@article", "ft-m", "memit", "rome")
+
+ARTICLES: dict[str, Article] = {
+    "zsre": Article(
+        "EasyEdit: editing against fine-tuning on ZsRE, single edits.",
+        {"": _of("zsre-table", Selection("knowedit-zsre", 40, probes_per_name=2))},
+        60,
+    ),
+    "ice-table": Article(
+        "ICE, Table 1: single edits, against fine-tuning, ROME and MEMIT.",
+        {"": _of("ice-table")},
+        60,
+    ),
+    "ice-ablation": Article("ICE, Tables 2 and 4: targets, contexts, sampling.", {"": _of("ice-ablation")}, 60),
+    "ice-lambda": Article("ICE, Table 3: how much consistency.", {"": _of("ice-lambda")}, 60),
+    "ice-continual": Article(
+        "ICE, Table 5: 100 edits one after the other, all kept.",
+        {
+            "": _of(
+                "ice-continual",
+                Selection(_KNOWEDIT, 30, {"wikibio": 10}, probes_per_name=2, one_run=True),
+                Plan("sequential", checkpoints=(50,), fluency=True, fluency_every=10),
+                _CONTINUAL,
+            )
+        },
+        60,
+    ),
+    "ice-convergence": Article(
+        "ICE, Figures 2 and 3: losses by step, the consistency condition.", {"": _of("ice-convergence")}, 30
+    ),
+    "memories": Article(
+        "Memories beside the weights under 1, 10, 100 and 300 edits.",
+        _growing(("grace", "melo", "wise", "ike", "ike-zero", "serac"), (), 300, (10, 100)),
+        60,
+        grows=True,
+    ),
+    "mass": Article(
+        "Many edits, in one patch and in turns of ten.",
+        _growing(("memit", "alphaedit", "rome"), (10, 100, 300), 300, (10, 100)),
+        60,
+        grows=True,
+    ),
+}
+"""Name → study."""
