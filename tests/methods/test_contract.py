@@ -23,6 +23,7 @@ from reknow.editing.search import ValueSearchMethod
 from reknow.errors import EditFailed, EditRefused, InputError, ModelError, ReknowError
 from reknow.memories.base import MemoryMethod
 from reknow.methods import Method
+from reknow.progress import Stage, progress
 from reknow.registry import NEED_A_SUBJECT
 
 pytestmark = pytest.mark.contract
@@ -127,6 +128,19 @@ def test_contract(models, name, family, tmp_path):
     assert loaded.id == patch.id
     with lm.patched(loaded):
         assert same(bits(lm), edited) and answers(lm) == said
+
+
+def test_an_edit_says_how_far_it_is(models, name):
+    lm, heard = models["llama"], dict[Stage, list[float]]()
+    editor = quick(name, lm)
+    with progress.reported_to(lambda stage: heard.setdefault(stage, []).append(stage.done)):
+        editor.edit(lm, [EDIT, OTHER])
+    own, *inside = heard
+    counted = {stage: done for stage, done in heard.items() if stage.total}
+    assert own.what == name and all(stage.path[0] is own for stage in inside)
+    assert counted, "something that takes long is counted"
+    for stage, done in counted.items():
+        assert done == sorted(done) and done[-1] == stage.total, f"{stage} goes forwards, and to its end"
 
 
 def test_two_edits_in_one_call(models, name):

@@ -144,9 +144,11 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     patch = method.edit(lm, edits)
     seconds = time.perf_counter() - started
     facts = control_facts(lm, edits)
-    before = observe(lm, edits, facts)
-    with lm.patched(patch):
-        after = observe(lm, edits, facts)
+    with lm.progress.stage("reading before and after", 2) as advance:
+        before = observe(lm, edits, facts)
+        advance()
+        with lm.patched(patch):
+            after = observe(lm, edits, facts)
     if weight_bits(lm.model) != bits:
         raise EditFailed(
             "expected the base model back bit for bit; got other weights: nothing was written, report it"

@@ -111,7 +111,7 @@ def trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, forc
         raise InputError(
             f"expected facts that {lm.name} knows; of {len(facts)} it knows none: read more with --limit"
         )
-    for number, fact in enumerate(known, 1):
+    for number, fact in lm.progress.each("tracing", [*enumerate(known, 1)], unit="facts"):
         if fact.text in done:
             continue
         done.add(fact.text)

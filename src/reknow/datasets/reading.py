@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from reknow.datasets.sources import download, read_text
 from reknow.edits import Edit, check_encodable
 from reknow.errors import InputError
+from reknow.progress import progress
 from reknow.texts.templates import escape_braces, split_template
 from reknow.texts.writing import find_all
 
@@ -192,7 +193,8 @@ def read_records(
             f"expected a JSON array of records in {name}; got brackets nested without end: correct it"
         ) from None
     entries = whole if isinstance(whole, list) else _split_lists(whole, name)
-    records = (_make_record(entry, f"{name}, record {index}", index, refused) for index, entry in enumerate(entries))
+    numbered = enumerate(progress.each(f"reading {name}", entries, unit="records"))
+    records = (_make_record(entry, f"{name}, record {index}", index, refused) for index, entry in numbered)
     return [record for record in records if record is not None]
 
 
@@ -233,7 +235,7 @@ def _is_object(line: str) -> bool:
 def _json_lines(text: str, name: str, refused: dict[int, str] | None) -> Iterator[Record]:
     # Not splitlines(): JSON texts may hold U+2028 and other characters that it takes for line ends.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    for index, (number, line) in enumerate(lines):
+    for index, (number, line) in enumerate(progress.each(f"reading {name}", lines, unit="records")):
         try:
             fields = _parse(line)
         except (json.JSONDecodeError, RecursionError) as error:

@@ -42,7 +42,7 @@ class BandMethod(ValueSearchMethod):
         deltas: dict[str, Delta] = {}
         self.keep_statistics(lm, layers)
         with lm.restored_afterwards():
-            for i, layer in enumerate(layers):
+            for i, layer in lm.progress.each("writing", [*enumerate(layers)], unit="layers"):
                 keys = subjects.keys(layer)  # (facts, in)
                 missing = z - subjects.states(layers[-1], self.rules.site)  # (facts, hidden)
                 right = least_squares(

@@ -36,7 +36,6 @@ def descend(
     steps: int,
     finished: Callable[[Tensor], Tensor],
     *,
-    parts: float = 0,
     shuffle: torch.Generator | None = None,
     after_pass: Callable[[int], object] = lambda step: None,
 ) -> list[list]:
@@ -49,7 +48,6 @@ def descend(
         steps: passes at most.
         finished: which of these losses need no update any more, boolean: one per item, or one for all. It is asked
             for each batch before its update, and for the whole pass whether the descent is at its end.
-        parts: of the work around it, for the estimate of what is left; see `Progress.stage`.
         shuffle: draws another order of the batches for every pass; None: as they stand.
         after_pass: called with the number of the pass, from 0.
 
@@ -61,7 +59,7 @@ def descend(
     """
     order = list(range(len(batches)))
     passes: list[list] = []
-    for step in progress.each("learning", range(steps), unit="passes", parts=parts):
+    for step in progress.each("learning", range(steps), unit="passes", parts=1):
         if shuffle is not None:
             order = torch.randperm(len(batches), generator=shuffle).tolist()
         losses: dict[int, Tensor] = {}

@@ -53,7 +53,7 @@ def train_each(
     parts = [order[start : start + count] for start in range(0, len(order), count)]
     for part in progress.each("edits", parts, unit="batches"):
         deltas = _IndependentDeltas(lm, [rows[i] for i in part], [pairs[i] for i in part], layer, step_size)
-        passes = descend([deltas.losses], deltas.update, steps, lambda losses: losses < stop_loss, parts=1)
+        passes = descend([deltas.losses], deltas.update, steps, lambda losses: losses < stop_loss)
         for i, change, course in zip(part, deltas.changes, zip(*passes, strict=True), strict=True):
             end = next((step for step, loss in enumerate(course, 1) if loss < stop_loss), len(course))
             trained[i] = change.clone(), list(course[:end])

@@ -145,7 +145,9 @@ class ValueSearchMethod(Method):
         def compute() -> Tensor:
             from reknow.editing.covariance import covariance  # data sets and caches are loaded for it alone
 
-            return make(covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text), *settings)
+            found = covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
+            with lm.progress.stage(f"decomposing a covariance of {len(found):,} × {len(found):,}"):
+                return make(found, *settings)
 
         key = ("covariance", make.__name__, name, str(device), *source, *settings)
         return lm.cached(key, compute, budget=budget)

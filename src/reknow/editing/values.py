@@ -79,7 +79,7 @@ def find_values(
     index = _delta_index(edits, method.rules.merge_subjects)
     groups = group_facts(facts, index, *token_budget(lm))
     found = []
-    for group in progress.each("searching", groups, unit="groups of facts"):
+    for group in progress.each("searching", groups, unit="groups of facts", parts=1):
         _, own_index = torch.tensor([index[i] for i in group]).unique(return_inverse=True)
         found.append(_search_group(lm, [facts[i] for i in group], weights, own_index, layer, method))
     order = torch.tensor([i for group in groups for i in group]).argsort()

@@ -29,11 +29,13 @@ from reknow.export.plain import find_adapters, merge_adapters, narrow_weights, r
 from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import mark_files, marked_files, output_folder
 from reknow.lm import LM
+from reknow.model.bars import bars_as_stages
 from reknow.model.exclusive import typed_exclusively
 from reknow.patching.deltas import LowRank, factorize
 from reknow.patching.patches import merge
 from reknow.patching.peft_folder import describe_base, write_adapter
 from reknow.patching.record import check_weights
+from reknow.progress import progress
 
 _COMPANIONS = (
     IMAGE_PROCESSOR_NAME,
@@ -115,7 +117,8 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     other, as many models have them, but does not write them."""
     settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        model.save_pretrained(folder)
+        with bars_as_stages(), progress.stage(f"writing {model.num_parameters():,} numbers"):
+            model.save_pretrained(folder)
     finally:
         model.generation_config = settings
     if settings is not None:
@@ -210,7 +213,7 @@ def export_lora(
         raise InputError(f"expected a max_rank of at least 1; got {limit}: raise it")
     factors: dict[str, LowRank] = {}
     error = 0.0
-    for name, delta in merge(lm.patches).deltas.items():
+    for name, delta in progress.each("factorizing", merge(lm.patches).deltas.items(), unit="matrices"):
         exact, lost = factorize(delta, limit)
         if lost > 1e-6 and not truncate:
             raise PatchError(

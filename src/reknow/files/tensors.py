@@ -22,6 +22,7 @@ from torch import Tensor
 
 from reknow.files.atomic import atomic_write
 from reknow.files.schema import FormatError, Object, Strict, check_regular, first_problem, parse_json
+from reknow.progress import progress
 
 _Form = TypeVar("_Form", bound=Strict)
 _HEADER, _DIGEST = "reknow", "sha256"
@@ -86,7 +87,8 @@ def write_tensors(
         if owners.setdefault(tensor.untyped_storage().data_ptr(), name) != name and tensor.numel():
             kept[name] = tensor.clone()
     texts = {**metadata, _DIGEST: digest(metadata, kept)}
-    return atomic_write(path, lambda new: save_file(kept, new, metadata=texts))
+    with progress.stage(f"writing {Path(path).name}"):
+        return atomic_write(path, lambda new: save_file(kept, new, metadata=texts))
 
 
 def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -125,7 +127,8 @@ def read_tensors(path: str | Path) -> Sealed:
         places = {name: _Place.of(name, value) for name, value in header.items()}
         _check_places(places, size - 8 - length)
         tensors = {}
-        for name, place in sorted(places.items(), key=lambda item: item[1].data_offsets):
+        ordered = sorted(places.items(), key=lambda item: item[1].data_offsets)
+        for name, place in progress.each(f"reading {Path(path).name}", ordered, unit="tensors"):
             tensors[name] = torch.empty(place.shape, dtype=_DTYPES[place.dtype])
             if tensors[name].numel() and file.readinto(_bytes(tensors[name])) != tensors[name].nbytes:
                 raise FormatError("it was cut short while it was read")

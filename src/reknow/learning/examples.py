@@ -21,6 +21,7 @@ from reknow.lm import LM
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import Text, split_by_length
+from reknow.progress import progress
 
 LocalityTokens = Literal["all", "answer"]
 Averaging = Literal["tokens", "texts"]
@@ -226,7 +227,7 @@ def mean_over_batches(
 ) -> dict[str, float]:
     """The mean of what `measure` gives, over all cases in batches of `size`, which are always the same."""
     sums: dict[str, float] = {}
-    for start in range(0, len(cases), size):
+    for start in progress.each("reading cases", range(0, len(cases), size), unit="batches"):
         batch = cases[start : start + size]
         for name, value in measure(batch, random.Random(start)).items():
             sums[name] = sums.get(name, 0.0) + value * len(batch) / len(cases)

@@ -103,7 +103,7 @@ def flat_factors(
     """
     pieces: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     total = 0.0
-    for batch in make_batches([len(row.ids) for row in rows]):
+    for batch in lm.progress.each("reading gradients", make_batches([len(row.ids) for row in rows]), unit="batches"):
         factors, loss = gradient_factors(lm, names, [rows[i] for i in batch], answers_only=answers_only)
         total += loss * len(batch)
         for name in names:

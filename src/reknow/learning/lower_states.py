@@ -82,7 +82,8 @@ class LowerStates:
         """Runs the blocks below for these texts."""
         rows = [EncodedText(row.ids[:-1], min(row.prompt_length, len(row.ids) - 1)) for row in rows]
         name = self._lm.parts.blocks[self._layer]
-        for part in make_batches([len(row.ids) for row in rows], self._lm.device):
+        parts = make_batches([len(row.ids) for row in rows], self._lm.device)
+        for part in self._lm.progress.each("reading texts", parts, unit="batches"):
             batch = self._lm.pad([rows[i] for i in part])
             with recorded(self._lm.model, [name], stop=True) as (seen, _), self._kinds_noted():
                 self._lm.forward(batch.ids, batch.mask, batch.positions, None)

@@ -34,9 +34,10 @@ def embed_texts(lm: LM, texts: Sequence[str], encoder: str | None = None) -> Ten
         InputError: the encoder cannot be loaded.
     """
     if encoder is not None:
-        encoded = _sentence_encoder(lm, encoder).encode(
-            list(texts), convert_to_tensor=True, show_progress_bar=False, batch_size=64
-        )
+        with lm.progress.stage(f"reading {len(texts):,} texts with {encoder}"):
+            encoded = _sentence_encoder(lm, encoder).encode(
+                list(texts), convert_to_tensor=True, show_progress_bar=False, batch_size=64
+            )
         vectors = encoded.clone()  # made in inference mode, where autograd could not use it
     else:
         rows = encode_ends(lm, texts)

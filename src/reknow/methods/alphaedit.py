@@ -79,7 +79,7 @@ class AlphaEdit(ValueSearchMethod):
         found, z = None, None
         self.keep_statistics(lm, layers)
         with lm.restored_afterwards():
-            for i, layer in enumerate(layers):
+            for i, layer in lm.progress.each("writing", [*enumerate(layers)], unit="layers"):
                 if z is None or self.boundary_layers:
                     target = layer if self.boundary_layers else layers[-1]
                     found = find_values(lm, edits, target, prefixes, self)

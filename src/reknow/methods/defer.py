@@ -81,7 +81,7 @@ class DEFER(SideModuleMethod):
         edits, layer, modules, stored, notes = prepare(self, lm, edits)
         gate = self.running_memory(lm, stored) if stored else Gate.new(lm, modules[0], self.threshold, self.seed)
         first = len(gate.moves)
-        notes["losses"] = [self._train(lm, edit, layer, gate) for edit in edits]
+        notes["losses"] = [self._train(lm, edit, layer, gate) for edit in lm.progress.each("edits", edits)]
         state = {"signs": gate.signs[first:], "moves": gate.moves[first:], "opened": gate.opened[first:]}
         if not stored:
             state |= {"map": gate.map, "gate": gate.gate}

@@ -79,7 +79,8 @@ class KN(Method):
                 edit,
             )
         prompts = [edit.text, *(edit.fill(paraphrase) for paraphrase in edit.rephrasings)]
-        scores = [attribute_neurons(lm, prompt, old, self.steps, edit.separator) for prompt in prompts]
+        asked = lm.progress.each("reading prompts", prompts, parts=1)
+        scores = [attribute_neurons(lm, prompt, old, self.steps, edit.separator) for prompt in asked]
         neurons = select_neurons(scores, self.threshold, self.prompt_share)
         if not neurons:
             raise EditFailed(
@@ -154,7 +155,7 @@ def attribute_neurons(lm: LM, prompt: str, answer: str, steps: int, separator: s
     targets = torch.tensor([row.ids[end] for end in ends for _ in range(steps)], device=lm.device)
     scale = torch.linspace(0, 1, steps, device=lm.device).repeat(len(ends))[:, None]  # (rows, 1)
     found = []
-    for layer in range(lm.layers):
+    for layer in lm.progress.each("integrating gradients", range(lm.layers), unit="layers", parts=1):
         replay = BlockReplay(lm, batch, layer, column)
         weight = lm.weight(lm.parts.value[layer]).float()  # (out, in)
         key = replay.key.float()  # (rows, in)

@@ -88,7 +88,7 @@ class MELO(SideModuleMethod):
         first, size = sum(patch.memory["opened"] for patch in stored), self.block_size
         trained = [
             self._train(lm, rows[start : start + size], layer, modules, first + i)
-            for i, start in enumerate(range(0, len(rows), size))
+            for i, start in lm.progress.each("blocks of edits", [*enumerate(range(0, len(rows), size))])
         ]
         state = {"keys": keys}
         for i, module in enumerate(modules):

@@ -84,7 +84,7 @@ class UltraEdit(Method):
         own: dict[str, RunningNorm] = {}
         deltas: dict[str, Delta] = {}
         losses = []
-        for start in range(0, len(rows), self.batch_size):
+        for start in lm.progress.each("edits", range(0, len(rows), self.batch_size), unit="batches"):
             # The statistics so far are part of what the next batch needs, the changes too.
             with lm.patched(*([make_patch(self, lm, edits, deltas)] if deltas else [])):
                 factors, loss = flat_factors(lm, names, rows[start : start + self.batch_size], answers_only=True)

@@ -112,7 +112,7 @@ class WISE(SideModuleMethod):
         shards = read_shards(stored, shape)
         state: dict[str, Tensor] = {}
         distances, notes["losses"] = [], []
-        for number, edit in enumerate(edits, known):
+        for number, edit in lm.progress.each("edits", [*enumerate(edits, known)]):
             index = number // size
             if index not in shards:
                 shards[index] = Shard.new(shape, share, self.seed + index)

@@ -193,7 +193,7 @@ class Decoder(ABC):
         """
         found = [defaultdict[str, list[Tensor]](list) for _ in ModuleStates._fields]
         parts = make_batches([len(row.ids) for row in rows], self.device)
-        for part in parts:
+        for part in progress.each("reading states", parts, unit="batches"):
             batch = self.pad([rows[i] for i in part], anchors=[columns[i] for i in part])
             column = max(columns[i] for i in part)
             with recorded(self.model, inputs, outputs, stop=True) as seen:

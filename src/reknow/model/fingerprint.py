@@ -11,6 +11,7 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 
 from reknow.errors import PatchError
+from reknow.progress import progress
 
 _SAMPLES = 4096
 """How many weights are compared."""
@@ -96,7 +97,7 @@ def weight_bits(model: nn.Module) -> dict[str, str]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {
         name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
-        for name, tensor in tensors.items()
+        for name, tensor in progress.each("reading every bit of the weights", tensors.items(), unit="tensors")
         if tensor.device.type != "meta"
     }
 

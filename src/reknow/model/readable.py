@@ -18,7 +18,7 @@ def find_unreadable(lm: Decoder, cases: Sequence[Case], *, in_context: bool = Fa
     Args:
         in_context: they are also asked with the edit in front.
     """
-    return [_unread(lm, case, in_context) for case in cases]
+    return [_unread(lm, case, in_context) for case in lm.progress.each("checking lengths", cases, unit="cases")]
 
 
 def _unread(lm: Decoder, case: Case, in_context: bool) -> str | None:

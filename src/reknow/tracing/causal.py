@@ -36,6 +36,7 @@ from reknow.model.exclusive import typed_exclusively
 from reknow.model.generation import decode
 from reknow.model.parts import embedding_matrix
 from reknow.model.tokens import EncodedText, Text
+from reknow.progress import progress
 from reknow.texts.templates import fill, split_template
 from reknow.tracing.known import known_facts
 from reknow.tracing.restoration import Prompt, RestorationKind, list_restorations
@@ -254,9 +255,11 @@ def measure_restorations(
     """Per kind the answer's mean probability for every restored (token, layer), NaN elsewhere. (tokens, layers)"""
     runs = [run for kind in kinds for run in list_restorations(kind, layers, window)]
     tables: dict[RestorationKind, Tensor] = {kind: torch.full((prompt.width, layers), math.nan) for kind in kinds}
-    for column, probabilities in prompt.restored(columns, runs):
-        for run, probability in zip(runs, probabilities, strict=True):
-            tables[run.kind][column, run.layer] = probability
+    with progress.stage("restoring", len(columns), unit="tokens", parts=1) as advance:
+        for column, probabilities in prompt.restored(columns, runs):
+            for run, probability in zip(runs, probabilities, strict=True):
+                tables[run.kind][column, run.layer] = probability
+            advance()
     return tables
 
 

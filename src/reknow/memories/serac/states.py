@@ -65,7 +65,7 @@ class _OwnStates:
         lengths = [len(row.ids) for row in rows]
         states = torch.zeros(len(rows), max(lengths), self.features, device=lm.device)
         with lm.unpatched():
-            for indices in make_batches(lengths):
+            for indices in lm.progress.each("reading texts", make_batches(lengths), unit="batches"):
                 batch = lm.pad([rows[i] for i in indices], anchors=[0] * len(indices))
                 with recorded(lm.model, self._names, stop=True) as (seen, _):
                     lm.forward(batch.ids, batch.mask, batch.positions, None)
