@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from conftest import make_lm
 from reknow import LM
 from reknow.model.scored_tokens import AnswerLoss, ScoredTokens, predictions
 from reknow.model.tokens import Text
@@ -35,3 +36,16 @@ def test_losses_of_rows_are_means_over_their_tokens_in_the_order_of_the_rows(lm,
         alone = torch.stack([nll(lm, text).mean() for text in texts])
         assert torch.allclose(scored.row_nll(), alone, atol=1e-4)
         assert torch.allclose(AnswerLoss(lm, rows, 1).nll(), alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "bloom"])
+def test_what_was_said_at_first_stays(family):
+    lm = make_lm(family)
+    rows = lm.encode([Text("The capital of Peru is", "Lima"), Text("I am", "in Lima and Paris"), Text("Paris", "is")])
+    scored = ScoredTokens(lm, rows, [predictions(row, row.prompt_length) for row in rows], 1, keep=True)
+    before = scored.log_probs()
+    first = scored.log_probs_at_first()
+    torch.testing.assert_close(first, before, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        lm.weight(lm.parts.value[2]).mul_(-1)
+    assert torch.equal(scored.log_probs_at_first(), first) and not torch.allclose(scored.log_probs(), before)

@@ -144,7 +144,7 @@ class _TextBatch:
             here = [rows[i] for i in batch]
             pairs = [predictions(row, row.prompt_length if answers_only else 1) for row in here]
             numbers = torch.tensor([texts[i][0] for i in batch], device=lm.device)
-            self._batches.append((numbers, ScoredTokens(lm, here, pairs, layer)))
+            self._batches.append((numbers, ScoredTokens(lm, here, pairs, layer, keep=True)))
             in_answer += [at + 1 >= row.prompt_length for row, of in zip(here, pairs, strict=True) for at, _ in of]
         starts = accumulate((len(numbers) for numbers, _ in self._batches), initial=0)
         scored = [scored for _, scored in self._batches]
@@ -159,6 +159,10 @@ class _TextBatch:
             with edited(numbers):
                 log_probs.append(scored.log_probs())
         return torch.cat(log_probs)
+
+    def log_probs_before(self) -> Tensor:
+        """The same of the model as it is when the texts are first read, where a layer was given."""
+        return torch.cat([scored.log_probs_at_first() for _, scored in self._batches])
 
     def mean(self, values: Tensor, over: Averaging) -> Tensor:
         """The mean of a value for each scored place, over all of them or over the texts' means. Scalar."""
@@ -196,8 +200,7 @@ class ExampleBatch:
         out_of_scope = [(i, text) for i, example in enumerate(examples) for text in example.out_of_scope]
         self._in_scope = _TextBatch(lm, in_scope, None, answers_only=True)
         self._out_of_scope = _TextBatch(lm, out_of_scope, layer, answers_only=locality_tokens == "answer")
-        with torch.no_grad():
-            self._before = self._out_of_scope.log_probs()
+        self._before = self._out_of_scope.log_probs_before()
 
     def losses(self, edited: _Edited, smoothing: float = 0.0) -> Losses:
         """How the edited model reads them, differentiably.

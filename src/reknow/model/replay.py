@@ -114,6 +114,9 @@ class BlockReplay:
     to its left in any layer and nothing in the layers below, so neither is computed again. Where the addition
     reaches the block's output unchanged (`parts.residual_identity`) the block itself is not run either.
 
+    Args:
+        keep: what that one run gives is kept for `logits_at_first`.
+
     Attributes:
         keys: input of the value matrix at `column` and behind it. (rows, columns, in)
         key: the same at `column`. (rows, in)
@@ -122,8 +125,8 @@ class BlockReplay:
         block: the layer's output, there. (rows, hidden)
     """
 
-    def __init__(self, lm: Decoder, batch: Batch, layer: int, column: int):
-        self.lm, self.batch, self.layer, self.column = lm, batch, layer, column
+    def __init__(self, lm: Decoder, batch: Batch, layer: int, column: int, *, keep: bool = False):
+        self.lm, self.batch, self.layer, self.column, self._keep = lm, batch, layer, column, keep
         self.name = lm.parts.value[layer]
         # A memory decides at the prompt's last token, and what it decides may change every column before.
         self._start = column if lm.parts.replayable and not lm.hooked else 0
@@ -186,8 +189,10 @@ class BlockReplay:
         replayed = [model.get_submodule(name) for name in blocks[self.layer :] if self.lm.parts.replayable]
         hooks = (partial(block.register_forward_pre_hook, keep, with_kwargs=True) for block in replayed)
         outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
-        with hooked(*hooks), recorded(model, [self.name], outputs) as (seen_in, seen_out):
+        last = dict.fromkeys(blocks[-1:] if self._keep else ())
+        with hooked(*hooks), recorded(model, [self.name], dict.fromkeys(outputs) | last) as (seen_in, seen_out):
             self._run(slice(self._start, width), _copy_cache(self._cache), logits_to_keep=1)
+        self._last = seen_out[blocks[-1]] if self._keep else None
         self._context = self.lm.running.context
         self._block_output = seen_out[outputs[2]]  # (rows, columns, hidden)
         states = (seen_in[self.name], *(seen_out[name] for name in outputs))
@@ -227,6 +232,15 @@ class BlockReplay:
             wanted[rows, columns - self._start] = True  # a place may be asked for twice
             self._asked = rows, columns, wanted.nonzero(as_tuple=True)
         return self._asked[2]
+
+    @torch.no_grad()
+    def logits_at_first(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Logits at (rows[i], columns[i]) with the weights as they were at the one run; where blocks cannot be
+        replayed, as they are now. (n, vocabulary)"""
+        if not self.lm.parts.replayable:
+            return self.rerun(rows, columns)
+        assert self._last is not None, "it was asked to keep them"
+        return apply_head(self.lm, self._last[rows, columns - self._start])
 
     def rerun(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at (rows[i], columns[i]) with the weights of the blocks as they are now. (n, vocabulary)"""

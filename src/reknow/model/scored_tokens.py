@@ -29,6 +29,7 @@ class ScoredTokens:
         pairs: per row, (index of the token that predicts, token predicted); what follows the last one is cut off.
         layer: the blocks below this one are run once and reused; None: every pass runs all, which is cheaper for
             rows that are read once or twice.
+        keep: with a layer, what that one run says is kept for `log_probs_at_first`.
 
     Attributes:
         of_row: (n,) row of each scored place, in the order of `pairs`.
@@ -41,7 +42,13 @@ class ScoredTokens:
     """
 
     def __init__(
-        self, lm: Decoder, rows: Sequence[EncodedText], pairs: Sequence[Sequence[tuple[int, int]]], layer: int | None
+        self,
+        lm: Decoder,
+        rows: Sequence[EncodedText],
+        pairs: Sequence[Sequence[tuple[int, int]]],
+        layer: int | None,
+        *,
+        keep: bool = False,
     ):
         ends = [max(column for column, _ in scored) + 1 for scored in pairs]
         rows = [EncodedText(row.ids[:end], min(row.prompt_length, end)) for row, end in zip(rows, ends, strict=True)]
@@ -55,7 +62,7 @@ class ScoredTokens:
         self.places[self.of_row, self._columns] = True
         lengths = torch.tensor([len(scored) for scored in pairs], device=lm.device)
         self._shares = 1 / lengths[self.of_row]  # (n,)
-        self._replay = None if layer is None else BlockReplay(lm, self._batch, layer, 0)
+        self._replay = None if layer is None else BlockReplay(lm, self._batch, layer, 0, keep=keep)
 
     @property
     def keys(self) -> Tensor:
@@ -78,6 +85,11 @@ class ScoredTokens:
         inputs = (batch.ids, batch.mask, batch.positions, None)
         logits = self._lm.forward(*inputs, ends=batch.ends, logits_to_keep=keep).logits
         return logits[:, -keep:][self.of_row, self._columns - first].float().log_softmax(-1)
+
+    def log_probs_at_first(self) -> Tensor:
+        """`log_probs` with the weights as they were when the blocks below were run. (n, vocabulary)"""
+        assert self._replay is not None, "a layer was given"
+        return self._replay.logits_at_first(self.of_row, self._columns).float().log_softmax(-1)
 
     def nll(self, added: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each predicted token, in nats; see `log_probs`. (n,)"""
