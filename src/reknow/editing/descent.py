@@ -20,7 +20,7 @@ from torch import Tensor
 from reknow.checks.bounds import Formerly, NonNegative, Rate, Units
 from reknow.lm import LM
 from reknow.model.exact import finite_loss
-from reknow.model.hooks import fused_gelu, weight_replaced
+from reknow.model.hooks import weight_replaced
 from reknow.patching.deltas import Delta, Dense
 from reknow.progress import progress
 
@@ -140,7 +140,6 @@ class TrainableMatrices:
     def in_use(self):
         """While open, the model computes with the copies."""
         with ExitStack() as stack:
-            stack.enter_context(fused_gelu(self._lm.model))
             for name, weight in self._weight.items():
                 stack.enter_context(weight_replaced(self._lm.model.get_submodule(name), weight))
             yield

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from reknow.editing.descent import StepSize, descend
 from reknow.lm import LM
-from reknow.model.hooks import fused_gelu
 from reknow.model.scored_tokens import ScoredTokens
 from reknow.model.tokens import EncodedText
 from reknow.progress import progress
@@ -99,7 +98,7 @@ class _IndependentDeltas:
         """Mean loss of each row's scored tokens; 0 for those that have left. (rows,)"""
         if 4 * len(self._running) <= 3 * len(self._inside):
             self._read(self._running)
-        with fused_gelu(self._lm.model), torch.enable_grad():
+        with torch.enable_grad():
             self._added = (self._keys @ self._block.mT).requires_grad_()  # (rows, columns, out)
             nll = self._scored.row_nll(self._added)
             return nll.new_zeros(len(self._rows)).index_put((torch.tensor(self._inside, device=nll.device),), nll)

@@ -26,7 +26,6 @@ from reknow.editing.value_batch import FactBatch, Scores, encode_facts, group_fa
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.exact import finite_loss
-from reknow.model.hooks import fused_gelu
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText
 from reknow.progress import progress
@@ -106,17 +105,16 @@ def _search_group(
     def mean(name: str) -> Tensor:
         return sum((batch.mean(name) for batch in context_batches), torch.tensor(0.0))
 
-    with fused_gelu(lm.model):
-        context_batches = split_contexts(lm, facts, weights, layer, method.context_batches)
-        site = method.rules.site if lm.parts.residual_identity else "value"
-        sites = ["attention", site] if method.rules.moves_attention else [site]
-        start = torch.stack([bare(name) for name in sites])  # (sites, facts, hidden)
-        if method.units == "absolute":
-            sizes, units = start.norm(dim=2), start.new_ones(start.shape[:2])
-        else:
-            sizes, units = _relative_units(context_batches, sites, lm.parts.residual_identity)
-        with torch.enable_grad():
-            delta, losses = _descend(context_batches, sizes, units, index.to(start.device), method)
+    context_batches = split_contexts(lm, facts, weights, layer, method.context_batches)
+    site = method.rules.site if lm.parts.residual_identity else "value"
+    sites = ["attention", site] if method.rules.moves_attention else [site]
+    start = torch.stack([bare(name) for name in sites])  # (sites, facts, hidden)
+    if method.units == "absolute":
+        sizes, units = start.norm(dim=2), start.new_ones(start.shape[:2])
+    else:
+        sizes, units = _relative_units(context_batches, sites, lm.parts.residual_identity)
+    with torch.enable_grad():
+        delta, losses = _descend(context_batches, sizes, units, index.to(start.device), method)
     return Values(delta, start[-1], bare("value"), bare("key"), mean("value"), mean("key"), losses)
 
 

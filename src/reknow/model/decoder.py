@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from reknow.errors import InputError, ModelError, TextRefused
 from reknow.model.chat import Chat
 from reknow.model.exclusive import exclusive, exclusively
+from reknow.model.fast_modules import fast_modules
 from reknow.model.forward_context import RunningPass
-from reknow.model.hooks import by_row, fused_gelu, recorded
+from reknow.model.hooks import by_row, recorded
 from reknow.model.parts import Parts, accepts_positions, device_of, embedding_matrix, find_parts
 from reknow.model.tokens import Batch, EncodedText, Text, encode, make_batches, pad
 from reknow.progress import progress
@@ -131,7 +132,7 @@ class Decoder(ABC):
             options["position_ids"] = positions
         self.running.ends = ends
         try:
-            with fused_gelu(self.model):
+            with fast_modules(self.model):
                 return self.model(
                     input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **options
                 )

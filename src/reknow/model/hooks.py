@@ -9,7 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.activations import FastGELUActivation, NewGELUActivation
 
 from reknow.model.exclusive import undo_on_exit
 
@@ -111,14 +110,6 @@ def set_forward(module: nn.Module, forward: Callable | None) -> None:
         module.__dict__.pop("forward", None)
     else:
         module.__dict__["forward"] = forward
-
-
-def fused_gelu(model: nn.Module):
-    """While open, GELU by tanh is torch's, one pass over memory each way; transformers' takes eight, a fifth of the
-    time of a small model's block. The same function up to rounding."""
-    fused = partial(nn.functional.gelu, approximate="tanh")
-    slow = (NewGELUActivation, FastGELUActivation)
-    return forwards_replaced({module: fused for module in model.modules() if isinstance(module, slow)})
 
 
 def weight_replaced(module: nn.Module, weight: Tensor):

@@ -25,6 +25,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
 from reknow.model.bars import bars_as_stages
+from reknow.model.fast_modules import align_weights
 from reknow.model.sources import CONFIG, Source, find_source, readable
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -126,6 +127,7 @@ def _load_source(
     _move(model, device, None)
     if dtype is None and model.dtype == torch.float16 and model.device.type == "cpu":
         model.float()
+    align_weights(model)
     return model, tokenizer
 
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from reknow.model.decoder import Decoder
+from reknow.model.fast_modules import fast_modules
 from reknow.model.hooks import (
     Stop,
     added_at,
@@ -253,11 +254,12 @@ class BlockReplay:
         cache, names = _copy_cache(self._cache), self.lm.parts.blocks[self.layer + skip :]
         columns = columns - self._start
         self.lm.running.context = self._context  # another text may have been read since
-        for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
-            args = (cache if isinstance(a, Cache) else a for a in args)
-            kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
-            hidden = hidden_states(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
-        return apply_head(self.lm, hidden[rows, columns])
+        with fast_modules(self.lm.model):
+            for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
+                args = (cache if isinstance(a, Cache) else a for a in args)
+                kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
+                hidden = hidden_states(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
+            return apply_head(self.lm, hidden[rows, columns])
 
 
 def _mlp_only_at(lm: Decoder, wanted: tuple[Tensor, ...]):
