@@ -182,7 +182,7 @@ def alone(lm: LM, prompt: str, tokens: int) -> list[int]:
     return ids[len(row.ids) :]
 
 
-MARKERS = ("contract", "golden", "slow")
+MARKERS = ("contract", "golden", "real", "slow")
 
 
 def pytest_terminal_summary(terminalreporter):
