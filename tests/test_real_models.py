@@ -80,11 +80,12 @@ def test_smollm2_is_opened_as_it_was_trained(smollm2):
         " French. She is a Canadian",
         " French, and the language of",
         " French.\n\nThe language",
-        " Paris.\n\nThe Eiff",
+        " Paris.\n\nThe E",
         " Tokyo.\n\nThe Japanese",
         " the capital of the country of",
     ]
-    assert smollm2.score([ASKED] * 2, ["French", "English"])[0].nll < 1
+    french, english = smollm2.score([ASKED] * 2, ["French", "English"])
+    assert french.rank == 1 and french.nll == pytest.approx(1.663, abs=0.01) and english.nll > french.nll
 
 
 def test_gemma3_is_opened_as_it_was_trained(gemma3):
