@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from reknow.checks.bounds import NonNegative, Rank, Rate
-from reknow.editing.solvers import cholesky, least_squares, solve
+from reknow.editing.solvers import least_squares
 from reknow.edits import Case, Edit
 from reknow.learning.blocks import MALMENBlock, MatrixGroups, RunningNorm, transform_factors
 from reknow.learning.editors import fill_network
@@ -124,19 +124,18 @@ class MALMENNetwork(nn.Module):
 def surrogate(network: MALMENNetwork, factors: TokenFactors, deltas: Mapping[str, Tensor]) -> Tensor:
     """A scalar whose gradient by the network is that of the loss whose gradient by each ΔW is in `.grad`.
 
-    The gradient goes through the least squares by hand: ∂/∂V = K Mᵀ and ∂/∂λ = −e^λ ⟨M, ΔW⟩ with
-    M = ∇ (KᵀK + e^λ I)⁻¹, all constants, by which V and λ are multiplied.
+    The gradient goes through the least squares by hand: ∂/∂V = A ∇ᵀ and ∂/∂λ = −⟨V, (I − A Kᵀ) A ∇ᵀ⟩ with
+    A = K (KᵀK + e^λ I)⁻¹, all constants, by which V and λ are multiplied.
     """
     total = network.step.new_zeros(())
     shifts = network(factors)
     for i, name in enumerate(network.names):
-        k, gradient, ridge = exact(factors[name][0]), deltas[name].grad, network.ridge(name)
+        k, gradient, shift = exact(factors[name][0]), deltas[name].grad, shifts[name]
         assert gradient is not None
-        gram = k.T @ k
-        gram.diagonal().add_(ridge)
-        m = solve(cholesky(gram), gradient)  # (out, in), float64
-        by_regularization = -ridge * (m * exact(deltas[name].detach())).sum()
-        total = total + ((k @ m.T).float() * shifts[name]).sum() + by_regularization.float() * network.stiffness[i]
+        a = network.weigh(name, k)  # (n, in), float64
+        by_value = a @ exact(gradient).T  # (n, out)
+        by_regularization = -(exact(shift.detach()) * (by_value - (a @ k.T) @ by_value)).sum()
+        total = total + (by_value.float() * shift).sum() + by_regularization.float() * network.stiffness[i]
     return total
 
 
