@@ -175,6 +175,7 @@ def run_child(options: argparse.Namespace) -> None:
             easyedit=options.easyedit,
             model=options.model,
             layer=options.layer,
+            known=options.known,
             data=tuple(options.data),
             tests=options.tests,
         )
@@ -187,7 +188,7 @@ def run_child(options: argparse.Namespace) -> None:
             "real": lambda: gpu_parts.real(setting),
         }
         found = {"found": runs[options.child]()}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {error}", "log": traceback.format_exc()[-3000:]}
     keep(options.out / f"{options.child}.json", {**found, "about": about | machine()})
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument(
         "--layer", type=int, default=3, help="where the real model is edited; -1: where it is suggested"
     )
+    parser.add_argument("--known", type=int, default=20, help="how many facts that the real model knows, of each set")
     parser.add_argument(
         "--data", type=Path, nargs="+", default=[], help="EasyEdit's counterfact-*.json, for more facts"
     )

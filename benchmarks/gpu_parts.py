@@ -58,6 +58,8 @@ class Setting:
     model: str = "demo:smollm2"
     layer: int | None = None
     """Where the real model is edited; None: at the layer that is suggested for it."""
+    known: int = 20
+    """How many facts that it knows of each set."""
     data: tuple[Path, ...] = ()
     facts: tuple[int, int] = (1000, 10_000)
     """Of the two parts of MEMIT."""
@@ -252,7 +254,7 @@ def _first_line(case: ElementTree.Element) -> str:
 
 def real(setting: Setting) -> dict:
     """The table of methods on a real model in bf16; rows that are kept in the folder are not made again."""
-    started, (first, last) = time.perf_counter(), (1, 20)
+    started, (first, last) = time.perf_counter(), (1, setting.known)
     study = Study(setting.out / "real")
     study.open(setting.model, SETS.split(","), dtype="bfloat16", device=setting.device)
     study.name += ", bf16"

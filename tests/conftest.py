@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ def edit() -> Edit:
 
 
 DEVICE = os.environ.get("REKNOW_TEST_DEVICE")
-"""Where tiny models are put; None: on the CPU."""
+"""Where tiny models are put: cuda, or `twin`, which stands in for it on a CPU; None: on the CPU."""
+if DEVICE == "twin":
+    importlib.import_module("twin")
 
 
 def make_lm(family: str = "gpt2", *, dtype: torch.dtype | None = None, **changes) -> LM:
