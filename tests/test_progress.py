@@ -216,7 +216,7 @@ def test_a_stream_that_is_closed_does_not_end_the_work(clock):
 # --- at a terminal ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("width", "line"), [(80, "━"), (40, "4 s left  rome: reading, 8 of 20 tokens")])
+@pytest.mark.parametrize(("width", "line"), [(80, "━"), (40, "2 s  rome: reading, 8 of 20 tokens, 4 s…")])
 def test_a_terminal_shows_one_line_that_goes_away(width, line, clock, monkeypatch):
     screen = Screen()
     monkeypatch.setenv("TERM", "xterm")

@@ -119,12 +119,10 @@ class Display:
             line.add_column(width=_BAR)
         line.add_column(no_wrap=True)
         line.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        share = timed and timed.share
-        bar = ProgressBar(1, share or 0, width=_BAR, pulse=share is None, animation_time=now)
-        left = timed and timed.left
-        time_shown = duration(now - self._begun) if left is None else f"{duration(left)} left"
-        said = Text(visible(" ".join(work.text().split())), no_wrap=True, overflow="ellipsis")
-        line.add_row(*([bar] if wide else []), Text(time_shown), said)
+        share = next((each.share for each in work.path if each.share is not None), None)
+        bar = ProgressBar(1, share or 0, width=_BAR, pulse=not share, animation_time=now)
+        said = Text(visible(" ".join(work.text(timed).split())), no_wrap=True, overflow="ellipsis")
+        line.add_row(*([bar] if wide else []), Text(duration(now - self._begun)), said)
         self._live.update(line, refresh=True)
 
     def hide(self) -> None:

@@ -14,6 +14,7 @@ from reknow.cli.places import run_folder, run_place
 from reknow.cli.terminal import say, say_table
 from reknow.errors import EditFailed
 from reknow.files.locks import write_lock
+from reknow.progress import progress
 
 if TYPE_CHECKING:
     from reknow.contract import Method
@@ -106,7 +107,8 @@ def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
             header, *rows = table.lines()
             say_table(header, rows, table.title)
             say("")
-    say("[in brackets: 95 % interval over the cases]", f"report with pictures: {write_report(out)}\n")
+    with progress.stage("writing the report"):
+        say("[in brackets: 95 % interval over the cases]", f"report with pictures: {write_report(out)}\n")
 
 
 def _take_back(lm: LM, patches: list[Patch], bits: dict[str, str]) -> None:

@@ -13,6 +13,7 @@ from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, refu
 from reknow.cli.places import report_place, run_folder, run_place
 from reknow.cli.terminal import say, say_table, warn_of_records
 from reknow.errors import InputError, did_you_mean
+from reknow.progress import progress
 
 if TYPE_CHECKING:
     from reknow.contract import Method
@@ -271,7 +272,7 @@ def report(
         return say(f"report: {write_convergence(run, out)}")
     whole = (run / MANIFEST_FILE).exists()
     parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
-    for part in parts or [run]:
+    for part in progress.each("writing the report", parts or [run]):
         page = write_report(part, out and out / part.relative_to(run))
         say(f"report: {page} (also report.md, report.csv and figures)")
     runs = {part.name: with_script_ppl_r(Results.load(part), part) for part in parts}
