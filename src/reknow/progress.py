@@ -53,8 +53,8 @@ class Stage:
         kept = max(math.exp(-seconds / _MEMORY), _PARTS**gain)
         self._gain, self._seconds = self._gain * kept + gain, self._seconds * kept + seconds
         self._position, self._moved = position, now
-        if self.above is not None and self._parts and self.total:
-            self.above._inside += self._parts * gain / self.total
+        if self.above is not None and self._parts and self.total != 0:
+            self.above._inside += self._parts * gain / (self.total or 1)
             self.above._look()
 
     @property
@@ -184,7 +184,7 @@ def named(operation: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(operation)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with progress.stage(args[0].name):  # type: ignore[attr-defined]
+        with progress.stage(args[0].name, parts=1):  # type: ignore[attr-defined]
             return operation(*args, **kwargs)
 
     return run

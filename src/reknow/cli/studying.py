@@ -106,7 +106,7 @@ def _compare(study: Article, name: str, model: str, out: Path, opening: Opening)
         chosen = ready_methods(lm, chosen)
         if name == CONVERGENCE:
             edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
-            measure_convergence(lm, edits, chosen, out, progress=True)
+            measure_convergence(lm, edits, chosen, out)
             continue
         folders = run_place(out / part, "study", model, loaded.sets)
         if study.grows:

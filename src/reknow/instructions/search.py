@@ -22,6 +22,7 @@ from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
 from reknow.instructions.llm import NoAnswer
 from reknow.instructions.propose import Proposer, is_usable
+from reknow.progress import progress
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def search(
     with write_lock(folder):
         open_manifest(folder, asked, {"kind": "instruction search"})
         run = _Run(proposer, score, folder, settings, report)
-        searched = [run.family(family, starts[family.name]) for family in families]
+        searched = [run.family(family, starts[family.name]) for family in progress.each("families", families)]
     cost = {"seconds of trials": round(run.seconds, 1), "trials": run.trials, **proposer.cost()}
     return SearchResult(searched, cost, run.stopped)
 
@@ -109,12 +110,13 @@ class _Run:
         """One family's search: rounds of proposals, each tried, until nothing rises."""
         tried = [self.trial(family, start, 0)]
         self.stopped[family.name] = f"{self.settings.rounds} rounds were made"
-        for round in range(1, self.settings.rounds + 1):
+        for round in progress.each("rounds", range(1, self.settings.rounds + 1), parts=1):
             texts = self.proposed(family, _rank(tried), round)
             if texts is None:
                 break
             best = _best(tried)
-            tried += [self.trial(family, text, round) for text in texts]
+            asked = progress.each("trying instructions", texts, parts=1)
+            tried += [self.trial(family, text, round) for text in asked]
             risen = [name for name, value in _best(tried).items() if value > best.get(name, -1.0) + _RISE]
             self.report(f"{family.name}, round {round}: {', '.join(risen) or 'nothing'} rose")
             if not risen and len(tried) >= self.settings.count:

@@ -57,7 +57,7 @@ def domain_study(
     pooled = [case for cases in training.values() for case in cases]
     general = trained.trained(learner, pooled, ["domains"], len(parts), seed)
     values = {}
-    for domain, cases in parts.items():
+    for domain, cases in lm.progress.each("domains", parts.items()):
         own = trained.trained(learner, training[domain], ["domains", domain], 1, seed)
         on_progress(f"reading {domain}")
         read = [few_probes(case) for case in cases[: budget.test]]

@@ -149,7 +149,7 @@ def run_study(
     study, folder, known = STUDIES[name], Path(out), task_families(families)
     trained = Editors(lm, folder, budget, families, known, on_progress)
     values: dict[tuple[str, str], dict[str, dict[str, float]]] = {}
-    for task in TASKS:
+    for task in lm.progress.each("tasks", TASKS):
         parts = {unseen: [e for e in study.variants if e.unseen == unseen] for unseen in (False, True)}
         for unseen, variants in parts.items():
             editors = {} if unseen else {each: trained.baseline(each) for each in study.baselines}
