@@ -15,7 +15,7 @@ import importlib.util
 import io
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from reknow.evaluation.probing import SAMPLED_TOKENS
 from reknow.model.parts import Conv1D
 from reknow.patching.deltas import Dense
 from reknow.patching.patches import Patch
-from speed_work import now
+from speed_work import now, timed
 
 UNUSED = ("datasets", "nltk", "openai", "sklearn.metrics", "regex", "scipy", "matplotlib.style")
 """What its modules import and the parts run here never call."""
@@ -56,6 +56,7 @@ class EasyEdit:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self._name, self._device = lm.model.config.model_type, str(lm.device)
         self._modules = _modules(lm)
+        self._statistics: Callable = importlib.import_module("easyeditor.models.rome.layer_stats").layer_stats
 
     def rome(self, edit: Edit, layer: int, prefixes: Sequence[str], tokens: int, **settings) -> Made:
         """Its ROME on one fact; `settings` are fields of its ROMEHyperParams."""
@@ -69,6 +70,41 @@ class EasyEdit:
             | settings
         )
         return self._edited([edit], main.apply_rome_to_model, [_request(edit)], hparams)
+
+    def first(self, edit: Edit, layer: int, texts: Sequence[str], folder: Path) -> tuple[Made, dict[str, float]]:
+        """Its ROME with contexts and statistics of its own, nothing kept of either, and the seconds of its parts.
+
+        Its statistics read a data set of the hub, in whose place these texts are put; what they found lies in
+        `folder` afterwards.
+        """
+        main = importlib.import_module("easyeditor.models.rome.rome_main")
+        keys = importlib.import_module("easyeditor.models.rome.compute_u")
+        reading = importlib.import_module("easyeditor.models.rome.layer_stats")
+        reading.__dict__["load_dataset"] = lambda *_: {"train": [{"text": text} for text in texts]}
+        main.__dict__["CONTEXT_TEMPLATES_CACHE"] = None
+        keys.__dict__["inv_mom2_cache"].clear()
+        parts = {"statistics": 0.0, "contexts": 0.0}
+
+        def counted(part: str, run: Callable) -> Callable:
+            def call(*args, **kwargs):
+                found, seconds = timed(lambda: run(*args, **kwargs))
+                parts[part] += seconds
+                return found
+
+            return call
+
+        keys.__dict__["layer_stats"] = counted("statistics", self._statistics)
+        own, main.__dict__["generate_fast"] = main.generate_fast, counted("contexts", main.generate_fast)
+        settings = self._modules | self._common("ROME")
+        settings |= {"mom2_n_samples": len(texts), "stats_dir": str(folder), "clamp_norm_factor": 4}
+        settings |= {"layers": [layer], "context_template_length_params": [[5, 10], [10, 10]]}
+        hparams = main.ROMEHyperParams(**settings, v_num_grad_steps=20, v_lr=0.5, v_weight_decay=0.5)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                made = self._edited([edit], main.apply_rome_to_model, [_request(edit)], hparams)
+        finally:
+            main.__dict__["generate_fast"], main.__dict__["CONTEXT_TEMPLATES_CACHE"] = own, None
+        return made, parts | {"edit": made.seconds - sum(parts.values())}
 
     def memit(self, edits: Sequence[Edit], layers: Sequence[int], prefixes, tokens: int, **settings) -> Made:
         """Its MEMIT on all facts together; `settings` are fields of its MEMITHyperParams."""

@@ -2,10 +2,12 @@
 
     python benchmarks/speed.py rome --easyedit PATH                  # on the bundled GPT-2-shaped model
     python benchmarks/speed.py rome --easyedit PATH --shape 124M     # on GPT-2's size, random weights
+    python benchmarks/speed.py rome --easyedit PATH --model demo:smollm2   # on a model that others trained
     python benchmarks/speed.py rome --easyedit PATH --shape 7B       # on Llama's size, random, bf16, on a GPU
     python benchmarks/speed.py report                                # the tables of everything that was run
 
-Parts: `rome`, `memit`, `evaluation`, `tuning`, `scaling` (reknow alone), `work` (operations and rates per phase).
+Parts: `rome`, `memit`, `evaluation`, `tuning`, `first` (the first edit of a model, statistics and contexts included),
+`scaling` (reknow alone), `work` (operations and rates per phase).
 Each writes a JSON file under `--out`; one that is there is not run again. Both sides take turns, fact by fact, in one
 process and on one thread; seconds are processor time, so that other work on the machine counts little, and those of
 the clock on a GPU. Not timed on either side, since both do it once per model: covariances, prefixes, layer. Our
@@ -31,8 +33,10 @@ import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
 
 from easyedit import EasyEdit, Made
-from reknow import FT, ICE, LM, MEMIT, ROME, load_cases
+from reknow import FT, ICE, LM, MEMIT, ROME, Edit, load_cases
 from reknow.editing.contexts import sample_contexts
+from reknow.editing.covariance import statistics
+from reknow.editing.layers import resolve_layer
 from reknow.editing.papers_layers import band_around
 from reknow.editing.search import ValueSearchMethod
 from reknow.edits import Case
@@ -42,18 +46,20 @@ from reknow.model.generation import sample
 from reknow.model.tokens import Text
 from reknow.patching.patches import Patch
 from reknow.tracing.known import known_cases
+from speed_first import first
 from speed_reading import evaluation
 from speed_report import report
-from speed_work import matmul_rate, phases, timed, total_flops
+from speed_work import matmul_rate, onednn_rate, phases, timed, total_flops
 
 FACTS = {
     "demo": {"rome": 20, "memit": 100, "tuning": 100},
     "124M": {"rome": 5, "memit": 5, "tuning": 4},
     "7B": {"rome": 5, "memit": 5, "work": 50},
+    "model": {"rome": 5, "memit": 5, "tuning": 5, "work": 5},
 }
 """Facts that EasyEdit runs. Its time is proportional to their number, so on the large shapes a few are enough."""
-MANY = 20
-"""Where EasyEdit runs fewer facts of MEMIT, reknow runs this many besides."""
+MANY = {"model": 30}
+"""Where EasyEdit runs fewer facts of MEMIT, reknow runs this many besides: 20 where nothing else is said."""
 LAYER = {"demo": 0, "124M": 4, "7B": 5}
 """The demo's is the one that `suggest_layer` finds; the others are at the depth at which the papers edit."""
 COVARIANCE_TOKENS = 20_000
@@ -83,6 +89,18 @@ def opened(shape: str) -> LM:
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return LM((model, demo.tokenizer))
+
+
+def asked_cases(lm: LM, kind: str, count: int) -> list[Case]:
+    """Facts of CounterFact: of a trained model those that it knows."""
+    if kind not in ("demo", "model"):
+        return load_cases("counterfact", limit=count)
+    known: list[Case] = []
+    every = load_cases("counterfact", limit=1000)
+    for start in range(0, len(every), 100):
+        if len(known) < count:
+            known += known_cases(lm, every[start : start + 100])
+    return known[:count]
 
 
 class Quality:
@@ -160,8 +178,14 @@ def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     return {"layer": layer, "facts": rows, "quality": quality.table()}
 
 
-def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
+def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int, many: list[Case], rates: Sequence[float]) -> dict:
+    """All facts in one call on both sides, and `many` on ours.
+
+    Args:
+        rates: learning rates with which EasyEdit searches.
+    """
     layers = band_around(lm, layer)
+    statistics(lm, layers, tokens=COVARIANCE_TOKENS)  # of all layers in one pass
     ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, **EXACT)
     prefixes = sample_contexts(lm, ours.context_groups, first_words=ours.context_first_words)
     numbers = [plain(lm, case, layers[-1], "block") for case in cases]
@@ -172,7 +196,7 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     edits = [case.edit for case in cases]
     ours.edit(lm, edits[:1])
     theirs.memit(edits[:1], layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=2, **settings)
-    quality = Quality(lm, cases)
+    quality = Quality(lm, list(dict.fromkeys([*cases, *many])))
     found: dict = {"layers": layers, "weight": weight, "facts": len(cases), "steps": {}}
     ways = variants(ours)
     ways[f"{UNTIL}, learning rate {LARGER}"] = replace(ways[UNTIL], learning_rate=LARGER)
@@ -180,17 +204,20 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
         patch, found[label] = timed(lambda method=method: method.edit(lm, edits))
         found["steps"][label] = fmean(map(len, patch.notes["losses"]))
         quality.add(label, patch, cases)
-    for label, rate in (("EasyEdit", ours.learning_rate), (f"EasyEdit, learning rate {LARGER}", LARGER)):
+    for rate in rates:
+        label = "EasyEdit" if rate == ours.learning_rate else f"EasyEdit, learning rate {rate}"
         settings["v_lr"] = same["v_lr"] * rate / ours.learning_rate
         made = theirs.memit(edits, layers, prefixes, COVARIANCE_TOKENS, v_num_grad_steps=ours.steps, **settings)
         quality.add(label, made.patch, cases)
         found[label], found["steps"][label] = made.seconds, fmean(made.steps)
+    for label, method in ways.items() if many else ():
+        if "until" in label and not known_cases(lm, many):
+            continue  # with random weights nothing is found
+        patch, found[f"{label}, {len(many)} facts"] = timed(
+            lambda method=method: method.edit(lm, [c.edit for c in many])
+        )
+        quality.add(f"{label}, {len(many)} facts", patch, many)
     found["quality"] = quality.table()
-    if len(edits) < MANY:
-        many = [case.edit for case in load_cases("counterfact", limit=MANY)]
-        for label, method in variants(ours).items():
-            if label != UNTIL:
-                found[f"{label}, {MANY} facts"] = timed(lambda method=method: method.edit(lm, many))[1]
     return found
 
 
@@ -203,7 +230,7 @@ def effective_weight(lm: LM, method: MEMIT, cases: Sequence[Case], layer: int) -
     return float(method.regularization * white.square().sum(1).mean())
 
 
-def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
+def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int, *, ice: bool = True) -> dict:
     """FT-M with the published learning rate, fact by fact and all in one call; ICE beside it."""
     plain_ft, fast = FT(layer=layer, learning_rate=RATE, units="absolute"), FT(layer=layer)
     methods = {
@@ -212,6 +239,8 @@ def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
         "reknow ICE, 25 steps": ICE(layers=(layer,), stop_loss=0.0),
         "reknow ICE, λ = 0, 25 steps": ICE(layers=(layer,), consistency_weight=0, stop_loss=0.0),
     }
+    if not ice:
+        methods = {"reknow FT-M": plain_ft}
     quality, rows = Quality(lm, cases), []
     for method in methods.values():
         method.edit(lm, [cases[0].edit])
@@ -243,15 +272,19 @@ def tuning(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
         label = f"EasyEdit FT-M, batches of {size}"
         together[label] = {"seconds": made.seconds, "steps": made.steps[0]}
         quality.add(f"{label}, together", made.patch, cases)
-    first, ice = cases[0].edit, ICE()
-    asked = lm.encode([Text(first.text, first.target_new)])
+    found = {"layer": layer, "facts": rows, "together": together, "quality": quality.table()}
+    return found | {"sampling": seconds_of_sampling(lm, cases[0].edit)} if ice else found
+
+
+def seconds_of_sampling(lm: LM, edit: Edit) -> float:
+    """What the texts cost that ICE draws in all its steps."""
+    ice, asked = ICE(), lm.encode([Text(edit.text, edit.target_new)])
 
     def draw():
         drawn = torch.Generator()
         return sample(lm, asked, ice.sample_tokens, temperature=ice.temperature, top_k=ice.top_k, generator=drawn)
 
-    _, sampling = timed(lambda: [draw() for _ in range(ice.steps)])
-    return {"layer": layer, "facts": rows, "together": together, "sampling": sampling, "quality": quality.table()}
+    return timed(lambda: [draw() for _ in range(ice.steps)])[1]
 
 
 def scaling(lm: LM, name: str, layer: int, sizes: Sequence[int], data: Sequence[Path], **changes: int) -> dict:
@@ -294,6 +327,8 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     settings = {"v_num_grad_steps": one.steps, "clamp_norm_factor": one.clamp, **number}
     theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **{**settings, "v_num_grad_steps": 2})
     found: dict = {"matmul GFLOP/s": matmul_rate(lm.weight(lm.parts.value[0])) / 1e9}
+    if lm.device.type == "cpu" and lm.dtype == torch.float32:
+        found["oneDNN GFLOP/s"] = onednn_rate() / 1e9
     made, flops = total_flops(lambda: theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings))
     seconds = theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
     found["EasyEdit ROME"] = {"all": {"seconds": seconds, "flops": flops}}
@@ -320,11 +355,15 @@ def machine() -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["rome", "memit", "evaluation", "tuning", "scaling", "work", "report"])
+    parser.add_argument(
+        "part", choices=["rome", "memit", "evaluation", "tuning", "first", "scaling", "work", "report"]
+    )
     parser.add_argument("--easyedit", type=Path, help="the folder of the checkout")
-    parser.add_argument("--shape", choices=list(FACTS), default="demo")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--shape", choices=list(LAYER), default="demo")
+    where.add_argument("--model", help="a folder or name, instead of a shape")
     parser.add_argument("--out", type=Path, default=Path("runs/speed"))
-    parser.add_argument("--layer", type=int, help="another layer than usual")
+    parser.add_argument("--layer", type=int, help="another layer than usual; of a model: than the library chooses")
     parser.add_argument("--facts", type=int, help="fewer facts than usual")
     parser.add_argument("--method", choices=["ROME", "MEMIT"], default="MEMIT", help="of `scaling`")
     parser.add_argument("--context-batches", type=int, help="of `scaling`: other than the method's")
@@ -340,19 +379,22 @@ def main() -> None:
         return
     if options.shape == "7B" and not torch.cuda.is_available():
         parser.error("expected a GPU for --shape 7B; got none: run it where torch.cuda.is_available()")
+    kind = options.shape if options.model is None else "model"
+    name = kind if options.model is None else Path(options.model).name.replace("demo:", "").replace("-", "_")
     where = "" if options.layer is None else f"-layer{options.layer}"
     changes = {key: value for key in ("context_batches", "steps") if (value := getattr(options, key)) is not None}
     if options.part == "scaling":
         where += "-".join(["", options.method, *map(str, options.sizes), *(f"{v}{k}" for k, v in changes.items())])
-    file = options.out / f"{options.shape}-{options.part}{where}.json"
+    file = options.out / f"{name}-{options.part}{where}.json"
     if file.exists():
         print(f"{file} is there already: delete it to run this part again")
         return
-    lm = opened(options.shape)
-    layer = LAYER[options.shape] if options.layer is None else lm.check_layer(options.layer)
-    count = options.facts or FACTS[options.shape].get(options.part, 10)
-    candidates = load_cases("counterfact", limit=300)
-    cases = (known_cases(lm, candidates) if options.shape == "demo" else candidates)[:count]
+    lm = LM(options.model) if options.model else opened(kind)
+    layer = resolve_layer(lm, LAYER.get(kind) if options.layer is None else options.layer)
+    count = options.facts or FACTS[kind].get(options.part, 10)
+    many = MANY.get(kind, 20) if options.part == "memit" and count < MANY.get(kind, 20) else 0
+    cases = asked_cases(lm, kind, max(count, many))
+    cases, many = cases[:count], cases[:many]
     if options.part == "scaling":
         found = scaling(lm, options.method, layer, options.sizes, options.data, **changes)
     else:
@@ -362,9 +404,13 @@ def main() -> None:
         if options.part == "evaluation":
             found = evaluation(lm, theirs, options.facts or 100)
         else:
-            found = {"rome": rome, "memit": memit, "tuning": tuning, "work": work}[options.part](
-                lm, theirs, cases, layer
-            )
+            parts: dict = {"rome": rome, "memit": memit, "tuning": tuning, "first": first, "work": work}
+            more: dict = {}
+            if options.part == "memit":
+                more = {"many": many, "rates": [MEMIT.learning_rate] + [LARGER] * (kind != "model")}
+            elif options.part == "tuning":
+                more = {"ice": kind != "model"}
+            found = parts[options.part](lm, theirs, cases, layer, **more)
     about = {"command": " ".join(sys.argv[1:]), "date": time.strftime("%Y-%m-%d"), **machine()}
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"about": about, **found}, indent=1), encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 KINDS = ("reliability", "generalization", "locality")
+FIRST = ("statistics", "contexts", "edit")
 
 
 def report(folder: Path) -> str:
@@ -24,8 +25,15 @@ def _part(file: Path) -> str:
     about = found.pop("about")
     command = about["command"].replace("\n", " ")
     machine = ", ".join(f"{key} {value}" for key, value in about.items() if key not in ("command", "date"))
-    table = {"rome": _rome, "tuning": _tuning, "memit": _memit, "evaluation": _evaluation, "work": _work}
-    lines = table.get(part, _scaling)(found)
+    tables = {
+        "rome": _rome,
+        "tuning": _tuning,
+        "memit": _memit,
+        "evaluation": _evaluation,
+        "first": _first,
+        "work": _work,
+    }
+    lines = tables.get(part, _scaling)(found)
     return "\n".join(
         [
             f"### {shape}, {part}",
@@ -70,9 +78,9 @@ def _memit(found: Mapping) -> list[str]:
         each, theirs = found[label] / count, found["EasyEdit"] / found["facts"]
         lines += [
             "",
-            f"{label}: {found[label]:.1f} s, {each:.3f} per fact. At its time per fact EasyEdit needs "
-            f"{100 * theirs:.0f} s for 100 facts (extrapolated), reknow {100 * each:.0f} s: "
-            f"a ratio of {theirs / each:.1f}.",
+            f"{label}: {found[label]:.1f} s, {each:.3f} per fact, {' / '.join(_scores(found, label))}. "
+            f"At its time per fact EasyEdit needs {count * theirs:.0f} s for them (extrapolated): a ratio of "
+            f"{theirs / each:.1f}.",
         ]
     return lines
 
@@ -100,6 +108,23 @@ def _evaluation(found: Mapping) -> list[str]:
     ]
 
 
+def _first(found: Mapping) -> list[str]:
+    rows = []
+    for label, parts in found["seconds"].items():
+        whole = sum(parts.values())
+        ratio = sum(found["seconds"]["EasyEdit"].values()) / whole
+        said = "yes" if found["said"][label] else "no"
+        rows.append([label, *(f"{parts[part]:.1f}" for part in FIRST), f"{whole:.1f}", f"{ratio:.1f}", said])
+    theirs = found["seconds"]["EasyEdit"]["statistics"] * found["their sample"] / found["texts"] / 3600
+    return [
+        f"ROME at layer {found['layer']}, in an empty cache; statistics of {found['tokens']} tokens in "
+        f"{found['texts']} texts on both sides. The {found['their sample']} texts of EasyEdit's own settings would "
+        f"take it {theirs:.1f} hours, were they no longer.",
+        "",
+        *table(["", *FIRST, "all", "ratio", "the model says it"], rows),
+    ]
+
+
 def _tuning(found: Mapping) -> list[str]:
     facts = found["facts"]
     labels = [label for label in facts[0] if label != "steps"]
@@ -124,10 +149,11 @@ def _tuning(found: Mapping) -> list[str]:
                 *_scores(found, f"{label}, together"),
             ]
         )
-    header = ["", "passes", "seconds per edit", "ratio to EasyEdit", *KINDS]
+    header, sampling = ["", "passes", "seconds per edit", "ratio to EasyEdit", *KINDS], ""
+    if "sampling" in found:
+        sampling = f" The sampling of ICE's 25 steps by itself: {found['sampling']:.3f} s per edit."
     return [
-        f"Layer {found['layer']}, {len(facts)} facts one by one, then all in one call. The sampling of ICE's 25 "
-        f"steps by itself: {found['sampling']:.3f} s per edit.",
+        f"Layer {found['layer']}, {len(facts)} facts one by one, then all in one call.{sampling}",
         "",
         *table(header, rows),
     ]
@@ -144,7 +170,7 @@ def _scaling(found: Mapping) -> list[str]:
 
 
 def _work(found: Mapping) -> list[str]:
-    rate = found["matmul GFLOP/s"]
+    rate = max(found["matmul GFLOP/s"], found.get("oneDNN GFLOP/s", 0.0))
     rows = []
     for label, parts in found.items():
         if not isinstance(parts, Mapping):
@@ -158,7 +184,8 @@ def _work(found: Mapping) -> list[str]:
             rows.append([label, phase, f"{work:.2f}", f"{1000 * seconds:.0f}", f"{speed:.0f}", f"{speed / rate:.0%}"])
     return [
         f"Per fact ({found['facts of MEMIT']} facts of MEMIT in one call). A large matrix product runs at {rate:.0f} "
-        "GFLOP/s here. The counter sees matrix products alone; those inside attention are not in it on a CPU.",
+        f"GFLOP/s here, torch's own at {found['matmul GFLOP/s']:.0f}. The counter sees matrix products alone; those "
+        "inside attention are not in it on a CPU.",
         "",
         *table(["", "phase", "GFLOP", "ms", "GFLOP/s", "of the machine's"], rows),
     ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from reknow.model.fast_modules import product
 
 PHASES = {
     "lower blocks, left columns": [("reknow.model.replay", "BlockReplay.__init__")],
@@ -43,13 +46,22 @@ def timed(run: Callable):
 def total_flops(run: Callable):
     """(what it gives, floating-point operations of its matrix products). Attention's own two products are left out,
     which torch's counter does not know on a CPU: some per cent at these lengths."""
-    with FlopCounterMode(display=False) as counter:
+    with counter() as counted:
         found = run()
-    return found, counter.get_total_flops()
+    return found, counted.get_total_flops()
+
+
+def counter() -> FlopCounterMode:
+    """Torch's counter of operations, which is told of oneDNN's products too."""
+
+    def count(states, weight, *_, **__) -> int:
+        return 2 * math.prod(states[:-1]) * weight[0] * weight[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: count})
 
 
 def matmul_rate(like: torch.Tensor, repeats: int = 10, size: int | None = None) -> float:
-    """FLOP/s of a large matrix product of the dtype and on the device of a weight."""
+    """FLOP/s of a large matrix product of the dtype and on the device of a weight: torch's own."""
     size = size or (2048 if like.device.type == "cpu" else 8192)
     a, b, product = (torch.randn(size, size).to(like) for _ in range(3))  # new memory would be timed with it
 
@@ -61,11 +73,18 @@ def matmul_rate(like: torch.Tensor, repeats: int = 10, size: int | None = None) 
     return 2 * size**3 * repeats / timed(multiply)[1]
 
 
+def onednn_rate(repeats: int = 10, size: int = 2048) -> float:
+    """The same of float32 on a CPU by oneDNN, as `reknow` has it."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    _, seconds = timed(lambda: [product(a, b) for _ in range(repeats + 1)][1:])
+    return 2 * size**3 * (repeats + 1) / seconds
+
+
 def phases(run: Callable) -> dict[str, dict[str, float]]:
     """Per phase, and in `all`, the seconds of one run and the operations of another."""
     seconds = by_phase(run, now)
-    with FlopCounterMode(display=False) as counter:
-        flops = by_phase(run, counter.get_total_flops)
+    with counter() as counted:
+        flops = by_phase(run, counted.get_total_flops)
     return {name: {"seconds": seconds[name], "flops": flops[name]} for name in seconds}
 
 

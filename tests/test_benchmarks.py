@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from reknow import MEMIT, ROME, load_cases
 
@@ -84,7 +83,7 @@ def test_memits_operations_and_groups_are_those_that_were_derived(gpu, small, mo
     method = MEMIT(layers=(1, 2), steps=3, **every)
     method.edit(lm, edits[:1])
     derived = gpu.gpu_plan.memit_work(lm, edits, method, (1, 2))
-    with FlopCounterMode(display=False) as counter:
+    with gpu.speed_work.counter() as counter:
         counted = gpu.speed_work.by_phase(lambda: method.edit(lm, edits), counter.get_total_flops)
     assert derived["groups"] > 1 and derived["passes"] == 3 * derived["groups"] == derived["chains"]
     assert {phase: counted[phase] for phase in derived["flops"]} == derived["flops"]
