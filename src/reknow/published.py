@@ -54,7 +54,7 @@ def published(row: str, model: Decoder | str | None = None, source: str | None =
 
     That is what the code of the paper's authors sets where it has the model, else EasyEdit's, else that of another
     paper whose baseline the method was; `sources` says which. `notes` say what no field can: that C of ROME and its
-    like is of 100,000 articles there, say, while `covariance_tokens` stays at our default of 100,000 tokens.
+    like is of 100,000 articles there, say, while `covariance_tokens` stays at our default, 100,000 tokens at most.
 
     Args:
         model: its name, or an LM, which is recognised by its sizes and never by its name; None: where the same holds

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import reknow.editing.covariance
-from conftest import make_lm, some_patch
+from conftest import make_lm, some_patch, without_weights
 from families import CORE_FAMILIES, tiny_model, tiny_tokenizer
-from reknow import LM, Edit, method
+from reknow import LM, MEMIT, Edit, method
 from reknow.datasets.text import text_source
-from reknow.editing.covariance import cache_folder, covariance, statistics
+from reknow.editing.covariance import cache_folder, covariance, enough_tokens, statistics
 from reknow.editing.key_sums import _resume, _rows, read_batches
 from reknow.editing.solvers import cholesky, solve
 from reknow.errors import EditFailed, InputError
@@ -142,6 +142,13 @@ def test_rows_of_like_length_are_read_together():
     rows = [len(row.ids) for batch in batches for row in batch]
     assert sum(rows) == 8000 and all(len(batch) * len(batch[-1].ids) <= 16 * 128 for batch in batches)
     assert sum(len(batch) * max(len(row.ids) for row in batch) for batch in batches) < 1.2 * 8000
+
+
+def test_wide_matrices_get_more_text():
+    """Ten tokens for each input; no fewer than small models need, no more than has always been enough."""
+    widths = {256: 20_000, 768: 30_720, 2048: 81_920, 4096: 100_000}
+    assert {width: enough_tokens(without_weights("gpt2", n_embd=width, n_head=4)) for width in widths} == widths
+    assert MEMIT().covariance_tokens is None and statistics(make_lm("gpt2"), [1], text=TEXTS)[1].tokens < 20_000
 
 
 def test_a_band_is_read_in_one_pass(monkeypatch):

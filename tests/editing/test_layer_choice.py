@@ -8,8 +8,8 @@ import logging
 import pytest
 
 from conftest import make_lm
-from reknow import LM
-from reknow.editing import layer_trials
+from reknow import LM, ROME, Edit
+from reknow.editing import covariance, layer_trials
 from reknow.editing.layer_choice import (
     BESIDE,
     FILE,
@@ -23,6 +23,8 @@ from reknow.editing.layer_choice import (
 )
 from reknow.errors import InputError
 from reknow.files.cache import cache_folder
+from reknow.methods import rome
+from reknow.tracing import causal
 
 SCORES = [LayerScore(0, 0.1, 1, 0.5, 1), LayerScore(1, 0.2, 1, 1, 1), LayerScore(2, 0.3, 1, 1, 1)]
 
@@ -110,3 +112,28 @@ def test_it_may_lie_beside_the_weights(tmp_path):
     assert suggest_layer(LM(str(folder))) == 2 != before
     keep_scores(LM(str(folder)), SCORES[:1])  # what was measured here comes first
     assert suggest_layer(LM(str(folder))) == 0
+
+
+def test_a_first_edit_with_nothing_kept_does_what_it_needs_and_no_more(monkeypatch):
+    """One pass over enough text for one layer, one group of contexts after the other, one search; no trial edits."""
+    lm = make_lm("llama")
+    monkeypatch.setattr(layer_trials, "try_layers", lambda *_: pytest.fail("no trial edits are made unasked"))
+    monkeypatch.setattr(causal, "known_facts", lambda *_: pytest.fail("no facts are asked for"))
+    read, own_sums = [], covariance.sum_keys
+    monkeypatch.setattr(covariance, "sum_keys", lambda task: read.append(task) or own_sums(task))
+    searched, own_search = [], rome.find_values
+    monkeypatch.setattr(rome, "find_values", lambda *args: searched.append(args) or own_search(*args))
+    written, own_generate = [], lm.generate
+    monkeypatch.setattr(lm, "generate", lambda *args, **more: written.append(args) or own_generate(*args, **more))
+    passes, own_forward = [], lm.forward
+    monkeypatch.setattr(lm, "forward", lambda ids, *a, **b: passes.append(ids) or own_forward(ids, *a, **b))
+    edit = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
+    method = ROME(steps=3)
+    method.edit(lm, [edit])
+    (task,) = read
+    assert (task.names, task.tokens) == ([lm.parts.value[suggest_layer(lm)]], 20_000)
+    assert len(searched) == 1 and len(written) == len(method.context_groups)
+    assert sum(ids.numel() for ids in passes) < 1.5 * 20_000  # with padding, contexts and lower blocks
+    count = len(passes)
+    method.edit(lm, [edit])
+    assert len(read) == 1 and len(written) == len(method.context_groups) and len(passes) - count < 5

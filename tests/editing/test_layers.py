@@ -14,7 +14,7 @@ from reknow.datasets import Fact, load_facts
 from reknow.editing import layer_trials
 from reknow.editing.covariance import cache_folder
 from reknow.editing.layer_choice import LayerScore, best_score, keep_scores, measured_layer, suggest_layer
-from reknow.editing.layer_trials import candidates, measure_layers, trial_relations, trial_settings, try_layers
+from reknow.editing.layer_trials import candidates, measure_layers, trial_relations, try_layers
 from reknow.editing.layers import resolve_layer
 from reknow.editing.papers_layers import band_around, papers_layers
 from reknow.errors import InputError
@@ -81,17 +81,6 @@ def test_models_that_papers_edited_are_known_by_their_shape(kind, shape, wanted,
     assert papers_layers(lm) == wanted
     assert band_around(lm, wanted[0]) == around
     assert len(band_around(lm, 20)) == 5 and 20 in band_around(lm, 20)  # where no paper edited
-
-
-def test_wide_models_get_two_tokens_per_input_in_trials():
-    lm = make_lm("gpt2")
-    width = lm.base_weight(lm.parts.value[1]).shape[1]
-    wanted = {0: 0, width: 2 * width, 20_000: 20_000}
-    for tokens, given in wanted.items():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(layer_trials.ROME_SETTINGS, "covariance_tokens", tokens)
-            assert trial_settings(lm, 1) == layer_trials.ROME_SETTINGS | {"covariance_tokens": given}
-    assert layer_trials.ROME_SETTINGS["covariance_tokens"] == 20_000
 
 
 def test_the_score_is_the_harmonic_mean():

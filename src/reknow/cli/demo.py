@@ -17,7 +17,6 @@ from reknow.files.locks import write_lock
 from reknow.progress import progress
 
 if TYPE_CHECKING:
-    from reknow.contract import Method
     from reknow.edits import Case
     from reknow.lm import LM
     from reknow.patching.patches import Patch
@@ -63,15 +62,11 @@ def demo(
     say(f"{time.perf_counter() - started:.0f} s in all")
 
 
-def _method(name: str) -> Method:
-    from reknow.methods import method
-
-    return method(name, covariance_tokens=20_000) if "rome" in name else method(name)
-
-
 def _show(lm: LM, cases: list[Case]) -> list[Patch]:
     """Edits one fact at a time and prints what the model says before and after; the patches."""
-    patches = [_method("rome").edit(lm, [case.edit]) for case in lm.progress.each("showing edits", cases)]
+    from reknow.methods import method
+
+    patches = [method("rome").edit(lm, [case.edit]) for case in lm.progress.each("showing edits", cases)]
     for case, patch in zip(cases, patches, strict=True):
         asked = [("the fact", case.edit.text)]
         for kind, name in (("generalization", "in other words"), ("locality", "another fact")):
@@ -93,12 +88,13 @@ def _complete(lm: LM, prompts: list[str]) -> list[str]:
 def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
     """Compares methods over the cases, prints the tables and writes the report."""
     from reknow.evaluation import Plan, bench
+    from reknow.methods import method
     from reknow.report import write_report
 
     quiet = [replace(case, probes=[p for p in case.probes if p.kind != "fluency"]) for case in cases[_FLUENT:]]
 
     names = ("rome", "ft-m") if quick else ("rome", "r-rome", "ft-l", "ft-m")
-    chosen = {name: _method(name) for name in names}
+    chosen = {name: method(name) for name in names}
     plan = Plan(fluency=not quick)
     cases = cases[:_FLUENT] + quiet
     results = bench(lm, cases, chosen, out, dataset="counterfact, known facts", plan=plan)

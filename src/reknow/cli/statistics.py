@@ -21,7 +21,9 @@ def stats(
     layers: Annotated[
         str, typer.Option("--layers", help="Numbers with commas between, all, or auto: those that would be edited.")
     ] = "auto",
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many to read at most.")] = 100_000,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=1, help="How many to read at most; else as many as edits take.")
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option("--text", help="A file, a folder, or hub:owner/name[:configuration[:split]]; else WikiText."),

@@ -13,13 +13,11 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from reknow.datasets.facts import Fact, load_facts
-from reknow.editing.covariance import keep_statistics
 from reknow.editing.layer_choice import LayerScore, keep_scores
 from reknow.editing.papers_layers import papers_layers
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.exclusive import exclusively
-from reknow.model.parts import shape
 from reknow.registry import make
 from reknow.tracing.causal import TOKEN_CLASSES, Tracing, average, known_facts, trace_facts
 
@@ -36,11 +34,9 @@ _CANDIDATES = 6
 _ASKED_PER_EDIT = 3
 """Paraphrases and other subjects that one trial edit is asked."""
 ROME_SETTINGS: dict[str, Any] = dict(
-    steps=20, stop_probability=0.9, min_delta=0, context_batches=1, context_groups=((4, 5),), covariance_tokens=20_000
+    steps=20, stop_probability=0.9, min_delta=0, context_batches=1, context_groups=((4, 5),)
 )
-"""Settings of ROME in trials; of a wide model more tokens, see `trial_settings`."""
-_TOKENS_PER_INPUT = 2
-"""With fewer tokens per input of the value matrix C is nearly singular: trials find less locality than there is."""
+"""Settings of ROME in trials. C is that of edits, which need not be read again."""
 
 
 class _TrialEdit(NamedTuple):
@@ -49,13 +45,6 @@ class _TrialEdit(NamedTuple):
     fact: Fact
     new: str
     others: list[Fact]
-
-
-def trial_settings(lm: LM, layer: int) -> dict[str, Any]:
-    """Settings of ROME in trials at that layer."""
-    tokens = ROME_SETTINGS["covariance_tokens"]
-    width = shape(lm.model.get_submodule(lm.parts.value[layer]))[1]
-    return ROME_SETTINGS | {"covariance_tokens": tokens and max(tokens, _TOKENS_PER_INPUT * width)}
 
 
 @exclusively
@@ -99,9 +88,7 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
                 advance()
         effects = average(traces).effects["mlp"][TOKEN_CLASSES.index("Last subject token")].tolist()
         chosen, scores = candidates(effects, papers_layers(lm)), []
-        tokens = trial_settings(lm, chosen[0])["covariance_tokens"]
-        if tokens:
-            keep_statistics(lm, chosen, tokens=tokens)  # of all in one pass over the text
+        make("rome", ROME_SETTINGS).keep_statistics(lm, chosen)  # of all in one pass over the text
         with lm.progress.stage("trying layers", len(chosen)) as advance:
             for layer in chosen:
                 scores.append(_score_layer(lm, layer, effects[layer], edits))
@@ -137,7 +124,7 @@ def _trial_edit(fact: Fact, relation: Sequence[Fact], known: set[Fact]) -> _Tria
 
 def _score_layer(lm: LM, layer: int, effect: float, edits: Sequence[_TrialEdit]) -> LayerScore:
     """Edits every fact alone at the layer and asks for it, in paraphrases, and for what must stay."""
-    method = make("rome", {"layer": layer, **trial_settings(lm, layer)})
+    method = make("rome", {"layer": layer, **ROME_SETTINGS})
     wanted = [Edit(fact.prompt, subject=fact.subject, target_new=new) for fact, new, _ in edits]
     rates = []
     for edit, patch, (fact, new, others) in zip(wanted, method.edit_each(lm, wanted), edits, strict=True):

@@ -89,8 +89,8 @@ class ValueSearchMethod(Method):
         "You",
     )
     """First words of the sampled texts; none: the token that begins texts."""
-    covariance_tokens: Natural = 100_000
-    """Tokens of general text for C."""
+    covariance_tokens: Natural | None = None
+    """Tokens of general text for C; None: ten for each input of the matrix, from 20,000 to 100,000."""
     covariance_text: Name | None = None
     """A file, a folder or `hub:owner/name` to read general text from; None: the bundled WikiText sample."""
     seed: Seed = 0
@@ -121,7 +121,7 @@ class ValueSearchMethod(Method):
     def keep_statistics(self, lm: LM, layers: Sequence[int]) -> None:
         """Reads what C of these layers needs in one pass over the text, where it is not kept; each by itself would
         read the text again."""
-        if self.covariance_tokens:
+        if self.covariance_tokens != 0:
             from reknow.editing.covariance import keep_statistics
 
             keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)

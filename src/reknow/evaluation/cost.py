@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reknow.contract import Method, field_values
+from reknow.editing.covariance import enough_tokens
 from reknow.editing.layer_choice import measured_layer, suggest_layer
 from reknow.editing.layers import resolve_layers
 from reknow.editing.papers_layers import band_around
@@ -91,10 +92,11 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     if prefixes:
         flops = _FORWARD * (block * lm.layers + head) * prefixes
         steps.append(Step("sampling contexts", max(length for _, length in groups), prefixes, flops))
-    if covered := settings.get("covariance_tokens", 0):
-        read = covered * len(layers)
-        flops = _FORWARD * block * (layers[-1] + 1) * read
-        steps.append(Step("covariance of the keys", -(-read // 2048), read, flops))
+    covered = settings.get("covariance_tokens", 0)
+    if covered := enough_tokens(lm) if covered is None else covered:
+        products = sum(inside**2 for _, inside in matrices.values())
+        flops = (_FORWARD * block * (layers[-1] + 1) + products) * covered
+        steps.append(Step("covariance of the keys", -(-covered // 2048), covered, flops))
     if passes := settings.get("steps", 0):
         flops = _TRAIN * (block * above + head) * passes * tokens
         steps.append(Step("gradient descent", passes, passes * tokens, flops))

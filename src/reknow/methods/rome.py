@@ -43,8 +43,9 @@ class ROME(ValueSearchMethod):
     context_batches: Annotated[Number, Formerly("turns")] = 5
     context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))
     context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = ()
-    covariance_tokens: Natural = 100_000
-    """Tokens of general text for C; 0: C is the identity."""
+    covariance_tokens: Natural | None = None
+    """Tokens of general text for C; None: ten for each input of the matrix, from 20,000 to 100,000; 0: C is the
+    identity."""
     average_keys: bool = False
     """Use the mean key and the mean value everywhere, as R-ROME does."""
 
@@ -69,7 +70,7 @@ class ROME(ValueSearchMethod):
         found = find_values(lm, edits, layer, self.contexts(lm), self)
         mean_key = exact(found.mean_key)  # (edits, in)
         u = mean_key
-        if self.covariance_tokens:
+        if self.covariance_tokens != 0:
             basis = self.whitening(lm, layer)
             u = mean_key @ basis @ basis.T  # C⁻¹ k*
         key, value = (mean_key, found.mean_value) if self.average_keys else (exact(found.key), found.value)
