@@ -130,10 +130,10 @@ def test_a_first_edit_with_nothing_kept_does_what_it_needs_and_no_more(monkeypat
     edit = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
     method = ROME(steps=3)
     method.edit(lm, [edit])
-    (task,) = read
-    assert (task.names, task.tokens) == ([lm.parts.value[suggest_layer(lm)]], 20_000)
+    (task,), tokens = read, 20 * lm.weight(lm.parts.value[0]).shape[1]
+    assert (task.names, task.tokens) == ([lm.parts.value[suggest_layer(lm)]], tokens)
     assert len(searched) == 1 and len(written) == len(method.context_groups)
-    assert sum(ids.numel() for ids in passes) < 1.5 * 20_000  # with padding, contexts and lower blocks
+    assert sum(ids.numel() for ids in passes) < 3 * tokens  # with padding, contexts and lower blocks
     count = len(passes)
     method.edit(lm, [edit])
     assert len(read) == 1 and len(written) == len(method.context_groups) and len(passes) - count < 5

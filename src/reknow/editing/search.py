@@ -90,7 +90,7 @@ class ValueSearchMethod(Method):
     )
     """First words of the sampled texts; none: the token that begins texts."""
     covariance_tokens: Natural | None = None
-    """Tokens of general text for C; None: ten for each input of the matrix, from 20,000 to 100,000."""
+    """Tokens of general text for C; None: twenty for each input of the matrix, 100,000 at most."""
     covariance_text: Name | None = None
     """A file, a folder or `hub:owner/name` to read general text from; None: the bundled WikiText sample."""
     seed: Seed = 0

@@ -44,7 +44,7 @@ class ROME(ValueSearchMethod):
     context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))
     context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = ()
     covariance_tokens: Natural | None = None
-    """Tokens of general text for C; None: ten for each input of the matrix, from 20,000 to 100,000; 0: C is the
+    """Tokens of general text for C; None: twenty for each input of the matrix, 100,000 at most; 0: C is the
     identity."""
     average_keys: bool = False
     """Use the mean key and the mean value everywhere, as R-ROME does."""
