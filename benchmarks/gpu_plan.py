@@ -89,7 +89,7 @@ def memit_work(lm: LM, edits: Sequence[Edit], method: MEMIT, layers: Sequence[in
             scored = sum(len(row.target_ids) for row in places) + len(here)
             work = read * (above * sizes.block - sizes.mlp) + scored * (sizes.mlp + sizes.head)
             search += work * (1 if step == method.steps - 1 else 2)
-        searched = max(searched, _bytes(sizes, wholes, above, batches))
+            searched = max(searched, search_bytes(sizes, wholes, rows, scored, above))
     flops = {
         "lower blocks, left columns": once,
         "search of δ": search,
@@ -107,16 +107,25 @@ def memit_work(lm: LM, edits: Sequence[Edit], method: MEMIT, layers: Sequence[in
     }
 
 
-def _bytes(sizes: Sizes, wholes: Sequence[Rectangle], above: int, batches: int) -> float:
+def search_bytes(sizes: Sizes, wholes: Sequence[Rectangle], rows: Sequence[int], scored: int, above: int) -> float:
     """What the search of a group holds besides the weights, of a decoder like Llama.
 
-    Keys and values of all blocks, twice while contexts are split or, later, with those that a pass puts together;
-    and for the way back of every token of a pass about 16 vectors of the model's width and 4 of the MLP's.
+    The keys and values of all blocks, and either those once more, while contexts are split, or what a pass keeps for
+    its way back: keys and values put together, and of every token it runs about 7 vectors of the model's width and 3
+    of the MLP's in every block; and the scored tokens' logits, in float32.
+
+    Args:
+        wholes: all rows of the group, in one rectangle or two.
+        rows: of each rectangle, how many a pass reads.
+        scored: places whose logits it reads.
+        above: blocks that it runs.
     """
-    item = sizes.lm.dtype.itemsize
-    cache = sum(w.rows * (w.left + w.right) for w in wholes) * 2 * sizes.layers * sizes.hidden * item
-    step = sum(w.rows * w.right for w in wholes) / batches
-    return 2 * cache + step * above * (16 * sizes.hidden + 4 * sizes.inside) * item
+    item, width = sizes.lm.dtype.itemsize, sizes.hidden
+    cache = sum(w.rows * (w.left + w.right) for w in wholes) * 2 * sizes.layers * width * item
+    joined = sum(n * (w.left + w.right) for n, w in zip(rows, wholes, strict=True)) * 2 * above * width * item
+    run = sum(n * w.right for n, w in zip(rows, wholes, strict=True))
+    kept = run * above * (7 * width + 3 * sizes.inside) * item + 4 * scored * len(sizes.lm.unembedding)
+    return cache + max(cache, joined + kept)
 
 
 def _reading(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], sizes: Sizes, layers: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reknow import MEMIT, ROME, load_cases
+from reknow.editing.value_batch import encode_facts, split_contexts
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -87,6 +88,32 @@ def test_memits_operations_and_groups_are_those_that_were_derived(gpu, small, mo
         counted = gpu.speed_work.by_phase(lambda: method.edit(lm, edits), counter.get_total_flops)
     assert derived["groups"] > 1 and derived["passes"] == 3 * derived["groups"] == derived["chains"]
     assert {phase: counted[phase] for phase in derived["flops"]} == derived["flops"]
+
+
+def test_what_a_pass_keeps_for_its_way_back_is_what_was_derived(gpu, small, monkeypatch):
+    monkeypatch.setattr("reknow.editing.value_batch.token_budget", lambda lm: (10_000, 2048))  # as on a GPU
+    lm, edits = gpu.gpu_parts.random_model(small), gpu.gpu_parts.many_facts(8)
+    facts = encode_facts(lm, edits, ["", "I saw. ", "The city of dreams and of the sea. "])
+    (batch,) = split_contexts(lm, facts, torch.full((3,), 1 / 3), 1, 1)
+    replay, kept = batch._replays[0], {}
+    ours = [*lm.model.parameters(), *(part for layer in replay._cache.layers for part in (layer.keys, layer.values))]
+    known = {tensor.untyped_storage().data_ptr() for tensor in ours}
+
+    def keep(tensor):
+        if (place := tensor.untyped_storage().data_ptr()) not in known:
+            kept[place] = tensor
+        return tensor
+
+    delta = torch.zeros(1, 8, lm.parts.hidden_size, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.enable_grad():
+        batch.score(delta)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    rows, width = replay.batch.ids.shape
+    whole = gpu.gpu_plan.Rectangle(rows, replay._start, width - replay._start)
+    scored = len(batch._targets) + len(facts)
+    derived = gpu.gpu_plan.search_bytes(gpu.gpu_plan.Sizes(lm), [whole], [rows], scored, lm.layers - 2)
+    cache = sum(layer.keys.nbytes + layer.values.nbytes for layer in replay._cache.layers) * width / replay._start
+    assert measured == pytest.approx(derived - cache, rel=0.15)
 
 
 class NeverWaits(TorchDispatchMode):
