@@ -222,3 +222,22 @@ def test_every_part_runs_in_small(gpu, tmp_path, monkeypatch, capsys):
     assert " 0 failed" in said and "extrapolated" in said and "bfloat16" in said and "| ft-m | 2 |" in said
     said = call()
     assert "rome: done" in said and "machine: done" not in said and "ROME at layer 1, 5 facts" in said
+
+
+@pytest.mark.slow
+def test_contexts_are_asked_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import contexts
+
+    monkeypatch.setattr(contexts, "SETS", {"counterfact": 500})
+    monkeypatch.setattr("sys.argv", ["contexts.py", "--cases", "3", "--out", str(tmp_path)])
+    contexts.main()
+    made = (tmp_path / "contexts.jsonl").read_text()
+    rows = {row["form"]: row for row in map(json.loads, made.splitlines())}
+    assert list(rows) == list(contexts.FORMS) and rows["nothing"]["generalization"][2] == 6
+    assert rows["nothing"]["reliability"][0] < rows["Fact, line"]["reliability"][0], "the model follows a context"
+    monkeypatch.setattr(contexts, "measure", None)  # nothing is left to be asked
+    capsys.readouterr()
+    contexts.main()
+    assert (tmp_path / "contexts.jsonl").read_text() == made
+    assert "| before the question | counterfact |" in capsys.readouterr().out
