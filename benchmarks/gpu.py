@@ -49,21 +49,22 @@ class Part:
     """One measurement."""
 
     name: str
-    seconds: Callable[[argparse.Namespace, float], float]
-    """What it takes on one H200, as predicted: from what is asked for, and by how much slower this GPU is."""
+    seconds: Callable[[argparse.Namespace], float]
+    """What it takes on one H200, or on this GPU once that is measured, as predicted."""
 
 
-def memit_seconds(facts: int, passes: int, slower: float) -> float:
-    return LOADING + facts * slower * (PER_FACT + passes * PER_PASS)
+def memit_seconds(options: argparse.Namespace, facts: int, passes: int) -> float:
+    per_fact, per_pass = memit_rates(options)
+    return LOADING + facts * (per_fact + passes * per_pass)
 
 
 PARTS = (
-    Part("machine", lambda options, slower: 25),
-    Part("memit-1000", lambda options, slower: memit_seconds(options.facts[0], options.passes, slower)),
-    Part("rome", lambda options, slower: LOADING + 50 + 25 * (options.easyedit is not None)),
-    Part("contract", lambda options, slower: 120),
-    Part("memit-10000", lambda options, slower: memit_seconds(options.facts[1], FEWEST_PASSES, slower)),
-    Part("real", lambda options, slower: 100),
+    Part("machine", lambda options: 25),
+    Part("memit-1000", lambda options: memit_seconds(options, options.facts[0], options.passes)),
+    Part("rome", lambda options: LOADING + 50 + 25 * (options.easyedit is not None)),
+    Part("contract", lambda options: 120),
+    Part("memit-10000", lambda options: memit_seconds(options, options.facts[1], FEWEST_PASSES)),
+    Part("real", lambda options: 100),
 )
 
 
@@ -96,18 +97,22 @@ def pending(options: argparse.Namespace) -> list[Part]:
     return sorted(left, key=left.__getitem__)
 
 
-def slower(options: argparse.Namespace) -> float:
-    """By how much this GPU is slower than what the predictions reckon with, once that is measured; never faster."""
+def memit_rates(options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of a fact of MEMIT once, and in every pass: those of the part with fewer facts if that is there, else
+    derived, for a GPU that is slower more, but never less."""
+    few = read(options.out / "memit-1000.json")
+    if few and is_done(few):
+        facts, passes, spent = (few["found"][key] for key in ("facts", "passes", "seconds"))
+        return (spent["all"] - spent["search of δ"]) / facts, spent["search of δ"] / facts / passes
     found = read(options.out / "machine.json")
-    return max(1.0, RATE / found["found"]["TFLOP/s"]["bfloat16"]) if found and is_done(found) else 1.0
+    slower = max(1.0, RATE / found["found"]["TFLOP/s"]["bfloat16"]) if found and is_done(found) else 1.0
+    return slower * PER_FACT, slower * PER_PASS
 
 
 def passes_that_fit(options: argparse.Namespace, seconds: float) -> int:
-    """Of MEMIT's passes with the most facts, as many as fit into so many seconds."""
-    if options.shape == "tiny":
-        return options.passes
-    factor = slower(options)
-    rest = (seconds - memit_seconds(options.facts[1], 0, factor)) / (options.facts[1] * factor * PER_PASS)
+    """Of MEMIT's passes with the most facts, as many as fit into nine tenths of so many seconds."""
+    per_pass = options.facts[1] * memit_rates(options)[1]
+    rest = (0.9 * seconds - memit_seconds(options, options.facts[1], 0)) / per_pass
     return max(FEWEST_PASSES, min(options.passes, int(rest)))
 
 
@@ -116,15 +121,16 @@ def run_all(options: argparse.Namespace, started: float) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for part in pending(options):
         left = 60 * options.minutes - (time.monotonic() - started)
-        predicted = TINY if options.shape == "tiny" else part.seconds(options, slower(options))
+        passes, predicted = options.passes, part.seconds(options)
+        if options.shape == "tiny":
+            predicted = TINY
+        elif part.name == "memit-10000" and predicted <= left:
+            passes = passes_that_fit(options, left)
+            predicted = memit_seconds(options, options.facts[1], passes)
         if predicted > left:
-            print(
-                f"{part.name}: skipped, as about {predicted:.0f} s are needed and {left:.0f} s are left: run it again"
-            )
+            need = f"about {predicted:.0f} s are needed and {left:.0f} s are left"
+            print(f"{part.name}: skipped, as {need}: run it again")
             continue
-        passes = passes_that_fit(options, left) if part.name == "memit-10000" else options.passes
-        if part.name == "memit-10000":
-            predicted = memit_seconds(options.facts[1], passes, slower(options)) if options.shape != "tiny" else TINY
         print(f"{part.name}: about {predicted:.0f} s of {left:.0f} s", flush=True)
         run_part(options, part.name, left, passes, predicted)
 
@@ -229,6 +235,8 @@ def main() -> None:
     if options.child:
         run_child(options)
         return
+    if options.easyedit is not None and not (options.easyedit / "easyeditor").is_dir():
+        parser.error(f"expected a checkout of EasyEdit at {options.easyedit}; there is none: give its folder")
     if not options.report:
         refuse_missing_device(parser, options.device)
         run_all(options, started)

@@ -27,6 +27,7 @@ from reknow import LM, MEMIT, METHODS, ROME, Edit, load_cases, method
 from reknow.editing.contexts import sample_contexts
 from reknow.editing.covariance import statistics
 from reknow.editing.papers_layers import band_around
+from reknow.edits import Case
 from speed import ALL_PASSES, COVARIANCE_TOKENS, EXACT, plain
 from speed_work import by_phase, matmul_rate, now, timed
 
@@ -167,45 +168,60 @@ def rome(setting: Setting) -> dict:
     found: dict[str, Any] = {"layer": layer, "prepared": prepare(lm, ours, [layer]), "ways": {}, "errors": {}}
     cases = {case.edit: case for case in load_cases("counterfact", limit=FACTS + 1)}
     edits = list(cases)
-    captures: list[float] = []
     split = replace(ours, context_batches=ROME.context_batches)
-    ways: dict[str, Callable[[Edit], tuple[list[float], float]]] = {
+    losses: dict[str, list[list[float]]] = {}
+
+    def measure(label: str, way: Callable[[Edit], tuple[list[float], float]], edit: Edit) -> None:
+        if label in found["errors"]:
+            return
+        try:
+            descent, seconds = way(edit)
+        except (Exception, SystemExit) as error:  # whatever a way runs into, the others are measured
+            found["errors"][label] = f"{type(error).__name__}: {error}"
+            return
+        losses.setdefault(label, []).append(descent)
+        found["ways"].setdefault(label, []).append(seconds)
+
+    ways = {
         "reknow": lambda edit: one_edit(lm, ours, edit),
         f"reknow, {ROME.context_batches} context batches": lambda edit: one_edit(lm, split, edit),
     }
-    if torch.device(setting.device).type == "cuda":
-        ways[GRAPHS] = lambda edit: one_edit(lm, ours, edit, captures)
     if setting.easyedit is not None:
-        theirs, prefixes = EasyEdit(setting.easyedit, lm), sample_contexts(lm, ours.context_groups)
-
-        def their(edit: Edit) -> tuple[list[float], float]:
-            numbers = plain(lm, cases[edit], layer, "value")
-            settings = {"v_num_grad_steps": ours.steps, "clamp_norm_factor": ours.clamp, **numbers}
-            made = theirs.rome(edit, layer, prefixes, COVARIANCE_TOKENS, **settings)
-            return [], made.seconds
-
-        ways["EasyEdit"] = their
-    losses: dict[str, list[list[float]]] = {}
+        ways["EasyEdit"] = easyedits_rome(setting.easyedit, lm, ours, layer, cases)
     for edit in edits:  # the first one warms up
-        for label in [label for label in ways if label not in found["errors"]]:
-            try:
-                descent, seconds = ways[label](edit)
-            except Exception as error:  # whatever a way runs into, the others are measured
-                found["errors"][label] = f"{type(error).__name__}: {error}"
-                continue
-            losses.setdefault(label, []).append(descent)
-            found["ways"].setdefault(label, []).append(seconds)
-    for seconds in found["ways"].values():
-        found.setdefault("warming up", []).append(seconds.pop(0))
-    found["captures"] = captures
-    if GRAPHS in losses:
-        pairs = zip(losses["reknow"], losses[GRAPHS], strict=False)
-        apart = [abs(a - b) / abs(a) for one, two in pairs for a, b in zip(one, two, strict=False)]
-        found["largest difference of a loss"] = max(apart)
+        for label, way in ways.items():
+            measure(label, way, edit)
     found["phases"] = by_phase(lambda: ours.edit(lm, edits[-1:]), now)
     with peak(found, setting.device):
         ours.edit(lm, edits[-1:])
+    captures: list[float] = []
+    if torch.device(setting.device).type == "cuda":  # last, as a recording that fails may leave the device unusable
+        for edit in edits:
+            measure(GRAPHS, lambda edit: one_edit(lm, ours, edit, captures), edit)
+    for label in list(found["ways"]):
+        if not found["ways"][label][1:]:
+            found["errors"].setdefault(label, "it was not measured")
+        found["ways"][label] = found["ways"][label][1:]
+    found["captures"] = captures[1:]
+    pairs = zip(losses.get("reknow", []), losses.get(GRAPHS, []), strict=False)
+    apart = [abs(a - b) / abs(a) for one, two in pairs for a, b in zip(one, two, strict=False)]
+    found["largest difference of a loss"] = max(apart, default=None)
     return found
+
+
+def easyedits_rome(path: Path, lm: LM, ours: ROME, layer: int, cases: dict[Edit, Case]):
+    """EasyEdit's ROME of an edit with our settings as the plain numbers that it takes; loaded when it is first
+    called."""
+    theirs: list[EasyEdit] = []
+
+    def edit_one(edit: Edit) -> tuple[list[float], float]:
+        if not theirs:
+            theirs.append(EasyEdit(path, lm))
+        prefixes, numbers = sample_contexts(lm, ours.context_groups), plain(lm, cases[edit], layer, "value")
+        settings = {"v_num_grad_steps": ours.steps, "clamp_norm_factor": ours.clamp, **numbers}
+        return [], theirs[0].rome(edit, layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
+
+    return edit_one
 
 
 def one_edit(lm: LM, method: ROME, edit: Edit, captures: list[float] | None = None) -> tuple[list[float], float]:
@@ -260,7 +276,7 @@ def real(setting: Setting) -> dict:
     study.name += ", bf16"
     cases = {name: study.read_before(name, first, last) for name in study.sets}
     found: dict[str, Any] = {"left out": {}, "errors": {}, "wall seconds": {}}
-    suggested = replaced("reknow.editing.layer_trials.suggest_layer", return_value=setting.layer)
+    suggested = replaced("reknow.editing.layers.suggest_layer", return_value=setting.layer)
     with suggested if setting.layer is not None else nullcontext():
         for name in [name for name in TABLE if name in METHODS]:
             if time.perf_counter() - started > setting.seconds - 30:

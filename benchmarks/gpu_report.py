@@ -74,7 +74,7 @@ def _rome(found: Mapping) -> list[str]:
         [label, f"{seconds:.3f}", "–" if theirs is None else f"{theirs / seconds:.1f}"]
         for label, seconds in ways.items()
     ]
-    count = len(next(iter(found["ways"].values())))
+    count = max(map(len, found["ways"].values()), default=0)
     phases = ", ".join(f"{key} {value:.3f} s" for key, value in found["phases"].items() if value >= 5e-4)
     lines = [
         f"ROME at layer {found['layer']}, {count} facts one by one, 20 passes each:",
@@ -84,10 +84,9 @@ def _rome(found: Mapping) -> list[str]:
         f"Where an edit spends them as it is: {phases}.",
     ]
     if found["captures"]:
-        lines.append(
-            f"To record a pass takes {fmean(found['captures']):.3f} s. Largest relative difference of a loss between "
-            f"recorded passes and others: {found['largest difference of a loss']:.2g}."
-        )
+        lines.append(f"To record the passes of an edit takes {fmean(found['captures']):.3f} s of it.")
+    if (apart := found["largest difference of a loss"]) is not None:
+        lines.append(f"Losses of recorded passes are within {apart:.2g} of the others', relative to them.")
     return lines + [f"{label} failed: {error}" for label, error in found["errors"].items()]
 
 

@@ -186,7 +186,7 @@ def main():
         study.open(args.model, args.sets.split(","))
         chosen = methods_by_label(read_variants(args.methods.split(",")), args.set) if args.methods else {}
         cases = {name: study.read_before(name, first, last) for name in study.sets}
-        suggested = replaced("reknow.editing.layer_trials.suggest_layer", return_value=args.layer)
+        suggested = replaced("reknow.editing.layers.suggest_layer", return_value=args.layer)
         with suggested if args.layer is not None else nullcontext():
             for label, method in chosen.items():
                 for name, own in cases.items():

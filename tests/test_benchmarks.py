@@ -171,8 +171,9 @@ def test_a_call_goes_on_where_the_last_one_was(gpu, tmp_path, monkeypatch, capsy
     def run_part(options, name, left, passes, predicted):
         ran.append((name, passes))
         failed = name == "rome" and not (options.out / "rome.json").exists()
-        rates = {"TFLOP/s": {"bfloat16": 395.0}}
-        found = {"error": "no"} if failed else {"found": rates}
+        spent = {"all": 30.0, "search of δ": 20.0}  # a fact takes 10 ms once and 2 ms in every of 10 passes
+        found = {"TFLOP/s": {"bfloat16": 395.0}, "facts": 1000, "passes": 10, "seconds": spent}
+        found = {"error": "no"} if failed else {"found": found}
         gpu.gpu.keep(options.out / f"{name}.json", found)
 
     monkeypatch.setattr(gpu.gpu, "run_part", run_part)
@@ -191,8 +192,8 @@ def test_a_call_goes_on_where_the_last_one_was(gpu, tmp_path, monkeypatch, capsy
     assert call("--minutes", "60") == ["memit-10000", "rome"] and ran[0][1] == 25
     assert call("--minutes", "60") == []
     (tmp_path / "out/memit-10000.json").unlink()
-    assert call("--minutes", "9") == ["memit-10000"]
-    assert 3 <= ran[0][1] < 25, "on a GPU of half the rate, as many passes as fit"
+    assert call("--minutes", "9.1") == ["memit-10000"]
+    assert ran == [("memit-10000", 18)], "of 0.9 · 9.1 minutes, less 25 s and 100 s, at 20 s each"
 
 
 @pytest.mark.slow
@@ -215,13 +216,16 @@ def test_every_part_runs_in_small(gpu, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(gpu.gpu, "run_part", run_part)
     monkeypatch.setattr(gpu.gpu_parts, "TABLE", ("ft-m",))
-    real = ["--model", "demo:gpt2", "--layer", "0", "--known", "2"]
-    said = call("--easyedit", str(tmp_path), *real, "--tests", "test_counts_below_one and memit")
-    assert "Failed: SystemExit: expected a checkout of EasyEdit at" in said
+    (tmp_path / "empty/easyeditor").mkdir(parents=True)
+    empty = ["--easyedit", str(tmp_path / "empty")]
+    said = call(*empty, "--model", str(tmp_path / "nowhere"), "--tests", "test_counts_below_one and memit")
+    assert "EasyEdit failed: SystemExit: expected a checkout of EasyEdit at" in said
+    assert "ROME at layer 1, 5 facts" in said and "Failed: ModelError: expected" in said
     assert "4 facts in one call, 3 passes each" in said and "6 facts in one call, 3 passes each" in said
-    assert " 0 failed" in said and "extrapolated" in said and "bfloat16" in said and "| ft-m | 2 |" in said
-    said = call()
-    assert "rome: done" in said and "machine: done" not in said and "ROME at layer 1, 5 facts" in said
+    assert " 0 failed" in said and "extrapolated" in said and "bfloat16" in said
+    assert "done" not in call("--model", "demo:gpt2", "--layer", "0", "--known", "2", "--report")
+    said = call("--model", "demo:gpt2", "--layer", "0", "--known", "2")
+    assert said.count(": about") == 1 and "real: about" in said and "| ft-m | 2 |" in said
 
 
 @pytest.mark.slow
