@@ -173,9 +173,10 @@ def _allowed() -> bool:
 
 
 def _wanted() -> bool:
-    """Whether work in Python shows how far it is by itself: at a terminal, or where REKNOW_PROGRESS=1."""
+    """Whether work in Python shows how far it is by itself: at a terminal, in a notebook, or if REKNOW_PROGRESS=1."""
     with suppress(AttributeError, ValueError):  # there is no stderr, or it is closed
-        return _allowed() and (os.environ.get("REKNOW_PROGRESS") == "1" or sys.stderr.isatty())
+        watched = "ipykernel" in sys.modules or sys.stderr.isatty()
+        return _allowed() and (watched or os.environ.get("REKNOW_PROGRESS") == "1")
     return False
 
 
