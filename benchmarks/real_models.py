@@ -7,9 +7,10 @@
 Facts of CounterFact and of wiki_counterfact that the model knows, each edited by itself; facts 1 to 20 of a set are
 for reporting, from 21 on for choosing settings. Read are all probes but those for fluency, teacher-forced, and the
 norm of ΔW. The folder keeps a line per fact: what is there is not done again, whatever other rows are asked for, and
-a killed run goes on. `--layer` stands in for the layer that is suggested for the model, in whatever methods take that
-one; of settings that a paper has for another model, its layers are not taken. Seconds are processor seconds of one
-thread.
+a killed run goes on. How often the unedited model gives the *true* answer says what an edit's generalization can be
+measured against: a model that knows a fact by one wording does not know it by every one. `--layer` stands in for the
+layer that is suggested for the model, in whatever methods take that one; of settings that a paper has for another
+model, its layers are not taken. Seconds are processor seconds of one thread.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from unittest.mock import patch as replaced
 
 import torch
@@ -40,7 +42,7 @@ from reknow.texts.tables import to_markdown
 from reknow.tracing.known import known_cases
 
 SETS = "counterfact,wiki_counterfact"
-UNEDITED = "unedited"
+UNEDITED, TRUE = "unedited", "unedited, the true answer"
 EXACT = ("reliability", "generalization", "locality", "portability")
 COLUMNS = [(kind, f"{kind}@teacher_forced_exact") for kind in EXACT]
 COLUMNS += [(name, f"{name}@contrast") for name in ("ES", "PS", "NS", "S")]
@@ -82,7 +84,19 @@ class Study:
         for number, case in enumerate(cases, first):
             readings = self._readings_before(name, case)
             self._add(name, case, number, UNEDITED, UNEDITED, case_metrics(readings, readings))
+            if (self.name, name, case.edit.id, TRUE) not in self.rows:
+                self._add(name, case, number, TRUE, TRUE, self._knowledge(case))
         return cases
+
+    def _knowledge(self, case):
+        """How often the unedited model gives the true answer where an edited one shall give the new one."""
+        metrics = {}
+        for kind in ("reliability", "generalization"):
+            prompts = [probe.prompt for probe in case.questions if probe.kind == kind]
+            if prompts:
+                scores = self.lm.score(prompts, [case.edit.target_true] * len(prompts))
+                metrics[f"{kind}@teacher_forced_exact"] = fmean(float(score.said) for score in scores)
+        return metrics
 
     def _readings_before(self, name, case):
         row = self.before[self.name, name, case.edit.id]
@@ -118,7 +132,7 @@ class Study:
         """Markdown by model and set: the mean of every method over the facts asked for, with its interval."""
         groups = {}
         for row in self.rows.values():
-            if first <= row["number"] <= last and (not labels or row["method"] in (UNEDITED, *labels)):
+            if first <= row["number"] <= last and (not labels or row["method"] in (UNEDITED, TRUE, *labels)):
                 place = groups.setdefault((row["model"], row["set"]), {})
                 place.setdefault((row["method"], row["settings"]), []).append(row)
         return "\n\n".join(f"**{model}, {name}**\n\n{one_table(rows)}" for (model, name), rows in groups.items())

@@ -47,9 +47,10 @@ def test_rows_of_real_models_are_made_once(monkeypatch, tmp_path, capsys):
     real_models.main()
     made = (tmp_path / "out/rows.jsonl").read_text()
     rows = [json.loads(line) for line in made.splitlines()]
-    assert [row["method"] for row in rows] == ["unedited"] * 2 + ["rome"] * 2 + ["ft-m-paper:gpt2-xl"] * 2
-    assert [row["metrics"]["reliability@teacher_forced_exact"] for row in rows[:4]] == [0, 0, 1, 1]
-    assert all(row["metrics"]["norm"] > 0 for row in rows[2:])
+    unedited = ["unedited", "unedited, the true answer"] * 2
+    assert [row["method"] for row in rows] == unedited + ["rome"] * 2 + ["ft-m-paper:gpt2-xl"] * 2
+    assert [row["metrics"]["reliability@teacher_forced_exact"] for row in rows[:6]] == [0, 1, 0, 1, 1, 1]
+    assert all(row["metrics"]["norm"] > 0 for row in rows[4:])
     monkeypatch.setattr(real_models, "attempt_each", None)  # nothing is left to be edited, whatever it is called
     monkeypatch.setattr("sys.argv", [*asked, "again=rome"])
     real_models.main()
@@ -59,6 +60,7 @@ def test_rows_of_real_models_are_made_once(monkeypatch, tmp_path, capsys):
     real_models.main()
     assert [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines()[4:]] == [
         ["| unedited", "1"],
+        ["| unedited, the true answer", "1"],
         ["| rome", "1"],
         ["| ft-m-paper:gpt2-xl", "1"],
     ]
