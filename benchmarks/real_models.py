@@ -18,11 +18,9 @@ import hashlib
 import json
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from unittest.mock import patch as replaced
 
 import torch
 
@@ -200,12 +198,12 @@ def main():
         study.open(args.model, args.sets.split(","))
         chosen = methods_by_label(read_variants(args.methods.split(",")), args.set) if args.methods else {}
         cases = {name: study.read_before(name, first, last) for name in study.sets}
-        suggested = replaced("reknow.editing.layers.suggest_layer", return_value=args.layer)
-        with suggested if args.layer is not None else nullcontext():
-            for label, method in chosen.items():
-                for name, own in cases.items():
-                    study.run(label, resolved(study.lm, method), name, own, first, args.layer)
-                print(study.table(first, last, [label]), end="\n\n", flush=True)
+        if args.layer is not None:
+            study.lm.memo[("layer",)] = args.layer
+        for label, method in chosen.items():
+            for name, own in cases.items():
+                study.run(label, resolved(study.lm, method), name, own, first, args.layer)
+            print(study.table(first, last, [label]), end="\n\n", flush=True)
     print(study.table(first, last, args.methods and [one.label for one in read_variants(args.methods.split(","))]))
 
 

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from itertools import islice
 
+from reknow.datasets.text import TextSource
 from reknow.lm import LM
 from reknow.texts.writing import full_stop
 
-__all__ = ["sample_contexts"]
+__all__ = ["sample_contexts", "text_contexts"]
+
+_PARAGRAPH = 200
+"""Characters of a text that is more than a heading."""
+_TEXTS_READ = 10_000
+"""Texts from which beginnings are drawn: a stream may be endless."""
+_LONGEST_TOKEN = 32
+"""Characters that a token has at most; no more of a text is read."""
+
+
+def text_contexts(lm: LM, groups: Sequence[tuple[int, int]], source: TextSource, *, seed: int = 0) -> tuple[str, ...]:
+    """Texts to put before a prompt: "" and how texts of `source` begin, each closed by ". ".
+
+    Args:
+        groups: (how many, of how many tokens at most) of each kind.
+        seed: of the draw of texts.
+    """
+
+    def cut() -> tuple[str, ...]:
+        texts = [text for one in islice(source.texts(), _TEXTS_READ) if (text := one.strip())]
+        texts = [text for text in texts if len(text) >= _PARAGRAPH] or texts
+        random.Random(seed).shuffle(texts)
+        tokens = [count for number, count in groups for _ in range(number)]
+        return ("", *(_beginning(lm, text, count) for text, count in zip(texts * len(tokens), tokens, strict=False)))
+
+    return lm.cached(("contexts of text", tuple(tuple(group) for group in groups), source.digest, seed), cut)
+
+
+def _beginning(lm: LM, text: str, tokens: int) -> str:
+    """So many tokens of the text, closed."""
+    text = text[: _LONGEST_TOKEN * tokens]
+    spans = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    begun = (text[: spans[:tokens][-1][1]] if spans else text).rstrip(" .,;")
+    return f"{begun}{full_stop(begun)} "
 
 
 def sample_contexts(

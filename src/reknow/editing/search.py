@@ -9,14 +9,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Seed, Share, Units
 from reknow.contract import Method
-from reknow.editing.contexts import sample_contexts
+from reknow.datasets.text import text_source
+from reknow.editing.contexts import sample_contexts, text_contexts
 from reknow.editing.keys import Site
 from reknow.editing.solvers import Whitening, cholesky
 from reknow.edits import Edit
@@ -79,8 +80,11 @@ class ValueSearchMethod(Method):
     context_batches: Annotated[Number, Formerly("turns")] = 2
     """Split the contexts into so many batches, of which each pass reads the next: several times less work; 1: all
     contexts in every pass, as in the papers."""
+    context_source: Literal["text", "model"] = "text"
+    """Where the texts come from that are put before the prompt: `text`: they are beginnings of general text, that of
+    `covariance_text`; `model`: the model writes them, as in the papers, some models nonsense."""
     context_groups: tuple[tuple[Number, Number], ...] = ((5, 9),)
-    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
+    """(how many, of how many tokens) texts to put before the prompt."""
     context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = (
         "The",
         "Therefore",
@@ -88,13 +92,14 @@ class ValueSearchMethod(Method):
         "I",
         "You",
     )
-    """First words of the sampled texts; none: the token that begins texts."""
+    """First words of texts that the model writes; none: the token that begins texts."""
     covariance_tokens: Natural | None = None
     """Tokens of general text for C; None: twenty for each input of the matrix, 100,000 at most."""
     covariance_text: Name | None = None
-    """A file, a folder or `hub:owner/name` to read general text from; None: the bundled WikiText sample."""
+    """A file, a folder or `hub:owner/name` to read general text from, also for contexts; None: the bundled WikiText
+    sample."""
     seed: Seed = 0
-    """Seed of the sampled contexts."""
+    """Seed of the contexts."""
 
     @property
     def rules(self) -> SearchRules:
@@ -116,6 +121,9 @@ class ValueSearchMethod(Method):
 
     def contexts(self, lm: LM) -> tuple[str, ...]:
         """The texts to put before the prompt; the first is empty."""
+        if self.context_source == "text":
+            source = text_source(self.covariance_text)
+            return text_contexts(lm, self.context_groups, source, seed=self.seed)
         return sample_contexts(lm, self.context_groups, first_words=self.context_first_words, seed=self.seed)
 
     def keep_statistics(self, lm: LM, layers: Sequence[int]) -> None:
