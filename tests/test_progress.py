@@ -147,7 +147,8 @@ def test_the_library_reports_what_takes_long(tmp_path, heard):
     lm, text = make_lm(), tmp_path / "text.txt"
     text.write_text("The mother tongue of Peru is Spanish.\n\n" * 40)
     statistics(lm, [1], tokens=150, text=str(text))
-    method("rome", layer=1, steps=2, turns=1, context_groups=((2, 3), (2, 4)), covariance_tokens=0).edit(
+    written = dict(context_source="model", context_groups=((2, 3), (2, 4)))
+    method("rome", layer=1, steps=2, turns=1, covariance_tokens=0, **written).edit(
         lm, [Edit("The capital of {} is", subject="Peru", target_new="Rome")]
     )
     assert any("statistics, 150 of 150 tokens" in line for line in heard), heard

@@ -109,7 +109,7 @@ def test_a_tokenizer_without_named_special_tokens_has_contexts(named):
     (row,) = lm.encode([Text("")])
     assert tokenizer.decode(row.ids) == next(iter(named.values()), "\n")
     assert len(lm.generate("", 4)) > 0
-    patch = ROME(layer=0, steps=3).edit(lm, [EDIT])
+    patch = ROME(layer=0, steps=3, context_source="model").edit(lm, [EDIT])
     assert all(bool(torch.isfinite(delta.dense()).all()) for delta in patch.deltas.values())
 
 
