@@ -206,6 +206,7 @@ BAD = {
     "no seed": (["bench", "--seeds", ",", "--limit", "1"], ["at least one seed"]),
     "a seed twice": (["bench", "--seeds", "0,0", "--limit", "1"], ["each once"]),
     "a seed of a study twice": (["study", "tasks", "--seeds", "1,1"], ["each once"]),
+    "updates where nothing is trained": (["study", "zsre", "--steps", "3"], ["zsre alone", "--steps"]),
     "unknown study": (["study", "domain"], ["Did you mean 'domains'", "gradients"]),
     "families where none are read": (["study", "domains", "--families", "broken.json"], ["--families"]),
     "a family missing": (["study", "tasks", "--families", "families.json"], ["families.json", "no counterfact"]),
