@@ -93,7 +93,7 @@ _CONTINUAL = ("ice", "ft-m@article", "ft-l@article", "ft-m", "memit", "rome")
 ARTICLES: dict[str, Article] = {
     "zsre": Article(
         "EasyEdit: editing against fine-tuning on ZsRE, single edits.",
-        {"": _of("zsre-table", Selection("knowedit-zsre", 60, probes_per_name=2))},
+        {"": _of("zsre-table", Selection("knowedit-zsre", 45, probes_per_name=2))},
         55,
     ),
     "ice-table": Article(
