@@ -9,12 +9,13 @@ import pytest
 
 from conftest import make_lm
 from reknow import LM, ROME, Edit
-from reknow.editing import covariance, layer_trials
+from reknow.editing import covariance, layer_choice, layer_trials, papers_layers
 from reknow.editing.layer_choice import (
     BESIDE,
     FILE,
     LayerScore,
     best_score,
+    is_guess,
     keep_scores,
     measured_layer,
     read_scores,
@@ -46,6 +47,11 @@ def test_a_model_that_was_not_measured_gets_the_depth_of_the_papers_at_once(monk
     monkeypatch.setattr(lm, "forward", lambda *_: pytest.fail("nothing is read"))
     assert measured_layer(lm) is None and suggest_layer(lm) == 1
     assert "a guess by depth" in caplog.text and not cache_folder().exists()
+    assert is_guess(lm)
+    for place in (papers_layers, layer_choice):
+        monkeypatch.setattr(place, "published_layers", lambda *_: [5])
+    other = make_lm("gpt2", n_layer=7)
+    assert suggest_layer(other) == 5 and not is_guess(other)
 
 
 def test_what_was_measured_is_kept_for_the_same_weights_only():

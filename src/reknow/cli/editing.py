@@ -139,7 +139,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
 
     bits = weight_bits(lm.model)
     if estimate(lm, method, edits).guessed:
-        warn(f"no layer given, and none measured: it is a guess by depth; reknow layers {lm.name} measures, once")
+        warn(f"no layer given: it is a guess by depth; reknow layers {lm.name} measures, once for this model")
     started = time.perf_counter()
     patch = method.edit(lm, edits)
     seconds = time.perf_counter() - started

@@ -27,12 +27,14 @@ from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.schema import Count, FormatError, Listed, Strict, explain, first_problem, parse_json
 from reknow.lm import LM
 from reknow.model.exclusive import exclusively
+from reknow.published import published_layers
 
 __all__ = [
     "BESIDE",
     "FILE",
     "LayerScore",
     "best_score",
+    "is_guess",
     "keep_scores",
     "measured_layer",
     "read_scores",
@@ -82,8 +84,15 @@ def _choose(lm: LM) -> int:
     if measured is not None:
         return measured
     layer = papers_layers(lm)[0]
-    _log.info("layer %d of %s is a guess by depth or by papers: reknow layers makes trial edits", layer, lm.name)
+    by = "a guess by depth" if is_guess(lm) else "that of a paper"
+    _log.info("layer %d of %s is %s: reknow layers makes trial edits", layer, lm.name, by)
     return layer
+
+
+@exclusively
+def is_guess(lm: LM) -> bool:
+    """Whether `suggest_layer` is a guess by depth: nothing was measured, and no paper edited models of this shape."""
+    return measured_layer(lm) is None and not published_layers("rome", lm)
 
 
 @exclusively

@@ -8,7 +8,7 @@ from typing import Any
 
 from reknow.contract import Method, field_values
 from reknow.editing.covariance import enough_tokens
-from reknow.editing.layer_choice import measured_layer, suggest_layer
+from reknow.editing.layer_choice import is_guess, suggest_layer
 from reknow.editing.layers import resolve_layers
 from reknow.editing.papers_layers import band_around
 from reknow.editing.triangle import kept_bytes
@@ -43,7 +43,7 @@ class Estimate:
 
     layers: tuple[int, ...]
     guessed: bool
-    """The layers are those that papers edit; trial edits, which nobody has made, might choose others."""
+    """The layers are a guess by depth; trial edits, which nobody has made, might choose others."""
     matrices: dict[str, tuple[int, int]]
     """(out, in) of the value matrix of each of these layers."""
     parameters: int
@@ -124,4 +124,4 @@ def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:
     if wanted is not None:
         return resolve_layers(lm, wanted if isinstance(wanted, (tuple, list)) else [wanted]), False
     count = None if "layers" in settings else settings.get("span", 1)
-    return band_around(lm, suggest_layer(lm), count), measured_layer(lm) is None
+    return band_around(lm, suggest_layer(lm), count), is_guess(lm)
