@@ -36,6 +36,30 @@ def test_calibration_counts_both_sides(monkeypatch):
     assert [row["threshold"] for row in table] == sorted(row["threshold"] for row in table) and len(table) == 19
 
 
+def test_ways_of_choosing_a_layer_are_compared(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import layers
+
+    results = layers.Results(tmp_path / "rows.jsonl")
+    edit = {"kind": "edit", "data": "counterfact", "tokens": 20_000, "fact": 21, "seconds": 2.0, "locality": 1.0}
+    for layer, rate in ((0, 0.5), (2, 1.0)):
+        results.add(**edit, layer=layer, reliability=rate, generalization=rate)
+        one = {"kind": "trial", "layer": layer, "steps": 20, "tokens": 20_000, "seconds": 1.0, "locality": 1.0}
+        for fact in range(8):  # trials that see it the other way round, all but the first
+            right = rate if fact == 0 else 1.5 - rate
+            results.add(**one, fact=fact, reliability=right, generalization=right)
+    results.add(kind="asked", known=9, trials=8, seconds=5.0)
+    results.add(kind="trace", effects=[0.3, 0.0, 0.1], seconds=3.0)
+    capsys.readouterr()
+    layers.report(3, layers.Results(results.file), "counterfact")
+    said = capsys.readouterr().out
+    assert "| 20,000 | 0 | 1 | 50.0 | 50.0 | 100.0 | 60.0 | – | – | – | – | 2.0 |" in said
+    assert "| the best of these layers | 2 | 100.0 | 0 |" in said
+    assert "| where facts trace best | 0 | 60.0 | 8 |" in said
+    assert "| 8 trial facts, 20 passes, C of 20,000 | 0 | 60.0 | 21 |" in said
+    assert "| 2 trial facts, 20 passes, C of 20,000 | 0 (100%)" in said
+
+
 @pytest.mark.slow
 def test_rows_of_real_models_are_made_once(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
