@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,12 +21,36 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
-_CANDIDATES = 300
-"""How many records are asked to find facts that the model knows."""
 _FLUENT = 4
 """In how many cases text is sampled for fluency: most of the time would go there."""
+_LARGE = 50_000_000
+"""Parameters from which on an edit takes seconds where it takes tenths in the bundled models."""
 _SHOWN = ("teacher_forced_exact", "contrast", "edit")
 """Which of the result's tables are printed; the report has all."""
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How much of it is shown."""
+
+    candidates: int
+    """How many records are asked to find facts that the model knows."""
+    shown: int
+    """How many edits are shown one by one."""
+    cases: int
+    """In how many cases the methods are compared."""
+    methods: tuple[str, ...]
+    fluency: bool = False
+
+
+_TWO = ("rome", "ft-m")
+_SIZES = {
+    # (large, quick)
+    (False, False): _Size(300, 4, 20, ("rome", "r-rome", "ft-l", "ft-m"), fluency=True),
+    (False, True): _Size(300, 2, 6, _TWO),
+    (True, False): _Size(100, 3, 8, _TWO),
+    (True, True): _Size(50, 2, 3, _TWO),
+}
 
 
 def demo(
@@ -36,9 +60,9 @@ def demo(
     *,
     opening: Opening,
 ) -> None:
-    """Edit facts in a bundled model, measure and report what changed, take the edits back.
+    """Edit facts in a model, measure and report what changed, take the edits back.
 
-    Real records of CounterFact, offline, in two minutes on two cores.
+    Real records of CounterFact, offline, in two minutes on two cores; fewer of them in a real model (demo:smollm2).
     """
     from reknow.datasets.cases import load_cases
     from reknow.model.fingerprint import weight_bits
@@ -48,16 +72,17 @@ def demo(
     out = run_place(out or run_folder("demo-quick" if quick else "demo", model), "demo", model)[""]
     lm = opening.open(model)
     bits = weight_bits(lm.model)
-    candidates = load_cases("counterfact", limit=_CANDIDATES)
-    known = known_cases(lm, candidates)
     numbers = sum(parameter.numel() for parameter in lm.model.parameters())
+    size = _SIZES[numbers >= _LARGE, quick]
+    candidates = load_cases("counterfact", limit=size.candidates)
+    known = known_cases(lm, candidates)
     say(f"{lm.name}: {lm.layers} layers, {numbers:,} parameters")
     say(f"It knows {len(known)} of {len(candidates)} facts of CounterFact. Some of them are changed now.\n")
-    cases = (known or candidates)[: 6 if quick else 20]
+    cases = (known or candidates)[: size.cases]
 
-    patches = _show(lm, cases[: 2 if quick else 4])
+    patches = _show(lm, cases[: size.shown])
     with write_lock(out):
-        _measure(lm, cases, out, quick)
+        _measure(lm, cases, out, size)
     _take_back(lm, patches, bits)
     say(f"{time.perf_counter() - started:.0f} s in all")
 
@@ -85,7 +110,7 @@ def _complete(lm: LM, prompts: list[str]) -> list[str]:
     return [" ".join(text.split()) for text in lm.generate(prompts, 6)]
 
 
-def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
+def _measure(lm: LM, cases: list[Case], out: Path, size: _Size) -> None:
     """Compares methods over the cases, prints the tables and writes the report."""
     from reknow.evaluation import Plan, bench
     from reknow.methods import method
@@ -93,9 +118,8 @@ def _measure(lm: LM, cases: list[Case], out: Path, quick: bool) -> None:
 
     quiet = [replace(case, probes=[p for p in case.probes if p.kind != "fluency"]) for case in cases[_FLUENT:]]
 
-    names = ("rome", "ft-m") if quick else ("rome", "r-rome", "ft-l", "ft-m")
-    chosen = {name: method(name) for name in names}
-    plan = Plan(fluency=not quick)
+    chosen = {name: method(name) for name in size.methods}
+    plan = Plan(fluency=size.fluency)
     cases = cases[:_FLUENT] + quiet
     results = bench(lm, cases, chosen, out, dataset="counterfact, known facts", plan=plan)
     for table in results.tables():
