@@ -62,4 +62,4 @@ wheel: $(READY)
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) dist build src/*.egg-info
+	rm -rf $(VENV) dist build src/*.egg-info .pytest_cache
