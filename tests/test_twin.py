@@ -26,7 +26,10 @@ def backend():
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"REKNOW_TEST_DEVICE": "twin", "PYTHONPATH": f"{HERE}:{HERE.parent / 'src'}"}
+    environment = os.environ | {
+        "REKNOW_TEST_DEVICE": "twin",
+        "PYTHONPATH": f"{HERE}:{HERE / 'methods'}:{HERE.parent / 'src'}",
+    }
     return subprocess.run(
         [sys.executable, *arguments], cwd=HERE.parent, env=environment, capture_output=True, text=True
     )
@@ -60,3 +63,33 @@ def test_methods_keep_to_their_device():
     tests = ["tests/methods/test_contract.py", "-k", f"test_contract and llama and ({names}) and not merge"]
     done = run("-m", "pytest", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_a_device_without_float64_is_enough():
+    """Apple's, for which the twin stands in here: what needs float64 is computed on the CPU, and comes back."""
+    done = run(
+        "-c",
+        """
+import torch, twin
+from torch.utils._pytree import tree_leaves
+from reknow.model import exact
+from test_contract import EDIT, OTHER, make_lm, nll, quick
+
+exact._WITHOUT = ("twin",)
+dispatch = twin.Twin.__torch_dispatch__.__func__
+
+def refusing(cls, *call):
+    found = dispatch(cls, *call)
+    doubles = [t for t in tree_leaves(found) if isinstance(t, twin.Twin) and t.dtype == torch.float64]
+    assert not doubles, f"{call[0]} gives float64"
+    return found
+
+twin.Twin.__torch_dispatch__ = classmethod(refusing)
+lm = make_lm("llama")
+for name in ("rome", "memit", "alphaedit", "ft-m", "grace", "malmen"):
+    with lm.patched(quick(name, lm, steps=3).edit(lm, [EDIT, OTHER])):
+        nll(lm, EDIT)
+print("all of it")
+""",
+    )
+    assert done.stdout.endswith("all of it\n"), done.stderr[-3000:]

@@ -232,7 +232,9 @@ def _compute(
                 )
             if state is None or state.is_local_main_process:
                 save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
-            found[layer] = Statistics(mean.full(), count, file)
+            # Where a device has no float64, it was summed elsewhere.
+            place = device_of(lm.model.get_submodule(key["matrix"]), lm.device)
+            found[layer] = Statistics(mean.full().to(place), count, file)
         _remove(sums_file)
         evict(using=[one.file for one in found.values()])
         if state is not None:

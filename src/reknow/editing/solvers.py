@@ -36,7 +36,7 @@ def cholesky(covariance: Tensor) -> Tensor:
 
     C itself is left as it is, and L is the only other matrix in memory.
     """
-    factor, failed = _columns(covariance), torch.empty((), dtype=torch.int32, device=covariance.device)
+    factor, failed = _columns(covariance), torch.empty((), dtype=torch.int32, device=exact_device(covariance.device))
     scale = factor.diagonal().mean()
     for ridge in (0.0, 1e-10, 1e-8, 1e-6, 1e-4, 1e-2):
         if ridge:

@@ -135,7 +135,7 @@ def surrogate(network: MALMENNetwork, factors: TokenFactors, deltas: Mapping[str
         a = network.weigh(name, k)  # (n, in), float64
         by_value = a @ exact(gradient).T  # (n, out)
         by_regularization = -(exact(shift.detach()) * (by_value - (a @ k.T) @ by_value)).sum()
-        total = total + (by_value.float() * shift).sum() + by_regularization.float() * network.stiffness[i]
+        total = total + (by_value.to(shift) * shift).sum() + by_regularization.to(shift) * network.stiffness[i]
     return total
 
 
