@@ -61,6 +61,26 @@ def test_files_that_a_page_names_are_there(page):
     ]
 
 
+def test_every_claim_has_its_line_and_a_study_that_is_there():
+    from reknow.studies.articles import ARTICLES
+    from reknow.studies.instructedit.editors import STUDIES
+
+    page = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in re.findall(r"^\| \d.*$", page, re.MULTILINE)
+    ]
+    assert [int(number) for number, *_ in lines] == list(range(1, len(lines) + 1))
+    assert all(len(line) == 7 and all(line) for line in lines)
+    assert {verdict.partition(":")[0].split()[0].strip(",") for *_, verdict, _ in lines} == {
+        "yes",
+        "partly",
+        "no",
+        "open",
+    }
+    named = set(re.findall(r"`study ([a-z-]+)`", page)) - {"NAME"}
+    assert named and named <= {"tracing", "domains", "gradients", *ARTICLES, *STUDIES}
+
+
 OTHERS = """
 AutoProcessor Reasoning Relation_Specificity Subject_Aliasing attribute_prompts compute_n_gram_entropy
 eval_utils_counterfact final_data_v2 locality_ground_truth new_answer_alias portability_ground_truth pred print_kl py
