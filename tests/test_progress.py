@@ -240,7 +240,7 @@ def test_an_interrupt_leaves_a_clean_terminal(clock, monkeypatch):
     with pytest.raises(KeyboardInterrupt), progress.shown("edit"), progress.stage("rome"):
         clock.now += 3
         hearing_display().tick()
-        assert "rome" in screen.getvalue()
+        assert "edit: rome" in screen.getvalue()
         raise KeyboardInterrupt
     assert screen.getvalue().endswith("\x1b[2K") and "\x1b[?25h" in screen.getvalue()
 
@@ -287,7 +287,7 @@ def test_of_several_threads_a_terminal_shows_one(clock, monkeypatch):
         hearing_display().tick()
     seen.set()
     thread.join(30)
-    assert "ours" in screen.getvalue() and "theirs" not in screen.getvalue()
+    assert "ours, starting" in screen.getvalue() and "theirs" not in screen.getvalue()
 
 
 # --- in Python -------------------------------------------------------------------------------------------------

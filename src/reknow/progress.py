@@ -114,6 +114,8 @@ class Progress:
         """
         above, hears = _stage.get(), _listener.get()
         stage = Stage(what, total, unit, done, above, parts)
+        if above is not None and above.total is None:
+            above.note = ""
         with self.shown() if hears is None and above is None and _wanted() else nullcontext():
             hears = _listener.get() or (lambda stage: None)
 
@@ -165,6 +167,7 @@ class Progress:
                 yield
             return
         with Display(sys.stderr) as line, self.reported_to(line.hear), self.stage(what):
+            self.note("starting")  # until something begins inside
             yield
 
 
