@@ -6,6 +6,7 @@ pytest's own cache.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -195,6 +196,16 @@ def test_a_patch_made_by_another_process_is_applied_here(smollm2, rome_patch, tm
         assert first_words(said(smollm2, ASKED, REPHRASED)) == ["English"] * 2
     stack = save_stack(tmp_path / "stack", smollm2.name, [Patch.load(out)])
     assert len(LM(stack).patches) == 1
+
+
+def test_the_demo_runs_on_it(smollm2, tmp_path):
+    shown = run("demo", "--quick", "--model", "demo:smollm2", "--out", tmp_path / "run").stdout
+    assert "demo:smollm2: 30 layers, 134,515,008 parameters\nIt knows 13 of 300 facts of CounterFact." in shown
+    (fact,) = [line.split("…")[1].split() for line in shown.splitlines() if line.startswith(" the fact")]
+    assert fact.count("French.") == 1 and "English." in fact
+    assert "Taken back one by one: all 274 tensors have the bits they had before." in shown
+    rows = [json.loads(line) for line in (tmp_path / "run" / "cases.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"rome", "ft-m"} and all(row["error"] is None for row in rows)
 
 
 def test_the_conversion_made_anew_is_the_one_that_was_kept(smollm2, monkeypatch, tmp_path):

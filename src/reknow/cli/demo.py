@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
+_CANDIDATES = 300
+"""How many records are asked to find facts that the model knows."""
 _FLUENT = 4
 """In how many cases text is sampled for fluency: most of the time would go there."""
 _LARGE = 50_000_000
@@ -33,8 +35,6 @@ _SHOWN = ("teacher_forced_exact", "contrast", "edit")
 class _Size:
     """How much of it is shown."""
 
-    candidates: int
-    """How many records are asked to find facts that the model knows."""
     shown: int
     """How many edits are shown one by one."""
     cases: int
@@ -46,16 +46,18 @@ class _Size:
 _TWO = ("rome", "ft-m")
 _SIZES = {
     # (large, quick)
-    (False, False): _Size(300, 4, 20, ("rome", "r-rome", "ft-l", "ft-m"), fluency=True),
-    (False, True): _Size(300, 2, 6, _TWO),
-    (True, False): _Size(100, 3, 8, _TWO),
-    (True, True): _Size(50, 2, 3, _TWO),
+    (False, False): _Size(4, 20, ("rome", "r-rome", "ft-l", "ft-m"), fluency=True),
+    (False, True): _Size(2, 6, _TWO),
+    (True, False): _Size(3, 10, _TWO),
+    (True, True): _Size(1, 3, _TWO),
 }
 
 
 def demo(
     model: Model = DEMO,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer facts and methods: 15 s on a free core.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer facts and methods: seconds, a minute in a real model.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     *,
     opening: Opening,
@@ -74,7 +76,7 @@ def demo(
     bits = weight_bits(lm.model)
     numbers = sum(parameter.numel() for parameter in lm.model.parameters())
     size = _SIZES[numbers >= _LARGE, quick]
-    candidates = load_cases("counterfact", limit=size.candidates)
+    candidates = load_cases("counterfact", limit=_CANDIDATES)
     known = known_cases(lm, candidates)
     say(f"{lm.name}: {lm.layers} layers, {numbers:,} parameters")
     say(f"It knows {len(known)} of {len(candidates)} facts of CounterFact. Some of them are changed now.\n")
