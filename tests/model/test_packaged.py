@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,15 @@ def test_it_is_converted_once_and_opens_as_any_folder(site, monkeypatch):
     assert same(bits(lm), bits(again))
     assert len({each.fingerprint.digest for each in (lm, again, folder)}) == 1
     assert not hasattr(again.model.config, "quantization_config") and not getattr(again.model, "is_quantized", False)
+
+
+def test_a_licence_that_wants_a_notice_gets_it_once(site, monkeypatch, caplog):
+    assert "Gemma Terms of Use" in packaged.PACKAGED["gemma3"].notice
+    monkeypatch.setitem(packaged.PACKAGED, "tiny", replace(packaged.PACKAGED["tiny"], notice="under its own terms"))
+    for _ in range(2):
+        LM.demo("tiny")
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == ["under its own terms"]
+    assert json.loads((kept_folder("tiny") / "conversion.json").read_text())["notice"] == "under its own terms"
 
 
 def test_parts_are_joined(site, monkeypatch):

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -45,6 +44,8 @@ class PackagedModel:
     sha256: str
     """Of the whole file."""
     licence: str
+    notice: str = ""
+    """What its licence wants said where it is handed on."""
 
     @property
     def command(self) -> str:
@@ -70,6 +71,7 @@ PACKAGED = {
         },
         "1.0.0",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        "Gemma Terms of Use",
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
     ),
 }
@@ -128,13 +130,16 @@ def _make(name: str, folder: Path) -> None:
     check_installed(name)
     model, parts = PACKAGED[name], _find_parts(name)
     _log.info("converting %s, once, into %s; its licence: %s", model.file, folder, model.licence)
+    if model.notice:
+        _log.warning(model.notice)
     joined = None if len(parts) == 1 else folder / model.file
     _check_sum(name, parts, joined)
     convert_gguf(joined or parts[0], folder)
     if joined is not None:
         joined.unlink()
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
-    write_json(folder / _NOTE, {"form": _FORM, "sha256": model.sha256, "licence": model.licence, "files": files})
+    about = {"licence": model.licence, "notice": model.notice}
+    write_json(folder / _NOTE, {"form": _FORM, "sha256": model.sha256, **about, "files": files})
 
 
 def _is_whole(folder: Path, model: PackagedModel) -> bool:
@@ -164,7 +169,7 @@ def _find_parts(name: str) -> list[Path]:
     """The files in the installed packages; raises ModelError where one is not there."""
     model, found = PACKAGED[name], []
     for package, place in model.parts.items():
-        file = Path(os.fspath(distribution(package).locate_file(place)))
+        file = Path(str(distribution(package).locate_file(place)))
         if not file.is_file():
             raise ModelError(
                 f"expected {place} in the package {package}, from which demo:{name} is made; version "
