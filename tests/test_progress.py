@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -16,7 +18,7 @@ from reknow import LM, Edit, display, method
 from reknow.cli.terminal import LogHandler, say
 from reknow.display import Display, duration
 from reknow.editing.covariance import statistics
-from reknow.progress import progress
+from reknow.progress import _here, progress
 
 
 class Clock:
@@ -94,6 +96,34 @@ def test_a_loop_that_is_left_has_ended(heard):
             1 / number
     with progress.stage("next"):
         assert heard[-1] == "next"
+
+
+def test_what_an_error_keeps_of_a_loop_does_no_harm(heard):
+    """The error keeps the loop as it was until it is forgotten, in no order, and then also within other work."""
+
+    def broken():
+        numbers = progress.each("broken", range(3))
+        for number in numbers:
+            [1 / number for number in progress.each("reading", [number])]
+
+    kept, stages = [], []
+    for i in range(2000):
+        try:
+            with progress.stage("edit"):
+                broken()
+        except ZeroDivisionError as error:
+            kept.append((error, kept if i % 3 else None))  # in circles too
+        kept = kept[i % 7 :]
+    with progress.stage("next"), progress.reported_to(stages.append), progress.stage("inside", 2) as advance:
+        kept.clear()
+        gc.collect()
+        advance()
+    assert [stage.what for stage in stages[0].chain] == ["next", "inside"] and _here.stage is None
+    for _ in range(2000):  # not within anything
+        with suppress(ZeroDivisionError):
+            broken()
+    gc.collect()
+    assert _here.stage is None
 
 
 def test_time_left_counts_what_works_inside_have_done(clock):
@@ -247,9 +277,7 @@ def test_an_interrupt_leaves_a_clean_terminal(clock, monkeypatch):
 
 def hearing_display() -> Display:
     """The display that shows this thread's work."""
-    from reknow.progress import _listener
-
-    return _listener.get().__self__  # type: ignore[union-attr]
+    return _here.listener.__self__  # type: ignore[union-attr]
 
 
 def test_what_a_command_prints_does_not_mix_with_the_line(clock, monkeypatch):
@@ -303,10 +331,8 @@ def test_work_in_python_shows_itself_at_a_terminal_or_where_it_is_asked_to(termi
     monkeypatch.delenv("REKNOW_PROGRESS")
     if wish is not None:
         monkeypatch.setenv("REKNOW_PROGRESS", wish)
-    from reknow.progress import _listener
-
     with progress.stage("rome"), progress.stage("finding values", 3):
-        assert (_listener.get() is not None) == shows
+        assert (_here.listener is not None) == shows
         clock.now += 3
         if shows:
             hearing_display().tick()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from contextvars import ContextVar
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -25,9 +25,7 @@ _P = ParamSpec("_P")
 
 _MEMORY, _PARTS = 15.0, 0.75
 """The rate remembers so many seconds; of slow parts, each has so much of the weight of the one behind it."""
-
-_FAST = 10
-"""Parts a second from which on the rate is shown."""
+_FAST = 10  # parts a second from which on the rate is shown
 
 
 class Stage:
@@ -59,7 +57,7 @@ class Stage:
 
     @property
     def share(self) -> float | None:
-        """How much is done, 0 to 1, with what is known of the works inside; None: nobody knows."""
+        """How much is done, 0 to 1, with what works inside did; None: nobody knows."""
         return min(self._position / self.total, 1.0) if self.total else None
 
     @property
@@ -74,8 +72,12 @@ class Stage:
     @property
     def path(self) -> list[Stage]:
         """The stages around this one, from the outermost on, and itself; without those that say nothing."""
-        around = [] if self.above is None else self.above.path
-        return [*(stage for stage in around if stage.total != 1), *([self] if self.what else [])]
+        return [stage for stage in self.chain if stage.what and (stage.total != 1 or stage is self)]
+
+    @property
+    def chain(self) -> list[Stage]:
+        """All stages around this one, from the outermost on, and itself."""
+        return [*([] if self.above is None else self.above.chain), self]
 
     def text(self, timed: Stage | None = None) -> str:
         """What it and the works around it do, and how far they are; behind `timed`, how long that one takes still."""
@@ -86,19 +88,24 @@ class Stage:
                 said += f", {stage.done:,} of {stage.total:,}" + (f" {stage.unit}" if stage.unit else "")
             said += f", {stage.note}" if stage.note else ""
             if stage is timed and (left := stage.left) is not None:
-                rate = stage._gain / stage._seconds
-                said += f", {rate:,.0f} a second" if rate >= _FAST else ""
+                said += f", {rate:,.0f} a second" if (rate := stage._gain / stage._seconds) >= _FAST else ""
                 said += f", {duration(left)} left"
             if said not in words[-1:]:
                 words.append(said)
         return ": ".join(words)
 
-    def __str__(self) -> str:
-        return self.text()
+    __str__ = text
 
 
-_stage: ContextVar[Stage | None] = ContextVar("stage", default=None)
-_listener: ContextVar[Callable[[Stage], object] | None] = ContextVar("listener", default=None)
+class _Here(threading.local):
+    """What a thread works on, and who hears of it. No ContextVar: a loop that an error has left may end when Python
+    collects what the error held, in the midst of anything, and to set one while one is being set crashes Python."""
+
+    stage: Stage | None = None
+    listener: Callable[[Stage], object] | None = None
+
+
+_here = _Here()
 
 
 class Progress:
@@ -112,31 +119,31 @@ class Progress:
             done: parts that an earlier run did.
             parts: how many parts of the work around it this work is, for its estimate; 0: nobody knows.
         """
-        above, hears = _stage.get(), _listener.get()
+        above, hears = _here.stage, _here.listener
         stage = Stage(what, total, unit, done, above, parts)
         if above is not None and above.total is None:
             above.note = ""
-        with self.shown() if hears is None and above is None and _wanted() else nullcontext():
-            hears = _listener.get() or (lambda stage: None)
+        with self.shown() if hears is None and above is None and _shows(False) else nullcontext():
+            hears = _here.listener or (lambda stage: None)
 
             def advance(parts: float = 1) -> None:
                 stage.advance(parts)
                 hears(stage)
 
-            _stage.set(stage)
+            _here.stage = stage
             try:
                 hears(stage)
                 yield advance
                 if total is not None and stage.done < total:  # it was done sooner than it might have been
                     advance(total - stage.done)
             finally:
-                if _stage.get() is stage:  # else one around it has ended first
-                    _stage.set(above)
-                if above is not None:
-                    hears(above)
+                if _here.stage is not None and stage in _here.stage.chain:  # else one around it has ended first
+                    _here.stage = above
+                    if above is not None:
+                        hears(above)
 
     def each(self, what: str, items: Collection[_T], *, unit: str = "", parts: float = 0) -> Iterator[_T]:
-        """The items one after the other, as a stage of so many parts."""
+        """The items one after the other, as a stage of so many parts. For `for`: what else holds it holds it open."""
         with self.stage(what, len(items), unit=unit, parts=parts) as advance, suppress(GeneratorExit):
             for item in items:
                 yield item
@@ -144,25 +151,23 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Puts a few words behind the innermost stage, such as a loss."""
-        if (stage := _stage.get()) is not None:
-            stage.note = text
+        if _here.stage is not None:
+            _here.stage.note = text
 
     @contextmanager
     def reported_to(self, callback: Callable[[Stage], object]):
-        """While open, the callback is called with the innermost stage whenever one begins, moves or ends, and nothing
-        is shown."""
-        before = _listener.get()
-        _listener.set(callback)
+        """While open, the callback is called, with the innermost stage, whenever one begins, moves or ends."""
+        before, _here.listener = _here.listener, callback
         try:
             yield
         finally:
-            _listener.set(before)
+            _here.listener = before
 
     @contextmanager
     def shown(self, what: str = ""):
         """While open, work that lasts longer than two seconds is shown on stderr: on a terminal by one line that goes
         away, else by a line every few seconds. With REKNOW_PROGRESS=0, and where others listen, by nothing."""
-        if _listener.get() is not None or sys.stderr is None or not _allowed():
+        if _here.listener is not None or not _shows(True):
             with self.stage(what):
                 yield
             return
@@ -171,15 +176,12 @@ class Progress:
             yield
 
 
-def _allowed() -> bool:
-    return os.environ.get("REKNOW_PROGRESS") != "0" and os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _wanted() -> bool:
-    """Whether work in Python shows how far it is by itself: at a terminal, in a notebook, or if REKNOW_PROGRESS=1."""
+def _shows(asked: bool) -> bool:
+    """Whether work is shown: where it is asked for, at a terminal, in a notebook, or if REKNOW_PROGRESS=1."""
+    wish, first = os.environ.get("REKNOW_PROGRESS"), os.environ.get("LOCAL_RANK", "0") == "0"
     with suppress(AttributeError, ValueError):  # there is no stderr, or it is closed
-        watched = "ipykernel" in sys.modules or sys.stderr.isatty()
-        return _allowed() and (watched or os.environ.get("REKNOW_PROGRESS") == "1")
+        seen = sys.stderr.isatty() or "ipykernel" in sys.modules
+        return first and wish != "0" and (asked or seen or wish == "1")
     return False
 
 

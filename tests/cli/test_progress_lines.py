@@ -22,7 +22,7 @@ import sys
 from reknow import display
 from reknow.cli import app
 from reknow.model.decoder import Decoder
-from reknow.progress import _listener
+from reknow.progress import _here
 
 now, forward = 0.0, Decoder.forward
 display.clock, display.REFRESH = (lambda: now), 3600.0  # no timer
@@ -30,7 +30,7 @@ display.clock, display.REFRESH = (lambda: now), 3600.0  # no timer
 def slowly(self, *args, **options):
     global now
     now += 1
-    _listener.get().__self__.tick()
+    _here.listener.__self__.tick()
     return forward(self, *args, **options)
 
 Decoder.forward = slowly

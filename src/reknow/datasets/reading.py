@@ -193,9 +193,11 @@ def read_records(
             f"expected a JSON array of records in {name}; got brackets nested without end: correct it"
         ) from None
     entries = whole if isinstance(whole, list) else _split_lists(whole, name)
-    numbered = enumerate(progress.each(f"reading {name}", entries, unit="records"))
-    records = (_make_record(entry, f"{name}, record {index}", index, refused) for index, entry in numbered)
-    return [record for record in records if record is not None]
+    records = []
+    for index, entry in progress.each(f"reading {name}", [*enumerate(entries)], unit="records"):
+        if (record := _make_record(entry, f"{name}, record {index}", index, refused)) is not None:
+            records.append(record)
+    return records
 
 
 def _parse(text: str) -> Any:

@@ -95,11 +95,12 @@ def _hash(value) -> str:
 def weight_bits(model: nn.Module) -> dict[str, str]:
     """A hash of the bits of every parameter and buffer in memory, by name; quantised ones as they are stored."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {
-        name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
-        for name, tensor in progress.each("reading every bit of the weights", tensors.items(), unit="tensors")
-        if tensor.device.type != "meta"
-    }
+    with progress.stage("reading every bit of the weights"):
+        return {
+            name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
+            for name, tensor in tensors.items()
+            if tensor.device.type != "meta"
+        }
 
 
 def _stored(tensor: Tensor) -> list[Tensor]:

@@ -18,7 +18,8 @@ def find_unreadable(lm: Decoder, cases: Sequence[Case], *, in_context: bool = Fa
     Args:
         in_context: they are also asked with the edit in front.
     """
-    return [_unread(lm, case, in_context) for case in lm.progress.each("checking lengths", cases, unit="cases")]
+    with lm.progress.stage(f"checking the lengths of {len(cases):,} cases"):
+        return [_unread(lm, case, in_context) for case in cases]
 
 
 def _unread(lm: Decoder, case: Case, in_context: bool) -> str | None:
