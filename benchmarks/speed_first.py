@@ -11,6 +11,7 @@ from pathlib import Path
 from easyedit import EasyEdit
 from reknow import LM, ROME
 from reknow.datasets.text import text_source
+from reknow.editing.covariance import enough_tokens
 from reknow.edits import Case
 from reknow.model.tokens import Text, encode
 from speed_work import timed
@@ -22,7 +23,7 @@ THEIR_SAMPLE = 100_000
 def first(lm: LM, theirs: EasyEdit, cases: Sequence[Case], layer: int) -> dict:
     """Seconds of each part on both sides, from the same text, in an empty cache; the layer is given."""
     method, edit = ROME(layer=layer), cases[0].edit
-    texts, tokens = texts_of(lm, method.covariance_tokens)
+    texts, tokens = texts_of(lm, enough_tokens(lm))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["REKNOW_CACHE"] = str(Path(folder) / "ours")
         for key in [key for key in lm.memo if key[0] in ("contexts", "covariance")]:

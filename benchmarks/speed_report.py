@@ -119,7 +119,7 @@ def _first(found: Mapping) -> list[str]:
     return [
         f"ROME at layer {found['layer']}, in an empty cache; statistics of {found['tokens']} tokens in "
         f"{found['texts']} texts on both sides. The {found['their sample']} texts of EasyEdit's own settings would "
-        f"take it {theirs:.1f} hours, were they no longer.",
+        f"take it {theirs:.2g} hours, were they no longer.",
         "",
         *table(["", *FIRST, "all", "ratio", "the model says it"], rows),
     ]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reknow import MEMIT, ROME, load_cases
+from reknow import LM, MEMIT, ROME, load_cases
 from reknow.editing.value_batch import encode_facts, split_contexts
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
@@ -271,3 +271,47 @@ def test_contexts_are_asked_once(monkeypatch, tmp_path, capsys):
     contexts.main()
     assert (tmp_path / "contexts.jsonl").read_text() == made
     assert "| before the question | counterfact |" in capsys.readouterr().out
+
+
+def test_the_first_edit_is_the_sum_of_its_parts(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed_report
+
+    found = {
+        "about": {"command": "first --model demo:gpt2", "date": "2026-11-28", "threads": 1},
+        **{"layer": 0, "tokens": 1000, "texts": 20, "their sample": 100},
+        "seconds": {
+            "reknow": {"statistics": 2.0, "contexts": 1.0, "edit": 1.0},
+            "EasyEdit": {"statistics": 3.6, "contexts": 1.0, "edit": 15.4},
+        },
+        "said": {"reknow": True, "EasyEdit": False},
+    }
+    (tmp_path / "gpt2-first.json").write_text(json.dumps(found))
+    lines = speed_report.report(tmp_path).splitlines()
+    assert "| reknow | 2.0 | 1.0 | 1.0 | 4.0 | 5.0 | yes |" in lines
+    assert "| EasyEdit | 3.6 | 1.0 | 15.4 | 20.0 | 1.0 | no |" in lines
+    assert "would take it 0.005 hours" in "\n".join(lines)
+
+
+@pytest.mark.slow
+def test_a_model_is_asked_what_it_knows_and_random_weights_are_not(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed
+    import speed_first
+
+    demo = LM.demo("gpt2")
+    known = speed.asked_cases(demo, "model", 3)
+    first = load_cases("counterfact", limit=3)
+    assert len(known) == 3 and speed.asked_cases(demo, "124M", 3) == first
+    texts, tokens = speed_first.texts_of(demo, 500)
+    assert 500 <= tokens < 500 + 400 and len(texts) > 1
+
+
+def test_onednns_operations_are_counted(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import speed_work
+    from reknow.model.fast_modules import product
+
+    states, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(5, 8)
+    _, flops = speed_work.total_flops(lambda: product(states, weight).sum().backward())
+    assert flops == 2 * (2 * 3 * 8 * 5) * 2, "there and back"
