@@ -65,7 +65,7 @@ def memit_work(lm: LM, edits: Sequence[Edit], method: MEMIT, layers: Sequence[in
     distinct = list(dict.fromkeys(contexts))
     facts = encode_facts(lm, edits, distinct)
     limit, free = token_budget(lm)
-    groups = group_facts(facts, list(range(len(facts))), limit, free)
+    groups = group_facts(facts, list(range(len(facts))), limit, free, method.context_batches)
     once = search = tokens = chains = 0
     searched = 0.0
     above = sizes.layers - layers[-1] - 1

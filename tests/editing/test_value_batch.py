@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -20,16 +22,21 @@ def gpt2():
 
 
 def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
-    """Each fact is in one batch, and one is as wide as its facts unless it is too small to matter."""
+    """Each fact is in one batch, and what a batch pads costs less than another batch would."""
     prompts = ["{} is", "{} is a city in", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 9]
     facts = encode_facts(gpt2, edits, CONTEXTS)
     batches = group_facts(facts, list(range(len(edits))), *token_budget(gpt2))
     assert sorted(i for batch in batches for i in batch) == list(range(len(edits)))
     widths = [max(replayed_tokens(row) for row in fact) for fact in facts]
-    for batch in batches:
-        narrow = [i for i in batch if widths[i] < max(widths[i] for i in batch)]
-        assert len(narrow) * len(facts[0]) * max([widths[i] for i in narrow], default=0) < 2 * value_batch.FREE_TOKENS
+
+    def padded(batch) -> int:
+        return sum(max(widths[i] for i in batch) - widths[i] for i in batch) * len(facts[0])
+
+    assert all(padded(batch) <= value_batch.FREE_TOKENS for batch in batches)
+    for batch, following in pairwise(batches):
+        next_one = min(following, key=lambda i: widths[i])
+        assert padded([*batch, next_one]) > value_batch.FREE_TOKENS, "no group is opened in vain"
     assert len(batches) > 1
 
 
@@ -47,3 +54,12 @@ def test_a_gpus_batches_of_unlike_width_find_the_same(gpt2, monkeypatch):
     assert torch.allclose(together.z, apart.z, atol=1e-4)
     for one, other in zip(together.losses, apart.losses, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_what_is_padded_is_counted_in_the_contexts_of_a_pass(gpt2):
+    edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in ["{} is"] * 5 + ["{} is a city in"] * 5]
+    facts, index = encode_facts(gpt2, edits, CONTEXTS), list(range(10))
+    narrow, wide = (max(replayed_tokens(row) for row in facts[i]) for i in (0, 9))
+    padded = 5 * 2 * (wide - narrow)  # of 5 facts a context and the KL prompt
+    assert len(group_facts(facts, index, 4096, padded, 3)) == 1
+    assert len(group_facts(facts, index, 4096, padded - 1, 3)) == len(group_facts(facts, index, 4096, padded)) == 2

@@ -26,10 +26,11 @@ __all__ = ["FactBatch", "Scores", "encode_facts", "group_facts", "split_contexts
 _KL_PROMPT = "{} is a"
 """The prompt whose next-token distribution must not drift: what kind of thing the subject is."""
 
-FREE_TOKENS = 32
-"""Tokens that a step of the search hardly notices."""
+FREE_TOKENS = 48
+"""Tokens of a pass that cost as much as there being one: it reads all weights, and calls all modules, for few as for
+many (SmolLM2, one thread, docs/log.md)."""
 FREE_TOKENS_ON_GPU = 2048
-"""Tokens that a step hardly notices on a GPU, which runs so many sooner than it is told what to do."""
+"""The same on a GPU, which runs so many sooner than it is told what to do."""
 MOST_TOKENS = 65536
 """Tokens of a batch beyond which no GPU is faster."""
 
@@ -77,30 +78,37 @@ def replayed_tokens(row: EncodedText) -> int:
     return len(row.ids) - bool(row.target_ids) - row.subject_last
 
 
-def group_facts(facts: list[list[EncodedText]], delta_index: list[int], limit: int, free: int) -> list[list[int]]:
+def group_facts(
+    facts: list[list[EncodedText]], delta_index: list[int], limit: int, free: int, context_batches: int = 1
+) -> list[list[int]]:
     """Indices of facts in groups of at most `limit` tokens; facts of one δ are in one group.
 
-    What is run at every step is as wide as the widest fact of a group, so other widths open another group, unless
-    the one at hand has fewer than `free` tokens in a step, so that its passes cost more than their tokens.
+    What is run in a pass is as wide as the widest fact of a group, so other widths open another group, unless what is
+    padded is at most `free` tokens of a pass, so that another group's passes would cost more.
+
+    Args:
+        context_batches: into how many the contexts are split, of which a pass reads one.
     """
     sharing: dict[int, list[int]] = {}
     for i, index in enumerate(delta_index):
         sharing.setdefault(index, []).append(i)
-    sizes = {}  # per δ: widest of what is run at every step, widest of all
+    sizes = {}  # per δ: widest of what is run in a pass, widest of all
     for index, members in sharing.items():
         rows = [row for i in members for row in facts[i]]
         sizes[index] = max(map(replayed_tokens, rows)), max(len(row.ids) for row in rows)
+    rows_of_pass = -(-(len(facts[0]) - 1) // context_batches) + 1  # of a fact, with the KL prompt's
     groups: list[list[int]] = []
-    step, width = 0, 0
+    width, tokens = 0, 0  # of the last group; tokens of a pass without padding
     for index in sorted(sharing, key=lambda index: sizes[index]):
-        members, wider = sharing[index], max(width, sizes[index][1])
-        fits = groups and (sizes[index][0] == step or len(groups[-1]) * len(facts[0]) * step < free)
-        if fits and (len(groups[-1]) + len(members)) * len(facts[0]) * wider <= limit:
+        members, (step, wider) = sharing[index], sizes[index]
+        padded = len(groups[-1]) * rows_of_pass * step - tokens if groups else free + 1
+        if padded <= free and (len(groups[-1]) + len(members)) * len(facts[0]) * max(width, wider) <= limit:
             groups[-1] += members
-            step, width = sizes[index][0], wider
+            width = max(width, wider)
         else:
             groups.append(list(members))
-            step, width = sizes[index]
+            width, tokens = wider, 0
+        tokens += len(members) * rows_of_pass * step
     return groups
 
 

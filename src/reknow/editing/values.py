@@ -76,7 +76,7 @@ def find_values(
     facts = encode_facts(lm, edits, list(distinct))
     weights = torch.tensor(list(distinct.values()), device=lm.device)
     index = _delta_index(edits, method.rules.merge_subjects)
-    groups = group_facts(facts, index, *token_budget(lm))
+    groups = group_facts(facts, index, *token_budget(lm), method.context_batches)
     found = []
     for group in progress.each("searching", groups, unit="groups of facts", parts=1):
         _, own_index = torch.tensor([index[i] for i in group]).unique(return_inverse=True)
