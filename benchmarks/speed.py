@@ -34,7 +34,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from easyedit import EasyEdit, Made
 from reknow import FT, ICE, LM, MEMIT, ROME, Edit, load_cases
-from reknow.editing.contexts import sample_contexts
 from reknow.editing.covariance import statistics
 from reknow.editing.layers import resolve_layer
 from reknow.editing.papers_layers import band_around
@@ -148,7 +147,7 @@ def variants(same: ValueSearchMethod) -> dict[str, Any]:
 def rome(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     ours = ROME(layer=layer, covariance_tokens=COVARIANCE_TOKENS, steps=20, **EXACT)
     methods = variants(ours)
-    prefixes = sample_contexts(lm, ours.context_groups)
+    prefixes = ours.contexts(lm)
     numbers = [plain(lm, case, layer, "value") for case in cases]
 
     def their(i: int, steps: int = ours.steps) -> Made:
@@ -187,7 +186,7 @@ def memit(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int, many: list[Ca
     layers = band_around(lm, layer)
     statistics(lm, layers, tokens=COVARIANCE_TOKENS)  # of all layers in one pass
     ours = MEMIT(layers=tuple(layers), covariance_tokens=COVARIANCE_TOKENS, steps=25, **EXACT)
-    prefixes = sample_contexts(lm, ours.context_groups, first_words=ours.context_first_words)
+    prefixes = ours.contexts(lm)
     numbers = [plain(lm, case, layers[-1], "block") for case in cases]
     same = {key: fmean(one[key] for one in numbers) for key in numbers[0]}
     weight = effective_weight(lm, ours, cases, layers[0])
@@ -322,7 +321,7 @@ def work(lm: LM, theirs: EasyEdit, cases: list[Case], layer: int) -> dict:
     one = ROME(layer=layer, steps=20, covariance_tokens=COVARIANCE_TOKENS, **EXACT)
     many = MEMIT(layers=tuple(band_around(lm, layer)), steps=25, covariance_tokens=COVARIANCE_TOKENS, **EXACT)
     edits = [case.edit for case in cases]
-    prefixes = sample_contexts(lm, one.context_groups)
+    prefixes = one.contexts(lm)
     number = plain(lm, cases[0], layer, "value")
     settings = {"v_num_grad_steps": one.steps, "clamp_norm_factor": one.clamp, **number}
     theirs.rome(edits[0], layer, prefixes, COVARIANCE_TOKENS, **{**settings, "v_num_grad_steps": 2})
