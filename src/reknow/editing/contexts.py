@@ -41,7 +41,7 @@ def text_contexts(lm: LM, groups: Sequence[tuple[int, int]], source: TextSource,
 def _beginning(lm: LM, text: str, tokens: int) -> str:
     """So many tokens of the text, closed."""
     text = text[: _LONGEST_TOKEN * tokens]
-    spans = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    spans = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     begun = (text[: spans[:tokens][-1][1]] if spans else text).rstrip(" .,;")
     return f"{begun}{full_stop(begun)} "
 

@@ -85,7 +85,7 @@ class ValueSearchMethod(Method):
     `covariance_text`; `model`: the model writes them, as in the papers, some models nonsense."""
     context_groups: tuple[tuple[Number, Number], ...] = ((5, 9),)
     """(how many, of how many tokens) texts to put before the prompt."""
-    context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = (
+    context_first_words: Annotated[tuple[str, ...], Formerly("context_starts", also={"context_source": "model"})] = (
         "The",
         "Therefore",
         "Because",

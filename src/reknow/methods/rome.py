@@ -42,7 +42,7 @@ class ROME(ValueSearchMethod):
     """Largest length of the addition, relative to what it is added to, as in the authors' code."""
     context_batches: Annotated[Number, Formerly("turns")] = 5
     context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))
-    context_first_words: Annotated[tuple[str, ...], Formerly("context_starts")] = ()
+    context_first_words: Annotated[tuple[str, ...], Formerly("context_starts", also={"context_source": "model"})] = ()
     covariance_tokens: Natural | None = None
     """Tokens of general text for C; None: twenty for each input of the matrix, 100,000 at most; 0: C is the
     identity."""
