@@ -154,3 +154,6 @@ def test_the_plan_names_sizes():
     assert estimate(lm, AlphaEdit(layers=(1,)), [edit]).solver == 28 * width**2
     none = estimate(lm, ROME(layer=1, covariance_tokens=0), [edit])
     assert none.statistics == none.solver == 0
+    written = estimate(lm, ROME(layer=1, covariance_tokens=0, context_source="model"), [edit])
+    assert [step.what for step in none.steps] == ["gradient descent"]
+    assert [step.what for step in written.steps] == ["sampling contexts", "gradient descent"]

@@ -65,8 +65,8 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     """The cost of making the edits with a method.
 
     Reads its fields by the names that methods share: `layer` or `layers`, `steps`, `context_groups`,
-    `covariance_tokens`, `batch_size`; those that transform a gradient say how large their network is. Sampled
-    contexts and covariances are kept, so that later edits of the same model cost less.
+    `context_source`, `covariance_tokens`, `batch_size`; those that transform a gradient say how large their network
+    is. Contexts that the model writes and covariances are kept, so that later edits of the same model cost less.
 
     Raises:
         InputError: the method cannot edit this model, for want of a trained editor.
@@ -89,7 +89,7 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     prefixes = sum(count * length for count, length in groups)
     tokens = bare * (1 + contexts) + prefixes * len(edits)
     steps = []
-    if prefixes:
+    if prefixes and settings.get("context_source", "model") == "model":
         flops = _FORWARD * (block * lm.layers + head) * prefixes
         steps.append(Step("sampling contexts", max(length for _, length in groups), prefixes, flops))
     covered = settings.get("covariance_tokens", 0)
