@@ -13,7 +13,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch as replaced
 from xml.etree import ElementTree
 
 import torch
@@ -24,7 +23,6 @@ from gpu_graphs import captured_passes
 from gpu_plan import memit_work
 from real_models import SETS, Study
 from reknow import LM, MEMIT, METHODS, ROME, Edit, load_cases, method
-from reknow.editing.contexts import sample_contexts
 from reknow.editing.covariance import statistics
 from reknow.editing.papers_layers import band_around
 from reknow.edits import Case
@@ -217,7 +215,7 @@ def easyedits_rome(path: Path, lm: LM, ours: ROME, layer: int, cases: dict[Edit,
     def edit_one(edit: Edit) -> tuple[list[float], float]:
         if not theirs:
             theirs.append(EasyEdit(path, lm))
-        prefixes, numbers = sample_contexts(lm, ours.context_groups), plain(lm, cases[edit], layer, "value")
+        prefixes, numbers = ours.contexts(lm), plain(lm, cases[edit], layer, "value")
         settings = {"v_num_grad_steps": ours.steps, "clamp_norm_factor": ours.clamp, **numbers}
         return [], theirs[0].rome(edit, layer, prefixes, COVARIANCE_TOKENS, **settings).seconds
 
@@ -276,18 +274,18 @@ def real(setting: Setting) -> dict:
     study.name += ", bf16"
     cases = {name: study.read_before(name, first, last) for name in study.sets}
     found: dict[str, Any] = {"left out": {}, "errors": {}, "wall seconds": {}}
-    suggested = replaced("reknow.editing.layers.suggest_layer", return_value=setting.layer)
-    with suggested if setting.layer is not None else nullcontext():
-        for name in [name for name in TABLE if name in METHODS]:
-            if time.perf_counter() - started > setting.seconds - 30:
-                found["left out"][name] = "there was no time left"
-                continue
-            before = now()
-            try:
-                for dataset, own in cases.items():
-                    study.run(name, method(name), dataset, own, first, setting.layer)
-            except Exception as error:  # a method that fails does not cost the others their row
-                found["errors"][name] = f"{type(error).__name__}: {error}"
-            found["wall seconds"][name] = now() - before
-            print(name, found["wall seconds"][name], flush=True)
+    if setting.layer is not None:
+        study.lm.memo[("layer",)] = setting.layer
+    for name in [name for name in TABLE if name in METHODS]:
+        if time.perf_counter() - started > setting.seconds - 30:
+            found["left out"][name] = "there was no time left"
+            continue
+        before = now()
+        try:
+            for dataset, own in cases.items():
+                study.run(name, method(name), dataset, own, first, setting.layer)
+        except Exception as error:  # a method that fails does not cost the others their row
+            found["errors"][name] = f"{type(error).__name__}: {error}"
+        found["wall seconds"][name] = now() - before
+        print(name, found["wall seconds"][name], flush=True)
     return {**found, "table": study.table(first, last, TABLE)}

@@ -26,7 +26,7 @@ def first(lm: LM, theirs: EasyEdit, cases: Sequence[Case], layer: int) -> dict:
     texts, tokens = texts_of(lm, enough_tokens(lm))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["REKNOW_CACHE"] = str(Path(folder) / "ours")
-        for key in [key for key in lm.memo if key[0] in ("contexts", "covariance")]:
+        for key in [key for key in lm.memo if key[0] in ("contexts of text", "covariance")]:
             del lm.memo[key]
         _, contexts = timed(lambda: method.contexts(lm))
         _, statistics = timed(lambda: method.whitening(lm, layer))
