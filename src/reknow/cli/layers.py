@@ -59,4 +59,4 @@ def say_layers(lm: LM, out: Path | None = None, source: Path | None = None, as_j
         rows = [[str(s.layer)] + [f"{v:.2f}" for v in (*list(vars(s).values())[1:], s.score)] for s in scores]
         say_table(["layer", " AIE", " reliability", " generalization", " locality", " score"], rows)
         return say(f"layer {layer}: kept for {lm.name}" + (f", and written to {out}" if out else ""))
-    say(f"layer {layer}: a guess by depth, since {lm.name} knows too few of the trial facts; nothing is kept")
+    say(f"layer {layer} as before: {lm.name} knows too few of the trial facts, and nothing is kept")

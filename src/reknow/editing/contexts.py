@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import islice
+from itertools import cycle, islice
 
 from reknow.datasets.text import TextSource
 from reknow.lm import LM
@@ -33,7 +33,7 @@ def text_contexts(lm: LM, groups: Sequence[tuple[int, int]], source: TextSource,
         texts = [text for text in texts if len(text) >= _PARAGRAPH] or texts
         random.Random(seed).shuffle(texts)
         tokens = [count for number, count in groups for _ in range(number)]
-        return ("", *(_beginning(lm, text, count) for text, count in zip(texts * len(tokens), tokens, strict=False)))
+        return ("", *(_beginning(lm, text, count) for text, count in zip(cycle(texts), tokens, strict=False)))
 
     return lm.cached(("contexts of text", tuple(tuple(group) for group in groups), source.digest, seed), cut)
 

@@ -64,10 +64,7 @@ def sum_keys(task: Task) -> tuple[dict[str, Triangle], int]:
     totals, count, following = _resume(task.sums_file, widths)
     if not totals:
         totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
-    totals = {
-        name: total.to(exact_device(device_of(lm.model.get_submodule(name), lm.device)))
-        for name, total in totals.items()
-    }
+    totals = {name: total.to(exact_device(device_of(modules[name], lm.device))) for name, total in totals.items()}
     saved = time.monotonic()
     what = f"reading {source.name} for statistics"
     with lm.unpatched(), lm.progress.stage(what, task.tokens, unit="tokens") as advance:

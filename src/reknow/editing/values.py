@@ -70,7 +70,7 @@ def find_values(
     Raises:
         EditFailed: the loss is not a number.
     """
-    distinct = dict.fromkeys(contexts, 0.0)  # sampled texts are alike now and then
+    distinct = dict.fromkeys(contexts, 0.0)  # contexts are alike now and then
     for context in contexts:
         distinct[context] += 1 / len(contexts)
     facts = encode_facts(lm, edits, list(distinct))
