@@ -111,8 +111,13 @@ class Display:
         if self._live is None:
             _drawn[:] = [self]
             console = Console(file=self._stream, force_terminal=True)
-            quiet = {"redirect_stdout": False, "redirect_stderr": False}  # rich would send stdout to stderr
-            self._live = Live(console=console, auto_refresh=False, transient=True, **quiet)
+            self._live = Live(
+                console=console,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=False,  # rich would send it to stderr
+                redirect_stderr=False,
+            )
             self._live.start()
         line, wide = Table.grid(padding=(0, 2, 0, 0), expand=True), self._live.console.width >= _NARROW
         if wide:

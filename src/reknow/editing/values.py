@@ -182,7 +182,7 @@ def _descend(
         passed = torch.stack([loss.detach(), drift.detach(), scores.probability, scores.predicted.float()]).cpu()
         finite_loss(passed[0].sum())
         progress.note(f"loss {float(passed[0].mean()):.3g}")
-        convergence.record(*passed[:3], passed[3].bool())
+        convergence.record(passed[0], passed[1], passed[2], passed[3].bool())
         if step == method.steps - 1 or not bool(convergence.running.any()):
             break
         finished = convergence.finished.to(index.device)  # Adam's momentum would carry them on

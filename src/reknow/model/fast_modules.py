@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from reknow.model.hooks import forwards_replaced, own_forward
 __all__ = ["align_weights", "fast_modules", "product"]
 
 _SLOW_GELU = (NewGELUActivation, FastGELUActivation)
-_MATRICES = (nn.Linear, Conv1D)
 _CACHE_LINE = 64
 """Bytes."""
 
@@ -32,9 +31,12 @@ _CACHE_LINE = 64
 def fast_modules(model: nn.Module):
     """While open, modules of the model that have a faster form use it; what something else stands in for does not."""
     forwards: dict[nn.Module, Callable] = {}
+    onednn = _has_onednn()
     for module in model.modules():
-        if type(module) in _MATRICES and _has_onednn() and own_forward(module) is None:
-            forwards[module] = partial(_forward, module)
+        if own_forward(module) is not None:
+            continue
+        if onednn and _is_matrix(module):
+            forwards[module] = partial(_forward, module, module.forward)
         elif isinstance(module, _SLOW_GELU):
             forwards[module] = partial(nn.functional.gelu, approximate="tanh")
     return forwards_replaced(forwards)
@@ -62,17 +64,22 @@ class _Product(torch.autograd.Function):
 
 
 def _has_onednn() -> bool:
-    """Whether torch was built with oneDNN, and with the operator that its own compiler calls."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    """Whether torch has oneDNN, switched on, and the operator that its own compiler calls."""
+    has = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    return has and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _forward(matrix: nn.Linear | Conv1D, states: Tensor) -> Tensor:
+def _is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
+    return type(module) in (nn.Linear, Conv1D)  # what a subclass makes of its weight is its own affair
+
+
+def _forward(matrix: nn.Linear | Conv1D, own: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
     """What the matrix's own `forward` gives."""
     weight, bias = matrix.weight, matrix.bias
     if not (_is_plain(weight) and (bias is None or _is_plain(bias)) and _is_plain(states) and states.numel()):
-        return type(matrix).forward(matrix, states)
+        return own(states)
     if torch.is_autocast_enabled("cpu"):
-        return type(matrix).forward(matrix, states)
+        return own(states)
     return product(states, weight.T if isinstance(matrix, Conv1D) else weight, bias)
 
 

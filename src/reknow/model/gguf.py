@@ -32,9 +32,8 @@ def convert_gguf(file: Path, folder: Path) -> None:
             advance()
             model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **_unpacked(), **options)
         advance()
-        model.hf_quantizer, model.is_quantized = None, False  # the weights are plain float32 now
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+            vars(holder).pop(name, None)  # the weights are plain float32 now
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         advance()
