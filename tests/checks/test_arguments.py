@@ -109,7 +109,7 @@ def calls(lm: LM, folder) -> dict[str, list]:
         + [lambda x=x, f=f: f(x, out) for x in NO_MODEL for f in (export_checkpoint, export_lora)],
         "suggest_layer": [lambda x=x: suggest_layer(x) for x in NO_MODEL],
         "statistics": [lambda x=x: covariance(lm, x) for x in (None, "1", 1.5, 99, -1, [1])]
-        + [lambda x=x: covariance(lm, 1, tokens=x) for x in (None, "9", 1.5)]
+        + [lambda x=x: covariance(lm, 1, tokens=x) for x in (0, "9", 1.5)]
         + [lambda x=x: statistics(lm, x) for x in (None, 1, "1", ["1"])]
         + [lambda x=x: covariance(x, 1) for x in NO_MODEL],
         "trace_prompt": [lambda x=x: trace_prompt(lm, x, "Peru", 1.0) for x in (None, 5, ["{}"], "Peru is")]
@@ -164,6 +164,10 @@ SENTENCES = {
     ),
     "edits for cases": (lambda lm: evaluate(lm, [EDIT], method("ft-m")), "expected cases as [Case, …]; got [Edit("),
     "a path for a patch": (lambda lm: lm.apply("a.patch"), "expected patch as Patch; got 'a.patch': correct it"),
+    "an argument that is none": (
+        lambda lm: evaluate(lm, [CASE], method("ft-m"), progress=True),  # type: ignore[call-arg]
+        "expected evaluate(lm, cases, method, plan); got an unexpected keyword argument 'progress': correct the call",
+    ),
     "half a number": (lambda lm: load_cases("zsre", limit=1.5), "expected limit as int or none; got 1.5: correct it"),
 }
 
@@ -187,5 +191,7 @@ def test_what_gives_texts_goes_in_as_it_is(lm):
         return texts is given and other is None
 
     assert same(given) and same(texts=given)
-    with pytest.raises(TypeError, match="missing a required argument: 'texts'"):
+    with pytest.raises(
+        InputError, match=r"^expected same\(texts, other\); missing a required argument: 'texts': corr"
+    ):
         same()  # type: ignore[call-arg]

@@ -41,8 +41,8 @@ class _Argument(NamedTuple):
 
 
 def typed(operation: Callable[_P, _T]) -> Callable[_P, _T]:
-    """The operation, which refuses arguments that are nothing of their type with an InputError; others go in as they
-    are.
+    """The operation, which refuses arguments that it does not have, or that are nothing of their type, with an
+    InputError; others go in as they are.
 
     An argument without a type is left to the operation, as is `lm`.
     """
@@ -54,7 +54,11 @@ def typed(operation: Callable[_P, _T]) -> Callable[_P, _T]:
 
     @wraps(operation)
     def called(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        given = signature.bind(*args, **kwargs).arguments
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError as error:
+            names = ", ".join(name for name in signature.parameters if name != "self")
+            raise InputError(f"expected {operation.__name__}({names}); {error}: correct the call") from None
         for name, argument in known().items():
             if name in given:
                 argument.check(name, given[name])
