@@ -182,7 +182,7 @@ def save(tensors, file, about):
     if len(seen) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 key_sums.save = save
-reknow.editing.covariance.statistics(make_lm("gpt2"), [0, 2], text=LONG)
+reknow.editing.covariance.statistics(make_lm("gpt2"), [0, 2], tokens=100_000, text=LONG)
 """
 
 
@@ -195,13 +195,13 @@ def test_a_killed_run_goes_on_where_it_was(monkeypatch, caplog):
     own, passes = lm.forward, []
     monkeypatch.setattr(lm, "forward", lambda *args: passes.append(1) or own(*args))
     with caplog.at_level(logging.INFO):
-        resumed = statistics(lm, [0, 2], text=LONG)
+        resumed = statistics(lm, [0, 2], tokens=100_000, text=LONG)
     assert "going on behind" in caplog.text
     assert all(file.name.startswith("covariance") for file in cache_folder().iterdir())
     for one in resumed.values():
         one.file.unlink()
     killed = len(passes)
-    whole = statistics(lm, [0, 2], text=LONG)
+    whole = statistics(lm, [0, 2], tokens=100_000, text=LONG)
     assert killed == len(passes) - killed - 3 > 0
     for layer in (0, 2):
         assert torch.equal(resumed[layer].covariance, whole[layer].covariance), "the same bits as in one go"
@@ -225,7 +225,7 @@ from reknow.editing.covariance import statistics
 from test_covariance import LONG
 state = PartialState(cpu=True)
 assert state.num_processes == 2
-one = statistics(make_lm("gpt2"), [0, 2], text=LONG, state=state)
+one = statistics(make_lm("gpt2"), [0, 2], tokens=100_000, text=LONG, state=state)
 assert one[0].tokens == one[2].tokens
 """
 
@@ -237,11 +237,11 @@ def test_processes_share_the_text_and_their_sums_are_added(tmp_path):
     subprocess.run([sys.executable, *launcher], env=environment(), check=True)
     lm = make_lm("gpt2")
     lm.computes_statistics = False
-    shared = statistics(lm, [0, 2], text=LONG)
+    shared = statistics(lm, [0, 2], tokens=100_000, text=LONG)
     for one in shared.values():
         one.file.unlink()
     lm.computes_statistics = True
-    alone = statistics(lm, [0, 2], text=LONG)
+    alone = statistics(lm, [0, 2], tokens=100_000, text=LONG)
     for layer in (0, 2):
         assert shared[layer].tokens == alone[layer].tokens
         assert torch.allclose(shared[layer].covariance, alone[layer].covariance, rtol=1e-12, atol=1e-12)
