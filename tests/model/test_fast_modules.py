@@ -95,7 +95,11 @@ def test_only_what_onednn_can_have_goes_there(monkeypatch):
         trained = plain.float().requires_grad_()
         trained(states).sum().backward()
         assert trained.weight.grad is not None
-        assert len(made) == 1
+    plain.requires_grad_(False)
+    monkeypatch.setattr(torch._C, "_get_mkldnn_enabled", lambda: False)
+    with fast_modules(nn.Sequential(plain)):
+        plain(states)
+    assert len(made) == 1
 
 
 def test_what_stands_in_for_a_matrix_stays(monkeypatch):
@@ -118,10 +122,14 @@ def test_a_model_runs_with_them(family, monkeypatch):
     assert torch.allclose(found, wanted, atol=1e-4)
 
 
-def test_weights_are_moved_to_where_a_line_of_the_cache_begins():
-    matrix = nn.Linear(16, 8).requires_grad_(False)
+def test_weights_are_moved_to_where_a_line_of_the_cache_begins(monkeypatch):
+    matrix, tied = nn.Linear(16, 8).requires_grad_(False), nn.Linear(16, 8)
     values = torch.randn(8 * 16 + 10)
-    matrix.weight.data = values[10:].view(8, 16)
-    assert matrix.weight.data_ptr() % 64
-    align_weights(nn.Sequential(matrix))
+    matrix.weight.data, tied.weight = values[10:].view(8, 16), matrix.weight
+    monkeypatch.setattr(fast, "_MOST_MOVED", 4 * 8 * 16 - 1)
+    align_weights(nn.Sequential(matrix, tied))
+    assert matrix.weight.data_ptr() % 64, "a large model stays in the pages of its file"
+    monkeypatch.undo()
+    align_weights(nn.Sequential(matrix, tied))
     assert matrix.weight.data_ptr() % 64 == 0 and torch.equal(matrix.weight, values[10:].view(8, 16))
+    assert tied.weight is matrix.weight

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -26,6 +26,9 @@ __all__ = ["align_weights", "fast_modules", "product"]
 _SLOW_GELU = (NewGELUActivation, FastGELUActivation)
 _CACHE_LINE = 64
 """Bytes."""
+_MOST_MOVED = 2**32
+"""Bytes of weights that are moved at most: those that stay lie in the pages of their file, which need not all be in
+memory and which several processes share."""
 
 
 def fast_modules(model: nn.Module):
@@ -65,8 +68,15 @@ class _Product(torch.autograd.Function):
 
 def _has_onednn() -> bool:
     """Whether torch has oneDNN, switched on, and the operator that its own compiler calls."""
-    has = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
-    return has and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _has_operator()
+
+
+@cache
+def _has_operator() -> bool:
+    """Whether torch has it, with the arguments of torch 2.6 to 2.13: it is no promise of torch's."""
+    operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    names = [] if operator is None else [argument.name for argument in operator.default._schema.arguments]
+    return names == ["X", "W", "B", "attr", "scalars", "algorithm"]
 
 
 def _is_matrix(module: nn.Module) -> TypeGuard[nn.Linear | Conv1D]:
@@ -96,7 +106,9 @@ def _is_plain(tensor: Tensor) -> bool:
 @torch.no_grad()
 def align_weights(model: nn.Module) -> None:
     """Moves float32 weights on a CPU to where a vector register can be filled from one line of the cache. Those read
-    from a file lie where the file has them, and products with them then take up to half as long again."""
-    for parameter in model.parameters():
-        if _is_plain(parameter) and parameter.data_ptr() % _CACHE_LINE:
+    from a file lie where the file has them, and products with them then take up to half as long again. A model of
+    more than 4 GiB stays where it is."""
+    crooked = [each for each in model.parameters() if _is_plain(each) and each.data_ptr() % _CACHE_LINE]
+    if sum(parameter.nbytes for parameter in crooked) <= _MOST_MOVED:
+        for parameter in crooked:
             parameter.data = parameter.data.clone()

@@ -116,7 +116,7 @@ class BlockReplay:
     reaches the block's output unchanged (`parts.residual_identity`) the block itself is not run either.
 
     Args:
-        keep: what that one run gives is kept for `logits_at_first`.
+        keep: what that one run gives is kept for `logits_at_first`, which a selection of rows does not have.
 
     Attributes:
         keys: input of the value matrix at `column` and behind it. (rows, columns, in)
@@ -144,6 +144,7 @@ class BlockReplay:
         selected, batch = copy.copy(self), self.batch
         selected.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
         selected._cache, selected._calls, selected._asked = _copy_cache(self._cache), [], None
+        selected._keep, selected._last = False, None
         for layer in [] if selected._cache is None else selected._cache.layers:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
         if self.lm.parts.row_selectable and not self.lm.hooked:
