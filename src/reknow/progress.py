@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 
 from reknow import display
 from reknow.display import Display, duration
@@ -185,13 +185,21 @@ def _shows(asked: bool) -> bool:
     return False
 
 
-def named(operation: Callable[_P, _T]) -> Callable[_P, _T]:
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+_Owner = TypeVar("_Owner", bound=_Named)
+
+
+def named(operation: Callable[Concatenate[_Owner, _P], _T]) -> Callable[Concatenate[_Owner, _P], _T]:
     """The operation of an object as a stage of the object's name."""
 
     @wraps(operation)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        with progress.stage(args[0].name, parts=1):  # type: ignore[attr-defined]
-            return operation(*args, **kwargs)
+    def run(owner: _Owner, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with progress.stage(owner.name, parts=1):
+            return operation(owner, *args, **kwargs)
 
     return run
 

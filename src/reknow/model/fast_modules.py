@@ -50,8 +50,8 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     if not (states.requires_grad and torch.is_grad_enabled()):
         return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
     # Of more dimensions the operator gives a view, and those of a function of our own must not be added to in place.
-    outputs = _Product.apply(states.reshape(-1, states.shape[-1]), weight, bias)
-    return outputs.view(*states.shape[:-1], len(weight))  # type: ignore[union-attr]
+    outputs: Any = _Product.apply(states.reshape(-1, states.shape[-1]), weight, bias)
+    return outputs.view(*states.shape[:-1], len(weight))
 
 
 class _Product(torch.autograd.Function):
