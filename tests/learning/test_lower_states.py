@@ -61,8 +61,10 @@ def test_what_is_kept_is_read_once_and_in_its_group():
         with lower.given(texts):
             lm.score([], [])
         assert passes.rows - before == rows, texts
-    few = LowerStates(lm, 1, [TEXTS[:1], TEXTS[1:]], limit=4 * 64 * 8)
-    assert few.given and len(few._groups) < 2
+    (row,) = lm.encode(TEXTS[:1])
+    room = len(row.ids) * lm.model.config.hidden_size * 4
+    for limit, groups in ((room - 1, 0), (room, 1)):
+        assert len(LowerStates(lm, 1, [TEXTS[:1], TEXTS[1:]], limit=limit)._groups) == groups
 
 
 def test_the_lowest_block_has_none_below():

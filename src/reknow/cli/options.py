@@ -76,7 +76,7 @@ class Opening:
             InputError: a path that does not exist, or an unknown dtype or device.
             ModelError: it cannot be loaded or handled.
         """
-        with progress.stage(f"opening {model}"):
+        with progress.stage(f"opening {model}"):  # as `LM` says itself, but the imports take seconds too
             from transformers.utils.logging import set_verbosity_error
 
             from reknow.lm import LM

@@ -72,13 +72,15 @@ def cache_limit() -> float:
 
 @dataclass(frozen=True)
 class StatisticsFile:
-    """One file of statistics."""
+    """One file of statistics, or the folder of a converted model."""
 
     file: Path
     model: str
     """Its name when the file was made; empty where the file does not say."""
     matrix: str
+    """Its name in the model; `CONVERTED` for a whole model."""
     tokens: int
+    """Of general text that were read; 0 for a model."""
     size: int
     """Bytes."""
     used: float
