@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -73,6 +74,20 @@ def test_a_gradient_of_a_gradient():
         return torch.autograd.grad(slope.square().sum(), states)[0]
 
     assert torch.allclose(second(product(states, weight)), second(states @ weight.T), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_other_derivatives_are_torchs_own(matrix):
+    matrix, states = MATRICES[matrix](), torch.randn(3, 48)
+    direction = torch.randn_like(states)
+    wanted = matrix(direction) - matrix(torch.zeros_like(direction))
+    with fast_modules(nn.Sequential(matrix)):
+        _, tangent = torch.func.jvp(matrix, (states,), (direction,))
+        slope = torch.func.grad(lambda states: (matrix(states) * wanted).sum())(states)
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(matrix(forward_ad.make_dual(states, direction))).tangent
+    assert torch.allclose(tangent, wanted, atol=1e-4) and torch.allclose(dual, wanted, atol=1e-4)
+    assert (slope * direction).sum().item() == pytest.approx(wanted.square().sum().item(), rel=1e-3)
 
 
 def seen(monkeypatch) -> list[int]:

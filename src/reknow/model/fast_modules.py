@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -88,9 +89,14 @@ def _forward(matrix: nn.Linear | Conv1D, own: Callable[[Tensor], Tensor], states
     weight, bias = matrix.weight, matrix.bias
     if not (_is_plain(weight) and (bias is None or _is_plain(bias)) and _is_plain(states) and states.numel()):
         return own(states)
-    if torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or _is_transformed():
         return own(states)
     return product(states, weight.T if isinstance(matrix, Conv1D) else weight, bias)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func or forward derivatives look on: oneDNN's operator gives them tangents of 0."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_plain(tensor: Tensor) -> bool:
