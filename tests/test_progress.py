@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 
-from conftest import make_lm, saved
+from conftest import bits, make_lm, same, saved, some_patch
 from reknow import LM, Edit, display, method
 from reknow.cli.terminal import LogHandler, say
 from reknow.display import Display, duration
@@ -185,6 +185,24 @@ def test_the_library_reports_what_takes_long(tmp_path, heard):
     for n in range(3):
         assert f"rome: writing contexts, {n} of 2 groups" in heard
     assert any("2 of 2 passes, loss" in line for line in heard)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of loops that are left by it
+@pytest.mark.parametrize("reports", [1, 2, 4, 8])
+def test_a_listener_that_ends_the_work_leaves_the_model_as_it_was(reports):
+    lm, left = make_lm(), [reports]
+    before, patch = bits(lm), some_patch(lm)
+
+    def end(_stage) -> None:
+        left[0] -= 1
+        if left[0] <= 0:
+            raise EOFError
+
+    with pytest.raises(EOFError), progress.reported_to(end), lm.patched(patch):
+        method("rome", layer=1, steps=3, covariance_tokens=0).edit(
+            lm, [Edit("The capital of {} is", subject="Peru", target_new="Rome")]
+        )
+    assert same(bits(lm), before) and lm.patches == () and _here.stage is None
 
 
 # --- where stderr is no terminal -------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from reknow.model.hooks import forwards_replaced, own_forward, set_forward
 from reknow.model.parts import device_of, embedding_matrix, is_matrix, reorient, shape, wraps_matrix
 from reknow.patching.deltas import Delta, Dense, LowRank, add_deltas, sum_deltas
 from reknow.patching.patches import Patch
-from reknow.progress import progress
 
 _UNSURE: tuple[Delta, ...] = (Dense(torch.empty(0, 0)),)
 """In place of a matrix's changes while it is written: equal to none."""
@@ -110,7 +109,8 @@ class Weights:
                         f"in this model it {got}: load the model on which the patch was made"
                     )
                 wanted.setdefault(name, []).append(delta)
-        for name in progress.each("writing weights", dict.fromkeys((*self._changes, *wanted)), unit="matrices"):
+        # No stage: a listener that ends the work by an error would keep the weights from coming back.
+        for name in dict.fromkeys((*self._changes, *wanted)):
             self._write(name, tuple(wanted.get(name, ())))
 
     def _write(self, name: str, deltas: tuple[Delta, ...]) -> None:
