@@ -87,6 +87,28 @@ def test_what_is_one_part_names_only_what_is_in_it(heard):
     assert not [text for text in heard if "rome: rome" in text or "searching: " in text]
 
 
+@pytest.mark.parametrize("last", range(40))
+def test_an_interrupt_in_any_line_of_a_stage_leaves_none_open(last):
+    lines = iter(range(last))
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename == progress_file and event == "line" and next(lines, None) is None:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    progress_file = sys.modules["reknow.progress"].__file__
+    with suppress(KeyboardInterrupt):
+        try:
+            sys.settrace(trace)
+            with progress.stage("outer", 2), progress.stage("inner"):
+                pass
+        finally:
+            sys.settrace(None)
+    gc.collect()
+    assert _here.stage is None and _here.listener is None
+
+
 def test_a_loop_that_is_left_has_ended(heard):
     for number in progress.each("learning", range(5)):
         if number == 1:

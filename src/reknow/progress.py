@@ -10,10 +10,11 @@ import math
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import wraps
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from reknow import display
 from reknow.display import Display, duration
@@ -28,11 +29,16 @@ _MEMORY, _PARTS = 15.0, 0.75
 _FAST = 10  # parts a second from which on the rate is shown
 
 
+class _Frame:
+    """Lives as long as the call that opened a stage, or hears of them: an interrupt may hit while it cleans up."""
+
+
 class Stage:
     """A work that goes on, and how much of it is done. `total` None: nobody knows how much it is."""
 
     def __init__(self, what: str, total: float | None, unit: str, done: float, above: Stage | None, parts: float):
         self.what, self.total, self.unit, self.done, self.above, self.note = what, total, unit, done, above, ""
+        self.frame: Callable[[], _Frame | None] = lambda: None
         self._parts, self._inside = parts, 0.0  # of the work around this; what works inside did of the present part
         self._begun = self._moved = display.clock()
         self._position, self._gain, self._seconds = done, 0.0, 0.0  # the last two: sums that forget
@@ -97,12 +103,31 @@ class Stage:
     __str__ = text
 
 
+class _Hearing(NamedTuple):
+    callback: Callable[[Stage], object]
+    before: _Hearing | None
+    frame: Callable[[], _Frame | None]
+
+
 class _Here(threading.local):
     """What a thread works on, and who hears of it. No ContextVar: a loop that an error has left may end when Python
     collects what the error held, in the midst of anything, and to set one while one is being set crashes Python."""
 
-    stage: Stage | None = None
-    listener: Callable[[Stage], object] | None = None
+    innermost: Stage | None = None
+    hearing: _Hearing | None = None
+
+    @property
+    def stage(self) -> Stage | None:
+        """The innermost stage that is open."""
+        while self.innermost is not None and self.innermost.frame() is None:
+            self.innermost = self.innermost.above
+        return self.innermost
+
+    @property
+    def listener(self) -> Callable[[Stage], object] | None:
+        while self.hearing is not None and self.hearing.frame() is None:
+            self.hearing = self.hearing.before
+        return self.hearing and self.hearing.callback
 
 
 _here = _Here()
@@ -119,8 +144,9 @@ class Progress:
             done: parts that an earlier run did.
             parts: how many parts of the work around it this work is, for its estimate; 0: nobody knows.
         """
-        above, hears = _here.stage, _here.listener
+        above, hears, frame = _here.stage, _here.listener, _Frame()
         stage = Stage(what, total, unit, done, above, parts)
+        stage.frame = weakref.ref(frame)
         if above is not None and above.total is None:
             above.note = ""
         with self.shown() if hears is None and above is None and _shows(False) else nullcontext():
@@ -130,7 +156,7 @@ class Progress:
                 stage.advance(parts)
                 hears(stage)
 
-            _here.stage = stage
+            _here.innermost = stage
             try:
                 hears(stage)
                 yield advance
@@ -138,7 +164,7 @@ class Progress:
                     advance(total - stage.done)
             finally:
                 if _here.stage is not None and stage in _here.stage.chain:  # else one around it has ended first
-                    _here.stage = above
+                    _here.innermost = above
                     if above is not None:
                         hears(above)
 
@@ -157,11 +183,12 @@ class Progress:
     @contextmanager
     def reported_to(self, callback: Callable[[Stage], object]):
         """While open, the callback is called, with the innermost stage, whenever one begins, moves or ends."""
-        before, _here.listener = _here.listener, callback
+        frame, before = _Frame(), _here.hearing
+        _here.hearing = _Hearing(callback, before, weakref.ref(frame))
         try:
             yield
         finally:
-            _here.listener = before
+            _here.hearing = before
 
     @contextmanager
     def shown(self, what: str = ""):

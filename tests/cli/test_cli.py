@@ -381,7 +381,7 @@ def test_statistics_are_read_ahead_and_then_found(model, empty_folder, monkeypat
 
 def test_layers_are_handed_on_from_file_to_file(model, empty_folder, monkeypatch):
     monkeypatch.setenv("REKNOW_CACHE", "cache")
-    assert "layer 0: a guess by depth" in done("layers", model, "--out", "none.json")  # it knows nothing
+    assert "layer 0 as before: " in done("layers", model, "--out", "none.json")  # it knows nothing
     assert not Path("none.json").exists() and not Path("cache").exists()
     assert json.loads(done("edit", PROMPT, "English", "--model", model, "--plan", "--json"))["guessed"]
     write_scores(LM(str(model)), [LayerScore(0, 0.1, 0.5, 0.5, 0.5), LayerScore(1, 0.0, 1, 1, 1)], Path("one.json"))

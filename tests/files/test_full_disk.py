@@ -116,7 +116,7 @@ def test_traces(lm, tmp_path, monkeypatch):
     settings = Tracing(samples=2, kinds=("hidden",))
 
     def trace() -> None:
-        tracing._trace_many(lm, "known_1000", 3, settings, tmp_path / "trace", False, True)
+        tracing.trace_many(lm, "known_1000", 3, settings, tmp_path / "trace", False, True)
 
     monkeypatch.setattr(builtins, "print", lambda *_, **__: None)
     for room in (50, 1_500):  # the first line; a trace

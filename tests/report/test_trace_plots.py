@@ -147,4 +147,4 @@ def test_a_model_that_knows_none_of_the_facts_says_so(reknow):
 def test_layers_are_named(reknow):
     result = reknow("--layers")
     assert result.exit_code == 0, result.output
-    assert "layer 0: a guess by depth" in result.output
+    assert "layer 0 as before: " in result.output
