@@ -259,13 +259,14 @@ def test_it_tells_how_far_it_is(site):
 # --- several processes, and their ends -----------------------------------------------------------------------
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from reknow import LM
 from reknow.model import gguf, packaged
 site, sum_, steps = sys.argv[1:]
 sys.path.insert(0, site)
 packaged.PACKAGED["tiny"] = packaged.PackagedModel("tiny.gguf", {"tiny-words": "tiny_words/tiny.gguf"}, "1", sum_, "")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 convert = gguf.convert_gguf
 def slowly(file, folder):
     with open(steps, "a") as log:
