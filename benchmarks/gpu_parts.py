@@ -16,7 +16,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from easyedit import EasyEdit
 from gpu_graphs import captured_passes
@@ -26,7 +25,7 @@ from reknow import LM, MEMIT, METHODS, ROME, Edit, load_cases, method
 from reknow.editing.covariance import statistics
 from reknow.editing.papers_layers import band_around
 from reknow.edits import Case
-from speed import ALL_PASSES, COVARIANCE_TOKENS, EXACT, plain
+from speed import ALL_PASSES, COVARIANCE_TOKENS, EXACT, plain, random_llama
 from speed_work import by_phase, matmul_rate, now, timed
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -68,14 +67,7 @@ class Setting:
 
 
 def random_model(setting: Setting) -> LM:
-    """A decoder of Llama's shape with random weights in bf16, and the demo tokenizer."""
-    tokenizer = LM.demo("llama").tokenizer
-    torch.manual_seed(0)
-    # Tokens that this tokenizer does not have could not be read in sampled contexts.
-    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **SHAPES[setting.shape])
-    with torch.device(setting.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return LM((model, tokenizer))
+    return random_llama(setting.device, **SHAPES[setting.shape])
 
 
 def many_facts(count: int, data: Sequence[Path] = ()) -> list[Edit]:

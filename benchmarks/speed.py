@@ -77,17 +77,24 @@ KINDS = ("reliability", "generalization", "locality")
 
 
 def opened(shape: str) -> LM:
-    demo = LM.demo("llama" if shape == "7B" else "gpt2")
+    if shape == "7B":
+        return random_llama("cuda")
+    demo = LM.demo("gpt2")
     if shape == "demo":
         return demo
     torch.manual_seed(0)
-    if shape == "124M":
-        return LM((GPT2LMHeadModel(GPT2Config()).eval(), demo.tokenizer))
+    return LM((GPT2LMHeadModel(GPT2Config()).eval(), demo.tokenizer))
+
+
+def random_llama(device: str, **shape: int) -> LM:
+    """A decoder of Llama's shape, by default its 7B, with random weights in bf16, and the demo tokenizer."""
+    tokenizer = LM.demo("llama").tokenizer
+    torch.manual_seed(0)
     # Tokens that this tokenizer does not have could not be read in sampled contexts.
-    config = LlamaConfig(vocab_size=len(demo.tokenizer), bos_token_id=0, eos_token_id=1)
-    with torch.device("cuda"):
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **shape)
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return LM((model, demo.tokenizer))
+    return LM((model, tokenizer))
 
 
 def asked_cases(lm: LM, kind: str, count: int) -> list[Case]:

@@ -15,20 +15,12 @@ import argparse
 import time
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from reknow import LM
 from reknow.model.tokens import Text
 from reknow.tracing.causal import Tracing
 from reknow.tracing.restoration import Prompt, list_restorations
-
-
-def opened(shape: str) -> LM:
-    demo = LM.demo("gpt2")
-    if shape == "demo":
-        return demo
-    torch.manual_seed(0)
-    return LM((GPT2LMHeadModel(GPT2Config()).eval(), demo.tokenizer))
+from speed import opened
 
 
 def counted(lm: LM) -> list[int]:

@@ -8,7 +8,7 @@ import logging
 import subprocess
 import sys
 import threading
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import pytest
@@ -43,6 +43,14 @@ class Screen(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+@contextmanager
+def piped(what: str):
+    """Gives a pipe and the display that writes into it, while there is a stage."""
+    pipe = io.StringIO()
+    with Display(pipe) as shown, progress.reported_to(shown.hear), progress.stage(what):
+        yield pipe, shown
 
 
 @pytest.fixture
@@ -250,8 +258,7 @@ def test_without_a_terminal_lines_come_now_and_then(clock):
 
 
 def test_a_step_that_takes_minutes_is_no_silence(clock):
-    pipe = io.StringIO()
-    with Display(pipe) as shown, progress.reported_to(shown.hear), progress.stage("decomposing a matrix"):
+    with piped("decomposing a matrix") as (pipe, shown):
         for _ in range(240):
             clock.now += 0.25
             shown.tick()
@@ -261,24 +268,21 @@ def test_a_step_that_takes_minutes_is_no_silence(clock):
 
 
 def test_quick_work_says_nothing(clock):
-    pipe = io.StringIO()
-    with Display(pipe) as shown, progress.reported_to(shown.hear), progress.stage("rome"):
+    with piped("rome") as (pipe, shown):
         clock.now += 1.9
         shown.tick()
     assert pipe.getvalue() == ""
 
 
 def test_a_foreign_text_is_one_line_of_signs(clock):
-    pipe = io.StringIO()
-    with Display(pipe) as shown, progress.reported_to(shown.hear), progress.stage("opening a\x1b[2Jb\r\nc\u202ed"):
+    with piped("opening a\x1b[2Jb\r\nc\u202ed") as (pipe, shown):
         clock.now += 3
         shown.tick()
     assert pipe.getvalue() == "opening a\\x1b[2Jb c\\x202ed (3 s so far)\n"
 
 
 def test_a_stream_that_is_closed_does_not_end_the_work(clock):
-    pipe = io.StringIO()
-    with Display(pipe) as shown, progress.reported_to(shown.hear), progress.stage("rome"):
+    with piped("rome") as (pipe, shown):
         pipe.close()
         clock.now += 3
         shown.tick()

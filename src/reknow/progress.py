@@ -105,8 +105,18 @@ class Stage:
 
 class _Hearing(NamedTuple):
     callback: Callable[[Stage], object]
-    before: _Hearing | None
+    above: _Hearing | None
     frame: Callable[[], _Frame | None]
+
+
+_Opened = TypeVar("_Opened", Stage, _Hearing)
+
+
+def _open(innermost: _Opened | None) -> _Opened | None:
+    """The innermost one whose call still goes on: this one, or one around it."""
+    while innermost is not None and innermost.frame() is None:
+        innermost = innermost.above
+    return innermost
 
 
 class _Here(threading.local):
@@ -119,14 +129,12 @@ class _Here(threading.local):
     @property
     def stage(self) -> Stage | None:
         """The innermost stage that is open."""
-        while self.innermost is not None and self.innermost.frame() is None:
-            self.innermost = self.innermost.above
+        self.innermost = _open(self.innermost)
         return self.innermost
 
     @property
     def listener(self) -> Callable[[Stage], object] | None:
-        while self.hearing is not None and self.hearing.frame() is None:
-            self.hearing = self.hearing.before
+        self.hearing = _open(self.hearing)
         return self.hearing and self.hearing.callback
 
 

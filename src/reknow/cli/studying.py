@@ -52,8 +52,8 @@ def study(
 
     if name is None:
         return say_table(["study", " minutes", "question"], _listed())
-    if name not in {row[0] for row in _listed()}:
-        raise did_you_mean("study", name, [row[0] for row in _listed()])
+    if name not in (names := [row[0] for row in _listed()]):
+        raise did_you_mean("study", name, names)
     if name == "tracing" or name in ARTICLES:
         refuse_beside(name, {"--families": families, "--steps": steps, "--seeds": seeds})
         out = out or run_folder(name, model)

@@ -58,13 +58,12 @@ def sample_contexts(
 
     def sample() -> tuple[str, ...]:
         texts: list[str] = []
-        with lm.unpatched(), lm.progress.stage("writing contexts", len(groups), unit="groups") as advance:
-            for count, tokens in groups:
+        with lm.unpatched():
+            for count, tokens in lm.progress.each("writing contexts", groups, unit="groups"):
                 opening = [first_words[i % len(first_words)] if first_words else "" for i in range(count)]
                 continued = lm.generate(opening, tokens, top_k=5, seed=seed)
                 said = [(a + b).strip() for a, b in zip(opening, continued, strict=True)]
                 texts += [f"{text}{full_stop(text)} " for text in said]
-                advance()
         return ("", *texts)
 
     return lm.cached(("contexts", tuple(tuple(group) for group in groups), tuple(first_words), seed), sample)

@@ -170,6 +170,11 @@ def _file(kind: str, key) -> Path:
     return cache_folder() / f"{kind}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
 
 
+def _device(lm: LM, key: dict[str, str]) -> torch.device:
+    """Where the matrix lies."""
+    return device_of(lm.model.get_submodule(key["matrix"]), lm.device)
+
+
 def _remove(file: Path) -> None:
     with suppress(OSError):  # a cache that cannot be written to has none
         file.unlink(missing_ok=True)
@@ -190,9 +195,7 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
         _log.warning("%s is broken and is made again: %s", file, explain(error))
         return None
     mark_used(file)
-    return Statistics(
-        Triangle(blocks).to(device_of(lm.model.get_submodule(key["matrix"]), lm.device)).full(), count, file
-    )
+    return Statistics(Triangle(blocks).to(_device(lm, key)).full(), count, file)
 
 
 def _blocks(lm: LM, name: str) -> dict[str, tuple[int, int]]:
@@ -233,8 +236,7 @@ def _compute(
             if state is None or state.is_local_main_process:
                 save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
             # Where a device has no float64, it was summed elsewhere.
-            place = device_of(lm.model.get_submodule(key["matrix"]), lm.device)
-            found[layer] = Statistics(mean.full().to(place), count, file)
+            found[layer] = Statistics(mean.full().to(_device(lm, key)), count, file)
         _remove(sums_file)
         evict(using=[one.file for one in found.values()])
         if state is not None:

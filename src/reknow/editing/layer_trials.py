@@ -87,12 +87,11 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
                 traces.append(trace)
                 advance()
         effects = average(traces).effects["mlp"][TOKEN_CLASSES.index("Last subject token")].tolist()
-        chosen, scores = candidates(effects, papers_layers(lm)), []
+        chosen = candidates(effects, papers_layers(lm))
         make("rome", ROME_SETTINGS).keep_statistics(lm, chosen)  # of all in one pass over the text
-        with lm.progress.stage("trying layers", len(chosen)) as advance:
-            for layer in chosen:
-                scores.append(_score_layer(lm, layer, effects[layer], edits))
-                advance()
+        scores = []
+        for layer in lm.progress.each("trying layers", chosen):
+            scores.append(_score_layer(lm, layer, effects[layer], edits))
         return scores
 
 

@@ -116,9 +116,9 @@ def converted(name: str) -> Iterator[Path]:
             with warn_if_unwritable(), write_lock(folder, wait=math.inf):
                 if not _is_whole(folder, model):  # another process may have made it meanwhile
                     atomic_write_folder(folder, lambda new: _make(name, new), overwrite=True)
-        if not _is_whole(folder, model):
-            folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="reknow-"))) / name
-            atomic_write_folder(folder, lambda new: _make(name, new), overwrite=False)
+            if not _is_whole(folder, model):
+                folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="reknow-"))) / name
+                atomic_write_folder(folder, lambda new: _make(name, new), overwrite=False)
         mark_used(folder)
         yield folder
 

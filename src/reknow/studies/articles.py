@@ -40,8 +40,8 @@ def sized(study: Article, limit: int | None = None, *, full: bool = False) -> Ar
 def _sized(study: Article, preset: Preset, limit: int | None, full: bool) -> Preset:
     cases, plan = (preset.full or preset.size) if full else preset.size
     if limit is not None:
-        limits = {name: min(limit, most) for name, most in cases.limits.items()}
-        cases = cases._replace(limit=min(limit, limit if cases.limit is None else cases.limit), limits=limits)
+        most = limit if cases.limit is None else min(limit, cases.limit)
+        cases = cases._replace(limit=most, limits={name: min(limit, own) for name, own in cases.limits.items()})
     if study.grows:
         plan = replace(plan, held_out=_plain_text())
     return preset._replace(size=Size(cases, plan))
