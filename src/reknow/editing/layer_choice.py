@@ -127,6 +127,8 @@ def read_scores(lm: LM, file: Path) -> list[LayerScore]:
     Raises:
         InputError: there is no such file, or it holds nothing of these weights in this dtype.
     """
+    if not file.is_file():
+        raise InputError(f"expected a file of trial edits; there is none at {file}: check the path")
     known = _read(file)
     entry = _entry(lm, known)
     try:
