@@ -128,7 +128,10 @@ def read_scores(lm: LM, file: Path) -> list[LayerScore]:
         InputError: there is no such file, or it holds nothing of these weights in this dtype.
     """
     if not file.is_file():
-        raise InputError(f"expected a file of trial edits; there is none at {file}: check the path")
+        raise InputError(
+            f"expected a file of trial edits; there is none at {file}: check the path, or make them with reknow "
+            "layers --out FILE"
+        )
     known = _read(file)
     entry = _entry(lm, known)
     try:
