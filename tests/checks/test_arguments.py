@@ -15,7 +15,8 @@ from reknow.editing.layer_choice import suggest_layer
 from reknow.errors import InputError
 from reknow.evaluation import Plan, bench
 from reknow.evaluation.effect import control_facts, observe
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.patching.stack import save_stack
 from reknow.tracing.causal import Tracing, average, embedding_std, known_facts, trace_facts, trace_prompt
 from reknow.tracing.known import known_cases

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import make_lm
 from reknow import FT, ROME, Edit
 from reknow.errors import InputError, PatchError
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.files.atomic import atomic_write_folder
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])

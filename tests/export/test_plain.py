@@ -22,9 +22,10 @@ from transformers import (
 from conftest import bits, same, some_patch
 from families import ROPE, tiny_model, tiny_tokenizer
 from reknow import LM, Edit
-from reknow.cli.stacks import _say_rounding
+from reknow.cli.exporting import _say_rounding
 from reknow.errors import PatchError
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.export.plain import narrow_weights, rounded_weights
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])

@@ -18,7 +18,8 @@ from reknow.cli import tracing
 from reknow.editing.covariance import statistics
 from reknow.editing.layer_choice import LayerScore, keep_scores, suggest_layer
 from reknow.errors import InputError
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.files.atomic import append_line
 from reknow.files.json_lines import Rows
 from reknow.methods import method

@@ -16,7 +16,8 @@ import reknow.files.atomic
 from conftest import make_lm, some_patch
 from reknow import LM, Patch
 from reknow.cli.stacks import merge
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.files.atomic import HIDDEN, restore_interrupted, write_text
 from reknow.methods import method
 from reknow.patching.stack import read_stack, save_stack

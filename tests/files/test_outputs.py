@@ -14,7 +14,8 @@ from reknow import LM
 from reknow.cli import app
 from reknow.cli.places import trace_place
 from reknow.errors import InputError
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.files.atomic import atomic_write_folder, write_text
 from reknow.files.outputs import MARK, growing_folder, output_file, output_folder, stack_folder
 from reknow.methods import method

@@ -12,7 +12,7 @@ from conftest import make_lm
 from families import CORE_FAMILIES
 from reknow import Edit, Patch, method
 from reknow.errors import InputError, MissingExtra, PatchError
-from reknow.export.checkpoint import export_lora
+from reknow.export.adapter import export_lora
 from reknow.methods import lora
 from reknow.patching.deltas import LowRank
 

@@ -14,7 +14,8 @@ from families import CORE_FAMILIES
 from reknow import FT, LM, MELO, METHODS, ROME, Edit, Patch, diff, merge
 from reknow.contract import check_edits
 from reknow.errors import PatchError
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.memories.base import MemoryMethod, memory_patch
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.replay import BlockReplay

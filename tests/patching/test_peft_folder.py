@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import make_lm, some_patch
 from reknow import Edit, Patch
-from reknow.export.checkpoint import export_lora
+from reknow.export.adapter import export_lora
 from reknow.methods import method
 from reknow.patching.patch_files import write_patch
 from reknow.patching.peft_folder import CONFIG, PREFIX, REST, WEIGHTS
@@ -36,6 +36,26 @@ def logits_of_engine(lm, folder):
         found = lm.model(IDS).logits
         for name, weight in kept.items():
             lm.weight(name).copy_(weight)
+    return found
+
+
+def logits_of_a_server(lm, folder):
+    """The base's logits with the adapter as a server adds it that knows one rank and one alpha, those of the
+    configuration, makes room for that many rows, and reads nothing else of it."""
+    config = json.loads((folder / CONFIG).read_text())
+    assert not {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora"} & {key for key in config if config[key]}
+    rank, scale, tensors = config["r"], config["lora_alpha"] / config["r"], load_file(folder / WEIGHTS)
+    hooks = []
+    for name in config["target_modules"]:
+        right, left = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB")
+        rows, columns = torch.empty(rank, right.shape[1]), torch.empty(left.shape[0], rank)
+        rows[:], columns[:] = right, left  # refuses another size
+        change = lambda _, inputs, out, a=rows, b=columns: out + inputs[0] @ a.T @ b.T * scale  # noqa: E731
+        hooks.append(lm.model.get_submodule(name).register_forward_hook(change))
+    with lm.unpatched():
+        found = lm.model(IDS).logits
+    for hook in hooks:
+        hook.remove()
     return found
 
 
@@ -65,6 +85,7 @@ def test_uneven_ranks_give_the_same_logits_in_every_engine(family, case, tmp_pat
     assert {min(tensor.shape) for tensor in tensors.values()} == {max(report.ranks.values())}
     wanted = lm.model(IDS).logits
     assert torch.allclose(logits_of_engine(lm, tmp_path / "adapter"), wanted, atol=1e-4)
+    assert torch.allclose(logits_of_a_server(lm, tmp_path / "adapter"), wanted, atol=1e-4)
     tuned = PeftModel.from_pretrained(make_lm(family).model, str(tmp_path / "adapter"))
     assert torch.allclose(tuned(IDS).logits, wanted, atol=1e-4)
 

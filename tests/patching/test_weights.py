@@ -12,7 +12,8 @@ from conftest import bits, make_lm, same, some_patch
 from families import tiny_model, tiny_tokenizer, wide_llama, with_matrices
 from reknow import LM, Edit, method
 from reknow.errors import PatchError
-from reknow.export.checkpoint import export_checkpoint, export_lora
+from reknow.export.adapter import export_lora
+from reknow.export.checkpoint import export_checkpoint
 from reknow.model.fingerprint import weight_bits
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of", target_true="in")

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from reknow import __version__
 from reknow.cli import (
     editing,
+    exporting,
     instructing,
     layers,
     listing,
@@ -127,7 +128,7 @@ for command in (
     stacks.apply,
     stacks.revert,
     stacks.merge,
-    stacks.export,
+    exporting.export,
     stacks.show,
     stacks.diff,
     tracing.trace,

@@ -1,4 +1,4 @@
-"""Commands on patch files and stack folders: apply, revert, merge, export, show, diff."""
+"""Commands on patch files and stack folders: apply, revert, merge, show, diff."""
 
 from __future__ import annotations
 
@@ -8,19 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.options import ChatOpening, Force, Json, Opening, check_model, refuse_beside
-from reknow.cli.terminal import say, say_json, say_table, warn
-from reknow.errors import InputError, PatchError, did_you_mean
+from reknow.cli.options import Force, Json, Opening, check_model
+from reknow.cli.terminal import say, say_json, say_table
+from reknow.errors import InputError, PatchError
 from reknow.files.locks import PATIENCE, write_lock
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
-    from reknow.export.checkpoint import CheckpointReport
-    from reknow.lm import LM
     from reknow.patching.patches import Patch
 
 _Stack = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
-_MAX_RANK = 64
 _Patches = Annotated[list[Path], typer.Argument(help="Patch files.", show_default=False)]
 
 
@@ -64,7 +61,7 @@ def apply(
         save_stack(stack, str(base), active)
     for patch in active[before:]:
         say(f"applied {patch.label}")
-    say(f"{stack}: {base} with {_patches(len(active))}")
+    say(f"{stack}: {base} with {number_of_patches(len(active))}")
 
 
 def revert(
@@ -79,7 +76,7 @@ def revert(
     from reknow.patching.stack import save_stack, without_patch
 
     with write_lock(stack, wait=PATIENCE):
-        base, active = _read_existing(stack)
+        base, active = read_existing(stack)
         ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
         rest = tuple(active)
         lm = opening.open(str(stack)) if rebuild else None
@@ -93,7 +90,7 @@ def revert(
     for patch in active:
         if patch.id in ids:
             say(f"reverted {patch.label}")
-    say(f"{stack}: {base} with {_patches(len(rest))}")
+    say(f"{stack}: {base} with {number_of_patches(len(rest))}")
 
 
 def merge(
@@ -114,80 +111,6 @@ def merge(
     say(f"wrote {out}: {patch.label}")
 
 
-def export(
-    source: Annotated[Path, typer.Argument(help="A stack folder or a patch file.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="The folder to write.", show_default=False)],
-    to: Annotated[str, typer.Option("--to", help="hf: a whole checkpoint; lora: a PEFT adapter for the base model.")],
-    model: Annotated[
-        str | None, typer.Option("--model", help="The base model, for a patch file.", callback=check_model)
-    ] = None,
-    max_rank: Annotated[
-        int | None, typer.Option("--max-rank", min=1, help=f"Largest rank of an adapter. [{_MAX_RANK}]")
-    ] = None,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut higher ranks instead of refusing.")] = False,
-    *,
-    opening: ChatOpening,
-    force: Force = False,
-) -> None:
-    """Write an edited model for programs that do not know reknow."""
-    from reknow.export.checkpoint import export_checkpoint, export_lora
-    from reknow.files.outputs import marked_files, output_folder
-    from reknow.patching.patches import Patch
-    from reknow.patching.peft_folder import is_adapter
-
-    if to not in ("hf", "lora"):
-        raise did_you_mean("export format", to, ("hf", "lora"))
-    if to == "hf":
-        refuse_beside("--to hf", {"--max-rank": max_rank, "--truncate": truncate})
-    max_rank = max_rank or _MAX_RANK
-    out = output_folder(out, force, marked_files, (source, model))
-    patch = Patch.load(source) if source.is_file() or is_adapter(source) else None
-    if patch is not None and model is None:
-        raise InputError(f"expected --model for the patch file {source}; got none: name its base model")
-    if patch is None:
-        _read_existing(source)
-        refuse_beside("a stack, which names its base,", {"--model": model})
-    lm = opening.open(str(source) if patch is None else str(model))
-    if patch is not None:
-        lm.apply(patch)
-    if to == "hf":
-        written = export_checkpoint(lm, out, overwrite=force)
-        say(f"wrote {out}: {lm.name} with {_patches(len(lm.patches))}; AutoModelForCausalLM.from_pretrained loads it")
-        return _say_rounding(written)
-    report = export_lora(lm, out, max_rank=max_rank, truncate=truncate, overwrite=force)
-    for name, rank in report.ranks.items():
-        say(f"{name}: rank {rank}")
-    say(f"wrote {out}: relative error {report.error:.2g} at most; peft.PeftModel loads it on {lm.name}")
-    if report.error:
-        _say_reliability(lm, max_rank)
-
-
-def _say_rounding(written: CheckpointReport) -> None:
-    """The dtype of the checkpoint, and what rounding to it did to the edits."""
-    dtype = str(written.dtype).removeprefix("torch.")
-    if written.held is None:
-        return say(f"{dtype}, bit for bit as in memory")
-    before, after = written.held
-    say(
-        f"{dtype}, as the base; reliability (teacher-forced, exact): {before} of {written.edits} edits in memory, "
-        f"{after} as written"
-    )
-    if after < before:
-        warn(f"rounding to {dtype} loses {before - after} of the edits: --dtype float32 keeps them all")
-
-
-def _say_reliability(lm: LM, rank: int) -> None:
-    """How many edits the applied patches make, and how many are left when they are cut to `rank`."""
-    from reknow.patching.patches import merge as merged
-
-    whole = merged(lm.patches)
-    asked = list(zip(*((edit.text, edit.target_new, edit.separator) for edit in whole.edits), strict=True))
-    exact = sum(score.said for score in lm.score(*asked))
-    with lm.stacked([whole.truncated(rank)[0]]):
-        left = sum(score.said for score in lm.score(*asked))
-    say(f"reliability (teacher-forced, exact): {exact} of {len(whole.edits)} edits before truncation, {left} after")
-
-
 def show(
     source: Annotated[Path, typer.Argument(help="A patch file or a stack folder.", show_default=False)],
     as_json: Json = False,
@@ -199,10 +122,10 @@ def show(
     if not source.is_dir() or is_adapter(source):
         described = describe(Patch.load(source))
         return say_json(described) if as_json else _say_patch(described)
-    base, patches = _read_existing(source)
+    base, patches = read_existing(source)
     if as_json:
         return say_json({"base": base, "patches": [describe(patch) for patch in patches]})
-    say(f"{source}: {base} with {_patches(len(patches))}")
+    say(f"{source}: {base} with {number_of_patches(len(patches))}")
     rows = [[p.id, p.method, str(len(p.edits)), "; ".join(_sentence(e) for e in p.edits[:3])] for p in patches]
     if rows:
         say_table(["id", "method", " edits", "what"], rows)
@@ -293,7 +216,7 @@ def diff(
     say_table(["matrix", f" norm in {a.name}", f" norm in {b.name}", " cosine"], rows)
 
 
-def _read_existing(stack: Path) -> tuple[str, list[Patch]]:
+def read_existing(stack: Path) -> tuple[str, list[Patch]]:
     """Base and patches of a stack folder; raises PatchError where there is none."""
     from reknow.patching.stack import read_stack
 
@@ -309,12 +232,12 @@ def _merge_whole(source: Path) -> Patch:
     from reknow.patching.peft_folder import is_adapter
 
     stack = source.is_dir() and not is_adapter(source)
-    return merged(_read_existing(source)[1]) if stack else Patch.load(source)
+    return merged(read_existing(source)[1]) if stack else Patch.load(source)
 
 
 def _sentence(edit: Edit) -> str:
     return f"{edit.text} → {edit.target_new}"
 
 
-def _patches(number: int) -> str:
+def number_of_patches(number: int) -> str:
     return "1 patch" if number == 1 else f"{number} patches"

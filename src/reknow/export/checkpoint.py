@@ -1,4 +1,4 @@
-"""An edited model for programs that do not know reknow: a Hugging Face checkpoint, or a PEFT LoRA adapter."""
+"""An edited model as a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -22,18 +21,15 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
 )
 
-import reknow
 from reknow.edits import Edit
-from reknow.errors import InputError, PatchError
+from reknow.errors import PatchError
+from reknow.export.place import check_place, describe_export
 from reknow.export.plain import find_adapters, merge_adapters, narrow_weights, replace_weights, rounded_weights
 from reknow.files.atomic import atomic_write_folder
-from reknow.files.outputs import mark_files, marked_files, output_folder
+from reknow.files.outputs import mark_files
 from reknow.lm import LM
 from reknow.model.bars import bars_as_stages
 from reknow.model.exclusive import typed_exclusively
-from reknow.patching.deltas import LowRank, factorize
-from reknow.patching.patches import merge
-from reknow.patching.peft_folder import describe_base, write_adapter
 from reknow.patching.record import check_weights
 from reknow.progress import progress
 
@@ -49,17 +45,6 @@ _COMPANIONS = (
 )
 """Files beside a checkpoint that other programs need: processors (`AutoProcessor`, vLLM), the settings of generation,
 chat templates, and the tokenizer as llama.cpp reads it."""
-
-
-@dataclass(frozen=True)
-class LoraReport:
-    """What an adapter holds and what it lost."""
-
-    folder: Path
-    ranks: dict[str, int]
-    """Rank by matrix name."""
-    error: float
-    """Relative Frobenius error of the worst matrix; 0 unless it was truncated."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +81,7 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
             f"expected weights that hold the change; {left[0]} has it unmerged, being quantised or offloaded: "
             "export an adapter, or load the model whole and in memory"
         )
-    folder = _check_place(lm, folder, overwrite)
+    folder = check_place(lm, folder, overwrite)
     model = merge_adapters(lm) if adapted else lm.model
     narrow = narrow_weights(lm, model)
     edits = [edit for patch in lm.patches for edit in patch.edits]
@@ -107,7 +92,7 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
         _save(written, new)
         lm.tokenizer.save_pretrained(new)
         _copy_companions(lm, new)
-        mark_files(new, _describe(lm))
+        mark_files(new, describe_export(lm))
 
     return CheckpointReport(atomic_write_folder(folder, write, overwrite), written.dtype, len(edits), held)
 
@@ -123,22 +108,6 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
         model.generation_config = settings
     if settings is not None:
         settings.to_json_file(folder / GENERATION_CONFIG_NAME)
-
-
-def _check_place(lm: LM, folder: str | Path, overwrite: bool) -> Path:
-    """Where an export goes; raises InputError where it would take the place of anything but an export."""
-    if Path(folder).exists() and not overwrite:
-        raise InputError(f"expected a new folder; {folder} exists: choose another name or overwrite it")
-    return output_folder(Path(folder), True, marked_files, (lm.name, lm.model.name_or_path))
-
-
-def _describe(lm: LM) -> dict[str, Any]:
-    """What an exported folder says of its model, which other programs pass over."""
-    return {
-        "version": reknow.__version__,
-        "base": lm.name,
-        "patches": [{"id": patch.id, "method": patch.method, "edits": len(patch.edits)} for patch in lm.patches],
-    }
 
 
 def _count_held(
@@ -181,50 +150,3 @@ def _find_file(source: str, name: str, revision: str | None) -> Path | None:
     except ValueError:  # no name of the hub
         return None
     return Path(found) if isinstance(found, str) else None
-
-
-@typed_exclusively
-def export_lora(
-    lm: LM, folder: str | Path, *, max_rank: int | None = None, truncate: bool = False, overwrite: bool = False
-) -> LoraReport:
-    """Writes the applied patches as one PEFT LoRA adapter for the base model.
-
-    Args:
-        max_rank: largest rank allowed; None: 64.
-        truncate: cut a higher rank by SVD instead of refusing it; the report says what that loses.
-
-    Raises:
-        PatchError: no patch is applied, one is a memory, the model has adapters of its own, or a change has a higher
-            rank than `max_rank`.
-        InputError: `max_rank` is below 1, the folder exists and `overwrite` is off, or the disk is full (an old
-            folder stays).
-    """
-    if not lm.patches:
-        raise PatchError("expected at least one applied patch to export; got none: apply a patch first")
-    if names := find_adapters(lm.model):
-        raise PatchError(
-            f"expected a base without adapters to export one for it; {lm.name} has some, the first at "
-            f"{names[0]}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
-            "holds both"
-        )
-    folder = _check_place(lm, folder, overwrite)
-    limit = 64 if max_rank is None else max_rank
-    if limit < 1:
-        raise InputError(f"expected a max_rank of at least 1; got {limit}: raise it")
-    factors: dict[str, LowRank] = {}
-    error = 0.0
-    for name, delta in progress.each("factorizing", merge(lm.patches).deltas.items(), unit="matrices"):
-        exact, lost = factorize(delta, limit)
-        if lost > 1e-6 and not truncate:
-            raise PatchError(
-                f"expected changes of rank {limit} at most; {name} needs more (the rest is {lost:.1%} of its norm): "
-                "raise max_rank, truncate, or export a checkpoint"
-            )
-        factors[name], error = exact, max(error, lost)
-    ranks = {name: factor.rank for name, factor in factors.items()}
-
-    def write(new: Path) -> None:
-        write_adapter(new, factors, describe_base(lm, ranks))
-        mark_files(new, _describe(lm))
-
-    return LoraReport(atomic_write_folder(folder, write, overwrite), ranks, error)

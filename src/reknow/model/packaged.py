@@ -24,6 +24,8 @@ from reknow.files.locks import write_lock
 
 _log = logging.getLogger(__name__)
 
+DEMO = "demo:"
+"""How the names of models begin that come with reknow or in packages."""
 _FORM = 1
 """Of what is kept; another one is made again."""
 _NOTE = "conversion.json"
@@ -46,6 +48,8 @@ class PackagedModel:
     licence: str
     notice: str = ""
     """What its licence wants said where it is handed on."""
+    original: str = ""
+    """The repository on the hub of the model that the file was made from."""
 
     @property
     def command(self) -> str:
@@ -62,6 +66,7 @@ PACKAGED = {
         "0.1.2",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         "Apache-2.0",
+        original="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "gemma3": PackagedModel(
         _GEMMA_FILE,
@@ -73,6 +78,7 @@ PACKAGED = {
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         "Gemma Terms of Use",
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms",
+        "google/gemma-3-270m",
     ),
 }
 """Name behind `demo:` → what it is made from."""
@@ -81,6 +87,12 @@ PACKAGED = {
 def kept_folder(name: str) -> Path:
     """Where the converted model lies, or will."""
     return cache_folder() / MODELS / f"{name}-{PACKAGED[name].sha256[:12]}"
+
+
+def packaged_model(*names: str) -> PackagedModel | None:
+    """The model of which one of the names is the own one or the kept folder; None: of none."""
+    known = {name: model for key, model in PACKAGED.items() for name in (DEMO + key, str(kept_folder(key)))}
+    return next((known[name] for name in names if name in known), None)
 
 
 def check_installed(name: str) -> None:

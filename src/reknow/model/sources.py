@@ -22,9 +22,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from reknow.display import visible
 from reknow.errors import InputError, ModelError, did_you_mean
-from reknow.model.packaged import PACKAGED, check_installed, converted, kept_folder
+from reknow.model.packaged import DEMO, PACKAGED, check_installed, converted, kept_folder
 
-_DEMO = "demo:"
 CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _FILES = (CONFIG, _ADAPTER, "tokenizer_config.json", "tokenizer.json")
 """One of these lies in every folder of a model, an adapter or a tokenizer."""
@@ -70,8 +69,8 @@ def find_source(name: str) -> Source:
         ModelError: there is no such folder, it holds no model of transformers, the hub has none of that name, or the
             package of a demo model is not installed.
     """
-    if name.startswith(_DEMO):
-        return _find_demo(name.removeprefix(_DEMO))
+    if name.startswith(DEMO):
+        return _find_demo(name.removeprefix(DEMO))
     path = os.path.expanduser(name)
     if os.path.isdir(path) and name.strip():
         _check_folder(Path(path))
@@ -153,7 +152,7 @@ def _in_hub(name: str) -> Source:
         validate_repo_id(name)
     except HFValidationError as error:
         raise InputError(
-            f"expected a model's folder, its name on the hub, or {_DEMO}gpt2; got {name!r}, which is no folder and "
+            f"expected a model's folder, its name on the hub, or {DEMO}gpt2; got {name!r}, which is no folder and "
             "cannot be a name: check it"
         ) from error
     problem = _ask_hub(name)
@@ -162,7 +161,7 @@ def _in_hub(name: str) -> Source:
     if any(isinstance(try_to_load_from_cache(name, file), str) for file in _FILES):
         return Source(name, offline=True)
     raise ModelError(
-        f"expected a model's folder, its name on the hub, or {_DEMO}gpt2; {name!r} could not be loaded (it is no "
+        f"expected a model's folder, its name on the hub, or {DEMO}gpt2; {name!r} could not be loaded (it is no "
         f"folder here nor in the hub's cache, and {problem}{_near_names(name)}): check the name"
     )
 
@@ -198,7 +197,7 @@ def _ask_hub(name: str) -> str | None:
 
 def _near_names(name: str) -> str:
     """The nearest names of models that are on this disk, as a part of a sentence; empty where none is near."""
-    known = [*_sibling_models(name), *_cached_models(), *(_DEMO + demo for demo in _demo_names())]
+    known = [*_sibling_models(name), *_cached_models(), *(DEMO + demo for demo in _demo_names())]
     by_last = {re.split(r"[/:]", known_name)[-1].lower(): known_name for known_name in reversed(known)}
     near = difflib.get_close_matches(re.split(r"[/:]", name.rstrip("/"))[-1].lower(), by_last, n=3, cutoff=0.6)
     return f"; near it: {', '.join(by_last[one] for one in near)}" if near else ""

@@ -17,6 +17,7 @@ from reknow.files.outputs import check_replaced
 from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_finite, digest, read_tensors
 from reknow.model.decoder import Decoder
+from reknow.model.packaged import packaged_model
 from reknow.model.parts import is_transposed
 from reknow.patching.deltas import Delta, LowRank, check_factors
 from reknow.patching.patch_files import read_patch, write_patch
@@ -30,9 +31,15 @@ _RANKS = "reknow.ranks"
 
 
 def describe_base(lm: Decoder, names: Iterable[str]) -> dict:
-    """What `peft` needs to know of the base model to change its matrices of these names."""
+    """What `peft` needs to know of the base model to change its matrices of these names.
+
+    A model that was converted from a package is named by the model on the hub that it came from, which engines can
+    open.
+    """
     transposed = any(is_transposed(lm.model.get_submodule(name)) for name in names)
-    return {"base_model_name_or_path": lm.model.name_or_path or lm.name, "fan_in_fan_out": transposed}
+    packaged = packaged_model(lm.name, lm.model.name_or_path)
+    named = (packaged and packaged.original) or lm.model.name_or_path or lm.name
+    return {"base_model_name_or_path": named, "fan_in_fan_out": transposed}
 
 
 def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -> None:
