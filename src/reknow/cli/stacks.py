@@ -1,4 +1,4 @@
-"""Commands on patch files and stack folders: apply, revert, merge, show, diff."""
+"""Commands on patch files and stack folders: apply, revert, merge, diff; how a patch is told."""
 
 from __future__ import annotations
 
@@ -111,26 +111,6 @@ def merge(
     say(f"wrote {out}: {patch.label}")
 
 
-def show(
-    source: Annotated[Path, typer.Argument(help="A patch file or a stack folder.", show_default=False)],
-    as_json: Json = False,
-) -> None:
-    """Say what is in a patch file or a stack folder."""
-    from reknow.patching.patches import Patch
-    from reknow.patching.peft_folder import is_adapter
-
-    if not source.is_dir() or is_adapter(source):
-        described = describe(Patch.load(source))
-        return say_json(described) if as_json else _say_patch(described)
-    base, patches = read_existing(source)
-    if as_json:
-        return say_json({"base": base, "patches": [describe(patch) for patch in patches]})
-    say(f"{source}: {base} with {number_of_patches(len(patches))}")
-    rows = [[p.id, p.method, str(len(p.edits)), "; ".join(_sentence(e) for e in p.edits[:3])] for p in patches]
-    if rows:
-        say_table(["id", "method", " edits", "what"], rows)
-
-
 def describe(patch: Patch) -> dict[str, Any]:
     """A patch as JSON values: everything but the numbers of its matrices."""
     return {
@@ -154,7 +134,7 @@ def describe(patch: Patch) -> dict[str, Any]:
     }
 
 
-def _say_patch(patch: dict[str, Any]) -> None:
+def say_patch(patch: dict[str, Any]) -> None:
     say(f"patch {patch['id']}, made by {patch['method']} (reknow {patch['version']})")
     settings = ", ".join(f"{key} {value}" for key, value in patch["settings"].items())
     say(f"settings: {settings or 'several'}")
@@ -203,7 +183,7 @@ def diff(
         return say_json(difference | lists)
     say("same base model" if difference["same_base"] else "different base models")
     for key, name in (("edits_both", "in both"), ("edits_only_a", f"only in {a}"), ("edits_only_b", f"only in {b}")):
-        say(*(f"{name}: {_sentence(edit)}" for edit in difference[key]))
+        say(*(f"{name}: {sentence(edit)}" for edit in difference[key]))
     rows = [
         [
             name,
@@ -235,7 +215,7 @@ def _merge_whole(source: Path) -> Patch:
     return merged(read_existing(source)[1]) if stack else Patch.load(source)
 
 
-def _sentence(edit: Edit) -> str:
+def sentence(edit: Edit) -> str:
     return f"{edit.text} → {edit.target_new}"
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from reknow.errors import InputError, PatchError
-from reknow.export.place import check_place, describe_export
+from reknow.export.about import CARD, check_place, describe_export, hub_name, write_record
+from reknow.export.card import write_card
+from reknow.export.measure import ask, measure
 from reknow.export.plain import find_adapters
 from reknow.files.atomic import atomic_write_folder
-from reknow.files.outputs import mark_files
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.patching.deltas import LowRank, factorize
@@ -110,11 +111,20 @@ def export_lora(
     """
     folder = check_place(lm, folder, overwrite)
     factors, error = factorize_patches(lm, max_rank, truncate)
-    ranks, base = {name: factor.rank for name, factor in factors.items()}, describe_base(lm, factors)
+    base = describe_base(lm, factors)
+    ranks = {name: factor.rank for name, factor in factors.items()}
+    report = LoraReport(folder, ranks, error, base["base_model_name_or_path"])
+    measured = measure(lm)
+    if error:  # the factors say less than the patches
+        cut = merge(lm.patches).truncated(report.rank)[0]
+        with lm.stacked([cut]):
+            measured = measured.as_written(ask(lm, measured.edits))
 
     def write(new: Path) -> None:
         write_adapter(new, factors, base)
-        mark_files(new, describe_export(lm))
+        usage = [replace(report, folder=Path(folder.name), base=hub_name(lm) or "BASE").serve_command]
+        (new / CARD).write_text(write_card(lm, "lora", measured, usage), encoding="utf-8")
+        write_record(new, describe_export(lm, "lora", measured))
 
-    written = atomic_write_folder(folder, write, overwrite)
-    return LoraReport(written, ranks, error, base["base_model_name_or_path"])
+    atomic_write_folder(folder, write, overwrite)
+    return report

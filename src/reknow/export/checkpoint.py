@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from transformers.utils import (
 
 from reknow.edits import Edit
 from reknow.errors import PatchError
-from reknow.export.place import check_place, describe_export
+from reknow.export.about import CARD, check_place, describe_export, write_record
+from reknow.export.card import write_card
+from reknow.export.measure import Answer, all_edits, ask, measure
 from reknow.export.plain import find_adapters, merge_adapters, narrow_weights, replace_weights, rounded_weights
 from reknow.files.atomic import atomic_write_folder
-from reknow.files.outputs import mark_files
 from reknow.lm import LM
 from reknow.model.bars import bars_as_stages
 from reknow.model.exclusive import typed_exclusively
@@ -84,15 +86,20 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
     folder = check_place(lm, folder, overwrite)
     model = merge_adapters(lm) if adapted else lm.model
     narrow = narrow_weights(lm, model)
-    edits = [edit for patch in lm.patches for edit in patch.edits]
-    held = _count_held(lm, model, narrow, edits) if narrow or model is not lm.model else None
+    edits, measured = all_edits(lm), measure(lm)
+    held = None
+    if narrow or model is not lm.model:
+        before, after = ask(lm, edits), _ask_rounded(lm, model, narrow, edits)
+        held = sum(answer.said for answer in before), sum(answer.said for answer in after)
+        measured = measured.as_written(after[: len(measured.edits)])
     written = replace_weights(model, narrow) if narrow else model
 
     def write(new: Path) -> None:
         _save(written, new)
         lm.tokenizer.save_pretrained(new)
         _copy_companions(lm, new)
-        mark_files(new, describe_export(lm))
+        (new / CARD).write_text(write_card(lm, "hf", measured, [f"vllm serve {new.name}"]), encoding="utf-8")
+        write_record(new, describe_export(lm, "hf", measured))
 
     return CheckpointReport(atomic_write_folder(folder, write, overwrite), written.dtype, len(edits), held)
 
@@ -110,17 +117,13 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
         settings.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
-def _count_held(
-    lm: LM, model: PreTrainedModel, narrow: dict[Parameter, Tensor], edits: list[Edit]
-) -> tuple[int, int]:
-    """How many edits hold in the LM as it is, and in `model` with its weights rounded."""
-    if not edits:
-        return 0, 0
-    asked = [[edit.text for edit in edits], [edit.target_new for edit in edits], [edit.separator for edit in edits]]
-    before = sum(all(score.correct) for score in lm.score(*asked))
-    reader = lm if model is lm.model else LM((model, lm.tokenizer), chat=lm.chat)
+def _ask_rounded(
+    lm: LM, model: PreTrainedModel, narrow: dict[Parameter, Tensor], edits: Sequence[Edit]
+) -> list[Answer]:
+    """How `model` answers the edits with its weights rounded."""
+    reader = lm if model is lm.model or not edits else LM((model, lm.tokenizer), chat=lm.chat)
     with rounded_weights(narrow):
-        return before, sum(all(score.correct) for score in reader.score(*asked))
+        return ask(reader, edits)
 
 
 def _copy_companions(lm: LM, folder: Path) -> None:

@@ -122,13 +122,6 @@ def marked_files(folder: Path) -> set[str]:
         return set()
 
 
-def mark_files(folder: Path, about: dict) -> None:
-    """Notes in the folder what an export wrote into it."""
-    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    mark = {"written_by": "reknow export", **about, "files": files}
-    (folder / MARK).write_text(json.dumps(mark, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
 def mark_folder(folder: Path, command: str) -> Path:
     """Makes the folder, and notes in it which command writes there, unless something is noted already."""
     if not (folder / MARK).exists():

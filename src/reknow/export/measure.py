@@ -1,0 +1,80 @@
+"""The edits' prompts asked again: of the base, of the model with its patches, and of what was written of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from reknow.edits import Edit
+from reknow.lm import LM
+
+ASKED = 100
+"""How many edits an export asks again: the first ones."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a model reads an edit's new answer behind its prompt, teacher-forced."""
+
+    probability: float | None
+    """Of the whole answer; None where a wrecked model gives no number."""
+    said: bool
+    """Whether every token of it is the most likely one, given those before it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The first edits of a model and how they are answered."""
+
+    edits: tuple[Edit, ...]
+    total: int
+    """How many edits there are."""
+    before: list[Answer]
+    """The base's answers."""
+    after: list[Answer]
+    """Those of the model with its patches."""
+    how: str
+    """The dtype in which they were read and whether in the chat template, as a part of a sentence."""
+    written: list[Answer] | None = None
+    """Those of what was written, where it differs from the model in memory."""
+
+    @property
+    def last(self) -> list[Answer]:
+        """The answers of what was written, so far as they were read."""
+        return self.after if self.written is None else self.written
+
+    @property
+    def held(self) -> int:
+        """How many of the edits that were asked what was written says."""
+        return sum(answer.said for answer in self.last)
+
+    def as_written(self, answers: list[Answer] | None) -> Measured:
+        """With the answers of what was written."""
+        return replace(self, written=answers)
+
+
+def ask(lm: LM, edits: Sequence[Edit]) -> list[Answer]:
+    """How the model, as it is, answers each edit."""
+    if not edits:
+        return []
+    asked = [[edit.text for edit in edits], [edit.target_new for edit in edits], [edit.separator for edit in edits]]
+    return [
+        Answer(None if math.isnan(score.nll) else math.exp(-score.nll * len(score.correct)), score.said)
+        for score in lm.score(*asked)
+    ]
+
+
+def all_edits(lm: LM) -> tuple[Edit, ...]:
+    """The edits of the applied patches, in order."""
+    return tuple(edit for patch in lm.patches for edit in patch.edits)
+
+
+def measure(lm: LM) -> Measured:
+    """The first edits of the applied patches, asked of the base and of the model with the patches."""
+    edits = all_edits(lm)
+    first = edits[:ASKED]
+    with lm.unpatched():
+        before = ask(lm, first)
+    how = str(lm.dtype).removeprefix("torch.") + (", in the chat template" if lm.chat else "")
+    return Measured(first, len(edits), before, ask(lm, first), how)
