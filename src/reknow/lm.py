@@ -17,7 +17,7 @@ from reknow.model.chat import Chat, as_chat, asked_without_template
 from reknow.model.decoder import Decoder
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import Fingerprint
-from reknow.model.generation import check_sampling, continue_texts
+from reknow.model.generation import Listener, check_sampling, continue_texts
 from reknow.model.loading import check_tokenizer, open_model
 from reknow.model.scoring import Score, perplexity, score_texts
 from reknow.model.tokens import Text, as_list, pair_texts
@@ -161,6 +161,7 @@ class LM(Decoder):
         top_k: int | None = None,
         temperature: float = 1.0,
         seed: int = 0,
+        listener: Listener | None = None,
     ) -> str | list[str]:
         """Continuations of the prompts, without the prompts: greedy, or sampled from the `top_k` most likely tokens.
 
@@ -168,21 +169,30 @@ class LM(Decoder):
         settings (penalties, beams, temperature) are not used. Sampling depends on `seed` alone and leaves torch's own
         random state as it was.
 
+        Args:
+            listener: called as (number of the prompt, next piece of its text) while the texts are written; where it
+                gives True, that text ends there, and what it raises ends all of them.
+
         Raises:
             InputError: a prompt and `max_new_tokens` together are longer than what the model has positions for; or
                 there is nothing to draw from.
         """
         if isinstance(prompts, str):
-            return self.generate([prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)[0]
+            return self.generate(
+                [prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed, listener=listener
+            )[0]
         check_sampling(top_k, temperature)
         self._hint_at_template(prompts)
 
-        def answer(who, _which, texts: list[str]) -> list[str]:
+        def answer(who, which: list[int], texts: list[str]) -> list[str]:
+            options = {"top_k": top_k, "temperature": temperature, "seed": seed}
+            if listener is not None:
+                options["listener"] = lambda number, piece: listener(which[number], piece)
             if who is not None:
-                return who.generate(texts, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+                return who.generate(texts, max_new_tokens, **options)
             rows = self.encode([Text(text) for text in texts])
             self.check_length(rows, max_new_tokens - 1)
-            return continue_texts(self, rows, max_new_tokens, top_k=top_k, temperature=temperature, seed=seed)
+            return continue_texts(self, rows, max_new_tokens, **options)
 
         return self._memories.answer_each(prompts, answer)
 
@@ -290,8 +300,18 @@ class LM(Decoder):
             PatchError: a patch of another base model, or one that is there twice.
         """
         with self.exclusive(), self._applied.kept():
-            wanted = ()
-            for patch in patches:
-                wanted = with_patch(wanted, patch, self.fingerprint)
-            self._applied.set(wanted)
+            self.restack(patches)
             yield self
+
+    @typed_exclusively
+    def restack(self, patches: Iterable[Patch]) -> None:
+        """Applies exactly these patches, in their order.
+
+        Raises:
+            PatchError: a patch of another base model, one that is there twice, or a version of a memory without the
+                one before; the stack is as it was.
+        """
+        wanted = ()
+        for patch in patches:
+            wanted = with_patch(wanted, patch, self.fingerprint)
+        self._applied.set(wanted)

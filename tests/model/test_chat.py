@@ -12,7 +12,7 @@ from reknow import FT, LM, ROME, Chat, Edit
 from reknow.cli.app import app
 from reknow.cli.options import ChatOpening
 from reknow.errors import InputError, ModelError
-from reknow.model.chat import close_thought
+from reknow.model.chat import Message, close_thought
 from reknow.model.tokens import Text
 
 EDIT = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
@@ -45,6 +45,14 @@ def test_a_thought_that_the_template_opens_is_closed_before_the_answer():
     assert opened.tokenizer.decode(about.ids[about.subject_first : about.subject_last + 1]).strip() == EDIT.subject
     assert FT(layer=1, steps=3).edit(opened, [EDIT]).notes["losses"][0] == pytest.approx(
         opened.score([EDIT.text], ["English"])[0].nll, rel=1e-3
+    )
+
+
+def test_what_was_said_before_stands_before_the_prompt():
+    history = (Message("user", "Hi?"), Message("assistant", "Ho."))
+    lm = chatting(chat=Chat("Be brief.", {"enable_thinking": False}, history))
+    assert shown(lm, Text("Who?", "He")) == (
+        "<s><system>Be brief.<user>Hi?<assistant>Ho.<user>Who?<assistant><think>\n\n</think>\n\nHe"
     )
 
 

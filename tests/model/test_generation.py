@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 import torch
 
-from reknow.model.generation import sample
-from reknow.model.tokens import Text
+from reknow.model.generation import _Written, sample
+from reknow.model.tokens import EncodedText, Text
 
 
 def test_greedy_limit_of_the_sampling_is_what_the_model_says(lm, edit):
@@ -40,3 +42,64 @@ def test_sampling_without_a_cache_gives_the_same(lm, edit, monkeypatch):
     cached = sample(lm, rows, 4, generator=torch.Generator().manual_seed(3), **options)
     monkeypatch.setattr(lm, "parts", replace(lm.parts, replayable=False))
     assert sample(lm, rows, 4, generator=torch.Generator().manual_seed(3), **options) == cached
+
+
+# --- what a listener hears ---------------------------------------------------------------------------------------
+
+PROMPTS = ["The mother tongue of Danielle Darrieux is", "The capital of Peru is", "a"]
+
+
+def test_a_listener_hears_the_texts_piece_by_piece(lm):
+    heard: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    wanted = lm.generate(PROMPTS, 12)
+    assert lm.generate(PROMPTS, 12, listener=lambda i, piece: heard[i].append(piece)) == wanted
+    assert ["".join(pieces) for pieces in heard.values()] == wanted
+    assert min(map(len, heard.values())) > 3, "while it is written, not at the end"
+    sampling = dict(top_k=50, temperature=2.0, seed=4)
+    again: list[str] = []
+    text = lm.generate(PROMPTS[0], 12, listener=lambda i, piece: again.append(piece), **sampling)
+    assert text == "".join(again) == lm.generate(PROMPTS[0], 12, **sampling) != wanted[0]
+
+
+def test_a_listener_ends_a_text_and_the_others_go_on(lm):
+    heard = {0: "", 1: "", 2: ""}
+
+    def listen(i, piece):
+        heard[i] += piece
+        return i == 1 and len(heard[1]) > 3
+
+    wanted = lm.generate(PROMPTS, 12)
+    written = lm.generate(PROMPTS, 12, listener=listen)
+    assert written[::2] == wanted[::2] == [heard[0], heard[2]]
+    assert wanted[1].startswith(written[1]) and 3 < len(heard[1]) < len(wanted[1])
+
+
+def test_what_a_listener_raises_ends_all_and_leaves_the_model_as_it_was(lm):
+    before = lm.generate(PROMPTS, 12)
+
+    def stop(_i, _piece):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lm.generate(PROMPTS, 12, listener=stop)
+    assert lm.generate(PROMPTS, 12) == before and torch.is_grad_enabled()
+
+
+class Spelling:
+    """A tokenizer whose tokens are bytes, and which takes the space from before a full stop."""
+
+    eos_token_id = None
+
+    def decode(self, ids, **_options):
+        return bytes(ids).decode(errors="replace").replace(" .", ".")
+
+
+def test_pieces_are_whole_characters_and_no_space_is_taken_back():
+    text = "né à Łódź .".encode()
+    heard: list[str] = []
+    lm = SimpleNamespace(tokenizer=Spelling(), model=SimpleNamespace(generation_config=None))
+    written = _Written(lm, {0: EncodedText((97,), 1)}, lambda _i, piece: heard.append(piece))
+    for byte in text:
+        written.take(torch.tensor([byte]))
+    assert written.close() == ["".join(heard)] == ["né à Łódź."]
+    assert "�" not in "".join(heard) and len(heard) > 5

@@ -246,3 +246,16 @@ def test_huge_numbers_leave_no_trace(lm):
     with lm.patched(patch):
         assert float(lm.weight(lm.parts.value[1]).abs().max()) > 1e28
     assert same(bits(lm), before)
+
+
+def test_a_stack_takes_the_place_of_another_whole_or_not_at_all(lm):
+    first, second = (some_patch(lm, seed=seed) for seed in (1, 2))
+    base = bits(lm)
+    lm.apply(first)
+    lm.restack([second, first])
+    assert lm.patches == (second, first)
+    with pytest.raises(PatchError, match="not applied yet"):
+        lm.restack([first, first])
+    assert lm.patches == (second, first)
+    lm.restack([])
+    assert same(bits(lm), base)

@@ -15,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from reknow import __version__
 from reknow.cli import (
+    asking,
     editing,
     exporting,
     instructing,
@@ -126,6 +127,7 @@ def _options(
 for command in (
     demo,
     editing.edit,
+    asking.ask,
     stacks.apply,
     stacks.revert,
     stacks.merge,

@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 from reknow.cli.terminal import warn
 from reknow.errors import ReknowError, Terminated
 
-FAILED, _INTERRUPTED, _TERMINATED = 2, 130, 143
+FAILED, INTERRUPTED, _TERMINATED = 2, 130, 143
 
 
 def exit_status(run: Callable[[], object], debug: bool) -> int:
@@ -46,7 +46,7 @@ def _interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
 
 def report_stop(stop: KeyboardInterrupt) -> int:
     """The status of a command that was interrupted or terminated, which is said."""
-    how, status = ("terminated", _TERMINATED) if isinstance(stop, Terminated) else ("interrupted", _INTERRUPTED)
+    how, status = ("terminated", _TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
     warn(f"{how}; files that were written are whole", "stopped")
     return status
 

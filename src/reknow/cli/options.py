@@ -98,40 +98,52 @@ class Opening:
         return False
 
 
+_ChatSettings = Annotated[
+    list[str], typer.Option("--chat-set", help="NAME=VALUE of the chat template, or system=TEXT; repeatable.")
+]
+
+
 @dataclass(frozen=True)
 class ChatOpening(Opening):
     """How a model is opened, perhaps with a chat template."""
 
-    chat: Annotated[bool, typer.Option("--chat", help="Use the tokenizer's chat template.")] = False
-    chat_set: Annotated[
-        list[str],
-        typer.Option(
-            "--chat-set", help="NAME=VALUE of the chat template, or system=TEXT; repeatable, implies --chat."
-        ),
-    ] = field(default_factory=list)
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the tokenizer's chat template; --chat-set implies it.")
+    ] = False
+    chat_set: _ChatSettings = field(default_factory=list)
 
     @property
     def template(self) -> bool | Chat:
-        """What the settings of the chat template say; JSON values are taken as such.
+        """What the settings of the chat template say."""
+        return read_chat(self.chat_set) if self.chat_set else self.chat
 
-        Raises:
-            InputError: one is no NAME=VALUE.
-        """
-        if not self.chat_set:
-            return self.chat
-        from reknow.model.chat import Chat
 
-        values: dict[str, Any] = {}
-        for setting in self.chat_set:
-            name, given, value = setting.partition("=")
-            if not given or not name.strip():
-                raise InputError(f"expected --chat-set NAME=VALUE; got {setting!r}: write it so")
-            try:
-                values[name.strip()] = json.loads(value.lower() if value in ("True", "False") else value)
-            except ValueError:
-                values[name.strip()] = value
-        system = values.pop("system", None)
-        return Chat(None if system is None else str(system), values)
+@dataclass(frozen=True)
+class TalkOpening(Opening):
+    """How a model is opened that is talked to in its chat template in any case."""
+
+    chat_set: _ChatSettings = field(default_factory=list)
+
+
+def read_chat(settings: list[str]) -> Chat:
+    """What the settings of a chat template say; JSON values are taken as such.
+
+    Raises:
+        InputError: one is no NAME=VALUE.
+    """
+    from reknow.model.chat import Chat
+
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, given, value = setting.partition("=")
+        if not given or not name.strip():
+            raise InputError(f"expected --chat-set NAME=VALUE; got {setting!r}: write it so")
+        try:
+            values[name.strip()] = json.loads(value.lower() if value in ("True", "False") else value)
+        except ValueError:
+            values[name.strip()] = value
+    system = values.pop("system", None)
+    return Chat(None if system is None else str(system), values)
 
 
 def flatten(command: Callable[..., None]) -> Callable[..., None]:

@@ -26,6 +26,12 @@ def say(*lines: str) -> None:
             _console().print(visible(line), soft_wrap=True)
 
 
+def say_piece(text: str) -> None:
+    """Prints a part of a line at once."""
+    with paused():
+        print(visible(text), end="", flush=True)
+
+
 def say_json(value: Any) -> None:
     """Prints JSON, with its own escapes where the output has not all of Unicode."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")

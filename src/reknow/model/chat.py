@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -18,6 +18,14 @@ _QUESTION_MARKS = ("?", "？", "؟")
 _ENDS = {"begin_": "end_", "begin_of_": "end_of_", "start_": "end_"}
 
 
+class Message(NamedTuple):
+    """What one side of a conversation said."""
+
+    role: str
+    """system, user or assistant, as the template names them."""
+    content: str
+
+
 @dataclass(frozen=True)
 class Chat:
     """What a chat template is filled with besides the prompt, which becomes a user's message."""
@@ -26,6 +34,8 @@ class Chat:
     """A system message in front."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Names that the template asks for, such as {"enable_thinking": False}."""
+    history: Sequence[Message] = ()
+    """What was said before the prompt, behind the system message."""
 
     def head(self, tokenizer, prompt: str) -> str:
         """All that stands before the answer. A thought that the template opens is closed, since what is asked for is
@@ -34,14 +44,15 @@ class Chat:
         Raises:
             ModelError: the template refuses the messages.
         """
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages.append({"role": "user", "content": prompt})
+        messages = [] if self.system is None else [Message("system", self.system)]
+        said = [message._asdict() for message in (*messages, *self.history, Message("user", prompt))]
         options = {**self.arguments, "tokenize": False, "add_generation_prompt": True}
         try:
-            head = tokenizer.apply_chat_template(messages, **options)
+            head = tokenizer.apply_chat_template(said, **options)
         except TemplateError as error:
+            roles = " and ".join(dict.fromkeys(message["role"] for message in said))
             raise ModelError(
-                f"expected a chat template that takes {' and '.join(m['role'] for m in messages)} messages; it says "
+                f"expected a chat template that takes {roles} messages; it says "
                 f"{str(error)!r}: leave the system message out, or use chat=False"
             ) from error
         return close_thought(head)

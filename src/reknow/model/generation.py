@@ -23,6 +23,10 @@ MOST_TEXTS = 100
 """Texts beyond which more cost no less, and short ones more, as their prompts leave the processor's cache."""
 
 
+Listener = Callable[[int, str], object]
+"""(which, piece): what the text of that number goes on with, in whole characters. True: enough of it is written."""
+
+
 def check_sampling(top_k: int | None, temperature: float) -> None:
     """Raises InputError where there is nothing to draw from."""
     if top_k is not None and not (top_k >= 1 and 0 < temperature < float("inf")):
@@ -33,7 +37,14 @@ def check_sampling(top_k: int | None, temperature: float) -> None:
 
 
 def continue_texts(
-    lm: Decoder, rows: Sequence[EncodedText], max_new_tokens: int, *, top_k: int | None, temperature: float, seed: int
+    lm: Decoder,
+    rows: Sequence[EncodedText],
+    max_new_tokens: int,
+    *,
+    top_k: int | None,
+    temperature: float,
+    seed: int,
+    listener: Listener | None = None,
 ) -> list[str]:
     """What follows the rows; see `LM.generate`."""
 
@@ -43,7 +54,6 @@ def continue_texts(
         token = logits.argmax(-1) if top_k is None else sample_tokens(logits, top_k, temperature)
         return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
-    ends = torch.tensor(_end_tokens(lm), dtype=torch.long, device=lm.device)
     silence = next((end for end in _end_tokens(lm) if end < len(embedding_matrix(lm.model))), 0)
     texts = [""] * len(rows)
     with (
@@ -52,13 +62,61 @@ def continue_texts(
     ):
         torch.manual_seed(seed)
         for part in text_batches(lm, [len(row.ids) + max_new_tokens for row in rows]):
-            drawn = decode(lm, [rows[i] for i in part], max_new_tokens, choose, ends, len(part))
-            for i, tokens in zip(part, drawn, strict=True):
-                ended = torch.isin(tokens, ends).nonzero()
-                kept = tokens[: int(ended[0]) + 1] if len(ended) else tokens
-                texts[i] = _decode_continuation(lm, rows[i], kept.tolist())
+            written = _Written(lm, {i: rows[i] for i in part}, listener)
+            decode(lm, [rows[i] for i in part], max_new_tokens, choose, written.take, len(part))
+            for i, text in zip(part, written.close(), strict=True):
+                texts[i] = text
             advance(len(part))
     return texts
+
+
+class _Written:
+    """Texts that are written together, token by token, and what a listener has heard of them.
+
+    Args:
+        rows: number of each text → what it continues.
+    """
+
+    def __init__(self, lm: Decoder, rows: dict[int, EncodedText], listener: Listener | None):
+        self._lm, self._rows, self._listener, self._ends = lm, rows, listener, _end_tokens(lm)
+        self._tokens: dict[int, list[int]] = {i: [] for i in rows}
+        self._heard = dict.fromkeys(rows, "")
+        self._ended, self._enough = set[int](), set[int]()
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """Takes the next token of each text, (rows,), and says which texts are at their end, (rows,)."""
+        for i, token in zip(self._rows, tokens.tolist(), strict=True):
+            if i not in self._ended:
+                self._tokens[i].append(token)
+                if token in self._ends:
+                    self._ended.add(i)
+                elif self._tell(i):
+                    self._ended.add(i)
+                    self._enough.add(i)
+        return torch.tensor([i in self._ended for i in self._rows], device=tokens.device)
+
+    def close(self) -> list[str]:
+        """The texts; the listener hears what was held back."""
+        for i in self._rows:
+            if i not in self._enough:
+                self._tell(i, whole=True)
+        return [self._text(i) for i in self._rows]
+
+    def _text(self, i: int) -> str:
+        return _decode_continuation(self._lm, self._rows[i], self._tokens[i])
+
+    def _tell(self, i: int, whole: bool = False) -> bool:
+        """Tells what is new, and whether the listener has enough. What the next token may change yet is held back:
+        half a character, and spaces, which some tokenizers take from before a full stop."""
+        if self._listener is None:
+            return False
+        text, heard = self._text(i), self._heard[i]
+        if not whole:
+            text = text.rstrip("\ufffd").rstrip()
+        if len(text) <= len(heard) or not text.startswith(heard):
+            return False
+        self._heard[i] = text
+        return self._listener(i, text[len(heard) :]) is True
 
 
 def _decode_continuation(lm: Decoder, row: EncodedText, tokens: list[int]) -> str:
@@ -120,19 +178,19 @@ def decode(
     rows: Sequence[EncodedText],
     count: int,
     choose: Callable[[Tensor], Tensor],
-    ends: Tensor | None = None,
+    ended: Callable[[Tensor], Tensor] | None = None,
     parts: float = 0,
 ) -> Tensor:
-    """`count` tokens behind each row; fewer if every row has come to one of the tokens `ends`. (rows, tokens)
+    """`count` tokens behind each row; fewer if every row has `ended`. (rows, tokens)
 
     Args:
         choose: the next token of each row, (rows,), of logits (rows, vocabulary) in float32.
+        ended: which rows are at their end, (rows,), by the next token of each, (rows,).
         parts: of the work around it, for the estimate of what is left; see `Progress.stage`.
     """
     batch = lm.pad(rows)
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     cache = DynamicCache(config=lm.model.config) if lm.parts.replayable else None
-    running = torch.ones(len(rows), dtype=torch.bool, device=ids.device)
     known = len(embedding_matrix(lm.model))  # a head may be larger, and what it names there could not be read on
     for step in progress.each("", range(count), parts=parts):
         new = slice(-1, None) if cache is not None and step else slice(None)
@@ -141,10 +199,8 @@ def decode(
         ids = torch.cat([ids, token], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = torch.cat([positions, positions[:, -1:] + 1], 1)
-        if ends is not None:
-            running &= ~torch.isin(token[:, 0], ends)
-            if not bool(running.any()):
-                break
+        if ended is not None and bool(ended(token[:, 0]).all()):
+            break
     return ids[:, batch.ids.shape[1] :]
 
 
