@@ -29,6 +29,8 @@ FORMS = {
     "A new knowledge, Now": "A new knowledge: {statement} Now: {question}",
     "Remember, Now": "Remember this new fact and reason about its consequences: {statement} Now: {question}",
     "Fact, line": "Fact: {statement}\n{question}",
+    "A new knowledge, line": "A new knowledge: {statement}\n{question}",
+    "Remember, line": "Remember this new fact and reason about its consequences: {statement}\n{question}",
     "statement twice": "{statement} {statement} {question}",
 }
 KINDS = ("reliability", "generalization", "portability")

@@ -233,3 +233,8 @@ def test_former_names_of_rate_and_bound_are_read_together_and_refused_in_mixed_u
     assert method("ice", clamp=0.2, learning_rate_absolute=None, clamp_absolute=None) == ICE(clamp=0.2)
     with pytest.raises(InputError, match=r"expected clamp in the units of learning_rate_absolute; got 0\.12"):
         method("ice", learning_rate_absolute=7e-4)
+
+
+def test_a_line_break_stands_before_the_question_and_now_as_published(edit):
+    assert prepend_context(edit, edit.statement, "Fact: ").prompt == f"Fact: {edit.statement}\n{edit.text}"
+    assert ICE().context_separator == "\n" and ICE.paper("gpt2-xl").context_separator == " Now: "

@@ -57,7 +57,7 @@ def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
 def test_labels_part_the_variants_of_a_method():
     methods = methods_by_label(PRESETS["ice-ablation"].methods, [])
     assert methods["ice"] == ICE() and methods["static"] == ICE(targets="static")
-    assert methods["t0.1"] == ICE(temperature=0.1) and methods["no-now"] == ICE(context_separator=" ")
+    assert methods["t0.1"] == ICE(temperature=0.1) and methods["now"] == ICE(context_separator=" Now: ")
     assert methods["bare-context"] == ICE(context_introductions=("",)) and len(set(methods.values())) == len(methods)
     weights = methods_by_label(PRESETS["ice-lambda"].methods, [])
     assert [method.consistency_weight for method in weights.values()] == [0, 0.25, 0.5, 1, 2, 4]

@@ -19,8 +19,11 @@ _Losses = Callable[[], tuple[Tensor, Tensor]]
 """Gives the losses of the answers' tokens and of the sampled ones, in nats, with the weights as they are now."""
 
 
-def prepend_context(edit: Edit, context: str, introduction: str = "", separator: str = " Now: ") -> Text:
-    """The edit's question with its context in front: `Fact: Peru is in Asia. Now: Peru is in`."""
+SEPARATOR = "\n"
+
+
+def prepend_context(edit: Edit, context: str, introduction: str = "", separator: str = SEPARATOR) -> Text:
+    """The edit's question with its context in front: `Fact: Peru is in Asia.`, a line break, `Peru is in`."""
     return Text.asked(edit, prepend(f"{introduction}{context.strip()}{separator}", edit.text))
 
 

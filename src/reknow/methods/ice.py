@@ -27,7 +27,7 @@ from reknow.checks.bounds import Formerly, NonNegative, Number, Rate, Seed
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import StepSize, TrainableMatrices, descend
 from reknow.editing.layers import resolve_layers
-from reknow.editing.self_distillation import SampledAnswers, algorithm_1, authors_script
+from reknow.editing.self_distillation import SEPARATOR, SampledAnswers, algorithm_1, authors_script
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
@@ -80,8 +80,8 @@ class ICE(StepSize, Method):
     """`any`: `Edit.context`, or the edit as a statement; `given`: demand a context; `statement`: ignore it."""
     context_introductions: Annotated[tuple[str, ...], Formerly("lead_ins")] = INTRODUCTIONS
     """What stands in front of the context; one is drawn for every context and sampling."""
-    context_separator: Annotated[str, Formerly("link")] = " Now: "
-    """What stands between context and question."""
+    context_separator: Annotated[str, Formerly("link")] = SEPARATOR
+    """What stands between context and question: models follow a line break more often than the paper's " Now: "."""
     variant: Literal["paper", "code"] = "paper"
     """`code`: the loss of the authors' script, −log p(y*|q) − log p(y*|[c,q]) + λ Σ KL over the vocabulary at the
     sampled tokens; it takes all steps."""

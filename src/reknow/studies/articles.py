@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from reknow.datasets import sample_text
 from reknow.evaluation.plan import Plan
-from reknow.studies.preset import Preset, Selection, Size, Variant, plain
+from reknow.studies.preset import Preset, Selection, Size, plain
 from reknow.studies.presets import PRESETS
 
 __all__ = ["ARTICLES", "Article", "sized"]
@@ -85,9 +85,6 @@ def _growing(singles: tuple[str, ...], batches: tuple[str, ...], sequences: tupl
 
 _CHECKPOINTS = (10, 100, 300)
 _MEMORIES = ("grace", "wise", "ike-zero", "serac")
-_ABLATION = _of("ice-ablation")
-_ABLATION = _ABLATION._replace(methods=(*_ABLATION.methods, Variant("line", "ice", {"context_separator": "\n"})))
-"""Behind a line break SmolLM2 follows a context more often than behind " Now: "."""
 _CONTINUAL = ("ice", "ft-m@article", "ft-l@article", "ft-m", "memit", "rome")
 
 ARTICLES: dict[str, Article] = {
@@ -101,7 +98,7 @@ ARTICLES: dict[str, Article] = {
         {"": _of("ice-table", Selection(f"{_KNOWEDIT},counterfact", 12, {"wikibio": 3}, probes_per_name=2))},
         57,
     ),
-    "ice-ablation": Article("ICE, Tables 2 and 4: targets, contexts, sampling.", {"": _ABLATION}, 55),
+    "ice-ablation": Article("ICE, Tables 2 and 4: targets, contexts, sampling.", {"": _of("ice-ablation")}, 55),
     "ice-lambda": Article("ICE, Table 3: how much consistency.", {"": _of("ice-lambda")}, 36),
     "ice-continual": Article(
         "ICE, Table 5: 100 edits one after the other, all kept.",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from reknow.contract import Method, method_settings
-from reknow.editing.self_distillation import prepend_context
+from reknow.editing.self_distillation import SEPARATOR, prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
 from reknow.evaluation.stages import UNEDITED
@@ -132,7 +132,7 @@ def consistency(
     *,
     contexts: Literal["any", "given", "statement"] = "any",
     introductions: Sequence[str] = INTRODUCTIONS,
-    separator: str = " Now: ",
+    separator: str = SEPARATOR,
 ) -> list[float]:
     """How far the model is from the consistency condition p(x | [c, q]) = p(x | q), which an edit should establish.
 
