@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from reknow import __version__
 from reknow.cli import (
     asking,
+    chatting,
     editing,
     exporting,
     instructing,
@@ -128,6 +129,7 @@ for command in (
     demo,
     editing.edit,
     asking.ask,
+    chatting.chat,
     stacks.apply,
     stacks.revert,
     stacks.merge,
