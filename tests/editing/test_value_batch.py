@@ -26,17 +26,19 @@ def test_facts_of_unlike_width_do_not_share_a_batch(gpt2):
     prompts = ["{} is", "{} is a city in", "{} is a city in", "The famous player {}", "{} is a city in the land of"]
     edits = [Edit(prompt, subject="Lima", target_new="Italy") for prompt in prompts * 9]
     facts = encode_facts(gpt2, edits, CONTEXTS)
-    batches = group_facts(facts, list(range(len(edits))), *token_budget(gpt2))
+    limit, free = token_budget(gpt2)
+    assert free == value_batch.PACKED_FREE_TOKENS, "it runs without padding"
+    batches = group_facts(facts, list(range(len(edits))), limit, free)
     assert sorted(i for batch in batches for i in batch) == list(range(len(edits)))
     widths = [max(replayed_tokens(row) for row in fact) for fact in facts]
 
     def padded(batch) -> int:
         return sum(max(widths[i] for i in batch) - widths[i] for i in batch) * len(facts[0])
 
-    assert all(padded(batch) <= value_batch.FREE_TOKENS for batch in batches)
+    assert all(padded(batch) <= free for batch in batches)
     for batch, following in pairwise(batches):
         next_one = min(following, key=lambda i: widths[i])
-        assert padded([*batch, next_one]) > value_batch.FREE_TOKENS, "no group is opened in vain"
+        assert padded([*batch, next_one]) > free, "no group is opened in vain"
     assert len(batches) > 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -101,6 +102,32 @@ def test_some_rows_are_replayed_as_among_all(built, name, monkeypatch):
     selected = replay.select(kept)
     assert close(selected(delta[kept], (rows[mine] == 0).long(), columns[mine]), wanted[mine])
     assert close(selected.keys, replay.keys[kept]) and close(selected.block, replay.block[kept])
+
+
+WANT_RECTANGLES = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "gemma2"}
+"""Families with attention of their own, or with transformers' plain one."""
+WANT_RECTANGLES |= {"gemma2, caps", "falcon, ALiBi", "llama, eager"}
+
+
+@pytest.mark.parametrize("at_attention", [False, True])
+@pytest.mark.parametrize("name", ALL)
+def test_padding_is_left_out_where_attention_can_be_told(built, name, at_attention):
+    """Blocks are given real tokens alone, with an addition at attention's output too, and the rest is as before."""
+    lm = built(name)
+    assert lm.parts.packable == (name not in WANT_RECTANGLES)
+    batch, rows, columns = batch_of(lm, (9, 5, 4))
+    value, attention = torch.randn(2, 3, lm.parts.hidden_size, generator=torch.Generator().manual_seed(2))
+    own = lm.model.config._attn_implementation
+    with ExitStack() as stack:
+        for part, addition in ((lm.parts.value, value), (lm.parts.attention_out, attention))[: 1 + at_attention]:
+            stack.enter_context(output_edited(lm.model.get_submodule(part[1]), added_at(addition, 9)))
+        wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
+    replay = BlockReplay(lm, batch, 1, 9)
+    with recorded(lm.model, [lm.parts.blocks[2]]) as (seen, _):
+        found = replay(value, rows, columns, attention=attention if at_attention else None)
+    assert close(found, wanted)
+    assert seen[lm.parts.blocks[2]].shape[:2] == ((1, 11) if lm.parts.packable else (3, 5 if replay._start else 14))
+    assert lm.model.config._attn_implementation == own
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "bloom"])

@@ -29,6 +29,8 @@ _KL_PROMPT = "{} is a"
 FREE_TOKENS = 48
 """Tokens of a pass that cost as much as there being one: it reads all weights, and calls all modules, for few as for
 many (SmolLM2, one thread, docs/log.md)."""
+PACKED_FREE_TOKENS = 144
+"""Padded tokens that cost as much where padding is left out: attention alone runs them."""
 FREE_TOKENS_ON_GPU = 2048
 """The same on a GPU, which runs so many sooner than it is told what to do."""
 MOST_TOKENS = 65536
@@ -36,9 +38,9 @@ MOST_TOKENS = 65536
 
 
 def token_budget(lm: LM) -> tuple[int, int]:
-    """(how many tokens a group of facts may have, how many of one step cost nothing), for `group_facts`."""
+    """(how many tokens a group of facts may have, how many padded ones of a pass cost nothing), for `group_facts`."""
     if lm.device.type != "cuda":
-        return TOKENS_PER_BATCH, FREE_TOKENS
+        return TOKENS_PER_BATCH, PACKED_FREE_TOKENS if lm.parts.packable else FREE_TOKENS
     taken = sum(p.nbytes for p in lm.model.parameters() if p.device == lm.device)
     left = torch.cuda.get_device_properties(lm.device).total_memory - taken
     vocabulary = embedding_matrix(lm.model).shape[0]

@@ -40,6 +40,8 @@ class Parts:
     """Whether the blocks above a layer can be run by themselves (`replay.BlockReplay`)."""
     row_selectable: bool = False
     """Whether some rows can be, with what was kept of all (not with BLOOM's biases, which mix rows and heads)."""
+    packable: bool = False
+    """Whether the blocks can be run without what pads the rows (`packing.Packing`)."""
 
 
 def is_matrix(module: nn.Module) -> bool:

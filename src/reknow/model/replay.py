@@ -30,6 +30,7 @@ from reknow.model.hooks import (
     output_edited,
     recorded,
 )
+from reknow.model.packing import Packing
 from reknow.model.tokens import Batch
 
 __all__ = ["BlockReplay", "Call", "apply_head", "record_block_calls", "select_cache_rows"]
@@ -64,6 +65,9 @@ def select_cache_rows(cache: Cache | None, layer: int, rows: Tensor) -> Cache | 
         copied.layers[layer].batch_select_indices(rows)  # type: ignore[union-attr]
     return copied
 
+
+_PADDED = 0.1
+"""Share of padding from which a batch is run without it: to pack and unpack what attention needs costs less."""
 
 Call = tuple[tuple, dict]
 """The arguments of one call of a block; the hidden states are the first."""
@@ -136,6 +140,7 @@ class BlockReplay:
         self._block_input: Tensor  # (rows, columns, hidden), where the blocks are replayed
         self._cache = self._prefill() if self._start else None
         self._asked: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None
+        self._packed: tuple[Packing, list[Call]] | None = None
         self._record()
 
     def select(self, rows: Tensor) -> BlockReplay:
@@ -144,7 +149,7 @@ class BlockReplay:
         selected, batch = copy.copy(self), self.batch
         selected.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
         selected._cache, selected._calls, selected._asked = _copy_cache(self._cache), [], None
-        selected._keep, selected._last = False, None
+        selected._keep, selected._last, selected._packed = False, None, None
         for layer in [] if selected._cache is None else selected._cache.layers:
             layer.batch_select_indices(rows)  # type: ignore[union-attr]
         if self.lm.parts.row_selectable and not self.lm.hooked:
@@ -154,6 +159,11 @@ class BlockReplay:
         else:
             selected._record()
         return selected
+
+    @property
+    def attention_calls(self) -> int:
+        """How often attention was called of what is run without padding."""
+        return 0 if self._packed is None else self._packed[0].calls
 
     @property
     def row_selectable(self) -> bool:
@@ -217,14 +227,36 @@ class BlockReplay:
         delta = delta.to(self.value.dtype)
         if self.lm.parts.replayable and self.lm.parts.residual_identity and attention is None:
             added = added_at(delta, self.column - self._start)(self._block_output)
-            with _mlp_only_at(self.lm, self._distinct(rows, columns)):
-                return self._replay(added, 1, rows, columns)
+            packing, places = self._packing(), self._distinct(rows, columns)
+            if packing is not None:
+                number = packing.number[places]
+                places = torch.zeros_like(number), number
+            with _mlp_only_at(self.lm, places):
+                return self._replay(added, 1, rows, columns, packing)
+        packing = self._packing() if delta.dim() == 2 else None
+        edit_at = added_at if packing is None else packing.added_at
         with ExitStack() as stack:
             for name, addition in ((self.name, delta), (self.lm.parts.attention_out[self.layer], attention)):
                 if addition is not None:
-                    edit = added_at(addition.to(self.value.dtype), self.column - self._start)
+                    edit = edit_at(addition.to(self.value.dtype), self.column - self._start)
                     stack.enter_context(output_edited(self.lm.model.get_submodule(name), edit))
+            if packing is not None:
+                return self._replay(self._block_input, 0, rows, columns, packing)
             return self.rerun(rows, columns)
+
+    def _packing(self) -> Packing | None:
+        """What leaves padding out of the blocks, where there is enough of it and the model allows it; not on a GPU,
+        to which more calls are worse than more tokens."""
+        parts = self.lm.parts
+        if not (parts.replayable and parts.packable and self.lm.device.type == "cpu") or self.lm.hooked:
+            return None
+        if self._packed is None:
+            real = self.batch.mask[:, self._start :].bool()
+            if real.sum() > (1 - _PADDED) * real.numel():
+                return None
+            packing = Packing(real)
+            self._packed = packing, packing.arguments(self._calls)
+        return self._packed[0]
 
     def _distinct(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, ...]:
         """The places in order and each once, among the columns that are run: found once for these very tensors, since
@@ -250,13 +282,19 @@ class BlockReplay:
             return self._replay(self._block_input, 0, rows, columns)
         return self._run(slice(0, self.batch.ids.shape[1]), None).logits[rows, columns]
 
-    def _replay(self, hidden: Tensor, skip: int, rows: Tensor, columns: Tensor) -> Tensor:
+    def _replay(
+        self, hidden: Tensor, skip: int, rows: Tensor, columns: Tensor, packing: Packing | None = None
+    ) -> Tensor:
         """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
         cache, names = _copy_cache(self._cache), self.lm.parts.blocks[self.layer + skip :]
-        columns = columns - self._start
+        calls, columns, used = self._calls, columns - self._start, nullcontext()
+        if packing is not None:
+            assert self._packed is not None, "it has the packing"
+            cache, calls, used = packing.cache(cache), self._packed[1], packing.in_use(self.lm.model)
+            hidden, rows, columns = packing.pack(hidden), torch.zeros_like(rows), packing.number[rows, columns]
         self.lm.running.context = self._context  # another text may have been read since
-        with fast_modules(self.lm.model):
-            for name, (args, kwargs) in zip(names, self._calls[skip:], strict=True):
+        with fast_modules(self.lm.model), used:
+            for name, (args, kwargs) in zip(names, calls[skip:], strict=True):
                 args = (cache if isinstance(a, Cache) else a for a in args)
                 kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
                 hidden = hidden_states(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))

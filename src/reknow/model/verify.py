@@ -17,6 +17,9 @@ from reknow.model.tokens import Batch, EncodedText, Text, encode, pad
 
 _log = logging.getLogger(__name__)
 
+_FAILURES = TypeError, ValueError, RuntimeError, IndexError, AttributeError
+"""What blocks raise that cannot be called by themselves, or not so."""
+
 
 @torch.no_grad()
 def verify(lm: Decoder) -> Parts:
@@ -67,18 +70,36 @@ def _measure(
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[scored].float()
     moved = (after[block] - before[block])[:, column].float()
     lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance), row_selectable=True)
-    same = row_selectable = False
+    same = row_selectable = packable = False
     try:
         replay = BlockReplay(lm, batch, layer, column)
         same = _close(replay(delta, *scored).float(), wanted, tolerance)
         some = torch.arange(1, len(batch.ids), device=lm.device)
         logits = replay.select(some)(delta[some], some - 1, scored[1][some]).float()
         row_selectable = replay.row_selectable and _close(logits, wanted[some], tolerance)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        packable = same and _is_packable(lm, replay, delta, scored, wanted, tolerance)
+    except _FAILURES as error:
         _log.info("replaying the blocks of %s failed: %s", type(lm.model).__name__, error)
     if not same:
         _log.warning("%s: blocks cannot be replayed; full passes are run instead, which is slower", lm.name)
-    return replace(lm.parts, replayable=same, row_selectable=row_selectable)
+    return replace(lm.parts, replayable=same, row_selectable=row_selectable, packable=packable)
+
+
+def _is_packable(lm: Decoder, replay: BlockReplay, delta: Tensor, scored, wanted: Tensor, tolerance: float) -> bool:
+    """Whether the replay gives the same without padding, and each of its blocks asks for attention once: what mixes
+    tokens in another way would see those of other rows."""
+    if lm.model.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
+        return False
+    lm.parts = replace(lm.parts, packable=True)
+    try:
+        same = _close(replay(delta, *scored).float(), wanted, tolerance)
+    except _FAILURES as error:
+        _log.info("the blocks of %s want rectangles: %s", type(lm.model).__name__, error)
+        return False
+    finally:
+        lm.parts = replace(lm.parts, packable=False)
+    blocks = len(lm.parts.blocks) - replay.layer - lm.parts.residual_identity
+    return same and replay.attention_calls == blocks
 
 
 def _logits(lm: Decoder, row: EncodedText) -> Tensor:
