@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 
 import reknow.files.atomic
 from conftest import make_lm, some_patch
+from kills import run
 from reknow import LM, Patch
 from reknow.cli.stacks import merge
 from reknow.export.adapter import export_lora
@@ -26,64 +26,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied the Unix way"),
 ]
-
-STEPS = (
-    (os, "rename"),
-    (os, "replace"),
-    (os, "fsync"),
-    (os, "mkdir"),
-    (os, "rmdir"),
-    (os, "unlink"),
-    (os, "chmod"),
-    (builtins, "open"),
-    (Path, "write_text"),
-    (Path, "touch"),
-    (reknow.files.atomic, "_exchange"),
-)
-"""Every call by which a process changes what is on the disk, but for the content of tensors' files."""
-
-
-def watched(step: Callable[[], None]) -> None:
-    """Calls `step` before each of them from here on; nothing is brought to the disk, which a kill does not need."""
-    for owner, name in STEPS:
-        real = getattr(owner, name) if name != "fsync" else lambda *_: None
-
-        def call(*arguments, real=real, **options):
-            step()
-            return real(*arguments, **options)
-
-        setattr(owner, name, call)
-
-
-def run(action: Callable[[], object], kill_at: int | None = None) -> int:
-    """Runs the action in a process of its own, which is killed before step `kill_at`; the number of its steps."""
-    reading, writing = os.pipe()
-    child = os.fork()
-    if not child:
-        count = 0
-
-        def step() -> None:
-            nonlocal count
-            count += 1
-            if count == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        watched(step)
-        try:
-            action()
-        except BaseException as error:
-            os.write(writing, f"{type(error).__name__}: {error}"[:500].encode())
-            os._exit(1)
-        os.write(writing, str(count).encode())
-        os._exit(0)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        said = pipe.read()
-    status = os.waitpid(child, 0)[1]
-    if os.WIFSIGNALED(status):
-        return -os.WTERMSIG(status)
-    assert status == 0, said
-    return int(said)
 
 
 def contents(place: Path) -> dict[str, bytes]:
@@ -196,7 +138,8 @@ def test_a_stack(scene):
         assert [patch.id for patch in read_stack(place)[1]] in ([one.id], [one.id, two.id]), number
         run(action)
         assert [patch.id for patch in read_stack(place)[1]] == [one.id, two.id]
-        assert sorted(os.listdir(place)) == sorted([f"{one.id}.patch", f"{two.id}.patch", "stack.json"])
+        files = [f"{one.id}.patch", f"{two.id}.patch", "history.jsonl", "stack.json"]
+        assert sorted(os.listdir(place)) == sorted(files)
 
 
 def test_a_living_process_is_not_swept(scene):

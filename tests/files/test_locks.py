@@ -32,7 +32,7 @@ from reknow.files.atomic import write_text
 from reknow.files.locks import write_lock
 from reknow.files.manifest import MANIFEST_FILE
 from reknow.learning.loop import LOG_FILE
-from reknow.patching.stack import read_stack, save_stack
+from reknow.patching.stack import read_history, read_stack, save_stack
 
 pytestmark = pytest.mark.slow
 
@@ -257,6 +257,11 @@ def test_patches_that_are_applied_at_once_are_all_there(saved, tmp_path, trial):
     said = together(command, *reverts, ("apply", patches[ids[4]], "--stack", stack))
     assert [status for status, _ in said] == [0] * 4
     assert [patch.id for patch in read_stack(stack)[1]] == [ids[3], ids[4]]
+    lines = read_history(stack)[0 if new else 1 :]
+    assert [line.problem for line in lines] == [None] * 8
+    done = [(line.entry.action, *[one.id for one in line.entry.applied], *line.entry.reverted) for line in lines]
+    applied, reverted = [("apply", one) for one in ids], [("revert", one) for one in ids[:3]]
+    assert sorted(done[:4]) == sorted(applied[:4]) and sorted(done[4:]) == sorted([*reverted, applied[4]])
     assert files(tmp_path) == ["stack"] and not [name for name in files(stack) if name.startswith(".")]
 
 

@@ -1,4 +1,4 @@
-"""Commands on patch files and stack folders: apply, revert, merge, diff; how a patch is told."""
+"""Commands on patch files and stack folders that change neither: merge, diff; how a patch is told."""
 
 from __future__ import annotations
 
@@ -8,89 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reknow.cli.options import Force, Json, Opening, check_model
+from reknow.cli.options import Force, Json
 from reknow.cli.terminal import say, say_json, say_table
-from reknow.errors import InputError, PatchError
-from reknow.files.locks import PATIENCE, write_lock
+from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
     from reknow.patching.patches import Patch
 
-_Stack = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
 _Patches = Annotated[list[Path], typer.Argument(help="Patch files.", show_default=False)]
-
-
-def apply(
-    patches: _Patches,
-    stack: _Stack,
-    model: Annotated[
-        str | None, typer.Option("--model", help="The base model; needed for a new stack.", callback=check_model)
-    ] = None,
-    *,
-    opening: Opening,
-    force: Annotated[bool, typer.Option("--force", help="Patches of another base too, at your own risk.")] = False,
-) -> None:
-    """Put patches on top of a stack folder, which is made if it does not exist.
-
-    The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands.
-    """
-    from reknow.files.outputs import stack_folder
-    from reknow.patching.patches import Patch
-    from reknow.patching.stack import FORCED, base_name, read_stack, save_stack, with_patch
-
-    stack = stack_folder(stack)
-    loaded = [Patch.load(path) for path in patches]
-    with write_lock(stack, wait=PATIENCE):
-        base, active = read_stack(stack)
-        if base == stack and model is None:
-            raise InputError(f"expected --model for the new stack {stack}; got none: name the base model")
-        if base != stack and model is not None and base_name(model) != base:
-            raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
-        base = model if base == stack else base
-        before = len(active)
-        fingerprint = next((patch.base for patch in active if FORCED not in patch.notes), None)
-        if fingerprint is None or force:
-            lm = opening.open(str(stack if active else base))
-            for patch in loaded:
-                lm.apply(patch, force=force)
-            active = list(lm.patches)
-        else:
-            for patch in loaded:
-                active = list(with_patch(tuple(active), patch, fingerprint))
-        save_stack(stack, str(base), active)
-    for patch in active[before:]:
-        say(f"applied {patch.label}")
-    say(f"{stack}: {base} with {number_of_patches(len(active))}")
-
-
-def revert(
-    patches: Annotated[list[str], typer.Argument(help="Ids, or patch files.", show_default=False)],
-    stack: _Stack,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the later edits of a memory again.")] = False,
-    *,
-    opening: Opening,
-) -> None:
-    """Take patches out of a stack folder, in any order. Their files stay."""
-    from reknow.patching.patches import Patch
-    from reknow.patching.stack import save_stack, without_patch
-
-    with write_lock(stack, wait=PATIENCE):
-        base, active = read_existing(stack)
-        ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
-        rest = tuple(active)
-        lm = opening.open(str(stack)) if rebuild else None
-        for patch_id in ids:
-            if lm is None:
-                rest = without_patch(rest, patch_id)
-            else:
-                lm.rebuild(without=patch_id)
-                rest = lm.patches
-        save_stack(stack, base, rest)
-    for patch in active:
-        if patch.id in ids:
-            say(f"reverted {patch.label}")
-    say(f"{stack}: {base} with {number_of_patches(len(rest))}")
 
 
 def merge(
@@ -198,12 +124,9 @@ def diff(
 
 def read_existing(stack: Path) -> tuple[str, list[Patch]]:
     """Base and patches of a stack folder; raises PatchError where there is none."""
-    from reknow.patching.stack import read_stack
+    from reknow.patching import stack as stacks
 
-    base, patches = read_stack(stack)
-    if base == stack:
-        raise PatchError(f"expected a stack folder at {stack}; there is none: make it with `reknow apply`")
-    return str(base), patches
+    return stacks.read_existing(stack)
 
 
 def _merge_whole(source: Path) -> Patch:

@@ -1,4 +1,4 @@
-"""A stack: the ordered patches over one base model, and the folder that keeps it."""
+"""A stack: the ordered patches over one base model, and the folder that keeps it with its history."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from reknow.checks.arguments import typed
-from reknow.errors import PatchError
+from reknow.edits import check_encodable
+from reknow.errors import InputError, PatchError
 from reknow.files.atomic import restore_interrupted, write_text
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.files.schema import Listed, NewerFormat, Strict, explain, read_json
 from reknow.model.fingerprint import Fingerprint
+from reknow.patching.history import Line, complete, file_digest, find_line, make_line, read_lines, with_last
 from reknow.patching.patches import Patch
 
-_FORMAT = 1
+_FORMAT = 2
 FORCED = "forced"
 """The note of a patch that was put on another base than its own: structure and tokenizer of that one."""
 
@@ -32,6 +34,7 @@ def _each_once(names: list[str]) -> list[str]:
     return names
 
 
+_PATCH = ".patch"
 _PatchName = Annotated[str, Field(pattern=r"^[^/\\\x00]+\.patch$", max_length=255)]
 """A file in the stack's own folder."""
 
@@ -44,6 +47,13 @@ class _StackFile(Strict):
     """Name or path of the base model."""
     patches: Annotated[Listed[_PatchName], AfterValidator(_each_once)]
     """Files of the patches in the order in which they are applied."""
+    last: str | None = None
+    """The last line of the history, with which this file was written; None before format 2."""
+
+    @property
+    def ids(self) -> list[str]:
+        """Of the patches, in order."""
+        return [name.removesuffix(_PATCH) for name in self.patches]
 
 
 def with_patch(
@@ -109,23 +119,79 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
 
 
 @typed
-def save_stack(folder: str | Path, base: str, patches: Sequence[Patch]) -> Path:
-    """Writes a stack folder: a reference to the base model and the patches in order. `LM(folder)` opens it.
+def save_stack(
+    folder: str | Path,
+    base: str,
+    patches: Sequence[Patch],
+    *,
+    action: str = "save",
+    why: str = "",
+    to: str | None = None,
+) -> Path:
+    """Writes a stack folder: a reference to the base model, the patches in order, and a line of its history, which
+    `read_history` gives. `LM(folder)` opens it.
 
     Files of patches that were taken out stay in the folder; only those that `stack.json` names are applied. To change
-    what is there, hold `locks.write_lock(folder)` from the reading on, so that no other change is lost.
+    what is there, hold `locks.write_lock(folder)` from the reading on, so that no other change is lost. Where the
+    patches are those that are there, nothing is written.
+
+    Args:
+        action: what the history calls the change.
+        why: for whoever reads the history.
+        to: the id of the line of the history to whose state this goes back.
 
     Raises:
         InputError: it cannot be written, or others write there for ten minutes.
+        PatchError: what is there is no stack, or its history ends with another line than `stack.json` says.
     """
-    folder = stack_folder(folder)
-    names = [f"{patch.id}.patch" for patch in patches]
+    folder, base = stack_folder(folder), base_name(base)
+    check_encodable("why", why)
+    names = [f"{patch.id}{_PATCH}" for patch in patches]
     with write_lock(folder, wait=PATIENCE):
+        old = _stack_file(folder)
         for name, patch in zip(names, patches, strict=True):
             if not _holds(folder / name, patch):
                 patch.save(folder / name)
-        text = json.dumps({"format": _FORMAT, "base": base_name(base), "patches": names}, indent=1)
-        return write_text(folder / STACK_FILE, text).parent
+        end = complete(folder, old.last if old else None)
+        if old and old.last and (old.base, old.patches) == (base, names):
+            return folder
+        before = old.ids if old else []
+        digests = {p.id: file_digest(folder / f"{p.id}{_PATCH}") for p in patches if p.id not in before}
+        line = make_line(end, base, before, patches, digests, action=action, why=why, to=to)
+        stack = {"format": _FORMAT, "base": base, "patches": names, "last": line}
+        write_text(folder / STACK_FILE, json.dumps(stack, indent=1, ensure_ascii=False))
+        try:
+            complete(folder, line)
+        except InputError as error:  # the stack is changed, and stack.json holds the line
+            warnings.warn(f"{error}; the next change of the stack adds the line", stacklevel=3)
+    return folder
+
+
+def read_history(folder: str | Path) -> list[Line]:
+    """The changes of a stack, the oldest first, each with what is wrong with it; none where it has no history.
+
+    Raises:
+        PatchError: there is no stack folder, or its files cannot be read.
+    """
+    while True:
+        stack = _stack_file(folder)
+        if stack is None:
+            raise _missing(folder)
+        lines = with_last(read_lines(Path(folder)), stack.last, stack.ids, Path(folder) / STACK_FILE)
+        if _stack_file(folder) == stack:  # else another process has changed it meanwhile
+            return lines
+
+
+def patches_at(folder: str | Path, wanted: str) -> tuple[Line, list[Patch]]:
+    """The line of the history that an id or a time names, see `find_line`, and the patches of the stack after it.
+
+    Raises:
+        InputError: it names none.
+        PatchError: there is no stack folder, or the file of a patch is gone.
+    """
+    line = find_line(read_history(folder), wanted)
+    ids = line.entry.patches if line.entry else []
+    return line, [_load_named(Path(folder) / f"{patch_id}{_PATCH}") for patch_id in ids]
 
 
 def _holds(file: Path, patch: Patch) -> bool:
@@ -143,12 +209,31 @@ def base_name(base: str) -> str:
 
 def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     """(base model, patches) of a stack folder; any other source comes back as it is, with no patches."""
+    stack = _stack_file(source)
+    if stack is None:
+        return source, []
+    return stack.base, [_load_named(Path(source) / name) for name in stack.patches]
+
+
+def read_existing(stack: str | Path) -> tuple[str, list[Patch]]:
+    """Base and patches of a stack folder; raises PatchError where there is none."""
+    base, patches = read_stack(stack)
+    if base == stack:
+        raise _missing(stack)
+    return str(base), patches
+
+
+def _missing(folder: str | Path) -> PatchError:
+    return PatchError(f"expected a stack folder at {folder}; there is none: make it with `reknow apply`")
+
+
+def _stack_file(source: str | Path) -> _StackFile | None:
+    """What `stack.json` of a folder says; None where there is none."""
     restore_interrupted(source)
     file = Path(source) / STACK_FILE
     if not str(source).strip() or not os.path.isfile(file):  # a name may be too long for a path
-        return source, []
-    stack = read_json(file, _StackFile, lambda error: _refusal(source, error))
-    return stack.base, [_load_named(Path(source) / name) for name in stack.patches]
+        return None
+    return read_json(file, _StackFile, lambda error: _refusal(source, error))
 
 
 def _load_named(file: Path) -> Patch:
