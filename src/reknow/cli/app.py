@@ -17,6 +17,7 @@ from reknow import __version__
 from reknow.cli import (
     asking,
     chatting,
+    checking,
     editing,
     exporting,
     history,
@@ -134,6 +135,8 @@ for command in (
     history.apply,
     history.revert,
     history.log,
+    checking.verify,
+    checking.check,
     stacks.merge,
     exporting.export,
     showing.show,

@@ -133,7 +133,7 @@ def save_stack(
 
     Files of patches that were taken out stay in the folder; only those that `stack.json` names are applied. To change
     what is there, hold `locks.write_lock(folder)` from the reading on, so that no other change is lost. Where the
-    patches are those that are there, nothing is written.
+    patches are those that are there, it is no change.
 
     Args:
         action: what the history calls the change.
@@ -153,11 +153,12 @@ def save_stack(
             if not _holds(folder / name, patch):
                 patch.save(folder / name)
         end = complete(folder, old.last if old else None)
-        if old and old.last and (old.base, old.patches) == (base, names):
-            return folder
         before = old.ids if old else []
-        digests = {p.id: file_digest(folder / f"{p.id}{_PATCH}") for p in patches if p.id not in before}
-        line = make_line(end, base, before, patches, digests, action=action, why=why, to=to)
+        if old and old.last and (old.base, old.patches) == (base, names):
+            line = old.last
+        else:
+            digests = {p.id: file_digest(folder / f"{p.id}{_PATCH}") for p in patches if p.id not in before}
+            line = make_line(end, base, before, patches, digests, action=action, why=why, to=to)
         stack = {"format": _FORMAT, "base": base, "patches": names, "last": line}
         write_text(folder / STACK_FILE, json.dumps(stack, indent=1, ensure_ascii=False))
         try:
@@ -180,6 +181,28 @@ def read_history(folder: str | Path) -> list[Line]:
         lines = with_last(read_lines(Path(folder)), stack.last, stack.ids, Path(folder) / STACK_FILE)
         if _stack_file(folder) == stack:  # else another process has changed it meanwhile
             return lines
+
+
+def file_problems(folder: str | Path) -> list[str]:
+    """What is wrong with the files of the patches in a stack: one is gone, damaged, or not as it was applied.
+
+    Raises:
+        PatchError: there is no stack folder.
+    """
+    stack = _stack_file(folder)
+    if stack is None:
+        raise _missing(folder)
+    entries = [line.entry for line in read_history(folder) if line.entry]
+    applied = {one.id: one.sha256 for entry in entries for one in entry.applied}
+    problems = []
+    for name, patch_id in zip(stack.patches, stack.ids, strict=True):
+        try:
+            _load_named(file := Path(folder) / name)
+            if applied.get(patch_id, now := file_digest(file)) != now:
+                problems.append(f"{file} holds the patch {patch_id} in other bytes than when it was applied")
+        except PatchError as error:
+            problems.append(str(error))
+    return problems
 
 
 def patches_at(folder: str | Path, wanted: str) -> tuple[Line, list[Patch]]:
