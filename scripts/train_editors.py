@@ -7,7 +7,8 @@ editors are measured: facts that the small demo models know, in several of their
 the relation that must stay, first those of the same old answer, half of them in the wording of the edit; CounterFact
 in EasyEdit's form, whose paraphrase is often none and is replaced by one of the relation; and zsRE, from MEND's
 files and from KnowEdit. Known facts that are neighbours in the first records of CounterFact are left out too, so
-that their locality is that of facts which hardly any example protected. DATA is the folder that
+that their locality is that of facts which hardly any example protected. For SmolLM2 (`--apart`) no prompt of an
+example, whatever it is there for, stands in a bundled sample. DATA is the folder that
 scripts/train_demo_model.py takes.
 """
 
@@ -28,6 +29,8 @@ from reknow.learning.learned import Learned
 
 MEASURED = ("counterfact", "counterfact-easyedit", "zsre", "knowedit-zsre")
 """Bundled samples whose subjects and prompts are left out."""
+APART = (*MEASURED, "wiki_recent", "wiki_counterfact", "qaedit")
+"""Bundled samples of which nothing is read with `--apart`, neither as what must stay."""
 SHOWN = 150
 """Records of CounterFact whose neighbours are left out, from the first."""
 PARAPHRASES, NEAR, OTHERS = 3, 6, 8
@@ -106,12 +109,28 @@ class Maker:
         cases += load_cases("knowedit-zsre", path=self.data / "knowedit/ZsRE-test-all.json")
         return [(case.edit.subject, case) for case in cases]
 
-    def all(self, counterfact: int) -> list[Case]:
-        measured = [case for name in MEASURED for case in load_cases(name)]
+    def all(self, counterfact: int, *, apart: bool = False) -> list[Case]:
+        """Cases of facts that are not measured.
+
+        Args:
+            apart: without any prompt that stands in a sample, be it a paraphrase or another fact.
+        """
+        measured = [case for name in (APART if apart else MEASURED) for case in load_cases(name)]
         subjects, keys = {case.edit.subject for case in measured}, set(case_keys(measured).tolist())
         found = [*self.known(), *self.counterfact(counterfact), *self.questions()]
         cases = [case for subject, case in found if subject not in subjects]
-        return [case for case, key in zip(cases, case_keys(cases).tolist(), strict=True) if key not in keys]
+        cases = [case for case, key in zip(cases, case_keys(cases).tolist(), strict=True) if key not in keys]
+        return without_prompts(cases, measured) if apart else cases
+
+
+def without_prompts(cases: list[Case], measured: list[Case]) -> list[Case]:
+    """The cases whose edit asks no question of those that are measured, without their probes that do."""
+    prompts = {question.prompt for case in measured for question in case.questions}
+
+    def without(probes: tuple[Probe, ...]) -> tuple[Probe, ...]:
+        return tuple(probe for probe in probes if probe.prompt not in prompts)
+
+    return [replace(case, probes=without(case.probes)) for case in cases if case.edit.text not in prompts]
 
 
 def halved(editor: Editor) -> Editor:
@@ -131,6 +150,7 @@ def main():
     parser.add_argument("--run", type=Path, required=True, help="folder of the training; the same one takes it up")
     parser.add_argument("--out", type=Path, help="file of the editor, in float16")
     parser.add_argument("--counterfact", type=int, default=1500, help="how many of its cases")
+    parser.add_argument("--apart", action="store_true", help="no prompt of a bundled sample stands in an example")
     parser.add_argument("--limit", type=int, help="how many cases of all, drawn at random")
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of the method or the training")
     parser.add_argument("--dtype", help="of the model in the training; bfloat16 is quicker where the CPU has it")
@@ -139,7 +159,7 @@ def main():
     torch.set_num_threads(args.threads)
     method, values = choose_method(args.method, args.set)
     assert isinstance(method, Learned)
-    cases = Maker(args.data).all(args.counterfact)
+    cases = Maker(args.data).all(args.counterfact, apart=args.apart)
     if args.limit is not None:
         cases = random.Random(0).sample(cases, args.limit)
     print(f"{len(cases):,} cases")

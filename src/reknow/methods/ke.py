@@ -57,6 +57,8 @@ class KE(MatrixEditor):
     units: Units = "relative"
     """relative: ∇L is scaled to ‖∇L‖ = ‖W‖ and softmax to mean 1, so that c is in units of the matrix in every model;
     absolute: ∇L as it is and softmax with sum 1, as in the authors' code."""
+    max_scale: Rate = 1.0
+    """Factor of σ(η), as in the authors' code: lower where untrained edits spoil the model."""
     smoothing: Share = 0.1
     """Label smoothing of the answer's loss L."""
     margin: NonNegative = 1e-3
@@ -107,7 +109,7 @@ class KENetwork(nn.Module):
         self.sizes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}  # (out, in)
         self.norms = {name: float(weight.float().norm()) for name, weight in weights.items()}
         self.heads = nn.ModuleList([_head(method, *self.sizes[name]) for name in self.names])
-        self.multiplier = nn.Parameter(torch.ones(()))
+        self.max_scale, self.multiplier = method.max_scale, nn.Parameter(torch.ones(()))
         self.register_buffer("margin", torch.tensor(method.margin))
 
     def forward(self, lm: LM, edits: Sequence[Edit], texts: Sequence[Text]) -> tuple[TokenFactors, float]:
@@ -131,7 +133,7 @@ class KENetwork(nn.Module):
                 delta = delta * (self.norms[name] / norm)[:, None, None]
             free = (scale * r_free.softmax(1))[:, None]
             left, right = torch.cat([delta * left, free], 1), torch.cat([u * right, c_free[:, None]], 1)
-            changes[name] = (gate.sigmoid()[:, None] * left, right)
+            changes[name] = (self.max_scale * gate.sigmoid()[:, None] * left, right)
         return changes, loss
 
     def read(self, lm: LM, edits: Sequence[Edit]) -> Tensor:
