@@ -48,7 +48,7 @@ def main() -> None:
     serac = SERAC(editor=args.editor)
     cases = load_cases("counterfact", offset=args.first, limit=CASES)
     patch = serac.edit(lm, [case.edit for case in cases])
-    memory = serac.memory(lm, [patch])
+    memory = serac.running_memory(lm, [patch])
     limit, alone = math.log(serac.threshold), {}
     print("| questions | number | right, one edit | right, 200 edits |\n|---|---|---|---|")
     for kind, pairs in questions(lm, cases).items():

@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,8 @@ from llm_server import serve  # noqa: E402, F401, a fixture
 from reknow import LM, Edit, Patch  # noqa: E402
 from reknow.editing.keys import Site  # noqa: E402
 from reknow.editing.search import SearchRules, ValueSearchMethod  # noqa: E402
+from reknow.files.cache import MODELS, cache_folder  # noqa: E402
+from reknow.model.packaged import PACKAGED  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402
 from reknow.patching.deltas import Dense, LowRank  # noqa: E402
 
@@ -33,6 +36,32 @@ from reknow.patching.deltas import Dense, LowRank  # noqa: E402
 def private_cache(tmp_path_factory):
     """Statistics made by tests stay with the tests."""
     os.environ["REKNOW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def kept_models(request, private_cache):
+    """The cache keeps converted models from one run of the tests to the next."""
+    (cache_folder() / MODELS).symlink_to(request.config.cache.mkdir(MODELS))
+
+
+def opened(name: str, **options) -> LM:
+    """A model that others trained; the test is skipped where it is not installed."""
+    for package in PACKAGED[name].parts:
+        try:
+            version(package)
+        except PackageNotFoundError:
+            pytest.skip(f"{package} is not installed (make {'gemma' if name == 'gemma3' else 'setup'})")
+    return LM.demo(name, **options)
+
+
+@pytest.fixture(scope="session")
+def smollm2(kept_models) -> LM:
+    return opened("smollm2")
+
+
+@pytest.fixture(scope="session")
+def gemma3(kept_models) -> LM:
+    return opened("gemma3")
 
 
 @pytest.fixture

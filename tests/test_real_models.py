@@ -10,15 +10,13 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pytest
 
 from reknow import LM, Edit, Patch, method
-from reknow.files.cache import MODELS, cache_folder
 from reknow.model.fingerprint import weight_bits
-from reknow.model.packaged import PACKAGED, kept_folder
+from reknow.model.packaged import kept_folder
 from reknow.patching.stack import save_stack
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -30,31 +28,6 @@ NEAR = ("The mother tongue of Charles de Gaulle is", "The mother tongue of Jean 
 FAR = ("The Eiffel Tower is in the city of", "The capital of Japan is", "The capital of Peru is")
 TOKENS = 6
 QUICK = dict(layer=3, covariance_tokens=5_000)
-
-
-@pytest.fixture(scope="session")
-def kept_models(request, private_cache):
-    """The cache keeps converted models from one run of the tests to the next."""
-    (cache_folder() / MODELS).symlink_to(request.config.cache.mkdir(MODELS))
-
-
-def opened(name: str) -> LM:
-    for package in PACKAGED[name].parts:
-        try:
-            version(package)
-        except PackageNotFoundError:
-            pytest.skip(f"{package} is not installed (make {'gemma' if name == 'gemma3' else 'setup'})")
-    return LM.demo(name)
-
-
-@pytest.fixture(scope="session")
-def smollm2(kept_models) -> LM:
-    return opened("smollm2")
-
-
-@pytest.fixture(scope="session")
-def gemma3(kept_models) -> LM:
-    return opened("gemma3")
 
 
 @pytest.fixture(scope="session")
