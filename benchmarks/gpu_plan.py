@@ -2,8 +2,9 @@
 
 The derivation follows the search as `reknow.editing` makes it: facts in groups, padded, the blocks below the edited
 layer once, those above it in every pass, forward and back; frozen weights have no gradient, so that a pass back is as
-much work as one forward. Attention's own two products are left out, some per cent at these lengths; counted on a CPU
-the rest is right to the digit (`tests/test_benchmarks.py`).
+much work as one forward. Padding is run, as on a GPU; on a CPU most models leave it out. Attention's own two products
+are left out, some per cent at these lengths; counted on a CPU the rest is right to the digit
+(`tests/test_benchmarks.py`).
 """
 
 from __future__ import annotations

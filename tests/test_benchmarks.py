@@ -6,6 +6,7 @@ import importlib
 import json
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,7 @@ def small(gpu, tmp_path):
 def test_memits_operations_and_groups_are_those_that_were_derived(gpu, small, monkeypatch):
     monkeypatch.setattr("reknow.editing.value_batch.TOKENS_PER_BATCH", 1500)
     lm, edits = gpu.gpu_parts.random_model(small), gpu.gpu_parts.many_facts(12)
+    lm.parts = replace(lm.parts, packable=False)  # a GPU runs padding
     every = {"stop_probability": 1.0, "min_delta": 0.0, "covariance_tokens": 300}
     method = MEMIT(layers=(1, 2), steps=3, **every)
     method.edit(lm, edits[:1])
@@ -119,6 +121,7 @@ def test_memits_operations_and_groups_are_those_that_were_derived(gpu, small, mo
 def test_what_a_pass_keeps_for_its_way_back_is_what_was_derived(gpu, small, monkeypatch):
     monkeypatch.setattr("reknow.editing.value_batch.token_budget", lambda lm: (10_000, 2048))  # as on a GPU
     lm, edits = gpu.gpu_parts.random_model(small), gpu.gpu_parts.many_facts(8)
+    lm.parts = replace(lm.parts, packable=False)  # a GPU runs padding
     facts = encode_facts(lm, edits, ["", "I saw. ", "The city of dreams and of the sea. "])
     (batch,) = split_contexts(lm, facts, torch.full((3,), 1 / 3), 1, 1)
     replay, kept = batch._replays[0], {}
