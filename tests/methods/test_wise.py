@@ -10,6 +10,8 @@ import torch
 
 from conftest import make_lm
 from reknow import WISE, Edit
+from reknow.datasets.text import text_source
+from reknow.editing.contexts import sample_contexts, text_contexts
 from reknow.errors import InputError
 from reknow.memories.side_memory import Shard
 from reknow.methods.wise import margin_loss
@@ -86,3 +88,11 @@ def test_one_memory_has_one_size_of_shards():
 def test_shards_without_room_are_refused(wrong):
     with pytest.raises(InputError, match=f"expected {next(iter(wrong))} above 0 up to 1; got"):
         WISE(**wrong)
+
+
+def test_contexts_are_general_text_and_as_published_written_by_the_model():
+    lm, groups = make_lm(), ((2, 4),)
+    own = WISE(context_groups=groups).contexts(lm)
+    assert own == text_contexts(lm, groups, text_source()) and len(own) == 3
+    assert WISE(context_groups=groups, context_source="model").contexts(lm) == sample_contexts(lm, groups) != own
+    assert WISE.paper("llama-2-7b").context_source == "model"

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,8 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Part, Rate, Units
 from reknow.datasets.facts import load_facts
-from reknow.editing.contexts import sample_contexts
+from reknow.datasets.text import text_source
+from reknow.editing.contexts import sample_contexts, text_contexts
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.schema import Strict
@@ -91,7 +92,10 @@ class WISE(SideModuleMethod):
     retrieve: bool = False
     """WISE-Retrieve: every shard is a memory of its own, and the one that a prompt moves most answers."""
     context_groups: tuple[tuple[Number, Number], ...] = ((2, 5), (2, 10))
-    """(how many, of how many tokens) texts sampled from the model to put before the prompt."""
+    """(how many, of how many tokens) texts to put before the prompt."""
+    context_source: Literal["text", "model"] = "text"
+    """Where these texts come from: `text`: they are beginnings of general text; `model`: the model writes them, as in
+    the paper, some models nonsense."""
     unrelated_facts: Annotated[Number, Formerly("unrelated")] = 16
     """Bundled facts about other subjects that must not move, other ones for every edit."""
 
@@ -132,7 +136,7 @@ class WISE(SideModuleMethod):
         """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""
         module = lm.parts.value[layer]
         weight, before = lm.weight(module).float(), shard.change.to(lm.device)
-        prefixes = sample_contexts(lm, self.context_groups, seed=self.seed)
+        prefixes = self.contexts(lm)
         rows = lm.encode([Text.asked(edit, prepend(prefix, edit.text)) for prefix in prefixes])
         others = lm.encode([Text(text) for text in self._unrelated(edit, number)])
         delta = before.clone().requires_grad_()
@@ -151,6 +155,12 @@ class WISE(SideModuleMethod):
         passes = train_beside(self, lm, hooks, rows, layer, update, lambda losses: losses < self.stop_loss, loss)
         delta = delta.detach()
         return (delta - before).cpu(), float(distance(*inside, delta).mean()), [loss for (loss,) in passes]
+
+    def contexts(self, lm: LM) -> tuple[str, ...]:
+        """The texts to put before the prompt; the first is empty."""
+        if self.context_source == "text":
+            return text_contexts(lm, self.context_groups, text_source(None), seed=self.seed)
+        return sample_contexts(lm, self.context_groups, seed=self.seed)
 
     def _unrelated(self, edit: Edit, number: int) -> list[str]:
         """Facts about other subjects than the edit's, drawn for edit number `number`."""
