@@ -16,6 +16,7 @@ from reknow.methods import method
 from reknow.methods.alphaedit import AlphaEdit, anchor_states
 from reknow.methods.emmet import EMMET
 from reknow.methods.memit import MEMIT
+from reknow.methods.pmet import PMET
 
 EDITS = [
     Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", target_true="French"),
@@ -60,6 +61,22 @@ def test_memit_distributes_the_residual_over_its_layers(gpt2):
     patch = MEMIT(layers=(0, 1, 2), **FAST).edit(gpt2, EDITS)
     assert list(patch.deltas) == list(gpt2.parts.value)
     assert patch.notes["layers"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["memit", "pmet"])
+def test_over_a_band_the_layers_together_write_what_was_searched_and_no_more(gpt2, name):
+    settings = dict(layers=(0, 1, 2), regularization=0.0, **FAST)
+    made = method(name, **settings)
+    wanted = find_values(gpt2, EDITS, 2, ("",), made)
+    before = Subjects(gpt2, EDITS, [""]).states(2, "block")
+    with gpt2.patched(made.edit(gpt2, EDITS)):
+        moved = Subjects(gpt2, EDITS, [""]).states(2, "block") - before
+    assert torch.allclose(moved, wanted.delta.double(), atol=1e-4)
+
+
+def test_pmet_in_the_papers_units_measures_at_the_last_matrix(gpt2):
+    assert PMET(units="absolute").rules.site == PMET.paper("gpt-j-6b").rules.site == "value"
+    assert PMET().rules.site == "block"
 
 
 def test_emmet_names_facts_with_one_key(gpt2):
