@@ -37,8 +37,9 @@ class LM(Decoder):
 
     Args:
         source: name or path of a Hugging Face model, `demo:gpt2` or `demo:llama` for a bundled one, `demo:smollm2`
-            for a real one from a package, a stack folder, or a pair (model, tokenizer). A model given as a pair is
-            used in place: it must be unedited, and `apply` changes its weights until `revert`.
+            for a real one from a package, a stack folder, one on the hub (`hub:owner/name@revision`), or a pair
+            (model, tokenizer). A model given as a pair is used in place: it must be unedited, and `apply` changes its
+            weights until `revert`.
         tokenizer: one, or the name or folder of one, instead of the model's own.
         dtype: of the weights; None keeps the checkpoint's, but float16 becomes float32 on a CPU.
         device: where the model goes; None: where it is, or the CPU.

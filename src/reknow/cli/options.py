@@ -26,9 +26,13 @@ DEMO = "demo:gpt2"
 def check_model(model: str | None) -> str | None:
     """The name itself; one that stands for nothing is refused before torch is loaded, which takes seconds."""
     if model is not None and not os.path.exists(os.path.expanduser(model)):
+        from reknow.files.hub import is_address, read_address
         from reknow.model.sources import find_source
 
-        find_source(model)
+        if is_address(model):
+            read_address(model)
+        else:
+            find_source(model)
     return model
 
 
@@ -36,7 +40,7 @@ Model = Annotated[
     str,
     typer.Option(
         "--model",
-        help="Name or path of a model, a stack folder, demo:gpt2, demo:llama or demo:smollm2.",
+        help="Name or path of a model, a stack (a folder or hub:owner/name), demo:gpt2, demo:llama or demo:smollm2.",
         callback=check_model,
     ),
 ]

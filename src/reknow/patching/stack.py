@@ -16,6 +16,7 @@ from reknow.checks.arguments import typed
 from reknow.edits import check_encodable
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import restore_interrupted, write_text
+from reknow.files.hub import fetch, is_address, read_address
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.files.schema import Listed, NewerFormat, Strict, explain, read_json
@@ -231,11 +232,15 @@ def base_name(base: str) -> str:
 
 
 def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
-    """(base model, patches) of a stack folder; any other source comes back as it is, with no patches."""
-    stack = _stack_file(source)
+    """(base model, patches) of a stack folder, or of one on the hub (`hub:owner/name[@revision]`); any other source
+    comes back as it is, with no patches."""
+    folder = fetch(read_address(source)) if isinstance(source, str) and is_address(source) else source
+    stack = _stack_file(folder)
+    if stack is None and folder is not source:
+        raise PatchError(f"expected a stack at {source}; it is none: get what it holds with `reknow pull`")
     if stack is None:
         return source, []
-    return stack.base, [_load_named(Path(source) / name) for name in stack.patches]
+    return stack.base, [_load_named(Path(folder) / name) for name in stack.patches]
 
 
 def read_existing(stack: str | Path) -> tuple[str, list[Patch]]:
