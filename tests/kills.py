@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import reknow.files.atomic
+from reknow.export import gguf_files, gguf_model
 
 STEPS = (
     (os, "rename"),
@@ -23,8 +24,12 @@ STEPS = (
     (Path, "write_text"),
     (Path, "touch"),
     (reknow.files.atomic, "_exchange"),
+    (gguf_files, "_copy"),
+    (gguf_model, "_edited"),
+    (gguf_model, "fill_note"),
 )
-"""Every call by which a process changes what is on the disk, but for the content of tensors' files."""
+"""Every call by which a process changes what is on the disk, but for the content of tensors' files; of GGUF files
+that too, field by field and tensor by tensor."""
 
 
 def watched(step: Callable[[], None]) -> None:

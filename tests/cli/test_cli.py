@@ -202,7 +202,7 @@ BAD = {
     "no such patch": (["show", "nowhere.patch"], ["nowhere.patch"]),
     "no patch": (["apply", "broken.json", "--stack", "s"], ["broken.json"]),
     "no stack": (["revert", "abc", "--stack", "nowhere"], ["stack folder"]),
-    "unknown format": (["export", "x", "y", "--to", "gguf"], ["hf"]),
+    "unknown format": (["export", "x", "y", "--to", "ggml"], ["hf", "gguf"]),
     "no seed": (["bench", "--seeds", ",", "--limit", "1"], ["at least one seed"]),
     "a seed twice": (["bench", "--seeds", "0,0", "--limit", "1"], ["each once"]),
     "a seed of a study twice": (["study", "tasks", "--seeds", "1,1"], ["each once"]),

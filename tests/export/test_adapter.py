@@ -23,7 +23,7 @@ def test_the_line_that_serves_it_has_the_least_rank_that_vllm_takes(rank, served
     assert served in SERVED_RANKS
     report = LoraReport(tmp_path / "my adapter", {"a": 1, "b": rank}, 0.0, "someone/model")
     assert (report.rank, report.served_rank) == (rank, served)
-    words = shlex.split(report.serve_command)
+    words = shlex.split(report.commands[0])
     assert words[:3] == ["vllm", "serve", "someone/model"] and "--enable-lora" in words
     assert words[words.index("--max-lora-rank") + 1] == str(served)
     assert words[words.index("--lora-modules") + 1] == f"my adapter={tmp_path / 'my adapter'}"
@@ -58,4 +58,4 @@ def test_a_model_from_a_package_is_named_as_others_can_open_it(how, tmp_path):
     lm.apply(some_patch(lm))
     report, config = adapter(lm, tmp_path / "adapter")
     assert config["base_model_name_or_path"] == report.base == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert " serve HuggingFaceTB/SmolLM2-135M-Instruct " in report.serve_command
+    assert " serve HuggingFaceTB/SmolLM2-135M-Instruct " in report.commands[0]

@@ -13,6 +13,7 @@ import torch
 
 from conftest import make_lm, some_patch
 from families import TEXT
+from gguf_models import write_llama
 from reknow import LM
 from reknow.cli import tracing
 from reknow.editing.covariance import statistics
@@ -20,6 +21,8 @@ from reknow.editing.layer_choice import LayerScore, keep_scores, suggest_layer
 from reknow.errors import InputError
 from reknow.export.adapter import export_lora
 from reknow.export.checkpoint import export_checkpoint
+from reknow.export.gguf_adapter import export_gguf_lora
+from reknow.export.gguf_model import export_gguf
 from reknow.files.atomic import append_line
 from reknow.files.json_lines import Rows
 from reknow.methods import method
@@ -71,6 +74,17 @@ def refused(folder: Path, action: Callable[[], object], room: int) -> None:
     said = said_on_a_full_disk(action, room)
     assert "could not be written (" in said and "\n" not in said and "intact: free space" in said, said
     assert files(folder) == before
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+def test_a_gguf_file(lm, tmp_path, share):
+    lm.apply(some_patch(lm))
+    base, out = write_llama(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf"
+    out.write_text("an old one")
+    room = int(base.stat().st_size * share)
+    refused(tmp_path, lambda: export_gguf(lm, base, out, overwrite=True), room)
+    refused(tmp_path, lambda: export_gguf_lora(lm, tmp_path / "adapter"), 100)
+    assert out.read_text() == "an old one"
 
 
 @pytest.mark.parametrize("room", [100, 5_000, 20_000])  # the configuration, the tokenizer, the weights do not fit

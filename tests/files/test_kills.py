@@ -13,11 +13,15 @@ import pytest
 
 import reknow.files.atomic
 from conftest import make_lm, some_patch
+from gguf_models import write_llama
 from kills import run
 from reknow import LM, Patch
 from reknow.cli.stacks import merge
+from reknow.export import gguf_model
 from reknow.export.adapter import export_lora
 from reknow.export.checkpoint import export_checkpoint
+from reknow.export.gguf_adapter import export_gguf_lora
+from reknow.export.measure import Answer
 from reknow.files.atomic import HIDDEN, restore_interrupted, write_text
 from reknow.methods import method
 from reknow.patching.stack import read_stack, save_stack
@@ -107,10 +111,17 @@ def test_the_folder_of_an_adapter_patch(scene, exchange, monkeypatch):
     assert any(gone) is not exchange
 
 
+@pytest.fixture
+def at_one_moment(monkeypatch):
+    """Exports that are made twice say the same."""
+    monkeypatch.setattr("reknow.export.about.now", lambda: "now")
+
+
+@pytest.mark.usefixtures("at_one_moment")
 @pytest.mark.parametrize(
     ("export", "exchange"),
-    [(export_checkpoint, True), (export_lora, False)],
-    ids=["a checkpoint, in one step", "an adapter, in two"],
+    [(export_checkpoint, True), (export_lora, False), (export_gguf_lora, True)],
+    ids=["a checkpoint, in one step", "an adapter, in two", "an adapter for llama.cpp, in one"],
 )
 def test_an_export(scene, export, exchange, monkeypatch):
     scene.lm.apply(scene.patches[0])
@@ -119,6 +130,19 @@ def test_an_export(scene, export, exchange, monkeypatch):
     if not exchange:
         monkeypatch.setattr("reknow.files.atomic._exchange", lambda *_: False)
     check(scene.folder, scene.folder / "out", lambda: export(scene.lm, scene.folder / "out", overwrite=True))
+
+
+@pytest.mark.usefixtures("at_one_moment")
+def test_a_gguf_file(scene, tmp_path, monkeypatch):
+    """It takes its place whole, with what it was asked; the file that it was made of stays as it is."""
+    base, out = write_llama(scene.lm, tmp_path / "base.gguf", "Q4_0"), scene.folder / "out.gguf"
+    scene.lm.apply(scene.patches[0])
+    monkeypatch.setattr(gguf_model, "_ask_file", lambda _, __, measured: [Answer(0.5, True)] * len(measured.edits))
+    gguf_model.export_gguf(scene.lm, base, out)
+    scene.lm.apply(scene.patches[1])
+    before = base.read_bytes()
+    steps = check(scene.folder, out, lambda: gguf_model.export_gguf(scene.lm, base, out, overwrite=True))
+    assert steps > 50 and base.read_bytes() == before
 
 
 def test_a_stack(scene):

@@ -32,7 +32,7 @@ from conftest import make_lm, some_patch
 from families import ROPE, tiny_model, tiny_tokenizer
 from reknow import LM, Patch
 from reknow.cli import app
-from reknow.errors import InputError, ModelError, PatchError
+from reknow.errors import InputError, MissingExtra, ModelError, PatchError
 from reknow.model.sources import PATIENCE, find_source
 from reknow.patching.stack import save_stack
 
@@ -197,21 +197,19 @@ def test_every_command_that_opens_a_model_has_both_options():
             assert {"tokenizer", "own_code"} <= set(names), names
 
 
-def test_gguf_is_named(tmp_path):
+def test_gguf_is_named(tmp_path, monkeypatch):
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF\3\0\0\0")
     shutil.copy(file, tmp_path / "blob")
-    for source in (file, tmp_path / "blob", tmp_path):
+    for source in (file, tmp_path / "blob"):
         said = refused(str(source))
-        assert "is a GGUF file: give the model that it was made from" in said
-    name, kind = b"general.architecture", b"rwkv7"
-    field = (
-        len(name).to_bytes(8, "little") + name + (8).to_bytes(4, "little") + len(kind).to_bytes(8, "little") + kind
-    )
-    file.write_bytes(b"GGUF\3\0\0\0" + bytes(16) + field)
-    assert "is a GGUF file ('rwkv7'): give" in refused(str(file))
-    file.write_bytes(b"GGUF\3\0\0\0" + name)
-    assert "is a GGUF file: give" in refused(str(file))
+        assert said.startswith(f"expected a GGUF file that transformers can read; {source.name} could not be read (")
+        assert said.endswith(
+            "give a whole file of a decoder that transformers knows, or the model that it was made from"
+        )
+    assert refused(str(tmp_path)).endswith(f"holds GGUF files: give one, such as {file}")
+    monkeypatch.setattr("reknow.model.sources.find_spec", lambda name: None)
+    assert refused(str(file), MissingExtra).endswith("run: pip install 'reknow[gguf]'")
     config = saved(tmp_path / "model") / "config.json"
     assert refused(config, InputError).endswith("is a file: give the folder that it lies in")
 

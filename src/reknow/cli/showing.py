@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from reknow.cli.options import Json
 from reknow.cli.stacks import describe, number_of_patches, read_existing, say_patch, sentence
 from reknow.cli.terminal import say, say_json, say_table, warn
+from reknow.errors import MissingExtra
 
 if TYPE_CHECKING:
     from reknow.export.about import ExportRecord
@@ -21,9 +23,17 @@ def show(
 ) -> None:
     """Say what is in a patch file, a stack folder or an export."""
     from reknow.export.about import changed_files, is_export, read_record
+    from reknow.model.sources import is_gguf
     from reknow.patching.patches import Patch
     from reknow.patching.peft_folder import is_adapter
 
+    if is_gguf(source):
+        if find_spec("gguf") is None:
+            raise MissingExtra("gguf", "gguf", f"the GGUF file {source}")
+        from reknow.export.gguf_record import read_gguf_record
+
+        record = read_gguf_record(source)
+        return say_json(record.model_dump()) if as_json else _say_export(source, record)
     if is_export(source):
         record = read_record(source)
         changed = changed_files(source, record)
@@ -53,11 +63,14 @@ def _say_export(source: Path, record: ExportRecord) -> None:
     from reknow.export.about import KINDS
 
     base, measured = record.base, record.measured
+    earlier = (record.model_extra or {}).get("from", {}).get("patches")
     say(f"{source}: {KINDS.get(record.kind, record.kind)}, written by reknow {record.versions.get('reknow')}")
     say(f"written: {record.written}")
     say(f"base: {base.name}" + (f", {base.model} on the hub" if base.model not in (None, base.name) else ""))
     say(f"base: structure {base.structure}, tokenizer {base.tokenizer}, {base.dtype}, weights {base.weights}")
     say(f"said ({measured.get('how')}): {measured.get('held')} of {measured.get('asked')} edits that were asked")
+    if earlier:
+        say(f"made of a file that has these patches already: {', '.join(map(str, earlier))}")
     rows = []
     for patch in record.patches:
         edits = patch.get("edits")

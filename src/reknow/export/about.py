@@ -34,7 +34,12 @@ from reknow.progress import progress
 CARD = "README.md"
 """The file of the model card."""
 FORMAT = 1
-KINDS = {"hf": "a checkpoint of transformers", "lora": "a PEFT LoRA adapter"}
+KINDS = {
+    "hf": "a checkpoint of transformers",
+    "lora": "a PEFT LoRA adapter",
+    "gguf-lora": "a GGUF LoRA adapter for llama.cpp",
+    "gguf": "a GGUF model",
+}
 """Kind of an export → what it is."""
 _BLOCK = 1 << 20
 _LICENCES = {"Apache-2.0": "apache-2.0", "Gemma Terms of Use": "gemma"}
@@ -87,17 +92,23 @@ def check_place(lm: LM, folder: str | Path, overwrite: bool) -> Path:
 
 
 def describe_export(lm: LM, kind: str, measured: Measured) -> dict[str, Any]:
-    """The record of an export, but for its files."""
+    """The record of an export, before there are files beside it."""
     return {
         "written_by": "reknow export",
         "format": FORMAT,
         "kind": kind,
-        "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "written": now(),
         "versions": _versions(),
         "base": _describe_base(lm),
         "patches": [_describe_patch(patch) for patch in lm.patches],
         "measured": _describe_measured(measured),
+        "files": {},
     }
+
+
+def now() -> str:
+    """The local time with its offset."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _versions() -> dict[str, str]:

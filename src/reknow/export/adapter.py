@@ -9,7 +9,7 @@ from pathlib import Path
 from reknow.errors import InputError, PatchError
 from reknow.export.about import CARD, check_place, describe_export, hub_name, write_record
 from reknow.export.card import write_card
-from reknow.export.measure import ask, measure
+from reknow.export.measure import Measured, ask, measure
 from reknow.export.plain import find_adapters
 from reknow.files.atomic import atomic_write_folder
 from reknow.lm import LM
@@ -17,6 +17,7 @@ from reknow.model.exclusive import typed_exclusively
 from reknow.patching.deltas import LowRank, factorize
 from reknow.patching.patches import merge
 from reknow.patching.peft_folder import describe_base, write_adapter
+from reknow.patching.record import check_weights
 from reknow.progress import progress
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -47,10 +48,23 @@ class LoraReport:
         return next(rank for rank in SERVED_RANKS if rank >= self.rank)
 
     @property
-    def serve_command(self) -> str:
-        """The line that serves base and adapter with vLLM."""
+    def commands(self) -> list[str]:
+        """The lines that serve base and adapter: with vLLM."""
         line = ["vllm", "serve", self.base, "--enable-lora", "--max-lora-rank", str(self.served_rank)]
-        return shlex.join([*line, "--lora-modules", f"{self.folder.name}={self.folder}"])
+        return [shlex.join([*line, "--lora-modules", f"{self.folder.name}={self.folder}"])]
+
+
+def check_exportable(lm: LM) -> None:
+    """Raises PatchError where no patch is applied, one is a memory, or the model has adapters of its own."""
+    if not lm.patches:
+        raise PatchError("expected at least one applied patch to export; got none: apply a patch first")
+    if names := find_adapters(lm.model):
+        raise PatchError(
+            f"expected a base without adapters to export one for it; {lm.name} has some, the first at "
+            f"{names[0]}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
+            "holds both"
+        )
+    check_weights(lm.patches, "export")
 
 
 def factorize_patches(lm: LM, max_rank: int | None, truncate: bool) -> tuple[dict[str, LowRank], float]:
@@ -61,14 +75,7 @@ def factorize_patches(lm: LM, max_rank: int | None, truncate: bool) -> tuple[dic
             rank than `max_rank` and `truncate` is off.
         InputError: `max_rank` is below 1, or above what any engine serves.
     """
-    if not lm.patches:
-        raise PatchError("expected at least one applied patch to export; got none: apply a patch first")
-    if names := find_adapters(lm.model):
-        raise PatchError(
-            f"expected a base without adapters to export one for it; {lm.name} has some, the first at "
-            f"{names[0]}, which the new adapter would lack: export a checkpoint (`--to hf`), which "
-            "holds both"
-        )
+    check_exportable(lm)
     limit = MAX_RANK if max_rank is None else max_rank
     if limit < 1:
         raise InputError(f"expected a max_rank of at least 1; got {limit}: raise it")
@@ -88,6 +95,12 @@ def factorize_patches(lm: LM, max_rank: int | None, truncate: bool) -> tuple[dic
             )
         factors[name], error = exact, max(error, lost)
     return factors, error
+
+
+def ask_truncated(lm: LM, measured: Measured, rank: int) -> Measured:
+    """With the answers of factors that were cut to a rank, which say less than the patches."""
+    with lm.stacked([merge(lm.patches).truncated(rank)[0]]):
+        return measured.as_written(ask(lm, measured.edits))
 
 
 @typed_exclusively
@@ -114,15 +127,11 @@ def export_lora(
     base = describe_base(lm, factors)
     ranks = {name: factor.rank for name, factor in factors.items()}
     report = LoraReport(folder, ranks, error, base["base_model_name_or_path"])
-    measured = measure(lm)
-    if error:  # the factors say less than the patches
-        cut = merge(lm.patches).truncated(report.rank)[0]
-        with lm.stacked([cut]):
-            measured = measured.as_written(ask(lm, measured.edits))
+    measured = ask_truncated(lm, measure(lm), report.rank) if error else measure(lm)
 
     def write(new: Path) -> None:
         write_adapter(new, factors, base)
-        usage = [replace(report, folder=Path(folder.name), base=hub_name(lm) or "BASE").serve_command]
+        usage = replace(report, folder=Path(folder.name), base=hub_name(lm) or "BASE").commands
         (new / CARD).write_text(write_card(lm, "lora", measured, usage), encoding="utf-8")
         write_record(new, describe_export(lm, "lora", measured))
 

@@ -31,7 +31,7 @@ def write_card(lm: LM, kind: str, measured: Measured, usage: Sequence[str]) -> s
     """
     number = "1 edited fact" if measured.total == 1 else f"{measured.total:,} edited facts"
     parts = [
-        f"# {(hub_name(lm) or lm.name).rstrip('/').rpartition('/')[2]} with {number}",
+        f"# {_own_name(lm)} with {number}",
         f"This is {KINDS[kind]}, written by reknow {reknow.__version__}. It changes what {_base(lm)} answers to the "
         "prompts below. `reknow.json` has the edits with all their fields, the ids and settings of the patches, the "
         "base's fingerprint, versions and checksums; `reknow show` reads it.",
@@ -76,7 +76,12 @@ def _metadata(lm: LM, kind: str) -> str:
 
 def _base(lm: LM) -> str:
     name = hub_name(lm)
-    return f"[{name}](https://huggingface.co/{name})" if name else f"`{lm.name}`"
+    return f"[{name}](https://huggingface.co/{name})" if name else f"`{_own_name(lm)}`"
+
+
+def _own_name(lm: LM) -> str:
+    """The base's name without the folders that it lies in."""
+    return (hub_name(lm) or lm.name).rstrip("/").rpartition("/")[2]
 
 
 def _edits(measured: Measured) -> list[str]:

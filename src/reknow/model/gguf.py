@@ -1,14 +1,15 @@
-"""A GGUF file as a folder of transformers: unpacked to float32 by transformers, with no trace of the quantisation."""
+"""A GGUF file as a model of transformers, or as a folder of it: unpacked, with no trace of the quantisation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from reknow.errors import ModelError
 from reknow.model.bars import bars_as_stages
@@ -25,18 +26,44 @@ def convert_gguf(file: Path, folder: Path) -> None:
         ModelError: transformers cannot read the file: it is damaged, or of an architecture that it does not know.
         OSError, SafetensorError: the folder cannot be written to.
     """
-    options = {"gguf_file": file.name, "local_files_only": True}
     with progress.stage("converting the model once", 3, unit="parts") as advance, bars_as_stages():
-        with _as_model_error(file):
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-            advance()
-            model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **_unpacked(), **options)
+        tokenizer = open_tokenizer(file)
         advance()
-        for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-            vars(holder).pop(name, None)  # the weights are plain float32 now
+        model = _open_model(file, torch.float32, None)
+        advance()
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         advance()
+
+
+def open_gguf(file: Path, dtype: torch.dtype | None, device_map) -> PreTrainedModel:
+    """The model in the file.
+
+    Args:
+        dtype: of the weights; None: float32.
+
+    Raises:
+        ModelError: transformers cannot read the file: it is damaged, or of an architecture that it does not know.
+    """
+    with bars_as_stages():
+        model = _open_model(file, dtype or torch.float32, device_map)
+    model.name_or_path = model.config._name_or_path = str(file)
+    return model
+
+
+def open_tokenizer(file: Path):
+    """The tokenizer in the file; raises ModelError where transformers cannot read it."""
+    with _as_model_error(file):
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+
+
+def _open_model(file: Path, dtype: torch.dtype, device_map) -> Any:
+    options = dict(gguf_file=file.name, local_files_only=True, device_map=device_map)
+    with _as_model_error(file):
+        model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=dtype, **_unpacked(), **options)
+    for holder, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        vars(holder).pop(name, None)  # the weights are plain numbers now
+    return model
 
 
 def _unpacked() -> dict:

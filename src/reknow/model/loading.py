@@ -26,6 +26,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from reknow.errors import InputError, MissingExtra, ModelError, ReknowError, did_you_mean
 from reknow.model.bars import bars_as_stages
 from reknow.model.fast_modules import align_weights
+from reknow.model.gguf import open_gguf, open_tokenizer
 from reknow.model.sources import CONFIG, Source, find_source, readable
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -109,6 +110,12 @@ def _load(name: str, tokenizer, dtype, device, device_map, trust_remote_code: bo
 def _load_source(
     name: str, source: Source, tokenizer, dtype, device, device_map, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, Any]:
+    if source.gguf:
+        model = open_gguf(Path(source.name), dtype, device_map)
+        tokenizer = _load_tokenizer(name, source, tokenizer, trust_remote_code)
+        _move(model, device, None)
+        align_weights(model)
+        return model, tokenizer
     expected = f"expected a model that transformers can load; {name!r} could not be loaded"
     with _as_model_error(expected, _WHOLE):
         base = _find_base(name, source)
@@ -186,6 +193,8 @@ def _load_tokenizer(name: str, source: Source, wanted, trust_remote_code: bool):
     if wanted is not None:
         with readable(find_source(str(wanted))) as other:
             return _load_tokenizer(str(wanted), other, None, trust_remote_code)
+    if source.gguf:
+        return open_tokenizer(Path(source.name))
     options = dict(trust_remote_code=trust_remote_code, local_files_only=source.offline)
     with _as_model_error(
         f"expected a tokenizer that transformers can load; that of {name!r} could not be loaded",

@@ -14,14 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from reknow.display import visible
-from reknow.errors import InputError, ModelError, did_you_mean
+from reknow.errors import InputError, MissingExtra, ModelError, did_you_mean
 from reknow.model.packaged import DEMO, PACKAGED, check_installed, converted, kept_folder
 
 CONFIG, _ADAPTER = "config.json", "adapter_config.json"
@@ -31,8 +31,6 @@ PATIENCE = "HF_HUB_ETAG_TIMEOUT"
 """The setting of the hub's library that says how many seconds its answer may take."""
 _SECONDS = 2.0
 """Where that is not set."""
-_FIRST, _HEAD = b"general.architecture", 128
-"""Name of the first field of a GGUF file, and how many bytes hold it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,13 @@ class Source:
     """A model or a tokenizer that is there."""
 
     name: str
-    """A folder, or a repository of the hub."""
+    """A folder, a GGUF file, or a repository of the hub."""
     offline: bool = False
     """Whether the hub does not answer, and only its cache may be read."""
     packaged: str | None = None
     """The demo model that a package holds, which may have to be converted first: see `readable`."""
+    gguf: bool = False
+    """Whether it is a GGUF file."""
 
 
 @contextmanager
@@ -65,9 +65,10 @@ def find_source(name: str) -> Source:
     """Where the model or tokenizer of this name lies.
 
     Raises:
-        InputError: a demo model that does not exist, a file, or no name at all.
+        InputError: a demo model that does not exist, a file that is no GGUF file, or no name at all.
         ModelError: there is no such folder, it holds no model of transformers, the hub has none of that name, or the
             package of a demo model is not installed.
+        MissingExtra: it is a GGUF file, and the package that reads them is not installed.
     """
     if name.startswith(DEMO):
         return _find_demo(name.removeprefix(DEMO))
@@ -76,11 +77,11 @@ def find_source(name: str) -> Source:
         _check_folder(Path(path))
         return Source(path)
     if os.path.isfile(path):
-        raise (
-            _gguf_error(name)
-            if _is_gguf(Path(path))
-            else InputError(f"expected the folder of a model; {name} is a file: give the folder that it lies in")
-        )
+        if not is_gguf(Path(path)):
+            raise InputError(f"expected the folder of a model; {name} is a file: give the folder that it lies in")
+        if find_spec("gguf") is None:
+            raise MissingExtra("gguf", "gguf", f"the GGUF file {name}")
+        return Source(path, offline=True, gguf=True)
     if os.path.isabs(path) or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(
             f"expected a folder with a model; {name} could not be loaded (there is no such folder"
@@ -109,7 +110,10 @@ def _check_folder(folder: Path) -> None:
     if any((folder / name).is_file() for name in _FILES):
         return
     if packed := sorted(folder.glob("*.gguf")):
-        raise _gguf_error(str(packed[0]))
+        raise ModelError(
+            f"expected a folder that transformers saved, or a GGUF file; {folder} holds GGUF files: give one, such "
+            f"as {packed[0]}"
+        )
     inside = ", ".join(_sibling_models(str(folder / CONFIG))[:3])
     near = f"; models in it: {inside}" if inside else _near_names(str(folder))
     raise ModelError(
@@ -118,29 +122,12 @@ def _check_folder(folder: Path) -> None:
     )
 
 
-def _is_gguf(file: Path) -> bool:
+def is_gguf(file: Path) -> bool:
+    """Whether it is a GGUF file, by its first bytes or its name."""
+    if not file.is_file():
+        return False
     with file.open("rb") as opened:
         return opened.read(4) == b"GGUF" or file.suffix.lower() == ".gguf"
-
-
-def _gguf_error(file: str) -> ModelError:
-    kind = _architecture(Path(file))
-    return ModelError(
-        f"expected a model in the format of transformers; {file} is a GGUF file{f' ({kind!r})' if kind else ''}: "
-        "give the model that it was made from, or in Python, where transformers reads its architecture, the pair "
-        "(model, tokenizer) that from_pretrained(FOLDER, gguf_file=FILE) gives"
-    )
-
-
-def _architecture(file: Path) -> str | None:
-    """The architecture that a GGUF file names in its first field, as writers do; None where it does not."""
-    with file.open("rb") as opened:
-        head = opened.read(_HEAD)
-    place = head.find(_FIRST) + len(_FIRST)
-    if _FIRST not in head or len(head) < place + 12:
-        return None
-    size = int.from_bytes(head[place + 4 : place + 12], "little")  # behind the number of the type, text
-    return visible(head[place + 12 : place + 12 + size].decode(errors="replace"))
 
 
 # --- the hub ---------------------------------------------------------------------------------------------------

