@@ -43,6 +43,7 @@ ORDER = (
     "report",
     "instructions",
     "export",
+    "serving",
     "studies",
     "cli",
     "__main__",

@@ -171,8 +171,8 @@ class LM(Decoder):
         random state as it was.
 
         Args:
-            listener: called as (number of the prompt, next piece of its text) while the texts are written; where it
-                gives True, that text ends there, and what it raises ends all of them.
+            listener: called as (number of the prompt, next piece of its text) for each token while the texts are
+                written; where it gives True, that text ends there, and what it raises ends all of them.
 
         Raises:
             InputError: a prompt and `max_new_tokens` together are longer than what the model has positions for; or

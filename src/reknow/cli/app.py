@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from reknow.cli import (
     layers,
     listing,
     measuring,
+    serving,
     sharing,
     showing,
     stacks,
@@ -40,6 +42,9 @@ from reknow.cli.streams import forgiving_streams
 from reknow.cli.terminal import LogHandler, warn
 from reknow.errors import InputError
 from reknow.progress import progress
+
+_WAITING = ("serve",)
+"""Commands that wait for others most of the time, and show by themselves what they do before."""
 
 
 class _Command(TyperCommand):
@@ -72,7 +77,7 @@ class _Group(TyperGroup):
         command = next((word for word in words if not word.startswith("-")), "")
 
         def shown():
-            with progress.shown(command):
+            with nullcontext() if command in _WAITING else progress.shown(command):
                 return run()
 
         raise SystemExit(exit_status(shown, debug="--debug" in words))
@@ -133,6 +138,7 @@ for command in (
     editing.edit,
     asking.ask,
     chatting.chat,
+    serving.serve,
     history.apply,
     history.revert,
     history.log,

@@ -24,7 +24,8 @@ MOST_TEXTS = 100
 
 
 Listener = Callable[[int, str], object]
-"""(which, piece): what the text of that number goes on with, in whole characters. True: enough of it is written."""
+"""(which, piece): called for each token of the text of that number, with what the text goes on with in whole
+characters, which may be nothing yet. True: enough of it is written."""
 
 
 def check_sampling(top_k: int | None, temperature: float) -> None:
@@ -62,9 +63,9 @@ def continue_texts(
     ):
         torch.manual_seed(seed)
         for part in text_batches(lm, [len(row.ids) + max_new_tokens for row in rows]):
-            written = _Written(lm, {i: rows[i] for i in part}, listener)
+            written = _Written(lm, {i: rows[i] for i in part}, max_new_tokens, listener)
             decode(lm, [rows[i] for i in part], max_new_tokens, choose, written.take, len(part))
-            for i, text in zip(part, written.close(), strict=True):
+            for i, text in zip(part, written.texts(), strict=True):
                 texts[i] = text
             advance(len(part))
     return texts
@@ -75,37 +76,34 @@ class _Written:
 
     Args:
         rows: number of each text → what it continues.
+        most: tokens of a text.
     """
 
-    def __init__(self, lm: Decoder, rows: dict[int, EncodedText], listener: Listener | None):
-        self._lm, self._rows, self._listener, self._ends = lm, rows, listener, _end_tokens(lm)
+    def __init__(self, lm: Decoder, rows: dict[int, EncodedText], most: int, listener: Listener | None):
+        self._lm, self._rows, self._most, self._listener = lm, rows, most, listener
+        self._ends = _end_tokens(lm)
         self._tokens: dict[int, list[int]] = {i: [] for i in rows}
         self._heard = dict.fromkeys(rows, "")
-        self._ended, self._enough = set[int](), set[int]()
+        self._ended = set[int]()
 
     def take(self, tokens: Tensor) -> Tensor:
         """Takes the next token of each text, (rows,), and says which texts are at their end, (rows,)."""
         for i, token in zip(self._rows, tokens.tolist(), strict=True):
             if i not in self._ended:
                 self._tokens[i].append(token)
-                if token in self._ends:
+                last = token in self._ends or len(self._tokens[i]) == self._most
+                if self._tell(i, last) or last:
                     self._ended.add(i)
-                elif self._tell(i):
-                    self._ended.add(i)
-                    self._enough.add(i)
         return torch.tensor([i in self._ended for i in self._rows], device=tokens.device)
 
-    def close(self) -> list[str]:
-        """The texts; the listener hears what was held back."""
-        for i in self._rows:
-            if i not in self._enough:
-                self._tell(i, whole=True)
+    def texts(self) -> list[str]:
+        """What is written, in the order of the rows."""
         return [self._text(i) for i in self._rows]
 
     def _text(self, i: int) -> str:
         return _decode_continuation(self._lm, self._rows[i], self._tokens[i])
 
-    def _tell(self, i: int, whole: bool = False) -> bool:
+    def _tell(self, i: int, whole: bool) -> bool:
         """Tells what is new, and whether the listener has enough. What the next token may change yet is held back:
         half a character, and spaces, which some tokenizers take from before a full stop."""
         if self._listener is None:
@@ -113,10 +111,9 @@ class _Written:
         text, heard = self._text(i), self._heard[i]
         if not whole:
             text = text.rstrip("\ufffd").rstrip()
-        if len(text) <= len(heard) or not text.startswith(heard):
-            return False
-        self._heard[i] = text
-        return self._listener(i, text[len(heard) :]) is True
+        new = text[len(heard) :] if text.startswith(heard) else ""
+        self._heard[i] += new
+        return self._listener(i, new) is True
 
 
 def _decode_continuation(lm: Decoder, row: EncodedText, tokens: list[int]) -> str:

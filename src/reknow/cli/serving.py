@@ -1,0 +1,145 @@
+"""`reknow serve`: a server that speaks OpenAI's protocol over one base model and many stacks."""
+
+from __future__ import annotations
+
+import importlib
+import ipaddress
+import logging
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from reknow.cli.options import DEMO, TalkOpening, check_model, read_chat
+from reknow.cli.terminal import say, warn
+from reknow.errors import InputError, MissingExtra
+from reknow.progress import progress
+
+if TYPE_CHECKING:
+    from reknow.lm import LM
+
+_PATIENCE = 5
+"""Seconds that answers may still take when the server is stopped."""
+
+
+def serve(
+    stacks: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Stack folders; each is asked by the name of its folder.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help=f"The base model, where no stack names one. [{DEMO}]", callback=check_model),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0: a free one.")] = 8000,
+    token: Annotated[
+        str | None,
+        typer.Option("--token", envvar="REKNOW_TOKEN", help="What clients must send as their API key."),
+    ] = None,
+    *,
+    opening: TalkOpening,
+) -> None:
+    """Serve stacks over one base model to any client of OpenAI's API: the name of the model picks the stack.
+
+    reknow serve mine --port 8000
+    """
+    try:
+        importlib.import_module("uvicorn")
+    except ImportError:
+        raise MissingExtra("uvicorn", "serve", "a server") from None
+    from reknow.serving.answers import Desk
+    from reknow.serving.app import make_app
+    from reknow.serving.stacks import Stacks, stack_names
+
+    folders = stacks or []
+    base = _base(folders, model)
+    served_as = Path(base).name if Path(base).exists() else base
+    named = stack_names(folders, served_as)
+    listening = _listen(host, port)
+    with listening:
+        with progress.shown("serve"):
+            lm = _open(opening, base)
+        desk = Desk(lm)
+        check = lambda patches: desk.do(lambda lm: lm.restack(patches)).result()  # noqa: E731
+        app = make_app(desk, Stacks(base, served_as, lm.fingerprint, named, check), token, _names(host))
+        _say_where(listening, host, token, [served_as, *named])
+        _run(app, listening, desk)
+
+
+def _base(folders: list[Path], model: str | None) -> str:
+    """The base model of all the stacks, or the one that is named.
+
+    Raises:
+        InputError: they have several, or another than the one that is named.
+    """
+    from reknow.patching.stack import base_name, read_stack
+
+    bases = {} if model is None else {base_name(model): "--model"}
+    for folder in folders:
+        base, _ = read_stack(folder)
+        if base != folder:
+            bases.setdefault(base_name(str(base)), str(folder))
+    if len(bases) > 1:
+        said = " and ".join(f"{base} ({where})" for base, where in bases.items())
+        raise InputError(f"expected stacks on one base model; got {said}: serve each base by itself")
+    return next(iter(bases), DEMO)
+
+
+def _open(opening: TalkOpening, base: str) -> LM:
+    from reknow.model.chat import as_chat
+
+    lm = opening.open(base)
+    lm.chat = as_chat(read_chat(opening.chat_set), lm.tokenizer, lm.name) if opening.chat_set else None
+    return lm
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at the address; InputError where there can be none."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(128)
+        return listening
+    except OSError as error:
+        raise InputError(
+            f"expected to listen at {host}, port {port}; got {error.strerror or error}: give another --port or --host"
+        ) from None
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _names(host: str) -> list[str] | None:
+    """Names by which a server at this address may be called; None: any."""
+    return [host, "localhost", "127.0.0.1", "[::1]"] if _loopback(host) else None
+
+
+def _say_where(listening: socket.socket, host: str, token: str | None, names: list[str]) -> None:
+    port = listening.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    if not _loopback(host):
+        advice = "clients need the token" if token else "give a --token, or leave --host out"
+        warn(f"{host} can be reached from other machines, from which stacks can be asked and changed: {advice}")
+    say(f"serving {', '.join(names)} at http://{shown}:{port}/v1; Ctrl-C ends it")
+
+
+def _run(app, listening: socket.socket, desk) -> None:
+    """Answers until Ctrl-C or SIGTERM comes; what is written then may end within a few seconds."""
+    import uvicorn
+
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, timeout_graceful_shutdown=_PATIENCE, lifespan="off"
+    )
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        desk.close()

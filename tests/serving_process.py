@@ -1,0 +1,55 @@
+"""`reknow serve` as a program of its own, and clients of OpenAI's library for it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from openai import OpenAI
+
+PROGRAM = "from reknow.__main__ import main; main()"
+
+
+@dataclass
+class Served:
+    """A server that runs."""
+
+    process: subprocess.Popen
+    address: str
+    warned: str
+
+    def client(self, token: str = "any") -> OpenAI:
+        return OpenAI(base_url=f"{self.address}/v1", api_key=token, max_retries=0, timeout=300)
+
+
+@contextmanager
+def serving(*arguments: object, folder: Path) -> Iterator[Served]:
+    """The server on a free port; it is killed at the end, if it still runs."""
+    words = ["serve", *map(str, arguments), "--port", "0"]
+    log = folder / "server.log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *words],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "REKNOW_PROGRESS": "0"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+    assert process.stdout is not None
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+?:\d+", line)
+        assert found, log.read_text()
+        yield Served(process, found[0], log.read_text())
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
