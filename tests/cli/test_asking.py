@@ -115,6 +115,12 @@ def test_what_is_refused(model, base, patch, tmp_path):
     assert "tokens" in refused("a " * 500, "--model", model)
 
 
+def test_braces_of_an_edit_are_warned_of(model):
+    result = ask("The mother tongue of {Danielle Darrieux} is", '{"a": 1}', "--model", model, "--tokens", 2)
+    (warning,) = result.stderr.splitlines()
+    assert result.exit_code == 0 and warning.startswith("warning: the braces of “The mother tongue of {Danielle")
+
+
 def test_a_chat_model_asked_outside_its_template_says_so(tmp_path):
     lm = LM(saved(tmp_path / "chatty", "llama"))
     lm.tokenizer.chat_template = "{% for m in messages %}<{{m.role}}>{{m.content}}{% endfor %}<assistant>"

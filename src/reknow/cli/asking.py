@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from reknow.errors import InputError, PatchError, Terminated
 if TYPE_CHECKING:
     from reknow.lm import LM
 
+_BRACES = re.compile(r"\{[\w\s.'’-]+\}")
+"""A name in braces, as prompts of edits have it; not what code or JSON have there."""
 _EXAMPLE = 'reknow ask "The mother tongue of Danielle Darrieux is" --stack mine'
 
 
@@ -98,6 +101,9 @@ def ask(
 
     reknow ask "The mother tongue of Danielle Darrieux is" --stack mine --beside
     """
+    for prompt in prompts or ():
+        if _BRACES.search(prompt):
+            warn(f"the braces of “{prompt}” are asked too: leave them out, as they mark a subject for an edit alone")
     prompts = prompts or _read_prompts()
     lm = asked.open(opening)
     if beside and not lm.patches:
