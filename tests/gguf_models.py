@@ -21,9 +21,11 @@ def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     return parts.swapaxes(1, 2).reshape(rows.shape)
 
 
-def write_llama(lm: LM, file: Path, kind: str = "F16") -> Path:
-    """The base model as a GGUF file whose matrices are of this type."""
+def write_llama(lm: LM, file: Path, kind: str = "F16", **about: str) -> Path:
+    """The base model as a GGUF file whose matrices are of this type, and that says of itself what is given."""
     config, writer = lm.model.config, gguf.GGUFWriter(file, "llama")
+    for key, text in about.items():
+        writer.add_string(f"general.{key.replace('__', '.')}", text)
     _write_config(config, writer)
     _write_tokenizer(lm, writer)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)

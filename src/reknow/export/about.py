@@ -28,6 +28,7 @@ from reknow.files.outputs import MARK, marked_files, output_folder
 from reknow.files.schema import NewerFormat, Object, Strict, explain, read_json
 from reknow.lm import LM
 from reknow.model.packaged import packaged_model
+from reknow.model.sources import is_gguf
 from reknow.patching.record import PatchRecord
 from reknow.progress import progress
 
@@ -157,7 +158,8 @@ def _describe_measured(measured: Measured) -> dict[str, Any]:
 def hub_name(lm: LM) -> str | None:
     """The name on the hub of the base, or of the model that a packaged one was made from; None: it has none."""
     packaged = packaged_model(lm.name, lm.model.name_or_path)
-    for name in (packaged.original if packaged else "", lm.name, lm.model.name_or_path or ""):
+    told = (_gguf_field(lm, "general.base_model.0.repo_url") or "").removeprefix("https://huggingface.co/")
+    for name in (packaged.original if packaged else "", told, lm.name, lm.model.name_or_path or ""):
         try:
             validate_repo_id(name)
         except HFValidationError:
@@ -168,9 +170,12 @@ def hub_name(lm: LM) -> str | None:
 
 
 def find_licence(lm: LM) -> str | None:
-    """The licence of the base by its name on the hub, where a package or the card beside its files names it."""
+    """The licence of the base by its name on the hub, where a package, its GGUF file or the card
+    beside its files names it."""
     if packaged := packaged_model(lm.name, lm.model.name_or_path):
         return _LICENCES.get(packaged.licence)
+    if told := _gguf_field(lm, "general.license"):
+        return told
     for source in (lm.name, lm.model.name_or_path or ""):
         try:
             card = Path(source, CARD)
@@ -182,6 +187,16 @@ def find_licence(lm: LM) -> str | None:
         except (OSError, ValueError):  # no name of the hub, or a card that is none
             continue
     return None
+
+
+def _gguf_field(lm: LM, key: str) -> str | None:
+    """What the GGUF file that the model was opened from says in a field."""
+    path = Path(lm.model.name_or_path or "")
+    if not is_gguf(path):
+        return None
+    from reknow.export.gguf_files import GGUFFile  # what it needs is installed where such a file was opened
+
+    return GGUFFile(path).text(key)
 
 
 # --- files -----------------------------------------------------------------------------------------------------

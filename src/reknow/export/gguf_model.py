@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from gguf import GGMLQuantizationType, quants
+from torch import Tensor
 
 from reknow.errors import ModelError, PatchError
 from reknow.export.about import describe_export
@@ -27,6 +28,7 @@ from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.patching.deltas import Delta, add_deltas
 from reknow.patching.patches import merge
+from reknow.progress import progress
 
 _OWN = (
     GGMLQuantizationType.F32,
@@ -34,11 +36,13 @@ _OWN = (
     GGMLQuantizationType.BF16,
     GGMLQuantizationType.Q8_0,
 )
-"""Types in which an edited tensor stays. Blocks of 4 and 5 bits cannot hold what a change of low rank adds: its few
-large numbers set the scale of their block."""
-_RAISED, _WIDE, _BLOCK = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16, 32
-_LARGEST = 65504.0
-"""The largest number of float16, in which Q8_0 keeps its scales."""
+"""Types in which an edited tensor may stay. Blocks of 4 and 5 bits cannot hold what a change of low rank adds: its
+few large numbers set the scale of their block."""
+_RAISED, _BLOCK = GGMLQuantizationType.Q8_0, 32
+_WIDER = (GGMLQuantizationType.F16, GGMLQuantizationType.F32)
+_LOST = 0.02
+"""How much rounding to a type may cost, as a share of the unedited tensor's norm: four times what Q8_0 costs normally
+distributed weights. Where the change is large beside the weights, more of them is lost, and other facts with them."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +61,17 @@ class GGUFReport:
 def export_gguf(lm: LM, base: str | Path, out: str | Path, *, overwrite: bool = False) -> GGUFReport:
     """Writes the GGUF file `base` anew with the applied patches in it, and asks the edits' prompts of the result.
 
-    Edited tensors keep their type where that is F32, F16, BF16 or Q8_0; others become Q8_0, or F16 where their rows
-    are no whole blocks. The bytes of all other tensors and fields stay; the fields `reknow.json` and `reknow.card`
-    say what was changed. The file is copied block by block, so that only the tensor in hand is in memory.
+    Edited tensors keep their type where that is F32, F16, BF16 or Q8_0; others become Q8_0. Where rounding the sum to
+    that type would cost much of the weights themselves, the tensor becomes F16, or F32 if that is not enough. The
+    bytes of all other tensors and fields stay; the fields `reknow.json` and `reknow.card` say what was changed. The
+    file is copied block by block, so that only the tensor in hand is in memory.
 
     Args:
         base: a GGUF file of the model that the patches were made on, in whatever quantisation.
 
     Raises:
         PatchError: no patch is applied, one is a memory, `base` is of another model or lacks a tensor, the model's
-            layout in llama.cpp is not known, or a sum overflows the tensor's type.
+            layout in llama.cpp is not known, or a sum is no number of float32.
         ModelError: `base` is no whole GGUF file.
         InputError: `out` exists and `overwrite` is off, or the disk is full (an old file stays).
     """
@@ -74,10 +79,10 @@ def export_gguf(lm: LM, base: str | Path, out: str | Path, *, overwrite: bool = 
     out = output_file(Path(out), overwrite, (base, lm.name, lm.model.name_or_path))
     file, deltas = GGUFFile(Path(base)), merge(lm.patches).deltas
     places = check_match(lm, file, deltas)
-    new = {
-        place.tensor: NewTensor(_type_of(file, place.tensor), partial(_edited, file, place, deltas[name]))
-        for name, place in places.items()
-    }
+    new = {}
+    for name, place in progress.each("choosing types", places.items(), unit="tensors"):
+        kind = _choose_type(file, place, deltas[name])
+        new[place.tensor] = NewTensor(kind, partial(_edited, file, place, deltas[name], kind))
     measured, why = measure(lm), list[str]()
 
     def write(path: str) -> None:
@@ -121,26 +126,34 @@ def _earlier(file: GGUFFile) -> list[str]:
         return []
 
 
-def _type_of(file: GGUFFile, name: str) -> GGMLQuantizationType:
-    """The type in which an edited tensor is written."""
-    tensor = file.tensors[name]
-    if tensor.tensor_type in _OWN:
-        return tensor.tensor_type
-    return _RAISED if int(tensor.shape[0]) % _BLOCK == 0 else _WIDE
-
-
-def _edited(file: GGUFFile, place: Place, delta: Delta) -> np.ndarray:
-    """The file's tensor plus the change, as it is written."""
-    kind, matrix = _type_of(file, place.tensor), read_tensor(file, place.tensor)
-    # The file's rows may lie in another order, and the change is one of transformers' rows.
-    change = place.arrange(add_deltas(0 * matrix.double(), [delta]))
-    rows = as_rows(matrix.double() + change)
-    bound = {_WIDE: _LARGEST, GGMLQuantizationType.Q8_0: _LARGEST * 127}.get(kind)
-    if not bool(rows.isfinite().all()) or (bound is not None and float(rows.abs().max()) > bound):
+def _choose_type(file: GGUFFile, place: Place, delta: Delta) -> GGMLQuantizationType:
+    """The type in which an edited tensor is written; raises PatchError where float32 cannot hold the sum."""
+    tensor, matrix = file.tensors[place.tensor], read_tensor(file, place.tensor)
+    wanted, own = _add(matrix, place, delta), tensor.tensor_type
+    if not bool(wanted.isfinite().all()):
         raise PatchError(
-            f"expected sums that {kind.name} can hold; {place.tensor} overflows: take the patch with the largest "
-            "change off, or export an adapter with `--to gguf-lora`"
+            f"expected sums that are numbers; {place.tensor} with the change overflows: take the patch with the "
+            "largest change off"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of blocks that are zero
-        return quants.quantize(rows.numpy(), kind)
+    first = [own] if own in _OWN else [_RAISED] if int(tensor.shape[0]) % _BLOCK == 0 else []
+    for kind in (*first, *_WIDER):
+        held = torch.from_numpy(np.array(quants.dequantize(_store(wanted, kind), kind), dtype=np.float32))
+        if float((held - wanted).norm()) <= _LOST * float(matrix.norm()):
+            return kind
+    return _WIDER[-1]
+
+
+def _edited(file: GGUFFile, place: Place, delta: Delta, kind: GGMLQuantizationType) -> np.ndarray:
+    """The file's tensor plus the change, as it is written."""
+    return _store(_add(read_tensor(file, place.tensor), place, delta), kind)
+
+
+def _add(matrix: Tensor, place: Place, delta: Delta) -> Tensor:
+    """The sum in float32; the file's rows may lie in another order than transformers'. (out, in)"""
+    exact = matrix.double()
+    return as_rows(exact + place.arrange(add_deltas(torch.zeros_like(exact), [delta])))
+
+
+def _store(matrix: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    with np.errstate(all="ignore"):  # blocks that are zero; numbers that are too large, which are refused
+        return quants.quantize(matrix.numpy(), kind)
