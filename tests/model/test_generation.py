@@ -98,7 +98,7 @@ def test_pieces_are_whole_characters_and_no_space_is_taken_back():
     text = "né à Łódź .".encode()
     heard: list[str] = []
     lm = SimpleNamespace(tokenizer=Spelling(), model=SimpleNamespace(generation_config=None))
-    written = _Written(lm, {0: EncodedText((97,), 1)}, len(text), lambda _i, piece: heard.append(piece))
+    written = _Written(lm, {0: EncodedText((97,), 1)}, [len(text)], lambda _i, piece: heard.append(piece))
     for byte in text:
         written.take(torch.tensor([byte]))
     assert written.texts() == ["".join(heard)] == ["né à Łódź."]

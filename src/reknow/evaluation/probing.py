@@ -17,7 +17,7 @@ from reknow.lm import LM
 from reknow.model.readable import in_context_questions, scored_answers
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
-from reknow.model.tokens import Text
+from reknow.model.tokens import EncodedText, Text
 from reknow.patching.patches import Patch
 
 SAMPLED_TOKENS, SAMPLED_TOP_K = 100, 5
@@ -41,6 +41,7 @@ def read_cases(
     generate: bool = True,
     seed: int = 0,
     in_context: bool = False,
+    written: Sequence[str] | None = None,
 ) -> list[list[Reading]]:
     """What the model, as it is now, answers to all questions of each case, in their order.
 
@@ -49,12 +50,13 @@ def read_cases(
         generate: off, the others do not.
         seed: for the sampling alone.
         in_context: put the edit as a statement in front of every question.
+        written: the texts of the probes for fluency, where they are there already.
     """
     asked = [pair for case in cases for pair in (in_context_questions(case) if in_context else case.asked)]
     questions = [pair for pair in asked if pair[1].kind != "fluency"]
     prompts = [probe.prompt for _, probe in asked if probe.kind == "fluency"]
     answers = iter(_answered(lm, questions, generate))
-    texts = iter(_sampled(lm, prompts, seed) if fluency else [None] * len(prompts))
+    texts = iter(written or _sampled(lm, prompts, seed) if fluency else [None] * len(prompts))
     readings = (
         Reading(probe.kind, probe.name, probe.prompt, probe.answers, text=next(texts))
         if probe.kind == "fluency"
@@ -73,6 +75,7 @@ def read_compared(
     generate: bool,
     seed: int,
     in_context: bool,
+    written: Sequence[str] | None = None,
 ) -> list[list[Reading] | str]:
     """`read_cases`, compared with what the model says with the patches `stack_before` alone.
 
@@ -80,7 +83,8 @@ def read_compared(
     """
 
     def answers(some: Sequence[Case]) -> list[list[Reading]]:
-        readings = read_cases(lm, some, fluency=fluency, generate=generate, seed=seed, in_context=in_context)
+        asked = {"fluency": fluency, "generate": generate, "seed": seed, "in_context": in_context}
+        readings = read_cases(lm, some, **asked, written=written if some is cases else None)
         if lm.patches != stack_before:
             readings = _with_divergence(lm, readings, stack_before)
         if any(one.kind == "fluency" and one.text for case in readings for one in case):
@@ -181,10 +185,20 @@ def _sampled(lm: LM, prompts: Sequence[str], seed: int) -> list[str]:
     """Sampled continuations, so that prompt and continuation have SAMPLED_TOKENS tokens together."""
     if not prompts:
         return []
-    lengths = [len(row.ids) for row in lm.encode([Text(prompt) for prompt in prompts])]
+    rooms, most = text_rooms(lm, lm.encode([Text(prompt) for prompt in prompts]))
+    return cut_texts(lm, lm.generate(list(prompts), most, top_k=SAMPLED_TOP_K, seed=seed), rooms)
+
+
+def text_rooms(lm: LM, rows: Sequence[EncodedText]) -> tuple[list[int], int]:
+    """How many tokens of text are read behind each prompt, and how many are written behind all of them."""
+    lengths = [len(row.ids) for row in rows]
     rooms = [max(1, SAMPLED_TOKENS - length) for length in lengths]
     limit = max(rooms) if lm.max_tokens is None else max(1, lm.max_tokens + 1 - max(lengths))
-    texts = lm.generate(list(prompts), min(max(rooms), limit), top_k=SAMPLED_TOP_K, seed=seed)
+    return rooms, min(max(rooms), limit)
+
+
+def cut_texts(lm: LM, texts: Sequence[str], rooms: Sequence[int]) -> list[str]:
+    """The texts, each cut at so many tokens."""
     spans = lm.tokenizer(list(texts), add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [
         text if len(places) <= room else text[: places[room - 1][1]]

@@ -26,6 +26,7 @@ from reknow.evaluation.run_folder import (
     own_rows,
     run_digest,
 )
+from reknow.evaluation.side_by_side import sample_side_by_side
 from reknow.evaluation.stages import AFTER_EDIT, END, IN_CONTEXT, UNEDITED, checkpoint
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
@@ -33,6 +34,7 @@ from reknow.files.manifest import open_manifest
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.readable import find_unreadable
+from reknow.patching.patches import Patch
 
 _BLOCK = 32
 """Cases that are read together. Fixed, so that a resumed run asks the same questions in the same batches."""
@@ -128,14 +130,27 @@ class _Reader:
         self.unreadable = {name: reason for name, reason in zip(cases, found, strict=True) if reason is not None}
 
     def read(
-        self, names: list[str], *, texts: bool, seed: int = 0, in_context: bool = False
+        self,
+        names: list[str],
+        *,
+        texts: bool,
+        seed: int = 0,
+        in_context: bool = False,
+        written: list[str] | None = None,
     ) -> list[list[dict] | str]:
-        """By case its readings as JSON, or why it cannot be read."""
+        """By case its readings as JSON, or why it cannot be read; see `read_cases`."""
         cases, plan = [self.cases[name] for name in names if name not in self.unreadable], self.plan
         asked = {"fluency": texts and plan.fluency, "generate": plan.generate, "seed": seed, "in_context": in_context}
-        found = iter(read_compared(self.lm, cases, self.stack_before, **asked))
+        found = iter(read_compared(self.lm, cases, self.stack_before, **asked, written=written))
         each = [self.unreadable[name] if name in self.unreadable else next(found) for name in names]
         return [one if isinstance(one, str) else [reading.to_json() for reading in one] for one in each]
+
+    def write(self, patches: Mapping[str, Patch], seed: int) -> dict[str, list[str]]:
+        """The sampled texts of those cases that can be written together, each with its patch on."""
+        if not self.plan.fluency or len(patches) < 2:
+            return {}
+        found = sample_side_by_side(self.lm, [self.cases[name] for name in patches], [*patches.values()], seed)
+        return {name: texts for name, texts in zip(patches, found, strict=True) if texts is not None}
 
     def read_held_out(self) -> float | None:
         """The perplexity of the held-out texts, where there are any."""
@@ -185,10 +200,14 @@ class _Run:
             patches = {name: [patch] for name, (patch, _) in zip(readable, found, strict=True) if patch is not None}
             costs = {name: case_cost(edit_costs) for name, (_, edit_costs) in zip(readable, found, strict=True)}
             costs |= self.unread_costs(names)
+            left = [name for name in names if name in patches and not self.is_done(label, seed, AFTER_EDIT, [name])]
+            written = self.reader.write({name: patches[name][0] for name in left}, seed)
             for name in names:
                 with self.lm.patched(*patches.get(name, [])):
                     for stage in stages:
-                        self.add_rows(label, seed, stage, [name], costs, texts=stage != IN_CONTEXT)
+                        texts = stage != IN_CONTEXT
+                        own = written.get(name) if texts else None
+                        self.add_rows(label, seed, stage, [name], costs, texts=texts, written=own)
 
     def run_sequence(self, label: str, method: Method, seed: int) -> None:
         """Patch upon patch; in batch mode a single one. The patches of a killed run are put on again."""
@@ -232,18 +251,28 @@ class _Run:
         return all((label, seed, self.plan.mode, stage, name) in self.rows for name in names)
 
     def add_rows(
-        self, label: str, seed: int, stage: str, names: list[str], costs: Mapping[str, Cost], *, texts: bool
+        self,
+        label: str,
+        seed: int,
+        stage: str,
+        names: list[str],
+        costs: Mapping[str, Cost],
+        *,
+        texts: bool,
+        written: list[str] | None = None,
     ) -> None:
         """Reads the cases on the model as it is and writes their rows.
 
         Args:
             costs: what the cases cost; of the unedited model there are none.
             texts: with what the plan asks of texts.
+            written: those of the one case that is read, where they are there already.
         """
         for block in _blocks(names):
             if self.is_done(label, seed, stage, block):
                 continue
-            readings = self.reader.read(block, texts=texts, seed=seed, in_context=stage == IN_CONTEXT)
+            options = {"texts": texts, "seed": seed, "in_context": stage == IN_CONTEXT}
+            readings = self.reader.read(block, **options, written=written)
             held_out = self.reader.read_held_out() if texts else None
             for name, found in zip(block, readings, strict=True):
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}

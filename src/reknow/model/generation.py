@@ -46,13 +46,25 @@ def continue_texts(
     temperature: float,
     seed: int,
     listener: Listener | None = None,
+    streams: Sequence[tuple[slice, int]] | None = None,
 ) -> list[str]:
-    """What follows the rows; see `LM.generate`."""
+    """What follows the rows; see `LM.generate`.
+
+    Args:
+        streams: (rows, how many tokens at most) of texts that are to be what they would be if their rows were
+            continued by themselves, though all are written together, in the order in which they come.
+    """
+    drawn = [(rows_of, torch.Generator(lm.device).manual_seed(seed)) for rows_of, _ in streams or ()]
+
+    def draw(logits: Tensor, k: int) -> Tensor:
+        if streams is None:
+            return sample_tokens(logits, k, temperature)
+        return torch.cat([sample_tokens(logits[rows_of], k, temperature, stream) for rows_of, stream in drawn])
 
     def choose(logits: Tensor) -> Tensor:
         fine = check_logits(lm, logits)
         logits = logits.where(fine[:, None], 0.0)
-        token = logits.argmax(-1) if top_k is None else sample_tokens(logits, top_k, temperature)
+        token = logits.argmax(-1) if top_k is None else draw(logits, top_k)
         return token.where(fine, silence)  # a model that edits have wrecked says nothing more
 
     silence = next((end for end in _end_tokens(lm) if end < len(embedding_matrix(lm.model))), 0)
@@ -62,8 +74,10 @@ def continue_texts(
         progress.stage("writing", len(rows), unit="texts") as advance,
     ):
         torch.manual_seed(seed)
-        for part in text_batches(lm, [len(row.ids) + max_new_tokens for row in rows]):
-            written = _Written(lm, {i: rows[i] for i in part}, max_new_tokens, listener)
+        limits = [most for rows_of, most in streams or () for _ in rows[rows_of]] or [max_new_tokens] * len(rows)
+        lengths = [len(row.ids) + max_new_tokens for row in rows]
+        for part in text_batches(lm, lengths) if streams is None else [[*range(len(rows))]]:
+            written = _Written(lm, {i: rows[i] for i in part}, limits, listener)
             decode(lm, [rows[i] for i in part], max_new_tokens, choose, written.take, len(part))
             for i, text in zip(part, written.texts(), strict=True):
                 texts[i] = text
@@ -76,11 +90,11 @@ class _Written:
 
     Args:
         rows: number of each text → what it continues.
-        most: tokens of a text.
+        limits: tokens of each text at most.
     """
 
-    def __init__(self, lm: Decoder, rows: dict[int, EncodedText], most: int, listener: Listener | None):
-        self._lm, self._rows, self._most, self._listener = lm, rows, most, listener
+    def __init__(self, lm: Decoder, rows: dict[int, EncodedText], limits: Sequence[int], listener: Listener | None):
+        self._lm, self._rows, self._limits, self._listener = lm, rows, limits, listener
         self._ends = _end_tokens(lm)
         self._tokens: dict[int, list[int]] = {i: [] for i in rows}
         self._heard = dict.fromkeys(rows, "")
@@ -91,7 +105,7 @@ class _Written:
         for i, token in zip(self._rows, tokens.tolist(), strict=True):
             if i not in self._ended:
                 self._tokens[i].append(token)
-                last = token in self._ends or len(self._tokens[i]) == self._most
+                last = token in self._ends or len(self._tokens[i]) == self._limits[i]
                 if self._tell(i, last) or last:
                     self._ended.add(i)
         return torch.tensor([i in self._ended for i in self._rows], device=tokens.device)
@@ -130,11 +144,11 @@ def sample_tokens(logits: Tensor, top_k: int, temperature: float, generator: tor
     """A token for each row of logits (rows, vocabulary), drawn among its `top_k` most likely. (rows,)
 
     Args:
-        generator: on the CPU; None: torch's own randomness.
+        generator: None: torch's own randomness.
     """
     kept, tokens = logits.topk(min(top_k, logits.shape[1]))
     chances = (kept / temperature).softmax(-1)
-    chosen = torch.multinomial(chances if generator is None else chances.cpu(), 1, generator=generator)
+    chosen = torch.multinomial(chances if generator is None else chances.to(generator.device), 1, generator=generator)
     return tokens.gather(1, chosen.to(tokens.device))[:, 0]
 
 
