@@ -60,7 +60,7 @@ class Packing:
             def update(keys: Tensor, values: Tensor, *args, **kwargs):
                 return own(self._spread(keys), self._spread(values), *args, **kwargs)
 
-            cache.update = update
+            cache.update = update  # type: ignore[method-assign]
         return cache
 
     def added_at(self, delta: Tensor, column: int):
