@@ -49,7 +49,7 @@ def first_words(texts: list[str]) -> list[str]:
 def test_smollm2_is_opened_as_it_was_trained(smollm2):
     assert smollm2.name == "demo:smollm2" and smollm2.fingerprint.digest == "4bf165534b733221"
     assert smollm2.layers == 30 and smollm2.weight(smollm2.parts.value[0]).shape == (576, 1536)
-    assert smollm2.parts.residual_identity and smollm2.parts.replayable
+    assert smollm2.parts.residual_identity and not smollm2.parts.value_normed and smollm2.parts.replayable
     assert said(smollm2, ASKED, *NEAR, *FAR) == [
         " French. She is a Canadian",
         " French, and the language of",
@@ -65,7 +65,7 @@ def test_smollm2_is_opened_as_it_was_trained(smollm2):
 def test_gemma3_is_opened_as_it_was_trained(gemma3):
     assert gemma3.name == "demo:gemma3" and gemma3.fingerprint.digest == "4b9fb4776e7dce0d"
     assert gemma3.layers == 18 and gemma3.weight(gemma3.parts.value[0]).shape == (640, 2048)
-    assert not gemma3.parts.residual_identity and gemma3.parts.replayable
+    assert not gemma3.parts.residual_identity and gemma3.parts.value_normed and gemma3.parts.replayable
     assert first_words(said(gemma3, ASKED, *NEAR, *FAR[:2])) == ["French"] * 3 + ["Paris", "Tokyo"]
 
 

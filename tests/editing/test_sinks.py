@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,7 @@ def test_the_step_has_the_unit_of_what_it_is_added_to(family):
     """Where an addition does not reach the block's output unchanged, the unit is half the value matrix's output."""
     lm = make_lm(family)
     assert not lm.parts.residual_identity
+    lm.parts = replace(lm.parts, value_normed=False)  # the length of v + δ would be brought back to that of v
     edit = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English")
     search = AuthorsSearch(steps=2, units="relative", learning_rate=0.1, weight_decay=0, clamp=100)
     found = find_values(lm, [edit], 1, [""], search)

@@ -11,8 +11,10 @@ from conftest import AuthorsSearch, make_lm
 from reknow import LM, PMET, load_cases
 from reknow.editing import value_batch
 from reknow.editing.value_batch import Scores
-from reknow.editing.values import Convergence, decrease_per_pass, find_values, value_loss
+from reknow.editing.values import Convergence, decrease_per_pass, find_values, turn, value_loss
 from reknow.edits import Edit
+from reknow.model.replay import BlockReplay
+from reknow.model.tokens import Text
 
 EDITS = [
     Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", target_true="French"),
@@ -165,3 +167,40 @@ def test_merged_subjects_share_one_addition(gpt2):
     assert not torch.equal(found.delta[0], found.delta[1])
     apart = find_values(gpt2, edits, 1, CONTEXTS, AuthorsSearch(steps=6))
     assert not torch.equal(apart.delta[0], apart.delta[2])
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo2", "glm4", "granite"])
+def test_behind_a_norm_a_wanted_value_is_as_long_as_the_value(family):
+    """Only its direction counts there, as the same answers to twice of it show; a multiplier (Granite) is no norm."""
+    lm = make_lm(family)
+    search = AuthorsSearch(steps=6, units="relative", learning_rate=0.3, weight_decay=0)
+    found = find_values(lm, EDITS, 1, CONTEXTS, search)
+    ratio = (found.value + found.delta).norm(dim=1) / found.value.norm(dim=1)
+    assert torch.allclose(ratio, torch.ones(3), atol=1e-4) == (family != "granite")
+    absolute = find_values(lm, EDITS, 1, CONTEXTS, replace(search, units="absolute", learning_rate=0.1))
+    assert float(((absolute.value + absolute.delta).norm(dim=1) / absolute.value.norm(dim=1) - 1).abs().max()) > 1e-3
+    (row,) = lm.encode([Text.about(EDITS[0])])
+    replay = BlockReplay(lm, lm.pad([row]), 1, row.subject_last)
+    large = 100 * (found.value + found.delta)[:1]  # of the size of real models' values, beside which ε vanishes
+    last = torch.tensor([0]), torch.tensor([row.prompt_length - 1])
+    once, twice = (replay(factor * large - replay.value, *last) for factor in (1, 2))
+    assert torch.allclose(once, twice, atol=1e-4 * float(once.std())) == (family != "granite")
+
+
+def test_a_turned_value_keeps_its_length_and_its_direction_as_far_as_the_clamp_allows():
+    generator = torch.Generator().manual_seed(0)
+    value, delta = (torch.randn(7, 16, generator=generator) for _ in range(2))
+    free, held = turn(value, delta, torch.full((7, 1), 99.0)), turn(value, delta, torch.full((7, 1), 0.5))
+    for turned in (free, held):
+        assert torch.allclose((value + turned).norm(dim=1), value.norm(dim=1), rtol=1e-5)
+    assert torch.allclose(torch.cosine_similarity(value + free, value + delta), torch.ones(7), atol=1e-5)
+    assert torch.allclose(held.norm(dim=1), torch.full((7,), 0.5), rtol=1e-4)
+    plane = torch.linalg.lstsq(torch.stack([value, delta], 2), held[..., None])  # turned in the plane of v and δ
+    assert torch.allclose(torch.stack([value, delta], 2) @ plane.solution, held[..., None], atol=1e-4)
+    assert torch.allclose(turn(value, 0 * delta, torch.ones(7, 1)), 0 * value, atol=1e-5)
+
+
+def test_a_model_without_a_norm_there_is_searched_as_before(gpt2):
+    search = AuthorsSearch(steps=6, units="relative", learning_rate=0.1)
+    found = find_values(gpt2, EDITS, 1, CONTEXTS, search)
+    assert float(((found.value + found.delta).norm(dim=1) / found.value.norm(dim=1) - 1).abs().max()) > 1e-3

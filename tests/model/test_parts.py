@@ -99,6 +99,8 @@ def test_what_is_measured(built, name):
     assert parts.replayable
     behind = ALL[name][0] == "opt" and name != "opt"  # OPT with its norm behind the MLP
     assert parts.residual_identity == (ALL[name][0] not in NOT_IDENTITY and not behind)
+    # Granite has a multiplier; behind OPT's norm is the whole stream, where a longer addition counts for more.
+    assert parts.value_normed == (ALL[name][0] in NOT_IDENTITY - {"granite"})
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -7,7 +7,9 @@ Shared by every locate-then-edit method (ROME, arXiv 2202.05262, eq. 4; MEMIT, a
          + kl_weight · KL( P(· | "{subject} is a"; δ) ‖ P(· | "{subject} is a"; 0) )
          + weight_decay · ‖δ‖ / ‖v‖
 
-With `units="absolute"` the last term is weight_decay · ‖δ‖ / ‖v‖², as in the papers. `value_loss` is this equation,
+With `units="absolute"` the last term is weight_decay · ‖δ‖ / ‖v‖², as in the papers. Where a norm follows the value
+matrix (`parts.value_normed`) only the direction of v* counts, and ‖v*‖ = ‖v‖ is kept (`turn`), again but for
+`units="absolute"`. `value_loss` is the equation,
 `_descend` the loop around it, `Convergence` says when a fact is finished, and `value_batch` how facts are read: a
 group of them at a time, with one batch of the contexts in every pass.
 """
@@ -30,7 +32,7 @@ from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText
 from reknow.progress import progress
 
-__all__ = ["Convergence", "Values", "decrease_per_pass", "find_values", "value_loss"]
+__all__ = ["Convergence", "Values", "decrease_per_pass", "find_values", "turn", "value_loss"]
 
 _BEHIND_NORM = 0.5
 """The unit of a step in root mean squares of what δ is added to, where that does not reach the block's output
@@ -113,8 +115,9 @@ def _search_group(
         sizes, units = start.norm(dim=2), start.new_ones(start.shape[:2])
     else:
         sizes, units = _relative_units(context_batches, sites, lm.parts.residual_identity)
+    sphere = start[-1] if lm.parts.value_normed and method.units == "relative" else None
     with torch.enable_grad():
-        delta, losses = _descend(context_batches, sizes, units, index.to(start.device), method)
+        delta, losses = _descend(context_batches, sizes, units, index.to(start.device), method, sphere)
     return Values(delta, start[-1], bare("value"), bare("key"), mean("value"), mean("key"), losses)
 
 
@@ -156,6 +159,7 @@ def _descend(
     units: Tensor,
     index: Tensor,
     method: ValueSearchMethod,
+    sphere: Tensor | None = None,
 ) -> tuple[Tensor, list[list[float]]]:
     """(δ of every fact at the last site, losses): Adam on δ, each pass with the next batch of contexts.
 
@@ -163,9 +167,13 @@ def _descend(
         sizes: ‖v‖. (sites, facts)
         units: of the learning rate. (sites, facts)
         index: number of each fact's δ. (facts,)
+        sphere: v of every fact, whose length v + δ keeps; None: it has any. (facts, hidden)
     """
     convergence, count = Convergence(index.cpu(), len(context_batches), method), int(index.max()) + 1
     radius, unit = method.clamp * _smallest(sizes, index, count), _smallest(units, index, count)  # (sites, δs, 1)
+    if sphere is not None:  # that of the first fact of each δ
+        numbers = torch.arange(len(index), device=index.device)
+        sphere = sphere[numbers.new_full((count,), len(index)).scatter_reduce(0, index, numbers, "amin")]
     # Adam's steps have the size of the learning rate whatever the gradient, so δ is searched in its units.
     scaled = sizes.new_zeros(len(sizes), count, context_batches[0].width, requires_grad=True)
     optimizer, unedited = torch.optim.Adam([scaled], lr=method.learning_rate), None
@@ -192,8 +200,29 @@ def _descend(
         optimizer.step()
         with torch.no_grad():
             scaled *= (radius / (unit * scaled).norm(dim=2, keepdim=True).clamp(min=1e-12)).clamp(max=1)
+            if sphere is not None:
+                scaled[-1] = turn(sphere, (unit * scaled)[-1], radius[-1]) / unit[-1]
             scaled[:, finished] = before
     return (unit * scaled).detach()[-1, index], convergence.losses
+
+
+def turn(value: Tensor, delta: Tensor, radius: Tensor) -> Tensor:
+    """The addition that gives v + δ the length of v, and its own direction as far as ‖δ‖ ≤ `radius` allows.
+
+    Behind a norm the gradient is orthogonal to v + δ, but a step of Adam is not, and lengthens v + δ again and again
+    (Heo et al. 2021, arXiv 2006.08217): nothing for the answer, and all the more for whatever has a part of the key.
+
+    Args:
+        value, delta: (n, hidden).
+        radius: (n, 1).
+    """
+    length, wanted = value.norm(dim=1, keepdim=True).clamp(min=1e-12), value + delta
+    axis = value / length
+    along = (wanted * axis).sum(1, keepdim=True)
+    across = wanted - along * axis
+    width = across.norm(dim=1, keepdim=True)
+    angle = torch.minimum(torch.atan2(width, along), 2 * torch.asin((radius / (2 * length)).clamp(max=1)))
+    return length * (torch.cos(angle) * axis + torch.sin(angle) * across / width.clamp(min=1e-12)) - value
 
 
 def _smallest(sizes: Tensor, index: Tensor, count: int) -> Tensor:

@@ -36,6 +36,8 @@ class Parts:
 
     False where a norm or a multiplier follows the MLP (Gemma 2 and 3, OLMo 2, GLM-4, Granite).
     """
+    value_normed: bool = False
+    """Whether only the direction of the value matrix's output counts, since a norm follows (and no multiplier)."""
     replayable: bool = True
     """Whether the blocks above a layer can be run by themselves (`replay.BlockReplay`)."""
     row_selectable: bool = False

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reknow.model.decoder import Decoder
-from reknow.model.hooks import added_at, output_edited, recorded
+from reknow.model.hooks import added_at, by_row, output_edited, recorded
 from reknow.model.parts import Parts, embedding_matrix, refusal
 from reknow.model.replay import BlockReplay
 from reknow.model.scoring import check_logits
@@ -26,8 +26,8 @@ def verify(lm: Decoder) -> Parts:
     """The parts with what a few small passes tell of them.
 
     Checks that no token sees a later one and that rows padded on both sides give the logits of unpadded ones;
-    measures whether additions to the value matrix's output reach the block's output as they are, and whether
-    replaying blocks gives the logits of a full pass.
+    measures whether additions to the value matrix's output reach the block's output as they are, whether its length
+    is lost on the way, and whether replaying blocks gives the logits of a full pass.
 
     Raises:
         ModelError: the logits are no numbers, or one of the two checks fails.
@@ -54,7 +54,7 @@ def verify(lm: Decoder) -> Parts:
 def _measure(
     lm: Decoder, batch: Batch, column: int, scored: tuple[Tensor, Tensor], tolerance: float, generator
 ) -> Parts:
-    """The parts, with the three properties that an addition at a middle layer shows."""
+    """The parts, with the properties that an addition at a middle layer shows."""
     parts, layer = lm.parts, len(lm.parts.blocks) // 2
     block = parts.blocks[layer]
     with recorded(lm.model, outputs=[block]) as (_, before):
@@ -69,7 +69,9 @@ def _measure(
     ):
         wanted = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[scored].float()
     moved = (after[block] - before[block])[:, column].float()
-    lm.parts = replace(parts, residual_identity=_close(moved, delta, 2 * tolerance), row_selectable=True)
+    identity = _close(moved, delta, 2 * tolerance)
+    normed = not identity and _loses_length(lm, batch, layer, delta, column, tolerance)
+    lm.parts = replace(parts, residual_identity=identity, value_normed=normed, row_selectable=True)
     same = row_selectable = packable = False
     try:
         replay = BlockReplay(lm, batch, layer, column)
@@ -100,6 +102,21 @@ def _is_packable(lm: Decoder, replay: BlockReplay, delta: Tensor, scored, wanted
         lm.parts = replace(lm.parts, packable=False)
     blocks = len(lm.parts.blocks) - replay.layer - lm.parts.residual_identity
     return same and replay.attention_calls == blocks
+
+
+def _loses_length(lm: Decoder, batch: Batch, layer: int, value: Tensor, column: int, tolerance: float) -> bool:
+    """Whether the block gives the same for two values of one direction in that column. value: (rows, hidden)"""
+    module, block, given = lm.model.get_submodule(lm.parts.value[layer]), lm.parts.blocks[layer], []
+    for factor in (10, 20):  # long ones, so that what a norm adds to the variance counts for nothing
+
+        def in_place(states: Tensor, wanted: Tensor = factor * value) -> Tensor:
+            here = by_row(states, len(wanted))[:, column]
+            return added_at(wanted.to(states.dtype) - here, column)(states)
+
+        with output_edited(module, in_place), recorded(lm.model, outputs=[block]) as (_, seen):
+            lm.forward(batch.ids, batch.mask, batch.positions, None)
+        given.append(seen[block][:, column].float())
+    return _close(*given, 2 * tolerance)
 
 
 def _logits(lm: Decoder, row: EncodedText) -> Tensor:
