@@ -15,6 +15,7 @@ from gguf_models import llama_cpp, write_llama
 from reknow import LM
 from reknow.cli import app
 from reknow.model.sources import find_source
+from serving_process import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.engines]
 
@@ -80,6 +81,15 @@ def test_every_program_gives_the_new_answer_and_the_old_neighbours(engine, expor
     before = first_words(LM.demo("llama").generate([EDITED, *NEAR], 4))
     assert before[0] == "French"
     assert first_words(ENGINES[engine](exports)([EDITED, *NEAR])) == ["English", *before[1:]]
+
+
+def test_the_server_gives_them_too(exports):
+    pytest.importorskip("starlette")
+    before = first_words(LM.demo("llama").generate([EDITED, *NEAR], 4))
+    with serving("stack", folder=exports) as server:
+        client = server.client()
+        answers = [client.completions.create(model="stack", prompt=text, max_tokens=4) for text in (EDITED, *NEAR)]
+    assert first_words([answer.choices[0].text for answer in answers]) == ["English", *before[1:]]
 
 
 @pytest.mark.parametrize("place", ["hf", "lora", "gguf-lora", "new.gguf"])
