@@ -20,6 +20,7 @@ from reknow.cli import (
     chatting,
     checking,
     editing,
+    erasing,
     exporting,
     history,
     instructing,
@@ -136,6 +137,7 @@ def _options(
 for command in (
     demo,
     editing.edit,
+    erasing.erase,
     asking.ask,
     chatting.chat,
     serving.serve,

@@ -28,9 +28,9 @@ class Limits:
     """Share of other facts that are continued word for word as before; no less."""
     perplexity_ratio: float = 1.5
     """Perplexity of plain text, by that before; no more."""
-    kl: float = 0.5
+    kl: float = 0.35
     """Mean KL(before ‖ now) over the tokens of plain text, in nats; no more."""
-    norm: float = 1.0
+    norm: float = math.inf
     """‖ΔW‖ / ‖W‖ of the matrix where it is largest; no more."""
 
 
