@@ -88,6 +88,52 @@ def test_who_leaves_is_not_answered_to_the_end(lm, desk):
     assert joined(asyncio.run(written(desk, asked()))) == lm.generate(PROMPTS[0], 12)
 
 
+def test_questions_of_one_stack_are_written_together_and_no_other_stack_s_wait_behind_them(lm, desk, monkeypatch):
+    patch = some_patch(lm, size=30.0)
+    with lm.patched(patch):
+        edited = lm.generate(PROMPTS[1], 12)
+    base = [lm.generate(prompt, 12) for prompt in PROMPTS]
+    asked_together: list[int] = []
+    generate = lm.generate
+    monkeypatch.setattr(
+        lm, "generate", lambda texts, *a, **o: asked_together.append(len(texts)) or generate(texts, *a, **o)
+    )
+    held, free = threading.Event(), threading.Event()
+    desk.do(lambda _lm: held.set() or free.wait(60))
+    held.wait(60)
+
+    async def all_at_once():
+        prompts = [(PROMPTS[0], ()), (PROMPTS[1], (patch,)), *[(PROMPTS[i % 2], ()) for i in range(20)]]
+        tasks = [asyncio.ensure_future(written(desk, asked(prompt), *stack)) for prompt, stack in prompts]
+        tasks.append(asyncio.ensure_future(written(desk, asked(temperature=2.0))))
+        tasks.append(asyncio.ensure_future(written(desk, asked(max_tokens=3))))
+        await asyncio.sleep(0)
+        free.set()
+        return await asyncio.gather(*tasks)
+
+    found = [joined(pieces) for pieces in asyncio.run(all_at_once())]
+    assert found[:2] == [base[0], edited] and found[2:22] == base * 10
+    assert asked_together == [16, 1, 5, 1, 1], "the oldest first, sixteen at most"
+
+
+def test_one_that_leaves_or_is_wrong_takes_nobody_with_it(lm, desk):
+    held, free = threading.Event(), threading.Event()
+    desk.do(lambda _lm: held.set() or free.wait(60))
+    held.wait(60)
+    gone = asked()
+
+    async def all_at_once():
+        tasks = [asyncio.ensure_future(written(desk, one)) for one in (asked(), asked("a " * 5000), gone, asked())]
+        await asyncio.sleep(0)
+        gone.gone.set()
+        free.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, wrong, left, last = asyncio.run(all_at_once())
+    assert joined(first) == joined(last) == lm.generate(PROMPTS[0], 12)
+    assert isinstance(wrong, InputError) and left == []
+
+
 def test_what_is_wrong_is_said_before_the_first_piece(desk):
     with pytest.raises(InputError, match="tokens"):
         asyncio.run(written(desk, asked("a " * 5000)))
