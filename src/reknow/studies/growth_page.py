@@ -22,6 +22,7 @@ _COLUMNS = {
     "perplexity": "perplexity@held_out",
     "seconds": "seconds@edit",
 }
+_DRAWN = ("reliability", "generalization", "locality", "perplexity")
 ONE, BATCH, SEQUENCE = "each by itself", "one patch", "in turns"
 _NOTE = (
     "Reliability, generalization, locality: teacher-forced, every token of the answer right, %; locality: as before "
@@ -96,31 +97,48 @@ def _scale(axes: Axes, name: str, numbers: list[int]) -> None:
 
 
 def _figure(points: Mapping[tuple[str, str, int], Mapping[str, Cell]]) -> Figure:
-    """A row of panels for edits in one patch, one for those in turns: each number by how many edits hold."""
+    """A row of panels for edits in one patch, one for those in turns: each number by how many edits hold. A method is
+    in the rows of what it was run in, with its single edits in front; a dotted line is the unedited model."""
     hows = [how for how in (BATCH, SEQUENCE) if any(place[1] == how for place in points)] or [ONE]
-    names = list(_COLUMNS)[:4]
     methods = list(dict.fromkeys(method for method, how, _ in points if how != "–"))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 2.5 * len(hows) + 0.5), layout="constrained")
-        grid = figure.subplots(len(hows), len(names), squeeze=False)
+        grid = figure.subplots(len(hows), len(_DRAWN), squeeze=False)
         for how, panels in zip(hows, grid, strict=True):
-            for name, axes in zip(names, panels, strict=True):
+            row = {
+                place: cells
+                for place, cells in points.items()
+                if place[1] == how or (place[1] == ONE and any(each[:2] == (place[0], how) for each in points))
+            }
+            for name, axes in zip(_DRAWN, panels, strict=True):
                 for number, method in enumerate(methods):
-                    line = sorted(
-                        (edits, cells[name].mean * (1 if name == "perplexity" else 100))
-                        for (of, made, edits), cells in points.items()
-                        if of == method and made in (how, ONE) and name in cells
-                    )
-                    if line:
-                        color = PALETTE[number % len(PALETTE)]
-                        axes.plot(*zip(*line, strict=True), "o-", color=color, markersize=4, label=method)
-                _scale(axes, name, sorted({edits for *_, edits in points} - {0}))
+                    _draw_line(axes, name, method, row, PALETTE[number % len(PALETTE)], max(6 - 1.5 * number, 2))
+                before = next(
+                    (cells[name] for (_, made, _), cells in points.items() if made == "–" and name in cells), 0
+                )
+                if before and name == "perplexity":
+                    axes.axhline(before.mean, color=FAINT, linestyle=":")
+                _scale(axes, name, sorted({edits for *_, edits in row}))
                 axes.set_xlabel(f"edits, {how}")
                 axes.title.set_fontsize(9)
                 axes.grid(color=FAINT, linewidth=0.4)
-        shown = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+        shown = {
+            line.get_label(): line for axes in grid.flat for line in axes.get_lines() if line.get_label() in methods
+        }
         if shown:
             figure.legend(
                 shown.values(), shown.keys(), loc="outside lower center", ncols=6, frameon=False, fontsize=8
             )
     return figure
+
+
+def _draw_line(
+    axes: Axes, name: str, method: str, row: Mapping[tuple[str, str, int], Mapping[str, Cell]], color, size
+):
+    """A method's line in a panel."""
+    scale = 1 if name == "perplexity" else 100
+    line = sorted(
+        (edits, cells[name].mean * scale) for (of, _, edits), cells in row.items() if of == method and name in cells
+    )
+    if line:
+        axes.plot(*zip(*line, strict=True), "o-", color=color, markersize=size, label=method)
