@@ -188,7 +188,7 @@ class LM(Decoder):
         def answer(who, which: list[int], texts: list[str]) -> list[str]:
             options = {"top_k": top_k, "temperature": temperature, "seed": seed}
             if listener is not None:
-                options["listener"] = lambda number, piece: listener(which[number], piece)
+                options["listener"] = lambda number, piece, hear=listener: hear(which[number], piece)
             if who is not None:
                 return who.generate(texts, max_new_tokens, **options)
             rows = self.encode([Text(text) for text in texts])

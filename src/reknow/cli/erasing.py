@@ -69,7 +69,7 @@ def erase(
         before = extract(lm, edit, answer, ways)
         patch = chosen.resolve(lm).edit(lm, [edit])
         with lm.patched(patch):
-            after, said = extract(lm, edit, answer, ways), lm.generate(edit.text, _TOKENS).strip()
+            after, said = extract(lm, edit, answer, ways), lm.generate([edit.text], _TOKENS)[0].strip()
         patch.save(out)
     left = _left(after, answer)
     if after.ways[0].rank == 1:
@@ -84,7 +84,7 @@ def erase(
 
 def _present_answer(lm: LM, edit: Edit) -> str:
     """What the model says now, up to a mark or a line's end."""
-    said = lm.generate(edit.text, _TOKENS)
+    [said] = lm.generate([edit.text], _TOKENS)
     answer = re.split(r"[.,;:!?()\"\n]", said.strip(), maxsplit=1)[0].strip()
     if not answer:
         raise InputError(

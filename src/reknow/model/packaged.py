@@ -89,7 +89,7 @@ def kept_folder(name: str) -> Path:
     return cache_folder() / MODELS / f"{name}-{PACKAGED[name].sha256[:12]}"
 
 
-def packaged_model(*names: str) -> PackagedModel | None:
+def packaged_model(*names: str | None) -> PackagedModel | None:
     """The model of which one of the names is the own one or the kept folder; None: of none."""
     known = {name: model for key, model in PACKAGED.items() for name in (DEMO + key, str(kept_folder(key)))}
     return next((known[name] for name in names if name in known), None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
@@ -44,7 +45,7 @@ class Packing:
         """(rows, columns, any) → (1, real tokens, any)"""
         return states.flatten(0, 1).index_select(0, self._places)[None]
 
-    def arguments(self, value):
+    def arguments(self, value: Any) -> Any:
         """A nest of arguments in which tensors with an entry for each token, vectors or numbers, are packed."""
         if isinstance(value, Tensor):
             return self.pack(value) if value.dim() in (2, 3) and value.shape[:2] == self._shape else value

@@ -116,7 +116,8 @@ def _loses_length(lm: Decoder, batch: Batch, layer: int, value: Tensor, column: 
         with output_edited(module, in_place), recorded(lm.model, outputs=[block]) as (_, seen):
             lm.forward(batch.ids, batch.mask, batch.positions, None)
         given.append(seen[block][:, column].float())
-    return _close(*given, 2 * tolerance)
+    shorter, longer = given
+    return _close(shorter, longer, 2 * tolerance)
 
 
 def _logits(lm: Decoder, row: EncodedText) -> Tensor:

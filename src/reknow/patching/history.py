@@ -205,14 +205,15 @@ def _check_follows(before: Line | None, line: Line) -> Line:
     """The line, with what is wrong with its place behind the line before."""
     if line.entry is None or line.problem:
         return line
-    wanted = before.entry.hash if before and before.entry else None
+    came = before.entry if before else None
+    wanted = came.hash if came else None
     problem = None
     if line.entry.number != line.number:
         problem = f"it says that it is number {line.entry.number}: lines were taken out, put in or moved"
-    elif line.entry.previous != wanted and (before is None or before.entry is not None):
+    elif line.entry.previous != wanted and (before is None or came is not None):
         problem = f"it was not written behind line {line.number - 1} as that is now: one of the two was changed"
-    elif before is None or before.entry is not None:
-        was = line.entry.found if line.entry.found is not None else before.entry.patches if before else []
+    elif before is None or came is not None:
+        was = line.entry.found if line.entry.found is not None else came.patches if came else []
         new = [patch.id for patch in line.entry.applied]
         if sorted(line.entry.patches) != sorted([*(i for i in was if i not in line.entry.reverted), *new]):
             problem = "its patches are not those of the line before with what it says was put on and taken off"

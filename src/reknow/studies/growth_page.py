@@ -113,11 +113,9 @@ def _figure(points: Mapping[tuple[str, str, int], Mapping[str, Cell]]) -> Figure
             for name, axes in zip(_DRAWN, panels, strict=True):
                 for number, method in enumerate(methods):
                     _draw_line(axes, name, method, row, PALETTE[number % len(PALETTE)], max(6 - 1.5 * number, 2))
-                before = next(
-                    (cells[name] for (_, made, _), cells in points.items() if made == "–" and name in cells), 0
-                )
-                if before and name == "perplexity":
-                    axes.axhline(before.mean, color=FAINT, linestyle=":")
+                for (_, how_made, _), cells in points.items():
+                    if how_made == "–" and name == "perplexity" and name in cells:
+                        axes.axhline(cells[name].mean, color=FAINT, linestyle=":")
                 _scale(axes, name, sorted({edits for *_, edits in row}))
                 axes.set_xlabel(f"edits, {how}")
                 axes.title.set_fontsize(9)
