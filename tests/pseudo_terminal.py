@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
 from reknow.model.decoder import Decoder
 
 forward, pause = Decoder.forward, float(sys.argv.pop(1))
@@ -24,6 +24,7 @@ def slowly(self, *args, **options):
     return forward(self, *args, **options)
 
 Decoder.forward = slowly
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 sys.argv[0] = "reknow"
 from reknow.__main__ import main
 main()

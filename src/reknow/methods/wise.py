@@ -96,7 +96,7 @@ class WISE(SideModuleMethod):
     context_source: Literal["text", "model"] = "text"
     """Where these texts come from: `text`: they are beginnings of general text; `model`: the model writes them, as in
     the paper, some models nonsense."""
-    unrelated_facts: Annotated[Number, Formerly("unrelated")] = 16
+    unrelated_facts: Annotated[Number, Formerly("unrelated", also={"context_source": "model"})] = 16
     """Bundled facts about other subjects that must not move, other ones for every edit."""
 
     @property
