@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from typer.testing import CliRunner
 
@@ -135,6 +137,7 @@ def test_at_a_terminal_ctrl_c_stops_the_answer_and_nothing_else(stack):
         session.wait_for("stopped: the answer ends here\n.*> ")
         session.type("/off 2\n")
         session.wait_for("2 +off .*> ")
+        time.sleep(0.5)  # Python does not hear a signal between its prompt and its reading of a line
         session.press_ctrl_c()
         session.wait_for("> ")
         session.type("/quit\n")
