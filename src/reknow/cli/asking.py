@@ -15,7 +15,7 @@ from reknow.cli.failures import INTERRUPTED
 from reknow.cli.options import DEMO, ChatOpening, Json, Opening, check_model, refuse_beside
 from reknow.cli.terminal import say, say_json, say_piece, say_table, warn
 from reknow.display import paused
-from reknow.errors import InputError, PatchError, Terminated
+from reknow.errors import InputError, Terminated
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -46,15 +46,12 @@ class Asked:
             PatchError: there is no such stack or patch, or it is not of this model.
         """
         from reknow.patching.patches import Patch
-        from reknow.patching.stack import read_stack
+        from reknow.patching.stack import read_existing
 
         source = self.model or DEMO
         if self.stack is not None:
             refuse_beside("--stack, which names its base,", {"--model": self.model})
-            if read_stack(self.stack)[0] == self.stack:
-                raise PatchError(
-                    f"expected a stack folder at {self.stack}; there is none: make it with `reknow apply`"
-                )
+            read_existing(self.stack)
             source = str(self.stack)
         loaded = [Patch.load(path) for path in self.patches]
         lm = opening.open(source)

@@ -13,6 +13,7 @@ import typer
 
 from reknow.cli.asking import Asked, Writing, say_answer
 from reknow.cli.options import TalkOpening, read_chat
+from reknow.cli.stacks import number_of_patches, sentence
 from reknow.cli.terminal import say, say_table, warn
 from reknow.display import paused
 from reknow.errors import InputError, ModelError, ReknowError, Terminated, TextRefused, did_you_mean
@@ -52,8 +53,7 @@ def chat(*, asked: Asked, writing: _LongWriting, opening: TalkOpening) -> None:
     template = as_chat(read_chat(opening.chat_set), lm.tokenizer, lm.name)
     assert template is not None
     talk = _Conversation(lm, template, writing)
-    number = len(lm.patches)
-    say(f"{lm.name} with {'1 patch' if number == 1 else f'{number} patches'}; /help lists what can be typed")
+    say(f"{lm.name} with {number_of_patches(len(lm.patches))}; /help lists what can be typed")
     with paused():  # nothing is drawn into what is typed
         _converse(talk)
 
@@ -157,6 +157,6 @@ class _Conversation:
             return say("no patches: begin with --stack or --patch to have some")
         rows = []
         for number, (patch, on) in enumerate(zip(self._patches, self._on, strict=True), 1):
-            what = "; ".join(f"{edit.text} → {edit.target_new}" for edit in patch.edits[:3])
+            what = "; ".join(map(sentence, patch.edits[:3]))
             rows.append([str(number), "on" if on else "off", patch.id, patch.method, what])
         say_table([" N", "", "id", "method", "what"], rows)

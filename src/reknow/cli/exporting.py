@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reknow.cli.options import ChatOpening, Force, check_model, refuse_beside
-from reknow.cli.stacks import number_of_patches, read_existing
+from reknow.cli.stacks import number_of_patches
 from reknow.cli.terminal import say, say_table, warn
 from reknow.errors import InputError, MissingExtra, did_you_mean
 
@@ -151,6 +151,7 @@ def _open_edited(source: Path, model: str | None, opening: ChatOpening) -> LM:
     """The model with the patches of a stack folder, or with the one of a patch file."""
     from reknow.patching.patches import Patch
     from reknow.patching.peft_folder import is_adapter
+    from reknow.patching.stack import read_existing
 
     patch = Patch.load(source) if source.is_file() or is_adapter(source) else None
     if patch is not None and model is None:
@@ -180,11 +181,11 @@ def _say_rounding(written: CheckpointReport) -> None:
 
 def _say_reliability(lm: LM, rank: int) -> None:
     """How many edits the applied patches make, and how many are left when they are cut to `rank`."""
+    from reknow.export.measure import ask
     from reknow.patching.patches import merge as merged
 
     whole = merged(lm.patches)
-    asked = list(zip(*((edit.text, edit.target_new, edit.separator) for edit in whole.edits), strict=True))
-    exact = sum(score.said for score in lm.score(*asked))
+    exact = sum(answer.said for answer in ask(lm, whole.edits))
     with lm.stacked([whole.truncated(rank)[0]]):
-        left = sum(score.said for score in lm.score(*asked))
+        left = sum(answer.said for answer in ask(lm, whole.edits))
     say(f"reliability (teacher-forced, exact): {exact} of {len(whole.edits)} edits before truncation, {left} after")

@@ -122,17 +122,11 @@ def diff(
     say_table(["matrix", f" norm in {a.name}", f" norm in {b.name}", " cosine"], rows)
 
 
-def read_existing(stack: Path) -> tuple[str, list[Patch]]:
-    """Base and patches of a stack folder; raises PatchError where there is none."""
-    from reknow.patching import stack as stacks
-
-    return stacks.read_existing(stack)
-
-
 def _merge_whole(source: Path) -> Patch:
     from reknow.patching.patches import Patch
     from reknow.patching.patches import merge as merged
     from reknow.patching.peft_folder import is_adapter
+    from reknow.patching.stack import read_existing
 
     stack = source.is_dir() and not is_adapter(source)
     return merged(read_existing(source)[1]) if stack else Patch.load(source)

@@ -86,7 +86,7 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Snapsh
 def _answer_stats(lm: LM, edit: Edit, completion: str) -> AnswerStats:
     targets = [target for target in (edit.target_new, edit.target_true) if target is not None]
     scores = lm.score([edit.text] * len(targets), targets, [edit.separator] * len(targets))
-    new, *old = [math.exp(-score.nll * len(score.correct)) for score in scores]
+    new, *old = [score.probability for score in scores]
     return AnswerStats(completion, new, scores[0].rank, old[0] if old else None, scores[0].said)
 
 

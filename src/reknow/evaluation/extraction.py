@@ -6,7 +6,6 @@ That a model does not say an answer to one prompt does not mean that it does not
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -115,10 +114,7 @@ def extract(lm: LM, edit: Edit, answer: str, reworded: Sequence[tuple[str, str]]
     asked = [("prompt", edit.text), *reworded, *(("hinted", text) for text in hints)]
     texts = [text for _, text in asked]
     scores = lm.score(texts, [answer] * len(texts), [edit.separator] * len(texts))
-    ways = [
-        Way(kind, text, math.exp(-score.nll * len(score.correct)), score.rank)
-        for (kind, text), score in zip(asked, scores, strict=True)
-    ]
+    ways = [Way(kind, text, score.probability, score.rank) for (kind, text), score in zip(asked, scores, strict=True)]
     prompts = [text for kind, text in asked if kind != "hinted"]
     drawn = lm.generate(prompts * _DRAWN, _TOKENS, top_k=_TOP_K, seed=seed)
     holding = sum(answer.casefold() in text.casefold() for text in drawn)

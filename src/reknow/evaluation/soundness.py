@@ -90,8 +90,7 @@ def ask_again(lm: LM) -> list[Asked]:
     for (patch_id, edit), score in zip(made, scores, strict=True):
         later, answer = newest[edit.text]
         replaced = later if answer != edit.target_new else None
-        probability = math.exp(-score.nll * len(score.correct))
-        asked.append(Asked(patch_id, edit, score.said, probability, score.rank, replaced))
+        asked.append(Asked(patch_id, edit, score.said, score.probability, score.rank, replaced))
     return asked
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import platform
 import time
@@ -29,6 +28,7 @@ from reknow.files.schema import NewerFormat, Object, Strict, explain, read_json
 from reknow.lm import LM
 from reknow.model.packaged import packaged_model
 from reknow.model.sources import is_gguf
+from reknow.patching.history import file_digest
 from reknow.patching.record import PatchRecord
 from reknow.progress import progress
 
@@ -42,7 +42,6 @@ KINDS = {
     "gguf": "a GGUF model",
 }
 """Kind of an export → what it is."""
-_BLOCK = 1 << 20
 _LICENCES = {"Apache-2.0": "apache-2.0", "Gemma Terms of Use": "gemma"}
 """Licence of a packaged model → its name on the hub."""
 
@@ -204,7 +203,7 @@ def _gguf_field(lm: LM, key: str) -> str | None:
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Writes `reknow.json` into a folder whose other files are whole, with their checksums."""
-    files = {name: _sha256(folder / name) for name in _names(folder)}
+    files = {name: file_digest(folder / name) for name in _names(folder)}
     text = json.dumps({**record, "files": files}, indent=1, ensure_ascii=False)
     (folder / MARK).write_text(text, encoding="utf-8")
 
@@ -238,7 +237,7 @@ def changed_files(folder: Path, record: ExportRecord) -> list[str]:
     present, gone = set(_names(folder)), set()
     with progress.stage("reading the files"):
         for name, wanted in record.files.items():
-            if name not in present or _sha256(folder / name) != wanted:
+            if name not in present or file_digest(folder / name) != wanted:
                 gone.add(name)
     return sorted(gone | (present - record.files.keys()))
 
@@ -246,11 +245,3 @@ def changed_files(folder: Path, record: ExportRecord) -> list[str]:
 def _names(folder: Path) -> Iterable[str]:
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if name != MARK)
-
-
-def _sha256(file: Path) -> str:
-    sum_ = hashlib.sha256()
-    with file.open("rb") as opened:
-        while block := opened.read(_BLOCK):
-            sum_.update(block)
-    return sum_.hexdigest()

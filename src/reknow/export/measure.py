@@ -59,10 +59,7 @@ def ask(lm: LM, edits: Sequence[Edit]) -> list[Answer]:
     if not edits:
         return []
     asked = [[edit.text for edit in edits], [edit.target_new for edit in edits], [edit.separator for edit in edits]]
-    return [
-        Answer(None if math.isnan(score.nll) else math.exp(-score.nll * len(score.correct)), score.said)
-        for score in lm.score(*asked)
-    ]
+    return [Answer(None if math.isnan(score.nll) else score.probability, score.said) for score in lm.score(*asked)]
 
 
 def all_edits(lm: LM) -> tuple[Edit, ...]:

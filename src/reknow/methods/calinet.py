@@ -21,7 +21,6 @@ below 1, it does not.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -158,6 +157,6 @@ def assess_knowledge(lm: LM, edit: Edit, answer: str, smoothing: float) -> float
     own, contrasts = paraphrases(edit), [edit.fill(prompt) for prompt in others][:_CONTRASTS]
     prompts = [*own, *contrasts]
     scores = lm.score(prompts, [answer] * len(prompts), [edit.separator] * len(prompts))
-    probabilities = [math.exp(-score.nll * len(score.correct)) for score in scores]
+    probabilities = [score.probability for score in scores]
     known, contrast = fmean(probabilities[: len(own)]), fmean(probabilities[len(own) :])
     return (known + smoothing) / (contrast + smoothing)

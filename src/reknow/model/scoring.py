@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,11 @@ class Score:
     def said(self) -> bool:
         """Whether the model says the answer: greedily decoded, every token of it comes."""
         return all(self.correct)
+
+    @property
+    def probability(self) -> float:
+        """Of the whole answer; NaN where logits are no numbers."""
+        return math.exp(-self.nll * len(self.correct))
 
 
 def check_logits(lm: Decoder, logits: Tensor, asked: Tensor | None = None) -> Tensor:
