@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, NonNegative
-from reknow.contract import make_patch
+from reknow.contract import check_edits, make_patch
 from reknow.editing.keys import Subjects
+from reknow.editing.layers import resolve_layers
 from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
-from reknow.editing.values import Values
+from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.exact import exact
@@ -25,6 +26,7 @@ __all__ = ["BandMethod"]
 class BandMethod(ValueSearchMethod):
     """A method that writes what is missing over a band of layers: MEMIT, PMET."""
 
+    edits_per_call: ClassVar[int] = 16
     distance_power: ClassVar[float] = 1.0
     """A layer gets what is missing by the number of layers left to this power (PMET: 0.5)."""
 
@@ -35,6 +37,12 @@ class BandMethod(ValueSearchMethod):
     where `covariance_weight` is given."""
     covariance_weight: NonNegative | None = None
     """λ as a number, in place of `regularization`: MEMIT 15,000 (GPT-J), 20,000 (GPT-2 XL); PMET 6,000 (GPT-J)."""
+
+    def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        edits = [check_edits(self, edit, lm)[0] for edit in edits]
+        layers = resolve_layers(lm, self.layers)
+        found = find_values(lm, edits, layers[-1], self.contexts(lm), self, apart=True)
+        return [self.distribute_residual(lm, [edit], layers, found.of(i)) for i, edit in enumerate(edits)]
 
     def distribute_residual(self, lm: LM, edits: Sequence[Edit], layers: Sequence[int], found: Values) -> Patch:
         """The patch that brings the subjects to z behind the last layer, a part of what is missing in each layer."""

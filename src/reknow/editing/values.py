@@ -60,14 +60,26 @@ class Values:
         """The wanted state at the bare prompt. (facts, hidden)"""
         return self.start + self.delta
 
+    def of(self, i: int) -> Values:
+        """Those of fact i alone."""
+        own = {name: getattr(self, name)[i : i + 1] for name in (field.name for field in fields(self))}
+        return Values(**own)
+
 
 def find_values(
-    lm: LM, edits: Sequence[Edit], layer: int, contexts: Sequence[str], method: ValueSearchMethod
+    lm: LM,
+    edits: Sequence[Edit],
+    layer: int,
+    contexts: Sequence[str],
+    method: ValueSearchMethod,
+    *,
+    apart: bool = False,
 ) -> Values:
     """δ for every edit, many facts at a time; the model is left as it is.
 
     Args:
         contexts: texts to put before the prompt; the first must be "" (the bare prompt).
+        apart: each edit is for a patch of its own, so that none has its δ from another of its subject.
 
     Raises:
         EditFailed: the loss is not a number.
@@ -77,7 +89,7 @@ def find_values(
         distinct[context] += 1 / len(contexts)
     facts = encode_facts(lm, edits, list(distinct))
     weights = torch.tensor(list(distinct.values()), device=lm.device)
-    index = _delta_index(edits, method.rules.merge_subjects)
+    index = _delta_index(edits, method.rules.merge_subjects and not apart)
     groups = group_facts(facts, index, *token_budget(lm), method.context_batches)
     found = []
     for group in progress.each("searching", groups, unit="groups of facts", parts=1):

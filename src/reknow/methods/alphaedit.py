@@ -45,6 +45,7 @@ _KEPT_NORMS = 0.95
 class AlphaEdit(ValueSearchMethod):
     """Mass editing in the null space of general text, made for edit after edit."""
 
+    edits_per_call: ClassVar[int] = 16
     state_spec: ClassVar[StateSpec] = StateSpec({"keys.*?": "float32 edits in.*", "anchor.*?": "float32 one"})
 
     layers: tuple[int, ...] | None = None
@@ -68,7 +69,17 @@ class AlphaEdit(ValueSearchMethod):
         return "alphaedit-blue" if self.boundary_layers else "alphaedit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits, lm)
+        return self._write(lm, check_edits(self, edits, lm))
+
+    def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        if self.boundary_layers:  # the second z is searched with the first layer written
+            return super().edit_each(lm, edits)
+        edits = [check_edits(self, edit, lm)[0] for edit in edits]
+        found = find_values(lm, edits, resolve_layers(lm, self.layers)[-1], self.contexts(lm), self)
+        return [self._write(lm, [edit], found.of(i)) for i, edit in enumerate(edits)]
+
+    def _write(self, lm: LM, edits: Sequence[Edit], found: Values | None = None) -> Patch:
+        """The patch of the edits; what is searched is `found` unless that is not given."""
         layers = resolve_layers(lm, self.layers)
         if self.boundary_layers:
             layers = sorted({layers[0], layers[-1]})
@@ -76,13 +87,14 @@ class AlphaEdit(ValueSearchMethod):
         subjects = Subjects(lm, edits, prefixes)
         deltas: dict[str, Delta] = {}
         state: dict[str, Tensor] = {}
-        found, z = None, None
+        z = None
         self.keep_statistics(lm, layers)
         with lm.restored_afterwards():
             for i, layer in lm.progress.each("writing", [*enumerate(layers)], unit="layers"):
                 if z is None or self.boundary_layers:
                     target = layer if self.boundary_layers else layers[-1]
-                    found = find_values(lm, edits, target, prefixes, self)
+                    if found is None or self.boundary_layers:
+                        found = find_values(lm, edits, target, prefixes, self)
                     z = self._wanted_states(lm, found, target, state)  # (facts, hidden)
                 missing = z - subjects.states(target, "block")  # (facts, hidden)
                 shares = 1 if self.boundary_layers else len(layers) - i

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import check_edits, make_patch
@@ -21,7 +21,7 @@ from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
-from reknow.editing.values import find_values
+from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.exact import exact
@@ -32,6 +32,8 @@ from reknow.patching.patches import Patch
 @dataclass(frozen=True, kw_only=True)
 class EMMET(ValueSearchMethod):
     """Equality-constrained mass editing of one layer."""
+
+    edits_per_call: ClassVar[int] = 16
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
@@ -49,12 +51,20 @@ class EMMET(ValueSearchMethod):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
         layer = resolve_layer(lm, self.layer)
-        prefixes = self.contexts(lm)
-        found = find_values(lm, edits, layer, prefixes, self)
+        return self._write(lm, edits, layer, find_values(lm, edits, layer, self.contexts(lm), self))
+
+    def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
+        edits = [check_edits(self, edit, lm)[0] for edit in edits]
+        layer = resolve_layer(lm, self.layer)
+        found = find_values(lm, edits, layer, self.contexts(lm), self)
+        return [self._write(lm, [edit], layer, found.of(i)) for i, edit in enumerate(edits)]
+
+    def _write(self, lm: LM, edits: Sequence[Edit], layer: int, found: Values) -> Patch:
+        """The patch that gives the subjects' keys their wanted values."""
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
             self.whitening(lm, layer),
-            Subjects(lm, edits, prefixes).keys(layer),
+            Subjects(lm, edits, self.contexts(lm)).keys(layer),
             regularization=self.regularization,
             weight=0.0 if len(edits) == 1 else ridge,
             names=[edit.text for edit in edits],
