@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from conftest import close, make_lm
 from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
+from reknow.model import packing
 from reknow.model.hooks import added_at, output_edited, recorded, weight_replaced
 from reknow.model.replay import BlockReplay, apply_head
 from reknow.model.tokens import Batch, EncodedText, Text, pad
@@ -128,6 +129,20 @@ def test_padding_is_left_out_where_attention_can_be_told(built, name, at_attenti
     assert close(found, wanted)
     assert seen[lm.parts.blocks[2]].shape[:2] == ((1, 11) if lm.parts.packable else (3, 5 if replay._start else 14))
     assert lm.model.config._attn_implementation == own
+
+
+def test_attention_of_short_rows_is_torchs_own(built, monkeypatch):
+    """Four heads share two of keys and values here; the mask is the one of rows padded on both sides."""
+    lm = built("llama")
+    batch, rows, columns = batch_of(lm, (9, 5, 4))
+    found = []
+    for most in (0, 64):
+        monkeypatch.setattr(packing, "_SHORT", most)
+        delta = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        logits = BlockReplay(lm, batch, 1, 9)(delta, rows, columns)
+        logits.square().sum().backward()
+        found.append((logits.detach(), delta.grad))
+    assert close(found[0][0], found[1][0]) and close(found[0][1], found[1][1], 1e-3)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "bloom"])

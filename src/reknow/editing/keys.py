@@ -10,6 +10,7 @@ from torch import Tensor
 from reknow.editing.sinks import avoid_sinks
 from reknow.edits import Edit
 from reknow.lm import LM
+from reknow.model.beginnings import read_inputs
 from reknow.model.exact import exact
 from reknow.model.tokens import EncodedText, Text
 
@@ -45,8 +46,7 @@ class Subjects:
         Returns:
             (facts, in), float64.
         """
-        name = self._lm.parts.value[layer]
-        states = self._lm.read(self._rows, self._last, inputs=[name]).inputs[name]
+        states = read_inputs(self._lm, self._rows, self._last, self._lm.parts.value[layer])
         states = states.view(-1, self._contexts, states.shape[1])  # (facts, contexts, in)
         states = exact(states)
         bare = states[:, 0]

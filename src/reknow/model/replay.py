@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import fields
 from functools import partial
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from reknow.model.beginnings import left_cache
 from reknow.model.decoder import Decoder
 from reknow.model.fast_modules import fast_modules
 from reknow.model.hooks import (
@@ -138,7 +138,7 @@ class BlockReplay:
         """First column that is run again."""
         self._calls: list[tuple[tuple, dict]] = []
         self._block_input: Tensor  # (rows, columns, hidden), where the blocks are replayed
-        self._cache = self._prefill() if self._start else None
+        self._cache = left_cache(lm, batch, self._start) if self._start else None
         self._asked: tuple[Tensor, Tensor, tuple[Tensor, ...]] | None = None
         self._packed: tuple[Packing, list[Call]] | None = None
         self._record()
@@ -147,7 +147,7 @@ class BlockReplay:
         """The replay of some of the rows; what lies left of `column` is not run again, and nothing where the blocks'
         arguments are told apart by row (`parts.row_selectable`). rows: (n,)"""
         selected, batch = copy.copy(self), self.batch
-        selected.batch = Batch(*(getattr(batch, field.name)[rows] for field in fields(batch)))
+        selected.batch = batch.select(rows)
         selected._cache, selected._calls, selected._asked = _copy_cache(self._cache), [], None
         selected._keep, selected._last, selected._packed = False, None, None
         for layer in [] if selected._cache is None else selected._cache.layers:
@@ -182,27 +182,40 @@ class BlockReplay:
         )
 
     @torch.no_grad()
-    def _prefill(self) -> Cache:
-        cache = DynamicCache(config=self.lm.model.config)
-        self._run(slice(0, self._start), cache, logits_to_keep=1)
-        return cache
-
-    @torch.no_grad()
     def _record(self) -> None:
-        """One pass over the right-hand columns, keeping what every block from `layer` on was called with."""
+        """One pass over the right-hand columns, keeping what every block from `layer` on was called with; what those
+        above it would compute nobody reads, but of the last with `keep`."""
         rows, width = self.batch.ids.shape
         model, blocks = self.lm.model, self.lm.parts.blocks
+        replayed = [model.get_submodule(name) for name in blocks[self.layer :] if self.lm.parts.replayable]
+        behind: list[tuple | list] = []  # what a block's output holds behind the hidden states, if it is no tensor
 
         def keep(_module, args, kwargs):
             if not self._calls:
                 self._block_input = args[0]
             self._calls.append((args[1:], kwargs))
 
-        replayed = [model.get_submodule(name) for name in blocks[self.layer :] if self.lm.parts.replayable]
-        hooks = (partial(block.register_forward_pre_hook, keep, with_kwargs=True) for block in replayed)
+        def keep_form(_module, _args, output):
+            behind.extend([output[1:]] if isinstance(output, (tuple, list)) else [])
+
+        def pass_on(*args, **kwargs):
+            keep(None, args, kwargs)
+            return (args[0], *behind[0]) if behind else args[0]
+
+        every = self._keep or self.lm.hooked
+        above = dict.fromkeys(() if every else replayed[1:], pass_on)
+        hooks = [
+            partial(block.register_forward_pre_hook, keep, with_kwargs=True)
+            for block in replayed[: None if every else 1]
+        ]
+        hooks += [partial(block.register_forward_hook, keep_form) for block in replayed[:1]]
         outputs = [self.name, self.lm.parts.attention_out[self.layer], blocks[self.layer]]
         last = dict.fromkeys(blocks[-1:] if self._keep else ())
-        with hooked(*hooks), recorded(model, [self.name], dict.fromkeys(outputs) | last) as (seen_in, seen_out):
+        with (
+            hooked(*hooks),
+            forwards_replaced(above),
+            recorded(model, [self.name], dict.fromkeys(outputs) | last) as (seen_in, seen_out),
+        ):
             self._run(slice(self._start, width), _copy_cache(self._cache), logits_to_keep=1)
         self._last = seen_out[blocks[-1]] if self._keep else None
         self._context = self.lm.running.context

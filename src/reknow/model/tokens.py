@@ -225,6 +225,10 @@ class Batch:
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (columns[None] - self.starts[:, None]).clamp(min=0) * self.mask
 
+    def select(self, rows: Tensor) -> Batch:
+        """Some of the rows, in the same columns."""
+        return Batch(self.ids[rows], self.mask[rows], self.starts[rows], self.ends[rows])
+
 
 def pad(rows: Sequence[EncodedText], pad_id: int, *, anchors: Sequence[int] | None = None, device=None) -> Batch:
     """Puts the token `anchors[i]` of every row in one column; without anchors the last tokens (left padding)."""
