@@ -29,7 +29,7 @@ _KL_PROMPT = "{} is a"
 FREE_TOKENS = 48
 """Tokens of a pass that cost as much as there being one: it reads all weights, and calls all modules, for few as for
 many (SmolLM2, one thread, docs/log.md)."""
-PACKED_FREE_TOKENS = 144
+PACKED_FREE_TOKENS = 600
 """Padded tokens that cost as much where padding is left out: attention alone runs them."""
 FREE_TOKENS_ON_GPU = 2048
 """The same on a GPU, which runs so many sooner than it is told what to do."""
