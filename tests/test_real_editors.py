@@ -13,7 +13,13 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 KNOWN = (0, 7, 27, 34)
 """Records of CounterFact that the model knows: the first four of those that benchmarks/RESULTS.md reports."""
-EDITORS = {"mend": (0.75, 0.3, 0.55), "serac": (0.9, 0.6, 0.9), "ke": (0.75, 0.0, 0.45)}
+EDITORS = {
+    "mend": (0.75, 0.3, 0.55),
+    "serac": (0.9, 0.6, 0.9),
+    "ke": (0.75, 0.0, 0.45),
+    "malmen": (0.75, 0.0, 0.3),
+    "instructedit": (0.5, 0.0, 0.3),
+}
 """Reliability, generalization and locality, whole answers, that an editor must have there, less than it has."""
 KINDS = ("reliability", "generalization", "locality")
 
