@@ -20,6 +20,9 @@ _TRACING = "ROME, Figure 2: which states carry a fact, average over known facts.
 _TRACED, _ALL_TRACED = 450, 1209
 """Facts of known_1000 that are asked; a model of 135M parameters knows a quarter of them."""
 _GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
+_MINUTES = {"tasks": "16", "unseen": "7", "scaling": "12", "balance": "13", "lengths": "13", "scale": "13"}
+_MINUTES |= {"baselines": "40", "domains": "15", "gradients": "11"}
+"""Of InstructEdit's studies in bfloat16, each with editors of its own; less behind `tasks` in one folder."""
 _FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
 
 
@@ -28,7 +31,7 @@ def study(
     model: Model = DEMO,
     families: Families = None,
     steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="InstructEdit: updates for each task of an editor. [30]")
+        int | None, typer.Option("--steps", min=1, help="InstructEdit: updates for each task of an editor. [100]")
     ] = None,
     test: Annotated[
         int | None, typer.Option("--test", min=2, help="At most so many cases of each task or set.")
@@ -75,8 +78,8 @@ def _listed() -> list[list[str]]:
     from reknow.studies.instructedit.editors import STUDIES
 
     rows = [["tracing", "45", _TRACING], *([key, str(one.minutes), one.question] for key, one in ARTICLES.items())]
-    rows += [[key, "", f"InstructEdit: {one.question}"] for key, one in STUDIES.items()]
-    return [*rows, ["domains", "", f"InstructEdit: {QUESTION}"], ["gradients", "", f"InstructEdit: {_GRADIENTS}"]]
+    asked = {key: one.question for key, one in STUDIES.items()} | {"domains": QUESTION, "gradients": _GRADIENTS}
+    return rows + [[key, _MINUTES[key], f"InstructEdit: {question}"] for key, question in asked.items()]
 
 
 def _trace(model: str, limit: int, out: Path, opening: Opening) -> None:

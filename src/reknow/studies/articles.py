@@ -91,14 +91,14 @@ ARTICLES: dict[str, Article] = {
     "zsre": Article(
         "EasyEdit: editing against fine-tuning on ZsRE, single edits.",
         {"": _of("zsre-table", Selection("knowedit-zsre", 45, probes_per_name=2))},
-        55,
+        43,
     ),
     "ice-table": Article(
         "ICE, Table 1: single edits, against fine-tuning, ROME and MEMIT.",
         {"": _of("ice-table", Selection(f"{_KNOWEDIT},counterfact", 12, {"wikibio": 3}, probes_per_name=2))},
-        57,
+        27,
     ),
-    "ice-ablation": Article("ICE, Tables 2 and 4: targets, contexts, sampling.", {"": _of("ice-ablation")}, 55),
+    "ice-ablation": Article("ICE, Tables 2 and 4: targets, contexts, sampling.", {"": _of("ice-ablation")}, 39),
     "ice-lambda": Article("ICE, Table 3: how much consistency.", {"": _of("ice-lambda")}, 36),
     "ice-continual": Article(
         "ICE, Table 5: 100 edits one after the other, all kept.",
@@ -118,13 +118,13 @@ ARTICLES: dict[str, Article] = {
     "memories": Article(
         "Memories beside the weights under 1, 10, 100 and 300 edits.",
         _growing(_MEMORIES, (), _MEMORIES, 300),
-        55,
+        28,
         grows=True,
     ),
     "mass": Article(
         "1, 10, 100 and 300 edits in one patch, and 100 in turns of ten (--full: 1,000).",
         _growing(("memit", "alphaedit", "rome"), ("memit",), ("memit", "alphaedit", "rome"), 100),
-        60,
+        22,
         grows=True,
     ),
 }

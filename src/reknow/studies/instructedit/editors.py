@@ -108,7 +108,7 @@ STUDIES: dict[str, Study] = {
 class Budget:
     """How much is computed."""
 
-    steps: Number = 30
+    steps: Number = 100
     """Updates for each task that an editor learns."""
     batch_size: Number = 6
     rank: Rank = 64
