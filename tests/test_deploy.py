@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("xllamacpp")
 
-from gguf_models import llama_cpp, write_llama
+from gguf_models import llama_cpp, write_gguf
 from reknow import LM
 from reknow.cli import app
 from reknow.model.sources import find_source
@@ -51,7 +51,7 @@ def exports(tmp_path_factory) -> Path:
     """A folder in which the commands have made one edit, a stack of it, and its exports."""
     folder = tmp_path_factory.mktemp("exports")
     patch, stack, base = folder / "a.patch", folder / "stack", folder / "base.gguf"
-    write_llama(LM.demo("llama"), base, "Q4_0")
+    write_gguf(LM.demo("llama"), base, "Q4_0")
     quick = ["--set", "covariance_tokens=5000"]
     done("edit", PROMPT.format("{Danielle Darrieux}"), "English", "--model", "demo:llama", *quick, "--out", patch)
     done("apply", patch, "--stack", stack, "--model", "demo:llama")

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("xllamacpp")
 
-from gguf_models import llama_cpp, write_llama
+from gguf_models import in_float16, llama_cpp, write_gguf
 from reknow import LM, Edit, Patch, method
 from reknow.evaluation.effect import control_facts
 from reknow.export.gguf_adapter import export_gguf_lora
@@ -51,7 +51,7 @@ def stacks(lm) -> dict[str, list[Patch]]:
 
 @pytest.fixture(scope="module", params=["F16", "Q8_0", "Q4_0"])
 def base(request, lm, tmp_path_factory) -> Path:
-    return write_llama(lm, tmp_path_factory.mktemp("base") / f"{request.param}.gguf", request.param)
+    return write_gguf(lm, tmp_path_factory.mktemp("base") / f"{request.param}.gguf", request.param)
 
 
 def words(texts: list[str]) -> list[str]:
@@ -91,11 +91,12 @@ def test_each_patch_can_be_an_adapter_of_its_own(lm, stacks, base, tmp_path):
     assert words(ask([edit.text for edit in edits])) == [edit.target_new for edit in edits]
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_a_real_model_answers_anew_in_the_file_that_its_package_holds(name, tmp_path):
-    """Q4_1 and a mixture of K-quants, of which only the edited tensor becomes Q8_0."""
-    file = tmp_path / PACKAGED[name].file
+# --- models that others trained ----------------------------------------------------------------------------
+
+
+def packaged_file(name: str, folder: Path) -> Path:
+    """The GGUF file that a package holds, its parts put together; skips where it is not installed."""
+    file = folder / PACKAGED[name].file
     for package, place in PACKAGED[name].parts.items():
         try:
             part = Path(str(distribution(package).locate_file(place)))
@@ -103,7 +104,51 @@ def test_a_real_model_answers_anew_in_the_file_that_its_package_holds(name, tmp_
             pytest.skip(f"{package} is not installed (make {'gemma' if name == 'gemma3' else 'setup'})")
         with file.open("ab") as whole:
             whole.write(part.read_bytes())
+    return file
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_a_real_model_answers_anew_in_the_file_that_its_package_holds(name, tmp_path):
+    """Q4_1 and a mixture of K-quants, of which only the edited tensor becomes Q8_0."""
+    file = packaged_file(name, tmp_path)
     lm = LM(file)
     lm.apply(method("rome", layer=3, **QUICK).edit(lm, [ROME_EDIT]))
     near = [TONGUE.format("Charles de Gaulle"), "The capital of Japan is", "The Eiffel Tower is in the city of"]
     check(lm, file, tmp_path, near)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory) -> LM:
+    packaged_file("smollm2", tmp_path_factory.mktemp("package"))
+    return LM.demo("smollm2")
+
+
+@pytest.fixture(scope="module")
+def near_smollm2(smollm2) -> list[str]:
+    """Other facts that it knows, those in the words of the edits first."""
+    edits = [ROME_EDIT, *MEMIT_EDITS]
+    found = [fact.text for fact in control_facts(smollm2, edits, 12)]
+    return [*found, "The capital of Japan is"][:12]
+
+
+@pytest.fixture(scope="module")
+def stacks_of_smollm2(smollm2) -> dict[str, list[Patch]]:
+    """MEMIT over its default band alone, and on top of a ROME patch, the two merged."""
+    rome = method("rome", layer=3, **QUICK).edit(smollm2, [ROME_EDIT])
+    with smollm2.patched(rome):
+        on_top = method("memit", **QUICK).edit(smollm2, MEMIT_EDITS)
+    return {"memit": [method("memit", **QUICK).edit(smollm2, MEMIT_EDITS)], "merged": [merge([rome, on_top])]}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(("name", "kind"), [("memit", "Q4_1"), ("merged", "Q4_1"), ("merged", "F16")])
+def test_a_real_model_with_many_layers_changed(name, kind, smollm2, near_smollm2, stacks_of_smollm2, tmp_path):
+    """In the 4-bit file of its package, and in one whose matrices are all F16."""
+    base = packaged_file("smollm2", tmp_path)
+    if kind == "F16":
+        base = in_float16(base, tmp_path / "f16.gguf")
+    (patch,) = stacks_of_smollm2[name]
+    assert len(near_smollm2) == 12 and len(patch.deltas) > 3
+    with smollm2.stacked([patch]):
+        check(smollm2, base, tmp_path, near_smollm2)

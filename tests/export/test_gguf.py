@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from conftest import make_lm, some_patch
 from families import tiny_model, tiny_tokenizer
-from gguf_models import permuted, write_llama
+from gguf_models import permuted, write_gguf
 from reknow import LM, Edit
 from reknow.cli import app
 from reknow.errors import InputError, ModelError, PatchError
@@ -73,7 +73,7 @@ def reknow(*arguments: object):
 
 def test_a_file_opens_as_a_model_and_as_the_base_of_a_stack(tmp_path):
     lm = make_lm("llama")
-    file = write_llama(lm, tmp_path / "base.gguf", "F32")
+    file = write_gguf(lm, tmp_path / "base.gguf", "F32")
     found = LM(file)
     assert torch.allclose(found.model(IDS).logits, lm.model(IDS).logits, atol=1e-5)
     assert found.name == found.model.name_or_path == str(file) and found.dtype == torch.float32
@@ -89,14 +89,14 @@ def test_a_file_opens_as_a_model_and_as_the_base_of_a_stack(tmp_path):
 
 def test_a_quantised_file_opens_as_what_its_blocks_hold(tmp_path):
     lm = make_lm("llama")
-    file = write_llama(lm, tmp_path / "base.gguf", "Q4_0")
+    file = write_gguf(lm, tmp_path / "base.gguf", "Q4_0")
     name = lm.parts.value[1]
     assert torch.equal(LM(file).base_weight(name), matrix(file, "blk.1.ffn_down.weight"))
     assert not torch.equal(LM(file).base_weight(name), lm.base_weight(name))
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
-    whole = write_llama(make_lm("llama"), tmp_path / "whole.gguf").read_bytes()
+    whole = write_gguf(make_lm("llama"), tmp_path / "whole.gguf").read_bytes()
     for broken in (b"GGUF", whole[:-5000], whole[:3000], b"GGUF" + bytes(5000)):
         (tmp_path / "broken.gguf").write_bytes(broken)
         with pytest.raises(
@@ -121,7 +121,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_only_the_edited_tensor_changes(kind, tmp_path):
     lm = edited()
-    base, out = write_llama(lm, tmp_path / "base.gguf", kind), tmp_path / "out.gguf"
+    base, out = write_gguf(lm, tmp_path / "base.gguf", kind), tmp_path / "out.gguf"
     report = export_gguf(lm, base, out)
     now = kind if kind in ("F32", "F16", "BF16", "Q8_0") else "Q8_0"
     assert report.tensors == {"blk.1.ffn_down.weight": (kind, now)} and report.not_asked is None
@@ -155,7 +155,7 @@ def test_only_the_edited_tensor_changes(kind, tmp_path):
 def test_a_tensor_gets_a_type_in_which_its_weights_survive_the_change(kind, size, now, tmp_path):
     """The change is `size` · √2 times as large as the weights or so; blocks take their scale from it."""
     lm = edited(size=size / 2)
-    base, out, name = write_llama(lm, tmp_path / "base.gguf", kind), tmp_path / "out.gguf", "blk.1.ffn_down.weight"
+    base, out, name = write_gguf(lm, tmp_path / "base.gguf", kind), tmp_path / "out.gguf", "blk.1.ffn_down.weight"
     assert export_gguf(lm, base, out).tensors == {name: (kind, now)}
     (delta,) = lm.patches[0].deltas.values()
     weights = matrix(base, name)
@@ -165,7 +165,7 @@ def test_a_tensor_gets_a_type_in_which_its_weights_survive_the_change(kind, size
 
 def test_rows_that_are_no_whole_blocks_become_float16(tmp_path):
     lm = edited(intermediate_size=48)
-    base, name = write_llama(lm, tmp_path / "base.gguf", "F16"), "blk.1.ffn_down.weight"
+    base, name = write_gguf(lm, tmp_path / "base.gguf", "F16"), "blk.1.ffn_down.weight"
     file = GGUFFile(base)
     (delta,) = lm.patches[0].deltas.values()
     with pytest.MonkeyPatch.context() as patched:
@@ -181,7 +181,7 @@ def test_matrices_of_attention_lie_where_llama_cpp_has_them(place, tmp_path):
     out, inside = lm.base_weight(name).shape
     delta = LowRank(torch.randn(out, 2), torch.randn(2, inside))
     lm.apply(replace(some_patch(lm), deltas={name: delta}))
-    file = write_llama(lm, tmp_path / "base.gguf", "F32")
+    file = write_gguf(lm, tmp_path / "base.gguf", "F32")
     export_gguf(lm, file, tmp_path / "out.gguf")
     assert torch.allclose(LM(tmp_path / "out.gguf").model(IDS).logits, lm.model(IDS).logits, atol=1e-4)
     export_gguf_lora(lm, tmp_path / "adapter", file)
@@ -194,7 +194,7 @@ def test_matrices_of_attention_lie_where_llama_cpp_has_them(place, tmp_path):
 
 def test_a_second_export_says_what_is_in_the_file_already(tmp_path):
     lm = edited()
-    first, base = lm.patches[0].id, write_llama(lm, tmp_path / "base.gguf")
+    first, base = lm.patches[0].id, write_gguf(lm, tmp_path / "base.gguf")
     export_gguf(lm, base, tmp_path / "once.gguf")
     again = LM(tmp_path / "once.gguf")
     again.apply(some_patch(again, 3, layers=(2,)))
@@ -210,7 +210,7 @@ def test_a_second_export_says_what_is_in_the_file_already(tmp_path):
 
 def test_the_file_says_what_it_is_and_how_it_answered(tmp_path):
     lm = edited()
-    base = write_llama(lm, tmp_path / "base.gguf", "Q4_0")
+    base = write_gguf(lm, tmp_path / "base.gguf", "Q4_0")
     save_stack(tmp_path / "stack", _saved(lm, tmp_path / "hf"), lm.patches)
     out = tmp_path / "out.gguf"
     done = reknow("export", tmp_path / "stack", "--to", "gguf", "--base", base, "--out", out)
@@ -226,7 +226,7 @@ def test_the_file_says_what_it_is_and_how_it_answered(tmp_path):
 
 def test_a_card_has_licence_and_origin_of_the_file(tmp_path):
     url = "https://huggingface.co/someone/tiny"
-    file = write_llama(make_lm("llama"), tmp_path / "a.gguf", license="mit", base_model__0__repo_url=url)
+    file = write_gguf(make_lm("llama"), tmp_path / "a.gguf", license="mit", base_model__0__repo_url=url)
     lm = LM(file)
     lm.apply(some_patch(lm))
     export_gguf_lora(lm, tmp_path / "out")
@@ -281,12 +281,12 @@ def refused(lm, base, tmp_path, error, words):
 def test_the_file_of_another_model_is_refused(kind, tmp_path):
     lm = edited()
     other = LM((tiny_model("llama", seed=1), tiny_tokenizer(bos=True)))
-    refused(lm, write_llama(other, tmp_path / "other.gguf", kind), tmp_path, PatchError, "has other weights in blk.1")
+    refused(lm, write_gguf(other, tmp_path / "other.gguf", kind), tmp_path, PatchError, "has other weights in blk.1")
     small = make_lm("llama", intermediate_size=96)
-    refused(lm, write_llama(small, tmp_path / "small.gguf", kind), tmp_path, PatchError, "has another size")
+    refused(lm, write_gguf(small, tmp_path / "small.gguf", kind), tmp_path, PatchError, "has another size")
     short = make_lm("llama", num_hidden_layers=1)
     words = "has no tensor blk.1.ffn_down.weight: give the file that was made from that model"
-    refused(lm, write_llama(short, tmp_path / "short.gguf", kind), tmp_path, PatchError, words)
+    refused(lm, write_gguf(short, tmp_path / "short.gguf", kind), tmp_path, PatchError, words)
 
 
 def test_the_file_of_a_model_that_was_trained_on_is_refused_where_its_type_tells(tmp_path):
@@ -295,7 +295,7 @@ def test_the_file_of_a_model_that_was_trained_on_is_refused_where_its_type_tells
     for parameter in tuned.model.parameters():
         parameter.data += 0.05 * parameter.std() * torch.randn_like(parameter) if parameter.dim() > 1 else 0
     for kind in ("F32", "F16", "BF16", "Q8_0"):
-        file = write_llama(tuned, tmp_path / "tuned.gguf", kind)
+        file = write_gguf(tuned, tmp_path / "tuned.gguf", kind)
         refused(lm, file, tmp_path, PatchError, r"has other weights.*differ by 5%")
 
 
@@ -310,7 +310,7 @@ def test_quantisation_alone_stays_well_within_what_is_allowed():
 
 def test_damaged_and_split_files_are_refused(tmp_path):
     lm = edited()
-    whole = write_llama(lm, tmp_path / "whole.gguf")
+    whole = write_gguf(lm, tmp_path / "whole.gguf")
     broken = tmp_path / "broken.gguf"
     for content in (b"GGUF", whole.read_bytes()[:-4000], whole.read_bytes()[:2000], b"no" * 500):
         broken.write_bytes(content)
@@ -336,7 +336,7 @@ def test_layouts_that_are_not_known_are_refused(family, tmp_path):
 
 def test_sums_that_overflow_and_places_that_are_taken_are_refused(tmp_path):
     lm = edited()
-    base, out = write_llama(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf"
+    base, out = write_gguf(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf"
     large = LowRank(torch.full((32, 1), 1e38), torch.full((1, 64), 1e3))
     with pytest.raises(PatchError, match=r"are numbers; blk\.1\.ffn_down\.weight with the change overflows"):
         gguf_model._choose_type(GGUFFile(base), Place("blk.1.ffn_down.weight"), large)
@@ -351,7 +351,7 @@ def test_sums_that_overflow_and_places_that_are_taken_are_refused(tmp_path):
 
 
 def test_options_that_mean_nothing_are_refused(tmp_path):
-    base = write_llama(make_lm("llama"), tmp_path / "base.gguf")
+    base = write_gguf(make_lm("llama"), tmp_path / "base.gguf")
     for words, options in (
         ("expected --base FILE.gguf", ["out.gguf", "--to", "gguf"]),
         ("--base as a GGUF file", ["out.gguf", "--to", "gguf", "--base", tmp_path / "none.gguf"]),
@@ -366,7 +366,7 @@ def test_options_that_mean_nothing_are_refused(tmp_path):
 
 def test_what_transformers_cannot_read_is_written_and_said_not_to_be_asked(tmp_path, monkeypatch):
     lm = edited()
-    base = write_llama(lm, tmp_path / "base.gguf")
+    base = write_gguf(lm, tmp_path / "base.gguf")
 
     def unreadable(*_):
         raise ModelError("it is of no known architecture")
@@ -407,7 +407,7 @@ def test_an_adapter_has_one_rank_and_one_alpha(tmp_path):
 
 def test_a_modelfile_names_base_and_adapter(tmp_path):
     lm = edited()
-    base = write_llama(lm, tmp_path / "base.gguf")
+    base = write_gguf(lm, tmp_path / "base.gguf")
     export_gguf_lora(lm, tmp_path / "with", base)
     assert (tmp_path / "with/Modelfile").read_text() == f"FROM {base}\nADAPTER ./adapter.gguf\n"
     report = export_gguf_lora(lm, tmp_path / "without")
@@ -440,6 +440,6 @@ def test_a_patch_of_another_base_is_refused(tmp_path):
 def test_the_edits_of_more_than_one_patch_are_asked(tmp_path):
     lm = edited()
     lm.apply(replace(some_patch(lm, 2), edits=(Edit("The sea is", target_new="deep"),)))
-    report = export_gguf(lm, write_llama(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf")
+    report = export_gguf(lm, write_gguf(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf")
     assert [edit.target_new for edit in report.measured.edits] == ["Lima", "deep"]
     assert len(report.measured.last) == 2

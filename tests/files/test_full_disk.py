@@ -13,7 +13,7 @@ import torch
 
 from conftest import make_lm, some_patch
 from families import TEXT
-from gguf_models import write_llama
+from gguf_models import write_gguf
 from reknow import LM
 from reknow.cli import tracing
 from reknow.editing.covariance import statistics
@@ -79,7 +79,7 @@ def refused(folder: Path, action: Callable[[], object], room: int) -> None:
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
 def test_a_gguf_file(lm, tmp_path, share):
     lm.apply(some_patch(lm))
-    base, out = write_llama(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf"
+    base, out = write_gguf(lm, tmp_path / "base.gguf"), tmp_path / "out.gguf"
     out.write_text("an old one")
     room = int(base.stat().st_size * share)
     refused(tmp_path, lambda: export_gguf(lm, base, out, overwrite=True), room)

@@ -13,7 +13,7 @@ import pytest
 
 import reknow.files.atomic
 from conftest import make_lm, some_patch
-from gguf_models import write_llama
+from gguf_models import write_gguf
 from kills import run
 from reknow import LM, Patch
 from reknow.cli.stacks import merge
@@ -135,7 +135,7 @@ def test_an_export(scene, export, exchange, monkeypatch):
 @pytest.mark.usefixtures("at_one_moment")
 def test_a_gguf_file(scene, tmp_path, monkeypatch):
     """It takes its place whole, with what it was asked; the file that it was made of stays as it is."""
-    base, out = write_llama(scene.lm, tmp_path / "base.gguf", "Q4_0"), scene.folder / "out.gguf"
+    base, out = write_gguf(scene.lm, tmp_path / "base.gguf", "Q4_0"), scene.folder / "out.gguf"
     scene.lm.apply(scene.patches[0])
     monkeypatch.setattr(gguf_model, "_ask_file", lambda _, __, measured: [Answer(0.5, True)] * len(measured.edits))
     gguf_model.export_gguf(scene.lm, base, out)
