@@ -99,13 +99,13 @@ ARTICLES: dict[str, Article] = {
         27,
     ),
     "ice-ablation": Article("ICE, Tables 2 and 4: targets, contexts, sampling.", {"": _of("ice-ablation")}, 39),
-    "ice-lambda": Article("ICE, Table 3: how much consistency.", {"": _of("ice-lambda")}, 36),
+    "ice-lambda": Article("ICE, Table 3: how much consistency.", {"": _of("ice-lambda")}, 19),
     "ice-continual": Article(
         "ICE, Table 5: 100 edits one after the other, all kept.",
         {
             "": _of(
                 "ice-continual",
-                Selection(_KNOWEDIT, 30, {"wikibio": 10}, probes_per_name=2, one_run=True),
+                Selection(_KNOWEDIT, 32, {"wikibio": 4}, probes_per_name=2, one_run=True),
                 Plan("sequential", checkpoints=(50,), fluency=True, fluency_every=10),
                 _CONTINUAL,
             )
