@@ -101,8 +101,8 @@ class Packing:
         if len(key) != self._shape[0]:  # there is no cache, which spreads them
             key, value = self._spread(key), self._spread(value)
         query, scale = self._spread(query), options.get("scaling")
-        plain = mask is not None and mask.shape[1] == 1 and scale is not None and not options.get("dropout")
-        if plain and query.shape[2] <= _SHORT:
+        few = query.shape[2] <= _SHORT and not options.get("dropout")
+        if few and mask is not None and mask.shape[1] == 1 and scale is not None:
             found, weights = _attention_of_short_rows(query, key, value, mask, scale), None
         else:
             found, weights = sdpa_attention_forward(module, query, key, value, mask, **options)
