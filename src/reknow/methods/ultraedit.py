@@ -36,6 +36,9 @@ from reknow.patching.state_spec import StateSpec
 
 _DEPTH = (0.64, 0.96)
 """Where the paper's layers begin and end, as a share of the model's (18–26 of 28 in GPT-J)."""
+_RATE_OF_ALL = 2.0
+"""The default η of all layers together; measured, see docs/log.md."""
+_ABSOLUTE_RATE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class UltraEdit(Method):
     """Which of the MLP's: the matrix that writes to the residual stream (GPT-J), or those that read it (Llama)."""
     batch_size: Annotated[Number, Formerly("turn")] = 100
     """Edits that are made at once; more than these are made batch by batch."""
-    learning_rate: Annotated[Rate, Formerly("learning_rate_absolute", also={"units": "absolute"})] = 1.0
-    """η: how far an output moves for a normalised gradient of 1."""
+    learning_rate: Annotated[Rate | None, Formerly("learning_rate_absolute", also={"units": "absolute"})] = None
+    """η: how far an output moves for a normalised gradient of 1. None: 2 divided by the number of layers, 1 at most,
+    since what the layers add lies in one direction; in absolute units the paper's 1e-6."""
     units: Units = "relative"
     """`relative`: η is a multiple of the outputs' root mean square, as W's entries and ‖h‖ make it; `absolute`: it is
     a plain number, as in the paper (1e-6)."""
@@ -79,6 +83,9 @@ class UltraEdit(Method):
         layers = self._layers(lm)
         parts = [[name] for name in lm.parts.value] if self.matrices == "value" else lm.parts.mlp_in
         names = [name for layer in layers for name in parts[layer]]
+        rate = self.learning_rate
+        if rate is None:
+            rate = _ABSOLUTE_RATE if self.units == "absolute" else min(1.0, _RATE_OF_ALL / len(layers))
         rows = lm.encode([Text.asked(edit) for edit in edits])
         before = _applied_norms(lm, names)
         own: dict[str, RunningNorm] = {}
@@ -88,7 +95,7 @@ class UltraEdit(Method):
             # The statistics so far are part of what the next batch needs, the changes too.
             with lm.patched(*([make_patch(self, lm, edits, deltas)] if deltas else [])):
                 factors, loss = flat_factors(lm, names, rows[start : start + self.batch_size], answers_only=True)
-                batch = self._batch_deltas(lm, factors, before, own)
+                batch = self._batch_deltas(lm, factors, rate, before, own)
             deltas = {n: sum_deltas([deltas[n], delta]) if n in deltas else delta for n, delta in batch.items()}
             losses.append(loss)
         state = {
@@ -100,6 +107,7 @@ class UltraEdit(Method):
         self,
         lm: LM,
         factors: TokenFactors,
+        rate: float,
         before: dict[str, RunningNorm],
         own: dict[str, RunningNorm],
     ) -> dict[str, Delta]:
@@ -115,11 +123,11 @@ class UltraEdit(Method):
                 h_hat, g_hat = norm(torch.cat([h, g], 1)).split([h.shape[1], g.shape[1]], 1)
             else:
                 h_hat, g_hat = (x / x.square().mean(1, keepdim=True).sqrt() for x in (h, g))
-            rate = self.learning_rate
+            step = rate
             if self.units == "relative":
                 output = lm.base_weight(name).float().square().mean().sqrt() * h.norm(dim=1).mean()
-                rate *= float(output) / h.shape[1]
-            v = -rate * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
+                step *= float(output) / h.shape[1]
+            v = -step * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
             exact_h = exact(h)
             gram = exact_h @ exact_h.T  # (n, n)
             gram.diagonal().add_(self.ridge)
