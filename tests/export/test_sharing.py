@@ -13,6 +13,7 @@ import huggingface_hub.constants as client
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from typer.testing import CliRunner
 
 from conftest import bits, make_lm, same, saved, some_patch
 from hub_server import Hub
@@ -25,6 +26,7 @@ from reknow.files.hub import Address, fetch, read_address, send
 from reknow.learning.editors import Editor
 from reknow.patching.history import HISTORY_FILE
 from reknow.patching.stack import read_history, read_stack, save_stack
+from reknow.serving.stacks import Stacks, stack_names
 
 ADDRESS = Address("zoe/edits")
 
@@ -240,3 +242,79 @@ def test_words_that_are_no_address(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             app(words)
         assert end.value.code == 2 and "expected hub:owner/name" in capsys.readouterr().err
+
+
+# --- wherever a patch or a stack is taken ------------------------------------------------------------------------
+
+
+def shared_as(hub, name: str, *sources: Path, base: str | None = None) -> str:
+    """The address under which these are pushed."""
+    address = Address(f"zoe/{name}")
+    return str(Address(f"zoe/{name}", send(address, with_card(gather(sources, base), address), "a message")))
+
+
+def test_a_patch_is_loaded_right_from_the_hub(hub, model, patches, tmp_path):
+    patch = shared_as(hub, "patch", patches[0].save(tmp_path / "a.patch"))
+    assert Patch.load(patch).id == patches[0].id == Patch.load("hub:zoe/patch").id
+    tuned = method("lora", layers=(1,), steps=1).edit(LM(model), patches[0].edits)
+    assert Patch.load(shared_as(hub, "tuned", tuned.save(tmp_path / "tuned"))).id == tuned.id
+    stack = shared_as(hub, "stack", save_stack(tmp_path / "stack", model, patches[:1]), base=model)
+    with pytest.raises(PatchError, match="expected a patch"):
+        Patch.load(stack)
+    with pytest.raises(PatchError, match=f"expected a stack at {patch}; it is none: put patches on with --patch"):
+        LM(patch)
+    editor = Editor("mend", {"rank": 1}, {"a": torch.ones(2)}, patches[0].base, torch.arange(3))
+    with pytest.raises(InputError, match=r"expected a patch or a stack at .*; it holds editor: get it with"):
+        Patch.load(shared_as(hub, "editor", editor.save(tmp_path / "e.safetensors"), base="demo:gpt2"))
+    _, files = hub.commits["zoe/patch"][-1]
+    name = f"{patches[0].id}.patch"
+    hub.commits["zoe/patch"].append((hub.sha(), {**files, name: files[name][:-1] + b"x"}))
+    with pytest.raises(InputError, match=f"expected {name} of hub:zoe/patch as it was pushed"):
+        Patch.load("hub:zoe/patch")
+
+
+def test_commands_take_addresses(hub, model, patches, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = (patch.save(tmp_path / f"{patch.id}.patch") for patch in patches[:2])
+    patch, other = shared_as(hub, "a", first), shared_as(hub, "b", second)
+    stack = shared_as(hub, "stack", save_stack(tmp_path / "s", model, patches[:2], why="asked for"), base=model)
+
+    def said(*words: str, status: int = 0) -> str:
+        result = CliRunner().invoke(app, list(words))
+        assert result.exit_code == status, result.output
+        return result.stdout if status == 0 else result.stderr
+
+    asked, ids = "The capital of Peru is", [one.id for one in patches[:2]]
+    said("apply", patch, other, "--stack", "mine", "--model", model)
+    assert read_stack("mine")[1] == patches[:2]
+    answers = [
+        json.loads(said("ask", asked, "--json", *words))
+        for words in (["--stack", stack], ["--model", model, "--patch", patch, "--patch", other], ["--stack", "mine"])
+    ]
+    assert answers[0] == answers[1] == answers[2] and answers[0]["patches"] == ids
+    assert said("show", patch).startswith(f"patch {ids[0]}") and said("show", stack).startswith(f"{stack}: {model}")
+    assert "asked for" in said("log", stack)
+    assert "files: every patch is there" in CliRunner().invoke(app, ["verify", stack]).stdout
+    assert json.loads(CliRunner().invoke(app, ["check", stack, "--json"]).stdout)["health"]["edits"] == 2
+    assert "same base model" in said("diff", patch, stack)
+    said("merge", patch, other, "--out", "both.patch")
+    said("export", stack, "out", "--to", "lora")
+    assert Patch.load("both.patch").notes["merged"] == ids and (tmp_path / "out" / "adapter_config.json").exists()
+    said("revert", patch, "--stack", "mine")
+    assert read_stack("mine")[1] == patches[1:2]
+    written = ["apply", str(first), "--stack", stack], ["revert", ids[0], "--stack", stack]
+    for words in (*written, ["merge", patch, "--out", patch], ["export", "mine", patch, "--to", "hf"]):
+        assert "expected a place on this machine to write to; got hub:" in said(*words, status=2)
+    assert not list(tmp_path.glob("hub:*"))
+    with pytest.raises(InputError, match="expected a place on this machine"):
+        save_stack(stack, model, patches)
+
+
+def test_a_stack_of_the_hub_is_served_and_not_changed(hub, model, patches, tmp_path):
+    stack = shared_as(hub, "mine", save_stack(tmp_path / "s", model, patches[:1]), base=model)
+    lm, folders = LM(model), stack_names([Path(stack)], "base")
+    served = Stacks(model, "base", lm.fingerprint, folders, lambda _patches: None, fixed=["mine"])
+    assert served.names == ["base", "mine"] and list(served.patches("mine")) == patches[:1]
+    for change in (lambda: served.add("mine", patches[1]), lambda: served.remove("mine", patches[0].id)):
+        with pytest.raises(PatchError, match="mine is read from the hub: pull it, and serve the folder"):
+            change()

@@ -15,7 +15,7 @@ from reknow.cli.failures import INTERRUPTED
 from reknow.cli.options import DEMO, ChatOpening, Json, Opening, check_model, refuse_beside
 from reknow.cli.terminal import say, say_json, say_piece, say_table, warn
 from reknow.display import paused
-from reknow.errors import InputError, Terminated
+from reknow.errors import InputError, PatchError, Terminated
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -33,9 +33,12 @@ class Asked:
         str | None,
         typer.Option("--model", help=f"The base model, or a stack folder. [{DEMO}]", callback=check_model),
     ] = None
-    stack: Annotated[Path | None, typer.Option("--stack", help="A stack folder, which names its base.")] = None
+    stack: Annotated[
+        Path | None, typer.Option("--stack", help="A stack, which names its base: a folder or hub:owner/name.")
+    ] = None
     patches: Annotated[
-        list[Path], typer.Option("--patch", help="A patch file to put on top; repeatable, in order.")
+        list[Path],
+        typer.Option("--patch", help="A patch to put on top, a file or hub:owner/name; repeatable, in order."),
     ] = field(default_factory=list)
 
     def open(self, opening: Opening) -> LM:
@@ -45,18 +48,23 @@ class Asked:
             InputError: a stack and a model are given.
             PatchError: there is no such stack or patch, or it is not of this model.
         """
+        from reknow.files.hub import local
         from reknow.patching.patches import Patch
         from reknow.patching.stack import read_existing
 
         source = self.model or DEMO
         if self.stack is not None:
             refuse_beside("--stack, which names its base,", {"--model": self.model})
-            read_existing(self.stack)
-            source = str(self.stack)
+            read_existing(source := str(local(self.stack)))
         loaded = [Patch.load(path) for path in self.patches]
         lm = opening.open(source)
-        for patch in loaded:
-            lm.apply(patch)
+        try:
+            for patch in loaded:
+                lm.apply(patch)
+        except PatchError as error:
+            if self.model is None and self.stack is None:
+                raise PatchError(f"{error}; no --model was named, so that {DEMO} was asked") from error
+            raise
         return lm
 
 

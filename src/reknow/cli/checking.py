@@ -20,7 +20,7 @@ _FAILED = 1
 """The status of a stack that was examined and is not as it should be."""
 _SHOWN = 20
 """How many edits that do not hold are shown."""
-_Stack = Annotated[Path, typer.Argument(help="A stack folder.", show_default=False)]
+_Stack = Annotated[Path, typer.Argument(help="A stack: a folder or hub:owner/name.", show_default=False)]
 
 
 def verify(stack: _Stack, *, opening: ChatOpening, as_json: Json = False) -> None:
@@ -29,9 +29,10 @@ def verify(stack: _Stack, *, opening: ChatOpening, as_json: Json = False) -> Non
     The status is 1 where one of them is not as it should be; a changed line of the history is named.
     """
     from reknow.evaluation.soundness import ask_again
+    from reknow.files.hub import local
     from reknow.patching.stack import file_problems, read_existing, read_history
 
-    lines = read_history(stack)
+    lines = read_history(stack := local(stack))
     wrong = {
         "files": file_problems(stack),
         "history": [f"line {line.number} of the history: {line.problem}" for line in lines if line.problem],
@@ -108,11 +109,12 @@ def check(
     """
     from reknow.evaluation.limits import SHARES, Limits, compare, read_limits
     from reknow.evaluation.soundness import measure
+    from reknow.files.hub import local
     from reknow.patching.stack import read_existing
 
     wanted = Limits() if limits is None else read_limits(limits)
-    read_existing(stack)
-    health = measure(opening.open(str(stack)))
+    read_existing(folder := local(stack))
+    health = measure(opening.open(str(folder)))
     measured = compare(health, wanted)
     sound = all(one.kept for one in measured)
     if as_json:

@@ -27,7 +27,9 @@ _OF_ADAPTERS = ("lora", "gguf-lora")
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A stack folder or a patch file.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="A stack or a patch: a path, or hub:owner/name.", show_default=False)
+    ],
     out: Annotated[
         Path | None, typer.Argument(help="The folder to write; for gguf the file.", show_default=False)
     ] = None,
@@ -69,7 +71,9 @@ def export(
         raise InputError("expected --base FILE.gguf for --to gguf; got none: name the base model's GGUF file")
     if to.startswith("gguf") and find_spec("gguf") is None:
         raise MissingExtra("gguf", "gguf", f"--to {to}")
-    lm = _open_edited(source, model, opening)
+    from reknow.files.hub import local
+
+    lm = _open_edited(local(source), model, opening)
     if to == "hf":
         _export_checkpoint(lm, out, force)
     elif to == "gguf":

@@ -16,11 +16,11 @@ from reknow.files.locks import PATIENCE, write_lock
 
 _Changed = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
 _Why = Annotated[str, typer.Option("--why", help="For the history: the reason.", show_default=False)]
-_Stack = Annotated[Path, typer.Argument(help="A stack folder.", show_default=False)]
+_Stack = Annotated[Path, typer.Argument(help="A stack: a folder or hub:owner/name.", show_default=False)]
 
 
 def apply(
-    patches: Annotated[list[Path], typer.Argument(help="Patch files.", show_default=False)],
+    patches: Annotated[list[Path], typer.Argument(help="Patches: files, or hub:owner/name.", show_default=False)],
     stack: _Changed,
     model: Annotated[
         str | None, typer.Option("--model", help="The base model; needed for a new stack.", callback=check_model)
@@ -65,7 +65,9 @@ def apply(
 
 def revert(
     stack: _Changed,
-    patches: Annotated[list[str], typer.Argument(help="Ids, or patch files.", show_default=False)] = [],  # noqa: B006
+    patches: Annotated[
+        list[str], typer.Argument(help="Ids, patch files, or hub:owner/name.", show_default=False)
+    ] = [],  # noqa: B006
     to: Annotated[
         str | None, typer.Option("--to", help="Instead: the id of a line of the history or of a patch, or a time.")
     ] = None,
@@ -75,16 +77,19 @@ def revert(
     opening: Opening,
 ) -> None:
     """Take patches out of a stack folder, in any order, or bring it back to what it was. Their files stay."""
+    from reknow.files.hub import is_address
+    from reknow.files.outputs import stack_folder
     from reknow.patching.patches import Patch
     from reknow.patching.stack import patches_at, read_existing, save_stack, without_patch
 
+    stack = stack_folder(stack)
     if to is None and not patches:
         raise InputError("expected patches to take out, or --to; got neither: name ids or files, see `reknow show`")
     if to is not None:
         refuse_beside("--to", {"patches": patches, "--rebuild": rebuild})
     with write_lock(stack, wait=PATIENCE):
         base, active = read_existing(stack)
-        ids = [Patch.load(name).id if Path(name).exists() else name for name in patches]
+        ids = [Patch.load(name).id if is_address(name) or Path(name).exists() else name for name in patches]
         rest, line = tuple(active), None
         lm = opening.open(str(stack)) if rebuild else None
         for patch_id in ids:
@@ -113,9 +118,10 @@ def log(stack: _Stack, as_json: Json = False) -> None:
 
     A line that was changed since it was written is named; `reknow verify` checks more.
     """
+    from reknow.files.hub import local
     from reknow.patching.stack import read_history
 
-    lines = read_history(stack)
+    lines = read_history(local(stack))
     if as_json:
         return say_json([line.entry.model_dump(mode="json") for line in lines if line.entry])
     rows = []

@@ -14,6 +14,7 @@ import typer
 from reknow.cli.options import DEMO, TalkOpening, check_model, read_chat
 from reknow.cli.terminal import say, warn
 from reknow.errors import InputError, MissingExtra
+from reknow.files.outputs import STACK_FILE
 from reknow.progress import progress
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ _PATIENCE = 5
 def serve(
     stacks: Annotated[
         list[Path] | None,
-        typer.Argument(help="Stack folders; each is asked by the name of its folder.", show_default=False),
+        typer.Argument(
+            help="Stacks: folders, or hub:owner/name; each is asked by the name of its folder.", show_default=False
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -49,22 +52,27 @@ def serve(
         importlib.import_module("uvicorn")
     except ImportError:
         raise MissingExtra("uvicorn", "serve", "a server") from None
+    from reknow.files.hub import is_address, local
     from reknow.serving.answers import Desk
     from reknow.serving.app import make_app
     from reknow.serving.stacks import Stacks, stack_names
 
-    folders = stacks or []
-    base = _base(folders, model)
+    base = _base([local(stack) for stack in stacks or []], model)
     served_as = Path(base).name if Path(base).exists() else base
-    named = stack_names(folders, served_as)
+    named = stack_names(stacks or [], served_as)
+    fixed = [name for name, given in zip(named, stacks or [], strict=True) if is_address(given)]
     listening = _listen(host, port)
     with listening:
         with progress.shown("serve"):
             lm = _open(opening, base)
         desk = Desk(lm)
         check = lambda patches: desk.do(lambda lm: lm.restack(patches)).result()  # noqa: E731
-        app = make_app(desk, Stacks(base, served_as, lm.fingerprint, named, check), token, _names(host))
+        served = Stacks(base, served_as, lm.fingerprint, named, check, fixed)
+        app = make_app(desk, served, token, _names(host))
         _say_where(listening, host, token, [served_as, *named])
+        for name, folder in named.items():
+            if not (folder / STACK_FILE).exists():
+                say(f"{name}: there is no stack in {folder} yet; it answers as {served_as} until its first patch")
         _run(app, listening, desk)
 
 
@@ -72,7 +80,7 @@ def _base(folders: list[Path], model: str | None) -> str:
     """The base model of all the stacks, or the one that is named.
 
     Raises:
-        InputError: they have several, or another than the one that is named.
+        InputError: they have several, or another than the one that is named; or all are new, and none is named.
     """
     from reknow.patching.stack import base_name, read_stack
 
@@ -84,6 +92,11 @@ def _base(folders: list[Path], model: str | None) -> str:
     if len(bases) > 1:
         said = " and ".join(f"{base} ({where})" for base, where in bases.items())
         raise InputError(f"expected stacks on one base model; got {said}: serve each base by itself")
+    if folders and not bases:
+        raise InputError(
+            f"expected --model for new stacks; there is none yet in {', '.join(map(str, folders))}: name the "
+            "base model, or give the folder of a stack"
+        )
     return next(iter(bases), DEMO)
 
 

@@ -18,16 +18,20 @@ if TYPE_CHECKING:
 
 
 def show(
-    source: Annotated[Path, typer.Argument(help="A patch file, a stack folder or an export.", show_default=False)],
+    source: Annotated[
+        Path, typer.Argument(help="A patch, a stack (a path, or hub:owner/name), or an export.", show_default=False)
+    ],
     as_json: Json = False,
 ) -> None:
     """Say what is in a patch file, a stack folder or an export."""
     from reknow.export.about import changed_files, is_export, read_record
+    from reknow.files.hub import local
     from reknow.model.sources import is_gguf
     from reknow.patching.patches import Patch
     from reknow.patching.peft_folder import is_adapter
     from reknow.patching.stack import read_existing
 
+    named, source = source, local(source)
     if is_gguf(source):
         if find_spec("gguf") is None:
             raise MissingExtra("gguf", "gguf", f"the GGUF file {source}")
@@ -53,7 +57,7 @@ def show(
     base, patches = read_existing(source)
     if as_json:
         return say_json({"base": base, "patches": [describe(patch) for patch in patches]})
-    say(f"{source}: {base} with {number_of_patches(len(patches))}")
+    say(f"{named}: {base} with {number_of_patches(len(patches))}")
     rows = [[p.id, p.method, str(len(p.edits)), "; ".join(sentence(e) for e in p.edits[:3])] for p in patches]
     if rows:
         say_table(["id", "method", " edits", "what"], rows)

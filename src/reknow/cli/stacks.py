@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from reknow.edits import Edit
     from reknow.patching.patches import Patch
 
-_Patches = Annotated[list[Path], typer.Argument(help="Patch files.", show_default=False)]
+_Patches = Annotated[list[Path], typer.Argument(help="Patches: files, or hub:owner/name.", show_default=False)]
 
 
 def merge(
@@ -96,7 +96,7 @@ def say_replaced(notes: dict[str, Any]) -> None:
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A patch file or stack folder.", show_default=False)],
+    a: Annotated[Path, typer.Argument(help="A patch or a stack: a path, or hub:owner/name.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Another.", show_default=False)],
     as_json: Json = False,
 ) -> None:
@@ -123,11 +123,13 @@ def diff(
 
 
 def _merge_whole(source: Path) -> Patch:
+    from reknow.files.hub import local
     from reknow.patching.patches import Patch
     from reknow.patching.patches import merge as merged
     from reknow.patching.peft_folder import is_adapter
     from reknow.patching.stack import read_existing
 
+    source = local(source)
     stack = source.is_dir() and not is_adapter(source)
     return merged(read_existing(source)[1]) if stack else Patch.load(source)
 

@@ -25,8 +25,10 @@ _RISE = 1.5
 """Perplexity that rises by more than this factor has collapsed; edits that work leave it within a few percent."""
 _ANSWER_TOKENS = 6
 """Length of the completions that are shown."""
+_SETS = ("counterfact", "known_1000")
+"""Sets of facts that are asked, the next where too few of one are known: small models know few of CounterFact."""
 _CANDIDATES = 200
-"""How many facts are asked to find some that the model knows."""
+"""How many facts of a set are asked to find some that the model knows."""
 _ASKED_TOGETHER = 25
 """After so many the known ones are counted: the first few of them are enough."""
 _LONGEST = 80
@@ -112,11 +114,14 @@ def control_facts(lm: LM, edits: Sequence[Edit], count: int = 6) -> list[Fact]:
     A model that knows none of them gets some all the same: their answers should not change either.
     """
     prompts, subjects = {edit.prompt for edit in edits}, {edit.subject for edit in edits}
-    facts = [f for f in load_facts("counterfact") if f.subject not in subjects and len(f.text) <= _LONGEST]
-    facts = sorted(facts, key=lambda fact: fact.prompt not in prompts)[:_CANDIDATES]
+    asked: list[Fact] = []
     known: list[Fact] = []
-    for start in range(0, len(facts), _ASKED_TOGETHER):
-        known += known_facts(lm, facts[start : start + _ASKED_TOGETHER])
-        if len(known) >= count:
-            break
-    return (known or facts)[:count]
+    for name in _SETS:
+        facts = [f for f in load_facts(name) if f.subject not in subjects and len(f.text) <= _LONGEST]
+        facts = sorted(facts, key=lambda fact: fact.prompt not in prompts)[:_CANDIDATES]
+        for start in range(0, len(facts), _ASKED_TOGETHER):
+            known += known_facts(lm, facts[start : start + _ASKED_TOGETHER])
+            if len(known) >= count:
+                return known[:count]
+        asked += facts
+    return (known or asked)[:count]

@@ -20,15 +20,15 @@ except ImportError:
 class Limits:
     """Up to where an edited model counts as sound; docs/limits.md says from which measurements the defaults are."""
 
-    edits: float = 100
+    edits: float = 300
     """Edits of all patches, without those that later ones replace; no more."""
-    in_force: float = 0.9
+    in_force: float = 0.75
     """Share of them whose new answer is said; no less."""
-    others_kept: float = 0.75
-    """Share of other facts that are continued word for word as before; no less."""
-    perplexity_ratio: float = 1.5
+    others_kept: float = 0.65
+    """Share of other facts that the model knows whose answer is still said; no less."""
+    perplexity_ratio: float = 1.3
     """Perplexity of plain text, by that before; no more."""
-    kl: float = 0.35
+    kl: float = 0.25
     """Mean KL(before ‖ now) over the tokens of plain text, in nats; no more."""
     norm: float = math.inf
     """‖ΔW‖ / ‖W‖ of the matrix where it is largest; no more."""

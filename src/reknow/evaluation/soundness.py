@@ -19,6 +19,7 @@ from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText, Text, encode
 from reknow.patching.deltas import sum_deltas
 from reknow.patching.patches import Patch
+from reknow.tracing.known import known_facts
 
 _FACTS = 30
 """How many other facts are asked before and after."""
@@ -52,7 +53,9 @@ class Health:
     in_force: float
     """Share of these edits whose new answer is said, teacher-forced and exact."""
     others_kept: float | None
-    """Share of other facts that are continued word for word as before; None where there are none to ask."""
+    """Share of other facts that are kept: the model knows them without the patches, and still says their answer,
+    teacher-forced and exact. Of a model that knows none: those that are continued word for word as before. None where
+    there are none to ask."""
     others: int
     """How many facts that is of."""
     perplexity_before: float
@@ -108,14 +111,17 @@ def measure(lm: LM, *, facts: int = _FACTS) -> Health:
     edits = [one.edit for one in asked]
     with lm.unpatched():
         others = control_facts(lm, edits, facts)
-        before = observe(lm, [], others)
-    after = observe(lm, [], others)
-    same = [old == new for old, new in zip(before.controls, after.controls, strict=True)]
+        known = known_facts(lm, others)
+        unknown = [] if known else others
+        before = observe(lm, [], unknown)
+    after = observe(lm, [], unknown)
+    same = sum(old == new for old, new in zip(before.controls, after.controls, strict=True))
+    kept = len(known_facts(lm, known)) if known else same
     return Health(
         edits=len(edits),
         in_force=sum(one.said for one in asked) / len(asked) if asked else 1.0,
-        others_kept=sum(same) / len(same) if same else None,
-        others=len(same),
+        others_kept=kept / len(others) if others else None,
+        others=len(others),
         perplexity_before=before.perplexity,
         perplexity=after.perplexity,
         kl=text_kl(lm),

@@ -23,12 +23,12 @@ import reknow
 from reknow.edits import to_json
 from reknow.errors import InputError
 from reknow.export.measure import Measured
+from reknow.files.digests import file_digest
 from reknow.files.outputs import MARK, marked_files, output_folder
 from reknow.files.schema import NewerFormat, Object, Strict, explain, read_json
 from reknow.lm import LM
 from reknow.model.packaged import packaged_model
 from reknow.model.sources import is_gguf
-from reknow.patching.history import file_digest
 from reknow.patching.record import PatchRecord
 from reknow.progress import progress
 

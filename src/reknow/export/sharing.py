@@ -18,19 +18,18 @@ from reknow import __version__
 from reknow.errors import InputError
 from reknow.files.atomic import atomic_write, atomic_write_folder
 from reknow.files.cache import cache_folder
-from reknow.files.hub import Address, fetch, read_record
+from reknow.files.hub import CARD, Address, fetch_pushed
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import MARK, STACK_FILE
 from reknow.files.schema import FormatError, explain
 from reknow.files.tensors import read_tensors
 from reknow.learning.editors import EDITOR_FILE, Editor
 from reknow.model.fingerprint import Fingerprint
-from reknow.patching.history import HISTORY_FILE, file_digest
+from reknow.patching.history import HISTORY_FILE
 from reknow.patching.patches import Patch
 from reknow.patching.peft_folder import is_adapter, own_files
 from reknow.patching.stack import read_existing
 
-CARD = "README.md"
 _STATISTICS = "covariance-"
 _WHAT = {
     "patch": "a patch: an edit of a language model that goes on and comes off again",
@@ -199,18 +198,10 @@ def pull(address: Address, out: Path | None) -> tuple[str, list[Path]]:
         InputError: there is no such repository, it holds something else, a file is not the one that was pushed, or
             there is something at `out`.
     """
-    folder = fetch(address)
-    record = read_record(folder)
-    if record is None or record.kind not in _WHAT:
-        raise InputError(f"expected what `reknow push` wrote; {address} holds something else: check the name")
-    names = [name for name in record.files if name != CARD]
-    for name in names:
-        file = folder / name
-        inside = Path(os.path.normpath(file)).is_relative_to(folder) and not os.path.isabs(name)
-        if not inside or not file.is_file() or file_digest(file) != record.files[name]:
-            raise InputError(
-                f"expected {name} of {address} as it was pushed; it is another file, or none: push it again"
-            )
+    record, folder = fetch_pushed(address)
+    if record.kind not in _WHAT:
+        raise InputError(f"expected one of {', '.join(_WHAT)}; {address} holds {record.kind}: upgrade reknow")
+    names = record.parts
     if record.kind == "statistics":
         if out is not None:
             raise InputError("expected no place for statistics, which go where edits look for them; leave it out")

@@ -6,6 +6,7 @@ was fetched stays in its cache, where it is found without the hub too.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from reknow.errors import InputError
-from reknow.files.outputs import MARK
+from reknow.files.digests import file_digest
+from reknow.files.outputs import HUB, MARK, STACK_FILE
 from reknow.files.schema import FormatError, Strict, parse_json
 
-HUB = "hub:"
-"""How the address of a repository begins."""
+CARD = "README.md"
+"""What is shown of a repository."""
 _KEPT = ".gitattributes"
 """The file that the hub itself puts into a new repository."""
 
@@ -57,10 +59,15 @@ class Record(Strict):
     files: dict[str, str]
     """SHA-256 of the others by name."""
 
+    @property
+    def parts(self) -> list[str]:
+        """The files that are shared, without the card."""
+        return [name for name in self.files if name != CARD]
+
 
 def is_address(name: object) -> bool:
     """Whether this is written as the address of a repository, hub:owner/name[@revision]."""
-    return isinstance(name, str) and name.startswith(HUB)
+    return isinstance(name, (str, Path)) and str(name).startswith(HUB)
 
 
 def read_address(text: str) -> Address:
@@ -92,6 +99,42 @@ def read_record(folder: Path) -> Record | None:
     except (OSError, FormatError):
         return None
     return record if record.written_by == "reknow push" else None
+
+
+def fetch_pushed(address: Address) -> tuple[Record, Path]:
+    """What `push` wrote there, and a folder with its files, each as it was pushed; the folder is read only.
+
+    Raises:
+        InputError: there is no such repository, it holds something else, or a file is not the one that was pushed.
+    """
+    folder = fetch(address)
+    record = read_record(folder)
+    if record is None:
+        raise InputError(f"expected what `reknow push` wrote; {address} holds something else: check the name")
+    for name in record.parts:
+        file = folder / name
+        inside = Path(os.path.normpath(file)).is_relative_to(folder) and not os.path.isabs(name)
+        if not inside or not file.is_file() or file_digest(file) != record.files[name]:
+            raise InputError(
+                f"expected {name} of {address} as it was pushed; it is another file, or none: push it again"
+            )
+    return record, folder
+
+
+def local(source: str | Path) -> Path:
+    """Where the patch or the stack lies that is meant: a path is taken as it is, an address fetched and checked.
+
+    Raises:
+        InputError: there is no such repository, or it holds neither a patch nor a stack that was pushed.
+    """
+    if not is_address(source):
+        return Path(source).expanduser()
+    record, folder = fetch_pushed(address := read_address(str(source)))
+    if record.kind == "stack" and STACK_FILE in record.parts:
+        return folder
+    if record.kind == "patch" and record.parts:
+        return folder / Path(record.parts[0]).parts[0]  # an adapter is a folder of its own
+    raise InputError(f"expected a patch or a stack at {address}; it holds {record.kind}: get it with `reknow pull`")
 
 
 def send(address: Address, files: Mapping[str, Path | bytes], message: str, *, private: bool = False) -> str:

@@ -18,6 +18,8 @@ from reknow.files.atomic import write_text
 MARK = "reknow.json"
 """In an exported folder: which command wrote it, which files, and what they are."""
 STACK_FILE, MANIFEST_FILE = "stack.json", "manifest.json"
+HUB = "hub:"
+"""How the address of a repository on the hub begins, which is read alone."""
 
 
 def output_file(path: Path, force: bool, sources: Iterable[str | Path | None] = ()) -> Path:
@@ -144,6 +146,10 @@ def _check_free(path: Path, force: bool, sources: Iterable[str | Path | None]) -
 
 def _check_name(path: Path) -> Path:
     """The path with `~` resolved; raises InputError where nothing can be written under that name."""
+    if str(path).startswith(HUB):
+        raise InputError(
+            f"expected a place on this machine to write to; got {path}: `reknow pull` it, and push what comes of it"
+        )
     try:
         named = Path(path).expanduser()
         with suppress(FileNotFoundError):

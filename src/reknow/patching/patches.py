@@ -9,6 +9,7 @@ from pathlib import Path
 from reknow.checks.arguments import typed
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import restore_interrupted
+from reknow.files.outputs import HUB
 from reknow.patching.deltas import factorize, sum_deltas
 from reknow.patching.record import PatchRecord, check_weights
 
@@ -28,14 +29,19 @@ class Patch(PatchRecord):
     @classmethod
     @typed
     def load(cls, path: str | Path) -> Patch:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or a patch that was pushed to the hub (`hub:owner/name[@revision]`).
 
         Raises:
             PatchError: there is no such file, or it is not a patch.
+            InputError: there is no such repository, or it holds no patch.
         """
         from reknow.patching.patch_files import read_patch
         from reknow.patching.peft_folder import is_adapter, read_folder
 
+        if str(path).startswith(HUB):
+            from reknow.files.hub import local
+
+            path = local(path)
         restore_interrupted(path)
         record = read_folder(path) if is_adapter(path) else read_patch(path)
         return cls(**{field.name: getattr(record, field.name) for field in fields(record)})

@@ -16,12 +16,13 @@ from reknow.checks.arguments import typed
 from reknow.edits import check_encodable
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import restore_interrupted, write_text
+from reknow.files.digests import file_digest
 from reknow.files.hub import fetch, is_address, read_address
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.files.schema import Listed, NewerFormat, Strict, explain, read_json
 from reknow.model.fingerprint import Fingerprint
-from reknow.patching.history import Line, complete, file_digest, find_line, make_line, read_lines, with_last
+from reknow.patching.history import Line, complete, find_line, make_line, read_lines, with_last
 from reknow.patching.patches import Patch
 
 _FORMAT = 2
@@ -234,10 +235,12 @@ def base_name(base: str) -> str:
 def read_stack(source: str | Path) -> tuple[str | Path, list[Patch]]:
     """(base model, patches) of a stack folder, or of one on the hub (`hub:owner/name[@revision]`); any other source
     comes back as it is, with no patches."""
-    folder = fetch(read_address(source)) if isinstance(source, str) and is_address(source) else source
+    folder = fetch(read_address(str(source))) if is_address(source) else source
     stack = _stack_file(folder)
     if stack is None and folder is not source:
-        raise PatchError(f"expected a stack at {source}; it is none: get what it holds with `reknow pull`")
+        raise PatchError(
+            f"expected a stack at {source}; it is none: put patches on with --patch, or `reknow pull` it"
+        )
     if stack is None:
         return source, []
     return stack.base, [_load_named(Path(folder) / name) for name in stack.patches]

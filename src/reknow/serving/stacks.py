@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from reknow.errors import InputError, PatchError
+from reknow.files.hub import is_address, local, read_address
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.model.fingerprint import Fingerprint
@@ -30,21 +31,22 @@ class _Read(NamedTuple):
     patches: _Stack
 
 
-def stack_names(folders: Iterable[Path], base: str) -> dict[str, Path]:
-    """Name → folder of each stack; a stack has the name of its folder.
+def stack_names(stacks: Iterable[Path], base: str) -> dict[str, Path]:
+    """Name → folder of each stack; a stack has the name of its folder, or of its repository on the hub.
 
     Raises:
         InputError: two have one name, or one that of the base model, or there is something else at that place.
     """
     named: dict[str, Path] = {}
-    for folder in folders:
-        name = folder.resolve().name
+    for stack in stacks:
+        shared = is_address(stack)
+        name = read_address(str(stack)).repository.rpartition("/")[2] if shared else stack.resolve().name
         if name in named or name == base:
             other = named.get(name, f"the base model {base}")
             raise InputError(
-                f"expected a name of its own for the stack {folder}; {other} has it too: rename the folder"
+                f"expected a name of its own for the stack {stack}; {other} has it too: rename the folder"
             )
-        named[name] = stack_folder(folder)
+        named[name] = local(stack) if shared else stack_folder(stack)
     return named
 
 
@@ -56,6 +58,7 @@ class Stacks:
         served_as: its name for who asks.
         fingerprint: of that model.
         folders: name → folder; where there is none yet, the first patch makes it.
+        fixed: names of those that are not ours to change, as they come from the hub.
         check: puts patches on the model and raises PatchError where they do not fit.
     """
 
@@ -66,8 +69,9 @@ class Stacks:
         fingerprint: Fingerprint,
         folders: dict[str, Path],
         check: Callable[[_Stack], object],
+        fixed: Collection[str] = (),
     ):
-        self.served_as = served_as
+        self.served_as, self._fixed = served_as, fixed
         self._base, self._fingerprint, self._folders, self._check = base, fingerprint, folders, check
         self._known: dict[str, _Read] = {}
         self._reading, self._changing = threading.Lock(), threading.Lock()
@@ -113,6 +117,11 @@ class Stacks:
 
     def _change(self, name: str, action: str, why: str, change: Callable[[_Stack], _Stack]) -> _Stack:
         folder = self._folder(name)
+        if name in self._fixed:
+            raise PatchError(
+                f"expected a stack in a folder of this machine to change; {name} is read from the hub: pull it, and "
+                "serve the folder"
+            )
         with self._changing, write_lock(folder, wait=PATIENCE):
             changed = change(self._read(folder).patches)
             self._check(changed)
