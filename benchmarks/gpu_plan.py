@@ -1,7 +1,8 @@
 """What MEMIT on many facts costs, derived before it is run: matrix products by phase, tokens, memory.
 
-The derivation follows the search as `reknow.editing` makes it: facts in groups, padded, the blocks below the edited
-layer once, those above it in every pass, forward and back; frozen weights have no gradient, so that a pass back is as
+The derivation follows the search as `reknow.editing` makes it: facts in groups, padded; what rows begin with alike
+once for all of them; what else stands left of the subject once, in all blocks; the rest once up to the edited layer,
+and in the blocks above it in every pass, forward and back. Frozen weights have no gradient, so that a pass back is as
 much work as one forward. Padding is run, as on a GPU; on a CPU most models leave it out. Attention's own two products
 are left out, some per cent at these lengths; counted on a CPU the rest is right to the digit
 (`tests/test_benchmarks.py`).
@@ -17,6 +18,7 @@ from torch import nn
 from reknow import LM, MEMIT, Edit
 from reknow.editing.sinks import avoid_sinks
 from reknow.editing.value_batch import encode_facts, group_facts, replayed_tokens, token_budget
+from reknow.model.beginnings import Beginnings, rows_together
 from reknow.model.parts import Conv1D
 from reknow.model.tokens import EncodedText, Text, make_batches
 
@@ -28,13 +30,34 @@ class Rectangle:
     rows: int
     left: int
     right: int
+    ran: tuple[int, int] = (0, 0)
+    """What is run of the left columns: tokens, and rows whose last token goes through the head."""
 
     @classmethod
     def of(cls, rows: Sequence[EncodedText]) -> Rectangle:
         ends = [len(row.ids) - bool(row.target_ids) for row in rows]
         lasts = [row.subject_last or 0 for row in rows]
         left = max(lasts)
-        return cls(len(rows), left, max(end - last for end, last in zip(ends, lasts, strict=True)))
+        right = max(end - last for end, last in zip(ends, lasts, strict=True))
+        return cls(len(rows), left, right, _run_left([row.ids[:last] for row, last in zip(rows, lasts, strict=True)]))
+
+
+def _run_left(rows: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Tokens and rows that `left_cache` runs for these."""
+    begun, longest = Beginnings(rows), max(map(len, rows))
+    if not longest:
+        return 0, 0
+    if not begun.worth:
+        return len(rows) * longest, len(rows)
+    behind = [(len(part), max(begun.missing[i] for i in part)) for part in rows_together(begun.missing)]
+    behind = [(count, width) for count, width in behind if width]
+    tokens = _begun(begun) + sum(count * width for count, width in behind)
+    return tokens, len(begun.texts) + sum(count for count, _ in behind)
+
+
+def _begun(begun: Beginnings) -> int:
+    """Padded tokens of the beginnings; an empty one is run as a token."""
+    return len(begun.texts) * max(max(map(len, begun.texts)), 1)
 
 
 class Sizes:
@@ -78,8 +101,9 @@ def memit_work(lm: LM, edits: Sequence[Edit], method: MEMIT, layers: Sequence[in
         chains += method.steps * (1 + apart)
         wholes = [Rectangle.of(prompts), Rectangle.of(kl)] if apart else [Rectangle.of(prompts + kl)]
         for whole in wholes:
-            passes = 2 if whole.left else 1  # each ends with the logits of a row's last token
-            once += whole.rows * ((whole.left + whole.right) * sizes.layers * sizes.block + passes * sizes.head)
+            ran, ends = whole.ran  # each pass ends with the logits of a row's last token
+            once += ran * sizes.layers * sizes.block + whole.rows * whole.right * (layers[-1] + 1) * sizes.block
+            once += (ends + whole.rows) * sizes.head
             tokens += whole.rows * (whole.left + whole.right)
         batches = min(method.context_batches, len(distinct))
         for step in range(method.steps):
@@ -133,13 +157,15 @@ def _reading(lm: LM, edits: Sequence[Edit], contexts: Sequence[str], sizes: Size
     """Operations of the subjects' keys in every layer, and of their states behind the last one."""
     prefixes = avoid_sinks(lm, edits, contexts)
     texts = [Text.about(edit, prefix) for edit, own in zip(edits, prefixes, strict=True) for prefix in own]
-    lengths = [(row.subject_last or 0) + 1 for row in lm.encode(texts)]
+    rows = [row.ids[: (row.subject_last or 0) + 1] for row in lm.encode(texts)]
 
     def padded(some: list[int]) -> int:
         return sum(len(part) * max(some[i] for i in part) for part in make_batches(some, lm.device))
 
-    keys = padded(lengths) * sum((layer + 1) * sizes.block - sizes.down for layer in layers)
-    return keys + len(layers) * padded(lengths[:: len(contexts)]) * (layers[-1] + 1) * sizes.block
+    begun, whole = Beginnings([row[:-1] for row in rows]), [len(row) for row in rows]
+    read = _begun(begun) + padded([missing + 1 for missing in begun.missing]) if begun.worth else padded(whole)
+    keys = read * sum((layer + 1) * sizes.block - sizes.down for layer in layers)
+    return keys + len(layers) * padded(whole[:: len(contexts)]) * (layers[-1] + 1) * sizes.block
 
 
 def _solving(sizes: Sizes, facts: int) -> int:

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("xllamacpp")
 
@@ -126,19 +127,27 @@ def smollm2(tmp_path_factory) -> LM:
 
 @pytest.fixture(scope="module")
 def near_smollm2(smollm2) -> list[str]:
-    """Other facts that it knows, those in the words of the edits first."""
-    edits = [ROME_EDIT, *MEMIT_EDITS]
-    found = [fact.text for fact in control_facts(smollm2, edits, 12)]
-    return [*found, "The capital of Japan is"][:12]
+    """Other facts that it knows well, those in the words of the edits first: where two answers are nearly alike, the
+    rounding of an engine's products decides, with patches and without."""
+    found = [fact.text for fact in control_facts(smollm2, [ROME_EDIT, *MEMIT_EDITS], 30)]
+    return [text for text in found if margin(smollm2, text) > 0.7][:12]
+
+
+@torch.no_grad()
+def margin(lm: LM, prompt: str) -> float:
+    """How much likelier the first token of the answer is than any other, in nats."""
+    best = lm.model(**lm.tokenizer(prompt, return_tensors="pt")).logits[0, -1].topk(2).values
+    return float(best[0] - best[1])
 
 
 @pytest.fixture(scope="module")
 def stacks_of_smollm2(smollm2) -> dict[str, list[Patch]]:
-    """MEMIT over its default band alone, and on top of a ROME patch, the two merged."""
-    rome = method("rome", layer=3, **QUICK).edit(smollm2, [ROME_EDIT])
+    """MEMIT over its default band alone, and on top of a ROME patch, the two merged; the default's covariances, since
+    with fewer tokens in them MEMIT changes a neighbour in the model itself."""
+    rome = method("rome", layer=3).edit(smollm2, [ROME_EDIT])
     with smollm2.patched(rome):
-        on_top = method("memit", **QUICK).edit(smollm2, MEMIT_EDITS)
-    return {"memit": [method("memit", **QUICK).edit(smollm2, MEMIT_EDITS)], "merged": [merge([rome, on_top])]}
+        on_top = method("memit").edit(smollm2, MEMIT_EDITS)
+    return {"memit": [method("memit").edit(smollm2, MEMIT_EDITS)], "merged": [merge([rome, on_top])]}
 
 
 @pytest.mark.real

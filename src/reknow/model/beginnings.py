@@ -17,7 +17,7 @@ from reknow.model.decoder import Decoder
 from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import Batch, EncodedText, make_batches
 
-__all__ = ["left_cache", "read_inputs"]
+__all__ = ["Beginnings", "left_cache", "read_inputs", "rows_together"]
 
 _WORTH = 0.25
 """Share of all tokens that must be spared, for a pass more."""
@@ -29,6 +29,7 @@ class Beginnings:
     """What rows begin with that others begin with too: per row the beginning that spares most tokens in all.
 
     Attributes:
+        texts: those beginnings, each once.
         missing: how many tokens of each row lie behind it.
         worth: whether they spare enough.
     """
@@ -46,15 +47,15 @@ class Beginnings:
         lengths = [max(range(len(path)), key=lambda n: n - n / count[path[n]]) for path in paths]
         numbers = {path[n]: tuple(row[:n]) for row, path, n in zip(rows, paths, lengths, strict=True)}
         place = {number: i for i, number in enumerate(numbers)}
-        self._texts, self._which = [*numbers.values()], [place[p[n]] for p, n in zip(paths, lengths, strict=True)]
+        self.texts, self._which = [*numbers.values()], [place[p[n]] for p, n in zip(paths, lengths, strict=True)]
         self.missing = [len(row) - n for row, n in zip(rows, lengths, strict=True)]
-        spared = sum(lengths) - sum(map(len, self._texts))
+        spared = sum(lengths) - sum(map(len, self.texts))
         self.worth = spared >= _WORTH * max(sum(map(len, rows)), 1)
 
     def run(self, lm: Decoder) -> None:
         """Runs the beginnings, as far as the model goes."""
         self._cache = cache = DynamicCache(config=lm.model.config)
-        self._batch = lm.pad([EncodedText(ids or (0,), 1) for ids in self._texts])
+        self._batch = lm.pad([EncodedText(ids or (0,), 1) for ids in self.texts])
         batch = self._batch
         lm.forward(batch.ids, batch.mask, batch.positions, cache, logits_to_keep=1)
 
@@ -108,18 +109,23 @@ def left_cache(lm: Decoder, batch: Batch, columns: int) -> DynamicCache:
     return cache
 
 
-def _left_parts(
-    lm: Decoder, begun: Beginnings, batch: Batch, columns: int
-) -> Iterator[tuple[list[int], DynamicCache]]:
-    """Rows that miss about as many tokens, and their cache."""
+def rows_together(missing: Sequence[int]) -> list[list[int]]:
+    """Rows that miss about as many tokens, the least first: what is padded costs less than another pass."""
     parts: list[list[int]] = []
-    for i in sorted(range(len(begun.missing)), key=lambda i: begun.missing[i]):
-        padded = sum(begun.missing[i] - begun.missing[other] for other in parts[-1]) if parts else _FREE_TOKENS
+    for i in sorted(range(len(missing)), key=lambda i: missing[i]):
+        padded = sum(missing[i] - missing[other] for other in parts[-1]) if parts else _FREE_TOKENS
         if padded < _FREE_TOKENS:
             parts[-1].append(i)
         else:
             parts.append([i])
-    for rows in parts:
+    return parts
+
+
+def _left_parts(
+    lm: Decoder, begun: Beginnings, batch: Batch, columns: int
+) -> Iterator[tuple[list[int], DynamicCache]]:
+    """The rows of each part, and their cache."""
+    for rows in rows_together(begun.missing):
         some, first = batch.select(torch.tensor(rows, device=lm.device)), columns - begun.missing[rows[-1]]
         cache = begun.cache(lm, rows, some, first)
         if first < columns:
