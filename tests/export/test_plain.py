@@ -27,6 +27,7 @@ from reknow.errors import PatchError
 from reknow.export.adapter import export_lora
 from reknow.export.checkpoint import export_checkpoint
 from reknow.export.plain import narrow_weights, rounded_weights
+from reknow.patching.deltas import add_deltas
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
 
@@ -190,7 +191,7 @@ def test_edits_are_read_in_the_weights_as_they_are_written(tmp_path, capsys):
     edits = (Edit(prompts[place], target_new=said), Edit(prompts[place], target_new="Lima"))
     lm.apply(replace(patch, edits=edits))
     before = bits(lm)
-    with rounded_weights(narrow_weights(lm, lm.model)):
+    with rounded_weights(narrow_weights(lm, lm.model)[0]):
         inside = lm.model(IDS).logits
     report = export_checkpoint(lm, tmp_path / "out")
     assert same(bits(lm), before) and (report.edits, report.held) == (2, (1, 1))
@@ -200,6 +201,22 @@ def test_edits_are_read_in_the_weights_as_they_are_written(tmp_path, capsys):
     assert "1 of 2 edits in memory, 1 as written" in capsys.readouterr().out
     _say_rounding(replace(report, held=(2, 1)))
     assert "rounding to float16 loses 1 of the edits: --dtype float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("size", "warned"), [(0.5, False), (5000.0, True)])
+def test_a_change_so_large_that_the_base_beneath_it_is_rounded_away_is_told(tmp_path, capsys, size, warned):
+    lm = LM(saved("llama", tmp_path / "base", torch.float16))
+    lm.apply(patch := some_patch(lm, size=size))
+    report = export_checkpoint(lm, tmp_path / "out")
+    shares = []
+    for name in patch.deltas:
+        with lm.unpatched():
+            base = lm.base_weight(name).double()
+        summed = add_deltas(base, [patch.deltas[name]])
+        shares.append(float((summed.half().double() - summed).norm() / base.norm()))
+    assert report.lost == pytest.approx(max(shares), rel=1e-6)
+    _say_rounding(report)
+    assert ("takes" in capsys.readouterr().err) == warned == (max(shares) > 0.02)
 
 
 def test_a_sum_that_the_checkpoint_cannot_hold_is_refused(tmp_path):

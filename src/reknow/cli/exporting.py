@@ -171,6 +171,8 @@ def _open_edited(source: Path, model: str | None, opening: ChatOpening) -> LM:
 
 def _say_rounding(written: CheckpointReport) -> None:
     """The dtype of the checkpoint, and what rounding to it did to the edits."""
+    from reknow.export.measure import LOST
+
     dtype = str(written.dtype).removeprefix("torch.")
     if written.held is None:
         return say(f"{dtype}, bit for bit as in memory")
@@ -181,6 +183,11 @@ def _say_rounding(written: CheckpointReport) -> None:
     )
     if after < before:
         warn(f"rounding to {dtype} loses {before - after} of the edits: --dtype float32 keeps them all")
+    elif written.lost > LOST:
+        warn(
+            f"the changes are so large that rounding to {dtype} takes {written.lost:.1%} of a matrix, and may take "
+            "other facts: --dtype float32 keeps them"
+        )
 
 
 def _say_reliability(lm: LM, rank: int) -> None:

@@ -60,6 +60,8 @@ class CheckpointReport:
     held: tuple[int, int] | None
     """How many of them the model answers, teacher-forced and exactly, as it is and as it was written; None: it was
     written bit for bit."""
+    lost: float
+    """The largest share of the norm of a base's matrix that rounding took from its sum with the changes."""
 
 
 @typed_exclusively
@@ -85,7 +87,7 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
         )
     folder = check_place(lm, folder, overwrite)
     model = merge_adapters(lm) if adapted else lm.model
-    narrow = narrow_weights(lm, model)
+    narrow, lost = narrow_weights(lm, model)
     edits, measured = all_edits(lm), measure(lm)
     held = None
     if narrow or model is not lm.model:
@@ -101,7 +103,7 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
         (new / CARD).write_text(write_card(lm, "hf", measured, [f"vllm serve {new.name}"]), encoding="utf-8")
         write_record(new, describe_export(lm, "hf", measured))
 
-    return CheckpointReport(atomic_write_folder(folder, write, overwrite), written.dtype, len(edits), held)
+    return CheckpointReport(atomic_write_folder(folder, write, overwrite), written.dtype, len(edits), held, lost)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

@@ -21,7 +21,7 @@ from reknow.export.gguf_files import GGUFFile, NewTensor, fill_note
 from reknow.export.gguf_match import check_match, read_tensor
 from reknow.export.gguf_names import Place, as_rows
 from reknow.export.gguf_record import CARD_FIELD, RECORD_FIELD
-from reknow.export.measure import Answer, Measured, ask, measure
+from reknow.export.measure import LOST, Answer, Measured, ask, measure
 from reknow.files.atomic import atomic_write
 from reknow.files.outputs import output_file
 from reknow.lm import LM
@@ -41,9 +41,6 @@ _OWN = (
 few large numbers set the scale of their block."""
 _RAISED, _BLOCK = GGMLQuantizationType.Q8_0, 32
 _WIDER = (GGMLQuantizationType.F16, GGMLQuantizationType.F32)
-_LOST = 0.02
-"""How much rounding to a type may cost, as a share of the unedited tensor's norm: four times what Q8_0 costs normally
-distributed weights. Where the change is large beside the weights, more of them is lost, and other facts with them."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +136,7 @@ def _choose_type(file: GGUFFile, place: Place, delta: Delta) -> GGMLQuantization
     first = [own] if own in _OWN else [_RAISED] if int(tensor.shape[0]) % _BLOCK == 0 else []
     for kind in (*first, *_WIDER):
         held = torch.from_numpy(np.array(quants.dequantize(_store(wanted, kind), kind), dtype=np.float32))
-        if float((held - wanted).norm()) <= _LOST * float(matrix.norm()):
+        if float((held - wanted).norm()) <= LOST * float(matrix.norm()):
             return kind
     return _WIDER[-1]
 

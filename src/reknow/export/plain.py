@@ -98,8 +98,9 @@ def _settle_ties(model: PreTrainedModel) -> None:
             config.tie_word_embeddings = False
 
 
-def narrow_weights(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tensor]:
-    """What to write, in the checkpoint's dtype, of weights that were widened when the checkpoint was opened.
+def narrow_weights(lm: LM, model: PreTrainedModel) -> tuple[dict[nn.Parameter, Tensor], float]:
+    """What to write, in the checkpoint's dtype, of weights that were widened when the checkpoint was opened, and what
+    that costs: the largest share of the norm of a base's matrix that is rounded away of its sum with the changes.
 
     These are all whose base that dtype holds exactly. Where patches change one, it is summed in float64 and cast
     once; where adapters were added to it, the sum is cast. `model` is the LM's own or its copy without adapters.
@@ -109,16 +110,19 @@ def narrow_weights(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tensor]
     """
     dtype = getattr(torch, str(lm.model.config.dtype).removeprefix("torch."), lm.dtype)
     if not dtype.is_floating_point or torch.finfo(dtype).bits >= torch.finfo(lm.dtype).bits:
-        return {}
+        return {}, 0.0
     edited = {lm.model.get_submodule(name).weight: name for patch in lm.patches for name in patch.deltas}
     own = set(lm.model.parameters())
     casts: dict[nn.Parameter, Tensor] = {}
+    lost = 0.0
     for parameter in model.parameters():
         if name := edited.get(parameter):
             base = lm.base_weight(name)
             if torch.equal(base.to(dtype).to(base.dtype), base):
                 module, summed = lm.model.get_submodule(name), _summed(lm, name, base)
-                casts[parameter] = reorient(module, summed.to(dtype))
+                rounded = summed.to(dtype)
+                lost = max(lost, float((rounded - summed).norm() / exact(base).norm()))
+                casts[parameter] = reorient(module, rounded)
         else:
             narrow = parameter.detach().to(dtype)
             if parameter not in own or torch.equal(narrow.to(parameter.dtype), parameter):
@@ -128,7 +132,7 @@ def narrow_weights(lm: LM, model: PreTrainedModel) -> dict[nn.Parameter, Tensor]
             f"expected sums that {dtype}, the checkpoint's dtype, can hold; one overflows: open the "
             "model in another dtype (`--dtype float32`), which the export keeps"
         )
-    return casts
+    return casts, lost
 
 
 def _summed(lm: LM, name: str, base: Tensor) -> Tensor:
