@@ -96,11 +96,12 @@ def weight_bits(model: nn.Module) -> dict[str, str]:
     """A hash of the bits of every parameter and buffer in memory, by name; quantised ones as they are stored."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with progress.stage("reading every bit of the weights"):
-        return {
-            name: hashlib.blake2b(b"".join(map(_bytes, _stored(tensor.detach()))), digest_size=16).hexdigest()
-            for name, tensor in tensors.items()
-            if tensor.device.type != "meta"
-        }
+        return {name: tensor_bits(t.detach()) for name, t in tensors.items() if t.device.type != "meta"}
+
+
+def tensor_bits(tensor: Tensor) -> str:
+    """A hash of a tensor's bits, of a quantised one as it is stored."""
+    return hashlib.blake2b(b"".join(map(_bytes, _stored(tensor))), digest_size=16).hexdigest()
 
 
 def _stored(tensor: Tensor) -> list[Tensor]:

@@ -1,0 +1,217 @@
+"""What somebody else's edit changed: weights that differ from the base's, by how much, and whose facts they concern.
+
+ΔW = W' − W is all that is known of it. Its rank is the number of its singular values that stand out of what rounding
+makes. Methods that locate facts write ΔW = Λ (C⁻¹k)ᵀ (ROME, arXiv 2202.05262, eq. 2): ΔW k_s = Λ kᵀC⁻¹k_s has the
+product of their key with that of a subject s in the metric of C, in which keys of different subjects are nearly
+orthogonal. So what is compared is how much ΔW adds to what W puts out at each subject, ‖ΔW k_s‖ / ‖W k_s‖, for which
+neither C nor the method's name is needed.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from reknow.datasets.text import text_source
+from reknow.editing.contexts import text_contexts
+from reknow.editing.keys import Subjects
+from reknow.edits import Edit
+from reknow.errors import InputError, ModelError
+from reknow.lm import LM
+from reknow.model.exact import exact
+from reknow.model.fingerprint import tensor_bits
+from reknow.model.parts import is_matrix, reorient
+from reknow.patching.weights import takes_changes
+from reknow.progress import progress
+
+__all__ = ["MOST_RANK", "Concerned", "Difference", "Inspection", "inspect_weights", "subject_keys"]
+
+_Found = TypeVar("_Found")
+
+MOST_RANK = 64
+"""Up to which ranks are counted."""
+_SPARE = 8
+"""Singular values beyond these that are looked for too, so that the last ones are right."""
+_GRAINS = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes in which a checkpoint may have been written."""
+_CONTEXTS = ((5, 10),)
+"""How many texts a subject is read behind, and of how many tokens. A short one by itself has another key: of 200
+subjects the edited one came first in 78 of 80 edits without them, and in 80 with them (docs/log.md)."""
+_MORE_SUBJECTS = 4
+"""Beyond as many as the rank of a change, to show how far they stand out."""
+
+
+@dataclass(frozen=True)
+class Concerned:
+    """A subject, and what a change adds where it is spoken of."""
+
+    subject: str
+    relative: float
+    """‖ΔW k‖ / ‖W k‖, k the base's key at the subject's last token."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How one tensor differs from the base's."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    norm: float
+    """‖ΔW‖, Frobenius."""
+    relative: float | None
+    """‖ΔW‖ / ‖W‖; None where W is 0."""
+    rank: int | None
+    """How many singular values of ΔW are larger than rounding's, up to `MOST_RANK`; None: it is no matrix."""
+    subjects: tuple[Concerned, ...] = ()
+    """Of a change of a value matrix whose rank is below `MOST_RANK`: those that it adds most to, first."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model beside its base."""
+
+    tensors: int
+    """How many were compared."""
+    differences: tuple[Difference, ...]
+    """Of those that differ by more than rounding; the largest relative norm first."""
+
+
+def inspect_weights(
+    open_edited: Callable[[], LM], open_base: Callable[[], LM], subjects: Sequence[str] = ()
+) -> Inspection:
+    """Compares two models by their weights; one of them is in memory at a time, and of the other what differs.
+
+    Two tensors are the same where the base's, rounded to the dtype in which all numbers of the other's fit, has its
+    bits: a copy in half precision is no edit.
+
+    Args:
+        open_edited, open_base: open the models; the base is opened twice.
+        subjects: those among whom a change's own are looked for.
+
+    Raises:
+        InputError: they are no models of the same tensors.
+        ModelError: one has weights that are not plain numbers in memory, or NaN or infinity where they differ.
+    """
+    known = _read(open_base, lambda lm: {name: _Known(tensor) for name, tensor in _weights(lm).items()})
+    changed = _read(open_edited, lambda lm: _changed(lm, known))
+    if not changed:
+        return Inspection(len(known), ())
+    base, found = open_base(), list[Difference]()
+    keys, weights = subject_keys(base, subjects) if subjects else None, _weights(base)
+    for name in progress.each("comparing", [*changed], unit="tensors"):
+        found.append(_compare(base, name, changed.pop(name), weights[name], keys, subjects))
+    found.sort(key=lambda one: -(math.inf if one.relative is None else one.relative))
+    return Inspection(len(known), tuple(found))
+
+
+def subject_keys(lm: LM, subjects: Sequence[str]) -> Subjects:
+    """The subjects, by themselves and behind beginnings of texts, over which keys are means, as ROME's are."""
+    edits = [Edit("{}", subject=subject, target_new="?") for subject in subjects]
+    return Subjects(lm, edits, text_contexts(lm, _CONTEXTS, text_source(None)))
+
+
+def _read(opened: Callable[[], LM], read: Callable[[LM], _Found]) -> _Found:
+    """What is read of a model, which is out of memory afterwards."""
+    found = read(opened())
+    gc.collect()  # its modules and what hooks them refer to each other
+    return found
+
+
+class _Known:
+    """What is kept of a tensor of the base until it is opened again."""
+
+    def __init__(self, tensor: Tensor):
+        self.shape = tuple(tensor.shape)
+        self.bits = {grain: tensor_bits(tensor.to(grain)) for grain in _GRAINS}
+
+
+def _weights(lm: LM) -> dict[str, Tensor]:
+    """All parameters by name."""
+    for name, module in lm.model.named_modules():
+        if is_matrix(module) and not takes_changes(module):
+            raise ModelError(
+                f"expected plain weights in memory; {lm.name} has {name} quantised, offloaded or adapted: give the "
+                "model before that was done, or with its adapters merged"
+            )
+    if beside := [patch.label for patch in lm.patches if patch.kind != "weights"]:
+        raise ModelError(
+            f"expected a model that is its weights; {lm.name} has a memory beside them ({beside[0]}): reknow show "
+            "says what it holds"
+        )
+    return {name: parameter.detach() for name, parameter in lm.model.named_parameters()}
+
+
+def _changed(lm: LM, known: Mapping[str, _Known]) -> dict[str, Tensor]:
+    """Copies of the tensors that are not the base's, on the CPU, in the dtype in which their numbers fit."""
+    weights = _weights(lm)
+    _check_same_tensors(lm, weights, known)
+    changed = {}
+    for name, tensor in progress.each("reading", [*weights.items()], unit="tensors"):
+        grain = next((g for g in _GRAINS if torch.equal(tensor.to(g).to(tensor.dtype), tensor)), tensor.dtype)
+        kept = tensor.to("cpu", grain, copy=True)
+        if tensor_bits(kept) != known[name].bits.get(grain):
+            changed[name] = kept
+    return changed
+
+
+def _check_same_tensors(lm: LM, weights: Mapping[str, Tensor], known: Mapping[str, _Known]) -> None:
+    """Raises InputError where the models are not built alike."""
+    problems = [f"has no {name}" for name in known if name not in weights]
+    problems += [f"has {name}, which the base has not" for name in weights if name not in known]
+    problems += [
+        f"has {name} of {_by(tensor.shape)}, the base of {_by(known[name].shape)}"
+        for name, tensor in weights.items()
+        if name in known and tuple(tensor.shape) != known[name].shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more differences" if len(problems) > 1 else ""
+        raise InputError(
+            f"expected a model of the base's tensors; {lm.name} {problems[0]}{more}: name the base that it was made "
+            "from"
+        )
+
+
+def _by(sizes: Sequence[int]) -> str:
+    return " × ".join(map(str, sizes))
+
+
+def _compare(
+    base: LM, name: str, edited: Tensor, weight: Tensor, keys: Subjects | None, subjects: Sequence[str]
+) -> Difference:
+    """How one tensor differs."""
+    rounded = exact(weight.to(edited.dtype))
+    change = exact(edited.to(rounded.device)) - rounded
+    if not bool(change.isfinite().all()):
+        raise ModelError(f"expected finite weights; {name} has NaN or infinity in one of the models: mend that one")
+    norm, size = float(change.norm()), float(rounded.norm())
+    rank = _rank(change, rounded, torch.finfo(edited.dtype).eps) if change.dim() == 2 else None
+    module = name.removesuffix(".weight")
+    concerned: tuple[Concerned, ...] = ()
+    if keys is not None and rank and rank < MOST_RANK and module in base.parts.value:
+        stored = base.model.get_submodule(module)
+        k = keys.keys(base.parts.value.index(module)).to(change.device)  # (subjects, in)
+        added, output = ((k @ reorient(stored, matrix).T).norm(dim=1) for matrix in (change, rounded))  # (subjects,)
+        relative = added / output.clamp(min=torch.finfo(output.dtype).tiny)
+        first = relative.argsort(descending=True)[: rank + _MORE_SUBJECTS].tolist()
+        concerned = tuple(Concerned(subjects[i], float(relative[i])) for i in first)
+    return Difference(name, tuple(edited.shape), norm, norm / size if size else None, rank, concerned)
+
+
+def _rank(change: Tensor, weight: Tensor, eps: float) -> int:
+    """How many singular values stand out of rounding's, up to `MOST_RANK`.
+
+    In either matrix an entry was rounded by eps |w| / √12; of independent numbers of such sizes the largest singular
+    value is about the longest row's norm plus the longest column's (Bandeira, van Handel 2016, arXiv 1408.6185).
+    """
+    sizes = (weight.abs() + change.abs()) * (eps / math.sqrt(6))
+    floor = float(sizes.norm(dim=0).max() + sizes.norm(dim=1).max())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # it multiplies by random vectors
+        values: Any = torch.svd_lowrank(change, q=min(MOST_RANK + _SPARE, *change.shape), niter=4)[1]
+    return min(MOST_RANK, int((values > floor).sum()))
