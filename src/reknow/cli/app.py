@@ -162,6 +162,7 @@ for command in (
     instructing.instruct,
     studying.study,
     measuring.bench,
+    measuring.score,
     measuring.report,
     listing.methods,
 ):

@@ -1,14 +1,16 @@
-"""`reknow bench` and `report`."""
+"""`reknow bench`, `score` and `report`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.inspecting import Base, Edited, check_two
 from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, refuse_beside, whole_numbers
 from reknow.cli.places import report_place, run_folder, run_place
 from reknow.cli.terminal import say, say_table, warn_of_records
@@ -129,6 +131,47 @@ def bench(
         results.refuse_lost()
 
 
+def score(
+    model: Edited,
+    base: Base,
+    *,
+    cases: _Cases,
+    generate: Annotated[
+        bool, typer.Option(help="Let the models write their answers. [on]", show_default=False)
+    ] = True,
+    out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
+    opening: ChatOpening,
+) -> None:
+    """Score a model that somebody else edited as `bench` does: before is its base, and after is the model.
+
+    The same command takes up a run that was killed.
+    """
+    from reknow.evaluation import score as run
+
+    check_two(model, base)
+    if out is not None:
+        for source in (model, base):
+            run_place(out, "score", source)
+        out = out.expanduser()
+    study = _study(None, False, cases)
+    loaded = _load(study, cases, opening.open(base) if cases.known else None, one_patch=False)
+    label = Path(model.rpartition(":")[2]).name
+    out = out or run_folder(f"{label}-{'+'.join(loaded.sets)}", base)
+    folders, opens = (
+        run_place(out, "score", model, loaded.sets),
+        [partial(opening.open, one) for one in (model, base)],
+    )
+    for name, chosen in loaded.sets.items():
+        about = {"label": label, "dataset": name, "generate": generate, "refused": loaded.refused_of(name)}
+        say_run(name, run(*opens, chosen, folders[name], **about), folders[name], len(loaded.sets))
+    report(out)
+
+
+def say_run(name: str, results: Results, folder: Path, sets: int) -> None:
+    """Prints the numbers of one of so many sets."""
+    say(*([f"== {name}"] if sets > 1 else []), str(results), "", f"run folder: {folder}")
+
+
 def compare_methods(
     lm: LM,
     loaded: LoadedSets,
@@ -148,7 +191,7 @@ def compare_methods(
         runs.append(run(lm, cases, methods, folder, dataset=name, plan=plan, refused=refused))
         if script_ppl_r:
             measure_script_ppl_r(lm, cases, runs[-1], folder)
-        say(*([f"== {name}"] if len(loaded.sets) > 1 else []), str(runs[-1]), "", f"run folder: {folder}")
+        say_run(name, runs[-1], folder, len(loaded.sets))
     return runs
 
 

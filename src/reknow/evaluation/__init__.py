@@ -2,6 +2,6 @@
 
 from reknow.evaluation.plan import Plan
 from reknow.evaluation.results import Results
-from reknow.evaluation.runner import bench, evaluate
+from reknow.evaluation.runner import bench, evaluate, score
 
-__all__ = ["Plan", "Results", "bench", "evaluate"]
+__all__ = ["Plan", "Results", "bench", "evaluate", "score"]

@@ -30,7 +30,7 @@ from reknow.model.parts import is_matrix, reorient
 from reknow.patching.weights import takes_changes
 from reknow.progress import progress
 
-__all__ = ["MOST_RANK", "Concerned", "Difference", "Inspection", "inspect_weights", "subject_keys"]
+__all__ = ["MOST_RANK", "Concerned", "Difference", "Inspection", "inspect_weights", "read_and_close", "subject_keys"]
 
 _Found = TypeVar("_Found")
 
@@ -98,8 +98,8 @@ def inspect_weights(
         InputError: they are no models of the same tensors.
         ModelError: one has weights that are not plain numbers in memory, or NaN or infinity where they differ.
     """
-    known = _read(open_base, lambda lm: {name: _Known(tensor) for name, tensor in _weights(lm).items()})
-    changed = _read(open_edited, lambda lm: _changed(lm, known))
+    known = read_and_close(open_base, lambda lm: {name: _Known(tensor) for name, tensor in _weights(lm).items()})
+    changed = read_and_close(open_edited, lambda lm: _changed(lm, known))
     if not changed:
         return Inspection(len(known), ())
     base, found = open_base(), list[Difference]()
@@ -116,9 +116,9 @@ def subject_keys(lm: LM, subjects: Sequence[str]) -> Subjects:
     return Subjects(lm, edits, text_contexts(lm, _CONTEXTS, text_source(None)))
 
 
-def _read(opened: Callable[[], LM], read: Callable[[LM], _Found]) -> _Found:
+def read_and_close(open_model: Callable[[], LM], read: Callable[[LM], _Found]) -> _Found:
     """What is read of a model, which is out of memory afterwards."""
-    found = read(opened())
+    found = read(open_model())
     gc.collect()  # its modules and what hooks them refer to each other
     return found
 

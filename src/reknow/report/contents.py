@@ -14,7 +14,7 @@ from reknow.texts.writing import clip
 
 _MODES = {
     "single": "single: each case by itself on the unedited model",
-    "batch": "batch: all edits in one patch",
+    "batch": "batch: all edits made together",
     "sequential": "sequential: one edit after the other, all kept",
 }
 _PER_KIND = 2
@@ -148,6 +148,9 @@ def describe_run(results: Results) -> dict[str, str]:
         "Software": f"reknow {settings['reknow']}, torch {machine.get('torch')}, Python {machine.get('python')}",
         "Started": manifest.get("started", ""),
     }
+    for label, about in settings["methods"].items():
+        if "source" in about and "name" not in about:
+            found[f"Edited elsewhere: {label}"] = f"{about['source']} (content {about['content']})"
     if settings["patches"]:
         found["Patches applied before"] = ", ".join(settings["patches"])
     if refused := manifest.get("refused"):
