@@ -19,7 +19,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
-__all__ = ["Published", "holds_for_any", "published", "published_layers", "published_models", "published_sources"]
+__all__ = [
+    "Published",
+    "code_settings",
+    "holds_for_any",
+    "published",
+    "published_layers",
+    "published_models",
+    "published_sources",
+]
 
 _Table = Mapping[str, Any]
 
@@ -76,13 +84,16 @@ def published(row: str, model: Decoder | str | None = None, source: str | None =
             f"expected a source of {row}'s settings for {name or 'all models'}; got {source}: there are "
             f"{'; '.join(_texts(every[::-1], 'source', name))}"
         )
-    fields = {key: value for table in tables for key, value in table.items() if key not in _ABOUT}
-    # TOML has no null.
-    settings = {key: None if value == "none" else deepcopy(value) for key, value in fields.items()}
+    settings = _fields(tables)
     training = {key: value for table in tables for key, value in table.get("training", {}).items()}
     notes = {topic: text for table in tables for topic, text in table.get("note", {}).items()}
     sources = _texts([*specific, *tables], "source", name)
     return Published(row, name, settings, training, sources, tuple(filter(None, notes.values())))
+
+
+def code_settings(row: str) -> dict[str, Any]:
+    """What the code of a published method sets for every model, as far as the tables have it."""
+    return _fields([table for table in _tables(row) if not {"models", "by"} & set(table)])
 
 
 def holds_for_any(row: str) -> bool:
@@ -124,6 +135,12 @@ def _tables(row: str, absent: bool = False) -> list[_Table]:
         found += _tables(table["like"], absent) if "like" in table else []
         found += [table] if ("absent" in table) == absent else []
     return found
+
+
+def _fields(tables: Sequence[_Table]) -> dict[str, Any]:
+    """The fields of a method in the tables; a later one goes over an earlier one. TOML has no null."""
+    fields = {key: value for table in tables for key, value in table.items() if key not in _ABOUT}
+    return {key: None if value == "none" else deepcopy(value) for key, value in fields.items()}
 
 
 def _model_name(row: str, model: Decoder | str | None) -> str | None:

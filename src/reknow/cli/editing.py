@@ -68,10 +68,10 @@ def edit(
 
     chosen = build_method(method, check_each_once(settings), layer=layer)
     check_edits(chosen, edits)
-    out = out if plan else _output_place(method, out, force, (model, file))
+    out = out if plan else _output_place(chosen, out, force, (model, file))
     with nullcontext() if plan else write_lock(out):
         if not plan:
-            _output_place(method, out, force, (model, file))  # another process may have been here meanwhile
+            _output_place(chosen, out, force, (model, file))  # another process may have been here meanwhile
         lm = opening.open(model)
         lm.computes_statistics = not no_stats
         chosen = chosen.resolve(lm)
@@ -113,14 +113,13 @@ def read_edits(
     return [Edit(prompt, subject=subject, target_new=target, target_true=true, separator=between)]
 
 
-def _output_place(method: str, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
+def _output_place(method: Method, out: Path, force: bool, sources: tuple[str | Path | None, ...]) -> Path:
     """Where the patch goes, a file or for the LoRA family a folder; refused here, before any work."""
     from reknow.files.outputs import output_file, output_folder
     from reknow.methods.lora import LoRA
     from reknow.patching.peft_folder import own_files
-    from reknow.registry import find_row
 
-    if issubclass(find_row(method).method, LoRA):
+    if isinstance(method, LoRA):
         return output_folder(out, force, own_files, sources)
     return output_file(out, force, sources)
 

@@ -157,10 +157,8 @@ def score(
     loaded = _load(study, cases, opening.open(base) if cases.known else None, one_patch=False)
     label = Path(model.rpartition(":")[2]).name
     out = out or run_folder(f"{label}-{'+'.join(loaded.sets)}", base)
-    folders, opens = (
-        run_place(out, "score", model, loaded.sets),
-        [partial(opening.open, one) for one in (model, base)],
-    )
+    folders = run_place(out, "score", model, loaded.sets)
+    opens = [partial(opening.open, one) for one in (model, base)]
     for name, chosen in loaded.sets.items():
         about = {"label": label, "dataset": name, "generate": generate, "refused": loaded.refused_of(name)}
         say_run(name, run(*opens, chosen, folders[name], **about), folders[name], len(loaded.sets))

@@ -12,6 +12,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from reknow.checks.bounds import convert, field_types, former_names
+from reknow.cli.hparams import ENDINGS, read_hparams
 from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
 from reknow.registry import find_row, make
@@ -23,12 +24,16 @@ def build_method(
     """The method `name` with settings given as `field=value`; of two for one field the later one holds.
 
     Args:
+        name: of the table of methods, or a file of EasyEdit's hyperparameters, by its ending.
         layer: `3`, `3,4,5` or `auto`, for whichever field of the method it is.
         given: settings that hold where `pairs` have no other.
 
     Raises:
         InputError: unknown method or field, a value that the field cannot have, or a layer that is given twice.
     """
+    if name.endswith(ENDINGS):
+        name, own = read_hparams(name)
+        given = {**own, **given}
     kind = find_row(name).method
     known, former = field_types(kind), former_names(kind)
     if layer is not None:
