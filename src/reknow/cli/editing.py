@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reknow.cli.options import DEMO, ChatOpening, Encoding, Force, Json, Model, NoStats
+from reknow.cli.stacks import applying, describe, say_replaced
 from reknow.cli.terminal import say, say_json, say_table, warn
 from reknow.errors import EditFailed, InputError, did_you_mean
 from reknow.files.locks import write_lock
@@ -78,9 +79,7 @@ def edit(
         if plan:
             cost = estimate(lm, chosen, edits)
             return say_json(asdict(cost)) if as_json else _say_cost(cost, lm, chosen, edits)
-        stack = model if lm.patches else f"FOLDER --model {lm.name}"
-        stack += f" --tokenizer {opening.tokenizer}" if opening.tokenizer else ""
-        _edit(lm, chosen, edits, out, stack, as_json)
+        _edit(lm, chosen, edits, out, applying(out, model, lm, opening.tokenizer), as_json)
 
 
 def read_edits(
@@ -129,9 +128,8 @@ def _slug(edits: list[Edit]) -> str:
     return name if len(edits) == 1 else f"{name}-and-{len(edits) - 1}-more"
 
 
-def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_json: bool) -> None:
-    """Makes the edits, shows what they changed, and writes the patch; `stack` is what to apply it to."""
-    from reknow.cli.stacks import say_replaced
+def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, apply: str, as_json: bool) -> None:
+    """Makes the edits, shows what they changed, and writes the patch; `apply` is the line that applies it."""
     from reknow.evaluation.cost import estimate
     from reknow.evaluation.effect import control_facts, observe
     from reknow.model.fingerprint import weight_bits
@@ -163,7 +161,7 @@ def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, stack: str, as_j
     say_replaced(patch.notes)
     numbers = sum(p.numel() for p in lm.model.parameters())
     say(f"base model after taking the patch off: {len(bits)} tensors, {numbers:,} numbers, every bit as before")
-    say(f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack {stack}")
+    say(f"wrote {out} (id {patch.id}); apply it with: {apply}")
 
 
 def _warn_of_harm(before: Snapshot, after: Snapshot, out: Path) -> list[str]:
@@ -180,8 +178,6 @@ def _warn_of_harm(before: Snapshot, after: Snapshot, out: Path) -> list[str]:
 def _as_json(
     patch: Patch, facts: list[Fact], before: Snapshot, after: Snapshot, seconds: float, out: Path
 ) -> dict[str, Any]:
-    from reknow.cli.stacks import describe
-
     return {
         "file": str(out),
         "seconds": seconds,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reknow.cli.options import DEMO, Force, Json, Model, NoStats, Opening
+from reknow.cli.stacks import applying
 from reknow.cli.terminal import say, say_json, say_table, warn
 from reknow.errors import InputError
 from reknow.files.locks import write_lock
@@ -79,7 +80,7 @@ def erase(
         return say_json(found | {"before": asdict(before), "after": asdict(after)})
     say(f"{edit.text} … {said}")
     _say_ways(before, after, answer)
-    say(*left, f"wrote {out} (id {patch.id}); apply it with: reknow apply {out} --stack FOLDER --model {model}")
+    say(*left, f"wrote {out} (id {patch.id}); apply it with: {applying(out, model, lm, opening.tokenizer)}")
 
 
 def _present_answer(lm: LM, edit: Edit) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,9 @@ from reknow.cli.stacks import number_of_patches
 from reknow.cli.terminal import say, say_json, say_table, warn
 from reknow.errors import InputError
 from reknow.files.locks import PATIENCE, write_lock
+
+if TYPE_CHECKING:
+    from reknow.patching.patches import Patch
 
 _Changed = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
 _Why = Annotated[str, typer.Option("--why", help="For the history: the reason.", show_default=False)]
@@ -32,35 +36,48 @@ def apply(
 ) -> None:
     """Put patches on top of a stack folder, which is made if it does not exist.
 
-    The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands.
+    The folder opens as an edited model: `LM(folder)`, or --model FOLDER in other commands. Where the --model of a new
+    stack is a stack itself, the new one has the same base and begins with the same patches.
     """
     from reknow.files.outputs import stack_folder
     from reknow.patching.patches import Patch
-    from reknow.patching.stack import FORCED, base_name, read_stack, save_stack, with_patch
+    from reknow.patching.stack import FORCED, save_stack, with_patch
 
     stack = stack_folder(stack)
     loaded = [Patch.load(path) for path in patches]
     with write_lock(stack, wait=PATIENCE):
-        base, active = read_stack(stack)
-        if base == stack and model is None:
-            raise InputError(f"expected --model for the new stack {stack}; got none: name the base model")
-        if base != stack and model is not None and base_name(model) != base:
-            raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
-        base = model if base == stack else base
+        source, base, active = _found(stack, model)
         before = len(active)
         fingerprint = next((patch.base for patch in active if FORCED not in patch.notes), None)
         if fingerprint is None or force:
-            lm = opening.open(str(stack if active else base))
+            lm = opening.open(source)
             for patch in loaded:
                 lm.apply(patch, force=force)
             active = list(lm.patches)
         else:
             for patch in loaded:
                 active = list(with_patch(tuple(active), patch, fingerprint))
-        save_stack(stack, str(base), active, action="apply", why=why)
+        save_stack(stack, base, active, action="apply", why=why)
+    if before and source == model:
+        say(f"{stack} begins with what {model} has: {number_of_patches(before)}")
     for patch in active[before:]:
         say(f"applied {patch.label}")
     say(f"{stack}: {base} with {number_of_patches(len(active))}")
+
+
+def _found(stack: Path, model: str | None) -> tuple[str, str, list[Patch]]:
+    """What is opened to put patches on a stack, its base and its patches; for a new stack those of `model`."""
+    from reknow.patching.stack import base_name, read_stack
+
+    base, active = read_stack(stack)
+    if base == stack:
+        if model is None:
+            raise InputError(f"expected --model for the new stack {stack}; got none: name the base model")
+        base, beneath = read_stack(os.path.expanduser(model))
+        return model, str(base), beneath
+    if model is not None and base_name(model) != base:
+        raise InputError(f"expected the base of {stack}, which is {base}; got {model}: leave --model out")
+    return str(stack), str(base), active
 
 
 def revert(

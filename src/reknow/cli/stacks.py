@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,6 +15,7 @@ from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
+    from reknow.lm import LM
     from reknow.patching.patches import Patch
 
 _Patches = Annotated[list[Path], typer.Argument(help="Patches: files, or hub:owner/name.", show_default=False)]
@@ -87,6 +89,18 @@ def say_patch(patch: dict[str, Any]) -> None:
             for edit in patch["edits"]
         )
     )
+
+
+def applying(file: Path, model: str, lm: LM, tokenizer: str | None = None) -> str:
+    """The line that puts a patch onto what it was made on: `model`, opened as `lm`, or its stack."""
+    from reknow.files.hub import is_address
+
+    words = ["reknow", "apply", str(file), "--stack"]
+    if lm.patches and not is_address(model):
+        words.append(model)
+    else:
+        words += ["FOLDER", "--model", model if lm.patches else lm.name]
+    return shlex.join(words + (["--tokenizer", tokenizer] if tokenizer else []))
 
 
 def say_replaced(notes: dict[str, Any]) -> None:

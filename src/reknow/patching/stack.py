@@ -143,7 +143,7 @@ def save_stack(
         to: the id of the line of the history to whose state this goes back.
 
     Raises:
-        InputError: it cannot be written, or others write there for ten minutes.
+        InputError: it cannot be written, others write there for ten minutes, or `base` is itself a stack.
         PatchError: what is there is no stack, or its history ends with another line than `stack.json` says.
     """
     folder, base = stack_folder(folder), base_name(base)
@@ -151,6 +151,8 @@ def save_stack(
     names = [f"{patch.id}{_PATCH}" for patch in patches]
     with write_lock(folder, wait=PATIENCE):
         old = _stack_file(folder)
+        if old is None or old.base != base:
+            _check_base(base)
         for name, patch in zip(names, patches, strict=True):
             if not _holds(folder / name, patch):
                 patch.save(folder / name)
@@ -168,6 +170,14 @@ def save_stack(
         except InputError as error:  # the stack is changed, and stack.json holds the line
             warnings.warn(f"{error}; the next change of the stack adds the line", stacklevel=3)
     return folder
+
+
+def _check_base(base: str) -> None:
+    if is_address(base) or _stack_file(base) is not None:
+        raise InputError(
+            f"expected a base model; {base} is a stack, and what names it as its base does not open: give the base "
+            "of that one, and its patches in front of the new ones (`read_stack` gives both)"
+        )
 
 
 def read_history(folder: str | Path) -> list[Line]:

@@ -1,0 +1,86 @@
+"""Commands on stack folders: a stack on a stack, lines that are to be pasted, changes of a damaged history."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import saved, some_patch
+from reknow import LM, Patch
+from reknow.cli import app
+from reknow.errors import InputError
+from reknow.patching.history import AUTHOR
+from reknow.patching.stack import read_history, read_stack, save_stack
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+QUICK = ["--method", "ft-m", "--set", "steps=1", "--set", "layer=1"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[str, list[Patch]]:
+    """A tiny model in a folder, and patches of it."""
+    model = saved(tmp_path_factory.mktemp("model"), "gpt2")
+    lm = LM(model)
+    return model, [some_patch(lm, seed) for seed in range(3)]
+
+
+@pytest.fixture
+def stack(made, monkeypatch) -> Path:
+    """A stack of two patches, put on one by one."""
+    monkeypatch.setenv(AUTHOR, "Zoë")
+    model, patches = made
+    save_stack("alice", model, patches[:1], action="apply")
+    return save_stack("alice", model, patches[:2], action="apply")
+
+
+def reknow(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def ids(folder: str | Path) -> list[str]:
+    return [patch.id for patch in LM(str(folder)).patches]
+
+
+# --- a stack on a stack --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_new_stack_on_a_stack_begins_with_its_patches(stack, made, force):
+    model, (one, two, three) = made
+    three.save("new.patch")
+    result = reknow("apply", "new.patch", "--stack", "fold", "--model", "alice", *force)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == (
+        f"fold begins with what alice has: 2 patches\napplied {three.label}\nfold: {model} with 3 patches\n"
+    )
+    assert ids("fold") == [one.id, two.id, three.id] and read_stack("fold")[0] == model
+    assert ids("alice") == [one.id, two.id]
+    assert [applied.id for applied in read_history("fold")[0].entry.applied] == ids("fold")
+
+
+def test_a_stack_is_no_base(stack, made):
+    for base in ("alice", str(stack.resolve()), "hub:zoe/alice"):
+        with pytest.raises(InputError, match=r"expected a base model; .*alice is a stack"):
+            save_stack("fold", base, made[1][2:])
+    assert not Path("fold", "stack.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["edit", "The capital of {Peru} is", "Paris"], ["erase", "The capital of {Peru}"]]
+)
+@pytest.mark.parametrize("source", ["model", "alice", "a stack"])
+def test_the_line_that_a_command_prints_makes_what_opens(stack, made, command, source):
+    if source == "a stack":
+        stack.rename(source)
+    words = [*command, "--model", made[0] if source == "model" else source, *QUICK, "--out", "my own.patch"]
+    result = reknow(*words, *(["--old", "Lima"] if command[0] == "erase" else []))
+    assert result.exit_code == 0, result.output
+    line = shlex.split(result.stdout.splitlines()[-1].partition("apply it with: reknow ")[2])
+    where = ["FOLDER", "--model", made[0]] if source == "model" else [source]
+    assert line == ["apply", "my own.patch", "--stack", *where]
+    result = reknow(*line)
+    assert result.exit_code == 0, result.output
+    assert ids(where[0])[-1] == Patch.load("my own.patch").id
