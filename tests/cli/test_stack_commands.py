@@ -84,3 +84,36 @@ def test_the_line_that_a_command_prints_makes_what_opens(stack, made, command, s
     result = reknow(*line)
     assert result.exit_code == 0, result.output
     assert ids(where[0])[-1] == Patch.load("my own.patch").id
+
+
+# --- what changes nothing, and what changes an order ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("to", ["line", "patch", "time"])
+def test_going_back_to_what_is_there_says_that_there_is_nothing_to_do(stack, to):
+    last = read_history(stack)[-1]
+    wanted = {"line": last.id, "patch": ids(stack)[-1], "time": "2999-01-01"}[to]
+    result = reknow("revert", "--to", wanted, "--stack", stack, "--why", "back")
+    assert result.exit_code == 0 and result.stdout.count("\n") == 1
+    assert result.stdout.startswith(f"nothing to do, so nothing is noted: alice is as after line 2, {last.id}, of ")
+    assert len(read_history(stack)) == 2
+
+
+def test_another_order_is_said_and_logged(stack, made):
+    model, (one, two, three) = made
+    save_stack(stack, model, [two, three, one])
+    result = reknow("revert", "--to", read_history(stack)[1].id, "--stack", stack)
+    order = f"reordered: {one.id}, {two.id}, the newest last\n"
+    assert f"reverted {three.label}\n{order}as after line 2, " in result.stdout
+    logged = " ".join(reknow("log", stack).stdout.split())
+    assert logged.count("reordered: ") == 2 and f"− {three.id}" in logged
+    save_stack(stack, model, [two, one])
+    result = reknow("revert", "--to", read_history(stack)[1].id, "--stack", stack)
+    assert result.stdout.startswith(order)
+    reknow("revert", one.id, "--stack", stack)
+    assert reknow("log", stack).stdout.count("reordered: ") == 4, "what is taken out of the middle leaves the order"
+
+
+def test_another_base_is_logged(stack, made):
+    save_stack(stack, "another/base", made[1][:2])
+    assert "base: another/base" in reknow("log", stack).stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +17,7 @@ from reknow.errors import InputError
 from reknow.files.locks import PATIENCE, write_lock
 
 if TYPE_CHECKING:
+    from reknow.patching.history import Line
     from reknow.patching.patches import Patch
 
 _Changed = Annotated[Path, typer.Option("--stack", help="The stack folder: a base model and its patches in order.")]
@@ -118,6 +120,9 @@ def revert(
         if to is not None:
             line, rest = patches_at(stack, to)
         action, state = "rebuild" if rebuild else "revert", None if line is None else line.id
+        if line is not None and [patch.id for patch in rest] == [patch.id for patch in active]:
+            say(f"nothing to do, so nothing is noted: {stack} {_as_after(line, 'is')}")
+            return
         save_stack(stack, base, rest, action=action, why=why, to=state)
     for patch in active:
         if patch not in rest and (to or patch.id in ids):
@@ -125,8 +130,10 @@ def revert(
     for patch in rest:
         if to and patch not in active:
             say(f"applied {patch.label}")
-    if line is not None and line.entry is not None:
-        say(f"as after line {line.number}, {line.id}, of {_shown(line.entry.at)} UTC")
+    if to and _stayed(active, rest) != _stayed(rest, active):
+        say(f"reordered: {_order(patch.id for patch in rest)}")
+    if line is not None:
+        say(_as_after(line))
     say(f"{stack}: {base} with {number_of_patches(len(rest))}")
 
 
@@ -136,17 +143,22 @@ def log(stack: _Stack, as_json: Json = False) -> None:
     A line that was changed since it was written is named; `reknow verify` checks more.
     """
     from reknow.files.hub import local
+    from reknow.patching.history import reordered
     from reknow.patching.stack import read_history
 
     lines = read_history(local(stack))
     if as_json:
         return say_json([line.entry.model_dump(mode="json") for line in lines if line.entry])
     rows = []
-    for line in lines:
+    for before, line in zip([None, *lines], lines, strict=False):
         if (entry := line.entry) is None:
             rows.append([line.id, "?", "?", "?", "it cannot be read", ""])
             continue
         done = [f"+ {one.id} {one.what}" for one in entry.applied] + [f"− {one}" for one in entry.reverted]
+        if reordered(before, line):
+            done.append(f"reordered: {_order(entry.patches)}")
+        if before and before.entry and before.entry.base != entry.base:
+            done.append(f"base: {entry.base}")
         action = entry.action if entry.to is None else f"{entry.action} to {entry.to}"
         rows.append([line.id, _shown(entry.at), entry.by, action, "\n".join(done), entry.why])
     if rows:
@@ -156,6 +168,21 @@ def log(stack: _Stack, as_json: Json = False) -> None:
     for line in lines:
         if line.problem:
             warn(f"line {line.number} of the history: {line.problem}")
+
+
+def _stayed(these: Sequence[Patch], others: Sequence[Patch]) -> list[str]:
+    """Ids of these that are among the others too, in the order of these."""
+    return [patch.id for patch in these if patch in others]
+
+
+def _order(ids: Iterable[str]) -> str:
+    return ", ".join(ids) + ", the newest last"
+
+
+def _as_after(line: Line, verb: str = "") -> str:
+    """To which line's state a stack went back."""
+    time = f" of {_shown(line.entry.at)} UTC" if line.entry else ""
+    return f"{verb} as after line {line.number}, {line.id},{time}".strip()
 
 
 def _shown(time: datetime) -> str:

@@ -207,6 +207,17 @@ def _check_follows(before: Line | None, line: Line) -> Line:
     return replace(line, problem=problem)
 
 
+def reordered(before: Line | None, line: Line) -> bool:
+    """Whether a change also put patches that it left on into another order; False where a line cannot be read."""
+    if line.entry is None or (before is not None and before.entry is None):
+        return False
+    was = line.entry.found
+    if was is None:
+        was = before.entry.patches if before and before.entry else []
+    stayed = [patch_id for patch_id in line.entry.patches if patch_id in was]
+    return stayed != [patch_id for patch_id in was if patch_id in stayed]
+
+
 def with_last(lines: Sequence[Line], last: str | None, patches: Sequence[str], where: Path) -> list[Line]:
     """The history with the line that `stack.json` holds, which the file may lack; the last line names what does not
     agree with `stack.json`.
