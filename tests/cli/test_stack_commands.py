@@ -12,7 +12,7 @@ from conftest import saved, some_patch
 from reknow import LM, Patch
 from reknow.cli import app
 from reknow.errors import InputError
-from reknow.patching.history import AUTHOR
+from reknow.patching.history import AUTHOR, HISTORY_FILE
 from reknow.patching.stack import read_history, read_stack, save_stack
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -117,3 +117,50 @@ def test_another_order_is_said_and_logged(stack, made):
 def test_another_base_is_logged(stack, made):
     save_stack(stack, "another/base", made[1][:2])
     assert "base: another/base" in reknow("log", stack).stdout
+
+
+# --- a history that is not as it was written -------------------------------------------------------------------
+
+
+def tamper(stack: Path, number: int = 1) -> None:
+    """Gives a line of the history another reason, as an editor would."""
+    file = stack / HISTORY_FILE
+    lines = file.read_text(encoding="utf-8").split("\n")
+    lines[number - 1] = lines[number - 1].replace('"why": ""', '"why": "agreed"')
+    file.write_text("\n".join(lines), encoding="utf-8")
+
+
+@pytest.mark.parametrize("words", ["apply", "revert", "rebuild", "back", "nothing"])
+def test_who_changes_a_stack_with_a_changed_line_is_told_once(stack, made, words):
+    _, two, three = made[1]
+    three.save("new.patch")
+    tamper(stack)
+    line = {
+        "apply": ["apply", "new.patch"],
+        "revert": ["revert", two.id],
+        "rebuild": ["revert", two.id, "--rebuild"],
+        "back": ["revert", "--to", read_history(stack)[0].id],
+        "nothing": ["revert", "--to", read_history(stack)[1].id],
+    }[words]
+    result = reknow(*line, "--stack", stack)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == (
+        "warning: line 1 of the history of alice: its text is not the one of which it holds the hash: it was changed"
+        "; changes are made all the same, `reknow verify alice` examines all\n"
+    )
+    assert len(read_history(stack)) == (2 if words == "nothing" else 3) and not read_history(stack)[-1].problem
+
+
+def test_a_sound_history_is_no_warning(stack, made):
+    made[1][2].save("new.patch")
+    assert reknow("apply", "new.patch", "--stack", stack).stderr == ""
+    assert reknow("revert", made[1][2].id, "--stack", stack).stderr == ""
+
+
+def test_several_lines_are_one_warning(stack, made):
+    model, patches = made
+    save_stack(stack, model, patches)
+    tamper(stack, 1), tamper(stack, 2)
+    result = reknow("revert", patches[2].id, "--stack", stack)
+    assert result.exit_code == 0 and result.stderr.count("\n") == 1
+    assert "line 1 of the history" in result.stderr and "it was changed (and 1 more); changes" in result.stderr

@@ -120,10 +120,9 @@ def revert(
         if to is not None:
             line, rest = patches_at(stack, to)
         action, state = "rebuild" if rebuild else "revert", None if line is None else line.id
-        if line is not None and [patch.id for patch in rest] == [patch.id for patch in active]:
-            say(f"nothing to do, so nothing is noted: {stack} {_as_after(line, 'is')}")
-            return
-        save_stack(stack, base, rest, action=action, why=why, to=state)
+        save_stack(stack, base, rest, action=action, why=why, to=state)  # notes nothing where they are the same
+    if line is not None and [patch.id for patch in rest] == [patch.id for patch in active]:
+        return say(f"nothing to do, so nothing is noted: {stack} {_as_after(line, 'is')}")
     for patch in active:
         if patch not in rest and (to or patch.id in ids):
             say(f"reverted {patch.label}")

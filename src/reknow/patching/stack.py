@@ -135,7 +135,8 @@ def save_stack(
 
     Files of patches that were taken out stay in the folder; only those that `stack.json` names are applied. To change
     what is there, hold `locks.write_lock(folder)` from the reading on, so that no other change is lost. Where the
-    patches are those that are there, it is no change.
+    patches are those that are there, it is no change. Where a line of the history is not as it was written, a warning
+    says so, and the change is made all the same.
 
     Args:
         action: what the history calls the change.
@@ -153,6 +154,8 @@ def save_stack(
         old = _stack_file(folder)
         if old is None or old.base != base:
             _check_base(base)
+        if old is not None:
+            _warn_of_history(folder)
         for name, patch in zip(names, patches, strict=True):
             if not _holds(folder / name, patch):
                 patch.save(folder / name)
@@ -170,6 +173,18 @@ def save_stack(
         except InputError as error:  # the stack is changed, and stack.json holds the line
             warnings.warn(f"{error}; the next change of the stack adds the line", stacklevel=3)
     return folder
+
+
+def _warn_of_history(folder: Path) -> None:
+    """Says before a change that the history in front of it is not as it was written; the change is made all the same,
+    since a line more takes nothing away of what shows that."""
+    if wrong := [line for line in read_history(folder) if line.problem]:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        warnings.warn(
+            f"line {wrong[0].number} of the history of {folder}: {wrong[0].problem}{more}; changes are made all the "
+            f"same, `reknow verify {folder}` examines all",
+            stacklevel=4,
+        )
 
 
 def _check_base(base: str) -> None:
