@@ -161,6 +161,7 @@ class LM(Decoder):
         *,
         top_k: int | None = None,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         seed: int = 0,
         listener: Listener | None = None,
     ) -> str | list[str]:
@@ -171,6 +172,7 @@ class LM(Decoder):
         random state as it was.
 
         Args:
+            top_p: of those the fewest whose chances reach that share (nucleus sampling).
             listener: called as (number of the prompt, next piece of its text) for each token while the texts are
                 written; where it gives True, that text ends there, and what it raises ends all of them.
 
@@ -179,14 +181,13 @@ class LM(Decoder):
                 there is nothing to draw from.
         """
         if isinstance(prompts, str):
-            return self.generate(
-                [prompts], max_new_tokens, top_k=top_k, temperature=temperature, seed=seed, listener=listener
-            )[0]
-        check_sampling(top_k, temperature)
+            sampling = {"top_k": top_k, "temperature": temperature, "top_p": top_p, "seed": seed}
+            return self.generate([prompts], max_new_tokens, **sampling, listener=listener)[0]
+        check_sampling(top_k, temperature, top_p)
         self._hint_at_template(prompts)
 
         def answer(who, which: list[int], texts: list[str]) -> list[str]:
-            options = {"top_k": top_k, "temperature": temperature, "seed": seed}
+            options = {"top_k": top_k, "temperature": temperature, "top_p": top_p, "seed": seed}
             if listener is not None:
                 options["listener"] = lambda number, piece, hear=listener: hear(which[number], piece)
             if who is not None:

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from reknow.model.generation import _Written, sample
+from reknow.errors import InputError
+from reknow.model.generation import _Written, sample, sample_tokens
 from reknow.model.tokens import EncodedText, Text
 
 
@@ -34,6 +36,25 @@ def test_high_temperature_is_uniform_over_the_likeliest(lm, edit):
     drawn = sample(lm, [row] * 300, 1, temperature=1e6, top_k=5, generator=generator)
     counts = torch.tensor([sum(tokens == (int(top),) for tokens in drawn) for top in logits.topk(5).indices])
     assert counts.sum() == 300 and counts.min() > 30
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("top_k", [3, 100])
+def test_a_nucleus_is_the_one_of_transformers(top_p, top_k):
+    logits = 3 * torch.randn(1, 60, generator=torch.Generator().manual_seed(0))
+    kept = TopKLogitsWarper(top_k)(None, logits / 0.7)
+    wanted = TopPLogitsWarper(top_p)(None, kept) if top_p < 1 else kept
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample_tokens(logits.expand(20_000, -1), top_k, 0.7, generator, top_p=top_p)
+    share = torch.bincount(drawn, minlength=60) / len(drawn)
+    assert (share[wanted[0].isinf()] == 0).all()
+    assert torch.allclose(share, wanted[0].softmax(-1), atol=0.015)
+
+
+@pytest.mark.parametrize("top_p", [0.0, -1.0, 1.1, float("nan")])
+def test_a_share_that_is_none_is_refused(lm, top_p):
+    with pytest.raises(InputError, match="expected top_p above 0 and at most 1"):
+        lm.generate("a", top_k=5, top_p=top_p)
 
 
 def test_sampling_without_a_cache_gives_the_same(lm, edit, monkeypatch):

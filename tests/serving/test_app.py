@@ -153,6 +153,10 @@ def test_an_answer_says_how_long_it_is_and_why_it_ended(scene, client):
     )
     assert chunks[-1].usage.completion_tokens == TOKENS and chunks[-2].choices[0].finish_reason == "length"
     assert len(chunks) > 4, "while it is written"
+    hi = {"model": "model", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": TOKENS}
+    both = client.chat.completions.create(**hi, n=2, temperature=2, top_p=0.9, seed=5)
+    assert [choice.index for choice in both.choices] == [0, 1] and both.usage.completion_tokens == 2 * TOKENS
+    assert both.choices[0].message.content != both.choices[1].message.content
 
 
 def test_what_is_refused(served, client):
@@ -162,7 +166,7 @@ def test_what_is_refused(served, client):
     refused(lambda: client.completions.create(**ask | {"prompt": "a " * 6000}), 400, "tokens")
     refused(lambda: client.completions.create(**ask | {"prompt": "a " * 6000}, stream=True), 400, "tokens")
     refused(lambda: client.completions.create(**ask | {"max_tokens": 10**6}), 400, "to be written")
-    refused(lambda: client.completions.create(**ask, n=2), 400, "'n'")
+    refused(lambda: client.completions.create(**ask, logprobs=2), 400, "'logprobs'")
     assert send(served, "GET", "/health", Authorization="")[0] == 200
     for path in ("/v1/models", "/stacks"):
         assert send(served, "GET", path, Authorization="Bearer ")[0] == 401

@@ -23,21 +23,37 @@ def test_what_is_asked_is_read():
     request = read(max_tokens=3, temperature=1, stop=["\n", ""], seed=-1, stream=True)
     assert request.prompts == [ASKED["prompt"]] and request.stops == ("\n",)
     assert request.tokens(10, 100) == 3
-    assert request.sampling(50) == {"top_k": 50, "temperature": 1.0, "seed": 2**63 - 1}
+    assert request.sampling(50) == {"top_k": 50, "temperature": 1.0, "top_p": 1.0, "seed": 2**63 - 1}
+    assert read(temperature=1, top_p=0.5).sampling(50)["top_p"] == 0.5 and (read().choices, read(n=3).choices) == (
+        1,
+        3,
+    )
+    assert read(top_p=0.5, top_k=3).sampling(50) == {}, "the likeliest tokens without a temperature"
     assert read(prompt=["a", "b"]).prompts == ["a", "b"] and read().sampling(50) == {}
     assert [read().tokens(90, positions) for positions in (100, None, 20)] == [10, 256, 1]
 
 
 def test_what_changes_nothing_is_passed_over():
-    neutral = {"n": 1, "top_p": 1, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "suffix": None}
+    neutral = {
+        "best_of": 1,
+        "logprobs": None,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "user": "me",
+        "suffix": None,
+    }
     assert read(**neutral).model == "alice"
 
 
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"n": 2}, "'n'"),
-        ({"top_p": 0.5}, "'top_p'"),
+        ({"logprobs": 2}, "'logprobs'"),
+        ({"presence_penalty": 0.5}, "'presence_penalty'"),
+        ({"n": 0}, "n: "),
+        ({"n": 17}, "n: "),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
         ({"tools": [{"type": "function"}]}, "'tools'"),
         ({"unheard": "of"}, "'unheard'"),
         ({"max_tokens": 0}, "max_tokens"),

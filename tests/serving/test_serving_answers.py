@@ -58,6 +58,14 @@ def test_several_prompts_and_what_is_counted(lm, desk):
     assert len(pieces) > 10
 
 
+def test_several_answers_to_each_question(lm, desk):
+    answer = asked(PROMPTS, n=2, temperature=1.0, top_p=0.9, seed=3)
+    pieces = asyncio.run(written(desk, answer))
+    wanted = lm.generate([text for text in PROMPTS for _ in range(2)], 12, top_k=len(lm.tokenizer), top_p=0.9, seed=3)
+    assert [joined(pieces, number) for number in range(4)] == wanted and wanted[0] != wanted[1]
+    assert answer.prompt_tokens == sum(len(lm.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS)
+
+
 def test_an_answer_ends_before_a_stop(lm, desk):
     whole = lm.generate(PROMPTS[0], 12)
     stop = whole[5:8]

@@ -28,8 +28,10 @@ Listener = Callable[[int, str], object]
 characters, which may be nothing yet. True: enough of it is written."""
 
 
-def check_sampling(top_k: int | None, temperature: float) -> None:
+def check_sampling(top_k: int | None, temperature: float, top_p: float = 1.0) -> None:
     """Raises InputError where there is nothing to draw from."""
+    if not 0 < top_p <= 1:
+        raise InputError(f"expected top_p above 0 and at most 1; got {top_p}: 1 draws among all tokens")
     if top_k is not None and not (top_k >= 1 and 0 < temperature < float("inf")):
         raise InputError(
             f"expected top_k of at least 1 and a temperature above 0; got {top_k} and {temperature}: raise them, "
@@ -45,6 +47,7 @@ def continue_texts(
     top_k: int | None,
     temperature: float,
     seed: int,
+    top_p: float = 1.0,
     listener: Listener | None = None,
     streams: Sequence[tuple[slice, int]] | None = None,
 ) -> list[str]:
@@ -58,8 +61,9 @@ def continue_texts(
 
     def draw(logits: Tensor, k: int) -> Tensor:
         if streams is None:
-            return sample_tokens(logits, k, temperature)
-        return torch.cat([sample_tokens(logits[rows_of], k, temperature, stream) for rows_of, stream in drawn])
+            return sample_tokens(logits, k, temperature, top_p=top_p)
+        parts = [sample_tokens(logits[rows_of], k, temperature, stream, top_p=top_p) for rows_of, stream in drawn]
+        return torch.cat(parts)
 
     def choose(logits: Tensor) -> Tensor:
         fine = check_logits(lm, logits)
@@ -140,14 +144,24 @@ def _decode_continuation(lm: Decoder, row: EncodedText, tokens: list[int]) -> st
     return whole.removeprefix(before) if whole.startswith(before) else text(tokens)
 
 
-def sample_tokens(logits: Tensor, top_k: int, temperature: float, generator: torch.Generator | None = None) -> Tensor:
+def sample_tokens(
+    logits: Tensor,
+    top_k: int,
+    temperature: float,
+    generator: torch.Generator | None = None,
+    *,
+    top_p: float = 1.0,
+) -> Tensor:
     """A token for each row of logits (rows, vocabulary), drawn among its `top_k` most likely. (rows,)
 
     Args:
         generator: None: torch's own randomness.
+        top_p: of those the fewest whose chances reach that share of all (nucleus sampling, arXiv 1904.09751).
     """
     kept, tokens = logits.topk(min(top_k, logits.shape[1]))
     chances = (kept / temperature).softmax(-1)
+    if top_p < 1:
+        chances = chances.where(chances.cumsum(-1) - chances < top_p, 0.0)
     chosen = torch.multinomial(chances if generator is None else chances.to(generator.device), 1, generator=generator)
     return tokens.gather(1, chosen.to(tokens.device))[:, 0]
 

@@ -44,7 +44,7 @@ class Answer:
 
     Attributes:
         prompt_tokens: of the question, template included, before a memory rewrites it.
-        tokens: written so far, for each prompt.
+        tokens: written so far, for each answer.
         reasons: why each of them ended: length or stop; None while it goes on.
     """
 
@@ -82,7 +82,7 @@ class _Job:
 
     def begin(self, lengths: Sequence[int], positions: int | None) -> int:
         """Takes note of the prompts' tokens; how many the answer may have."""
-        self.answer.prompt_tokens = sum(lengths)
+        self.answer.prompt_tokens = sum(lengths[:: self.answer.request.choices])
         self.answer.tokens, self.answer.reasons = [0] * len(lengths), [None] * len(lengths)
         return self.answer.request.tokens(max(lengths), positions)
 
@@ -210,14 +210,14 @@ class Desk:
             job.close(most)
 
     def _asked(self, lm: LM, request: Request) -> tuple[list[str], Chat | None]:
-        """The prompts, and the template that they stand in.
+        """A prompt for each answer, and the template that they stand in.
 
         Raises:
             InputError: the model has no chat template, or the conversation does not end with a question.
             ModelError: the template does not take the conversation.
         """
         if isinstance(request, CompletionRequest):
-            return request.prompts, None
+            return [prompt for prompt in request.prompts for _ in range(request.choices)], None
         assert isinstance(request, ChatRequest)
         if not lm.tokenizer.chat_template:
             raise InputError(
@@ -226,7 +226,7 @@ class Desk:
         question, chat = request.conversation()
         arguments: dict[str, Any] = {**self._template.arguments, **chat.arguments}
         system = None if any(said.role == "system" for said in chat.history) else self._template.system
-        return [question], as_chat(Chat(system, arguments, chat.history), lm.tokenizer, lm.name)
+        return [question] * request.choices, as_chat(Chat(system, arguments, chat.history), lm.tokenizer, lm.name)
 
 
 class _Ending:

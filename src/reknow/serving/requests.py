@@ -19,17 +19,19 @@ _NEUTRAL: Mapping[str, tuple[JsonValue, ...]] = {
     "frequency_penalty": (0,),
     "logit_bias": ({},),
     "logprobs": (False, 0),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_p": (1,),
 }
 """Fields that are taken where they ask for nothing: their values that do."""
 _MOST_TOKENS = 256
 """Tokens of an answer whose request names no number."""
+
+
+_MOST_CHOICES = 16
+"""Answers to one question at most."""
 
 
 class _StreamOptions(Strict):
@@ -49,6 +51,8 @@ class Request(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_k: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
 
@@ -59,17 +63,23 @@ class Request(Strict):
         return tuple(filter(None, stop))
 
     @property
+    def choices(self) -> int:
+        """How many answers to each question are wanted."""
+        return self.n or 1
+
+    @property
     def asked_tokens(self) -> int | None:
         """Tokens that the request wants at most; None: it does not say."""
         return self.max_tokens
 
     def sampling(self, vocabulary: int) -> dict[str, Any]:
-        """Arguments of `LM.generate`: the likeliest tokens, unless a temperature is asked for."""
+        """Arguments of `LM.generate`: the likeliest tokens, whatever else is asked for, without a temperature."""
         if not self.temperature:
             return {}
         return {
             "top_k": min(self.top_k or vocabulary, vocabulary),
             "temperature": self.temperature,
+            "top_p": self.top_p or 1.0,
             "seed": (self.seed or 0) % 2**63,
         }
 
