@@ -113,7 +113,7 @@ ARTICLES: dict[str, Article] = {
         60,
     ),
     "ice-convergence": Article(
-        "ICE, Figures 2 and 3: losses by step, the consistency condition.", {"": _of("ice-convergence")}, 20
+        "ICE, Figures 2 and 3: losses by step, the consistency condition.", {"": _of("ice-convergence")}, 12
     ),
     "memories": Article(
         "Memories beside the weights under 1, 10, 100 and 300 edits.",
