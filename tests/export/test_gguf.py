@@ -95,6 +95,26 @@ def test_a_quantised_file_opens_as_what_its_blocks_hold(tmp_path):
     assert not torch.equal(LM(file).base_weight(name), lm.base_weight(name))
 
 
+def test_an_adapter_of_peft_on_a_gguf_file_names_no_server_that_cannot_read_both(tmp_path):
+    file = write_gguf(make_lm("llama"), tmp_path / "base.gguf")
+    lm = LM(file)
+    some_patch(lm).save(tmp_path / "a.patch")
+    said = reknow("export", tmp_path / "a.patch", tmp_path / "out", "--to", "lora", "--model", file)
+    assert said.exit_code == 0 and "vllm" not in said.output, said.output
+    assert "as transformers opens it (gguf_file=…); llama.cpp wants --to gguf-lora" in " ".join(said.output.split())
+    assert "vllm" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_patch_made_on_the_model_of_a_gguf_file_is_told_how_it_gets_there(tmp_path):
+    lm = make_lm("llama")
+    patch = some_patch(lm)
+    packed = LM(write_gguf(lm, tmp_path / "base.gguf", "Q4_0"))
+    with pytest.raises(PatchError, match=r"a GGUF file of that model gets it by `reknow export --to gguf --base"):
+        packed.apply(patch)
+    with pytest.raises(PatchError, match=r"\(reknow apply --force\)$"):
+        make_lm("gpt2").apply(patch)
+
+
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):
     whole = write_gguf(make_lm("llama"), tmp_path / "whole.gguf").read_bytes()
     for broken in (b"GGUF", whole[:-5000], whole[:3000], b"GGUF" + bytes(5000)):

@@ -214,6 +214,23 @@ def test_gguf_is_named(tmp_path, monkeypatch):
     assert refused(config, InputError).endswith("is a file: give the folder that it lies in")
 
 
+def test_a_gguf_file_of_something_else_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    (tmp_path / "folder.gguf").mkdir()
+    for kind in ("adapter", "mmproj"):
+        writer = pytest.importorskip("gguf").GGUFWriter(tmp_path / f"{kind}.gguf", "llama")
+        writer.add_type(kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    monkeypatch.setattr("reknow.model.loading.open_gguf", None)  # is not called
+    said = refused(str(tmp_path / "adapter.gguf"))
+    assert said.startswith("expected a GGUF file of a whole model; ") and "holds another thing (adapter)" in said
+    assert "(mmproj)" in refused(str(tmp_path / "mmproj.gguf"))
+    assert "holds no model, but adapter.gguf" in refused(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert refused(str(tmp_path)).endswith(f"such as {tmp_path / 'model.gguf'}")
+
+
 VISION: dict[str, Any] = dict(
     num_hidden_layers=2, hidden_size=32, intermediate_size=64, num_attention_heads=4, image_size=28
 )

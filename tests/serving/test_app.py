@@ -57,7 +57,7 @@ def scene(tmp_path_factory):
 @pytest.fixture(scope="module")
 def served(scene):
     folder, _ = scene
-    with serving(*NAMES, "empty", "--model", "model", "--token", "secret", folder=folder) as served:
+    with serving(*NAMES, "empty", "--new", "--model", "model", "--token", "secret", folder=folder) as served:
         yield served
 
 
@@ -114,6 +114,8 @@ def refused(call, status: int, words: str) -> None:
 
 def test_the_models_are_the_base_and_the_stacks(client):
     assert [model.id for model in client.models.list()] == ["model", *NAMES, "empty"]
+    assert client.models.retrieve("hook").id == "hook"
+    refused(lambda: client.models.retrieve("nobody"), 404, "weights, hook, prompt, empty")
 
 
 def test_eight_clients_on_three_stacks_at_once_get_their_own_stack_s_answers(scene, client):
@@ -153,6 +155,9 @@ def test_an_answer_says_how_long_it_is_and_why_it_ended(scene, client):
     )
     assert chunks[-1].usage.completion_tokens == TOKENS and chunks[-2].choices[0].finish_reason == "length"
     assert len(chunks) > 4, "while it is written"
+    drawn = dict(model="model", prompt=PROMPTS[0], max_tokens=TOKENS, temperature=5)
+    assert len({client.completions.create(**drawn).choices[0].text for _ in range(4)}) > 1, "without a seed"
+    assert len({client.completions.create(**drawn, seed=1).choices[0].text for _ in range(2)}) == 1
     hi = {"model": "model", "messages": [{"role": "user", "content": "Hi"}], "max_completion_tokens": TOKENS}
     both = client.chat.completions.create(**hi, n=2, temperature=2, top_p=0.9, seed=5)
     assert [choice.index for choice in both.choices] == [0, 1] and both.usage.completion_tokens == 2 * TOKENS
@@ -197,7 +202,7 @@ def test_patches_go_on_and_come_off_while_it_runs(scene, served, client):
     status, told = send(served, "POST", "/stacks/empty/patches", body[:-9])
     assert status == 400 and "what was sent" in told["error"]["message"] and "/tmp" not in told["error"]["message"]
     assert send(served, "POST", "/stacks/empty/patches", body, Content_Type="text/plain")[0] == 415
-    assert send(served, "DELETE", "/stacks/empty/patches/0000")[0] == 409
+    assert send(served, "DELETE", "/stacks/empty/patches/0000")[0] == 404
     status, told = send(served, "DELETE", f"/stacks/empty/patches/{patch.id}?why=enough")
     assert (status, told) == (200, {"name": "empty", "patches": []}) and complete(
         client, "empty", PROMPTS[0]
@@ -239,6 +244,8 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_opened(scene, monk
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = run("hook", "--port", taken.getsockname()[1])
         assert said.exit_code == 2 and "give another --port" in said.stderr
+    said = run("hook", "hok", "--model", "model")
+    assert said.exit_code == 2 and "expected a stack folder at hok" in said.stderr and "--new" in said.stderr
     said = run("hook", "--model", "demo:gpt2")
     assert said.exit_code == 2 and "serve each base by itself" in said.stderr
     said = run("hook", Path("..") / folder.name / "hook")

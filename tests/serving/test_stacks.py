@@ -53,6 +53,23 @@ def test_what_other_programs_write_is_seen(base, tmp_path):
         stacks.patches("alice")
 
 
+def test_a_folder_that_is_gone_is_no_empty_stack(base, tmp_path):
+    patch = some_patch(base)
+    save_stack(tmp_path / "alice", base.name, [patch])
+    for read_before in (True, False):
+        stacks = served(base, tmp_path, "alice", "new")
+        if read_before:
+            assert stacks.patches("alice") == (patch,)
+        (tmp_path / "alice").rename(tmp_path / "away")
+        with pytest.raises(UnknownStack, match="it is gone since it was served"):
+            stacks.patches("alice")
+        with pytest.raises(UnknownStack, match="it is gone since it was served"):
+            stacks.add("alice", some_patch(base, 2))
+        assert stacks.patches("new") == () and not (tmp_path / "alice").exists()
+        (tmp_path / "away").rename(tmp_path / "alice")
+        assert stacks.patches("alice") == (patch,)
+
+
 def test_a_patch_that_does_not_fit_changes_nothing(base, tmp_path):
     def refuse(_patches):
         raise PatchError("expected a matrix that is there")

@@ -109,8 +109,11 @@ def _export_adapter(lm: LM, out: Path, to: str, base: Path | None, options: dict
     report: LoraReport | GGUFLoraReport
     if to == "lora":
         from reknow.export.adapter import export_lora
+        from reknow.model.sources import is_gguf
 
         report, loads = export_lora(lm, out, **options), f"peft.PeftModel loads it on {lm.name}"
+        if is_gguf(Path(lm.name)):
+            loads += " as transformers opens it (gguf_file=…); llama.cpp wants --to gguf-lora"
     else:
         from reknow.export.gguf_adapter import export_gguf_lora
 

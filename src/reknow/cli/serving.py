@@ -35,6 +35,7 @@ def serve(
         str | None,
         typer.Option("--model", help=f"The base model, where no stack names one. [{DEMO}]", callback=check_model),
     ] = None,
+    new: Annotated[bool, typer.Option("--new", help="Stacks that are not there yet begin empty.")] = False,
     host: Annotated[str, typer.Option("--host", help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="The port; 0: a free one.")] = 8000,
     token: Annotated[
@@ -57,7 +58,13 @@ def serve(
     from reknow.serving.app import make_app
     from reknow.serving.stacks import Stacks, stack_names
 
-    base = _base([local(stack) for stack in stacks or []], model)
+    folders = [local(stack) for stack in stacks or []]
+    if missing := [] if new else [folder for folder in folders if not (folder / STACK_FILE).exists()]:
+        raise InputError(
+            f"expected a stack folder at {missing[0]}; there is none: check the name, or give --new for a stack that "
+            "begins with its first patch"
+        )
+    base = _base(folders, model)
     served_as = Path(base).name if Path(base).exists() else base
     named = stack_names(stacks or [], served_as)
     fixed = [name for name, given in zip(named, stacks or [], strict=True) if is_address(given)]

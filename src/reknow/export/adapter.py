@@ -14,6 +14,7 @@ from reknow.export.plain import find_adapters
 from reknow.files.atomic import atomic_write_folder
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
+from reknow.model.sources import is_gguf
 from reknow.patching.deltas import LowRank, factorize
 from reknow.patching.patches import merge
 from reknow.patching.peft_folder import describe_base, write_adapter
@@ -49,7 +50,9 @@ class LoraReport:
 
     @property
     def commands(self) -> list[str]:
-        """The lines that serve base and adapter: with vLLM."""
+        """The lines that serve base and adapter: with vLLM, which reads no adapter on a GGUF file."""
+        if is_gguf(Path(self.base)):
+            return []
         line = ["vllm", "serve", self.base, "--enable-lora", "--max-lora-rank", str(self.served_rank)]
         return [shlex.join([*line, "--lora-modules", f"{self.folder.name}={self.folder}"])]
 
@@ -131,7 +134,8 @@ def export_lora(
 
     def write(new: Path) -> None:
         write_adapter(new, factors, base)
-        usage = replace(report, folder=Path(folder.name), base=hub_name(lm) or "BASE").commands
+        shown = replace(report, folder=Path(folder.name), base=hub_name(lm) or "BASE")
+        usage = shown.commands if report.commands else []
         (new / CARD).write_text(write_card(lm, "lora", measured, usage), encoding="utf-8")
         write_record(new, describe_export(lm, "lora", measured))
 

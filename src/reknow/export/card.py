@@ -27,7 +27,7 @@ def write_card(lm: LM, kind: str, measured: Measured, usage: Sequence[str]) -> s
     `base_model` is there where the base has a name on the hub, which takes no other.
 
     Args:
-        usage: lines to paste that run the export.
+        usage: lines to paste that run the export; may be none.
     """
     number = "1 edited fact" if measured.total == 1 else f"{measured.total:,} edited facts"
     parts = [
@@ -39,7 +39,8 @@ def write_card(lm: LM, kind: str, measured: Measured, usage: Sequence[str]) -> s
         *_edits(measured),
         "## How it was measured",
         _how(measured),
-        "Whether other facts and abilities stayed as they were is not part of this: `reknow bench` measures it.",
+        "Whether other facts and abilities stayed as they were is not part of this: `reknow check` asks "
+        "other facts and reads plain text, `reknow bench` compares methods.",
         "## How the edits were made",
         _table(
             ["patch", "method", "edits", "matrices", "settings"],
@@ -54,8 +55,7 @@ def write_card(lm: LM, kind: str, measured: Measured, usage: Sequence[str]) -> s
                 for patch in lm.patches
             ],
         ),
-        "## Use",
-        "\n".join(["```sh", *usage, "```"]),
+        *(["## Use", "\n".join(["```sh", *usage, "```"])] if usage else []),
         *_about_base(lm),
     ]
     return f"---\n{_metadata(lm, kind)}\n---\n\n" + "\n\n".join(parts) + "\n"

@@ -56,9 +56,11 @@ class Fingerprint:
         """Raises PatchError, which says what differs, where `other` is of another model than this one."""
         problem = self.difference(other)
         if problem:
+            alike = other.structure == self.structure  # as a GGUF file of the same model is
             raise PatchError(
                 f"expected the base model on which {label} was made; this one has {problem}: load that model, or "
                 "apply it all the same, at your own risk, with force=True (reknow apply --force)"
+                + ("; a GGUF file of that model gets it by `reknow export --to gguf --base FILE`" if alike else "")
             )
 
     def difference(self, other: Fingerprint) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,8 @@ def find_source(name: str) -> Source:
     if os.path.isfile(path):
         if not is_gguf(Path(path)):
             raise InputError(f"expected the folder of a model; {name} is a file: give the folder that it lies in")
+        if (kind := gguf_type(Path(path))) != "model":
+            raise ModelError(f"expected a GGUF file of a whole model; {name} holds another thing ({kind}): {_WHOSE}")
         if find_spec("gguf") is None:
             raise MissingExtra("gguf", "gguf", f"the GGUF file {name}")
         return Source(path, offline=True, gguf=True)
@@ -109,10 +112,15 @@ def _check_folder(folder: Path) -> None:
     """Raises ModelError where the folder holds no configuration, which all models of transformers have."""
     if any((folder / name).is_file() for name in _FILES):
         return
-    if packed := sorted(folder.glob("*.gguf")):
+    packed = sorted(file for file in folder.glob("*.gguf") if file.is_file())
+    if packed and not (whole := [file for file in packed if gguf_type(file) == "model"]):
+        raise ModelError(
+            f"expected a folder that transformers saved; {folder} holds no model, but {packed[0].name}: {_WHOSE}"
+        )
+    if packed:
         raise ModelError(
             f"expected a folder that transformers saved, or a GGUF file; {folder} holds GGUF files: give one, such "
-            f"as {packed[0]}"
+            f"as {whole[0]}"
         )
     inside = ", ".join(_sibling_models(str(folder / CONFIG))[:3])
     near = f"; models in it: {inside}" if inside else _near_names(str(folder))
@@ -120,6 +128,21 @@ def _check_folder(folder: Path) -> None:
         f"expected a folder that transformers saved; {folder} could not be loaded (it has no {CONFIG}{near}): give "
         "the folder that holds one"
     )
+
+
+_WHOSE = "give the model that it is for, and ask llama.cpp for both"
+_BEGINNING, _TYPE_FIELD = 1 << 16, b"general.type" + struct.pack("<I", 8)
+"""Bytes of a GGUF file in which what it holds stands, since the fields `general.…` come first; name of the field, and
+that its value is a text."""
+
+
+def gguf_type(file: Path) -> str:
+    """What a GGUF file says it holds: model, adapter, mmproj, imatrix …; model where it says nothing."""
+    with file.open("rb") as opened:
+        _, found, value = opened.read(_BEGINNING).partition(_TYPE_FIELD)
+    if not found or len(value) < 8:
+        return "model"
+    return value[8 : 8 + struct.unpack("<Q", value[:8])[0]].decode(errors="replace")
 
 
 def is_gguf(file: Path) -> bool:

@@ -29,7 +29,7 @@ from reknow.patching.patches import Patch
 from reknow.serving.answers import Answer, Desk, Piece
 from reknow.serving.requests import ChatRequest, CompletionRequest, Request, read_request
 from reknow.serving.shapes import CHAT, TEXT, Shape, error_body
-from reknow.serving.stacks import Stacks, UnknownStack
+from reknow.serving.stacks import Stacks, UnknownPatch, UnknownStack
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ _LOOK = 0.5
 """Seconds between two looks whether a client is there still."""
 _STATUS: tuple[tuple[type[ReknowError], int], ...] = (
     (UnknownStack, 404),
+    (UnknownPatch, 404),
     (PatchError, 409),
     (InputError, 400),
     (ModelError, 400),
@@ -59,6 +60,7 @@ def make_app(desk: Desk, stacks: Stacks, token: str | None, hosts: Sequence[str]
         routes=[
             Route("/health", lambda _request: JSONResponse({"status": "ok"})),
             Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
             Route("/v1/chat/completions", routes.chat, methods=["POST"]),
             Route("/v1/completions", routes.complete, methods=["POST"]),
             Route("/stacks", routes.list_stacks),
@@ -77,11 +79,14 @@ class _Routes:
 
     async def models(self, _request: HTTPRequest) -> Response:
         """The base model and the stacks, each under the name by which it is asked."""
-        models = [
-            {"id": name, "object": "model", "created": self._begun, "owned_by": "reknow"}
-            for name in self._stacks.names
-        ]
-        return JSONResponse({"object": "list", "data": models})
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._stacks.names]})
+
+    async def model(self, request: HTTPRequest) -> Response:
+        await run_in_threadpool(self._stacks.patches, name := request.path_params["name"])
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._begun, "owned_by": "reknow"}
 
     async def chat(self, request: HTTPRequest) -> Response:
         return await self._answer(request, ChatRequest, CHAT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -80,7 +81,7 @@ class Request(Strict):
             "top_k": min(self.top_k or vocabulary, vocabulary),
             "temperature": self.temperature,
             "top_p": self.top_p or 1.0,
-            "seed": (self.seed or 0) % 2**63,
+            "seed": secrets.randbits(63) if self.seed is None else self.seed % 2**63,
         }
 
     def tokens(self, longest_prompt: int, positions: int | None) -> int:
@@ -150,7 +151,9 @@ def read_request(kind: type[Request], body: bytes) -> Any:
     try:
         request = parse_json(kind, body)
     except FormatError as error:
-        raise InputError(f"expected a request as OpenAI's API has it; got another ({error}): correct it") from None
+        raise InputError(
+            f"expected a request of OpenAI's API, with prompts as texts; got another ({error}): correct it"
+        ) from None
     for name, value in (request.model_extra or {}).items():
         if value is None or name in _PASSED_OVER or value in _NEUTRAL.get(name, ()):
             continue

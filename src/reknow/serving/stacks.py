@@ -23,6 +23,10 @@ class UnknownStack(InputError):
     """No stack of that name is served."""
 
 
+class UnknownPatch(PatchError):
+    """The stack has no patch of that id."""
+
+
 class _Read(NamedTuple):
     """A stack as it was read from its folder."""
 
@@ -74,6 +78,8 @@ class Stacks:
         self.served_as, self._fixed = served_as, fixed
         self._base, self._fingerprint, self._folders, self._check = base, fingerprint, folders, check
         self._known: dict[str, _Read] = {}
+        self._there = {name for name, folder in folders.items() if _version(folder) is not None}
+        """Names of the stacks whose folder was there once."""
         self._reading, self._changing = threading.Lock(), threading.Lock()
 
     @property
@@ -85,7 +91,7 @@ class Stacks:
         """The patches of a stack as its folder has them now; none of the base model.
 
         Raises:
-            UnknownStack: there is none of that name.
+            UnknownStack: there is none of that name, or its folder is gone.
             PatchError: its folder is broken, or now one of another base.
         """
         if name == self.served_as:
@@ -94,7 +100,7 @@ class Stacks:
         with self._reading:
             known = self._known.get(name)
             if known is None or known.version != _version(folder):
-                known = self._known[name] = self._read(folder)
+                known = self._known[name] = self._read(name)
             return known.patches
 
     def add(self, name: str, patch: Patch, why: str = "") -> _Stack:
@@ -111,9 +117,18 @@ class Stacks:
 
         Raises:
             UnknownStack: there is none of that name.
-            PatchError: the patch is not there, or a version of a memory that is not the newest.
+            UnknownPatch: the stack has none of that id.
+            PatchError: it is a version of a memory that is not the newest.
         """
-        return self._change(name, "revert", why, lambda stack: without_patch(stack, patch_id))
+
+        def take_off(stack: _Stack) -> _Stack:
+            if patch_id not in (ids := [patch.id for patch in stack]):
+                raise UnknownPatch(
+                    f"expected the id of a patch of {name}; got {patch_id!r}: there are {', '.join(ids) or 'none'}"
+                )
+            return without_patch(stack, patch_id)
+
+        return self._change(name, "revert", why, take_off)
 
     def _change(self, name: str, action: str, why: str, change: Callable[[_Stack], _Stack]) -> _Stack:
         folder = self._folder(name)
@@ -123,7 +138,7 @@ class Stacks:
                 "serve the folder"
             )
         with self._changing, write_lock(folder, wait=PATIENCE):
-            changed = change(self._read(folder).patches)
+            changed = change(self._read(name).patches)
             self._check(changed)
             save_stack(folder, self._base, changed, action=action, why=why)
         return changed
@@ -137,9 +152,14 @@ class Stacks:
             )
         return folder
 
-    def _read(self, folder: Path) -> _Read:
+    def _read(self, name: str) -> _Read:
         """What the folder holds; its version is taken first, so that a change meanwhile is read the next time."""
+        folder = self._folder(name)
         version = _version(folder)
+        if version is not None:
+            self._there.add(name)
+        elif name in self._there:
+            raise UnknownStack(f"expected the stack in {folder}; it is gone since it was served: put it back")
         base, patches = read_stack(folder)
         if version is not None and base_name(str(base)) != base_name(self._base):
             raise PatchError(
