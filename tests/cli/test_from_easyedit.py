@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -96,6 +97,10 @@ def test_every_command_of_the_page_runs(empty_folder):
     for name, kind in (("requests.json", "json"), ("rome.yaml", "yaml")):
         (text,) = re.findall(rf"```{kind}\n(.*?)```", PAGE, re.DOTALL)
         (empty_folder / name).write_text(text, encoding="utf-8")
+    stats = empty_folder / "data/stats/gpt2/wikipedia_stats"
+    stats.mkdir(parents=True)
+    moment = {"mom2.mom2": np.eye(1024, dtype=np.float32), "mom2.count": 10}
+    np.savez(stats / "transformer.h.0.mlp.c_proj_float32_mom2_100000.npz", **moment)
     commands = re.findall(r"^\$ reknow (.*)$", PAGE, re.MULTILINE)
     assert len(commands) > 8
     for command in commands:

@@ -26,7 +26,10 @@ def stats(
     ] = None,
     text: Annotated[
         str | None,
-        typer.Option("--text", help="A file, a folder, or hub:owner/name[:configuration[:split]]; else WikiText."),
+        typer.Option(
+            "--text",
+            help="A file, a folder (text, or ROME's .npz), or hub:owner/name[:configuration[:split]]; else WikiText.",
+        ),
     ] = None,
     *,
     opening: Opening,

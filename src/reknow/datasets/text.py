@@ -51,6 +51,8 @@ class TextSource:
     """A hash of all that decides which texts come."""
     texts: Callable[[], Iterator[str]]
     """Starts the stream."""
+    moments: Path | None = None
+    """A folder of covariances that are taken instead of being read from the texts; see `reknow.editing.moments`."""
 
 
 def text_source(where: str | Path | Sequence[str] | None = None) -> TextSource:
@@ -58,8 +60,9 @@ def text_source(where: str | Path | Sequence[str] | None = None) -> TextSource:
 
     Args:
         where: None: the bundled sample. A list: these texts. A file: its paragraphs (`.jsonl`: the field "text" of
-            every line). A folder: its `.txt` and `.jsonl` files by name. `hub:owner/name[:configuration[:split]]`:
-            the field "text" of a data set of the hub, streamed at the revision that is current.
+            every line). A folder: its `.txt` and `.jsonl` files by name; where it has none but `.npz` files, these
+            covariances, with the bundled sample. `hub:owner/name[:configuration[:split]]`: the field "text" of a data
+            set of the hub, streamed at the revision that is current.
 
     Raises:
         InputError: no such file, none in the folder, or not UTF-8; the data set cannot be opened.
@@ -74,6 +77,9 @@ def text_source(where: str | Path | Sequence[str] | None = None) -> TextSource:
         return _hub_source(str(where))
     path = Path(where).expanduser()
     paths = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
+    if not paths and (kept := sorted(path.glob("*.npz"))):
+        digests = [[one.name, _file_digest(one, *_identity(one))] for one in kept]
+        return TextSource(str(where), _digest(digests), _bundled()[1], path)
     if not paths or not all(one.is_file() for one in paths):
         raise InputError(
             f"expected a file or folder of text (.txt, .jsonl) at {where}; there is none: check the path"

@@ -28,6 +28,7 @@ from torch import Tensor
 from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
 from reknow.editing.key_sums import BATCHES, ROW_TOKENS, Task, all_finite, check_blocks, save, sum_keys
+from reknow.editing.moments import read_moment
 from reknow.editing.triangle import Triangle, block_shapes, kept_bytes
 from reknow.errors import EditFailed, InputError
 from reknow.files.cache import cache_folder, cache_limit, evict, mark_used
@@ -215,6 +216,8 @@ def _compute(
         kept = {layer: one for layer, key in keys.items() if (one := _load(lm, key))}
         if world == 1 and len(kept) == len(keys):
             return kept
+        if source.moments is not None:
+            return {layer: _take_over(lm, key, source.moments) for layer, key in keys.items()}
         names = [key["matrix"] for key in keys.values()]
         totals, count = sum_keys(Task(lm, names, source, tokens, sums_file, rank, world))
         if world > 1:
@@ -242,6 +245,16 @@ def _compute(
         if state is not None:
             state.wait_for_everyone()
         return found
+
+
+def _take_over(lm: LM, key: dict[str, str], folder: Path) -> Statistics:
+    """What another program read, kept as our own is."""
+    file, shapes = _file("covariance", key), _blocks(lm, key["matrix"]).values()
+    mean, count = read_moment(folder, key["matrix"], max(columns for _, columns in shapes))
+    blocks = [mean[end - rows : end, :end].float().contiguous() for rows, end in shapes]
+    save(Triangle(blocks).named("covariance"), file, key | {"read": str(count), "name": lm.name})
+    evict(using=[file])
+    return Statistics(Triangle(blocks).to(_device(lm, key)).full(), count, file)
 
 
 def _add_up(tensor: Tensor) -> Tensor:
