@@ -158,7 +158,7 @@ def score(
     label = Path(model.rpartition(":")[2]).name
     out = out or run_folder(f"{label}-{'+'.join(loaded.sets)}", base)
     folders = run_place(out, "score", model, loaded.sets)
-    opens = [partial(opening.open, one) for one in (model, base)]
+    opens = partial(opening.open, model), partial(opening.open, base)
     for name, chosen in loaded.sets.items():
         about = {"label": label, "dataset": name, "generate": generate, "refused": loaded.refused_of(name)}
         say_run(name, run(*opens, chosen, folders[name], **about), folders[name], len(loaded.sets))

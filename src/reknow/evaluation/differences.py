@@ -199,7 +199,7 @@ def _compare(
         added, output = ((k @ reorient(stored, matrix).T).norm(dim=1) for matrix in (change, rounded))  # (subjects,)
         relative = added / output.clamp(min=torch.finfo(output.dtype).tiny)
         first = relative.argsort(descending=True)[: rank + _MORE_SUBJECTS].tolist()
-        concerned = tuple(Concerned(subjects[i], float(relative[i])) for i in first)
+        concerned = tuple(Concerned(subjects[int(i)], float(relative[i])) for i in first)
     return Difference(name, tuple(edited.shape), norm, norm / size if size else None, rank, concerned)
 
 
