@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from reknow.display import paused, visible
+from reknow.files.strict_json import strict_json
 
 _WIDTH = 120
 """Characters in a line of tables that go to a file or a pipe."""
@@ -36,7 +36,7 @@ def say_json(value: Any) -> None:
     """Prints JSON, with its own escapes where the output has not all of Unicode."""
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
     with paused():
-        print(visible(json.dumps(value, indent=1, ensure_ascii=not unicode), "\\u{:04x}"))
+        print(visible(strict_json(value, indent=1, ensure_ascii=not unicode), "\\u{:04x}"))
 
 
 def warn(message: object, what: str = "warning") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ from reknow.cli.places import TRACES, trace_header, trace_place
 from reknow.cli.terminal import say, say_json, say_table
 from reknow.errors import InputError
 from reknow.files.locks import write_lock
+from reknow.files.strict_json import strict_json
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -116,7 +116,7 @@ def trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, forc
             continue
         done.add(fact.text)
         traces.append(trace_prompt(lm, fact.prompt, fact.subject, std, settings))
-        append_line(out / TRACES, json.dumps(traces[-1].as_json()))
+        append_line(out / TRACES, strict_json(traces[-1].as_json()))
         if not as_json and (number % 10 == 0 or number == len(known)):
             say(f"{number} of {len(known)} known facts")
     wanted = {fact.text for fact in known}
@@ -141,7 +141,7 @@ def read_traces(path: Path, header: dict, force: bool) -> list[Trace]:
         )
 
     traces: list[Trace] = []
-    first = json.dumps(header) + "\n"
+    first = strict_json(header) + "\n"
     try:
         text = read_content(path).decode() if path.exists() and not force else ""
     except (OSError, UnicodeDecodeError, FormatError) as error:

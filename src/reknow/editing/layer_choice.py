@@ -8,7 +8,6 @@ at a depth (`papers_layers`): on models that others trained it scores as trial e
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from reknow.files.atomic import write_text
 from reknow.files.cache import cache_folder, warn_if_unwritable
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.schema import Count, FormatError, Listed, Strict, explain, first_problem, parse_json
+from reknow.files.strict_json import strict_json
 from reknow.lm import LM
 from reknow.model.exclusive import exclusively
 from reknow.published import published_layers
@@ -112,13 +112,13 @@ def keep_scores(lm: LM, scores: Sequence[LayerScore]) -> None:
     cache, digest = cache_folder() / FILE, lm.fingerprint.digest
     with warn_if_unwritable(), write_lock(cache, wait=PATIENCE):
         others = {key: entry for key, entry in _read(cache).items() if not _is_of(digest, key)}
-        write_text(cache, json.dumps({**others, digest: _as_entry(lm, scores)}, indent=1))
+        write_text(cache, strict_json({**others, digest: _as_entry(lm, scores)}, indent=1))
     lm.memo[("layer",)] = best_score(scores).layer
 
 
 def write_scores(lm: LM, scores: Sequence[LayerScore], file: Path) -> None:
     """Writes what trial edits gave into a file that `read_scores` reads, on this machine or another."""
-    write_text(file, json.dumps({lm.fingerprint.digest: _as_entry(lm, scores)}, indent=1) + "\n")
+    write_text(file, strict_json({lm.fingerprint.digest: _as_entry(lm, scores)}, indent=1) + "\n")
 
 
 def read_scores(lm: LM, file: Path) -> list[LayerScore]:

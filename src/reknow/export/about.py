@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Iterable
@@ -26,6 +25,7 @@ from reknow.export.measure import Measured
 from reknow.files.digests import file_digest
 from reknow.files.outputs import MARK, marked_files, output_folder
 from reknow.files.schema import NewerFormat, Object, Strict, explain, read_json
+from reknow.files.strict_json import strict_json
 from reknow.lm import LM
 from reknow.model.packaged import packaged_model
 from reknow.model.sources import is_gguf
@@ -204,7 +204,7 @@ def _gguf_field(lm: LM, key: str) -> str | None:
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Writes `reknow.json` into a folder whose other files are whole, with their checksums."""
     files = {name: file_digest(folder / name) for name in _names(folder)}
-    text = json.dumps({**record, "files": files}, indent=1, ensure_ascii=False)
+    text = strict_json({**record, "files": files}, indent=1, ensure_ascii=False)
     (folder / MARK).write_text(text, encoding="utf-8")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from reknow.export.gguf_names import Place, as_rows, find_places, llama_cpp_name
 from reknow.export.gguf_record import CARD_FIELD, RECORD_FIELD
 from reknow.export.measure import measure
 from reknow.files.atomic import atomic_write_folder
+from reknow.files.strict_json import strict_json
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.packaged import packaged_model
@@ -100,7 +100,7 @@ def export_gguf_lora(
         record = describe_export(lm, "gguf-lora", measured)
         usage = replace(report, folder=Path(folder.name), base=Path(served).name).commands
         card = write_card(lm, "gguf-lora", measured, usage)
-        notes = {RECORD_FIELD: json.dumps(record, ensure_ascii=False), CARD_FIELD: card}
+        notes = {RECORD_FIELD: strict_json(record, ensure_ascii=False), CARD_FIELD: card}
         tensors = {
             places[name].tensor: _padded(factor, report.rank, places[name]) for name, factor in factors.items()
         }

@@ -24,6 +24,7 @@ from reknow.export.gguf_record import CARD_FIELD, RECORD_FIELD
 from reknow.export.measure import LOST, Answer, Measured, ask, measure
 from reknow.files.atomic import atomic_write
 from reknow.files.outputs import output_file
+from reknow.files.strict_json import strict_json
 from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
@@ -109,7 +110,7 @@ def _notes(lm: LM, file: GGUFFile, measured: Measured, out: Path, *, roomy: bool
     record: dict[str, Any] = describe_export(lm, "gguf", measured)
     record["from"] = {"file": file.path.name, "bytes": file.path.stat().st_size, "patches": _earlier(file)}
     texts = {
-        RECORD_FIELD: json.dumps(record, ensure_ascii=False),
+        RECORD_FIELD: strict_json(record, ensure_ascii=False),
         CARD_FIELD: write_card(lm, "gguf", measured, [f"llama-server -m {out.name}"]),
     }
     room = " " * (64 + 32 * len(measured.edits)) if roomy else ""

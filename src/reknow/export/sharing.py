@@ -22,6 +22,7 @@ from reknow.files.hub import CARD, Address, fetch_pushed
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import MARK, STACK_FILE
 from reknow.files.schema import FormatError, explain
+from reknow.files.strict_json import strict_json
 from reknow.files.tensors import read_tensors
 from reknow.learning.editors import EDITOR_FILE, Editor
 from reknow.model.fingerprint import Fingerprint
@@ -120,7 +121,7 @@ def _stack(folder: Path, base: str | None) -> Shared:
             "with --base"
         )
     base = base or named
-    files[STACK_FILE] = json.dumps({**json.loads(text), "base": base}, indent=1, ensure_ascii=False).encode()
+    files[STACK_FILE] = strict_json({**json.loads(text), "base": base}, indent=1, ensure_ascii=False).encode()
     return Shared("stack", files, base, tuple(patch.base for patch in patches), [_row(patch) for patch in patches])
 
 
@@ -157,7 +158,7 @@ def with_card(shared: Shared, address: Address) -> dict[str, Path | bytes]:
         },
         "files": {name: hashlib.sha256(bytes(content)).hexdigest() for name, content in files.items()},
     }
-    return {**files, MARK: json.dumps(record, indent=1, ensure_ascii=False).encode()}
+    return {**files, MARK: strict_json(record, indent=1, ensure_ascii=False).encode()}
 
 
 def _card(shared: Shared, address: Address) -> str:

@@ -8,7 +8,6 @@ removes what dead ones have left.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 
 from reknow.errors import InputError
 from reknow.files.locks import write_lock
+from reknow.files.strict_json import strict_json
 
 HIDDEN = ".reknow-"
 """How the names of hidden folders begin; each has a `lock`, what is `new`, and in `old` what had to make room."""
@@ -53,7 +53,7 @@ def write_text(path: str | Path, text: str) -> Path:
 
 def write_json(path: str | Path, value: Any) -> Path:
     """Writes a JSON file atomically."""
-    return write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str))
+    return write_text(path, strict_json(value, indent=1, ensure_ascii=False, default=str))
 
 
 def append_line(path: str | Path, text: str) -> Path:

@@ -16,6 +16,7 @@ from reknow.errors import InputError
 from reknow.files.atomic import write_json
 from reknow.files.outputs import MANIFEST_FILE
 from reknow.files.schema import Object, Strict, explain, read_json
+from reknow.files.strict_json import strict_json
 from reknow.registry import as_now
 
 
@@ -48,7 +49,7 @@ def open_manifest(
         InputError: the folder belongs to a run with other settings, or its manifest is broken.
     """
     path = folder / MANIFEST_FILE
-    settings = json.loads(json.dumps(settings, default=str))
+    settings = json.loads(strict_json(settings, default=str))
     if not path.exists():
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         write_json(path, {**about, "started": started, "machine": _machine(), "settings": settings})

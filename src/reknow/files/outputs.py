@@ -14,6 +14,7 @@ from pathlib import Path
 
 from reknow.errors import InputError
 from reknow.files.atomic import write_text
+from reknow.files.strict_json import strict_json
 
 MARK = "reknow.json"
 """In an exported folder: which command wrote it, which files, and what they are."""
@@ -127,7 +128,7 @@ def marked_files(folder: Path) -> set[str]:
 def mark_folder(folder: Path, command: str) -> Path:
     """Makes the folder, and notes in it which command writes there, unless something is noted already."""
     if not (folder / MARK).exists():
-        write_text(folder / MARK, json.dumps({"written_by": f"reknow {command}"}))
+        write_text(folder / MARK, strict_json({"written_by": f"reknow {command}"}))
     return folder
 
 

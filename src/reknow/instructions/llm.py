@@ -5,7 +5,6 @@ Nothing is sent anywhere unless an `LLM` is made and handed over; edits go to th
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from reknow.errors import InputError, MissingExtra, ReknowError
 from reknow.files.atomic import append_line
 from reknow.files.locks import write_lock
 from reknow.files.schema import FormatError, Listed, Strict, explain, parse_json, read_content
+from reknow.files.strict_json import strict_json
 
 _log = logging.getLogger(__name__)
 
@@ -179,4 +179,4 @@ def read_contexts(file: Path) -> dict[tuple[str, str], tuple[str, ...]]:
 def _append(file: Path, edit: Edit, context: tuple[str, ...], model: str) -> None:
     record = {"text": edit.text, "target_new": edit.target_new, "context": list(context), "model": model}
     with write_lock(file, wait=60):
-        append_line(file, json.dumps(record, ensure_ascii=False))
+        append_line(file, strict_json(record, ensure_ascii=False))

@@ -9,7 +9,6 @@ most like the edit, the most like it last; then comes the edit as a copy of itse
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from reknow.edits import Case, Edit, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
 from reknow.files.schema import Listed, Strict
+from reknow.files.strict_json import strict_json
 from reknow.lm import LM
 from reknow.memories.base import MemoryMethod, conflicts, memory_patch, resolve_conflicts
 from reknow.memories.demonstrations import copy_of, demonstrations_of, fit_demonstrations, question_head, read_cases
@@ -94,7 +94,7 @@ class IKE(MemoryMethod):
             raise InputError("expected cases to show; got none: give some, or edit without to show the bundled ones")
         for case in cases:
             demonstrations_of(case)
-        lines = "".join(json.dumps(to_json(case), ensure_ascii=False) + "\n" for case in cases)
+        lines = "".join(strict_json(to_json(case), ensure_ascii=False) + "\n" for case in cases)
         return replace(self, cases=str(write_text(out, lines)))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import getpass
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from reknow import __version__
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import append_line
 from reknow.files.schema import FormatError, Listed, Strict, parse_json, read_content
+from reknow.files.strict_json import strict_json
 from reknow.patching.record import PatchRecord
 
 HISTORY_FILE = "history.jsonl"
@@ -131,7 +131,7 @@ def make_line(
         "version": __version__,
         "previous": entry_before.hash if entry_before else None,
     }
-    text = json.dumps(body, ensure_ascii=False)
+    text = strict_json(body, ensure_ascii=False)
     return f'{text[:-1]}{_SEALED}{_digest(text)}"}}'
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from reknow.errors import PatchError
 from reknow.files.atomic import atomic_write_folder
 from reknow.files.outputs import check_replaced
 from reknow.files.schema import Count, FormatError, explain, parse_json
+from reknow.files.strict_json import strict_json
 from reknow.files.tensors import check_finite, digest, read_tensors
 from reknow.model.decoder import Decoder
 from reknow.model.packaged import packaged_model
@@ -66,8 +66,8 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
-    ranks = json.dumps({name: factor.rank for name, factor in factors.items()})
+    (folder / CONFIG).write_text(strict_json(config, indent=1), encoding="utf-8")
+    ranks = strict_json({name: factor.rank for name, factor in factors.items()})
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _RANKS: ranks})
 
 

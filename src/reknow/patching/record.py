@@ -14,6 +14,7 @@ from torch import Tensor
 
 from reknow.edits import Edit, to_json
 from reknow.errors import PatchError
+from reknow.files.strict_json import finite
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.deltas import Delta, delta_tensors
 
@@ -95,7 +96,7 @@ class PatchRecord:
             "settings": self.settings,
             "edits": [to_json(edit) for edit in self.edits],
             "made_on": list(self.made_on),
-            "notes": self.notes,
+            "notes": finite(self.notes),  # a loss may have been no number
             "version": self.version,
             "base": base,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections import Counter
@@ -21,6 +20,7 @@ from reknow.files.hub import fetch, is_address, read_address
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE, stack_folder
 from reknow.files.schema import Listed, NewerFormat, Strict, explain, read_json
+from reknow.files.strict_json import strict_json
 from reknow.model.fingerprint import Fingerprint
 from reknow.patching.history import Line, complete, find_line, make_line, read_lines, with_last
 from reknow.patching.patches import Patch
@@ -167,7 +167,7 @@ def save_stack(
             digests = {p.id: file_digest(folder / f"{p.id}{_PATCH}") for p in patches if p.id not in before}
             line = make_line(end, base, before, patches, digests, action=action, why=why, to=to)
         stack = {"format": _FORMAT, "base": base, "patches": names, "last": line}
-        write_text(folder / STACK_FILE, json.dumps(stack, indent=1, ensure_ascii=False))
+        write_text(folder / STACK_FILE, strict_json(stack, indent=1, ensure_ascii=False))
         try:
             complete(folder, line)
         except InputError as error:  # the stack is changed, and stack.json holds the line
