@@ -54,10 +54,10 @@ def test_files_and_notes_of_patches(tmp_path):
 
 @pytest.fixture(scope="module")
 def wrecked(tmp_path_factory) -> Path:
-    """A stack whose sum overflows: its model gives no numbers, or its change has no norm."""
+    """A stack whose model gives no numbers, and a patch that was made with a loss that was none."""
     folder = tmp_path_factory.mktemp("wrecked")
     model = saved(folder / "model", "gpt2")
-    patch = some_patch(LM(model), size=1e10)
+    patch = some_patch(LM(model), size=1e20)
     patch.notes["losses"] = [math.nan]
     return save_stack(folder / "stack", model, [patch])
 
