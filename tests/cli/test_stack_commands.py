@@ -157,6 +157,13 @@ def test_a_sound_history_is_no_warning(stack, made):
     assert reknow("revert", made[1][2].id, "--stack", stack).stderr == ""
 
 
+def test_a_changed_last_line_is_refused_in_one_line(stack, made):
+    made[1][2].save("new.patch")
+    tamper(stack, 2)
+    result = reknow("apply", "new.patch", "--stack", stack)
+    assert result.exit_code == 2 and result.stderr.startswith("error: expected ") and result.stderr.count("\n") == 1
+
+
 def test_several_lines_are_one_warning(stack, made):
     model, patches = made
     save_stack(stack, model, patches)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from reknow.export.adapter import LoraReport
     from reknow.export.checkpoint import CheckpointReport
     from reknow.export.gguf_adapter import GGUFLoraReport
-    from reknow.export.measure import Answer
+    from reknow.export.measure import Answer, Measured
     from reknow.lm import LM
 
 _FORMATS = ("hf", "lora", "gguf-lora", "gguf")
@@ -103,6 +103,8 @@ def _export_checkpoint(lm: LM, out: Path, force: bool) -> None:
     patches = number_of_patches(len(lm.patches))
     say(f"wrote {out}: {lm.name} with {patches}; AutoModelForCausalLM.from_pretrained loads it")
     _say_rounding(written)
+    if not all(in_memory for _, in_memory in written.measured.missed):  # else rounding took them, as it says
+        _warn_of_missed(out, written.measured)
 
 
 def _export_adapter(lm: LM, out: Path, to: str, base: Path | None, options: dict[str, Any]) -> None:
@@ -124,6 +126,7 @@ def _export_adapter(lm: LM, out: Path, to: str, base: Path | None, options: dict
     say(f"wrote {out}: relative error {report.error:.2g} at most; {loads}")
     if report.error:
         _say_reliability(lm, report.rank)
+    _warn_of_missed(out, report.measured)
     for command in report.commands:
         say(f"serve it with: {command}")
 
@@ -144,10 +147,24 @@ def _export_gguf(lm: LM, base: Path | None, out: Path, force: bool) -> None:
             for edit, *moments in zip(measured.edits, measured.before, measured.after, measured.last, strict=True)
         ],
     )
+    _warn_of_missed(out, measured)
     if report.not_asked is not None:
         return warn(f"the file was not asked, the last column is that of the model in memory: {report.not_asked}")
     say(f"said (teacher-forced, exact): {measured.held} of {len(measured.edits)} edits, asked of {out}")
     return say(f"serve it with: {shlex.join(['llama-server', '-m', str(out)])}")
+
+
+def _warn_of_missed(out: Path, measured: Measured | None) -> None:
+    """Says where what was written does not answer its own edits: a success in writing is none of the edits."""
+    if measured is None or not (missed := measured.missed):
+        return
+    (edit, in_memory), wanted = missed[0], len(measured.edits) - sum(measured.replaced)
+    more = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
+    why = "is not in force in memory either: put on what it was made on, or make it again"
+    warn(
+        f"{out} says {wanted - len(missed)} of {wanted} edits that were asked: not “{edit.text} {edit.target_new}”"
+        f"{more}, which {'was lost in writing' if in_memory else why}"
+    )
 
 
 def _probability(answer: Answer) -> str:

@@ -37,6 +37,8 @@ class LoraReport:
     """Relative Frobenius error of the worst matrix; 0 unless it was truncated."""
     base: str = ""
     """What the adapter names as its base model: a folder, or a repository of the hub."""
+    measured: Measured | None = None
+    """How its edits are answered."""
 
     @property
     def rank(self) -> int:
@@ -129,8 +131,8 @@ def export_lora(
     factors, error = factorize_patches(lm, max_rank, truncate)
     base = describe_base(lm, factors)
     ranks = {name: factor.rank for name, factor in factors.items()}
-    report = LoraReport(folder, ranks, error, base["base_model_name_or_path"])
-    measured = ask_truncated(lm, measure(lm), report.rank) if error else measure(lm)
+    measured = ask_truncated(lm, measure(lm), max(ranks.values())) if error else measure(lm)
+    report = LoraReport(folder, ranks, error, base["base_model_name_or_path"], measured)
 
     def write(new: Path) -> None:
         write_adapter(new, factors, base)

@@ -26,7 +26,7 @@ from reknow.edits import Edit
 from reknow.errors import PatchError
 from reknow.export.about import CARD, check_place, describe_export, write_record
 from reknow.export.card import write_card
-from reknow.export.measure import Answer, all_edits, ask, measure
+from reknow.export.measure import Answer, Measured, all_edits, ask, measure
 from reknow.export.plain import find_adapters, merge_adapters, narrow_weights, replace_weights, rounded_weights
 from reknow.files.atomic import atomic_write_folder
 from reknow.lm import LM
@@ -62,6 +62,8 @@ class CheckpointReport:
     written bit for bit."""
     lost: float
     """The largest share of the norm of a base's matrix that rounding took from its sum with the changes."""
+    measured: Measured
+    """How the first edits are answered."""
 
 
 @typed_exclusively
@@ -103,7 +105,8 @@ def export_checkpoint(lm: LM, folder: str | Path, *, overwrite: bool = False) ->
         (new / CARD).write_text(write_card(lm, "hf", measured, [f"vllm serve {new.name}"]), encoding="utf-8")
         write_record(new, describe_export(lm, "hf", measured))
 
-    return CheckpointReport(atomic_write_folder(folder, write, overwrite), written.dtype, len(edits), held, lost)
+    made = atomic_write_folder(folder, write, overwrite)
+    return CheckpointReport(made, written.dtype, len(edits), held, lost, measured)
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:

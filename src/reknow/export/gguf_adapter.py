@@ -17,7 +17,7 @@ from reknow.export.gguf_files import GGUFFile
 from reknow.export.gguf_match import check_match
 from reknow.export.gguf_names import Place, as_rows, find_places, llama_cpp_name
 from reknow.export.gguf_record import CARD_FIELD, RECORD_FIELD
-from reknow.export.measure import measure
+from reknow.export.measure import Measured, measure
 from reknow.files.atomic import atomic_write_folder
 from reknow.files.strict_json import strict_json
 from reknow.lm import LM
@@ -39,6 +39,8 @@ class GGUFLoraReport:
     """Relative Frobenius error of the worst matrix; 0 unless it was truncated."""
     base: str
     """The GGUF file of the base: the one that was given, or what stands for it."""
+    measured: Measured
+    """How its edits are answered."""
 
     @property
     def rank(self) -> int:
@@ -93,8 +95,8 @@ def export_gguf_lora(
     ranks = {name: factor.rank for name, factor in factors.items()}
     packaged = packaged_model(lm.name, lm.model.name_or_path)
     served = str(base or (packaged.file if packaged else "BASE.gguf"))
-    report = GGUFLoraReport(folder, ranks, error, served)
-    measured = ask_truncated(lm, measure(lm), report.rank) if error else measure(lm)
+    measured = ask_truncated(lm, measure(lm), max(ranks.values())) if error else measure(lm)
+    report = GGUFLoraReport(folder, ranks, error, served, measured)
 
     def write(new: Path) -> None:
         record = describe_export(lm, "gguf-lora", measured)

@@ -41,6 +41,8 @@ class Measured:
     """The dtype in which they were read and whether in the chat template, as a part of a sentence."""
     written: list[Answer] | None = None
     """Those of what was written, where it differs from the model in memory."""
+    replaced: tuple[bool, ...] = ()
+    """Of each, whether a later edit gives the same prompt another answer, so that this one is not expected."""
 
     @property
     def last(self) -> list[Answer]:
@@ -51,6 +53,13 @@ class Measured:
     def held(self) -> int:
         """How many of the edits that were asked what was written says."""
         return sum(answer.said for answer in self.last)
+
+    @property
+    def missed(self) -> list[tuple[Edit, bool]]:
+        """The edits that what was written should say and does not, each with whether the model in memory says it."""
+        replaced = self.replaced or (False,) * len(self.edits)
+        rows = zip(self.edits, self.after, self.last, replaced, strict=True)
+        return [(edit, after.said) for edit, after, last, later in rows if not (last.said or later)]
 
     def as_written(self, answers: list[Answer] | None) -> Measured:
         """With the answers of what was written."""
@@ -77,4 +86,6 @@ def measure(lm: LM) -> Measured:
     with lm.unpatched():
         before = ask(lm, first)
     how = str(lm.dtype).removeprefix("torch.") + (", in the chat template" if lm.chat else "")
-    return Measured(first, len(edits), before, ask(lm, first), how)
+    newest = {edit.text: edit.target_new for edit in edits}
+    replaced = tuple(newest[edit.text] != edit.target_new for edit in first)
+    return Measured(first, len(edits), before, ask(lm, first), how, replaced=replaced)

@@ -154,12 +154,12 @@ def save_stack(
         old = _stack_file(folder)
         if old is None or old.base != base:
             _check_base(base)
-        if old is not None:
-            _warn_of_history(folder)
         for name, patch in zip(names, patches, strict=True):
             if not _holds(folder / name, patch):
                 patch.save(folder / name)
         end = complete(folder, old.last if old else None)
+        if old is not None:
+            _warn_of_history(folder)
         before = old.ids if old else []
         if old and old.last and (old.base, old.patches) == (base, names):
             line = old.last
