@@ -49,8 +49,8 @@ def test_edits_that_are_not_in_force_are_told(made, form):
     model, patches, _ = made
     stack = save_stack("mine", model, [patches[0], asked_of_nothing(patches[1])])
     assert export(stack, form, made) == (
-        f"warning: out.{form} says 2 of 3 edits that were asked: not “The sea of Peru is deep”, which is not in force "
-        "in memory either; use it only if that is what you want\n"
+        f"warning: out.{form} says 2 of 3 edits that were asked: not “The sea of Peru is deep”, which is not in "
+        "force in memory either: put on what it was made on, or make it again\n"
     )
 
 
@@ -85,5 +85,4 @@ def test_what_truncation_loses_is_told(made):
     save_stack("mine", model, patches)
     result = CliRunner().invoke(app, ["export", "mine", "out", "--to", "lora", "--max-rank", "1", "--truncate"])
     assert result.exit_code == 0, result.output
-    print(result.output)
     assert "was lost in writing" in result.stderr
