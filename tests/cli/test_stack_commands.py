@@ -68,6 +68,19 @@ def test_a_stack_is_no_base(stack, made):
     assert not Path("fold", "stack.json").exists()
 
 
+def test_a_stack_whose_base_is_a_stack_says_how_to_make_it_anew(stack, made):
+    made[1][2].save("new.patch")
+    assert reknow("apply", "new.patch", "--stack", "fold", "--model", made[0]).exit_code == 0
+    file = Path("fold", "stack.json")
+    file.write_text(file.read_text().replace(f'"base": "{made[0]}"', '"base": "alice"', 1))
+    result = reknow("ask", "Peru", "--stack", "fold")
+    assert result.exit_code == 2 and result.stderr == (
+        "error: expected a folder that transformers saved; alice is a stack of patches, which is no base model: "
+        "`reknow apply PATCH --stack NEW --model alice` makes one that begins with what is there\n"
+    )
+    assert reknow("apply", "new.patch", "--stack", "new", "--model", "alice").exit_code == 0
+
+
 @pytest.mark.parametrize(
     "command", [["edit", "The capital of {Peru} is", "Paris"], ["erase", "The capital of {Peru}"]]
 )

@@ -23,6 +23,7 @@ from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, Repo
 from huggingface_hub.utils import validate_repo_id
 
 from reknow.errors import InputError, MissingExtra, ModelError, did_you_mean
+from reknow.files.outputs import STACK_FILE
 from reknow.model.packaged import DEMO, PACKAGED, check_installed, converted, kept_folder
 
 CONFIG, _ADAPTER = "config.json", "adapter_config.json"
@@ -112,6 +113,11 @@ def _check_folder(folder: Path) -> None:
     """Raises ModelError where the folder holds no configuration, which all models of transformers have."""
     if any((folder / name).is_file() for name in _FILES):
         return
+    if (folder / STACK_FILE).is_file():
+        raise ModelError(
+            f"expected a folder that transformers saved; {folder} is a stack of patches, which is no base model: "
+            f"`reknow apply PATCH --stack NEW --model {folder}` makes one that begins with what is there"
+        )
     packed = sorted(file for file in folder.glob("*.gguf") if file.is_file())
     if packed and not (whole := [file for file in packed if gguf_type(file) == "model"]):
         raise ModelError(
