@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from conftest import saved, some_patch
 from reknow import GRACE, LM, Chat, Edit, Patch
 from reknow.cli.app import app
+from reknow.cli.serving import _base
 from reknow.model.chat import Message
 from reknow.patching.stack import read_history, read_stack, save_stack
 from reknow.registry import make
@@ -250,6 +251,11 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_opened(scene, monk
     assert said.exit_code == 2 and "serve each base by itself" in said.stderr
     said = run("hook", Path("..") / folder.name / "hook")
     assert said.exit_code == 2 and "name of its own" in said.stderr
+
+
+def test_a_new_stack_beside_one_that_is_named_as_the_model_has_its_base(scene):
+    folder, _ = scene
+    assert _base([folder / "fresh"], str(folder / "hook")) == _base([folder / "hook"], None)
 
 
 def test_beyond_loopback_is_said(scene):

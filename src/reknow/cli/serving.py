@@ -91,7 +91,7 @@ def _base(folders: list[Path], model: str | None) -> str:
     """
     from reknow.patching.stack import base_name, read_stack
 
-    bases = {} if model is None else {base_name(model): "--model"}
+    bases = {} if model is None else {base_name(str(read_stack(model)[0])): "--model"}  # a stack names its own
     for folder in folders:
         base, _ = read_stack(folder)
         if base != folder:
