@@ -10,7 +10,7 @@ import torch
 from conftest import make_lm
 from reknow import FT, LM, ROME, evaluate, load_cases
 from reknow.edits import Case
-from reknow.evaluation import runner
+from reknow.evaluation import run_loops
 from reknow.evaluation.plan import Plan
 from reknow.evaluation.probing import read_cases
 from reknow.evaluation.side_by_side import sample_side_by_side
@@ -54,16 +54,16 @@ def test_texts_written_together_are_those_of_each(demo, cases):
 def test_a_run_writes_the_texts_of_its_cases_together(demo, cases, monkeypatch):
     plan = Plan(generate=False, fluency=True)
     with monkeypatch.context() as alone:
-        alone.setattr(runner, "sample_side_by_side", lambda lm, cases, patches, seed: [None] * len(cases))
+        alone.setattr(run_loops, "sample_side_by_side", lambda lm, cases, patches, seed: [None] * len(cases))
         wanted = evaluate(demo, cases, FT(layer=1, steps=3), plan)
     calls = []
-    own = runner.sample_side_by_side
+    own = run_loops.sample_side_by_side
 
     def together(lm, some, *rest):
         calls.append(len(some))
         return own(lm, some, *rest)
 
-    monkeypatch.setattr(runner, "sample_side_by_side", together)
+    monkeypatch.setattr(run_loops, "sample_side_by_side", together)
     found = evaluate(demo, cases, FT(layer=1, steps=3), plan)
     assert calls == [len(cases)]
     for mine, other in zip(found.rows.values(), wanted.rows.values(), strict=True):

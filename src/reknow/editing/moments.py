@@ -52,7 +52,7 @@ def read_moment(folder: Path, matrix: str, width: int) -> tuple[Tensor, int]:
             total, count = np.asarray(arrays[_SUM]), int(arrays[_COUNT])
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise _refusal(found[0], " ".join(str(error).split())) from error
-    if total.shape != (width, width) or total.dtype not in (np.float32, np.float64):
+    if total.shape != (width, width) or total.dtype.name not in ("float32", "float64"):
         raise _refusal(
             found[0], f"it has {' × '.join(map(str, total.shape))} numbers of {total.dtype}, not of {width}"
         )
