@@ -104,7 +104,11 @@ def without_weights(kind: str, **sizes) -> LM:
 
 def saved(folder, family: str = "gpt2", **changes) -> str:
     """The folder, with a tiny random model in it."""
-    lm = make_lm(family, **changes)
+    return save(make_lm(family, **changes), folder)
+
+
+def save(lm: LM, folder) -> str:
+    """The folder, with the model as it is now."""
     lm.model.save_pretrained(folder)
     lm.tokenizer.save_pretrained(folder)
     return str(folder)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import make_lm, saved
+from conftest import make_lm, save, saved
 from reknow.cli import app
 from reknow.evaluation.differences import subject_keys
 
@@ -29,9 +29,7 @@ def edited(tmp_path_factory) -> str:
     direction = torch.linalg.pinv(keys)[:, 1].float()  # 1 for his key and 0 for the others
     weight = lm.weight(lm.parts.value[1])
     weight += torch.ones(len(weight), 1) * direction
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save(lm, folder)
 
 
 def inspect(*words: str):

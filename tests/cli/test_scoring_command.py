@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from conftest import make_lm, saved
+from conftest import make_lm, save, saved
 from reknow.cli import app
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
@@ -22,9 +22,7 @@ def base(tmp_path_factory) -> str:
 def edited(tmp_path_factory) -> str:
     lm, folder = make_lm("llama"), tmp_path_factory.mktemp("edited")
     lm.weight(lm.parts.value[1]).mul_(3)
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save(lm, folder)
 
 
 def run(*words: str):

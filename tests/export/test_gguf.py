@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType, GGUFReader, quants
 from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
-from conftest import make_lm, some_patch
+from conftest import make_lm, save, some_patch
 from families import tiny_model, tiny_tokenizer
 from gguf_models import permuted, write_gguf
 from reknow import LM, Edit
@@ -258,9 +258,7 @@ def test_a_card_has_licence_and_origin_of_the_file(tmp_path):
 
 def _saved(lm, folder) -> str:
     with lm.unpatched():
-        lm.model.save_pretrained(folder)
-        lm.tokenizer.save_pretrained(folder)
-    return str(folder)
+        return save(lm, folder)
 
 
 def test_a_large_file_is_copied_block_by_block(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -98,6 +98,7 @@ def revert(
     """Take patches out of a stack folder, in any order, or bring it back to what it was. Their files stay."""
     from reknow.files.hub import is_address
     from reknow.files.outputs import stack_folder
+    from reknow.patching.history import in_another_order
     from reknow.patching.patches import Patch
     from reknow.patching.stack import patches_at, read_existing, save_stack, without_patch
 
@@ -129,8 +130,8 @@ def revert(
     for patch in rest:
         if to and patch not in active:
             say(f"applied {patch.label}")
-    if to and _stayed(active, rest) != _stayed(rest, active):
-        say(f"reordered: {_order(patch.id for patch in rest)}")
+    if to and in_another_order([patch.id for patch in active], order := [patch.id for patch in rest]):
+        say(f"reordered: {_order(order)}")
     if line is not None:
         say(_as_after(line))
     say(f"{stack}: {base} with {number_of_patches(len(rest))}")
@@ -169,12 +170,7 @@ def log(stack: _Stack, as_json: Json = False) -> None:
             warn(f"line {line.number} of the history: {line.problem}")
 
 
-def _stayed(these: Sequence[Patch], others: Sequence[Patch]) -> list[str]:
-    """Ids of these that are among the others too, in the order of these."""
-    return [patch.id for patch in these if patch in others]
-
-
-def _order(ids: Iterable[str]) -> str:
+def _order(ids: Sequence[str]) -> str:
     return ", ".join(ids) + ", the newest last"
 
 

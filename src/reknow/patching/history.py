@@ -214,7 +214,12 @@ def reordered(before: Line | None, line: Line) -> bool:
     was = line.entry.found
     if was is None:
         was = before.entry.patches if before and before.entry else []
-    stayed = [patch_id for patch_id in line.entry.patches if patch_id in was]
+    return in_another_order(was, line.entry.patches)
+
+
+def in_another_order(was: Sequence[str], now: Sequence[str]) -> bool:
+    """Whether the ids that are in both stand in another order."""
+    stayed = [patch_id for patch_id in now if patch_id in was]
     return stayed != [patch_id for patch_id in was if patch_id in stayed]
 
 

@@ -30,6 +30,10 @@ FORCED = "forced"
 """The note of a patch that was put on another base than its own: structure and tokenizer of that one."""
 
 
+class UnknownPatch(PatchError):
+    """A stack has no patch of that id."""
+
+
 def _each_once(names: list[str]) -> list[str]:
     if twice := [name for name, times in Counter(names).items() if times > 1]:
         raise ValueError(f"expected every patch once, and {twice[0]} is there twice")
@@ -102,10 +106,11 @@ def without_patch(stack: tuple[Patch, ...], wanted: str) -> tuple[Patch, ...]:
     """The stack without the patch of this id; warns where later ones were made on top of it.
 
     Raises:
-        PatchError: it is not in the stack, or a version of a memory that is not the newest.
+        UnknownPatch: it is not in the stack.
+        PatchError: it is a version of a memory that is not the newest.
     """
     if wanted not in (ids := [p.id for p in stack]):
-        raise PatchError(
+        raise UnknownPatch(
             f"expected the id of an applied patch; got {wanted}; applied: {', '.join(ids) or 'none'}: give one"
         )
     if later := [p for p in stack if p.follows == wanted]:

@@ -26,10 +26,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reknow.errors import InputError, ModelError, PatchError, ReknowError
 from reknow.patching.patches import Patch
+from reknow.patching.stack import UnknownPatch
 from reknow.serving.answers import Answer, Desk, Piece
 from reknow.serving.requests import ChatRequest, CompletionRequest, Request, read_request
 from reknow.serving.shapes import CHAT, TEXT, Shape, error_body
-from reknow.serving.stacks import Stacks, UnknownPatch, UnknownStack
+from reknow.serving.stacks import Stacks, UnknownStack
 
 _log = logging.getLogger(__name__)
 

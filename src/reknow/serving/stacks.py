@@ -23,10 +23,6 @@ class UnknownStack(InputError):
     """No stack of that name is served."""
 
 
-class UnknownPatch(PatchError):
-    """The stack has no patch of that id."""
-
-
 class _Read(NamedTuple):
     """A stack as it was read from its folder."""
 
@@ -120,15 +116,7 @@ class Stacks:
             UnknownPatch: the stack has none of that id.
             PatchError: it is a version of a memory that is not the newest.
         """
-
-        def take_off(stack: _Stack) -> _Stack:
-            if patch_id not in (ids := [patch.id for patch in stack]):
-                raise UnknownPatch(
-                    f"expected the id of a patch of {name}; got {patch_id!r}: there are {', '.join(ids) or 'none'}"
-                )
-            return without_patch(stack, patch_id)
-
-        return self._change(name, "revert", why, take_off)
+        return self._change(name, "revert", why, lambda stack: without_patch(stack, patch_id))
 
     def _change(self, name: str, action: str, why: str, change: Callable[[_Stack], _Stack]) -> _Stack:
         folder = self._folder(name)
