@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from reknow.cli.failures import exit_status
 
 STATUS = {"SIGINT": 130, "SIGTERM": 143}
 
@@ -53,3 +56,10 @@ def test_a_program_that_is_told_to_ignore_sigterm_does():
     )
     result = subprocess.run([sys.executable, "-c", code, "--version"], capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.startswith("reknow ")
+
+
+def test_a_command_takes_leave_of_the_processes_that_share_its_work(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    assert exit_status(lambda: 3, debug=False) == 3
+    assert not torch.distributed.is_initialized()
+    assert exit_status(lambda: 0, debug=False) == 0

@@ -227,6 +227,7 @@ state = PartialState(cpu=True)
 assert state.num_processes == 2
 one = statistics(make_lm("gpt2"), [0, 2], tokens=100_000, text=LONG, state=state)
 assert one[0].tokens == one[2].tokens
+state.destroy_process_group()
 """
 
 

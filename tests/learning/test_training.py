@@ -126,6 +126,7 @@ def test_processes_share_the_micro_batches(tmp_path):
     alone = run(tmp_path / "alone", training, method=READER)
     code = "from test_training import *\ntorch.set_num_threads(1)\n"
     code += f"run(Path({str(tmp_path)!r}, 'two'), {training}, method=READER)\n"
+    code += "torch.distributed.destroy_process_group()\n"
     (tmp_path / "two.py").write_text(code)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch += [str(tmp_path / "two.py")]

@@ -25,6 +25,16 @@ def exit_status(run: Callable[[], object], debug: bool) -> int:
         if debug and not isinstance(error, TyperException):
             raise
         return _report_error(error)
+    finally:
+        _leave_group()
+
+
+def _leave_group() -> None:
+    """Takes leave of the other processes that `accelerate launch` started: a process that ends without is aborted now
+    and then by a thread of gloo's, whatever its status was."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _report_error(error: BaseException) -> int:
