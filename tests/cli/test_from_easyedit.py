@@ -45,6 +45,24 @@ FILES = {
     "ft-l": 'alg_name: "FT"\nobjective_optimization: "prompt_last"\nnorm_constraint: 5e-4\n' + TUNING,
     "ft-m": 'alg_name: "FT"\nobjective_optimization: "target_new"\nnorm_constraint: 5e-4\n' + TUNING,
 }
+BESIDE = 'model_name: "./cache/gpt-j-6b"\ndevice: 0\n'
+FILES |= {
+    "emmet": 'alg_name: "EMMET"\nlayers: [17]\nclamp_norm_factor: 0.75\nmom2_update_weight: 10000\n'
+    'update_norm_lambda: 0\nemmet_lambda: 0.1\nlayer_selection: "all"\n' + SEARCH,
+    "grace": 'alg_name: "GRACE"\ninner_params:\n- transformer.h[35].mlp.c_fc.weight\nedit_lr: 1.0\nn_iter: 200\n'
+    "eps: 1.0\ndist_fn: euc\nval_init: cold\nval_train: sgd\nval_reg: None\nreg: early_stop\n"
+    "replacement: replace_last\neps_expand: coverage\nnum_pert: 8\ndropout: 0.0\n" + BESIDE,
+    "pmet": 'alg_name: "PMET"\nlayers: [3, 4, 5, 6, 7, 8]\nclamp_norm_factor: 0.75\nv_num_grad_steps: 30\n'
+    "v_lr: 2e-1\nv_loss_layer: 27\nv_weight_decay: 0.5\nkl_factor: 1\nmom2_adjustment: true\nmom2_update_weight: 15000\n"
+    'rewrite_module_tmps: ["transformer.h.{}.mlp.fc_out"]\nnll_loss_factor: 1\n' + BESIDE,
+    "defer": 'alg_name: "DEFER"\ninner_params:\n- transformer.h.25.mlp.fc_out.weight\nedit_lr: 7e-5\nn_iter: 100\n'
+    "threshold: 0.5\n" + BESIDE,
+    "wise-retrieve": 'alg_name: "WISE"\nmask_ratio: 0.2\nedit_lr: 1.0\nn_iter: 70\nnorm_constraint: 1.0\n'
+    "act_margin: [15.0, 40.0, 20.0]\nact_ratio: 0.88\nsave_freq: 500\nmerge_freq: 1000\nmerge_alg: 'ties'\n"
+    "objective_optimization: 'only_label'\ninner_params:\n- transformer.h[21].mlp.fc_out.weight\ndensities: 0.53\n"
+    "weights: 1.0\nretrieve: True\nreplay: False\n" + BESIDE,
+}
+MODELS = dict.fromkeys(("pmet", "defer", "wise-retrieve"), "gpt-j-6b")
 
 
 def written(folder: Path, text: str) -> Path:
@@ -55,7 +73,7 @@ def written(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("row", FILES)
 def test_a_file_says_what_the_published_settings_say(row, tmp_path):
     file = written(tmp_path, FILES[row])
-    assert read_hparams(file) == (row, published(row, "gpt2-xl", source="easyedit").settings)
+    assert read_hparams(file) == (row, published(row, MODELS.get(row, "gpt2-xl"), source="easyedit").settings)
 
 
 def test_a_file_stands_for_a_method_whose_settings_may_be_given(tmp_path):
@@ -71,7 +89,13 @@ def test_a_file_stands_for_a_method_whose_settings_may_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('alg_name: "PMET"\n', "unknown alg_name to take over 'PMET'"),
+        ('alg_name: "MEND"\n', "unknown alg_name to take over 'MEND'"),
+        (
+            FILES["grace"].replace("replace_last", "replace_all"),
+            "expected replacement replace_last or replace_prompt",
+        ),
+        (FILES["grace"].replace("[35]", ""), "expected inner_params with the matrix of one layer"),
+        (FILES["pmet"].replace("factor: 1\n", "factor: 2\n"), "as all else is not done here"),
         (FILES["rome"] + "v_lrr: 1\n", "unknown field to take over 'v_lrr'. Did you mean 'v_lr'?"),
         (
             FILES["rome"].replace("subject_last", "last"),

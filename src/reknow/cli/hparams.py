@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from reknow.errors import InputError, did_you_mean
 from reknow.published import code_settings
 
 ENDINGS = (".yaml", ".yml")
 
-_ROWS = {"ROME": "rome", "R-ROME": "r-rome", "MEMIT": "memit", "AlphaEdit": "alphaedit", "FT": ""}
-"""alg_name → row of the table of methods; FT's stands in its objective."""
 _FT = {"prompt_last": "ft-l", "target_new": "ft-m"}
 _SEARCH = {
     "v_num_grad_steps": "steps",
@@ -22,61 +21,105 @@ _SEARCH = {
     "clamp_norm_factor": "clamp",
     "kl_factor": "kl_weight",
 }
+_ONE_LAYER, _BAND = {**_SEARCH, "layers": "layer"}, {**_SEARCH, "layers": "layers"}
 _TUNING = {"layers": "layer", "num_steps": "steps", "lr": "learning_rate", "norm_constraint": "clamp"}
-_FIELDS = {
-    "rome": {**_SEARCH, "layers": "layer"},
-    "r-rome": {**_SEARCH, "layers": "layer"},
-    "memit": {**_SEARCH, "layers": "layers", "mom2_update_weight": "covariance_weight"},
-    "alphaedit": {**_SEARCH, "layers": "layers", "nullspace_threshold": "null_threshold", "L2": "l2"},
-    "ft-l": _TUNING,
-    "ft-m": {**_TUNING, "batch_size": "batch_size"},
+_BESIDE = {"inner_params": "layer", "edit_lr": "learning_rate", "n_iter": "steps"}
+_WISE = {
+    **_BESIDE,
+    "norm_constraint": "clamp",
+    "mask_ratio": "mask_ratio",
+    "densities": "density",
+    "save_freq": "shard_size",
+    "act_ratio": "threshold",
 }
-"""Row → their field → ours."""
-_WANTED: dict[str, Any] = {"fact_token": "subject_last", "layer_selection": "all"}
-_WANTED_OF_TUNING: dict[str, Any] = {"weight_decay": 0, "kl_factor": 0}
-"""Fields that no field of ours stands for, with the only value that is taken."""
+_REPLACEMENTS = {"replace_last": "last", "replace_prompt": "before"}
+
+_SUBJECT: dict[str, Any] = {"fact_token": "subject_last", "layer_selection": "all"}
+
+
+class _Form(NamedTuple):
+    """What the fields of a method's files become."""
+
+    row: str
+    fields: Mapping[str, str]
+    """Theirs → ours."""
+    wanted: Mapping[str, Any]
+    """Fields that no field of ours stands for, with the only value that is taken."""
+
+
+_FORMS = {
+    "ROME": _Form("rome", _ONE_LAYER, _SUBJECT),
+    "R-ROME": _Form("r-rome", _ONE_LAYER, _SUBJECT),
+    "MEMIT": _Form("memit", {**_BAND, "mom2_update_weight": "covariance_weight"}, _SUBJECT),
+    "PMET": _Form("pmet", {**_BAND, "mom2_update_weight": "covariance_weight"}, {**_SUBJECT, "nll_loss_factor": 1}),
+    "EMMET": _Form(
+        "emmet",
+        {**_ONE_LAYER, "mom2_update_weight": "covariance_scale", "emmet_lambda": "ridge"},
+        {**_SUBJECT, "update_norm_lambda": 0},
+    ),
+    "AlphaEdit": _Form("alphaedit", {**_BAND, "nullspace_threshold": "null_threshold", "L2": "l2"}, _SUBJECT),
+    "FT": _Form("", _TUNING, {"weight_decay": 0, "kl_factor": 0}),
+    "GRACE": _Form(
+        "grace",
+        {**_BESIDE, "eps": "epsilon", "replacement": "replacement"},
+        {
+            **{"dist_fn": "euc", "val_init": "cold", "val_train": "sgd", "val_reg": "None", "reg": "early_stop"},
+            **{"eps_expand": "coverage", "dropout": 0},
+        },
+    ),
+    "DEFER": _Form("defer", {**_BESIDE, "threshold": "threshold"}, {}),
+    "WISE": _Form(
+        "wise",
+        _WISE,
+        {"merge_alg": "ties", "objective_optimization": "only_label", "weights": 1, "replay": False},
+    ),
+}
+"""alg_name → form; FT's row stands in its objective, WISE's in `retrieve`."""
 _FIRST_WORDS = ["The", "Therefore", "Because", "I", "You"]
 """With which the contexts of its ROME begin, each text's first token."""
 _UNUSED = frozenset(
     {"alg_name", "model_name", "stats_dir", "P_loc", "device", "model_parallel", "fp16", "max_length", "batch_size"}
     | {"mom2_dataset", "mom2_n_samples", "mom2_dtype", "mom2_adjustment", "mom2_update_weight", "v_loss_layer"}
-    | {"objective_optimization", "context_template_length_params"}
+    | {"objective_optimization", "context_template_length_params", "num_pert", "act_margin", "retrieve"}
+    | {"merge_freq", "use_chat_template", "save_path", "load_path"}
 )
 """Where files lie, what computes, and what a method's code there does not read or is read by itself below."""
-_MODULES = ("_tmp", "_module")
+_MODULES = ("_tmp", "_tmps", "_module")
 """Ends of fields that name a model's modules, which are found here by its structure."""
 
 
 def read_hparams(file: str | Path) -> tuple[str, dict[str, Any]]:
-    """(row of the table of methods, settings) of a file of hyperparameters for ROME, R-ROME, MEMIT, AlphaEdit or FT.
+    """(row of the table of methods, settings) of a file of hyperparameters of the methods in `_FORMS`.
 
     What the code there sets for every model is part of them, as in `published(row, source="easyedit")`. Not taken
-    over are the text that its covariance is of (`covariance_text`, `covariance_tokens`), the precision, and
-    `v_loss_layer`: the loss is read behind the last layer.
+    over are the text that its covariance is of (`covariance_text`, `covariance_tokens`), the precision, whether a
+    chat template is used, and `v_loss_layer`: the loss is read behind the last layer. Of `inner_params` the layer is:
+    memories stand at its value matrix.
 
     Raises:
         InputError: the file cannot be read or is of another method; or a field has no counterpart.
     """
     fields = _read(file)
-    row = _row(file, fields)
-    known, settings = _FIELDS[row], code_settings(row)
-    wanted = _WANTED_OF_TUNING if row in _FT.values() else _WANTED
+    form = _form(file, fields)
+    settings = code_settings(form.row)
     for name, value in fields.items():
-        if name in known:
-            settings[known[name]] = _value(known[name], value)
-        elif name in wanted:
-            if value != wanted[name]:
-                _refuse(file, f"{name}: {wanted[name]!r}, as all else is not done here", repr(value))
+        if name in form.fields:
+            settings[form.fields[name]] = _value(file, form.fields[name], value)
+        elif name in form.wanted:
+            if value != form.wanted[name]:
+                _refuse(file, f"{name}: {form.wanted[name]!r}, as all else is not done here", repr(value))
         elif name not in _UNUSED and not name.endswith(_MODULES):
-            raise InputError(f"{file}: {did_you_mean('field to take over', name, [*known, *wanted])}")
-    if row in ("rome", "r-rome"):
+            raise InputError(f"{file}: {did_you_mean('field to take over', name, [*form.fields, *form.wanted])}")
+    if form.row in ("rome", "r-rome"):
         if not fields.get("mom2_adjustment", False):
             settings["covariance_tokens"] = 0  # C is the identity
         if lengths := fields.get("context_template_length_params"):
             # The first of a text's tokens is one of these words.
             settings["context_groups"] = [[count, length - 1] for length, count in lengths]
         settings["context_first_words"] = list(_FIRST_WORDS)
-    return row, settings
+    if margins := fields.get("act_margin"):
+        settings |= dict(zip(("alpha", "beta", "gamma"), margins, strict=True))
+    return form.row, settings
 
 
 def _read(file: str | Path) -> dict[str, Any]:
@@ -99,23 +142,37 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _row(file: str | Path, fields: Mapping[str, Any]) -> str:
+def _form(file: str | Path, fields: Mapping[str, Any]) -> _Form:
     algorithm = fields["alg_name"]
-    if algorithm not in _ROWS:
-        raise InputError(f"{file}: {did_you_mean('alg_name to take over', str(algorithm), _ROWS)}")
-    if algorithm != "FT":
-        return _ROWS[algorithm]
-    objective = fields.get("objective_optimization")
-    return (
-        _FT[objective] if objective in _FT else _refuse(file, f"objective_optimization {' or '.join(_FT)}", objective)
-    )
+    if algorithm not in _FORMS:
+        raise InputError(f"{file}: {did_you_mean('alg_name to take over', str(algorithm), _FORMS)}")
+    form = _FORMS[algorithm]
+    if algorithm == "FT":
+        objective = fields.get("objective_optimization")
+        if objective not in _FT:
+            _refuse(file, f"objective_optimization {' or '.join(_FT)}", objective)
+        more = {"batch_size": "batch_size"} if objective == "target_new" else {}
+        return form._replace(row=_FT[objective], fields={**form.fields, **more})
+    return form._replace(row="wise-retrieve") if algorithm == "WISE" and fields.get("retrieve") else form
 
 
-def _value(field: str, value: Any) -> Any:
+def _value(file: str | Path, field: str, value: Any) -> Any:
     """A value as our field has it."""
     if field == "layer" and isinstance(value, list) and len(value) == 1:
-        return value[0]
+        return _layer_of(file, value[0]) if isinstance(value[0], str) else value[0]
+    if field == "replacement":
+        if value not in _REPLACEMENTS:
+            _refuse(file, f"replacement {' or '.join(_REPLACEMENTS)}", value)
+        return _REPLACEMENTS[value]
     return None if field == "clamp" and value is False else value
+
+
+def _layer_of(file: str | Path, matrix: str) -> int:
+    """The number in the name of a matrix."""
+    numbers = re.findall(r"(?<![a-z\d])\d+(?![a-z\d])", matrix)
+    return (
+        int(numbers[0]) if len(numbers) == 1 else _refuse(file, "inner_params with the matrix of one layer", matrix)
+    )
 
 
 def _refuse(file: str | Path, expected: str, got: Any) -> NoReturn:
