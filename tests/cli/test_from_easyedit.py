@@ -53,7 +53,8 @@ FILES |= {
     "eps: 1.0\ndist_fn: euc\nval_init: cold\nval_train: sgd\nval_reg: None\nreg: early_stop\n"
     "replacement: replace_last\neps_expand: coverage\nnum_pert: 8\ndropout: 0.0\n" + BESIDE,
     "pmet": 'alg_name: "PMET"\nlayers: [3, 4, 5, 6, 7, 8]\nclamp_norm_factor: 0.75\nv_num_grad_steps: 30\n'
-    "v_lr: 2e-1\nv_loss_layer: 27\nv_weight_decay: 0.5\nkl_factor: 1\nmom2_adjustment: true\nmom2_update_weight: 15000\n"
+    "v_lr: 2e-1\nv_loss_layer: 27\nv_weight_decay: 0.5\nkl_factor: 1\nmom2_adjustment: true\n"
+    "mom2_update_weight: 15000\n"
     'rewrite_module_tmps: ["transformer.h.{}.mlp.fc_out"]\nnll_loss_factor: 1\n' + BESIDE,
     "defer": 'alg_name: "DEFER"\ninner_params:\n- transformer.h.25.mlp.fc_out.weight\nedit_lr: 7e-5\nn_iter: 100\n'
     "threshold: 0.5\n" + BESIDE,
