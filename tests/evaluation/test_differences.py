@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conftest import make_lm, some_patch
 from families import tiny_tokenizer, wide_llama, with_matrices
+from gguf_models import write_gguf
 from reknow import LM, Edit, method
 from reknow.errors import InputError, ModelError
 from reknow.evaluation.differences import MOST_RANK, inspect_weights, subject_keys
@@ -64,6 +65,24 @@ def test_a_change_of_any_rank_is_counted_up_to_a_bound():
     assert all((one.rank is None) == (len(one.shape) == 1) and not one.subjects for one in found.differences)
     relative = [one.relative or 0 for one in found.differences]
     assert relative == sorted(relative, reverse=True)
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1"])
+def test_what_a_gguf_file_rounds_away_is_no_rank(kind, tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 256}
+    base = make_lm("llama", **sizes)
+    changed = f"{base.parts.value[1]}.weight"
+    left, right = torch.randn(128, 2, generator=torch.Generator().manual_seed(0)), torch.randn(2, 256)
+    change = left @ right
+    change *= base.weight(base.parts.value[1]).norm() / change.norm()
+    edited = make_lm("llama", **sizes)
+    with torch.no_grad():
+        edited.model.get_submodule(base.parts.value[1]).weight += change
+    file = write_gguf(edited, tmp_path / "edited.gguf", kind)
+    found = inspect_weights(lambda: LM(file), lambda: make_lm("llama", **sizes))
+    first, *others = [one for one in found.differences if len(one.shape) == 2]
+    assert (first.tensor, first.rank) == (changed, 2)
+    assert len(others) > 8 and not any(one.rank for one in others), "all matrices were rounded"
 
 
 def test_a_copy_in_half_precision_is_no_edit(family):

@@ -13,6 +13,7 @@ import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.fingerprint import tensor_bits
 from reknow.model.parts import is_matrix, reorient
+from reknow.model.sources import is_gguf
 from reknow.patching.weights import takes_changes
 from reknow.progress import progress
 
@@ -40,6 +42,9 @@ _SPARE = 8
 """Singular values beyond these that are looked for too, so that the last ones are right."""
 _GRAINS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes in which a checkpoint may have been written."""
+_UNEVEN = 2.0
+"""How far singular values of a GGUF file's rounding may lie above those of numbers of equal size: 1.7 times where an
+edit had raised the steps of some blocks (SmolLM2, Q8_0)."""
 _CONTEXTS = ((5, 10),)
 """How many texts a subject is read behind, and of how many tokens. A short one by itself has another key: of 200
 subjects the edited one came first in 78 of 80 edits without them, and in 80 with them (docs/log.md)."""
@@ -67,7 +72,8 @@ class Difference:
     relative: float | None
     """‖ΔW‖ / ‖W‖; None where W is 0."""
     rank: int | None
-    """How many singular values of ΔW are larger than rounding's, up to `MOST_RANK`; None: it is no matrix."""
+    """How many singular values of ΔW are larger than rounding's, up to `MOST_RANK`; None: it is no matrix. 0: nothing
+    stands out of what a GGUF file's blocks round away."""
     subjects: tuple[Concerned, ...] = ()
     """Of a change of a value matrix whose rank is below `MOST_RANK`: those that it adds most to, first."""
 
@@ -79,7 +85,8 @@ class Inspection:
     tensors: int
     """How many were compared."""
     differences: tuple[Difference, ...]
-    """Of those that differ by more than rounding; the largest relative norm first."""
+    """Of those that differ by more than rounding to a dtype; the largest relative norm first, and those of which
+    nothing stands out of a GGUF file's rounding last."""
 
 
 def inspect_weights(
@@ -99,14 +106,14 @@ def inspect_weights(
         ModelError: one has weights that are not plain numbers in memory, or NaN or infinity where they differ.
     """
     known = read_and_close(open_base, lambda lm: {name: _Known(tensor) for name, tensor in _weights(lm).items()})
-    changed = read_and_close(open_edited, lambda lm: _changed(lm, known))
+    changed, in_blocks = read_and_close(open_edited, lambda lm: (_changed(lm, known), _is_gguf(lm)))
     if not changed:
         return Inspection(len(known), ())
     base, found = open_base(), list[Difference]()
     keys, weights = subject_keys(base, subjects) if subjects else None, _weights(base)
     for name in progress.each("comparing", [*changed], unit="tensors"):
-        found.append(_compare(base, name, changed.pop(name), weights[name], keys, subjects))
-    found.sort(key=lambda one: -(math.inf if one.relative is None else one.relative))
+        found.append(_compare(base, name, changed.pop(name), weights[name], keys, subjects, in_blocks))
+    found.sort(key=lambda one: (one.rank == 0, -(math.inf if one.relative is None else one.relative)))
     return Inspection(len(known), tuple(found))
 
 
@@ -181,8 +188,18 @@ def _by(sizes: Sequence[int]) -> str:
     return " × ".join(map(str, sizes))
 
 
+def _is_gguf(lm: LM) -> bool:
+    return is_gguf(Path(lm.name).expanduser())
+
+
 def _compare(
-    base: LM, name: str, edited: Tensor, weight: Tensor, keys: Subjects | None, subjects: Sequence[str]
+    base: LM,
+    name: str,
+    edited: Tensor,
+    weight: Tensor,
+    keys: Subjects | None,
+    subjects: Sequence[str],
+    in_blocks: bool,
 ) -> Difference:
     """How one tensor differs."""
     rounded = exact(weight.to(edited.dtype))
@@ -190,7 +207,10 @@ def _compare(
     if not bool(change.isfinite().all()):
         raise ModelError(f"expected finite weights; {name} has NaN or infinity in one of the models: mend that one")
     norm, size = float(change.norm()), float(rounded.norm())
-    rank = _rank(change, rounded, torch.finfo(edited.dtype).eps) if change.dim() == 2 else None
+    rank = None
+    if change.dim() == 2:
+        blocks = in_blocks and edited.dtype == torch.float32  # else the numbers fit half precision
+        rank = _rank(change, rounded, None if blocks else torch.finfo(edited.dtype).eps)
     module = name.removesuffix(".weight")
     concerned: tuple[Concerned, ...] = ()
     if keys is not None and rank and rank < MOST_RANK and module in base.parts.value:
@@ -203,15 +223,22 @@ def _compare(
     return Difference(name, tuple(edited.shape), norm, norm / size if size else None, rank, concerned)
 
 
-def _rank(change: Tensor, weight: Tensor, eps: float) -> int:
+def _rank(change: Tensor, weight: Tensor, eps: float | None) -> int:
     """How many singular values stand out of rounding's, up to `MOST_RANK`.
 
     In either matrix an entry was rounded by eps |w| / √12; of independent numbers of such sizes the largest singular
     value is about the longest row's norm plus the longest column's (Bandeira, van Handel 2016, arXiv 1408.6185).
+    Without eps, after rounding in blocks whose steps are not known, what is left of ΔW without its first singular
+    values tells how large that rounding is: numbers of equal size s have s (√rows + √columns), `_UNEVEN` times that
+    is allowed for blocks of uneven steps.
     """
-    sizes = (weight.abs() + change.abs()) * (eps / math.sqrt(6))
-    floor = float(sizes.norm(dim=0).max() + sizes.norm(dim=1).max())
     with torch.random.fork_rng():
         torch.manual_seed(0)  # it multiplies by random vectors
         values: Any = torch.svd_lowrank(change, q=min(MOST_RANK + _SPARE, *change.shape), niter=4)[1]
-    return min(MOST_RANK, int((values > floor).sum()))
+    if eps is not None:
+        sizes = (weight.abs() + change.abs()) * (eps / math.sqrt(6))
+        floor = sizes.norm(dim=0).max() + sizes.norm(dim=1).max()
+    else:
+        left = (change.norm().square() - (values.square().cumsum(0) - values.square())).clamp(min=0).sqrt()
+        floor = left * _UNEVEN * sum(1 / math.sqrt(size) for size in change.shape)  # of each value and those below it
+    return min(MOST_RANK, int((values > floor).long().cumprod(0).sum()))
