@@ -116,7 +116,7 @@ def test_a_model_that_answers_nan_fails_and_its_rows_stay_json(tmp_path):
     results = bench(make_lm(), make_cases(1), [Nothing(wrecks=True)], tmp_path, plan=plan)
     for key in ("ES@contrast", "NS@contrast", "reliability@teacher_forced_exact"):
         assert results.cells["nothing", "after_edit", key].mean == 0.0
-    assert results.cells["nothing", "after_edit", "perplexity@held_out"].mean > 1e200
+    assert results.cells["nothing", "after_edit", "perplexity@side"].mean > 1e200
     assert "NaN" not in (tmp_path / "cases.jsonl").read_text()
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.besides import Besides
 from reknow.cli.inspecting import Base, Edited, check_two
 from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, refuse_beside, whole_numbers
 from reknow.cli.places import report_place, run_folder, run_place
@@ -92,6 +93,7 @@ def bench(
     *,
     cases: _Cases,
     reading: _Reading,
+    besides: Besides,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     no_stats: NoStats = False,
     opening: ChatOpening,
@@ -111,6 +113,7 @@ def bench(
     plan = reading.plan(study)
     if preset == CONVERGENCE:
         reading.refuse(f"--preset {preset}")
+        besides.refuse(f"--preset {preset}")
     chosen = _chosen(study, names, check_each_once(settings))
     lm = opening.open(model) if cases.known else None
     loaded = _load(study, cases, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
@@ -121,6 +124,7 @@ def bench(
         chosen = ready_methods(lm, chosen)
     out = out or run_folder(preset or "+".join(loaded.sets), model)
     folders = run_place(out, "bench", model, loaded.sets)
+    plan = besides.plan(plan, folders.values(), default=preset is None)
     if preset == CONVERGENCE:
         edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
         measure_convergence(lm, edits, chosen, out)
@@ -139,6 +143,7 @@ def score(
     generate: Annotated[
         bool, typer.Option(help="Let the models write their answers. [on]", show_default=False)
     ] = True,
+    besides: Besides,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     opening: ChatOpening,
 ) -> None:
@@ -146,6 +151,7 @@ def score(
 
     The same command takes up a run that was killed.
     """
+    from reknow.evaluation import Plan
     from reknow.evaluation import score as run
 
     check_two(model, base)
@@ -159,8 +165,9 @@ def score(
     out = out or run_folder(f"{label}-{'+'.join(loaded.sets)}", base)
     folders = run_place(out, "score", model, loaded.sets)
     opens = partial(opening.open, model), partial(opening.open, base)
+    plan = besides.plan(Plan("batch", generate=generate), folders.values(), default=True)
     for name, chosen in loaded.sets.items():
-        about = {"label": label, "dataset": name, "generate": generate, "refused": loaded.refused_of(name)}
+        about = {"label": label, "dataset": name, "plan": plan, "refused": loaded.refused_of(name)}
         say_run(name, run(*opens, chosen, folders[name], **about), folders[name], len(loaded.sets))
     report(out)
 

@@ -18,6 +18,11 @@ from reknow.errors import InputError, MissingExtra
 _LONGEST = 4000
 """Characters after which a paragraph of a local file is cut, so that a file of one line can be streamed."""
 
+_PARAGRAPHS = 8
+"""Of the bundled sample that are held out."""
+_HELD_OUT = 10_000
+"""Characters of a file that are: some 2,000 tokens."""
+
 
 def sample_text(path: str | Path | None = None) -> list[str]:
     """The paragraphs of the bundled WikiText-2 sample (about 90,000 words), or of a file in its form.
@@ -31,6 +36,29 @@ def sample_text(path: str | Path | None = None) -> list[str]:
     source = Path(path) if path is not None else files("reknow") / "assets" / "data" / "wikitext_sample.txt"
     lines = (line.strip() for line in read_text(source, source.name).split("\n"))
     return [_detokenize(line) for line in lines if line and not line.startswith("= ")]
+
+
+def held_out_texts(path: str | Path | None = None) -> tuple[str, ...]:
+    """Texts on which models are compared: paragraphs of the bundled sample of the most usual lengths, some
+    340 tokens; or the first 10,000 characters of a file, see `text_source`.
+
+    Raises:
+        InputError: there is no such file, or nothing in it.
+    """
+    if path is None:
+        texts = sorted(sample_text(), key=len)
+        middle = len(texts) // 2
+        return tuple(texts[middle : middle + _PARAGRAPHS])
+    chosen, room = list[str](), _HELD_OUT
+    for text in text_source(path).texts():
+        if room <= 0:
+            break
+        if text.strip():
+            chosen.append(text[:room])
+            room -= len(text)
+    if not chosen:
+        raise InputError(f"expected text in {path}; it has none: give another file")
+    return tuple(chosen)
 
 
 def _detokenize(line: str) -> str:

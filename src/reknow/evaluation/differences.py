@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,16 @@ from reknow.model.sources import is_gguf
 from reknow.patching.weights import takes_changes
 from reknow.progress import progress
 
-__all__ = ["MOST_RANK", "Concerned", "Difference", "Inspection", "inspect_weights", "read_and_close", "subject_keys"]
+__all__ = [
+    "MOST_RANK",
+    "Concerned",
+    "Difference",
+    "Inspection",
+    "WeightChange",
+    "inspect_weights",
+    "read_and_close",
+    "subject_keys",
+]
 
 _Found = TypeVar("_Found")
 
@@ -138,6 +148,60 @@ class _Known:
         self.bits = {grain: tensor_bits(tensor.to(grain)) for grain in _GRAINS}
 
 
+class WeightChange:
+    """How far a model's weights are from its base's, where the two are in memory one after the other.
+
+    Tensors are the same as for `inspect_weights`. Of the base those that differ are kept, on the CPU; where they are
+    more than a quarter of all numbers, as after a fine-tune of everything, none are.
+
+    Args:
+        edited: the model that is compared, in memory first, and again for `largest`.
+    """
+
+    def __init__(self, edited: LM):
+        self._grains: dict[str, tuple[torch.dtype, str]] | None = None
+        """Of each tensor the dtype in which its numbers fit, and its bits there; None: they cannot be told."""
+        self._kept: dict[str, Tensor] = {}
+        with suppress(ModelError):  # quantised, or a memory beside the weights
+            fitting = {name: (_grain(tensor), tensor) for name, tensor in _weights(edited).items()}
+            self._grains = {name: (grain, tensor_bits(t.to(grain))) for name, (grain, t) in fitting.items()}
+
+    def keep(self, base: LM) -> None:
+        """Keeps what differs of the base, which is in memory now."""
+        weights: dict[str, Tensor] = {}
+        with suppress(ModelError):
+            weights = _weights(base)
+        if self._grains is None or weights.keys() != self._grains.keys():
+            self._grains = None
+            return
+        room = sum(tensor.numel() for tensor in weights.values()) // 4
+        for name, tensor in weights.items():
+            grain, bits = self._grains[name]
+            rounded = tensor.to("cpu", grain)
+            if tensor_bits(rounded) != bits:
+                self._kept[name] = rounded.clone()
+                room -= tensor.numel()
+            if room < 0:
+                self._grains, self._kept = None, {}
+                return
+
+    def largest(self, edited: LM) -> float | None:
+        """The largest ‖ΔW‖ / ‖W‖ of all matrices that differ; None where none does, or where it cannot be told."""
+        if self._grains is None:
+            return None
+        weights, found = _weights(edited), []
+        for name, before in self._kept.items():
+            if before.dim() > 1 and before.shape == weights[name].shape:
+                base = exact(before)
+                found.append(float((exact(weights[name].cpu()) - base).norm()) / max(float(base.norm()), 1e-300))
+        return max(found, default=None)
+
+
+def _grain(tensor: Tensor) -> torch.dtype:
+    """The dtype in which all numbers of the tensor fit."""
+    return next((g for g in _GRAINS if torch.equal(tensor.to(g).to(tensor.dtype), tensor)), tensor.dtype)
+
+
 def _weights(lm: LM) -> dict[str, Tensor]:
     """All parameters by name."""
     for name, module in lm.model.named_modules():
@@ -160,7 +224,7 @@ def _changed(lm: LM, known: Mapping[str, _Known]) -> dict[str, Tensor]:
     _check_same_tensors(lm, weights, known)
     changed = {}
     for name, tensor in progress.each("reading", [*weights.items()], unit="tensors"):
-        grain = next((g for g in _GRAINS if torch.equal(tensor.to(g).to(tensor.dtype), tensor)), tensor.dtype)
+        grain = _grain(tensor)
         kept = tensor.to("cpu", grain, copy=True)
         if tensor_bits(kept) != known[name].bits.get(grain):
             changed[name] = kept

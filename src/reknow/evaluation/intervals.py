@@ -11,7 +11,7 @@ import numpy as np
 from reknow.evaluation.metrics import harmonic_mean
 
 _RESAMPLES = 1000
-_LOGARITHMIC = ("perplexity@sampled", "perplexity@held_out", "PPL_r@sampled")
+_LOGARITHMIC = ("perplexity@sampled", "perplexity@side", "PPL_r@sampled")
 """Metrics that are averaged as logarithms."""
 
 

@@ -9,7 +9,7 @@ how the answer was read, because the same edit scores very differently under eac
 * `generated`: 1 if the greedy continuation of the bare prompt begins with an accepted answer;
 * `contrast`: the new answer is more (on neighbours: less) likely than the old one (CounterFact);
 * `likelihood`, `divergence`: how likely texts of a sentiment are, and how far the model moved (ConvSent);
-* `sampled`: measured on text that the model writes; `held_out`: on given text; `edit`: on the edit itself;
+* `sampled`: measured on text that the model writes; `side`: on given text and weights; `edit`: on the edit itself;
 * `written`: the greedy continuation against a long answer, word by word.
 """
 

@@ -35,12 +35,16 @@ class Plan:
     generate: bool = True
     """Let the model write its answers too. Without, a run is several times faster, and teacher-forced only."""
     held_out: tuple[str, ...] = ()
-    """Texts whose perplexity is taken where fluency is, sampled or not."""
+    """Texts whose perplexity is taken where fluency is, sampled or not; and KL to the unedited model on their first
+    2,000 tokens, with the relative size of the change of the weights."""
     fluency_every: Natural = 0
     """Patches of a sequence from one right after which text is sampled to the next; 0: at the checkpoints only."""
     in_context: tuple[str, ...] = ()
     """Labels of methods after whose single edits every question is also asked with the edit in front, as of the
     unedited model: what knowing it would give."""
+    oracle: bool = False
+    """Read the unedited model also with the edit in front of every question, whatever the mode and the methods; a
+    case whose questions are then too long for the model has no such row."""
 
     def __post_init__(self):
         check_settings(self)

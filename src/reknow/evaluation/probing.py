@@ -12,7 +12,7 @@ from reknow.edits import Case, Edit, Probe
 from reknow.errors import TextRefused
 from reknow.evaluation.convsent import OTHER_TOPIC
 from reknow.evaluation.long_text import written_ratio
-from reknow.evaluation.readings import Reading
+from reknow.evaluation.readings import Reading, finite_nats
 from reknow.lm import LM
 from reknow.model.readable import in_context_questions, scored_answers
 from reknow.model.scored_tokens import ScoredTokens, predictions
@@ -28,9 +28,6 @@ _GREEDY_TOKENS, _GREEDY_SLACK = 8, 4
 
 _TEXTS_PER_PASS = 64
 """Texts whose distributions over the vocabulary are held at once."""
-
-_IMPOSSIBLE = 690.0
-"""Nats recorded for a likelihood that is NaN or less than e^-690: both ways its exponential is still a number."""
 
 
 def read_cases(
@@ -136,7 +133,7 @@ def _with_divergence(
             before = scored.log_probs()
         divergence = kl_divergence(before, now)  # (tokens,)
         means = [divergence[scored.of_row == i].mean().item() for i in range(len(part))]
-        found |= dict(zip(sorted(asked)[start:], map(_finite, means), strict=False))
+        found |= dict(zip(sorted(asked)[start:], map(finite_nats, means), strict=False))
     return [
         [replace(r, divergence=found[r.prompt, r.answers[0]]) if r.name == OTHER_TOPIC else r for r in case]
         for case in readings
@@ -144,8 +141,8 @@ def _with_divergence(
 
 
 def perplexity(lm: LM, texts: Sequence[str]) -> float:
-    """`lm.perplexity`, kept within e^_IMPOSSIBLE."""
-    return math.exp(_finite(math.log(lm.perplexity(texts))))
+    """`lm.perplexity`, kept finite."""
+    return math.exp(finite_nats(math.log(lm.perplexity(texts))))
 
 
 def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -> list[Reading]:
@@ -159,8 +156,8 @@ def _answered(lm: LM, questions: Sequence[tuple[Edit, Probe]], generate: bool) -
     for (edit, probe), wanted in zip(questions, written, strict=True):
         text = next(texts) if wanted else None
         own, *both = [next(scores) for _ in scored_answers(edit, probe)]
-        nll_new, nll_true = (_finite(score.nll) for score in both) if both else (None, None)
-        read = (own.correct, own.top, _finite(own.nll), nll_new, nll_true, text)
+        nll_new, nll_true = (finite_nats(score.nll) for score in both) if both else (None, None)
+        read = (own.correct, own.top, finite_nats(own.nll), nll_new, nll_true, text)
         readings.append(Reading(probe.kind, probe.name, probe.prompt, probe.answers, *read))
     return readings
 
@@ -204,7 +201,3 @@ def cut_texts(lm: LM, texts: Sequence[str], rooms: Sequence[int]) -> list[str]:
         text if len(places) <= room else text[: places[room - 1][1]]
         for text, places, room in zip(texts, spans, rooms, strict=True)
     ]
-
-
-def _finite(nll: float) -> float:
-    return _IMPOSSIBLE if math.isnan(nll) else min(nll, _IMPOSSIBLE)

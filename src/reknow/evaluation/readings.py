@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated
@@ -10,7 +11,10 @@ from pydantic import FailFast, Field
 
 from reknow.edits import Kind
 
-__all__ = ["Positive", "Reading"]
+__all__ = ["Positive", "Reading", "finite_nats"]
+
+_IMPOSSIBLE = 690.0
+"""Nats recorded for a likelihood that is NaN or less than e^-690: both ways its exponential is still a number."""
 
 Positive = Annotated[float, Field(gt=0)]
 _Nats = Annotated[float, Field(ge=-1, le=700)]
@@ -58,3 +62,8 @@ class Reading:
         if earlier := fields.pop("ratios", None):  # PPL_r, and as its authors' script reads it
             fields["ppl_r"] = earlier[0]
         return cls(**{**fields, "hits": tuple(map(bool, record["hits"]))})
+
+
+def finite_nats(nll: float) -> float:
+    """The number, or one whose exponential is none too large for a float."""
+    return _IMPOSSIBLE if math.isnan(nll) else min(nll, _IMPOSSIBLE)

@@ -24,7 +24,16 @@ from reknow.evaluation.run_folder import (
     own_rows,
     run_digest,
 )
-from reknow.evaluation.stages import AFTER_EDIT, BEFORE, IN_CONTEXT, UNEDITED, stage_label, stage_order
+from reknow.evaluation.stages import (
+    AFTER_EDIT,
+    BEFORE,
+    END,
+    IN_CONTEXT,
+    UNEDITED,
+    checkpoint_edits,
+    stage_label,
+    stage_order,
+)
 from reknow.files.json_lines import Rows
 from reknow.files.manifest import read_manifest
 from reknow.texts.tables import to_columns, to_csv, to_markdown
@@ -37,6 +46,8 @@ _COSTS = (*_MEASURED, "steps", "loss", "repetitions")
 
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
 _OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")
+SIDE = ("perplexity", "kl", "weight_change")
+"""What edits do besides; see `held_out_perplexity` and those behind it in rows."""
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
     ("teacher_forced_tokens", "Teacher-forced, share of the answer's tokens right, %", KINDS),
@@ -51,7 +62,7 @@ TABLES = (
     ("divergence", "ConvSent, change on another topic, nats", ("drawdown",)),
     ("written", "Long answers, words in common with what the model writes, %", _OVERLAPS),
     ("sampled", "Sampled text", ("fluency", "perplexity", "PPL_r")),
-    ("held_out", "Given text", ("perplexity",)),
+    ("side", "Other text and the weights: perplexity, KL to the unedited model in nats, relative change", SIDE),
     ("edit", "Cost of an edit", (*_COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
@@ -79,6 +90,8 @@ class Cell(NamedTuple):
 
     def interval(self) -> str:
         """The bounds in brackets, what the number is where it has none, or nothing."""
+        if self.protocol == "side" and self.together > 1:
+            return ""
         if self.together > 1:
             groups = "made" if self.together >= self.cases else f"made {self.together}"
             return f"(mean of {self.cases} {groups} together)"
@@ -88,6 +101,8 @@ class Cell(NamedTuple):
     def _shown(self, value: float) -> str:
         if self.protocol == "divergence":
             return f"{value:.4f}"
+        if self.protocol == "side" and self.metric != "perplexity":
+            return f"{value:.4f}" if value >= 0.0095 else f"{value:.1e}" if value >= 1e-5 else "<1e-5"  # rounding
         percent = self.protocol in _PERCENT
         value = value * 100 if percent else value
         return f"{value:.{1 if percent or value >= 100 else 2}f}"
@@ -149,7 +164,7 @@ class Results:
         found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
         before = {case: row_readings(row) for (case,), row in self.before.items()}
         for (case,), row in self.before.items():
-            values = {**case_metrics(before[case]), "perplexity@held_out": row["held_out_perplexity"]}
+            values = {**case_metrics(before[case]), **_side(row)}
             for key, value in {**values, **self.added.get((case,), {})}.items():
                 if value is not None:
                     found[UNEDITED_BEFORE][case][key].append(value)
@@ -157,7 +172,7 @@ class Results:
             now = row_readings(row)
             then = before[row["case"]] if now else ()
             values = case_metrics(now, then, failed=row["error"] is not None)
-            values["perplexity@held_out"] = row["held_out_perplexity"]
+            values |= _side(row)
             if row["stage"] == AFTER_EDIT or row["mode"] == "batch":
                 values |= {f"{name}@edit": row.get(name) for name in _COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
@@ -194,6 +209,10 @@ class Results:
             for name in _MEASURED if row["mode"] == "single" else _COSTS:
                 key = (row["method"], row["stage"], f"{name}@edit")
                 found[key] = max(found.get(key, 1), row.get("together", batch))
+            if row["mode"] != "single" and row["stage"] != AFTER_EDIT:
+                shared = len(self.before) if row["stage"] == END else checkpoint_edits(row["stage"]) or 1
+                found |= {(row["method"], row["stage"], f"{name}@side"): shared for name in SIDE}
+        found |= {(*UNEDITED_BEFORE, f"{name}@side"): len(self.before) for name in SIDE}
         return found
 
     @cached_property
@@ -264,3 +283,9 @@ class Results:
 def row_readings(row: Mapping) -> list[Reading]:
     """The readings of a row of a run folder."""
     return [Reading.from_json(record) for record in row["readings"]]
+
+
+def _side(row: Mapping) -> dict[str, float | None]:
+    """What was measured on held-out texts and on the weights."""
+    fields = ("held_out_perplexity", "held_out_kl", "weight_change")
+    return {f"{name}@side": row.get(field) for name, field in zip(SIDE, fields, strict=True)}

@@ -52,6 +52,10 @@ class _Row(Strict):
 
     case: str
     held_out_perplexity: Positive | None
+    held_out_kl: Annotated[float, Field(ge=0, le=700)] | None = None
+    """KL(unedited ‖ now) per token of the held-out texts, in nats."""
+    weight_change: Annotated[float, Field(ge=0)] | None = None
+    """‖ΔW‖ / ‖W‖, Frobenius: the largest of all matrices that the run has changed; None: it has changed none."""
     readings: Listed[_StoredReading]
 
 

@@ -10,9 +10,12 @@ from urllib.parse import quote
 from reknow.contract import Method
 from reknow.edits import Case, to_json
 from reknow.evaluation.attempts import Cost, attempt, attempt_each, case_cost
+from reknow.evaluation.differences import WeightChange
+from reknow.evaluation.held_out import HeldOut
 from reknow.evaluation.plan import Plan
-from reknow.evaluation.probing import perplexity, read_compared
+from reknow.evaluation.probing import read_compared
 from reknow.evaluation.side_by_side import sample_side_by_side
+from reknow.evaluation.soundness import relative_norms
 from reknow.evaluation.stages import AFTER_EDIT, END, IN_CONTEXT, UNEDITED, checkpoint
 from reknow.files.json_lines import Rows
 from reknow.lm import LM
@@ -26,13 +29,26 @@ _BLOCK = 32
 
 
 class Reader:
-    """Asks the questions of the cases, as far as the plan wants them."""
+    """Asks the questions of the cases, as far as the plan wants them.
 
-    def __init__(self, lm: LM, cases: dict[str, Case], plan: Plan):
+    Attributes:
+        held_out: the held-out texts, once the model that edits are compared with has read them.
+        weight_change: of a model that somebody else edited, where its base's weights are known.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        cases: dict[str, Case],
+        plan: Plan,
+        held_out: HeldOut | None = None,
+        weight_change: WeightChange | None = None,
+    ):
         self.lm, self.cases, self.plan = lm, cases, plan
         self.stack_before = lm.patches
         found = find_unreadable(lm, list(cases.values()), in_context=bool(plan.in_context))
         self.unreadable = {name: reason for name, reason in zip(cases, found, strict=True) if reason is not None}
+        self.held_out, self.weight_change = held_out, weight_change
 
     def read(
         self,
@@ -57,9 +73,33 @@ class Reader:
         found = sample_side_by_side(self.lm, [self.cases[name] for name in patches], [*patches.values()], seed)
         return {name: texts for name, texts in zip(patches, found, strict=True) if texts is not None}
 
-    def read_held_out(self) -> float | None:
-        """The perplexity of the held-out texts, where there are any."""
-        return perplexity(self.lm, self.plan.held_out) if self.plan.held_out else None
+    def oracle_names(self) -> list[str]:
+        """Cases that the unedited model is asked with the edit in front: those whose questions it can then read, and
+        those that it cannot read at all, for which there is a row all the same."""
+        if self.plan.in_context:  # then what is too long with the edit in front counts as unreadable
+            return list(self.cases)
+        found = find_unreadable(self.lm, list(self.cases.values()), in_context=True)
+        pairs = zip(self.cases, found, strict=True)
+        return [name for name, reason in pairs if reason is None or name in self.unreadable]
+
+    def compare_with(self) -> HeldOut | None:
+        """The held-out texts, where there are any, as the unedited model reads them."""
+        if self.held_out is None and self.plan.held_out:
+            with self.lm.stacked(self.stack_before):
+                self.held_out = HeldOut(self.lm, self.plan.held_out)
+        return self.held_out
+
+    def read_side(self) -> dict[str, float | None]:
+        """What the model as it is now does to the held-out texts, and how far its weights have moved: fields of a
+        row."""
+        if (held_out := self.compare_with()) is None:
+            return {"held_out_perplexity": None}
+        perplexity, kl = held_out.read(self.lm)
+        if self.weight_change is not None:
+            change = self.weight_change.largest(self.lm)
+        else:
+            change = max(relative_norms(self.lm, self.lm.patches[len(self.stack_before) :]).values(), default=None)
+        return {"held_out_perplexity": perplexity, "held_out_kl": kl, "weight_change": change}
 
 
 @dataclass(frozen=True)
@@ -81,15 +121,16 @@ class Run:
         """Reads every case on the unedited model."""
         for names in _blocks(list(self.cases)):
             if not all((name,) in self.before for name in names):
-                readings, held_out = self.reader.read(names, texts=True), self.reader.read_held_out()
+                readings, held_out = self.reader.read(names, texts=True), self.reader.compare_with()
                 for name, found in zip(names, readings, strict=True):
                     if isinstance(found, str):
                         self.reader.unreadable[name], found = found, []
                     edit = {key: v for key, v in to_json(self.cases[name].edit).items() if v or v == ""}
-                    self.before.add({"case": name, "edit": edit, "held_out_perplexity": held_out, "readings": found})
+                    side = {"held_out_perplexity": None if held_out is None else held_out.perplexity}
+                    self.before.add({"case": name, "edit": edit, **side, "readings": found})
                     self.advance()
-        if self.plan.in_context:
-            self.add_rows(UNEDITED, self.plan.seeds[0], IN_CONTEXT, list(self.cases), {}, texts=False)
+        if self.plan.in_context or self.plan.oracle:
+            self.add_rows(UNEDITED, self.plan.seeds[0], IN_CONTEXT, self.reader.oracle_names(), {}, texts=False)
 
     def run_single(self, label: str, method: Method, seed: int) -> None:
         """Every case by itself; the patch comes off before the next. Where that is faster, many are computed at a
@@ -173,18 +214,19 @@ class Run:
             texts: with what the plan asks of texts.
             written: those of the one case that is read, where they are there already.
         """
+        side: dict[str, float | None] = {} if texts else {"held_out_perplexity": None}
         for block in _blocks(names):
             if self.is_done(label, seed, stage, block):
                 continue
             options = {"texts": texts, "seed": seed, "in_context": stage == IN_CONTEXT}
             readings = self.reader.read(block, **options, written=written)
-            held_out = self.reader.read_held_out() if texts else None
+            side = side or self.reader.read_side()  # of the model, whatever the cases
             for name, found in zip(block, readings, strict=True):
                 about = {"case": name, "method": label, "seed": seed, "mode": self.plan.mode, "stage": stage}
                 cost = costs[name].to_json() if costs else {"error": None}
                 if isinstance(found, str):
                     cost, found = {**cost, "error": found if costs else None}, []
-                self.rows.add({**about, **cost, "held_out_perplexity": held_out, "readings": found})
+                self.rows.add({**about, **cost, **side, "readings": found})
                 self.advance()
 
 

@@ -17,7 +17,8 @@ from reknow.contract import Method, field_values, method_settings
 from reknow.edits import Case, cases_digest
 from reknow.errors import InputError
 from reknow.evaluation.attempts import Cost
-from reknow.evaluation.differences import read_and_close
+from reknow.evaluation.differences import WeightChange, read_and_close
+from reknow.evaluation.held_out import HeldOut
 from reknow.evaluation.plan import Plan
 from reknow.evaluation.results import Results
 from reknow.evaluation.run_folder import (
@@ -38,6 +39,9 @@ from reknow.files.manifest import open_manifest
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import weight_bits
+
+_LATER = ("oracle",)
+"""Fields of a plan that manifests have where they are set: those of earlier versions do not know them."""
 
 
 @typed_exclusively
@@ -101,29 +105,32 @@ def score(
     *,
     label: str,
     dataset: str = "",
-    generate: bool = True,
+    plan: Plan = Plan("batch"),
     refused: Sequence[str] = (),
 ) -> Results:
     """Scores a model that somebody else edited, in a run folder as `bench` has it: before is its base, and the cases'
     edits count as made together. Started again on that folder, it goes on where it was.
 
     One of the models is in memory at a time, since the base's readings are kept in the folder. What needs both at
-    once is not measured: fluency, and ConvSent's divergence on other topics.
+    once is not measured: fluency, and ConvSent's divergence on other topics. Of held-out texts the base's predictions
+    are kept (`HeldOut`), for the size of the change what differs of its weights (`WeightChange`).
 
     Args:
         open_edited, open_base: open the models; the edited one is opened twice.
         label: what to call the edited model.
-        generate: let the models write their answers too.
+        plan: in batch mode with one seed: whether the models write their answers, held-out texts, the oracle.
         dataset, refused: as for `bench`.
 
     Raises:
-        InputError: the models have different tokenizers, the folder was started with other settings or models, two
-            cases have one name, or another process writes there.
+        InputError: a plan of another kind, the models have different tokenizers, the folder was started with other
+            settings or models, two cases have one name, or another process writes there.
     """
-    folder, named, plan = Path(out), _by_id(cases), Plan("batch", generate=generate)
-    given = read_and_close(open_edited, _describe_given)
+    if plan.mode != "batch" or len(plan.seeds) > 1:
+        raise InputError(f"expected a plan in batch mode with one seed; got {plan.mode}, {plan.seeds}: change it")
+    folder, named = Path(out), _by_id(cases)
+    given, change = read_and_close(open_edited, lambda lm: (_describe_given(lm), WeightChange(lm)))
 
-    def read_base(lm: LM) -> tuple[dict[str, Any], Rows, Rows]:
+    def read_base(lm: LM) -> tuple[dict[str, Any], Rows, Rows, HeldOut | None]:
         if lm.fingerprint.tokenizer != given["tokenizer"]:
             raise InputError(
                 f"expected the tokenizer of the base {lm.name}, by whose tokens answers are compared; "
@@ -132,18 +139,22 @@ def score(
         settings = _settings(lm, cases, {}, plan, dataset) | {"methods": {label: given}}
         manifest = open_manifest(folder, settings, {**_about(lm), "refused": list(refused)})
         before, rows = _open_rows(folder, manifest)
-        with lm.progress.stage("cases read", len(named), done=len(before)) as advance:
-            Run(lm, named, plan, Reader(lm, named, plan), before, rows, folder, advance).read_before()
-        return manifest, before, rows
+        reader = Reader(lm, named, plan)
+        with lm.progress.stage("cases read", len(named) * (1 + plan.oracle), done=len(before)) as advance:
+            Run(lm, named, plan, reader, before, rows, folder, advance).read_before()
+        if plan.held_out:
+            change.keep(lm)
+        return manifest, before, rows, reader.compare_with()
 
     def read_edited(lm: LM) -> None:
-        with lm.progress.stage("cases read", len(named), done=len(rows)) as advance:
-            run = Run(lm, named, plan, Reader(lm, named, plan), before, rows, folder, advance)
+        reader = Reader(lm, named, plan, kept, change)
+        with lm.progress.stage("cases read", len(named)) as advance:
+            run = Run(lm, named, plan, reader, before, rows, folder, advance)
             costs = dict.fromkeys(named, Cost(error=None)) | run.unread_costs([*named])
             run.add_rows(label, plan.seeds[0], END, [*named], costs, texts=True)
 
     with write_lock(folder):
-        manifest, before, rows = read_and_close(open_base, read_base)
+        manifest, before, rows, kept = read_and_close(open_base, read_base)
         read_and_close(open_edited, read_edited)
     return Results(manifest, *own_rows(manifest, before, rows, named, folder))
 
@@ -176,7 +187,7 @@ def _fill(
         _refuse_seen(method, lm, cases.values())
     stages = 2 + len(plan.checkpoints) if plan.mode == "sequential" else 1
     readings = stages * len(methods) + len(set(plan.in_context) & set(methods))
-    steps = len(cases) * (1 + bool(plan.in_context) + len(plan.seeds) * readings)
+    steps = len(cases) * (1 + bool(plan.in_context or plan.oracle) + len(plan.seeds) * readings)
     reader = Reader(lm, cases, plan)
     with lm.progress.stage("cases read", steps, done=len(before) + len(rows)) as advance:
         run = Run(lm, cases, plan, reader, before, rows, folder, advance)
@@ -208,6 +219,7 @@ def _by_id(cases: Sequence[Case]) -> dict[str, Case]:
 
 def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Method], plan: Plan, dataset: str) -> dict:
     """What must be the same for two runs to belong together."""
+    planned = {name: value for name, value in asdict(plan).items() if name not in _LATER or value}
     return {
         "reknow": reknow.__version__,
         "model": lm.fingerprint.digest,
@@ -216,7 +228,7 @@ def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Method], plan
         "cases": len(cases),
         "cases_digest": cases_digest(cases),
         "methods": {label: method_settings(method) for label, method in methods.items()},
-        **asdict(plan),
+        **planned,
     }
 
 

@@ -12,6 +12,7 @@ from reknow.checks.arguments import typed
 from reknow.datasets.text import sample_text
 from reknow.edits import Edit
 from reknow.evaluation.effect import control_facts, observe
+from reknow.evaluation.held_out import next_log_probs
 from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.exclusive import typed_exclusively
@@ -141,14 +142,11 @@ def text_kl(lm: LM, texts: Sequence[str] | None = None, max_tokens: int = _TEXT_
     total, count = 0.0, 0
     for text in plain:
         (row,) = encode(lm.tokenizer, [Text(text)])  # text to read is no chat
-        batch = lm.pad([EncodedText(row.ids[:cut], 1)])
-
-        def log_probs(batch=batch):
-            return lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0].float().log_softmax(-1)
-
+        read = [EncodedText(row.ids[:cut], 1)]
         with lm.unpatched():
-            before = log_probs()
-        kl = kl_divergence(before, log_probs())  # (tokens,)
+            (before,) = next_log_probs(lm, read)
+        (now,) = next_log_probs(lm, read)
+        kl = kl_divergence(before, now)  # (tokens,)
         total, count = total + float(kl.sum()), count + len(kl)
     return total / count if count else 0.0
 

@@ -30,7 +30,9 @@ READ = {
     "sampled": "100 tokens, top-k 5. Fluency: entropy of word pairs and triples in bits (papers print it × 100; "
     "words by our own tokenizer, close to nltk's), low where text repeats itself. Perplexity: to the unedited model. "
     "PPL_r: that perplexity behind the request over that of the edit itself.",
-    "held_out": "Perplexity of given texts under the edited model: it rises when an edit does general harm.",
+    "side": "Given texts under the edited model. Perplexity rises when an edit does general harm. KL(unedited ‖ "
+    "edited) per token, in nats, sees changes that leave it as it is. Weight change: ‖ΔW‖ / ‖W‖ of the matrix that "
+    "changed most. Of edits that hold together it is one measurement.",
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
     "counted where it happens. Failed: share of edits that could not be made, or not be read.",
 }

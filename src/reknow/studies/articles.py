@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from reknow.datasets import sample_text
+from reknow.datasets.text import held_out_texts
 from reknow.evaluation.plan import Plan
 from reknow.studies.preset import Preset, Selection, Size, plain
 from reknow.studies.presets import PRESETS
@@ -43,18 +43,10 @@ def _sized(study: Article, preset: Preset, limit: int | None, full: bool) -> Pre
         most = limit if cases.limit is None else min(limit, cases.limit)
         cases = cases._replace(limit=most, limits={name: min(limit, own) for name, own in cases.limits.items()})
     if study.grows:
-        plan = replace(plan, held_out=_plain_text())
+        plan = replace(plan, held_out=held_out_texts())
     return preset._replace(size=Size(cases, plan))
 
 
-def _plain_text() -> tuple[str, ...]:
-    """Paragraphs of general text, about a thousand tokens: those of the most usual lengths."""
-    texts = sorted(sample_text(), key=len)
-    middle = len(texts) // 2
-    return tuple(texts[middle : middle + _PARAGRAPHS])
-
-
-_PARAGRAPHS = 8
 _KNOWEDIT = "wiki_recent,knowedit-zsre,wiki_counterfact,wikibio"
 
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reknow.evaluation.results import UNEDITED_BEFORE, Cell, Results
-from reknow.evaluation.stages import AFTER_EDIT, END, checkpoint_edits
+from reknow.evaluation.stages import AFTER_EDIT, END, IN_CONTEXT, checkpoint_edits
 from reknow.files.atomic import atomic_write, write_text
 from reknow.report.plots import FAINT, PALETTE, STYLE, save_png
 from reknow.texts.tables import to_markdown
@@ -19,7 +19,7 @@ _COLUMNS = {
     "reliability": "reliability@teacher_forced_exact",
     "generalization": "generalization@teacher_forced_exact",
     "locality": "locality@teacher_forced_exact",
-    "perplexity": "perplexity@held_out",
+    "perplexity": "perplexity@side",
     "seconds": "seconds@edit",
 }
 _DRAWN = ("reliability", "generalization", "locality", "perplexity")
@@ -52,6 +52,8 @@ def growth_points(runs: Mapping[str, Results]) -> dict[tuple[str, str, int], dic
         for method, stage in results.case_values:
             if (method, stage) == UNEDITED_BEFORE:
                 place = (method, "–", 0)
+            elif stage == IN_CONTEXT:
+                continue
             elif mode == "single":
                 place = (method, ONE, 1)
             elif stage == AFTER_EDIT:  # of a turn only, while the others are not read

@@ -1,0 +1,76 @@
+"""What `bench` and `score` measure besides the edits: options that both have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reknow.cli.options import refuse_beside
+from reknow.errors import InputError
+
+if TYPE_CHECKING:
+    from reknow.evaluation import Plan
+
+
+@dataclass(frozen=True)
+class Besides:
+    """What is measured besides the edits. What is not given is as the folder has it that a run goes on in."""
+
+    side_effects: Annotated[
+        bool | None,
+        typer.Option(
+            "--side-effects/--no-side-effects",
+            help="Perplexity of other text, KL to the unedited model, size of the change. [on]",
+        ),
+    ] = None
+    held_out: Annotated[
+        Path | None, typer.Option("--held-out", help="A file of that text, instead of the bundled one.")
+    ] = None
+    oracle: Annotated[
+        bool | None,
+        typer.Option("--oracle/--no-oracle", help="Ask the unedited model with the edit in front too. [on]"),
+    ] = None
+
+    def plan(self, plan: Plan, folders: Iterable[Path], *, default: bool) -> Plan:
+        """The plan with what is given, or what the manifest of one of the folders says, or else the default.
+
+        Raises:
+            InputError: options that exclude each other, or a file without text.
+        """
+        from reknow.datasets.text import held_out_texts
+
+        if self.held_out is not None and self.side_effects is False:
+            raise InputError("expected --held-out without --no-side-effects; got both: leave one out")
+        begun = _begun(folders)
+        side = self.side_effects if self.held_out is None else True
+        oracle = self.oracle
+        if begun is not None and side is None:
+            plan = replace(plan, held_out=tuple(begun.get("held_out") or ()))
+        elif side or (side is None and default):
+            plan = replace(plan, held_out=held_out_texts(self.held_out))
+        elif side is False:
+            plan = replace(plan, held_out=())
+        if oracle is None:
+            oracle = plan.oracle or default if begun is None else bool(begun.get("oracle"))
+        return replace(plan, oracle=oracle)
+
+    def refuse(self, what: str) -> None:
+        """Raises InputError where anything is given beside `what`."""
+        names = {"side_effects": "--side-effects", "held_out": "--held-out", "oracle": "--oracle"}
+        refuse_beside(what, {names[name]: value is not None for name, value in vars(self).items()})
+
+
+def _begun(folders: Iterable[Path]) -> dict[str, Any] | None:
+    """The settings of a run that was begun in one of the folders; None: there is none."""
+    from reknow.evaluation.run_folder import RunManifest
+    from reknow.files.manifest import read_manifest
+    from reknow.files.outputs import MANIFEST_FILE
+
+    for folder in folders:
+        if (folder / MANIFEST_FILE).exists():
+            return read_manifest(folder, RunManifest)["settings"]
+    return None
