@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
+import hashlib
+import html
 import json
+import math
 import re
+from pathlib import Path
 
 import pytest
 
+import reknow.report
 from conftest import make_lm
 from reknow import FT, Case, Edit, Probe
 from reknow.errors import InputError
@@ -15,6 +22,7 @@ from reknow.evaluation import Plan, Results, bench
 from reknow.evaluation.results import TABLES
 from reknow.report import plots, write_report
 from reknow.report.page import READ
+from reknow.report.verdict import ABOUT, COLUMNS
 
 METHODS = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak <b>": FT(layer=2, steps=1)}
 
@@ -38,15 +46,59 @@ def run(tmp_path_factory):
     return folder
 
 
+def cases_inside(page: str) -> tuple[dict, list[str]]:
+    """The index of the cases in a page, and the HTML of each."""
+
+    def unpacked(name: str):
+        text = re.search(rf'<script type="application/gzip" id="{name}">([^<]*)</script>', page)
+        return None if text is None else json.loads(gzip.decompress(base64.b64decode(text[1])))
+
+    chunks = [unpacked(f"chunk-{number}") for number in range(page.count('id="chunk-'))]
+    return unpacked("index"), [one for chunk in chunks for one in chunk]
+
+
 def test_the_page_needs_nothing_else_and_escapes_what_models_say(run):
     page = write_report(run).read_text()
-    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<i>Peru" not in page and "weak <b>" not in page
-    assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', re.sub(r'xlink:href="#[^"]*"', "", page))
-    assert page.count("<svg") == 6  # reliability, locality, and two of retention and of time
+    script = (Path(reknow.report.__file__).parent / "page.js").read_text()
+    assert page.count("<script>") == 1 and f"<script>{script}</script>" in page
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'" in html.unescape(page)
+    index, cards = cases_inside(page)
+    for text in (page.replace(script, ""), *cards):
+        assert "<script>alert" not in text and "<i>Peru" not in text and "weak <b>" not in text
+        assert not re.findall(r'(?:src|href)="(?!#)[^"]*"', text)
+    assert sum("&lt;script&gt;alert(1)&lt;/script&gt;" in card for card in cards) == 1
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page, "the example of those who have no script"
+    assert index["methods"] == list(METHODS) and [row["id"] for row in index["rows"]] == ["0", "1", "2"]
+    assert page.count("<svg") == 4 * 4  # of each protocol the trade-off, the edits by age, all so far, what was kept
     for protocol in ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast"):
-        assert f"<code>{protocol}</code>" in page
-    assert "not finished" not in page and 'id="answers"' in page and "generated freely" in page
+        assert f"<code>{protocol}</code>" in page and f'value="{protocol}"' in page
+    assert "not finished" not in page and 'id="all"' in page and "free generation" in page
+
+
+def test_a_case_has_all_its_questions_with_marks_and_probabilities(run):
+    results = Results.load(run)
+    index, cards = cases_inside(write_report(run).read_text())
+    for row, card, (case,) in zip(index["rows"], cards, results.before, strict=True):
+        for question in results.before[case,]["readings"]:
+            assert html.escape(question["prompt"], quote=False) in card
+        for number, method in enumerate(METHODS):
+            after = results.rows[method, 0, "sequential", "end", case]
+            request, neighbour = after["readings"]
+            (new, of_new, *_, kept, of_kept) = row["scores"]["generated"][number]
+            values = results.case_values[method, "end"][case]
+            assert (new, of_new, kept, of_kept) == (
+                values["reliability@generated"],
+                1,
+                values["locality@generated"],
+                1,
+            )
+            for answer, nll in (("Paris .", request["nll_new"]), ("Lima", neighbour["nll_true"])):
+                assert f"{answer} {100 * math.exp(-nll):.1f} %" in card
+
+
+def test_every_column_of_the_verdict_is_explained():
+    assert set(ABOUT) == {column.name for column in COLUMNS}
 
 
 def test_every_protocol_is_explained():
@@ -86,7 +138,8 @@ def test_curves_are_drawn_of_what_was_read(run, tmp_path):
         plots.sequence_figure(results, "generated") is None and plots.retention_figure(results, "generated") is None
     )
     page = write_report(tmp_path).read_text()
-    assert 'id="answers"' not in page and "<details" not in page and "generated freely" not in page
+    assert 'id="p-generated"' not in page and "free generation" not in page
+    assert "teacher-forced: exact" in page, "and is shown first"
     results = Results.load(run)
     rows = {key: row for key, row in results.rows.items() if row["method"] == "fine" or row["stage"] == "after_edit"}
     picture = plots.sequence_figure(Results(results.manifest, results.before, rows), "generated")

@@ -33,6 +33,8 @@ class Cost(Strict):
     """Edits that were made together, whose mean the cost is."""
     error: str | None
     """Why the edit could not be made; None: it was."""
+    stored_kb: float | None = None
+    """What a patch stores for an edit, in 1000 bytes: the mean over the edits that it makes."""
     steps: float | None = None
     loss: float | None = None
     repetitions: float | None = None
@@ -154,14 +156,16 @@ def _failed_indices(failure: ReknowError, edits: list[Edit]) -> list[int]:
 
 
 def _with_notes(costs: list[Cost], patch: Patch | None) -> list[Cost]:
-    """The costs with what the method noted about a single descent: steps, last loss, repetitions where it samples."""
-    notes = {} if patch is None else patch.notes
-    losses, repetitions = notes.get("losses"), notes.get("repetitions")
-    if not losses or not all(isinstance(loss, float) for loss in losses):
+    """The costs with what the patch stores for each edit, and what the method noted about a single descent: steps,
+    last loss, repetitions where it samples."""
+    if patch is None:
         return costs
-    noted = {"steps": len(losses), "loss": losses[-1]}
-    if repetitions is not None:
-        noted["repetitions"] = sum(repetitions)
+    noted: dict[str, Any] = {"stored_kb": round(patch.stored_bytes / 1000 / max(1, len(patch.edits)), 3)}
+    losses, repetitions = patch.notes.get("losses"), patch.notes.get("repetitions")
+    if losses and all(isinstance(loss, float) for loss in losses):
+        noted |= {"steps": len(losses), "loss": losses[-1]}
+        if repetitions is not None:
+            noted["repetitions"] = sum(repetitions)
     return [cost.model_copy(update=noted) if cost.error is None else cost for cost in costs]
 
 

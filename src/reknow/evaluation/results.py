@@ -42,7 +42,7 @@ UNEDITED_BEFORE = (UNEDITED, BEFORE)
 """Method and stage under which the unedited model's answers stand."""
 _MEASURED = ("seconds", "peak_memory_mb")
 """Costs that are measured over all edits which are made together."""
-_COSTS = (*_MEASURED, "steps", "loss", "repetitions")
+_COSTS = (*_MEASURED, "stored_kb", "steps", "loss", "repetitions")
 
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
 _OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")

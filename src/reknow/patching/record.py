@@ -108,6 +108,13 @@ class PatchRecord:
         tensors = {"base.samples": self.base.samples, **delta_tensors(self.deltas), **state}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
+    @property
+    def stored_bytes(self) -> int:
+        """What the change itself takes in a file: ΔW, the state, what a memory knows; not the record around them."""
+        tensors = (*delta_tensors(self.deltas).values(), *self.state.values())
+        memory = len(json.dumps(self.memory).encode()) if self.memory else 0
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + memory
+
 
 def check_weights(patches: Sequence[PatchRecord], purpose: str) -> None:
     """Raises PatchError where one of the patches is a memory, which has no matrices to `purpose`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from reknow.evaluation.metrics import generated, unchanged_generated
+from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import Results, row_readings
 from reknow.evaluation.stages import AFTER_EDIT, BEFORE, END, UNEDITED
@@ -17,90 +18,125 @@ _MODES = {
     "batch": "batch: all edits made together",
     "sequential": "sequential: one edit after the other, all kept",
 }
-_PER_KIND = 2
-"""Probes of a kind that a card shows."""
+_EDITED = {"single": "each by itself", "batch": "all in one patch", "sequential": "one after the other"}
 
 
-class _Answer(NamedTuple):
+class Answer(NamedTuple):
     """What one model said to a probe."""
 
     who: str
-    text: str
-    mark: str = ""
-    """`right`, `wrong`, `same` or `changed`; empty where that is not asked."""
-    changed: bool = False
-    """Does it differ from what the unedited model said?"""
+    text: str | None
+    """What it wrote; None where it was not asked to."""
+    marks: Mapping[str, str]
+    """Protocol → `right`, `wrong`, `same` or `changed`; none of the unedited model."""
+    changed: bool
+    """Does the text differ from what the unedited model wrote?"""
+    likely: list[tuple[str, float]]
+    """Answer → its probability per token, e^(−nll)."""
 
 
-class _Question(NamedTuple):
+class Question(NamedTuple):
     """A probe with the answers of the unedited and the edited models."""
 
     kind: str
     name: str
     prompt: str
     wanted: str
-    answers: list[_Answer]
+    answers: list[Answer]
 
 
-class _Card(NamedTuple):
-    """A case: what was edited, and some of its probes."""
+class Score(NamedTuple):
+    """What a method made of a case under one protocol: a sum of scores, and of how many probes."""
 
+    new: float = 0.0
+    of_new: int = 0
+    reworded: float = 0.0
+    of_reworded: int = 0
+    kept: float = 0.0
+    of_kept: int = 0
+
+
+class Card(NamedTuple):
+    """A case: what was edited, and all its probes."""
+
+    case: str
     request: tuple[str, str, str]
     """The prompt: what is before the subject, the subject, what is behind it."""
-    edit: Mapping[str, str]
-    questions: list[_Question]
-    missed: bool
-    """A method did not get the new answer out of the model, or changed a neighbour."""
+    edit: Mapping[str, Any]
+    questions: list[Question]
+    scores: dict[str, dict[str, Score]]
+    """Protocol → method → score."""
+    errors: dict[str, str]
+    """Method → why its edit failed."""
 
 
-def make_cards(results: Results) -> Iterator[_Card]:
-    """Cases of which the model wrote something as cards, with the answers of the first seed at the last stage."""
+_PLACES = {"reliability": 0, "generalization": 1, "locality": 2}
+_METRICS = {
+    **{p: dict(zip(_PLACES, _PLACES, strict=True)) for p in PROTOCOLS},
+    "contrast": dict(zip(_PLACES, ("ES", "PS", "NS"), strict=True)),
+}
+"""Protocol → kind → the metric that says whether a probe of it went well."""
+
+
+def make_cards(results: Results) -> Iterator[Card]:
+    """All cases that an edited model was asked, with its answers at the last stage in the first seed."""
     settings = results.manifest["settings"]
     for (case,), row in results.before.items():
         keys = {m: (m, settings["seeds"][0], settings["mode"], results.last_stage, case) for m in settings["methods"]}
         rows = {method: results.rows[key] for method, key in keys.items() if key in results.rows}
-        after = {method: row_readings(found) for method, found in rows.items() if found["readings"]}
-        if after:
-            before = row_readings(row)
-            questions = [
-                _question(then, {method: found[number] for method, found in after.items()})
-                for number, then in enumerate(before)
-            ]
-            missed = any(
-                a.mark in ("wrong", "changed") for q in questions if q.kind != "portability" for a in q.answers
-            )
-            head, *tail = split_template(row["edit"]["prompt"])
-            request = (head, row["edit"].get("subject", ""), "{}".join(tail))
-            if shown := _selected(questions):
-                yield _Card(request, row["edit"], shown, missed)
+        if rows:
+            yield _card(case, row, rows)
 
 
-def _question(then: Reading, after: Mapping[str, Reading]) -> _Question:
-    answers = [_Answer("before", _shown(then.text))]
-    for method, now in after.items():
-        mark = ""
-        if now.text is None:
-            pass
-        elif now.kind == "locality":
-            mark = "same" if unchanged_generated(then.text or "", now.text or "", now.answers) else "changed"
-        elif now.kind not in ("fluency", "sentiment"):
-            mark = "right" if generated(now.text or "", now.answers) else "wrong"
-        answers.append(_Answer(method, _shown(now.text), mark, now.text != then.text))
-    return _Question(then.kind, then.name, then.prompt, " / ".join(then.answers), answers)
+def _card(case: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> Card:
+    before, edit = row_readings(row), row["edit"]
+    errors = {method: found["error"] for method, found in rows.items() if found["error"] is not None}
+    after = {method: row_readings(found) for method, found in rows.items() if found["readings"]}
+    sums: dict[tuple[str, str], list[float]] = {}
+    questions = []
+    for number, then in enumerate(before):
+        answers = [Answer("before", _shown(then.text), {}, False, _likely(then, edit))]
+        for method, readings in after.items():
+            now = readings[number]
+            scores = case_metrics([now], [then], failed=method in errors)
+            marks = {}
+            for protocol, metrics in _METRICS.items():
+                value = scores.get(f"{metrics.get(now.kind, now.kind)}@{protocol}")
+                if value is not None:
+                    marks[protocol] = _mark(now.kind, value)
+                    if now.kind in _PLACES:
+                        total = sums.setdefault((protocol, method), [0.0] * 6)
+                        total[2 * _PLACES[now.kind]] += value
+                        total[2 * _PLACES[now.kind] + 1] += 1
+            changed = now.text != then.text and bool(marks)
+            answers.append(Answer(method, _shown(now.text), marks, changed, _likely(now, edit)))
+        questions.append(Question(then.kind, then.name, then.prompt, " / ".join(then.answers), answers))
+    found: dict[str, dict[str, Score]] = {}
+    for (protocol, method), (a, b, c, d, e, f) in sums.items():
+        found.setdefault(protocol, {})[method] = Score(a, int(b), c, int(d), e, int(f))
+    head, *tail = split_template(edit["prompt"])
+    request = (head, edit.get("subject") or "", "{}".join(tail))
+    return Card(case, request, edit, questions, found, errors)
 
 
-def _selected(questions: list[_Question]) -> list[_Question]:
-    """A few of each kind, those that went wrong first."""
-    chosen: dict[str, list[_Question]] = {}
-    for question in sorted(questions, key=lambda q: all(a.mark in ("", "right", "same") for a in q.answers)):
-        if any(answer.text for answer in question.answers):
-            chosen.setdefault(question.kind, []).append(question)
-    order = dict.fromkeys(question.kind for question in questions)
-    return [question for kind in order for question in chosen.get(kind, [])[: 1 if kind == "fluency" else _PER_KIND]]
+def _mark(kind: str, value: float) -> str:
+    if kind == "locality":
+        return "same" if value == 1 else "changed"
+    return "right" if value == 1 else "wrong"
 
 
-def _shown(text: str | None, words: int = 60) -> str:
-    return clip(text or "", words)
+def _likely(reading: Reading, edit: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The probabilities per token that were read: of the new and the true answer, else of the one that is asked."""
+    if reading.kind in ("fluency", "sentiment"):
+        return []
+    pairs = [(edit["target_new"], reading.nll_new), (edit.get("target_true"), reading.nll_true)]
+    if reading.nll_new is None or reading.nll_true is None:
+        pairs = [(reading.answers[0], reading.nll)]
+    return [(_shown(str(answer), 12) or "", math.exp(-nll)) for answer, nll in pairs if nll is not None]
+
+
+def _shown(text: str | None, words: int = 60) -> str | None:
+    return None if text is None else clip(text, words)
 
 
 def describe_methods(results: Results) -> list[str]:
@@ -128,6 +164,19 @@ def describe_methods(results: Results) -> list[str]:
             text += f"; {seconds:.2g} s an edit"
         sentences.append(text + ".")
     return sentences
+
+
+def describe_head(results: Results) -> dict[str, str]:
+    """What stands above everything: model, data, how many, how, when."""
+    manifest, settings = results.manifest, results.manifest["settings"]
+    cases, seeds = settings["cases"], len(settings["seeds"])
+    return {
+        "Model": manifest["model"],
+        "Data": str(settings["dataset"] or "a list"),
+        "Cases": f"{cases:,}" + (f" × {seeds} seeds" if seeds > 1 else ""),
+        "Edited": _EDITED[settings["mode"]],
+        "Date": manifest.get("started", "")[:10] or "–",
+    }
 
 
 def describe_run(results: Results) -> dict[str, str]:

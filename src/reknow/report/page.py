@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -10,10 +12,24 @@ from markupsafe import Markup
 from reknow.evaluation.results import Results
 from reknow.evaluation.stages import stage_label
 from reknow.files.atomic import atomic_write, write_text
-from reknow.report import contents, plots
+from reknow.report import contents, drawing, plots
+from reknow.report.case_list import list_cases
+from reknow.report.retention import by_age, so_far
+from reknow.report.verdict import (
+    ABOUT,
+    KEPT,
+    NEW,
+    PROTOCOL_NAMES,
+    Entry,
+    entries_of,
+    make_verdict,
+    read_protocols,
+    verdict_sentence,
+)
 
-_CARDS = 5
-"""Cases shown with their answers; as many again where something went wrong."""
+_NAMED = 4
+"""Methods that a title names; more are counted."""
+_HERE = Path(__file__).parent
 
 READ = {
     "teacher_forced_exact": "The answer's tokens are put behind the prompt: 1 if each is the most likely one there.",
@@ -36,13 +52,22 @@ READ = {
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
     "counted where it happens. Failed: share of edits that could not be made, or not be read.",
 }
-_MARKS = {"right": "✓ new answer", "wrong": "✗ not the new answer", "same": "✓ as before", "changed": "✗ changed"}
-_KINDS = {
-    "reliability": "the request's own prompt gives the new answer",
-    "generalization": "so do paraphrases of it",
-    "locality": "other questions are answered as before the edit, whether that was right or wrong",
-    "portability": "what follows from the new fact follows",
-}
+
+
+def environment() -> Environment:
+    """The templates of this room, escaping all that they are given."""
+    found = Environment(
+        loader=FileSystemLoader(_HERE), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+    )
+    found.globals["d"] = drawing
+    return found
+
+
+def style_and_script() -> dict[str, str]:
+    """What goes into the head of a page: style, script, and the hash by which it allows no other script."""
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}
 
 
 def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
@@ -61,31 +86,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     results = Results.load(run_folder)
     folder = Path(run_folder if out is None else out)
     figures = plots.make_figures(results)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    shown = list(contents.make_cards(results))
-    page = environment.get_template("page.html").render(
-        results=results,
-        title=_title(results),
-        headline=contents.describe_methods(results),
-        facts=contents.describe_run(results),
-        figures={caption: Markup(plots.to_svg(figure)) for caption, figure in figures.items()},
-        protocol_names=plots.protocol_colours(results),
-        stage=stage_label(results.last_stage),
-        stage_label=stage_label,
-        cards=shown[:_CARDS],
-        missed=[card for card in shown[_CARDS:] if card.missed][:_CARDS],
-        unfinished=contents.describe_rest(results),
-        failures=contents.list_failures(results),
-        read=READ,
-        marks=_MARKS,
-        kinds=_KINDS,
-    )
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", render_page(results))
     write_text(folder / "report.csv", results.to_csv())
     write_text(folder / "report.md", _markdown(results, list(figures)))
     for number, figure in enumerate(figures.values(), 1):
@@ -93,9 +94,63 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     return folder / "report.html"
 
 
+def render_page(results: Results) -> str:
+    """The page of a run, as HTML."""
+    templates, settings = environment(), results.manifest["settings"]
+    entries = entries_of(results)
+    protocols = read_protocols([entry for entry in entries if entry.compared])
+    verdicts = [make_verdict(entries, protocol) for protocol in protocols]
+    draw = templates.get_template("macros.html").module.probes  # type: ignore[attr-defined]
+    return templates.get_template("page.html").render(
+        **style_and_script(),
+        results=results,
+        title=_title(results),
+        head=contents.describe_head(results),
+        facts=contents.describe_run(results),
+        entries=entries,
+        compared=len(settings["methods"]),
+        protocols=protocols,
+        names=PROTOCOL_NAMES,
+        verdicts=[(each, verdict_sentence(each), drawing.trade_off(entries, each.protocol)) for each in verdicts],
+        retention=_retention(results, entries, protocols),
+        stage=stage_label(results.last_stage),
+        stage_label=stage_label,
+        cases=list_cases(results, protocols, lambda card: str(draw(card))),
+        methods=list(settings["methods"]),
+        seeds=len(settings["seeds"]),
+        unfinished=contents.describe_rest(results),
+        failures=contents.list_failures(results),
+        read=READ,
+        about=ABOUT,
+    )
+
+
+def _retention(results: Results, entries: list[Entry], protocols: list[str]) -> dict[str, list[drawing.Chart]]:
+    """Protocol → what is left of a sequence's edits: by their age, and of all so far."""
+    if results.manifest["settings"]["mode"] != "sequential":
+        return {}
+    compared = [entry for entry in entries if entry.compared]
+    found = {}
+    for protocol in protocols:
+        charts = []
+        for column, points, title, across in (
+            (NEW, by_age, "New answer by the age of the edit, %", "edits made later →"),
+            (NEW, so_far, "New answer of all edits so far, %", "edits made →"),
+            (KEPT, so_far, "Others kept by all edits so far, %", "edits made →"),
+        ):
+            if key := column.key(protocol):
+                drawn = {(entry.label, entry.colour): points(results, entry.method, key) for entry in compared}
+                charts.append(drawing.curves(title, across, drawn))
+        if shown := [chart for chart in charts if chart is not None]:
+            found[protocol] = shown
+    return found
+
+
 def _title(results: Results) -> str:
     settings = results.manifest["settings"]
-    return f"{', '.join(settings['methods'])} on {settings['dataset'] or 'given cases'}"
+    methods = list(settings["methods"])
+    named = ", ".join(methods) if len(methods) <= _NAMED else f"{len(methods)} methods"
+    return f"{named} on {settings['dataset'] or 'given cases'}"
 
 
 def _markdown(results: Results, captions: list[str]) -> str:

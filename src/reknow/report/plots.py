@@ -10,10 +10,9 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.metrics import PROTOCOLS
 from reknow.evaluation.results import KINDS, UNEDITED_BEFORE, Results
-from reknow.evaluation.stages import END, checkpoint_edits
+from reknow.report.retention import by_age, so_far
 
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8a6fd1", "#7f7f7f")
 """Okabe & Ito's colours, which people with colour blindness tell apart; two replaced for dark backgrounds."""
@@ -94,13 +93,15 @@ def _bar_figure(results: Results, kind: str) -> Figure | None:
 
 def retention_figure(results: Results, protocol: str) -> Figure | None:
     """Reliability of an edit against how many were made after it; band: 95 % interval."""
-    curves = {method: _retained(results, method, protocol) for method in results.manifest["settings"]["methods"]}
+    key = f"reliability@{protocol}"
+    curves = {method: by_age(results, method, key) for method in results.manifest["settings"]["methods"]}
     curves = {method: points for method, points in curves.items() if len(points) > 1}
     if not curves:
         return None
     figure, axes = _time_axes("edits made later")
     for number, (method, points) in enumerate(curves.items()):
-        lags, means, lows, highs = zip(*points, strict=True)
+        lags, *shares = zip(*points, strict=True)
+        means, lows, highs = ([100 * share for share in column] for column in shares)
         color = PALETTE[number % len(PALETTE)]
         axes.plot(lags, means, "-o", color=color, markersize=3, label=method)
         axes.fill_between(lags, lows, highs, color=color, alpha=0.15, linewidth=0)
@@ -108,41 +109,13 @@ def retention_figure(results: Results, protocol: str) -> Figure | None:
     return figure
 
 
-def _retained(results: Results, method: str, protocol: str) -> list[tuple[float, ...]]:
-    """(mean number of later edits, mean, low, high), for no later edit and for up to eight groups of like size."""
-    key = f"reliability@{protocol}"
-    order = {case: number for number, (case,) in enumerate(results.before, 1)}
-    found = []
-    for (name, stage), cases in results.case_values.items():
-        made = len(order) if stage == END else checkpoint_edits(stage) or 0
-        if name == method:
-            found += [(max(0, made - order[case]), values[key]) for case, values in cases.items() if key in values]
-    found.sort()
-    none = [pair for pair in found if pair[0] == 0]
-    later = found[len(none) :]
-    count = max(1, min(8, len(later) // 10))
-    groups = [none, *(later[len(later) * i // count : len(later) * (i + 1) // count] for i in range(count))]
-    points = []
-    for group in filter(None, groups):
-        mean, low, high, _ = average_cases([{key: value} for _, value in group])[key]
-        bounds = (mean, mean if low is None else low, mean if high is None else high)
-        points.append((sum(lag for lag, _ in group) / len(group), *(100 * number for number in bounds)))
-    return points
-
-
 def sequence_figure(results: Results, protocol: str) -> Figure | None:
     """Mean reliability (solid) and locality (dashed) of all edits so far, at the checkpoints and the end."""
-    stages = {stage for _, stage, _ in results.cells}
-    made = {stage: edits for stage in stages if (edits := checkpoint_edits(stage)) is not None}
-    made |= {END: len(results.before)} if END in stages else {}
-    if len(made) < 2:
-        return None
     figure, axes = _time_axes("edits made")
     for number, method in enumerate(results.manifest["settings"]["methods"]):
         for kind, line in (("reliability", "-"), ("locality", "--")):
-            cells = [(at, results.cells.get((method, stage, f"{kind}@{protocol}"))) for stage, at in made.items()]
-            points = sorted((at, 100 * cell.mean) for at, cell in cells if cell is not None)
-            if points:
+            points = [(at, 100 * mean) for at, mean, *_ in so_far(results, method, f"{kind}@{protocol}")]
+            if len(points) > 1:
                 style = {"color": PALETTE[number % len(PALETTE)], "marker": "o", "markersize": 3}
                 axes.plot(*zip(*points, strict=True), line, **style, label=f"{method}, {kind}")
     if not axes.lines:
