@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,12 @@ def test_methods_keep_to_their_device():
     tests = ["tests/methods/test_contract.py", "-k", f"test_contract and llama and ({names}) and not merge"]
     done = run("-m", "pytest", "-p", "no:cacheprovider", *tests)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]
+
+
+def test_methods_keep_to_the_devices_of_their_layers():
+    done = run("-m", "pytest", "-p", "no:cacheprovider", "tests/methods/test_spread.py")
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed and int(passed[1]) > 2 * len(METHODS), done.stdout[-3000:]
 
 
 def test_a_device_without_float64_is_enough():

@@ -68,6 +68,15 @@ class Twin(Tensor):
 
         return tree_map(wrap, found)
 
+    @property
+    def data(self):
+        return self.detach()
+
+    @data.setter
+    def data(self, other):
+        """Whose memory is this tensor's from now on."""
+        self.held = other.held
+
     def tolist(self):
         return self.cpu().tolist()
 

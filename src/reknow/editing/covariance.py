@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -138,7 +139,7 @@ def _requested(
 
 
 def _read_together(lm: LM, missing: Sequence[int]) -> list[list[int]]:
-    """The layers without statistics, in parts whose sums one pass over the text may hold: all, or on a GPU as many
+    """The layers without statistics, in parts whose sums one pass over the text may hold: all, or on each GPU as many
     as fit into half of its free memory."""
     if missing and not lm.computes_statistics:
         numbers = ",".join(map(str, missing))
@@ -148,11 +149,15 @@ def _read_together(lm: LM, missing: Sequence[int]) -> list[list[int]]:
         )
     if missing:
         cache_limit()  # a wrong one is refused before the work
-    if lm.device.type != "cuda":
-        return [list(missing)] if missing else []
     width = max((shape(lm.model.get_submodule(lm.parts.value[layer]))[1] for layer in missing), default=1)
-    count = max(1, int(torch.cuda.mem_get_info(lm.device)[0] / 2 / (2 * kept_bytes(width))))
-    return [list(missing[i : i + count]) for i in range(0, len(missing), count)]
+    parts, taken = defaultdict[int, list[int]](list), Counter[torch.device]()
+    for layer in missing:
+        device, room = lm.device_of(lm.parts.value[layer]), len(missing)
+        if device.type == "cuda":
+            room = max(1, int(torch.cuda.mem_get_info(device)[0] / 2 / (2 * kept_bytes(width))))
+        parts[taken[device] // room].append(layer)
+        taken[device] += 1
+    return list(parts.values())
 
 
 def _key(lm: LM, name: str, source: TextSource, tokens: int) -> dict[str, str]:

@@ -93,6 +93,7 @@ def adam_update(optimizer: torch.optim.Optimizer, rows: Tensor | None = None, ro
         losses.sum().backward()
         optimizer.step()
         if rows is not None and before is not None:  # Adam's momentum would carry finished ones on
+            running = running.to(rows.device)
             moving = running if row_of is None else running.new_zeros(len(rows)).index_fill(0, row_of[running], True)
             with torch.no_grad():
                 rows.copy_(torch.where(moving[:, None], rows, before))

@@ -186,14 +186,14 @@ class FactBatch:
         return selected
 
     def by_context(self, name: str) -> Tensor:
-        """An attribute of `BlockReplay` as (facts, contexts, features), float32; the KL prompt is left out."""
-        states = getattr(self._replays[0], name)[: len(self._fact_of_row)]
+        """An attribute of `BlockReplay` as (facts, contexts, features), float32 on `lm.device`; the KL prompt is left
+        out."""
+        states = getattr(self._replays[0], name)[: len(self._fact_of_row)].to(self.weights.device)
         return states.view(self.facts, len(self.weights), -1).float()
 
     def mean(self, name: str) -> Tensor:
         """The share of these contexts in the mean over all of them. (facts, features)"""
-        states = self.by_context(name)
-        return torch.einsum("fcn,c->fn", states, self.weights.to(states.device))
+        return torch.einsum("fcn,c->fn", self.by_context(name), self.weights)
 
     def score(self, delta: Tensor) -> Scores:
         """Reads the facts with an addition. delta: (sites, facts, hidden); the value matrix's last."""

@@ -97,7 +97,8 @@ def find_values(
         found.append(_search_group(lm, [facts[i] for i in group], weights, own_index, layer, method))
     order = torch.tensor([i for group in groups for i in group]).argsort()
     names = [field.name for field in fields(Values) if field.name != "losses"]
-    joined = {name: torch.cat([getattr(values, name) for values in found])[order] for name in names}
+    device = lm.device_of(lm.parts.value[layer])  # the search was where logits are
+    joined = {name: torch.cat([getattr(values, name) for values in found])[order].to(device) for name in names}
     losses = [fact for values in found for fact in values.losses]
     return Values(**joined, losses=[losses[i] for i in order.tolist()])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -129,7 +129,8 @@ def _measure(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], _T]) -> tupl
     found: _T | None = None
     cost: dict[str, Any] = {}
     while left := [i for i in range(len(edits)) if i not in reasons]:
-        peak = _peak_memory(lm.device)
+        gpus = {p.device for p in lm.model.parameters() if p.device.type == "cuda"}
+        peak = _peak_memory(gpus)
         started = time.perf_counter()
         makeable = [edits[i] for i in left]
         failure = None
@@ -137,8 +138,8 @@ def _measure(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], _T]) -> tupl
             found = run(makeable)
         except SINGLE_EDIT_ERRORS as error:
             failure = error
-        if lm.device.type == "cuda":
-            torch.cuda.synchronize(lm.device)
+        for gpu in gpus:
+            torch.cuda.synchronize(gpu)
         seconds = (time.perf_counter() - started) / len(left)
         cost = {"seconds": round(seconds, 4), "peak_memory_mb": peak(), "together": len(left)}
         if failure is None:
@@ -169,12 +170,13 @@ def _with_notes(costs: list[Cost], patch: Patch | None) -> list[Cost]:
     return [cost.model_copy(update=noted) if cost.error is None else cost for cost in costs]
 
 
-def _peak_memory(device: torch.device) -> Callable[[], float | None]:
-    """Starts to watch; the function returned gives the peak since then in MB, model included: of the GPU's
-    memory, or of the process's. None where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return lambda: round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+def _peak_memory(gpus: Collection[torch.device]) -> Callable[[], float | None]:
+    """Starts to watch; the function returned gives the peak since then in MB, model included: of the GPUs' memory,
+    each with its own peak, or of the process's. None where the system does not say."""
+    for gpu in gpus:
+        torch.cuda.reset_peak_memory_stats(gpu)
+    if gpus:
+        return lambda: round(sum(map(torch.cuda.max_memory_allocated, gpus)) / 2**20, 1)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
     except OSError:

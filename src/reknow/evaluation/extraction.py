@@ -126,7 +126,8 @@ def layer_ranks(lm: LM, edit: Edit, answer: str) -> list[int]:
     """Rank of the answer's first token in every layer's state at the prompt's end, read through the final norm and
     the head (the logit lens, nostalgebraist 2020); the last one is the model's own."""
     (row,) = lm.encode([Text(edit.text, answer, separator=edit.separator)])
-    states = lm.read([row], [row.prompt_length - 1], outputs=lm.parts.blocks).outputs
-    logits = apply_head(lm, torch.cat([states[name] for name in lm.parts.blocks]))  # (layers, vocabulary)
+    read = lm.read([row], [row.prompt_length - 1], outputs=lm.parts.blocks).outputs
+    states = torch.cat([read[name].to(lm.device) for name in lm.parts.blocks])  # (layers, hidden)
+    logits = apply_head(lm, states)  # (layers, vocabulary)
     wanted = logits[:, row.target_ids[0]]
     return (1 + (logits > wanted[:, None]).sum(1)).tolist()

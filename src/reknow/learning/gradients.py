@@ -26,7 +26,7 @@ TokenFactors = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """The gradient factors of one matrix for a batch of rows."""
+    """The gradient factors of one matrix for a batch of rows, on `lm.device`."""
 
     u: Tensor  # (rows, columns, in), float32
     delta: Tensor  # (rows, columns, out), float32
@@ -89,8 +89,10 @@ def gradient_factors(
     wanted = scored.places if answers_only else scored.real
     factors = {}
     for name, gradient in zip(names, gradients, strict=True):
-        u, delta = (by_row(states, len(rows)).detach().float() for states in (inputs[name], gradient))
-        factors[name] = Factors(u, delta, wanted.to(u.device) & (u != 0).any(-1) & (delta != 0).any(-1))
+        # Where networks are that read those of all layers.
+        states = (by_row(states, len(rows)).detach().to(lm.device) for states in (inputs[name], gradient))
+        u, delta = (each.float() for each in states)
+        factors[name] = Factors(u, delta, wanted & (u != 0).any(-1) & (delta != 0).any(-1))
     return factors, value / len(rows)
 
 
@@ -137,7 +139,7 @@ def row_changes(lm: LM, changes: TokenFactors, numbers: Tensor):
     def hook(left: Tensor, right: Tensor):
         def after(_module, args, output):
             states = by_row(args[0], len(right)).to(right.dtype)  # (rows, columns, in)
-            change = (states @ right.transpose(1, 2)) @ left
+            change = (states @ right.to(states.device).transpose(1, 2)) @ left.to(states.device)
             return output + change.reshape(output.shape).to(output.dtype)
 
         return after
@@ -150,7 +152,7 @@ def delta_added(lm: LM, deltas: Mapping[str, Tensor]):
 
     def hook(delta: Tensor):
         def after(_module, args, output):
-            return output + (args[0].to(delta.dtype) @ delta.T).to(output.dtype)
+            return output + (args[0].to(delta.dtype) @ delta.to(output.device).T).to(output.dtype)
 
         return after
 

@@ -119,7 +119,7 @@ class LowerStates:
         keys = [tuple(row[real].tolist()) for row, real in zip(ids, mask.bool(), strict=True)]
         first = self._states[keys[0]]
         states = first.new_zeros(*ids.shape, first.shape[-1])
-        states[mask.bool()] = torch.cat([self._states[key] for key in keys])
+        states[mask.bool().to(states.device)] = torch.cat([self._states[key] for key in keys])
         return states
 
 

@@ -58,4 +58,5 @@ def prompt_inputs(lm: LM, rows: Sequence[EncodedText], module: str) -> tuple[Ten
     with recorded(lm.model, inputs=[module], stop=True) as (seen, _):
         lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends)
     columns = torch.arange(batch.ids.shape[1], device=lm.device)
-    return by_row(seen[module], len(rows)).float(), (columns < batch.ends[:, None]) & batch.mask.bool()
+    states, inside = by_row(seen[module], len(rows)), (columns < batch.ends[:, None]) & batch.mask.bool()
+    return states.float(), inside.to(states.device)

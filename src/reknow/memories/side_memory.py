@@ -146,7 +146,8 @@ class SideMemory:
 
     def _route(self, context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
         def choose() -> Tensor:
-            moved = torch.stack([distance(inputs, context.of_prompt, delta) for delta in self.deltas], 1)
+            inside = context.of_prompt.to(inputs.device)
+            moved = torch.stack([distance(inputs, inside, delta) for delta in self.deltas], 1)
             farthest, chosen = torch.where(moved > self.thresholds, moved, -1.0).max(1)  # (rows,)
             return torch.where(farthest >= 0, chosen, -1)
 

@@ -50,9 +50,9 @@ class Slots:
         Raises:
             PatchError: they are of another model.
         """
-        keys, values = (patch.state[name].to(lm.device) for name in ("keys", "values"))
         mlp_out = patch.memory["writer"]
-        check_matrix(lm, mlp_out, {"out": (values, 1)})
+        check_matrix(lm, mlp_out, {"out": (patch.state["values"], 1)})
+        keys, values = (patch.state[name].to(lm.device_of(mlp_out)) for name in ("keys", "values"))
         slots = cls.beside(lm, lm.parts.value.index(mlp_out), keys, values)
         if patch.memory != slots.memory or keys.shape[1] != lm.weight(slots.mlp_in).shape[1]:
             raise PatchError(

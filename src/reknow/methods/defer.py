@@ -93,8 +93,8 @@ class DEFER(SideModuleMethod):
         rows = lm.encode([Text.asked(edit)])
         inputs, outputs = prompt_states(lm, rows, gate.module)
         reach = float(inputs[0].abs().sum()) + 1  # a step of every weight and of the bias moves the output this far
-        move = torch.zeros(len(outputs[0]), device=lm.device, requires_grad=True)  # u
-        opening = torch.zeros((), device=lm.device, requires_grad=True)
+        move = outputs.new_zeros(len(outputs[0]), requires_grad=True)  # u
+        opening = outputs.new_zeros((), requires_grad=True)
         if self.units == "absolute":
             rates = self.learning_rate, self.learning_rate
         else:
@@ -111,7 +111,7 @@ class DEFER(SideModuleMethod):
             return share * (value + reach * move)[:, None] + (1 - share) * outputs
 
         def loss(answers: AnswerLoss) -> Tensor:  # (1, 2)
-            return torch.stack([answers.nll(), probability().detach()], 1)
+            return torch.stack([answers.nll(), probability().detach().to(lm.device)], 1)
 
         def finished(losses: Tensor) -> Tensor:
             return (losses[:, 0] < self.stop_loss) & (losses[:, 1] >= self.threshold)
@@ -130,7 +130,8 @@ class DEFER(SideModuleMethod):
         shape = moves.shape[1], signs.shape[1] + 1
         if first["map"].shape != shape or first["gate"].shape != shape[1:]:
             raise PatchError(f"expected a map and a gate of one size in {patches[0].label}; got others: edit again")
-        tensors = (tensor.to(lm.device) for tensor in (first["map"], first["gate"], signs, moves, opened))
+        device = lm.device_of(module)
+        tensors = (tensor.to(device) for tensor in (first["map"], first["gate"], signs, moves, opened))
         return Gate(module, memory["threshold"], *tensors)
 
 
@@ -153,7 +154,7 @@ class Gate:
         generator = torch.Generator().manual_seed(seed)
         gate, map = ((torch.rand(n, width + 1, generator=generator) * 2 - 1) / width**0.5 for n in (1, out))
         none = torch.zeros(0, width, dtype=torch.int8), torch.zeros(0, out), torch.zeros(0)
-        return cls(module, threshold, *(tensor.to(lm.device) for tensor in (map, gate[0], *none)))
+        return cls(module, threshold, *(tensor.to(lm.device_of(module)) for tensor in (map, gate[0], *none)))
 
     def add(self, signs: Tensor, move: Tensor, opening: Tensor) -> None:
         self.signs = torch.cat([self.signs, signs.to(torch.int8)[None]])

@@ -118,7 +118,7 @@ class GRACE(SideModuleMethod):
         def replace(context: ForwardContext, inputs: Tensor, outputs: Tensor) -> Tensor:
             if answers is None:  # the pass that records the blocks below
                 return outputs
-            values = (start + scale * delta)[value_of[answers.batch]]
+            values = (start + scale * delta)[value_of[answers.batch.to(value_of.device)]]
             return _replaced(context, outputs, values, torch.ones_like(answers.batch).bool(), self.replacement)
 
         with lm.temporary_memory(self.name, Hooks({lm.parts.value[layer]: replace})), torch.enable_grad():
@@ -130,8 +130,9 @@ class GRACE(SideModuleMethod):
 
     @staticmethod
     def running_memory(lm: LM, patches: Sequence[Patch]) -> _LookUp:
-        book, memory = Codebook.of(patches, lm.device), patches[-1].memory
+        memory = patches[-1].memory
         (module,) = memory["modules"]
+        book = Codebook.of(patches, lm.device_of(module))
         check_matrix(lm, module, {"in": (book.keys, 1), "out": (book.values, 1)})
         return _LookUp(module, memory["replacement"], book)
 
@@ -163,5 +164,5 @@ def _replaced(
     where = context.last_of_prompt if replacement == "last" else context.of_prompt  # (rows, columns)
     if replacement == "before":
         where = where & ~context.last_of_prompt
-    where = (where.to(outputs.device) & rows[:, None])[..., None]
+    where = (where.to(outputs.device) & rows[:, None].to(outputs.device))[..., None]
     return torch.where(where, values[:, None].to(outputs.dtype), outputs)

@@ -161,9 +161,9 @@ def attribute_neurons(lm: LM, prompt: str, answer: str, steps: int, separator: s
         key = replay.key.float()  # (rows, in)
         with torch.enable_grad():
             # Scaling the neurons moves the value matrix's output by W (scale − 1) a.
-            delta = ((scale - 1) * key @ weight.T).requires_grad_()
+            delta = ((scale.to(key.device) - 1) * key @ weight.T).requires_grad_()
             logits = replay(delta, here, torch.full_like(here, column)).float()
             probability = logits.softmax(-1).gather(1, targets[:, None]).sum()
             (gradient,) = torch.autograd.grad(probability, delta)  # (rows, out)
-        found.append((key * (gradient @ weight)).mean(0))
+        found.append((key * (gradient @ weight)).mean(0).to(lm.device))
     return torch.stack(found)

@@ -134,7 +134,7 @@ class MELO(SideModuleMethod):
     def running_memory(lm: LM, patches: Sequence[Patch]) -> _Blocks:
         table, modules = Clusters(), patches[-1].memory["modules"]
         for patch in patches:
-            keys, memory = patch.state["keys"].to(lm.device), patch.memory
+            keys, memory = patch.state["keys"].to(lm.device_of(modules[0])), patch.memory
             for key, answer, block in zip(keys, memory["labels"], memory["blocks"], strict=True):
                 table.insert(key, tuple(answer), block, memory["radius"], memory["unit"])
         count = sum(patch.memory["opened"] for patch in patches)
@@ -143,9 +143,9 @@ class MELO(SideModuleMethod):
         factors = {}
         for module in modules:
             names = f"down.{module}", f"up.{module}"
-            down, up = (torch.cat([patch.state[name] for patch in patches]).to(lm.device) for name in names)
+            down, up = (torch.cat([patch.state[name] for patch in patches]) for name in names)
             check_matrix(lm, module, {"in": (down, 2), "out": (up, 1)})
-            factors[module] = down, up
+            factors[module] = down.to(lm.device_of(module)), up.to(lm.device_of(module))
         check_matrix(lm, modules[0], {"in": (patches[-1].state["keys"], 1)})
         return _Blocks(table, factors)
 
@@ -167,7 +167,7 @@ class _Blocks:
             return torch.tensor([self.table.find(query) for query in queries], device=inputs.device)
 
         lowest = module == next(iter(self.factors))  # the others run behind it
-        block = context.decision(self, choose if lowest else None)  # (rows,)
+        block = context.decision(self, choose if lowest else None).to(inputs.device)  # (rows,)
         down, up = (factor[block] for factor in self.factors[module])  # (rows, rank, in), (rows, out, rank)
         added = inputs.to(down.dtype) @ down.mT @ up.mT
         return outputs + torch.where(block[:, None, None] >= 0, added, 0.0)

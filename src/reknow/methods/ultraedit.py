@@ -87,7 +87,7 @@ class UltraEdit(Method):
         if rate is None:
             rate = _ABSOLUTE_RATE if self.units == "absolute" else min(1.0, _RATE_OF_ALL / len(layers))
         rows = lm.encode([Text.asked(edit) for edit in edits])
-        before = _applied_norms(lm, names)
+        before = _applied_norms(lm)
         own: dict[str, RunningNorm] = {}
         deltas: dict[str, Delta] = {}
         losses = []
@@ -141,13 +141,12 @@ def _shape(h: Tensor, g: Tensor) -> str:
     return f"{g.shape[1]}x{h.shape[1]}"
 
 
-def _applied_norms(lm: LM, names: Sequence[str]) -> dict[str, RunningNorm]:
+def _applied_norms(lm: LM) -> dict[str, RunningNorm]:
     """The statistics of the patches that are applied, by shape."""
     norms: dict[str, RunningNorm] = {}
-    device = lm.weight(names[0]).device
     for patch in (patch for patch in lm.patches if patch.method == "ultraedit"):
         for shape in (key.split(".")[1] for key in patch.state if key.startswith("norm.") and key.endswith(".count")):
-            norm = RunningNorm(len(patch.state[f"norm.{shape}.mean"])).to(device)
+            norm = RunningNorm(len(patch.state[f"norm.{shape}.mean"])).to(lm.device)
             norm.load_state_dict({part: patch.state[f"norm.{shape}.{part}"] for part in norm.state_dict()})
             norms[shape] = norms[shape].joined(norm) if shape in norms else norm
     return norms

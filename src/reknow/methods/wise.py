@@ -135,7 +135,8 @@ class WISE(SideModuleMethod):
     def _train(self, lm: LM, edit: Edit, layer: int, shard: Shard, number: int) -> tuple[Tensor, float, list[float]]:
         """How the edit changes the shard (out, in), the distance that its prompts reach, and the losses."""
         module = lm.parts.value[layer]
-        weight, before = lm.weight(module).float(), shard.change.to(lm.device)
+        device = lm.device_of(module)
+        weight, before = lm.weight(module).float(), shard.change.to(device)
         prefixes = self.contexts(lm)
         rows = lm.encode([Text.asked(edit, prepend(prefix, edit.text)) for prefix in prefixes])
         others = lm.encode([Text(text) for text in self._unrelated(edit, number)])
@@ -148,9 +149,10 @@ class WISE(SideModuleMethod):
 
         def loss(answers: AnswerLoss) -> Tensor:  # (1,)
             near, far = (distance(*states, delta) / length for states in (inside, outside))
-            return (answers.nll().mean() + margin_loss(near, far, self.alpha, self.beta, self.gamma))[None]
+            margins = margin_loss(near, far, self.alpha, self.beta, self.gamma)
+            return (answers.nll().mean() + margins.to(lm.device))[None]
 
-        mask, rate, clamp = shard.mask.to(lm.device), self.learning_rate * size, self.clamp * size
+        mask, rate, clamp = shard.mask.to(device), self.learning_rate * size, self.clamp * size
         update = ShardDescent(delta, mask, rate, clamp, relative=relative)
         passes = train_beside(self, lm, hooks, rows, layer, update, lambda losses: losses < self.stop_loss, loss)
         delta = delta.detach()
@@ -180,7 +182,8 @@ class WISE(SideModuleMethod):
         if not memory["retrieve"]:
             deltas, least = [ties(deltas, memory["density"])], [reached.min()]
         thresholds = memory["threshold"] * torch.stack(least)
-        return SideMemory(module, torch.stack(deltas).to(lm.device), thresholds.to(lm.device))
+        device = lm.device_of(module)
+        return SideMemory(module, torch.stack(deltas).to(device), thresholds.to(device))
 
 
 def margin_loss(near: Tensor, far: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:

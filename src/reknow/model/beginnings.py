@@ -66,7 +66,7 @@ class Beginnings:
         places = (torch.arange(columns, device=lm.device) + shift).clamp(0, self._batch.ids.shape[1] - 1)
 
         def spread(states: Tensor) -> Tensor:
-            return states[which[:, None], :, places.to(states.device)].transpose(1, 2).contiguous()
+            return states[which[:, None].to(states.device), :, places.to(states.device)].transpose(1, 2).contiguous()
 
         return _cache_of(lm, [(spread(keys), spread(values)) for keys, values in _filled(self._cache)])
 

@@ -60,6 +60,10 @@ class Decoder(ABC):
         """Where token ids go."""
         return device_of(self.model.get_input_embeddings(), self.model.device)
 
+    def device_of(self, name: str) -> torch.device:
+        """Where the module of that name computes, which is elsewhere where layers are spread over several devices."""
+        return device_of(self.model.get_submodule(name), self.device)
+
     @property
     def dtype(self) -> torch.dtype:
         return embedding_matrix(self.model).dtype

@@ -137,8 +137,8 @@ def added_at(delta: Tensor, column: int) -> Callable[[Tensor], Tensor]:
     wide = delta if delta.dim() == 3 else delta[:, None]
 
     def add(states: Tensor) -> Tensor:
-        rows = by_row(states, len(wide))
+        rows, here = by_row(states, len(wide)), wide.to(states.device)
         end = column + wide.shape[1]
-        return torch.cat([rows[:, :column], rows[:, column:end] + wide, rows[:, end:]], dim=1).reshape(states.shape)
+        return torch.cat([rows[:, :column], rows[:, column:end] + here, rows[:, end:]], dim=1).reshape(states.shape)
 
     return add

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ __all__ = ["BlockReplay", "Call", "apply_head", "record_block_calls", "select_ca
 
 
 def apply_head(lm: Decoder, hidden: Tensor) -> Tensor:
-    """Logits (n, vocabulary) of the last block's output (n, hidden): final norm, head, and any scale or cap.
+    """Logits (n, vocabulary), on `lm.device`, of the last block's output (n, hidden): final norm, head, and any scale
+    or cap.
 
     The model's own `forward` does it, around a decoder stack that is replaced by the given states.
     """
@@ -45,7 +47,7 @@ def apply_head(lm: Decoder, hidden: Tensor) -> Tensor:
         hidden = lm.model.get_submodule(name)(hidden)
     states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
     with forward_replaced(lm.model.get_submodule(lm.parts.backbone), lambda *args, **kwargs: states):
-        dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+        dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=lm.device)  # logits come where it is
         return lm.model(input_ids=dummy, use_cache=False).logits[0]
 
 
@@ -62,8 +64,13 @@ def select_cache_rows(cache: Cache | None, layer: int, rows: Tensor) -> Cache | 
     """A fresh cache whose layer `layer` holds the given rows, repeated at will; its other layers are unchanged."""
     copied = _copy_cache(cache)
     if copied is not None:
-        copied.layers[layer].batch_select_indices(rows)  # type: ignore[union-attr]
+        _select_rows(copied.layers[layer], rows)
     return copied
+
+
+def _select_rows(layer: Any, rows: Tensor) -> None:
+    """Makes a layer of a cache, which may lie on another device, hold these rows."""
+    layer.batch_select_indices(rows.to(layer.keys.device) if layer.is_initialized else rows)
 
 
 _PADDED = 0.1
@@ -106,7 +113,7 @@ def _of_rows(value, rows: Tensor, count: int):
     """The same nest with tensors that have an entry for each of the `count` rows cut to these rows; a vector has
     none."""
     if isinstance(value, Tensor):
-        return value[rows] if value.dim() > 1 and len(value) == count else value
+        return value[rows.to(value.device)] if value.dim() > 1 and len(value) == count else value
     if isinstance(value, dict):
         return {key: _of_rows(each, rows, count) for key, each in value.items()}
     return type(value)(_of_rows(each, rows, count) for each in value) if isinstance(value, (tuple, list)) else value
@@ -151,11 +158,12 @@ class BlockReplay:
         selected._cache, selected._calls, selected._asked = _copy_cache(self._cache), [], None
         selected._keep, selected._last, selected._packed = False, None, None
         for layer in [] if selected._cache is None else selected._cache.layers:
-            layer.batch_select_indices(rows)  # type: ignore[union-attr]
+            _select_rows(layer, rows)
         if self.lm.parts.row_selectable and not self.lm.hooked:
             selected._calls = _of_rows(self._calls, rows, len(batch.ids))
             for name in ("_block_input", "_block_output", "keys", "key", "value", "attention", "block"):
-                setattr(selected, name, getattr(self, name)[rows])
+                states = getattr(self, name)
+                setattr(selected, name, states[rows.to(states.device)])
         else:
             selected._record()
         return selected
@@ -287,7 +295,7 @@ class BlockReplay:
         if not self.lm.parts.replayable:
             return self.rerun(rows, columns)
         assert self._last is not None, "it was asked to keep them"
-        return apply_head(self.lm, self._last[rows, columns - self._start])
+        return self._logits(self._last, rows, columns - self._start)
 
     def rerun(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Logits at (rows[i], columns[i]) with the weights of the blocks as they are now. (n, vocabulary)"""
@@ -311,7 +319,11 @@ class BlockReplay:
                 args = (cache if isinstance(a, Cache) else a for a in args)
                 kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
                 hidden = hidden_states(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
-            return apply_head(self.lm, hidden[rows, columns])
+            return self._logits(hidden, rows, columns)
+
+    def _logits(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Those of the last block's output at some places. (n, vocabulary)"""
+        return apply_head(self.lm, hidden[rows.to(hidden.device), columns.to(hidden.device)])
 
 
 def _mlp_only_at(lm: Decoder, wanted: tuple[Tensor, ...]):
@@ -322,8 +334,9 @@ def _mlp_only_at(lm: Decoder, wanted: tuple[Tensor, ...]):
     own = module.forward
 
     def forward(states: Tensor, *rest):
-        outputs = own(states[wanted], *(a[wanted] if isinstance(a, Tensor) else a for a in rest))
-        return states.new_zeros(*states.shape[:2], outputs.shape[-1]).index_put(wanted, outputs)
+        here = tuple(places.to(states.device) for places in wanted)
+        outputs = own(states[here], *(a[here] if isinstance(a, Tensor) else a for a in rest))
+        return states.new_zeros(*states.shape[:2], outputs.shape[-1]).index_put(here, outputs)
 
     # A memory wants to see whole rows.
     return nullcontext() if name == block or lm.hooked else forward_replaced(module, forward)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reknow.model.decoder import Decoder
 from reknow.model.hooks import added_at, by_row, output_edited, recorded
-from reknow.model.parts import Parts, embedding_matrix, refusal
+from reknow.model.parts import Parts, device_of, embedding_matrix, refusal
 from reknow.model.replay import BlockReplay
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import Batch, EncodedText, Text, encode, pad
@@ -62,7 +62,7 @@ def _measure(
     if before[block].shape[:-1] != batch.ids.shape:
         raise refusal(lm.model, "its blocks hand on several states for a token, or none, where an edit wants one")
     spread = before[block][:, column].float().std()
-    delta = torch.randn(len(batch.ids), parts.hidden_size, generator=generator).to(lm.device) * spread
+    delta = torch.randn(len(batch.ids), parts.hidden_size, generator=generator).to(spread.device) * spread
     with (
         output_edited(lm.model.get_submodule(parts.value[layer]), added_at(delta.to(lm.dtype), column)),
         recorded(lm.model, outputs=[block]) as (_, after),
@@ -77,7 +77,7 @@ def _measure(
         replay = BlockReplay(lm, batch, layer, column)
         same = _close(replay(delta, *scored).float(), wanted, tolerance)
         some = torch.arange(1, len(batch.ids), device=lm.device)
-        logits = replay.select(some)(delta[some], some - 1, scored[1][some]).float()
+        logits = replay.select(some)(delta[some.to(delta.device)], some - 1, scored[1][some]).float()
         row_selectable = replay.row_selectable and _close(logits, wanted[some], tolerance)
         packable = same and _is_packable(lm, replay, delta, scored, wanted, tolerance)
     except _FAILURES as error:
@@ -89,8 +89,9 @@ def _measure(
 
 def _is_packable(lm: Decoder, replay: BlockReplay, delta: Tensor, scored, wanted: Tensor, tolerance: float) -> bool:
     """Whether the replay gives the same without padding, and each of its blocks asks for attention once: what mixes
-    tokens in another way would see those of other rows."""
-    if lm.model.config.get_text_config(decoder=True)._attn_implementation != "sdpa":
+    tokens in another way would see those of other rows. Blocks on several devices are not tried."""
+    places = {device_of(lm.model.get_submodule(name), lm.device) for name in lm.parts.blocks}
+    if lm.model.config.get_text_config(decoder=True)._attn_implementation != "sdpa" or places != {lm.device}:
         return False
     lm.parts = replace(lm.parts, packable=True)
     try:

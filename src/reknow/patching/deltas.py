@@ -96,7 +96,7 @@ def sum_deltas(deltas: Sequence[Delta]) -> Delta:
     out, inside = deltas[0].shape
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]
     if len(factors) == len(deltas) and _factors_are_smaller(sum(d.rank for d in factors), out, inside):
-        return LowRank(*_joined(factors))
+        return LowRank(*_joined(factors, factors[0].left.device))
     return Dense(add_deltas(torch.zeros(out, inside, dtype=torch.float64), deltas).float())
 
 
@@ -104,7 +104,7 @@ def add_deltas(base: Tensor, deltas: Sequence[Delta]) -> Tensor:
     """base + Σ ΔW in base's dtype and on its device; the factors of all low-rank changes in one product. (out, in)"""
     factors = [delta for delta in deltas if isinstance(delta, LowRank)]
     if factors:
-        left, right = _joined(factors)
+        left, right = _joined(factors, base.device)
         base = torch.addmm(base, left.to(base), right.to(base))
     for delta in deltas:
         if isinstance(delta, Dense):
@@ -112,9 +112,10 @@ def add_deltas(base: Tensor, deltas: Sequence[Delta]) -> Tensor:
     return base
 
 
-def _joined(factors: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
-    """One product that is the sum of all. (out, ranks), (ranks, in)"""
-    return torch.cat([delta.left for delta in factors], 1), torch.cat([delta.right for delta in factors], 0)
+def _joined(factors: Sequence[LowRank], device: torch.device) -> tuple[Tensor, Tensor]:
+    """One product that is the sum of all, on this device. (out, ranks), (ranks, in)"""
+    left, right = zip(*((delta.left.to(device), delta.right.to(device)) for delta in factors), strict=True)
+    return torch.cat(left, 1), torch.cat(right, 0)
 
 
 def factorize(delta: Delta, limit: int) -> tuple[LowRank, float]:

@@ -52,8 +52,8 @@ def write_adapter(folder: Path, factors: Mapping[str, LowRank], base: Mapping) -
     tensors: dict[str, Tensor] = {}
     for name, factor in factors.items():
         missing = rank - factor.rank
-        tensors[f"{PREFIX}{name}{_RIGHT}"] = pad(factor.right, (0, 0, 0, missing)).contiguous()  # (rank, in)
-        tensors[f"{PREFIX}{name}{_LEFT}"] = pad(factor.left, (0, missing)).contiguous()  # (out, rank)
+        tensors[f"{PREFIX}{name}{_RIGHT}"] = pad(factor.right, (0, 0, 0, missing)).cpu().contiguous()  # (rank, in)
+        tensors[f"{PREFIX}{name}{_LEFT}"] = pad(factor.left, (0, missing)).cpu().contiguous()  # (out, rank)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
