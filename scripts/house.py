@@ -33,6 +33,7 @@ ORDER = (
     "published",
     "patching",
     "lm",
+    "engine",
     "contract",
     "tracing",
     "editing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +13,8 @@ from reknow.errors import EditFailed
 from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.metrics import case_metrics
 from reknow.evaluation.readings import Reading
-from reknow.evaluation.run_folder import (
-    BEFORE_FILE,
-    BEFORE_KEY,
-    ROW_KEY,
-    ROWS_FILE,
-    BeforeRow,
-    CaseRow,
-    RunManifest,
-    own_rows,
-    run_digest,
-)
+from reknow.evaluation.run_folder import RunManifest, own_rows
+from reknow.evaluation.run_parts import read_rows, say_missing
 from reknow.evaluation.stages import (
     AFTER_EDIT,
     BEFORE,
@@ -34,7 +25,6 @@ from reknow.evaluation.stages import (
     stage_label,
     stage_order,
 )
-from reknow.files.json_lines import Rows
 from reknow.files.manifest import read_manifest
 from reknow.texts.tables import to_columns, to_csv, to_markdown
 
@@ -137,20 +127,33 @@ class Results:
     rows: Mapping[tuple, dict]
     added: Mapping[tuple, Mapping[str, float]] = field(default_factory=dict)
     """Row → metrics that were measured besides: what a study adds to the numbers of a run."""
+    unfinished: str | None = None
+    """Which rows are missing, in one sentence."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
-        """The results in a run folder; rows that its manifest does not name are left out with a warning.
+        """The results in a run folder, of all its parts; rows that its manifest does not name are left out with a
+        warning.
 
         Raises:
             InputError: there is none, or a file in it holds something else than it should.
         """
         folder = Path(folder)
         manifest = read_manifest(folder, RunManifest)
-        run = run_digest(manifest["settings"])
-        before = Rows.reading(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
-        rows = Rows.reading(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
-        return cls(manifest, *own_rows(manifest, before, rows, None, folder))
+        return cls.of_run(manifest, *read_rows(folder, manifest), None, folder)
+
+    @classmethod
+    def of_run(
+        cls,
+        manifest: Mapping,
+        before: Mapping[tuple, dict],
+        rows: Mapping[tuple, dict],
+        names: Collection[str] | None,
+        folder: Path,
+    ) -> Results:
+        """The results of a run folder with these rows, whose cases have these names; None: those of `before`."""
+        own = own_rows(manifest, before, rows, names, folder)
+        return cls(manifest, *own, unfinished=say_missing(manifest, *own, folder))
 
     @property
     def last_stage(self) -> str:
@@ -235,8 +238,9 @@ class Results:
                 )
 
     def notes(self) -> list[str]:
-        """What is in no score or counts as no success: records that could not be read, edits that failed."""
-        notes = []
+        """What is in no score or counts as no success: missing rows, records that could not be read, edits that
+        failed."""
+        notes = [] if self.unfinished is None else [f"{self.unfinished}."]
         if refused := self.manifest.get("refused"):
             notes.append(f"Records that could not be read, in no score: {len(refused)}. The first: {refused[0]}")
         if self.failed:

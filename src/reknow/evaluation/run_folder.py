@@ -7,6 +7,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -15,8 +16,10 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from reknow.errors import InputError
 from reknow.evaluation.attempts import Cost
+from reknow.evaluation.plan import Plan
 from reknow.evaluation.readings import Positive, Reading
 from reknow.evaluation.stages import IN_CONTEXT, UNEDITED, Mode, Stage, checkpoint_edits
+from reknow.evaluation.tasks import Task, list_tasks
 from reknow.files.schema import Count, Listed, Strict
 
 BEFORE_FILE, ROWS_FILE = "before.jsonl", "cases.jsonl"
@@ -113,7 +116,23 @@ class RunManifest(Strict):
     machine: dict[str, JsonValue] = Field(default_factory=dict)
     refused: Listed[str] = Field(default_factory=list)
     """Why records of the data set are no cases."""
+    names: Listed[str] = Field(default_factory=list)
+    """The cases in their order; of earlier versions nobody knows."""
+    together: dict[str, Count] = Field(default_factory=dict)
+    """Label of each method → how many single edits it computes at a time."""
+    oracle: Listed[str] | None = None
+    """The cases that the unedited model is asked with the edit in front; None: all, where any are."""
     settings: _RunSettings
+
+
+def run_tasks(manifest: Mapping[str, Any]) -> tuple[list[Task], Plan] | None:
+    """The tasks of a run in the order in which one process does them, and its plan; None: an earlier version's, which
+    does not say."""
+    if not (names := manifest.get("names")):
+        return None
+    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in manifest["settings"].items()}
+    plan = Plan(**{each.name: settings[each.name] for each in fields(Plan) if each.name in settings})
+    return list_tasks(names, manifest["together"], plan, manifest["oracle"]), plan
 
 
 def run_digest(settings: Mapping[str, Any]) -> str:
@@ -129,7 +148,8 @@ def own_rows(
     cases: Iterable[str] | None,
     folder: Path,
 ) -> tuple[dict[tuple, dict], dict[tuple, dict]]:
-    """The rows that the manifest names, of the unedited model and of the others; warns of those that are left out.
+    """The rows that the manifest names, of the unedited model and of the others, in the order in which one process
+    makes them; warns of those that are left out.
 
     Args:
         cases: names of the run's cases; None: those that the unedited model was asked.
@@ -155,6 +175,11 @@ def own_rows(
         warnings.warn(
             f"{folder} has rows that its manifest does not name, which are left out: {reasons}", stacklevel=3
         )
+    if (found := run_tasks(manifest)) is not None:
+        tasks, plan = found
+        order = {key: place for place, key in enumerate(key for task in tasks for key in task.keys(plan))}
+        last = len(order)
+        asked, own = ({key: of[key] for key in sorted(of, key=lambda k: order.get(k, last))} for of in (asked, own))
     return asked, own
 
 

@@ -8,40 +8,54 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import reknow
-from reknow.contract import Method, field_values, method_settings
+from reknow.contract import Method, method_settings
 from reknow.edits import Case, cases_digest
+from reknow.engine.jobs import Engine, Local
+from reknow.engine.shards import Shard
 from reknow.errors import InputError
-from reknow.evaluation.attempts import Cost
 from reknow.evaluation.differences import WeightChange, read_and_close
 from reknow.evaluation.held_out import HeldOut
 from reknow.evaluation.plan import Plan
 from reknow.evaluation.results import Results
-from reknow.evaluation.run_folder import (
-    BEFORE_FILE,
-    BEFORE_KEY,
-    ROW_KEY,
-    ROWS_FILE,
-    BeforeRow,
-    CaseRow,
-    own_rows,
-    run_digest,
-)
+from reknow.evaluation.run_folder import BEFORE_KEY, ROW_KEY
 from reknow.evaluation.run_loops import Reader, Run
-from reknow.evaluation.stages import END
+from reknow.evaluation.run_parts import OpenRun, open_run
+from reknow.evaluation.tasks import Task, blocks, list_tasks
 from reknow.files.json_lines import Rows
 from reknow.files.locks import write_lock
-from reknow.files.manifest import open_manifest
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import weight_bits
+from reknow.model.readable import find_unreadable
+from reknow.progress import progress
 
 _LATER = ("oracle",)
 """Fields of a plan that manifests have where they are set: those of earlier versions do not know them."""
+
+
+@dataclass(frozen=True)
+class CaseJob:
+    """Cases that methods edit, and how they are read."""
+
+    cases: Mapping[str, Case]
+    methods: Mapping[str, Method]
+    plan: Plan
+    reader: Reader | None = None
+    """Who asks, where that is known already."""
+
+    def begin(self, lm: LM, folder: Path | None) -> Run:
+        reader = self.reader or Reader(lm, self.cases, self.plan)
+        return Run(lm, self.cases, self.plan, self.methods, reader, folder)
+
+    def keys(self, task: Task) -> list[tuple]:
+        return task.keys(self.plan)
 
 
 @typed_exclusively
@@ -51,10 +65,13 @@ def evaluate(lm: LM, cases: Sequence[Case], method: Method, plan: Plan = Plan())
     What cannot be made or read counts as failed, as in `bench`, whose runs can be resumed. The model is the same
     afterwards.
     """
-    methods = {method.name: method.resolve(lm)}
-    before, rows = Rows(None, BEFORE_KEY), Rows(None, ROW_KEY)
-    _fill(lm, _by_id(cases), methods, plan, before, rows, None)
-    return Results({**_about(lm), "settings": _settings(lm, cases, methods, plan, "")}, before, rows)
+    named = _by_id(cases)
+    start = _prepare(lm, cases, [method], plan, "", ())
+    run = OpenRun({**start.about, "settings": start.settings}, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
+    _fill(
+        Local(lm), CaseJob(named, start.methods, plan), list_tasks([*named], start.about["together"], plan), run, None
+    )
+    return Results(run.manifest, run.before, run.rows)
 
 
 @typed_exclusively
@@ -67,6 +84,7 @@ def bench(
     dataset: str = "",
     plan: Plan = Plan(),
     refused: Sequence[str] = (),
+    shard: str | None = None,
 ) -> Results:
     """Compares methods on the same cases in a run folder; started again on that folder, it goes on where it was.
 
@@ -83,18 +101,38 @@ def bench(
         methods: methods, or label → method to tell two settings of one method apart.
         dataset: what to call the cases in the manifest.
         refused: why records of the data set could not become cases, for the results to say.
+        shard: `I/N`, to make every N-th task alone, from the I-th on, in files of its own of the same folder, such as
+            `cases.2-of-4.jsonl`. N processes may do so at one time; the results are those of what is there.
 
     Raises:
         InputError: the folder was started with other settings, two methods or two cases have one name, or another
             process writes there.
     """
-    folder, named, labelled = Path(out), _by_id(cases), _by_label(methods, lm)
-    with write_lock(folder):
-        about = {**_about(lm), "refused": list(refused)}
-        manifest = open_manifest(folder, _settings(lm, cases, labelled, plan, dataset), about)
-        before, rows = _open_rows(folder, manifest)
-        _fill(lm, named, labelled, plan, before, rows, folder)
-    return Results(manifest, *own_rows(manifest, before, rows, named, folder))
+    return bench_on(Local(lm), cases, methods, out, dataset=dataset, plan=plan, refused=refused, shard=shard)
+
+
+def bench_on(
+    engine: Engine,
+    cases: Sequence[Case],
+    methods: Sequence[Method] | Mapping[str, Method],
+    out: str | Path,
+    *,
+    dataset: str = "",
+    plan: Plan = Plan(),
+    refused: Sequence[str] = (),
+    shard: str | None = None,
+) -> Results:
+    """`bench` by whom its tasks are done: `reknow.engine.on_ray` has an engine of many processes. The rows are those
+    that one process makes, but for what clocks and memories say."""
+    folder, named = Path(out), _by_id(cases)
+    own = None if shard is None else Shard.parse(shard)
+    start = engine.ask(partial(_prepare, cases=cases, methods=methods, plan=plan, dataset=dataset, refused=refused))
+    with open_run(folder, start.settings, start.about, own) as run:
+        said = run.manifest if "names" in run.manifest else start.about
+        tasks = list_tasks([*named], said["together"], plan, said["oracle"])
+        tasks = tasks if own is None else own.share(tasks)
+        _fill(engine, CaseJob(named, start.methods, plan), tasks, run, folder)
+    return Results.of_run(run.manifest, run.before, run.rows, named, folder)
 
 
 def score(
@@ -130,40 +168,30 @@ def score(
     folder, named = Path(out), _by_id(cases)
     given, change = read_and_close(open_edited, lambda lm: (_describe_given(lm), WeightChange(lm)))
 
-    def read_base(lm: LM) -> tuple[dict[str, Any], Rows, Rows, HeldOut | None]:
+    def read_base(lm: LM) -> tuple[OpenRun, HeldOut | None]:
         if lm.fingerprint.tokenizer != given["tokenizer"]:
             raise InputError(
                 f"expected the tokenizer of the base {lm.name}, by whose tokens answers are compared; "
                 f"{given['source']} has another: name the base that it was made from, or one for both (--tokenizer)"
             )
         settings = _settings(lm, cases, {}, plan, dataset) | {"methods": {label: given}}
-        manifest = open_manifest(folder, settings, {**_about(lm), "refused": list(refused)})
-        before, rows = _open_rows(folder, manifest)
-        reader = Reader(lm, named, plan)
-        with lm.progress.stage("cases read", len(named) * (1 + plan.oracle), done=len(before)) as advance:
-            Run(lm, named, plan, reader, before, rows, folder, advance).read_before()
+        about, reader = _about(lm, cases, {label: 1}, plan, refused), Reader(lm, named, plan)
+        run = opened.enter_context(open_run(folder, settings, about))
+        tasks = list_tasks(about["names"], {}, plan, about["oracle"])
+        _fill(Local(lm), CaseJob(named, {}, plan, reader), tasks, run, folder)
         if plan.held_out:
             change.keep(lm)
-        return manifest, before, rows, reader.compare_with()
+        return run, reader.compare_with()
 
     def read_edited(lm: LM) -> None:
-        reader = Reader(lm, named, plan, kept, change)
-        with lm.progress.stage("cases read", len(named)) as advance:
-            run = Run(lm, named, plan, reader, before, rows, folder, advance)
-            costs = dict.fromkeys(named, Cost(error=None)) | run.unread_costs([*named])
-            run.add_rows(label, plan.seeds[0], END, [*named], costs, texts=True)
+        job = CaseJob(named, {}, plan, Reader(lm, named, plan, kept, change))
+        tasks = [Task("given", block, label, plan.seeds[0]) for block in blocks([*named])]
+        _fill(Local(lm), job, tasks, run, folder)
 
-    with write_lock(folder):
-        manifest, before, rows, kept = read_and_close(open_base, read_base)
+    with write_lock(folder), ExitStack() as opened:
+        run, kept = read_and_close(open_base, read_base)
         read_and_close(open_edited, read_edited)
-    return Results(manifest, *own_rows(manifest, before, rows, named, folder))
-
-
-def _open_rows(folder: Path, manifest: Mapping[str, Any]) -> tuple[Rows, Rows]:
-    """The rows of the run that a folder has: of the unedited model, and of the others."""
-    run = run_digest(manifest["settings"])
-    before = Rows(folder / BEFORE_FILE, BEFORE_KEY, BeforeRow, run=run)
-    return before, Rows(folder / ROWS_FILE, ROW_KEY, CaseRow, run=run)
+    return Results.of_run(run.manifest, run.before, run.rows, named, folder)
 
 
 def _describe_given(lm: LM) -> dict[str, str]:
@@ -173,29 +201,40 @@ def _describe_given(lm: LM) -> dict[str, str]:
     return {"source": lm.name, "content": digest, "tokenizer": lm.fingerprint.tokenizer}
 
 
-def _fill(
+class _Start(NamedTuple):
+    """What a run begins with."""
+
+    methods: dict[str, Method]
+    settings: dict[str, Any]
+    about: dict[str, Any]
+
+
+def _prepare(
     lm: LM,
-    cases: dict[str, Case],
-    methods: Mapping[str, Method],
+    cases: Sequence[Case],
+    methods: Sequence[Method] | Mapping[str, Method],
     plan: Plan,
-    before: Rows,
-    rows: Rows,
-    folder: Path | None,
-) -> None:
-    """Adds the rows that are missing, of the unedited model to `before` and of the methods to `rows`."""
-    for method in methods.values():
-        _refuse_seen(method, lm, cases.values())
-    stages = 2 + len(plan.checkpoints) if plan.mode == "sequential" else 1
-    readings = stages * len(methods) + len(set(plan.in_context) & set(methods))
-    steps = len(cases) * (1 + bool(plan.in_context or plan.oracle) + len(plan.seeds) * readings)
-    reader = Reader(lm, cases, plan)
-    with lm.progress.stage("cases read", steps, done=len(before) + len(rows)) as advance:
-        run = Run(lm, cases, plan, reader, before, rows, folder, advance)
-        run.read_before()
-        for label, method in methods.items():
-            for seed in plan.seeds:
-                run_method = run.run_single if plan.mode == "single" else run.run_sequence
-                run_method(label, _with_seed(method, seed), seed)
+    dataset: str,
+    refused: Sequence[str],
+) -> _Start:
+    """The methods as this model decides them, and what the manifest says; refuses methods that saw the cases."""
+    labelled = _by_label(methods, lm)
+    for method in labelled.values():
+        _refuse_seen(method, lm, cases)
+    together = {label: method.edits_per_call for label, method in labelled.items()}
+    return _Start(labelled, _settings(lm, cases, labelled, plan, dataset), _about(lm, cases, together, plan, refused))
+
+
+def _fill(engine: Engine, job: CaseJob, tasks: Sequence[Task], run: OpenRun, folder: Path | None) -> None:
+    """Adds the rows of the tasks that are missing."""
+    keys = [key for task in tasks for key in job.keys(task)]
+    with progress.stage("cases read", len(keys), done=sum(key in run for key in keys)) as advance:
+
+        def keep(row: dict[str, Any]) -> None:
+            run.add(row)
+            advance()
+
+        engine.perform(job, tasks, run, keep, folder)
 
 
 def _by_label(methods: Sequence[Method] | Mapping[str, Method], lm: LM) -> dict[str, Method]:
@@ -232,8 +271,24 @@ def _settings(lm: LM, cases: Sequence[Case], methods: Mapping[str, Method], plan
     }
 
 
-def _about(lm: LM) -> dict:
-    return {"model": lm.name, "dtype": str(lm.dtype).removeprefix("torch.")}
+def _about(lm: LM, cases: Sequence[Case], together: Mapping[str, int], plan: Plan, refused: Sequence[str]) -> dict:
+    """What the manifest says besides, by which runs are not told apart."""
+    return {
+        "model": lm.name,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "refused": list(refused),
+        "names": [*_by_id(cases)],
+        "together": dict(together),
+        "oracle": _oracle_names(lm, cases) if plan.oracle and not plan.in_context else None,
+    }
+
+
+def _oracle_names(lm: LM, cases: Sequence[Case]) -> list[str]:
+    """Cases that the unedited model is asked with the edit in front: those whose questions it can then read, and those
+    that it cannot read at all, for which there is a row all the same."""
+    alone, behind = find_unreadable(lm, cases), find_unreadable(lm, cases, in_context=True)
+    named = zip(_by_id(cases), alone, behind, strict=True)
+    return [name for name, short, long in named if long is None or short is not None]
 
 
 def _refuse_seen(method: Method, lm: LM, cases: Collection[Case]) -> None:
@@ -244,8 +299,3 @@ def _refuse_seen(method: Method, lm: LM, cases: Collection[Case]) -> None:
             f"expected cases on which the editor of {method.name} was not trained; it was on {len(seen)} of "
             f"{len(cases)}, such as {seen[0].id or seen[0].text!r}: evaluate on others, or train on others"
         )
-
-
-def _with_seed(method: Method, seed: int) -> Method:
-    """The method with this seed, where it has one."""
-    return replace(cast(Any, method), seed=seed) if "seed" in field_values(method) else method
