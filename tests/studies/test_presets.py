@@ -12,6 +12,7 @@ from conftest import make_lm
 from reknow import FT, ICE, LM, ROME, Case, Edit, Probe
 from reknow.cli.measuring import methods_by_label, read_variants, ready_methods, report
 from reknow.datasets import DATASETS, load_cases
+from reknow.engine.jobs import Local
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
 from reknow.studies.articles import ARTICLES, sized
@@ -129,9 +130,9 @@ def test_the_scripts_ratio_is_measured_afterwards_and_read_from_runs_of_earlier_
     lm, cases = make_lm(), make_cases("one")
     results = bench(lm, cases, {"fine": FT(layer=2, steps=1)}, tmp_path, plan=Plan(fluency=True))
     assert not with_script_ppl_r(results, tmp_path).added
-    measure_script_ppl_r(lm, cases, results, tmp_path)
+    measure_script_ppl_r(Local(lm), cases, results, tmp_path)
     lines = (tmp_path / "script_ppl_r.jsonl").read_bytes()
-    measure_script_ppl_r(lm, cases, results, tmp_path)
+    measure_script_ppl_r(Local(lm), cases, results, tmp_path)
     assert (tmp_path / "script_ppl_r.jsonl").read_bytes() == lines and lines.count(b"\n") == 4
     found = with_script_ppl_r(Results.load(tmp_path), tmp_path)
     assert "PPL_r, script" in write_study("A study", {"one": found}, tmp_path).read_text()

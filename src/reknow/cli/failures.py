@@ -13,7 +13,8 @@ from typer.exceptions import TyperException
 from reknow.cli.terminal import warn
 from reknow.errors import ReknowError, Terminated
 
-FAILED, INTERRUPTED, _TERMINATED = 2, 130, 143
+SOME_FAILED, FAILED, INTERRUPTED, _TERMINATED = 1, 2, 130, 143
+"""`SOME_FAILED`: the command did its work, but some of the edits that it was to make could not be made."""
 
 
 def exit_status(run: Callable[[], object], debug: bool) -> int:

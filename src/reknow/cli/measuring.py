@@ -11,16 +11,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reknow.cli.besides import Besides
+from reknow.cli.comparing import compare_methods, ready_methods, say_failed, say_run, say_share
 from reknow.cli.inspecting import Base, Edited, check_two
-from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, refuse_beside, whole_numbers
+from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, Opening, refuse_beside, whole_numbers
 from reknow.cli.places import report_place, run_folder, run_place
+from reknow.cli.spreading import Spreading
 from reknow.cli.terminal import say, say_table, warn_of_records
 from reknow.errors import InputError, did_you_mean
 from reknow.progress import progress
 
 if TYPE_CHECKING:
     from reknow.contract import Method
-    from reknow.evaluation import Plan, Results
+    from reknow.engine.jobs import Engine
+    from reknow.evaluation import Plan
     from reknow.lm import LM
     from reknow.studies.comparison import LoadedSets
     from reknow.studies.preset import Preset, Variant
@@ -94,6 +97,7 @@ def bench(
     cases: _Cases,
     reading: _Reading,
     besides: Besides,
+    spreading: Spreading,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; else under runs/.")] = None,
     no_stats: NoStats = False,
     opening: ChatOpening,
@@ -114,25 +118,27 @@ def bench(
     if preset == CONVERGENCE:
         reading.refuse(f"--preset {preset}")
         besides.refuse(f"--preset {preset}")
+        spreading.refuse(f"--preset {preset}")
     chosen = _chosen(study, names, check_each_once(settings))
-    lm = opening.open(model) if cases.known else None
-    loaded = _load(study, cases, lm, one_patch=plan.mode == "batch" or plan.batch_size > 1)
-    lm = lm or opening.open(model)
-    lm.computes_statistics = not no_stats
-    chosen = {label: method.resolve(lm) for label, method in chosen.items()}
-    if names is None:
-        chosen = ready_methods(lm, chosen)
-    out = out or run_folder(preset or "+".join(loaded.sets), model)
-    folders = run_place(out, "bench", model, loaded.sets)
-    plan = besides.plan(plan, folders.values(), default=preset is None)
-    if preset == CONVERGENCE:
-        edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
-        measure_convergence(lm, edits, chosen, out)
-        return report(out)
-    runs = compare_methods(lm, loaded, chosen, plan, folders, script_ppl_r=preset in ICE_PRESETS)
+    with spreading.engine(partial(_open_with, opening, model, statistics=not no_stats)) as engine:
+        one_patch = plan.mode == "batch" or plan.batch_size > 1
+        loaded = _load(study, cases, engine if cases.known else None, one_patch=one_patch)
+        chosen = ready_methods(engine, chosen, needed=names is not None)
+        out = out or run_folder(preset or "+".join(loaded.sets), model)
+        folders = run_place(out, "bench", model, loaded.sets)
+        plan = besides.plan(plan, folders.values(), default=preset is None)
+        if preset == CONVERGENCE:
+            edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
+            engine.ask(partial(measure_convergence, edits=edits, methods=chosen, out=out))
+            return report(out)
+        shard = spreading.shard
+        runs = compare_methods(engine, loaded, chosen, plan, folders, shard, script_ppl_r=preset in ICE_PRESETS)
+    if shard is not None:
+        return say_share(shard, out, runs)
     report(out)
     for results in runs:
         results.refuse_lost()
+    say_failed(runs)
 
 
 def score(
@@ -151,6 +157,7 @@ def score(
 
     The same command takes up a run that was killed.
     """
+    from reknow.engine.jobs import Local
     from reknow.evaluation import Plan
     from reknow.evaluation import score as run
 
@@ -160,7 +167,7 @@ def score(
             run_place(out, "score", source)
         out = out.expanduser()
     study = _study(None, False, cases)
-    loaded = _load(study, cases, opening.open(base) if cases.known else None, one_patch=False)
+    loaded = _load(study, cases, Local(opening.open(base)) if cases.known else None, one_patch=False)
     label = Path(model.rpartition(":")[2]).name
     out = out or run_folder(f"{label}-{'+'.join(loaded.sets)}", base)
     folders = run_place(out, "score", model, loaded.sets)
@@ -170,34 +177,6 @@ def score(
         about = {"label": label, "dataset": name, "plan": plan, "refused": loaded.refused_of(name)}
         say_run(name, run(*opens, chosen, folders[name], **about), folders[name], len(loaded.sets))
     report(out)
-
-
-def say_run(name: str, results: Results, folder: Path, sets: int) -> None:
-    """Prints the numbers of one of so many sets."""
-    say(*([f"== {name}"] if sets > 1 else []), str(results), "", f"run folder: {folder}")
-
-
-def compare_methods(
-    lm: LM,
-    loaded: LoadedSets,
-    methods: dict[str, Method],
-    plan: Plan,
-    folders: dict[str, Path],
-    *,
-    script_ppl_r: bool,
-) -> list[Results]:
-    """A run for each set, whose numbers are printed."""
-    from reknow.evaluation import bench as run
-    from reknow.studies.ice.script_ppl_r import measure_script_ppl_r
-
-    runs = []
-    for name, cases in loaded.sets.items():
-        refused, folder = loaded.refused_of(name), folders[name]
-        runs.append(run(lm, cases, methods, folder, dataset=name, plan=plan, refused=refused))
-        if script_ppl_r:
-            measure_script_ppl_r(lm, cases, runs[-1], folder)
-        say_run(name, runs[-1], folder, len(loaded.sets))
-    return runs
 
 
 def _study(preset: str | None, full: bool, cases: _Cases) -> Preset:
@@ -243,19 +222,13 @@ def _chosen(study: Preset, names: str | None, settings: Sequence[str]) -> dict[s
     return methods_by_label(wanted, settings)
 
 
-def ready_methods(lm: LM, chosen: dict[str, Method]) -> dict[str, Method]:
-    """A study's methods but for those that learn to edit and have no editor for this model; says which."""
-    ready = dict(chosen)
-    for label, method in chosen.items():
-        try:
-            method.seen(lm, [])
-        except InputError as error:
-            del ready[label]
-            say(f"left out: {error}")
-    return ready
+def _open_with(opening: Opening, model: str, *, statistics: bool) -> LM:
+    lm = opening.open(model)
+    lm.computes_statistics = statistics
+    return lm
 
 
-def _load(study: Preset, selected: _Cases, knowing: LM | None, *, one_patch: bool) -> LoadedSets:
+def _load(study: Preset, selected: _Cases, knowing: Engine | None, *, one_patch: bool) -> LoadedSets:
     """The study's cases; says what was left out."""
     from reknow.studies.comparison import load_sets
 
@@ -301,9 +274,13 @@ def methods_by_label(variants: Sequence[Variant], settings: Sequence[str]) -> di
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", show_default=False)],
     out: Annotated[Path | None, typer.Option("--out", help="Another folder for the report.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set lines that are no rows aside first; the run makes them again.")
+    ] = False,
 ) -> None:
     """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
     from reknow.evaluation import Results
+    from reknow.evaluation.run_parts import repair as set_aside
     from reknow.files.outputs import MANIFEST_FILE, mark_folder
     from reknow.report import write_report
     from reknow.studies.comparison_page import split_by_set, write_study
@@ -320,6 +297,8 @@ def report(
         return say(f"report: {write_convergence(run, out)}")
     whole = (run / MANIFEST_FILE).exists()
     parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
+    for said in (line for part in parts if repair for line in set_aside(part)):
+        say(said)
     for part in progress.each("writing the report", parts or [run]):
         page = write_report(part, out and out / part.relative_to(run))
         say(f"report: {page} (also report.md, report.csv and figures)")

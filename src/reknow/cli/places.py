@@ -25,11 +25,13 @@ def run_folder(name: str, model: str) -> Path:
 
 def run_place(out: Path, command: str, model: str, sets: Iterable[str] = ()) -> dict[str, Path]:
     """Name of each set → its run folder: `out` itself where there is one or none."""
+    from reknow.engine.shards import PART
     from reknow.evaluation.run_folder import BEFORE_FILE, ROWS_FILE
     from reknow.studies.ice.convergence import ROWS_FILE as CONVERGENCE_FILE
     from reknow.studies.ice.script_ppl_r import FILE as SCRIPT_FILE
 
-    names, written = list(sets), (BEFORE_FILE, ROWS_FILE, CONVERGENCE_FILE, SCRIPT_FILE, *_REPORT, *_STUDY)
+    names, parts = list(sets), tuple(f"{Path(file).stem}{PART[1:]}" for file in (BEFORE_FILE, ROWS_FILE))
+    written = (BEFORE_FILE, ROWS_FILE, *parts, CONVERGENCE_FILE, SCRIPT_FILE, *_REPORT, *_STUDY)
 
     def place(folder: Path, *own: str) -> Path:
         return growing_folder(folder, command, own=own, written=written, sources=(model,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from reknow.cli.options import DEMO, Families, Model, Opening, refuse_beside, whole_numbers
 from reknow.cli.places import run_folder, run_place, study_place, trace_place
+from reknow.cli.spreading import Spreading
 from reknow.cli.terminal import say, say_table
 from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
@@ -46,6 +48,7 @@ def study(
     out: Annotated[Path | None, typer.Option("--out", help="The folder; InstructEdit's share their editors.")] = None,
     *,
     opening: Opening,
+    spreading: Spreading,
 ) -> None:
     """Run a study of the articles and write its tables. A killed study goes on.
 
@@ -61,8 +64,10 @@ def study(
         refuse_beside(name, {"--families": families, "--steps": steps, "--seeds": seeds})
         out = out or run_folder(name, model)
         if name == "tracing":
+            spreading.refuse(name)
             return _trace(model, test or (_ALL_TRACED if full else _TRACED), out, opening)
-        return _compare(sized(ARTICLES[name], test, full=full), name, model, out, opening)
+        return _compare(sized(ARTICLES[name], test, full=full), name, model, out, opening, spreading)
+    spreading.refuse(f"{name}, whose editors are trained one after the other")
     if name == "domains" and families is not None:
         raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
     given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
@@ -93,29 +98,36 @@ def _trace(model: str, limit: int, out: Path, opening: Opening) -> None:
         trace_many(lm, "known_1000", limit, Tracing(tokens="classes"), out, force=False, as_json=False)
 
 
-def _compare(study: Article, name: str, model: str, out: Path, opening: Opening) -> None:
+def _compare(study: Article, name: str, model: str, out: Path, opening: Opening, spreading: Spreading) -> None:
     """Runs every part of a study that compares methods, and writes its page."""
-    from reknow.cli.measuring import compare_methods, methods_by_label, ready_methods, report
+    from reknow.cli.comparing import compare_methods, ready_methods, say_failed, say_share
+    from reknow.cli.measuring import methods_by_label, report
     from reknow.studies.comparison import load_sets
     from reknow.studies.ice.convergence import measure_convergence
     from reknow.studies.ice.presets import CONVERGENCE, ICE_PRESETS
 
     run_place(out, "study", model)
-    lm = opening.open(model)
-    for part, preset in study.parts.items():
-        cases, plan = preset.size
-        loaded = load_sets(cases, one_patch=plan.mode == "batch" or plan.batch_size > 1)
-        chosen = {label: one.resolve(lm) for label, one in methods_by_label(preset.methods, []).items()}
-        chosen = ready_methods(lm, chosen)
-        if name == CONVERGENCE:
-            edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
-            measure_convergence(lm, edits, chosen, out)
-            continue
-        folders = run_place(out / part, "study", model, loaded.sets)
-        if study.grows:
-            say(f"== {part}")
-        compare_methods(lm, loaded, chosen, plan, folders, script_ppl_r=name in ICE_PRESETS)
+    if name == CONVERGENCE:
+        spreading.refuse(name)
+    runs = []
+    with spreading.engine(partial(opening.open, model)) as engine:
+        for part, preset in study.parts.items():
+            cases, plan = preset.size
+            loaded = load_sets(cases, one_patch=plan.mode == "batch" or plan.batch_size > 1)
+            chosen = ready_methods(engine, methods_by_label(preset.methods, []))
+            if name == CONVERGENCE:
+                edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
+                engine.ask(partial(measure_convergence, edits=edits, methods=chosen, out=out))
+                continue
+            folders = run_place(out / part, "study", model, loaded.sets)
+            if study.grows:
+                say(f"== {part}")
+            shard, script = spreading.shard, name in ICE_PRESETS
+            runs += compare_methods(engine, loaded, chosen, plan, folders, shard, script_ppl_r=script)
+    if spreading.shard is not None:
+        return say_share(spreading.shard, out, runs)
     report(out)
+    say_failed(runs)
 
 
 def _train(name: str, model: str, budget: dict[str, Any], families: str | None, out: Path, opening: Opening) -> None:

@@ -6,7 +6,7 @@ to a file by one process alone, row by row, so that whoever is killed loses no r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -30,7 +30,7 @@ class Task(Protocol):
 class Doer(Protocol):
     """Does tasks with a model."""
 
-    def do(self, task: Any, there: Container[tuple]) -> Iterator[dict[str, Any]]:
+    def do(self, task: Any, there: Container[tuple]) -> Generator[dict[str, Any], None, None]:
         """The rows of a task as JSON objects, as they are made, but for those whose keys are `there`."""
         ...
 
@@ -72,10 +72,20 @@ class Engine(Protocol):
 
 
 class Local:
-    """Does one task after the other in this process."""
+    """Does one task after the other in this process.
 
-    def __init__(self, lm: LM):
-        self.lm = lm
+    Args:
+        source: a model, or what opens one when it is needed first.
+    """
+
+    def __init__(self, source: LM | Callable[[], LM]):
+        self._source = source
+
+    @property
+    def lm(self) -> LM:
+        if not isinstance(self._source, LM):
+            self._source = self._source()
+        return self._source
 
     def ask(self, question: Callable[[LM], _T]) -> _T:
         return question(self.lm)

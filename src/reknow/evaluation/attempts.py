@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import RootModel
 
 from reknow.contract import Method
 from reknow.edits import Edit
-from reknow.errors import SINGLE_EDIT_ERRORS, InputError, ReknowError, TextRefused
+from reknow.errors import SINGLE_EDIT_ERRORS, EditFailed, InputError, ReknowError, TextRefused
 from reknow.files.atomic import write_json
 from reknow.files.schema import Count, FormatError, Strict, explain, read_json
 from reknow.lm import LM
@@ -138,6 +139,10 @@ def _measure(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], _T]) -> tupl
             found = run(makeable)
         except SINGLE_EDIT_ERRORS as error:
             failure = error
+        except Exception as error:
+            if _concerns_all(error):
+                raise
+            failure = EditFailed(_unforeseen(error))
         for gpu in gpus:
             torch.cuda.synchronize(gpu)
         seconds = (time.perf_counter() - started) / len(left)
@@ -146,6 +151,23 @@ def _measure(lm: LM, edits: list[Edit], run: Callable[[list[Edit]], _T]) -> tupl
             break
         reasons |= {left[i]: str(failure) for i in _failed_indices(failure, makeable)}
     return found, [Cost(**cost, error=reasons.get(i)) for i in range(len(edits))]
+
+
+def _concerns_all(error: Exception) -> bool:
+    """Whether an error that is no edit's own would come again: what the library refuses, disks, memory, devices."""
+    words = str(error).lower()
+    given_out = any(sign in words for sign in ("cuda", "hip error", "out of memory", "allocate memory"))
+    return given_out or isinstance(error, ReknowError | OSError | MemoryError | ImportError)
+
+
+def _unforeseen(error: Exception) -> str:
+    """The sentence for an error that no method raises on purpose."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    what = " ".join(f"{type(error).__name__}: {error}".split())
+    return (
+        f"expected an edit, or a refusal; got {what[:300]} ({Path(last.filename).name}:{last.lineno}): report it, or "
+        "leave the case out"
+    )
 
 
 def _failed_indices(failure: ReknowError, edits: list[Edit]) -> list[int]:

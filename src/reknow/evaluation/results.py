@@ -129,6 +129,8 @@ class Results:
     """Row → metrics that were measured besides: what a study adds to the numbers of a run."""
     unfinished: str | None = None
     """Which rows are missing, in one sentence."""
+    waiting: Mapping[tuple, dict] = field(default_factory=dict)
+    """Rows of cases that the unedited model was not asked yet, so that there is nothing to compare them with."""
 
     @classmethod
     def load(cls, folder: str | Path) -> Results:
@@ -152,8 +154,11 @@ class Results:
         folder: Path,
     ) -> Results:
         """The results of a run folder with these rows, whose cases have these names; None: those of `before`."""
-        own = own_rows(manifest, before, rows, names, folder)
-        return cls(manifest, *own, unfinished=say_missing(manifest, *own, folder))
+        asked, own = own_rows(manifest, before, rows, names, folder)
+        here = {(name,) for name in manifest.get("names", ())} - asked.keys()
+        waiting = {key: row for key, row in rows.items() if (row["case"],) in here}
+        unfinished = say_missing(manifest, before, rows, folder)
+        return cls(manifest, asked, own, unfinished=unfinished, waiting=waiting)
 
     @property
     def last_stage(self) -> str:
@@ -222,7 +227,7 @@ class Results:
     def failed(self) -> dict[str, dict[str, str]]:
         """Method → case → why its edit could not be made, or its questions not be read; of methods that have such."""
         found: dict[str, dict[str, str]] = {}
-        for row in self.rows.values():
+        for row in (*self.rows.values(), *self.waiting.values()):
             if row["error"] is not None:
                 found.setdefault(row["method"], {})[row["case"]] = row["error"]
         return found
@@ -245,7 +250,8 @@ class Results:
             notes.append(f"Records that could not be read, in no score: {len(refused)}. The first: {refused[0]}")
         if self.failed:
             counts = ", ".join(
-                f"{method} {len(cases)} of {len(self.before)}" for method, cases in self.failed.items()
+                f"{method} {len(cases)} of {self.manifest['settings']['cases']}"
+                for method, cases in self.failed.items()
             )
             case, reason = next(iter(next(iter(self.failed.values())).items()))
             notes.append(f"Failed edits, which count as no success: {counts}. The first: {case}, {reason}")

@@ -130,7 +130,9 @@ def run_tasks(manifest: Mapping[str, Any]) -> tuple[list[Task], Plan] | None:
     does not say."""
     if not (names := manifest.get("names")):
         return None
-    settings = {key: tuple(v) if isinstance(v, list) else v for key, v in manifest["settings"].items()}
+    settings: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in manifest["settings"].items()
+    }
     plan = Plan(**{each.name: settings[each.name] for each in fields(Plan) if each.name in settings})
     return list_tasks(names, manifest["together"], plan, manifest["oracle"]), plan
 
@@ -149,7 +151,7 @@ def own_rows(
     folder: Path,
 ) -> tuple[dict[tuple, dict], dict[tuple, dict]]:
     """The rows that the manifest names, of the unedited model and of the others, in the order in which one process
-    makes them; warns of those that are left out.
+    makes them; warns of those that are left out. What cannot be compared with the unedited model yet is left out too.
 
     Args:
         cases: names of the run's cases; None: those that the unedited model was asked.
@@ -165,11 +167,11 @@ def own_rows(
             f"unedited model: take out the lines of {BEFORE_FILE} that are of other cases"
         )
     asked = {key: row for key, row in before.items() if key in known}
-    own, odd = {}, Counter({"case": len(before) - len(asked)})
+    own, odd, named = {}, Counter({"case": len(before) - len(asked)}), {*manifest.get("names", ())}
     for key, row in rows.items():
         if (why := _odd(row, settings, asked)) is None:
             own[key] = row
-        else:
+        elif why != "case" or row["case"] not in named:  # else another process has still to ask the unedited model
             odd[why] += 1
     if reasons := ", ".join(f"{count} of another {why}" for why, count in odd.items() if count):
         warnings.warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -118,7 +118,7 @@ class Run:
     folder: Path | None
     """Where patches are kept; None: nowhere."""
 
-    def do(self, task: Task, there: Container[tuple]) -> Iterator[dict[str, Any]]:
+    def do(self, task: Task, there: Container[tuple]) -> Generator[dict[str, Any], None, None]:
         """The rows of a task, as they are made.
 
         Args:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reknow.engine.shards import Shard, part_files
+from reknow.engine.shards import PART, Shard, part_files
 from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
@@ -33,6 +33,8 @@ __all__ = ["OpenRun", "open_run", "read_rows", "repair", "say_missing", "whole_l
 
 _PATIENCE = 60.0
 """Seconds that a shard waits for others to have opened the folder."""
+_LOCK = ".lock"
+"""How the names of locks end."""
 _FILES = ((BEFORE_FILE, BEFORE_KEY, BeforeRow), (ROWS_FILE, ROW_KEY, CaseRow))
 _REMEDY = "`reknow report {} --repair` sets it aside, and the run makes the row again"
 
@@ -77,8 +79,10 @@ def open_run(
 def whole_lock(folder: Path) -> Iterator[None]:
     """While open, no other process writes to the run folder, nor to a part of it."""
     with write_lock(folder):
-        for part in part_files(folder / ROWS_FILE).values():
-            with write_lock(part):
+        pattern = f"{Path(ROWS_FILE).stem}{PART[1:]}"
+        locked = {path.name[1 : -len(_LOCK)] for path in folder.glob(f".{pattern}{_LOCK}")}
+        for name in sorted(locked | {path.name for path in folder.glob(pattern)}):
+            with write_lock(folder / name):
                 pass
         yield
 

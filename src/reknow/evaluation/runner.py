@@ -284,8 +284,8 @@ def _about(lm: LM, cases: Sequence[Case], together: Mapping[str, int], plan: Pla
 
 
 def _oracle_names(lm: LM, cases: Sequence[Case]) -> list[str]:
-    """Cases that the unedited model is asked with the edit in front: those whose questions it can then read, and those
-    that it cannot read at all, for which there is a row all the same."""
+    """Cases that the unedited model is asked with the edit in front: those whose questions it can read then, and
+    those that it cannot read at all, for which there is a row all the same."""
     alone, behind = find_unreadable(lm, cases), find_unreadable(lm, cases, in_context=True)
     named = zip(_by_id(cases), alone, behind, strict=True)
     return [name for name, short, long in named if long is None or short is not None]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from reknow.datasets.cases import load_cases, parse_address
 from reknow.edits import Case
+from reknow.engine.jobs import Engine
 from reknow.errors import InputError
-from reknow.lm import LM
 from reknow.studies.preset import Selection
 from reknow.tracing.known import known_cases
 
@@ -31,7 +32,7 @@ class LoadedSets(NamedTuple):
 
 def load_sets(
     selection: Selection,
-    knowing: LM | None = None,
+    knowing: Engine | None = None,
     *,
     one_patch: bool = False,
     offset: int = 0,
@@ -41,7 +42,7 @@ def load_sets(
     """The cases of a selection.
 
     Args:
-        knowing: take the cases whose facts this model knows; None: all.
+        knowing: take the cases whose facts its model knows; None: all.
         one_patch: several make one patch, so take those that agree.
         offset: cases of each set to pass over.
         shuffle: seed to shuffle them with.
@@ -58,8 +59,11 @@ def load_sets(
         limit = None if knowing or one_patch else wanted
         bad = loaded.refused.setdefault(label, [])
         cases = load_cases(name, path=path, encoding=encoding, refused=bad, limit=limit, offset=offset, seed=shuffle)
-        if knowing is not None and not (cases := known_cases(knowing, of := cases)):
-            raise InputError(f"expected facts that {knowing.name} knows; got none among {len(of)}: leave --known out")
+        if knowing is not None:
+            cases, of = knowing.ask(partial(known_cases, cases=cases)), len(cases)
+            if not cases:
+                who = knowing.ask(lambda lm: lm.name)
+                raise InputError(f"expected facts that {who} knows; got none among {of}: leave --known out")
         if one_patch and len(kept := drop_conflicting(cases)) < len(cases):
             loaded.conflicting[label] = len(cases) - len(kept)
             cases = kept

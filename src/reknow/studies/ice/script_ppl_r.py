@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from torch import Tensor
 
-from reknow.edits import Case
+from reknow.edits import Case, Edit
+from reknow.engine.jobs import Engine
 from reknow.evaluation.long_text import written_ratio
 from reknow.evaluation.results import UNEDITED_BEFORE, Results
 from reknow.evaluation.run_folder import ROW_KEY
@@ -23,21 +25,25 @@ FILE = "script_ppl_r.jsonl"
 """In a run folder: for each row the ratio that the script would give."""
 
 
-@exclusively
-def measure_script_ppl_r(lm: LM, cases: Sequence[Case], results: Results, folder: Path) -> None:
+def measure_script_ppl_r(engine: Engine, cases: Sequence[Case], results: Results, folder: Path) -> None:
     """Computes the ratio for each text that the run has sampled behind a request, and keeps it in the run folder.
 
     Args:
-        lm: the unedited model.
+        engine: has the unedited model.
     """
     edits = {case.edit.id or str(number): case.edit for number, case in enumerate(cases)}
     kept = Rows(folder / FILE, ROW_KEY)
     for place, row in _rows(results).items():
         edit, texts = edits[row["case"]], [one["text"] for one in row["readings"] if one.get("ppl_r") is not None]
         if texts and place not in kept:
-            arguments = edit.separator, unshifted_nll
-            ratios = [written_ratio(lm, edit.text, edit.target_new, text, *arguments) for text in texts]
-            kept.add(dict(zip(ROW_KEY, place, strict=True)) | {"value": fmean(ratios)})
+            ratio = engine.ask(partial(_mean_ratio, edit=edit, texts=texts))
+            kept.add(dict(zip(ROW_KEY, place, strict=True)) | {"value": ratio})
+
+
+@exclusively
+def _mean_ratio(lm: LM, edit: Edit, texts: Sequence[str]) -> float:
+    arguments = edit.separator, unshifted_nll
+    return fmean(written_ratio(lm, edit.text, edit.target_new, text, *arguments) for text in texts)
 
 
 def with_script_ppl_r(results: Results, folder: Path) -> Results:
