@@ -236,7 +236,7 @@ def test_the_command_line_of_shards_and_of_failed_edits(tmp_path):
     edits.write_text(json.dumps([fact, {"prompt": "Apple lives in", "target_new": "Lima"}]), "utf-8")
     line = ["bench", "--model", model, "--data", str(edits), "--out", str(out), "--methods", "rome,ft-m"]
     line += ["--set", "rome.covariance_tokens=0", "--set", "rome.context_groups=[]", "--set", "layer=1"]
-    line += ["--set", "steps=2", "--no-generate", "--shard"]
+    line += ["--set", "steps=2", "--no-generate", "--no-side-effects", "--no-oracle", "--shard"]
     first = CliRunner().invoke(app, [*line, "2/2"])
     assert first.exit_code == 1 and "1 edits failed" in first.stderr, first.output
     assert f"part 2/2 is whole; when all are: reknow report {out}" in first.stdout

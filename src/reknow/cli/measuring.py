@@ -126,12 +126,11 @@ def bench(
         chosen = ready_methods(engine, chosen, needed=names is not None)
         out = out or run_folder(preset or "+".join(loaded.sets), model)
         folders = run_place(out, "bench", model, loaded.sets)
-        plan = besides.plan(plan, folders.values(), default=preset is None)
         if preset == CONVERGENCE:
             edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
             engine.ask(partial(measure_convergence, edits=edits, methods=chosen, out=out))
             return report(out)
-        shard = spreading.shard
+        plan, shard = besides.plan(plan, folders.values(), default=preset is None), spreading.shard
         runs = compare_methods(engine, loaded, chosen, plan, folders, shard, script_ppl_r=preset in ICE_PRESETS)
     if shard is not None:
         return say_share(shard, out, runs)

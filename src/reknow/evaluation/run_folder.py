@@ -120,7 +120,7 @@ class RunManifest(Strict):
     """The cases in their order; of earlier versions nobody knows."""
     together: dict[str, Count] = Field(default_factory=dict)
     """Label of each method → how many single edits it computes at a time."""
-    oracle: Listed[str] | None = None
+    oracle: list[str] | None = None
     """The cases that the unedited model is asked with the edit in front; None: all, where any are."""
     settings: _RunSettings
 

@@ -69,7 +69,11 @@ def evaluate(lm: LM, cases: Sequence[Case], method: Method, plan: Plan = Plan())
     start = _prepare(lm, cases, [method], plan, "", ())
     run = OpenRun({**start.about, "settings": start.settings}, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     _fill(
-        Local(lm), CaseJob(named, start.methods, plan), list_tasks([*named], start.about["together"], plan), run, None
+        Local(lm),
+        CaseJob(named, start.methods, plan),
+        list_tasks([*named], start.about["together"], plan, start.about["oracle"]),
+        run,
+        None,
     )
     return Results(run.manifest, run.before, run.rows)
 
