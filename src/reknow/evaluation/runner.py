@@ -68,13 +68,8 @@ def evaluate(lm: LM, cases: Sequence[Case], method: Method, plan: Plan = Plan())
     named = _by_id(cases)
     start = _prepare(lm, cases, [method], plan, "", ())
     run = OpenRun({**start.about, "settings": start.settings}, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
-    _fill(
-        Local(lm),
-        CaseJob(named, start.methods, plan),
-        list_tasks([*named], start.about["together"], plan, start.about["oracle"]),
-        run,
-        None,
-    )
+    tasks = list_tasks([*named], start.about["together"], plan, start.about["oracle"])
+    _fill(Local(lm), CaseJob(named, start.methods, plan), tasks, run, None)
     return Results(run.manifest, run.before, run.rows)
 
 
