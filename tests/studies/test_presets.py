@@ -49,8 +49,8 @@ def test_a_method_without_a_label_is_refused():
 
 def test_a_preset_leaves_out_what_has_no_editor_for_the_model(capsys):
     chosen = methods_by_label(PRESETS["zsre-table"].methods, [])
-    assert list(ready_methods(LM.demo(), chosen)) == list(chosen)
-    assert set(chosen) - set(ready_methods(make_lm(), chosen)) == {"serac", "mend"}
+    assert list(ready_methods(Local(LM.demo()), chosen)) == list(chosen)
+    assert set(chosen) - set(ready_methods(Local(make_lm()), chosen)) == {"serac", "mend"}
     said = capsys.readouterr().out
     assert "left out: serac learns to edit" in said and "left out: mend learns to edit" in said
 
