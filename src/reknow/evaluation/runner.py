@@ -121,8 +121,8 @@ def bench_on(
     refused: Sequence[str] = (),
     shard: str | None = None,
 ) -> Results:
-    """`bench` by whom its tasks are done: `reknow.engine.on_ray` has an engine of many processes. The rows are those
-    that one process makes, but for what clocks and memories say."""
+    """`bench`, whose tasks an engine does. The rows are those that one process makes, but for what clocks and memories
+    say."""
     folder, named = Path(out), _by_id(cases)
     own = None if shard is None else Shard.parse(shard)
     start = engine.ask(partial(_prepare, cases=cases, methods=methods, plan=plan, dataset=dataset, refused=refused))
