@@ -121,8 +121,7 @@ def bench_on(
     refused: Sequence[str] = (),
     shard: str | None = None,
 ) -> Results:
-    """`bench`, whose tasks an engine does. The rows are those that one process makes, but for what clocks and memories
-    say."""
+    """`bench`, whose tasks an engine does; its rows are those that one process makes, but for seconds and memory."""
     folder, named = Path(out), _by_id(cases)
     own = None if shard is None else Shard.parse(shard)
     start = engine.ask(partial(_prepare, cases=cases, methods=methods, plan=plan, dataset=dataset, refused=refused))
