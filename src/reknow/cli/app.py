@@ -25,6 +25,7 @@ from reknow.cli import (
     history,
     inspecting,
     instructing,
+    judging,
     layers,
     listing,
     measuring,
@@ -163,6 +164,7 @@ for command in (
     studying.study,
     measuring.bench,
     measuring.score,
+    judging.judge,
     measuring.report,
     listing.methods,
 ):

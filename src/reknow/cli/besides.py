@@ -49,7 +49,8 @@ class Besides:
         side = self.side_effects if self.held_out is None else True
         oracle = self.oracle
         if begun is not None and side is None:
-            plan = replace(plan, held_out=tuple(begun.get("held_out") or ()))
+            texts = begun.get("held_out")
+            plan = replace(plan, held_out=tuple(map(str, texts)) if isinstance(texts, list) else ())
         elif side or (side is None and default):
             plan = replace(plan, held_out=held_out_texts(self.held_out))
         elif side is False:
@@ -66,11 +67,10 @@ class Besides:
 
 def _begun(folders: Iterable[Path]) -> dict[str, Any] | None:
     """The settings of a run that was begun in one of the folders; None: there is none."""
-    from reknow.evaluation.run_folder import RunManifest
     from reknow.files.manifest import read_manifest
     from reknow.files.outputs import MANIFEST_FILE
 
     for folder in folders:
         if (folder / MANIFEST_FILE).exists():
-            return read_manifest(folder, RunManifest)["settings"]
+            return read_manifest(folder)["settings"]
     return None

@@ -49,9 +49,9 @@ def instruct(
 
     The same command takes up a search that was killed. Writes OUT/instructions.json, for --set families=FILE.
     """
+    from reknow.files.llm import LLM
     from reknow.files.outputs import mark_folder
     from reknow.instructions import InstructionScorer, Rewriter, Search, Writer, load_families, save_families, search
-    from reknow.instructions.llm import LLM
     from reknow.instructions.trial import FamilySplit
 
     if editor is not None:

@@ -10,7 +10,8 @@ how the answer was read, because the same edit scores very differently under eac
 * `contrast`: the new answer is more (on neighbours: less) likely than the old one (CounterFact);
 * `likelihood`, `divergence`: how likely texts of a sentiment are, and how far the model moved (ConvSent);
 * `sampled`: measured on text that the model writes; `side`: on given text and weights; `edit`: on the edit itself;
-* `written`: the greedy continuation against a long answer, word by word.
+* `written`: the greedy continuation against a long answer, word by word;
+* `match`: the greedy continuation against the accepted answers in other ways than `generated`, see `matching`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Sequence
 from reknow.errors import MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
 from reknow.evaluation.long_text import rouge_l, token_f1
+from reknow.evaluation.matching import MATCHES, answer_words, generated
 from reknow.evaluation.readings import Reading
 from reknow.model.scoring import NO_TOKEN
 from reknow.texts.writing import pieces, words
@@ -33,11 +35,11 @@ PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
 _ASKED = ("reliability", "generalization", "portability", "instructed")
-_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", "token_f1", "rouge_l", "paraphrase_")
+_OF_WRITTEN = ("token_f1", "rouge_l", "exact@", "normalised@", "contains@")
+_SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", *_OF_WRITTEN, "paraphrase_")
 LONG_ANSWER = 10
 """Words from which on an answer is also compared word by word."""
 
-_ARTICLES = frozenset(("a", "an", "the"))
 _OPENING_QUOTE = re.compile(r"(?<![^\s(\[{<])\"")
 _TREEBANK_WORD = re.compile(
     r"\d+(?:[.,:/]\d+)*|\w+(?=n['’]t\b)|n['’]t\b|['’](?:s|m|d|ll|re|ve)\b"
@@ -59,28 +61,6 @@ def teacher_forced_exact(hits: Sequence[bool]) -> float:
     return float(all(hits))
 
 
-def generated(text: str, answers: Sequence[str]) -> float:
-    """1.0 if the continuation begins with an accepted answer and the word ends there, else 0.0.
-
-    Both are normalised as in SQuAD (Rajpurkar et al. 2016): lower case, no punctuation, no articles; and
-    hyphens and slashes part words. "English." and "the English-born" begin with "English", "Englishman" not.
-    Signs that belong to a number or a name stay: "35" is not "3.5", "C" is not "C++"; see `writing.words`.
-    """
-    return float(any(_begins_with(text, answer) for answer in answers))
-
-
-def _answer_words(text: str, articles: bool = False) -> list[str]:
-    """The text as normalised words (see `generated`); `articles=True` keeps a, an, the."""
-    return [word for word in words(text) if articles or word not in _ARTICLES]
-
-
-def _begins_with(text: str, answer: str) -> bool:
-    for articles in (False, True):  # an answer such as "A" is nothing but an article
-        if wanted := _answer_words(answer, articles):
-            return _answer_words(text, articles)[: len(wanted)] == wanted
-    return text.lstrip().startswith(answer.strip())
-
-
 # ---- is it as before?
 
 
@@ -95,8 +75,8 @@ def unchanged(before: Sequence[int], after: Sequence[int]) -> list[bool]:
 
 def unchanged_generated(before: str, after: str, answers: Sequence[str]) -> float:
     """1.0 if both continuations begin with the same words, as many as the longest accepted answer has."""
-    count = max(1, *(len(_answer_words(answer, articles=True)) for answer in answers))
-    return float(_answer_words(before, articles=True)[:count] == _answer_words(after, articles=True)[:count])
+    count = max(1, *(len(answer_words(answer, articles=True)) for answer in answers))
+    return float(answer_words(before, articles=True)[:count] == answer_words(after, articles=True)[:count])
 
 
 # ---- CounterFact
@@ -193,7 +173,7 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
         return {"fluency@sampled": ngram_entropy(now.prompt + now.text), **ratio}
     if now.kind == "sentiment":  # its texts only count together
         return {}
-    found = _overlaps(now)
+    found = _overlaps(now) | _matches(now)
     scores = _scores(now.hits, None if now.text is None else generated(now.text, now.answers))
     if now.kind == "locality":
         found = {f"locality_correct@{protocol}": value for protocol, value in scores.items()}
@@ -207,6 +187,15 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
     if now.nll_new is not None and now.nll_true is not None:
         found |= _contrast(now.kind, now.nll_new, now.nll_true)
     return found
+
+
+def _matches(now: Reading) -> dict[str, float]:
+    """Whether an accepted answer is what the model wrote, to the request and to its paraphrases, in each way."""
+    start = {"reliability": "", "generalization": "paraphrase_"}.get(now.kind)
+    if start is None or now.text is None:
+        return {}
+    ways = [name for name in MATCHES if name != "generated"]
+    return {f"{start}{name}@match": MATCHES[name](now.text, now.answers) for name in ways}
 
 
 def _overlaps(now: Reading) -> dict[str, float]:

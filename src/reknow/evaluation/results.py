@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from reknow.errors import EditFailed
 from reknow.evaluation.intervals import average_cases
-from reknow.evaluation.metrics import case_metrics
+from reknow.evaluation.judged import judged_metrics
+from reknow.evaluation.matching import MATCHES
+from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.run_folder import RunManifest, own_rows
 from reknow.evaluation.run_parts import read_rows, say_missing
@@ -36,12 +38,15 @@ _COSTS = (*_MEASURED, "stored_kb", "steps", "loss", "repetitions")
 
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
 _OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")
+_MATCHED = tuple(f"{start}{name}" for start in ("", "paraphrase_") for name in MATCHES if name != "generated")
 SIDE = ("perplexity", "kl", "weight_change")
 """What edits do besides; see `held_out_perplexity` and those behind it in rows."""
 TABLES = (
     ("teacher_forced_exact", "Teacher-forced, every token of the answer right, %", KINDS),
     ("teacher_forced_tokens", "Teacher-forced, share of the answer's tokens right, %", KINDS),
     ("generated", "Free generation begins with the answer, %", KINDS),
+    ("match", "Free generation, the first sentence is the answer, or the text has it somewhere, %", _MATCHED),
+    ("judged", "A model judges that what was written gives the answer, %", KINDS),
     ("contrast", "CounterFact, new answer against true one, %", ("ES", "PS", "NS", "S")),
     ("contrast", "CounterFact, difference of the probabilities, %", ("EM", "PM", "NM")),
     (
@@ -56,7 +61,7 @@ TABLES = (
     ("edit", "Cost of an edit", (*_COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
-_PERCENT = ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast", "likelihood", "written")
+_PERCENT = (*PROTOCOLS, "match", "judged", "contrast", "likelihood", "written")
 
 
 class Cell(NamedTuple):
@@ -158,7 +163,7 @@ class Results:
         here = {(name,) for name in manifest.get("names", ())} - asked.keys()
         waiting = {key: row for key, row in rows.items() if (row["case"],) in here}
         unfinished = say_missing(manifest, before, rows, folder)
-        return cls(manifest, asked, own, unfinished=unfinished, waiting=waiting)
+        return cls(manifest, asked, own, judged_metrics(folder, asked, own), unfinished=unfinished, waiting=waiting)
 
     @property
     def last_stage(self) -> str:

@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible server, as a writer of texts: contexts for In-Context Editing.
+"""Contexts for In-Context Editing, written by a language model behind an OpenAI-compatible server.
 
 Nothing is sent anywhere unless an `LLM` is made and handed over; edits go to the server in clear text.
 """
@@ -6,19 +6,20 @@ Nothing is sent anywhere unless an `LLM` is made and handed over; edits go to th
 from __future__ import annotations
 
 import logging
-import os
 import re
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from reknow.edits import Edit
-from reknow.errors import InputError, MissingExtra, ReknowError
+from reknow.errors import InputError
 from reknow.files.atomic import append_line
+from reknow.files.llm import LLM, NoAnswer
 from reknow.files.locks import write_lock
 from reknow.files.schema import FormatError, Listed, Strict, explain, parse_json, read_content
 from reknow.files.strict_json import strict_json
+
+__all__ = ["LLM", "NoAnswer", "answer_lines", "parse_statements", "read_contexts", "with_contexts"]
 
 _log = logging.getLogger(__name__)
 
@@ -29,64 +30,6 @@ _PATIENCE = 2
 """After so many edits in a row without an answer the server is not asked any more."""
 
 _NUMBERING = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
-
-
-class NoAnswer(ReknowError):
-    """The server is down, too slow, refuses, or answered nothing usable in all tries."""
-
-
-@dataclass(frozen=True)
-class LLM:
-    """Where to ask and how patiently.
-
-    Without a key the environment variable OPENAI_API_KEY counts; many local servers want none.
-    """
-
-    model: str
-    """Name of the model at the server."""
-    base_url: str | None = None
-    """Address of the server up to `/v1`; None: the environment variable OPENAI_BASE_URL, or OpenAI."""
-    api_key: str | None = None
-    timeout: float = 30.0
-    """Seconds for one answer."""
-    tries: int = 3
-    wait: float = 1.0
-    """Seconds before the second try, doubled before each further one."""
-
-    def ask(self, question: str, usable: Callable[[str], bool] = bool) -> str:
-        """The model's answer, asked again until it is `usable`.
-
-        Raises:
-            MissingExtra: the package `openai` is not installed.
-            NoAnswer: all tries failed.
-        """
-        try:
-            import openai
-        except ImportError as error:
-            raise MissingExtra("openai", "llm", "asking a language model") from error
-        key = self.api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        client = openai.OpenAI(base_url=self.base_url, api_key=key, timeout=self.timeout, max_retries=0)
-        reason = ""
-        with client:
-            for attempt in range(self.tries):
-                if attempt:
-                    time.sleep(self.wait * 2 ** (attempt - 1))
-                try:
-                    reply = client.chat.completions.create(
-                        model=self.model, messages=[{"role": "user", "content": question}]
-                    )
-                    answer = reply.choices[0].message.content or ""
-                except (openai.OpenAIError, ValueError, LookupError, AttributeError, TypeError) as error:
-                    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-                else:
-                    if usable(answer):
-                        return answer
-                    reason = f"unusable answer {answer[:80]!r}"
-                _log.info("%s did not answer (try %d of %d): %s", self.model, attempt + 1, self.tries, reason)
-        raise NoAnswer(
-            f"expected an answer of {self.model} at {client.base_url}; got none in {self.tries} tries ({reason}): "
-            "check the address, the key and that the server runs"
-        )
 
 
 def _context_question(edit: Edit, count: int = _STATEMENTS) -> str:

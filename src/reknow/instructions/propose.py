@@ -11,7 +11,8 @@ from importlib.resources import files
 from typing import Protocol
 
 from reknow.datasets.families import Family, Instruction
-from reknow.instructions.llm import LLM, answer_lines
+from reknow.files.llm import LLM
+from reknow.instructions.llm import answer_lines
 
 _WORDS = range(4, 41)
 """How long an instruction may be."""

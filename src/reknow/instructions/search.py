@@ -18,9 +18,9 @@ from reknow.checks.bounds import Number, Seed, check_settings
 from reknow.datasets.families import Family, Instruction
 from reknow.errors import InputError
 from reknow.files.json_lines import Rows
+from reknow.files.llm import NoAnswer
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest
-from reknow.instructions.llm import NoAnswer
 from reknow.instructions.propose import Proposer, is_usable
 from reknow.progress import progress
 

@@ -36,6 +36,11 @@ READ = {
     "teacher_forced_tokens": "As above, but the share of such tokens: an answer half right has half the score.",
     "generated": "The model continues the bare prompt by itself with the most likely tokens: 1 if that begins with "
     "an accepted answer, letter case, punctuation and articles aside.",
+    "match": "Exact: the first sentence that the model writes is an accepted answer, letter for letter. Normalised: "
+    "it is one, letter case, punctuation and articles aside. Contains: an accepted answer stands anywhere in what it "
+    "writes. Paraphrase: asked in other words.",
+    "judged": "A language model was shown the question, the accepted answers and what was written, and said whether "
+    "that gives the answer (reknow judge).",
     "contrast": "ES: on the request the new answer is likelier per token than the true one. PS: so on paraphrases. "
     "NS: on neighbours the true one stays likelier. S: harmonic mean of the three. EM, PM, NM: by how much.",
     "likelihood": "z_sentiment: the texts of the wanted sentiment against as many of the other. z_topic: how likely "

@@ -54,7 +54,8 @@ def with_script_ppl_r(results: Results, folder: Path) -> Results:
         if place in kept or earlier:
             value = kept[place]["value"] if place in kept else fmean(earlier)
             added[place if place in results.rows else (row["case"],)] = {METRIC: value}
-    return replace(results, added=added)
+    both = {key: {**results.added.get(key, {}), **added.get(key, {})} for key in [*results.added, *added]}
+    return replace(results, added=both)
 
 
 def _rows(results: Results) -> dict[tuple, dict]:
