@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from browser import chromium, open_page  # noqa: F401, fixtures
+from reknow.report import write_comparison
 from reknow.report.page import render_page
 from synthetic_runs import make_results
 
@@ -203,6 +204,15 @@ def test_without_a_script_the_answer_is_there(page, open_page):  # noqa: F811
     assert not tab.is_visible("#controls") and tab.locator("noscript .probe:visible").count()
     tab.click("label[for=p-teacher_forced_exact]")
     assert verdict.count() == 1 and verdict.get_attribute("data-p") == "teacher_forced_exact"
+
+
+def test_runs_are_compared_on_a_page_of_their_own(tmp_path, open_page):  # noqa: F811
+    one, two = make_results({"rome": ([1] * 6, [1] * 6)}), make_results({"ft-m": ([0] * 6, [1] * 6)})
+    tab = open_page(write_comparison({"one": one, "two": two}, tmp_path), viewport={"width": 390, "height": 844})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert "-100.0 [-100.0, -100.0]" in tab.inner_text("#differences div:visible")
+    tab.click("label[for=p-teacher_forced_tokens]")
+    assert tab.locator("#differences div:visible").count() == tab.locator("table.verdict:visible").count() == 1
 
 
 def test_it_prints_without_controls(tab):

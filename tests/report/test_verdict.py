@@ -45,7 +45,7 @@ def test_where_none_is_best_in_all_it_says_who_is_in_what():
 def test_what_edits_share_has_no_interval_and_says_so():
     together = make_results({"one": ([1] * 6, [1] * 6), "two": ([1] * 6, [1] * 6)}, together=6)
     cell = cells_of(together, "one")["time per edit"]
-    assert (cell.text, cell.interval, cell.mark) == ("0.5 s", "mean of 6 made together", "best")
+    assert (cell.text, cell.interval, cell.mark) == ("0.5 s", "mean of 6 made together", ""), "as the other"
     for text in (str(together), together.to_markdown()):
         assert "0.50 (mean of 6 made together)" in text and "100.0 (mean of 6 made together)" in text
     line = next(line for line in together.to_csv().splitlines() if line.startswith("one,after_edit,seconds"))

@@ -10,7 +10,8 @@ import pytest
 
 from conftest import make_lm
 from reknow import FT, ICE, LM, ROME, Case, Edit, Probe
-from reknow.cli.measuring import methods_by_label, read_variants, ready_methods, report
+from reknow.cli.measuring import methods_by_label, read_variants, ready_methods
+from reknow.cli.reporting import write_run
 from reknow.datasets import DATASETS, load_cases
 from reknow.engine.jobs import Local
 from reknow.errors import InputError
@@ -154,7 +155,7 @@ def test_a_study_that_has_just_begun_has_a_page_and_another_folder_for_it(tmp_pa
     assert "2" in write_study("begun", {"run": Results(results.manifest, results.before, {})}, tmp_path).read_text()
     (tmp_path / "run" / "cases.jsonl").unlink()
     before = sorted((tmp_path / "run").iterdir())
-    report(tmp_path / "run", tmp_path / "pages")
+    write_run(tmp_path / "run", tmp_path / "pages")
     assert sorted((tmp_path / "run").iterdir()) == before
     assert {"report.html", "study.md"} <= {path.name for path in (tmp_path / "pages").iterdir()}
 
@@ -163,7 +164,7 @@ def test_the_reports_of_several_sets_go_where_they_are_wanted(tmp_path):
     for name in ("one", "two"):
         bench(make_lm(), make_cases(name), {"fine": FT(layer=2, steps=1)}, tmp_path / "run" / name)
     before = sorted((tmp_path / "run").rglob("*"))
-    report(tmp_path / "run", tmp_path / "pages")
+    write_run(tmp_path / "run", tmp_path / "pages")
     assert sorted((tmp_path / "run").rglob("*")) == before
     pages = {str(path.relative_to(tmp_path / "pages")) for path in (tmp_path / "pages").rglob("*.*")}
     assert {"one/report.html", "two/report.html", "study.md"} <= pages
@@ -197,7 +198,7 @@ def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
     content = (tmp_path / "inside.jsonl").read_bytes()
     measure_convergence(make_lm(), edits, {"ice": method}, tmp_path)
     assert (tmp_path / "inside.jsonl").read_bytes() == content
-    report(tmp_path, tmp_path / "pages")
+    write_run(tmp_path, tmp_path / "pages")
     page = (tmp_path / "pages" / "convergence.md").read_text()
     assert "dynamic, T = 100" in page and "| ice | 2 |" in page and (tmp_path / "pages/convergence.png").exists()
     assert not (tmp_path / "convergence.md").exists()
@@ -251,6 +252,6 @@ def test_a_growing_study_has_a_line_for_each_number_of_edits(tmp_path):
     wanted = runs["sequence"].cells["ft-m", "at:2", "locality@teacher_forced_exact"]
     assert points["ft-m", "in turns", 2]["locality"] == wanted and wanted.cases == 2
     assert "perplexity" not in points["ft-m", "one patch", 4] and "perplexity" in points["ft-m", "in turns", 4]
-    report(tmp_path)
+    write_run(tmp_path)
     page = (tmp_path / "growth.md").read_text(encoding="utf-8")
     assert page.count("| ft-m |") == 4 and (tmp_path / "growth.png").exists()

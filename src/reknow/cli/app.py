@@ -29,6 +29,7 @@ from reknow.cli import (
     layers,
     listing,
     measuring,
+    reporting,
     serving,
     sharing,
     showing,
@@ -165,7 +166,7 @@ for command in (
     measuring.bench,
     measuring.score,
     judging.judge,
-    measuring.report,
+    reporting.report,
     listing.methods,
 ):
     app.command(cls=_Command)(flatten(command))

@@ -1,4 +1,4 @@
-"""`reknow bench`, `score` and `report`."""
+"""`reknow bench` and `score`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from reknow.cli.besides import Besides
 from reknow.cli.comparing import compare_methods, ready_methods, say_failed, say_run, say_share
 from reknow.cli.inspecting import Base, Edited, check_two
 from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, Opening, refuse_beside, whole_numbers
-from reknow.cli.places import report_place, run_folder, run_place
+from reknow.cli.places import run_folder, run_place
+from reknow.cli.reporting import write_run
 from reknow.cli.spreading import Spreading
 from reknow.cli.terminal import say, say_table, warn_of_records
 from reknow.errors import InputError, did_you_mean
-from reknow.progress import progress
 
 if TYPE_CHECKING:
     from reknow.contract import Method
@@ -129,12 +129,12 @@ def bench(
         if preset == CONVERGENCE:
             edits = [case.edit for cases_of in loaded.sets.values() for case in cases_of]
             engine.ask(partial(measure_convergence, edits=edits, methods=chosen, out=out))
-            return report(out)
+            return write_run(out)
         plan, shard = besides.plan(plan, folders.values(), default=preset is None), spreading.shard
         runs = compare_methods(engine, loaded, chosen, plan, folders, shard, script_ppl_r=preset in ICE_PRESETS)
     if shard is not None:
         return say_share(shard, out, runs)
-    report(out)
+    write_run(out)
     for results in runs:
         results.refuse_lost()
     say_failed(runs)
@@ -175,7 +175,7 @@ def score(
     for name, chosen in loaded.sets.items():
         about = {"label": label, "dataset": name, "plan": plan, "refused": loaded.refused_of(name)}
         say_run(name, run(*opens, chosen, folders[name], **about), folders[name], len(loaded.sets))
-    report(out)
+    write_run(out)
 
 
 def _study(preset: str | None, full: bool, cases: _Cases) -> Preset:
@@ -268,41 +268,3 @@ def methods_by_label(variants: Sequence[Variant], settings: Sequence[str]) -> di
         for label in labels
     }
     return {label: build_method(name, pairs_of[label], given=given) for label, name, given in variants}
-
-
-def report(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="Another folder for the report.")] = None,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Set lines that are no rows aside first; the run makes them again.")
-    ] = False,
-) -> None:
-    """Write a run as HTML, Markdown, CSV and pictures; or a study, finished or not."""
-    from reknow.evaluation import Results
-    from reknow.evaluation.run_parts import repair as set_aside
-    from reknow.files.outputs import MANIFEST_FILE, mark_folder
-    from reknow.report import write_report
-    from reknow.studies.comparison_page import split_by_set, write_study
-    from reknow.studies.growth_page import write_growth
-    from reknow.studies.ice.convergence import ROWS_FILE
-    from reknow.studies.ice.convergence_page import write_convergence
-    from reknow.studies.ice.script_ppl_r import with_script_ppl_r
-
-    out = None if out is None else report_place(run, out)
-    inside = (run / ROWS_FILE).exists()
-    if out is not None and (inside or any(run.glob(f"**/{MANIFEST_FILE}"))):
-        mark_folder(out, "report")
-    if inside:
-        return say(f"report: {write_convergence(run, out)}")
-    whole = (run / MANIFEST_FILE).exists()
-    parts = [run] if whole else [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
-    for said in (line for part in parts if repair for line in set_aside(part)):
-        say(said)
-    for part in progress.each("writing the report", parts or [run]):
-        page = write_report(part, out and out / part.relative_to(run))
-        say(f"report: {page} (also report.md, report.csv and figures)")
-    runs = {part.name: with_script_ppl_r(Results.load(part), part) for part in parts}
-    if len(split_by_set(runs)) > 1:
-        say(f"study: {write_study(run.name, runs, out or run)}")
-    elif len(runs) > 1:
-        say(f"study: {write_growth(run.name, runs, out or run)}")

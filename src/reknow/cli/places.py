@@ -12,7 +12,7 @@ from reknow.errors import InputError
 from reknow.files.outputs import MANIFEST_FILE, MARK, growing_folder
 
 TRACES, INSTRUCTIONS, START = "traces.jsonl", "instructions.json", "start.json"
-_REPORT = ("report.html", "report.csv", "report.md", "figure*.png")
+_REPORT = ("report.html", "report.csv", "report.md", "report.tex", "figure*.png")
 _STUDY = ("study.md", "study.png", "growth.md", "growth.png", "convergence.md", "convergence.png")
 _PICTURES = tuple(f"{name}.{ending}" for name in ("trace", "average", "bars") for ending in ("png", "svg"))
 _TRACES_START = b'{"model": '
@@ -72,6 +72,11 @@ def report_place(run: Path, out: Path) -> Path:
         growing_folder(out / part, "report", own=(MARK, f"../{MARK}", MANIFEST_FILE), written=_REPORT)
     written = (*_REPORT, *_STUDY)
     return growing_folder(out, "report", own=(MARK, MANIFEST_FILE), written=written)
+
+
+def comparison_place(out: Path, runs: Iterable[Path]) -> Path:
+    """The folder of a comparison of runs."""
+    return growing_folder(out, "report", own=(MARK,), written=("comparison.html", "comparison.md"), sources=runs)
 
 
 def trace_place(out: Path, model: str, force: bool) -> Path:

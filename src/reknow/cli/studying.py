@@ -101,7 +101,8 @@ def _trace(model: str, limit: int, out: Path, opening: Opening) -> None:
 def _compare(study: Article, name: str, model: str, out: Path, opening: Opening, spreading: Spreading) -> None:
     """Runs every part of a study that compares methods, and writes its page."""
     from reknow.cli.comparing import compare_methods, ready_methods, say_failed, say_share
-    from reknow.cli.measuring import methods_by_label, report
+    from reknow.cli.measuring import methods_by_label
+    from reknow.cli.reporting import write_run
     from reknow.studies.comparison import load_sets
     from reknow.studies.ice.convergence import measure_convergence
     from reknow.studies.ice.presets import CONVERGENCE, ICE_PRESETS
@@ -126,7 +127,7 @@ def _compare(study: Article, name: str, model: str, out: Path, opening: Opening,
             runs += compare_methods(engine, loaded, chosen, plan, folders, shard, script_ppl_r=script)
     if spreading.shard is not None:
         return say_share(spreading.shard, out, runs)
-    report(out)
+    write_run(out)
     say_failed(runs)
 
 

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from reknow.errors import EditFailed
+from reknow.errors import EditFailed, MissingExtra
 from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.judged import judged_metrics
 from reknow.evaluation.matching import MATCHES
@@ -28,7 +28,7 @@ from reknow.evaluation.stages import (
     stage_order,
 )
 from reknow.files.manifest import read_manifest
-from reknow.texts.tables import to_columns, to_csv, to_markdown
+from reknow.texts.tables import to_columns, to_csv, to_latex, to_markdown
 
 UNEDITED_BEFORE = (UNEDITED, BEFORE)
 """Method and stage under which the unedited model's answers stand."""
@@ -283,6 +283,34 @@ class Results:
         """The tables as Markdown."""
         parts = [f"**{one.title}** (`{one.protocol}`)\n\n{to_markdown(one.lines())}" for one in self.tables()]
         return "\n\n".join(parts) + "\n"
+
+    def to_latex(self) -> str:
+        """The tables in LaTeX, for the package booktabs."""
+        parts = [to_latex(one.lines(), f"{one.title} ({one.protocol})") for one in self.tables()]
+        return "\n\n".join(["% \\usepackage{booktabs}", *parts]) + "\n"
+
+    def frame(self, *, by_case: bool = False) -> Any:
+        """A pandas data frame: a row per method, stage, metric and protocol, with mean, low, high, n and together.
+
+        Args:
+            by_case: a row per case of each instead, with its value; what several seeds gave is averaged.
+
+        Raises:
+            MissingExtra: pandas is not installed.
+        """
+        try:
+            from pandas import DataFrame
+        except ImportError as error:
+            raise MissingExtra("pandas", "frame", "a data frame of results") from error
+        if not by_case:
+            return DataFrame(list(self.cells.values()), columns=list(Cell._fields)).rename(columns={"cases": "n"})
+        rows = [
+            (method, stage, case, *key.split("@"), value)
+            for (method, stage), cases in self.case_values.items()
+            for case, values in cases.items()
+            for key, value in values.items()
+        ]
+        return DataFrame(rows, columns=["method", "stage", "case", "metric", "protocol", "value"])
 
     def __str__(self) -> str:
         parts = [

@@ -1,4 +1,4 @@
-"""Writes the page: one HTML file that needs nothing else; and Markdown, CSV and pictures."""
+"""Writes the page: one HTML file that needs nothing else; and Markdown, CSV, LaTeX and pictures."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def style_and_script() -> dict[str, str]:
 
 
 def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
-    """Writes `report.html`, `report.md`, `report.csv` and the figures of a run, finished or not.
+    """Writes `report.html`, `report.md`, `report.csv`, `report.tex` and the figures of a run, finished or not.
 
     Args:
         run_folder: what `bench` wrote.
@@ -93,6 +93,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     figures = plots.make_figures(results)
     write_text(folder / "report.html", render_page(results))
     write_text(folder / "report.csv", results.to_csv())
+    write_text(folder / "report.tex", results.to_latex())
     write_text(folder / "report.md", _markdown(results, list(figures)))
     for number, figure in enumerate(figures.values(), 1):
         atomic_write(folder / f"figure{number}.png", lambda path, figure=figure: plots.save_png(figure, Path(path)))

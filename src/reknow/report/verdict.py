@@ -20,6 +20,8 @@ PROTOCOL_NAMES = {
     "written": "words of long answers",
 }
 """Protocol → its name on the page; the first that was read is shown first."""
+_LISTED = 4
+"""Methods that a sentence names."""
 _FEW = 200
 """From so many cases on a share has a digit behind the point."""
 
@@ -206,7 +208,7 @@ def _marks(entries: Sequence[Entry], column: Column, protocol: str) -> list[str]
         else:
             gap = paired(entries[best].values(key), entries[i].values(key))
             marks[i] = "tied" if gap is None or gap.tied else ""
-    return marks
+    return marks if any(not marks[i] for i in there) else [""] * len(entries)  # all are best: none is
 
 
 def _shared(cell: Cell | None) -> bool:
@@ -232,7 +234,7 @@ def interval(cell: Cell, column: Column) -> str:
     if cell.protocol == "side" and cell.together > 1:
         return ""
     if cell.together > 1:
-        return f"mean of {min(cell.together, cell.cases)} made together"
+        return f"mean of {cell.cases} made {f'{cell.together} ' if cell.together < cell.cases else ''}together"
     if cell.low is None or cell.high is None:
         return ""
     if cell.low == cell.high:  # all cases agree, so that a resampled one says nothing of how far to trust it
@@ -277,15 +279,17 @@ def verdict_sentence(verdict: Verdict) -> str:
         return f"{methods[0]}: {said(methods[0])}."
     leaders = verdict.leaders()
     everywhere = [label for label in methods if all(label in marked for marked in leaders.values())]
-    if leaders and len(everywhere) == len(methods):
+    if len(everywhere) == len(methods):
         return f"These cases tell no difference between {_listed(methods)}."
-    if everywhere and leaders:
-        how = "is best, or level with the best," if len(everywhere) == 1 else "are best, or level with the best,"
-        return f"{_listed(everywhere)} {how} in all that was asked: {said(everywhere[0])}."
-    return (
-        "None is best in all: " + "; ".join(f"{_listed(marked)} in {name}" for name, marked in leaders.items()) + "."
-    )
+    if everywhere:
+        if len(everywhere) > 1:
+            return f"{_listed(everywhere)} are best, or level with the best, in all that was asked."
+        return f"{everywhere[0]} is best, or level with the best, in all that was asked: {said(everywhere[0])}."
+    each = "; ".join(f"{_listed(marked)} in {name}" for name, marked in leaders.items())
+    return f"None is best in all: {each}."
 
 
 def _listed(names: Sequence[str]) -> str:
+    if len(names) > _LISTED + 1:
+        names = [*names[:_LISTED], f"{len(names) - _LISTED} more"]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -1,0 +1,236 @@
+"""Several runs on one page: a line per run and method over the cases of all, and what their differences are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from reknow.errors import InputError
+from reknow.evaluation.paired import Difference, paired
+from reknow.evaluation.results import Results
+from reknow.evaluation.stages import stage_label
+from reknow.files.atomic import write_text
+from reknow.report import contents, drawing
+from reknow.report.page import READ, environment, style_and_script
+from reknow.report.verdict import (
+    ABOUT,
+    COLUMNS,
+    PROTOCOL_NAMES,
+    Entry,
+    entries_of,
+    make_verdict,
+    read_protocols,
+    verdict_sentence,
+)
+from reknow.texts.tables import to_markdown
+
+FILE = "comparison"
+
+
+class Gap(NamedTuple):
+    """What a line has more than the first, on the same cases."""
+
+    label: str
+    differences: list[tuple[str, Difference | None]]
+    """Column → the difference."""
+
+    @property
+    def cases(self) -> int:
+        """How many both have."""
+        return max((found.cases for _, found in self.differences if found), default=0)
+
+
+def write_comparison(runs: Mapping[str, Results], folder: str | Path) -> Path:
+    """Writes `comparison.html` and `comparison.md`: the runs' methods side by side, over the cases that all have.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        InputError: the runs have no case in common, or share no way of reading answers.
+    """
+    folder, whole = Path(folder), dict(runs)
+    runs = on_common_cases(whole)
+    entries = compared_entries(runs)
+    protocols = shared_protocols(runs, entries)
+    verdicts = [make_verdict(entries, protocol) for protocol in protocols]
+    gaps = {protocol: gaps_to_first(entries, protocol) for protocol in protocols}
+    remarks = differing(whole, runs)
+    templates = environment()
+    page = templates.get_template("comparison.html").render(
+        **style_and_script(),
+        title=f"{len(runs)} runs on the same cases",
+        runs={name: contents.describe_head(results) for name, results in whole.items()},
+        cases=_count(runs),
+        remarks=remarks,
+        protocols=protocols,
+        names=PROTOCOL_NAMES,
+        verdicts=[(each, verdict_sentence(each), drawing.trade_off(entries, each.protocol)) for each in verdicts],
+        gaps=gaps,
+        first=next(entry.label for entry in entries if entry.compared),
+        points=points,
+        p_value=p_value,
+        read=READ,
+        about=ABOUT,
+        settings={name: results.manifest["settings"]["methods"] for name, results in whole.items()},
+    )
+    write_text(folder / f"{FILE}.md", _markdown(runs, remarks, verdicts, gaps))
+    return write_text(folder / f"{FILE}.html", page)
+
+
+def on_common_cases(runs: Mapping[str, Results]) -> dict[str, Results]:
+    """The runs cut to the cases that all of them have: alike in id, request, and the new answer.
+
+    Raises:
+        InputError: there is none.
+    """
+    asked = {name: {_identity(row): case for (case,), row in run.before.items()} for name, run in runs.items()}
+    common = set.intersection(*(set(cases) for cases in asked.values()))
+    if not common:
+        counts = ", ".join(f"{name} {len(cases)}" for name, cases in asked.items())
+        raise InputError(
+            f"expected runs that have cases in common; got none among {counts}: compare runs on the same data, with "
+            "the same --offset and --shuffle"
+        )
+    found = {}
+    for name, run in runs.items():
+        mine = {asked[name][identity] for identity in common}
+        before = {key: row for key, row in run.before.items() if row["case"] in mine}
+        rows = {key: row for key, row in run.rows.items() if row["case"] in mine}
+        found[name] = replace(run, before=before, rows=rows)
+    return found
+
+
+def _identity(row: Mapping) -> tuple:
+    edit = row["edit"]
+    return row["case"], edit["prompt"], edit.get("subject"), edit["target_new"]
+
+
+def _count(runs: Mapping[str, Results]) -> int:
+    return len(next(iter(runs.values())).before)
+
+
+def compared_entries(runs: Mapping[str, Results]) -> list[Entry]:
+    """A line per run and method, named by both; the unedited model once for each model."""
+    entries: list[Entry] = []
+    models = {name: run.manifest["settings"]["model"] for name, run in runs.items()}
+    named: set[tuple[str, str]] = set()
+    for name, run in runs.items():
+        for entry in entries_of(run):
+            if entry.compared:
+                colour = sum(one.compared for one in entries)
+                entries.append(replace(entry, label=f"{name}: {entry.method}", colour=colour))
+            elif (models[name], entry.label) not in named:
+                named.add((models[name], entry.label))
+                several = f", {run.manifest['model']}" if len(set(models.values())) > 1 else ""
+                entries.append(replace(entry, label=entry.label + several))
+    return sorted(entries, key=lambda entry: entry.compared)
+
+
+def shared_protocols(runs: Mapping[str, Results], entries: Sequence[Entry]) -> list[str]:
+    """The protocols that every run has read.
+
+    Raises:
+        InputError: there is none.
+    """
+    read = {
+        name: read_protocols([entry for entry in entries if entry.compared and entry.results is run])
+        for name, run in runs.items()
+    }
+    shared = [protocol for protocol in PROTOCOL_NAMES if all(protocol in found for found in read.values())]
+    if not shared:
+        each = "; ".join(f"{name}: {', '.join(found) or 'none'}" for name, found in read.items())
+        raise InputError(
+            f"expected runs whose answers were read by one protocol at least; got {each}: let them finish, or run "
+            "them with the same --generate"
+        )
+    return shared
+
+
+def gaps_to_first(entries: Sequence[Entry], protocol: str) -> list[Gap]:
+    """What each line but the first has more than it, column by column about answers."""
+    first, *others = [entry for entry in entries if entry.compared]
+    columns = [(column.name, key) for column in COLUMNS if column.asked and (key := column.key(protocol))]
+    columns = [(name, key) for name, key in columns if first.values(key)]
+    return [
+        Gap(entry.label, [(name, paired(entry.values(key), first.values(key))) for name, key in columns])
+        for entry in others
+    ]
+
+
+def differing(whole: Mapping[str, Results], common: Mapping[str, Results]) -> list[str]:
+    """Sentences about what is not alike in the runs, so that nobody takes it for the methods' doing."""
+    remarks = []
+    count, sizes = _count(common), {name: len(run.before) for name, run in whole.items()}
+    if any(size > count for size in sizes.values()):
+        each = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        remarks.append(f"All numbers are over the {count} cases that the runs have in common: {each}.")
+    settings = {name: run.manifest["settings"] for name, run in whole.items()}
+    about = {
+        "The models differ": {n: f"{whole[n].manifest['model']} ({s['model']})" for n, s in settings.items()},
+        "The edits were made in different modes": {
+            n: s["mode"] + (f", {s['batch_size']} at a time" if s["batch_size"] > 1 else "")
+            for n, s in settings.items()
+        },
+        "The answers were read at different stages": {n: stage_label(run.last_stage) for n, run in common.items()},
+        "Different patches were applied before": {n: ", ".join(s["patches"]) or "none" for n, s in settings.items()},
+        "The seeds differ": {n: ", ".join(map(str, s["seeds"])) for n, s in settings.items()},
+        "The runs are of different versions": {n: s["reknow"] for n, s in settings.items()},
+        "They were read by different protocols, of which those are shown that all share": {
+            n: ", ".join(read_protocols([e for e in entries_of(run) if e.compared])) for n, run in common.items()
+        },
+    }
+    for what, values in about.items():
+        if len(set(values.values())) > 1:
+            remarks.append(f"{what}: {'; '.join(f'{name}: {value}' for name, value in values.items())}.")
+    remarks += [f"{name}: {rest}" for name, run in whole.items() if (rest := contents.describe_rest(run))]
+    return remarks
+
+
+def points(difference: Difference | None) -> str:
+    """A difference of shares in points with its interval, and p."""
+    if difference is None:
+        return "–"
+    mean, low, high = (f"{100 * value:+.1f}" for value in difference[:3])
+    return f"{mean} [{low}, {high}]"
+
+
+def p_value(difference: Difference) -> str:
+    """p as it is printed."""
+    return "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.2g}"
+
+
+def _markdown(
+    runs: Mapping[str, Results], remarks: Sequence[str], verdicts: Sequence, gaps: Mapping[str, list[Gap]]
+) -> str:
+    parts = [f"# {len(runs)} runs on the same {_count(runs)} cases", *remarks]
+    for verdict in verdicts:
+        lines = [["", *(f"{c.name}, %" if c.unit == "%" else c.name for c in verdict.columns)]]
+        for line in verdict.lines:
+            texts = [
+                "–"
+                if cell is None
+                else f"{cell.text}{' ★' if cell.mark == 'best' else ' ≈' if cell.mark else ''}"
+                + (f" ({cell.interval})" if cell.interval else "")
+                for cell in line.cells
+            ]
+            lines.append([line.entry.label, *texts])
+        parts.append(f"**{PROTOCOL_NAMES[verdict.protocol].capitalize()}**\n\n{to_markdown(lines)}")
+        if rows := gaps[verdict.protocol]:
+            head = ["over the first", *(name for name, _ in rows[0].differences), "cases"]
+            body = [
+                [
+                    gap.label,
+                    *(points(d) + (f", {p_value(d)}" if d else "") for _, d in gap.differences),
+                    str(gap.cases),
+                ]
+                for gap in rows
+            ]
+            parts.append(f"Differences, points:\n\n{to_markdown([head, *body])}")
+    parts.append(
+        "★ best; ≈ not told apart from it. Differences are taken case by case, with 95 % bootstrap intervals; p: "
+        "permutation test by signs, of yes and no the exact sign test; each comparison by itself."
+    )
+    return "\n\n".join(parts) + "\n"
