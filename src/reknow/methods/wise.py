@@ -137,8 +137,7 @@ class WISE(SideModuleMethod):
         module = lm.parts.value[layer]
         device = lm.device_of(module)
         weight, before = lm.weight(module).float(), shard.change.to(device)
-        prefixes = self.contexts(lm)
-        rows = lm.encode([Text.asked(edit, prepend(prefix, edit.text)) for prefix in prefixes])
+        rows = lm.encode([Text.asked(edit, prepend(prefix, edit.text)) for prefix in self.contexts(lm)])
         others = lm.encode([Text(text) for text in self._unrelated(edit, number)])
         delta = before.clone().requires_grad_()
         hooks = Hooks({module: lambda _, inputs, outputs: outputs + inputs.float() @ delta.T})
@@ -181,9 +180,8 @@ class WISE(SideModuleMethod):
         least = [distances.min() for distances in reached.split(memory["shard_size"])]
         if not memory["retrieve"]:
             deltas, least = [ties(deltas, memory["density"])], [reached.min()]
-        thresholds = memory["threshold"] * torch.stack(least)
-        device = lm.device_of(module)
-        return SideMemory(module, torch.stack(deltas).to(device), thresholds.to(device))
+        parts = torch.stack(deltas), memory["threshold"] * torch.stack(least)
+        return SideMemory(module, *(part.to(lm.device_of(module)) for part in parts))
 
 
 def margin_loss(near: Tensor, far: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
