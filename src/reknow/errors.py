@@ -14,6 +14,17 @@ from typing import Any
 class ReknowError(Exception):
     """Base of every error that the library raises on purpose."""
 
+    def __reduce__(self):
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[ReknowError], args: tuple, state: dict[str, Any]) -> ReknowError:
+    """An error that came from another process: some are made from more than they hold."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class InputError(ReknowError):
     """The request, file or option is wrong: correct it and call again."""
@@ -52,6 +63,10 @@ class EditFailed(ReknowError):
     def __init__(self, message: str, edit: Any = None):
         super().__init__(message)
         self.edit = edit
+
+
+class EngineError(ReknowError):
+    """Processes or machines that share a work are lost, or end over it; what was made is kept."""
 
 
 class Terminated(KeyboardInterrupt):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import make_lm
-from reknow import FT, Case, Edit, Probe, display
+from reknow import FT, Case, Probe, display
 from reknow.contract import Method, make_patch
 from reknow.errors import EditFailed, InputError
 from reknow.evaluation import Plan, Results, bench, evaluate
@@ -23,31 +23,10 @@ from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
 from reknow.patching.deltas import Dense
 from reknow.progress import progress
+from runs import make_cases
 
 METHOD = FT(layer=2, steps=40, learning_rate=0.17)
 SEQUENCE = Plan("sequential", checkpoints=(2,))
-
-
-def make_cases(count: int = 4) -> list[Case]:
-    """Cases whose answers end in a full stop, so that what a random model says next does not join their last word."""
-    facts = [
-        ("Peru", "Paris .", "Lima"),
-        ("France", "Apple .", "Paris"),
-        ("Apple", "Zoë .", "Peru"),
-        ("Zoë", "Lima .", "French"),
-    ]
-    return [
-        Case(
-            Edit("The capital of {} is", subject=subject, target_new=new, target_true=true),
-            (
-                Probe(f"Where is {subject} ? It is in", (new,), "generalization", "paraphrase"),
-                Probe("The mother tongue of Danielle is", (true,), "locality", "neighborhood"),
-                Probe("Beats Music is owned by", ("Apple", "Apple Inc."), "locality", "other"),
-            )
-            + (Probe("Peru lives", (), "fluency", "generation"),) * (subject == "Peru"),
-        )
-        for subject, new, true in facts[:count]
-    ]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 
 import pytest
-from test_runner import Nothing, comparable, make_cases
+from test_runner import Nothing, comparable
 from typer.testing import CliRunner
 
 from conftest import make_lm, saved
@@ -24,14 +24,9 @@ from reknow.evaluation import Plan, Results, bench
 from reknow.evaluation.run_parts import open_run, repair
 from reknow.evaluation.tasks import Task, list_tasks
 from reknow.files.locks import write_lock
+from runs import PLANS, all_rows, make_cases
 
 METHODS = {"fine": FT(layer=2, steps=6, learning_rate=0.17), "other": FT(layer=1, steps=3, learning_rate=0.1)}
-TIMED = ("seconds", "peak_memory_mb")
-PLANS = {
-    "single": Plan(seeds=(0, 1), fluency=True, held_out=("Peru lives in Lima .",), in_context=("fine",)),
-    "batch": Plan("batch", seeds=(0, 1), generate=False),
-    "sequential": Plan("sequential", batch_size=2, checkpoints=(2,), fluency=True, fluency_every=1),
-}
 
 
 @pytest.fixture(params=PLANS)
@@ -47,12 +42,6 @@ def lm():
 
 def cases():
     return make_cases()
-
-
-def all_rows(results: Results) -> list:
-    """All rows but for seconds and memory, in the order of the results."""
-    rows = [*results.before.values(), *results.rows.values()]
-    return json.loads(json.dumps([{k: v for k, v in row.items() if k not in TIMED} for row in rows]))
 
 
 def test_the_tasks_of_a_run_have_every_row_once():

@@ -120,7 +120,8 @@ def bench(
         besides.refuse(f"--preset {preset}")
         spreading.refuse(f"--preset {preset}")
     chosen = _chosen(study, names, check_each_once(settings))
-    with spreading.engine(partial(_open_with, opening, model, statistics=not no_stats)) as engine:
+    opens = partial(_open_with, opening, model, statistics=not no_stats)
+    with spreading.engine(opens, opening.device) as engine:
         one_patch = plan.mode == "batch" or plan.batch_size > 1
         loaded = _load(study, cases, engine if cases.known else None, one_patch=one_patch)
         chosen = ready_methods(engine, chosen, needed=names is not None)

@@ -28,13 +28,36 @@ class Spreading:
         typer.Option("--shard", help="I/N: every N-th task from the I-th on, into part files of the same folder."),
     ] = None
 
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="By Ray: so many processes do the tasks, each with the model."),
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="By Ray: the machines of a cluster do them. Its head, HOST:PORT, or auto."),
+    ] = None
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Of each such process. [1]")] = None
+
     @contextmanager
-    def engine(self, open_lm: Callable[[], LM]) -> Iterator[Engine]:
-        """Who does the tasks, with models that `open_lm` opens."""
+    def engine(self, open_lm: Callable[[], LM], device: str | None) -> Iterator[Engine]:
+        """Who does the tasks, with models that `open_lm` opens on a device.
+
+        Raises:
+            InputError: options that exclude each other.
+        """
         from reknow.engine.jobs import Local
 
-        self.parse_shard()
-        yield Local(open_lm)
+        if self.workers is None and self.ray is None:
+            refuse_beside("one process", {"--threads": self.threads})
+            self.parse_shard()
+            yield Local(open_lm)
+            return
+        refuse_beside("--workers or --ray", {"--shard": self.shard})
+        from reknow.engine.on_ray import RayEngine
+
+        gpus, threads = 0 if device is None or device == "cpu" else 1, self.threads or 1
+        with RayEngine(open_lm, address=self.ray, workers=self.workers, threads=threads, gpus=gpus) as engine:
+            yield engine
 
     def refuse(self, what: str) -> None:
         """Raises InputError where the tasks are to be shared, beside `what`."""

@@ -111,7 +111,7 @@ def _compare(study: Article, name: str, model: str, out: Path, opening: Opening,
     if name == CONVERGENCE:
         spreading.refuse(name)
     runs = []
-    with spreading.engine(partial(opening.open, model)) as engine:
+    with spreading.engine(partial(opening.open, model), opening.device) as engine:
         for part, preset in study.parts.items():
             cases, plan = preset.size
             loaded = load_sets(cases, one_patch=plan.mode == "batch" or plan.batch_size > 1)
