@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reknow.cli.options import refuse_beside
+from reknow.cli.terminal import say
 from reknow.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +35,33 @@ class Besides:
         bool | None,
         typer.Option("--oracle/--no-oracle", help="Ask the unedited model with the edit in front too. [on]"),
     ] = None
+    ability: Annotated[
+        str | None,
+        typer.Option(
+            "--ability",
+            help="Tasks of lm-evaluation-harness before and after, with commas: lambada_like, choice, cloze, any of "
+            "its own, or a folder.",
+        ),
+    ] = None
+
+    def tasks(self, mode: str, cases: int, own_code: bool, shared: bool = False) -> list[str]:
+        """The tasks that abilities are measured by; none where none is given.
+
+        Raises:
+            InputError, MissingExtra: see `check_tasks`; or a mode, or a share of a run, of which they cannot be
+                measured.
+        """
+        if self.ability is None:
+            return []
+        from reknow.evaluation.ability import refuse_single
+        from reknow.evaluation.harness import check_tasks
+
+        names = [name.strip() for name in self.ability.split(",")]
+        refuse_single(mode, cases, names)
+        if shared:
+            raise InputError("expected --ability without --shard; got both: give it when all shares are done")
+        check_tasks(names, own_code=own_code)
+        return names
 
     def plan(self, plan: Plan, folders: Iterable[Path], *, default: bool) -> Plan:
         """The plan with what is given, or what the manifest of one of the folders says, or else the default.
@@ -61,8 +89,8 @@ class Besides:
 
     def refuse(self, what: str) -> None:
         """Raises InputError where anything is given beside `what`."""
-        names = {"side_effects": "--side-effects", "held_out": "--held-out", "oracle": "--oracle"}
-        refuse_beside(what, {names[name]: value is not None for name, value in vars(self).items()})
+        given = {name: value is not None for name, value in vars(self).items()}
+        refuse_beside(what, {f"--{name.replace('_', '-')}": there for name, there in given.items()})
 
 
 def _begun(folders: Iterable[Path]) -> dict[str, Any] | None:
@@ -74,3 +102,13 @@ def _begun(folders: Iterable[Path]) -> dict[str, Any] | None:
         if (folder / MANIFEST_FILE).exists():
             return read_manifest(folder)["settings"]
     return None
+
+
+def say_abilities(folder: Path) -> None:
+    """Prints the abilities of a run."""
+    from reknow.evaluation import Results
+    from reknow.texts.tables import to_columns
+
+    for table in Results.load(folder).tables():
+        if table.protocol == "ability":
+            say("\n  ".join([f"{table.title} ({table.protocol})", *to_columns(table.lines())]), "")

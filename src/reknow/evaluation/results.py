@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reknow.errors import EditFailed, MissingExtra
+from reknow.evaluation.ability import average_abilities, read_abilities
 from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.judged import judged_metrics
 from reknow.evaluation.matching import MATCHES
@@ -58,10 +59,11 @@ TABLES = (
     ("written", "Long answers, words in common with what the model writes, %", _OVERLAPS),
     ("sampled", "Sampled text", ("fluency", "perplexity", "PPL_r")),
     ("side", "Other text and the weights: perplexity, KL to the unedited model in nats, relative change", SIDE),
+    ("ability", "Abilities, tasks of lm-evaluation-harness, items right, %", ()),
     ("edit", "Cost of an edit", (*_COSTS, "failed")),
 )
 """Protocol, title and columns of the tables."""
-_PERCENT = (*PROTOCOLS, "match", "judged", "contrast", "likelihood", "written")
+_PERCENT = (*PROTOCOLS, "match", "judged", "contrast", "likelihood", "written", "ability")
 
 
 class Cell(NamedTuple):
@@ -137,6 +139,9 @@ class Results:
     waiting: Mapping[tuple, dict] = field(default_factory=dict)
     """Rows of cases that the unedited model was not asked yet, so that there is nothing to compare them with."""
 
+    abilities: Mapping[tuple, dict] = field(default_factory=dict)
+    """Rows of `ability.jsonl`: what the models did in tasks of lm-evaluation-harness."""
+
     @classmethod
     def load(cls, folder: str | Path) -> Results:
         """The results in a run folder, of all its parts; rows that its manifest does not name are left out with a
@@ -163,7 +168,9 @@ class Results:
         here = {(name,) for name in manifest.get("names", ())} - asked.keys()
         waiting = {key: row for key, row in rows.items() if (row["case"],) in here}
         unfinished = say_missing(manifest, before, rows, folder)
-        return cls(manifest, asked, own, judged_metrics(folder, asked, own), unfinished=unfinished, waiting=waiting)
+        abilities = read_abilities(folder, manifest["settings"])
+        judged = judged_metrics(folder, asked, own)
+        return cls(manifest, asked, own, judged, unfinished=unfinished, waiting=waiting, abilities=abilities)
 
     @property
     def last_stage(self) -> str:
@@ -211,6 +218,8 @@ class Results:
                 bounds = (low, high) if together == 1 else (None, None)
                 metric, protocol = key.split("@")
                 found[(*group, key)] = Cell(*group, metric, protocol, mean, *bounds, count, together)
+        for (method, stage, task), mean in average_abilities(self.abilities).items():
+            found[method, stage, f"{task}@ability"] = Cell(method, stage, task, "ability", *mean)
         return found
 
     @cached_property
@@ -266,6 +275,8 @@ class Results:
         """A table for each protocol that was read; metrics that no case has are left out."""
         tables = []
         for protocol, title, names in TABLES:
+            if protocol == "ability":
+                names = tuple(dict.fromkeys(cell.metric for cell in self.cells.values() if cell.protocol == protocol))
             names = tuple(name for name in names if any(f"{name}@{protocol}" == key[2] for key in self.cells))
             rows = [
                 (*group, len(cases), [self.cells.get((*group, f"{name}@{protocol}")) for name in names])

@@ -54,6 +54,8 @@ READ = {
     "side": "Given texts under the edited model. Perplexity rises when an edit does general harm. KL(unedited ‖ "
     "edited) per token, in nats, sees changes that leave it as it is. Weight change: ‖ΔW‖ / ‖W‖ of the matrix that "
     "changed most. Of edits that hold together it is one measurement.",
+    "ability": "Tasks of lm-evaluation-harness on the model as it is, with the edits that hold: share of their items "
+    "that are right, with the interval over items (reknow bench --ability).",
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
     "counted where it happens. Failed: share of edits that could not be made, or not be read.",
 }
