@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from reknow.cli.terminal import say
 from reknow.errors import InputError
 
 if TYPE_CHECKING:
+    from reknow.engine.jobs import Engine
     from reknow.evaluation import Plan
 
 
@@ -44,7 +46,7 @@ class Besides:
         ),
     ] = None
 
-    def tasks(self, mode: str, cases: int, own_code: bool, shared: bool = False) -> list[str]:
+    def tasks(self, mode: str, sets: Iterable[Sized], own_code: bool, *, shared: bool = False) -> list[str]:
         """The tasks that abilities are measured by; none where none is given.
 
         Raises:
@@ -57,7 +59,7 @@ class Besides:
         from reknow.evaluation.harness import check_tasks
 
         names = [name.strip() for name in self.ability.split(",")]
-        refuse_single(mode, cases, names)
+        refuse_single(mode, sum(map(len, sets)), names)
         if shared:
             raise InputError("expected --ability without --shard; got both: give it when all shares are done")
         check_tasks(names, own_code=own_code)
@@ -102,6 +104,15 @@ def _begun(folders: Iterable[Path]) -> dict[str, Any] | None:
         if (folder / MANIFEST_FILE).exists():
             return read_manifest(folder)["settings"]
     return None
+
+
+def measure_tasks(engine: Engine, folders: Iterable[Path], tasks: Sequence[str]) -> None:
+    """Measures abilities in each run folder, where there are tasks, and prints them."""
+    from reknow.evaluation.ability import measure_abilities
+
+    for folder in folders if tasks else ():
+        engine.ask(partial(measure_abilities, folder=folder, names=tasks))
+        say_abilities(folder)
 
 
 def say_abilities(folder: Path) -> None:

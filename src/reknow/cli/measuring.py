@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from reknow.cli.besides import Besides, say_abilities
+from reknow.cli.besides import Besides, measure_tasks, say_abilities
 from reknow.cli.comparing import compare_methods, ready_methods, say_failed, say_run, say_share
 from reknow.cli.inspecting import Base, Edited, check_two
 from reknow.cli.options import DEMO, ChatOpening, Encoding, Model, NoStats, Opening, refuse_beside, whole_numbers
@@ -104,7 +104,6 @@ def bench(
 ) -> None:
     """Compare methods on a data set, in a run folder. The same command takes up a run that was killed."""
     from reknow.cli.settings import check_each_once
-    from reknow.evaluation.ability import measure_abilities
     from reknow.studies.ice.convergence import measure_convergence
     from reknow.studies.ice.presets import CONVERGENCE, ICE_PRESETS
     from reknow.studies.presets import PRESETS
@@ -133,12 +132,9 @@ def bench(
             engine.ask(partial(measure_convergence, edits=edits, methods=chosen, out=out))
             return write_run(out)
         plan, shard = besides.plan(plan, folders.values(), default=preset is None), spreading.shard
-        count = sum(map(len, loaded.sets.values()))
-        tasks = besides.tasks(plan.mode, count, opening.own_code, shared=shard is not None)
+        tasks = besides.tasks(plan.mode, loaded.sets.values(), opening.own_code, shared=shard is not None)
         runs = compare_methods(engine, loaded, chosen, plan, folders, shard, script_ppl_r=preset in ICE_PRESETS)
-        for name in loaded.sets if tasks else ():
-            engine.ask(partial(measure_abilities, folder=folders[name], names=tasks))
-            say_abilities(folders[name])
+        measure_tasks(engine, [folders[name] for name in loaded.sets], tasks)
     if shard is not None:
         return say_share(shard, out, runs)
     write_run(out)
@@ -180,7 +176,7 @@ def score(
     folders = run_place(out, "score", model, loaded.sets)
     opens = partial(opening.open, model), partial(opening.open, base)
     plan = besides.plan(Plan("batch", generate=generate), folders.values(), default=True)
-    tasks = besides.tasks(plan.mode, 0, opening.own_code)
+    tasks = besides.tasks(plan.mode, [], opening.own_code)
     for name, chosen in loaded.sets.items():
         about = {"label": label, "dataset": name, "plan": plan, "refused": loaded.refused_of(name)}
         say_run(name, run(*opens, chosen, folders[name], **about), folders[name], len(loaded.sets))
