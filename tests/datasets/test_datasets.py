@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from reknow.datasets import DATASETS, FACTS, Fact, load_cases, load_edits, load_facts, sample_text
-from reknow.datasets.reading import place_subject
+from reknow.datasets.records import place_subject
 from reknow.datasets.sources import download
 from reknow.datasets.text import text_source
 from reknow.edits import Edit, Probe

@@ -11,7 +11,7 @@ from reknow import FT, Edit, Patch
 from reknow.cli.editing import read_edits
 from reknow.datasets import load_edits
 from reknow.datasets.facts import Fact
-from reknow.datasets.reading import Record
+from reknow.datasets.records import Record
 from reknow.errors import InputError
 from reknow.model.tokens import Text
 

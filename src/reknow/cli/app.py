@@ -19,6 +19,7 @@ from reknow.cli import (
     asking,
     chatting,
     checking,
+    data,
     editing,
     erasing,
     exporting,
@@ -170,6 +171,7 @@ for command in (
     listing.methods,
 ):
     app.command(cls=_Command)(flatten(command))
+app.add_typer(data.commands(_Command))
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from typing import NamedTuple, NoReturn
 from reknow.checks.arguments import typed
 from reknow.datasets.facts import FACTS
 from reknow.datasets.forms import DATASETS, CaseSource, form_of
-from reknow.datasets.reading import Record, read_file, read_sample, select
+from reknow.datasets.reading import read_file, read_sample
+from reknow.datasets.records import Record, select
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 
@@ -78,7 +79,7 @@ def load_cases(
     else:
         records = read_sample(sample)
     source = DATASETS[name]
-    cases = _read_cases(name, source, records, problems, str(path or source.sample))
+    cases = read_cases(name, source, records, problems, str(path or source.sample))
     chosen = select(sorted({*cases, *problems}), limit, offset, seed)
     bad = [problems[index] for index in chosen if index in problems]
     if bad and (refused is None or len(bad) == len(chosen)):
@@ -91,14 +92,19 @@ def load_cases(
 def _refuse_form(records: Sequence[Record], path: str, problems: dict[int, str]) -> NoReturn:
     if not records and problems:
         raise InputError(next(iter(problems.values())))
+    raise InputError(unknown_form(records, path))
+
+
+def unknown_form(records: Sequence[Record], path: str) -> str:
+    """What is wrong with records that no row of `DATASETS` reads."""
     have = ", ".join(map(repr, records[0].fields)) if records else "no records"
-    raise InputError(
+    return (
         f"expected prompt and target_new, or the fields of a published data set, in {path}; got {have}: rename them, "
         f"or name the form, as in --data zsre:FILE. Known: {', '.join(DATASETS)}"
     )
 
 
-def _read_cases(
+def read_cases(
     name: str, source: CaseSource, records: Sequence[Record], problems: dict[int, str], where: str
 ) -> dict[int, Case]:
     """Index of a record → its case; of one that gives none `problems` says why, unless it is left out on purpose."""

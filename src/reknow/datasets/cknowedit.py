@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reknow.datasets.probes import optional_texts, pair_probes, read_probes
-from reknow.datasets.reading import Record
+from reknow.datasets.records import Record
 from reknow.edits import Case, Kind, Probe
 
 _KINDS: tuple[Kind, ...] = ("locality", "portability")

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from reknow.datasets.reading import Record
+from reknow.datasets.records import Record
 from reknow.edits import Case, Probe
 
 _log = logging.getLogger(__name__)

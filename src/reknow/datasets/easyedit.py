@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reknow.datasets.probes import first_text, optional_texts, pair_probes, read_probes
-from reknow.datasets.reading import Record, place_subject
+from reknow.datasets.records import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
 MARKS = frozenset(
@@ -23,6 +23,7 @@ def read_case(name: str, record: Record) -> Case:
     | `prompt` (`prompts`), `subject`, `target_new` | the edit; of a list of targets the first |
     | `ground_truth` | `target_true`, the first |
     | `rephrase_prompt` (`rephrase_prompts`, `rephrase`) | generalization `rephrase` |
+    | `ood_rephrase` (WISE's temporal set) | generalization under that name |
     | `locality_prompt` and `locality_ground_truth` | locality `neighborhood` |
     | `portability_prompt` and `portability_ground_truth` | portability `one_hop` |
     | `locality_inputs`, `portability_inputs`; `locality`, `portability` | probes of that kind under their own names |
@@ -46,6 +47,7 @@ def read_case(name: str, record: Record) -> Case:
     )
     paraphrases = optional_texts(record, "rephrase_prompt", "rephrase_prompts", "rephrase")
     probes = [Probe(text, (target,), "generalization", "rephrase") for text in paraphrases]
+    probes += [Probe(t, (target,), "generalization", "ood_rephrase") for t in optional_texts(record, "ood_rephrase")]
     for kind, own in _PAIRS:
         probes += pair_probes(record, f"{kind}_prompt", f"{kind}_ground_truth", kind, own)
         probes += read_probes(record, f"{kind}_inputs", kind, own)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from reknow.checks.arguments import typed
-from reknow.datasets.reading import Record, place_subject, read_file, read_sample, select
+from reknow.datasets.reading import read_file, read_sample
+from reknow.datasets.records import Record, place_subject, select
 from reknow.errors import InputError, did_you_mean
 from reknow.texts.templates import fill, split_template
 
@@ -91,13 +92,15 @@ class _Source(NamedTuple):
 
     sample: str
     read: Callable[[Record], list[Fact]]
+    licence: str
+    source: str
 
 
 FACTS: dict[str, _Source] = {
-    "known_1000": _Source("known_1000.jsonl", _read_known),
-    "counterfact": _Source("counterfact.jsonl", _read_counterfact),
-    "pararel": _Source("pararel.jsonl", _read_pararel),
-    "lre": _Source("lre.jsonl", _read_relation),
+    "known_1000": _Source("known_1000.jsonl", _read_known, "MIT", "github.com/kmeng01/rome"),
+    "counterfact": _Source("counterfact.jsonl", _read_counterfact, "MIT", "github.com/kmeng01/rome"),
+    "pararel": _Source("pararel.jsonl", _read_pararel, "MIT", "github.com/yanaiela/pararel"),
+    "lre": _Source("lre.jsonl", _read_relation, "MIT", "github.com/evandez/relations"),
 }
 
 

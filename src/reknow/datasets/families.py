@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from reknow.datasets.reading import Record
+from reknow.datasets.records import Record
 from reknow.datasets.sources import read_text
 from reknow.edits import Case, Edit
 from reknow.errors import EditRefused, InputError, did_you_mean

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reknow.datasets.probes import optional_texts
-from reknow.datasets.reading import Record, place_subject
+from reknow.datasets.records import Record, place_subject
 from reknow.edits import Case, Probe
 
 

@@ -5,8 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from reknow.datasets import cknowedit, convsent, counterfact, easyedit, fastedit, knowedit, mquake, own, unke, zsre
-from reknow.datasets.reading import Record
+from reknow.datasets import (
+    cknowedit,
+    convsent,
+    counterfact,
+    easyedit,
+    fastedit,
+    halluedit,
+    knowedit,
+    long_answers,
+    mquake,
+    own,
+    ripple,
+    unke,
+    wikibigedit,
+    zsre,
+)
+from reknow.datasets.records import Record
 from reknow.edits import Case
 
 
@@ -16,34 +31,59 @@ class CaseSource(NamedTuple):
     sample: str | None
     """None: its licence lets nobody pass it on, or it is a user's own, so a file has to be given."""
     read: Callable[[str, Record], Case | None]
+    licence: str
+    source: str
+    """Where the files are; `hub:` for `--data NAME:hub:…`."""
     link: Callable[[Sequence[Case]], list[Case]] = list
     """What the cases take from each other, once all of the file are read."""
 
 
+_KNOWEDIT = "Apache-2.0", "hub:zjunlp/KnowEdit"
+_EASYEDIT = "MIT", "github.com/zjunlp/EasyEdit"
+_OWN = "yours", "your file"
+
 DATASETS: dict[str, CaseSource] = {
-    "counterfact": CaseSource("counterfact.jsonl", counterfact.read_case),
-    "counterfact-easyedit": CaseSource("counterfact_easyedit.jsonl", easyedit.read_case),
-    "zsre": CaseSource("zsre.jsonl", zsre.read_case),
-    "knowedit-zsre": CaseSource("knowedit_zsre.jsonl", knowedit.read_case),
-    "wiki_recent": CaseSource("wiki_recent.jsonl", knowedit.read_case),
-    "wiki_counterfact": CaseSource("wiki_counterfact.jsonl", knowedit.read_case),
-    "wikibio": CaseSource("wikibio.jsonl", knowedit.read_case),
-    "qaedit": CaseSource("qaedit.jsonl", zsre.read_qaedit_case),
-    "convsent": CaseSource("convsent.jsonl", convsent.read_case, convsent.with_other_topics),
-    "unke": CaseSource(None, unke.read_case),
-    "knowedit": CaseSource(None, knowedit.read_case),
-    "easyedit": CaseSource(None, easyedit.read_case),
-    "fastedit": CaseSource(None, fastedit.read_case),
-    "mquake": CaseSource(None, mquake.read_case),
-    "cknowedit": CaseSource(None, cknowedit.read_case),
-    "own": CaseSource(None, own.read_case),
+    "counterfact": CaseSource("counterfact.jsonl", counterfact.read_case, "MIT", "github.com/kmeng01/rome"),
+    "counterfact-easyedit": CaseSource("counterfact_easyedit.jsonl", easyedit.read_case, *_EASYEDIT),
+    "zsre": CaseSource("zsre.jsonl", zsre.read_case, "Apache-2.0", "github.com/eric-mitchell/mend"),
+    "knowedit-zsre": CaseSource("knowedit_zsre.jsonl", knowedit.read_case, *_KNOWEDIT),
+    "wiki_recent": CaseSource("wiki_recent.jsonl", knowedit.read_case, *_KNOWEDIT),
+    "wiki_counterfact": CaseSource("wiki_counterfact.jsonl", knowedit.read_case, *_KNOWEDIT),
+    "wikibio": CaseSource("wikibio.jsonl", knowedit.read_case, *_KNOWEDIT),
+    "qaedit": CaseSource("qaedit.jsonl", zsre.read_qaedit_case, "Apache-2.0", "arXiv 2502.11177"),
+    "convsent": CaseSource(
+        "convsent.jsonl",
+        convsent.read_case,
+        "CC BY 4.0",
+        "github.com/eric-mitchell/serac",
+        convsent.with_other_topics,
+    ),
+    "ripple": CaseSource(None, ripple.read_case, "MIT", "github.com/edenbiran/RippleEdits"),
+    "halluedit": CaseSource(None, halluedit.read_case, "MIT", "hub:llm-editing/HalluEditBench"),
+    "wikibigedit": CaseSource(None, wikibigedit.read_case, "Apache-2.0", "hub:lukasthede/WikiBigEdit"),
+    "wise": CaseSource(None, easyedit.read_case, *_EASYEDIT),
+    "mquake": CaseSource(None, mquake.read_case, "none stated", "github.com/princeton-nlp/MQuAKE"),
+    "unke": CaseSource(None, unke.read_case, "none stated", "github.com/TrustedLLM/UnKE"),
+    "akew": CaseSource(None, long_answers.read_akew, "none stated", "github.com/jianghoucheng/AnyEdit"),
+    "editeverything": CaseSource(
+        None, long_answers.read_everything, "none stated", "github.com/jianghoucheng/AnyEdit"
+    ),
+    "cknowedit": CaseSource(None, cknowedit.read_case, "see its card", "hub:zjunlp/CKnowEdit"),
+    "knowedit": CaseSource(None, knowedit.read_case, *_KNOWEDIT),
+    "easyedit": CaseSource(None, easyedit.read_case, *_OWN),
+    "fastedit": CaseSource(None, fastedit.read_case, *_OWN),
+    "own": CaseSource(None, own.read_case, *_OWN),
 }
 
 _FIELDS: dict[str, set[str]] = {
+    "ripple": {"edit", "Logical_Generalization"},
+    "halluedit": {"question", "object", "paraphrased_question"},
+    "wikibigedit": {"tag", "mhop", "loc"},
     "mquake": {"requested_rewrite", "questions", "new_answer"},
     "counterfact": {"requested_rewrite"},
     "zsre": {"src", "alt"},
     "unke": {"question", "para_question", "answer"},
+    "editeverything": {"question", "answer", "category"},
     "convsent": {"ent", "pos", "neg"},
     "wikibio": {"text", "labels", "concept"},
     "qaedit": {"prompt", "target", "rephrase", "locality"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reknow.datasets.probes import first_text, optional_texts, read_probes
-from reknow.datasets.reading import Record, place_subject
+from reknow.datasets.records import Record, place_subject
 from reknow.edits import Case, Kind, Probe
 
 _KINDS: tuple[Kind, ...] = ("locality", "portability")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from reknow.datasets.reading import Record
+from reknow.datasets.records import Record
 from reknow.edits import Kind, Probe
 
 _log = logging.getLogger(__name__)
 
-_ANSWERS = ("ground_truth", "answer", "answers", "target")
+ANSWERS = ("ground_truth", "answer", "answers", "target")
 """Names of the field that holds the answer of a question."""
 
 
@@ -33,7 +33,7 @@ def read_probes(record: Record, field: str, kind: Kind, name: str) -> list[Probe
     | `{"Reasoning": [{"prompt": …, "ground_truth": …}, …], …}` (KnowEdit) | `Reasoning` … |
     | `{"one_hop": {"prompt": …, "ground_truth": …}, …}` (EasyEdit; one text or lists) | `one_hop` … |
 
-    An answer stands in one of the fields `_ANSWERS`: a text, a list, or a list of alias lists, which all become
+    An answer stands in one of the fields `ANSWERS`: a text, a list, or a list of alias lists, which all become
     accepted answers in the file's order. A question without any is left out, logged.
     """
     if not record.has(field):
@@ -53,7 +53,7 @@ def read_probes(record: Record, field: str, kind: Kind, name: str) -> list[Probe
 def _list_probes(items: list[Record], kind: Kind, name: str) -> list[Probe]:
     probes = []
     for item in items:
-        field = next((field for field in _ANSWERS if field in item.fields), _ANSWERS[0])
+        field = next((field for field in ANSWERS if field in item.fields), ANSWERS[0])
         if answers := tuple(dict.fromkeys(item.texts(field))):
             probes.append(Probe(first_text(item, "prompt"), answers, kind, name))
         else:

@@ -33,8 +33,7 @@ def read_text(source: Any, name: str, encoding: str | None = None) -> str:
             raise InputError(
                 f"expected a text file at {name}; got a packed one ({kind}): unpack it, or save it as CSV or JSON"
             )
-    marked = next((own for mark, own in _MARKS.items() if content.startswith(mark)), None)
-    wanted = marked or encoding or "utf-8"
+    wanted = _encoding_of(content, encoding)
     try:
         return re.sub("\r\n?", "\n", content.decode(wanted))
     except UnicodeDecodeError as error:
@@ -47,6 +46,34 @@ def read_text(source: Any, name: str, encoding: str | None = None) -> str:
         raise InputError(
             f"expected an encoding such as utf-8, cp1252 or gb18030; got {encoding!r}: correct it"
         ) from None
+
+
+def _encoding_of(content: bytes, given: str | None) -> str:
+    """What the byte order mark says, else the given one, else UTF-8."""
+    return next((own for mark, own in _MARKS.items() if content.startswith(mark)), given or "utf-8")
+
+
+def undecodable_lines(file: Path, encoding: str | None = None) -> dict[int, str]:
+    """Number of a line → what in it is no text in this encoding; empty where all is, where the file is packed, or
+    where line ends are no single bytes.
+
+    Args:
+        encoding: see `read_text`.
+    """
+    content, wrong = file.read_bytes(), dict[int, str]()
+    wanted = _encoding_of(content, encoding)
+    if "16" in wanted or "32" in wanted or any(map(content.startswith, _PACKED)):
+        return wrong
+    for number, line in enumerate(content.split(b"\n"), 1):
+        try:
+            line.decode(wanted)
+        except UnicodeDecodeError as error:
+            byte = f"byte 0x{line[error.start]:02x} at {error.start} of the line"
+            wrong[number] = (
+                f"expected {wanted.upper()}; got {byte}: name the encoding of the file, as in --encoding cp1252, or "
+                "save it as UTF-8"
+            )
+    return wrong
 
 
 def download(address: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reknow.datasets.reading import Record
+from reknow.datasets.records import Record
 from reknow.edits import Case, Probe
 
 

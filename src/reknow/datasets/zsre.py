@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 
-from reknow.datasets.reading import Record, place_subject
+from reknow.datasets.records import Record, place_subject
 from reknow.edits import Case, Probe
 
 _log = logging.getLogger(__name__)
