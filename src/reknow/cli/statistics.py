@@ -44,6 +44,7 @@ def stats(
     from accelerate import PartialState
 
     from reknow.editing.covariance import statistics
+    from reknow.editing.triangle import LARGE
 
     state = PartialState(cpu=opening.device == "cpu")
     if state.num_processes > 1 and opening.device is None:
@@ -53,14 +54,17 @@ def stats(
     if not state.is_main_process:
         return
     rows = [
-        {"layer": layer, "matrix": lm.parts.value[layer], "size": len(each.covariance), "tokens": each.tokens}
-        | {"rank": _rank(each.covariance), "file": str(each.file)}
+        {"layer": layer, "matrix": lm.parts.value[layer], "size": len(found), "tokens": each.tokens}
+        | {"rank": _rank(found), "file": str(each.file), "sums": each.sums}
         for layer, each in by_layer.items()
+        for found in (each.covariance,)
     ]
     if as_json:
         return say_json(rows)
     columns = ["layer", "matrix", " size", " tokens", " effective rank", "file"]
-    say_table(columns, [[str(value) for value in row.values()] for row in rows])
+    say_table(columns, [[str(value) for name, value in row.items() if name != "sums"] for row in rows])
+    if paired := [row for row in rows if row["sums"] != "float64"]:
+        say(f"layers of more than {LARGE:,} inputs are summed in {paired[0]['sums']}")
     say("effective rank: trace² / sum of squares, the number of directions that carry most of the keys")
 
 

@@ -1,8 +1,9 @@
 """The covariance of keys, C = E[k kᵀ], of the unedited model over general text (ROME, arXiv 2202.05262, eq. 2).
 
 The text is read as a stream, every layer that is asked for in one pass, and the lower triangle of k kᵀ is summed in
-float64, which takes 4 · in² bytes per layer. What was summed is written every half minute, and a killed run goes on
-there. The mean is kept in float32.
+float64, which takes 4 · in² bytes per layer; of very large ones in pairs of float32 and bfloat16, 3 · in² bytes
+(`triangle.LARGE`). What was summed is written every half minute, and a killed run goes on there. The mean is kept in
+float32.
 
 First tokens of texts, attention sinks in many models, are part of it: their keys are huge, but of one direction. To
 spare it costs nothing, and left out it would be changed most.
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
+from reknow.editing import triangle
 from reknow.editing.key_sums import BATCHES, ROW_TOKENS, Task, all_finite, check_blocks, save, sum_keys
 from reknow.editing.moments import read_moment
 from reknow.editing.triangle import Triangle, block_shapes, kept_bytes
@@ -55,10 +57,21 @@ general text by a tenth more than the least that C of 100,000 tokens allows on S
 class Statistics:
     """C of one matrix, and where it is kept."""
 
-    covariance: Tensor  # (in, in), float32, on the device of the matrix
+    triangle: Triangle  # of (in, in), float32, on the device of the matrix
     tokens: int
     """How many tokens were read."""
     file: Path
+
+    @property
+    def covariance(self) -> Tensor:
+        """C, (in, in), float32, on the device of the matrix."""
+        return self.triangle.full()
+
+    @property
+    def sums(self) -> str:
+        """How it was summed."""
+        large = self.triangle.blocks[-1].shape[1] > triangle.LARGE
+        return "float32 + bfloat16" if large else "float64"
 
 
 def enough_tokens(lm: LM) -> int:
@@ -162,8 +175,9 @@ def _read_together(lm: LM, missing: Sequence[int]) -> list[list[int]]:
 
 def _key(lm: LM, name: str, source: TextSource, tokens: int) -> dict[str, str]:
     """All that the statistics of the matrix `name` depend on."""
+    large = shape(lm.model.get_submodule(name))[1] > triangle.LARGE
     return {
-        "format": f"{_FORMAT}, rows of {ROW_TOKENS}",
+        "format": f"{_FORMAT}, rows of {ROW_TOKENS}{', paired sums' if large else ''}",
         "model": lm.fingerprint.digest,
         "matrix": name,
         "text": source.digest,
@@ -201,7 +215,7 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
         _log.warning("%s is broken and is made again: %s", file, explain(error))
         return None
     mark_used(file)
-    return Statistics(Triangle(blocks).to(_device(lm, key)).full(), count, file)
+    return Statistics(Triangle(blocks).to(_device(lm, key)), count, file)
 
 
 def _blocks(lm: LM, name: str) -> dict[str, tuple[int, int]]:
@@ -226,7 +240,8 @@ def _compute(
         names = [key["matrix"] for key in keys.values()]
         totals, count = sum_keys(Task(lm, names, source, tokens, sums_file, rank, world))
         if world > 1:
-            totals = {name: Triangle([_add_up(block) for block in total.blocks]) for name, total in totals.items()}
+            for total in totals.values():
+                total.map(_add_up)
             count = int(_add_up(torch.tensor(count, device=lm.device)))
         if not count:
             raise InputError(
@@ -234,8 +249,7 @@ def _compute(
             )
         found = {}
         for layer, key in keys.items():
-            blocks, file = totals.pop(key["matrix"]).blocks, _file("covariance", key)
-            mean = Triangle([block.div_(count).float() for block in blocks])
+            mean, file = totals.pop(key["matrix"]).mean(count), _file("covariance", key)
             if not all_finite(mean.blocks):
                 _remove(sums_file)
                 raise EditFailed(
@@ -244,7 +258,7 @@ def _compute(
             if state is None or state.is_local_main_process:
                 save(mean.named("covariance"), file, key | {"read": str(count), "name": lm.name})
             # Where a device has no float64, it was summed elsewhere.
-            found[layer] = Statistics(mean.full().to(_device(lm, key)), count, file)
+            found[layer] = Statistics(mean.to(_device(lm, key)), count, file)
         _remove(sums_file)
         evict(using=[one.file for one in found.values()])
         if state is not None:
@@ -259,7 +273,7 @@ def _take_over(lm: LM, key: dict[str, str], folder: Path) -> Statistics:
     blocks = [mean[end - rows : end, :end].float().contiguous() for rows, end in shapes]
     save(Triangle(blocks).named("covariance"), file, key | {"read": str(count), "name": lm.name})
     evict(using=[file])
-    return Statistics(Triangle(blocks).to(_device(lm, key)).full(), count, file)
+    return Statistics(Triangle(blocks).to(_device(lm, key)), count, file)
 
 
 def _add_up(tensor: Tensor) -> Tensor:

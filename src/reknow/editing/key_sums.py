@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from reknow.datasets.text import TextSource
-from reknow.editing.triangle import Triangle, block_shapes
+from reknow.editing import triangle
+from reknow.editing.triangle import PairedTriangle, Triangle, block_shapes, zeros
 from reknow.files.cache import warn_if_unwritable
 from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
@@ -26,6 +27,9 @@ from reknow.model.tokens import EncodedText, Text, encode
 __all__ = ["BATCHES", "ROW_TOKENS", "Task", "all_finite", "check_blocks", "read_batches", "save", "sum_keys"]
 
 _log = logging.getLogger(__name__)
+
+Sums = Triangle | PairedTriangle
+"""Σ k kᵀ of one matrix."""
 
 ROW_TOKENS = 128
 """Texts are cut into rows of this many tokens."""
@@ -56,14 +60,14 @@ class Task(NamedTuple):
 
 
 @torch.no_grad()
-def sum_keys(task: Task) -> tuple[dict[str, Triangle], int]:
+def sum_keys(task: Task) -> tuple[dict[str, Sums], int]:
     """Σ k kᵀ by matrix name and the number of keys; what an earlier run left in `sums_file` is taken up."""
     lm, names, source = task.lm, task.names, task.source
     modules = {name: lm.model.get_submodule(name) for name in names}
     widths = {name: shape(module)[1] for name, module in modules.items()}
     totals, count, following = _resume(task.sums_file, widths)
     if not totals:
-        totals = {name: Triangle.zeros(width, torch.device("cpu")) for name, width in widths.items()}
+        totals = {name: zeros(width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(exact_device(device_of(modules[name], lm.device))) for name, total in totals.items()}
     saved = time.monotonic()
     what = f"reading {source.name} for statistics"
@@ -87,7 +91,7 @@ def sum_keys(task: Task) -> tuple[dict[str, Triangle], int]:
     return totals, count
 
 
-def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle], int, int]:
+def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Sums], int, int]:
     """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file.
 
     Args:
@@ -95,17 +99,25 @@ def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Triangle
     """
     if sums_file.is_file():
         try:
-            sealed, totals = read_tensors(sums_file), {}
+            sealed, totals = read_tensors(sums_file), dict[str, Sums]()
             for name, width in widths.items():
-                shapes = {f"{name}.{i}": block for i, block in enumerate(block_shapes(width))}
-                own = {part: tensor for part, tensor in sealed.tensors.items() if part in shapes}
-                totals[name] = Triangle(check_blocks(own, shapes, "float64"))
+                if width > triangle.LARGE:
+                    high = _own(sealed.tensors, name, width, "float32")
+                    totals[name] = PairedTriangle(high, _own(sealed.tensors, f"{name}.low", width, "bfloat16"))
+                else:
+                    totals[name] = Triangle(_own(sealed.tensors, name, width, "float64"))
             count, following = (parse_json(Count, sealed.metadata.get(part, "")) for part in ("count", "following"))
             _log.info("going on behind %d tokens that an earlier run read", count)
             return totals, count, following
         except (OSError, FormatError) as error:
             _log.warning("%s is broken (%s); the text is read from its beginning", sums_file, explain(error))
     return {}, 0, 0
+
+
+def _own(tensors: dict[str, Tensor], name: str, width: int, kind: str) -> list[Tensor]:
+    """The blocks of one matrix; raises FormatError where they are others."""
+    shapes = {f"{name}.{i}": block for i, block in enumerate(block_shapes(width))}
+    return check_blocks({part: tensor for part, tensor in tensors.items() if part in shapes}, shapes, kind)
 
 
 def read_batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[EncodedText]]:

@@ -9,7 +9,8 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,16 +18,21 @@ from torch import Tensor
 from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Seed, Share, Units
 from reknow.contract import Method
 from reknow.datasets.text import text_source
+from reknow.editing import triangle
 from reknow.editing.contexts import sample_contexts, text_contexts
 from reknow.editing.keys import Site
+from reknow.editing.refined import Refined
 from reknow.editing.solvers import Whitening, cholesky
 from reknow.edits import Edit
-from reknow.errors import EditRefused
+from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
+from reknow.model.parts import shape
 from reknow.registry import METHODS, NEED_A_SUBJECT
 from reknow.texts.templates import split_template
 
 __all__ = ["SearchRules", "ValueSearchMethod"]
+
+_Made = TypeVar("_Made", Tensor, Refined)
 
 _CACHE_BYTES = 2**31
 """How much memory matrices made of covariances may take between two edits."""
@@ -134,11 +140,24 @@ class ValueSearchMethod(Method):
 
             keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
 
-    def whitening(self, lm: LM, layer: int) -> Whitening:
-        """B with B Bᵀ = C⁻¹, for C of the layer's keys. (in, in)"""
+    def whitening(self, lm: LM, layer: int) -> Whitening | Refined:
+        """B with B Bᵀ = C⁻¹, for C of the layer's keys, (in, in); of a large layer what solves with C."""
+        if self._is_large(lm, layer):
+            return self.from_covariance(lm, layer, Refined.of)
         return Whitening(self.from_covariance(lm, layer, cholesky))
 
-    def from_covariance(self, lm: LM, layer: int, make: Callable[..., Tensor], *settings) -> Tensor:
+    def _is_large(self, lm: LM, layer: int) -> bool:
+        return shape(lm.model.get_submodule(lm.parts.value[layer]))[1] > triangle.LARGE
+
+    def check_null_space(self, lm: LM, layers: Sequence[int]) -> None:
+        """Raises InputError where a layer is too large for all its eigenvectors."""
+        for layer in filter(partial(self._is_large, lm), layers):
+            raise InputError(
+                f"expected layers of at most {triangle.LARGE:,} inputs, whose directions can be found; layer {layer} "
+                f"of {lm.name} has more: take memit, emmet or rome"
+            )
+
+    def from_covariance(self, lm: LM, layer: int, make: Callable[..., _Made], *settings) -> _Made:
         """`make(C, *settings)`, such as a factor of C or a projector, for C of the layer's keys, (in, in).
 
         The last ones are kept with the model while they are small, since one edit follows the other: reading C and
@@ -150,12 +169,13 @@ class ValueSearchMethod(Method):
         if device.type == "cuda":
             budget = max(budget, int(torch.cuda.get_device_properties(device).total_memory * _CACHE_SHARE_OF_GPU))
 
-        def compute() -> Tensor:
-            from reknow.editing.covariance import covariance  # data sets and caches are loaded for it alone
+        def compute() -> _Made:
+            from reknow.editing.covariance import statistics  # data sets and caches are loaded for it alone
 
-            found = covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
-            with lm.progress.stage(f"decomposing a covariance of {len(found):,} × {len(found):,}"):
-                return make(found, *settings)
+            found = statistics(lm, [layer], tokens=self.covariance_tokens, text=self.covariance_text)[layer].triangle
+            width = found.blocks[-1].shape[1]
+            with lm.progress.stage(f"decomposing a covariance of {width:,} × {width:,}"):
+                return make(found if make == Refined.of else found.full(), *settings)
 
         key = ("covariance", make.__name__, name, str(device), *source, *settings)
         return lm.cached(key, compute, budget=budget)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reknow.editing.refined import Refined
 from reknow.errors import EditFailed, InputError
 from reknow.model.exact import exact, exact_device
 from reknow.patching.deltas import LowRank
@@ -74,11 +75,14 @@ class Whitening:
         """rows @ B. rows and result: (any, in), float64"""
         return torch.linalg.solve_triangular(self.factor, rows.T, upper=self.upper).T
 
+    def solve(self, keys: Tensor) -> Tensor:
+        """C⁻¹ k for every key. keys: (facts, in); result: (facts, in), float64."""
+        return exact(keys) @ self @ self.T
+
 
 def solve(factor: Tensor, keys: Tensor) -> Tensor:
     """C⁻¹ k for every key, from `cholesky(C)`. keys: (facts, in); result: (facts, in), float64."""
-    basis = Whitening(factor)
-    return exact(keys) @ basis @ basis.T
+    return Whitening(factor).solve(keys)
 
 
 def rank_one(u: Tensor, key: Tensor, residual: Tensor) -> LowRank:
@@ -115,7 +119,7 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
 
 
 def least_squares(
-    basis: Tensor | Whitening | None,
+    basis: Tensor | Whitening | Refined | None,
     keys: Tensor,
     *,
     regularization: float = 0.0,
@@ -126,7 +130,7 @@ def least_squares(
     """X of this module's equation: the keys' side of ΔW.
 
     Args:
-        basis: B, (in, r); None: the identity.
+        basis: B, (in, r); None: the identity; of a large C what solves with it, without past keys.
         keys: (facts, in).
         regularization: λ in units of the keys' mean |Bᵀk|².
         weight: λ itself, as papers give it.
@@ -139,6 +143,9 @@ def least_squares(
     Raises:
         EditFailed: two keys are the same and λ is 0, or a key has no part in the metric.
     """
+    if isinstance(basis, Refined):
+        assert past is None, "null spaces are not found of large ones"
+        return _least_squares_refined(basis, exact(keys), regularization, weight, names)
     mine = exact(keys) if basis is None else exact(keys) @ basis  # (facts, r)
     size = mine.square().sum(1).mean()
     weight = float(regularization * size) if weight is None else weight
@@ -159,6 +166,21 @@ def least_squares(
     else:
         found = torch.cholesky_solve(mine.T, factor).T
     return found if basis is None else found @ basis.T
+
+
+def _least_squares_refined(
+    basis: Refined, keys: Tensor, regularization: float, weight: float | None, names: Sequence[str]
+) -> Tensor:
+    """`least_squares` where C⁻¹ alone is known: with U = K C⁻¹, X = (U Kᵀ + λI)⁻¹ U."""
+    solved = basis.solve(keys)  # (facts, in)
+    system = solved @ keys.T
+    system = (system + system.T) / 2
+    size = system.diagonal().mean()
+    system.diagonal().add_(float(regularization * size) if weight is None else weight)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed or not bool(factor.diagonal().min() > 1e-7 * factor.diagonal().max()):
+        raise _singular(keys, names)
+    return torch.cholesky_solve(solved, factor)
 
 
 def _singular(keys: Tensor, names: Sequence[str]) -> EditFailed:

@@ -11,7 +11,7 @@ from reknow.editing.covariance import enough_tokens
 from reknow.editing.layer_choice import is_guess, suggest_layer
 from reknow.editing.layers import resolve_layers
 from reknow.editing.papers_layers import band_around
-from reknow.editing.triangle import kept_bytes
+from reknow.editing.triangle import LARGE, kept_bytes
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.parts import embedding_matrix, shape
@@ -22,8 +22,9 @@ _FORWARD, _BACKWARD, _TRAIN = 2, 2, 6
 with its whole backward pass."""
 _ACTIVATIONS = 16
 """Rough number of hidden-sized tensors that a block keeps for the backward pass."""
-_FACTORED, _DECOMPOSED = 4 + 8, 4 + 3 * 8
-"""Bytes per element of a covariance, float32, with its factor; with its eigenvectors and the room to find them."""
+_FACTORED, _DECOMPOSED, _REFINED = 4 + 8, 4 + 3 * 8, 2 + 4
+"""Bytes per element of a covariance, float32, with its factor; with its eigenvectors and the room to find them; of a
+large one's triangle with its factor."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     kept = together * longest * (_ACTIVATIONS * lm.parts.hidden_size * above + 2 * vocabulary)  # numbers
     changed = sum(out * inside for out, inside in matrices.values())
     widths = [inside for _, inside in matrices.values()] if covered else []
-    solver = max(widths, default=0) ** 2 * (_DECOMPOSED if "null_share" in settings else _FACTORED)
+    widest = max(widths, default=0)
+    each = _DECOMPOSED if "null_share" in settings else _REFINED if widest > LARGE else _FACTORED
+    solver = widest**2 * each
     memory = parameters * next(lm.model.parameters()).element_size() + 4 * kept + 8 * 4 * changed + solver
     statistics = sum(kept_bytes(width) for width in widths)
     return Estimate(tuple(layers), guessed, matrices, parameters, tuple(steps), memory, solver, statistics)

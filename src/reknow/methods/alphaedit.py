@@ -75,7 +75,8 @@ class AlphaEdit(ValueSearchMethod):
         if self.boundary_layers:  # the second z is searched with the first layer written
             return super().edit_each(lm, edits)
         edits = [check_edits(self, edit, lm)[0] for edit in edits]
-        found = find_values(lm, edits, resolve_layers(lm, self.layers)[-1], self.contexts(lm), self)
+        self.check_null_space(lm, layers := resolve_layers(lm, self.layers))
+        found = find_values(lm, edits, layers[-1], self.contexts(lm), self)
         return [self._write(lm, [edit], found.of(i)) for i, edit in enumerate(edits)]
 
     def _write(self, lm: LM, edits: Sequence[Edit], found: Values | None = None) -> Patch:
@@ -83,6 +84,7 @@ class AlphaEdit(ValueSearchMethod):
         layers = resolve_layers(lm, self.layers)
         if self.boundary_layers:
             layers = sorted({layers[0], layers[-1]})
+        self.check_null_space(lm, layers)
         prefixes = self.contexts(lm)
         subjects = Subjects(lm, edits, prefixes)
         deltas: dict[str, Delta] = {}

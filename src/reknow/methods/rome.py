@@ -71,8 +71,7 @@ class ROME(ValueSearchMethod):
         mean_key = exact(found.mean_key)  # (edits, in)
         u = mean_key
         if self.covariance_tokens != 0:
-            basis = self.whitening(lm, layer)
-            u = mean_key @ basis @ basis.T  # C⁻¹ k*
+            u = self.whitening(lm, layer).solve(mean_key)  # C⁻¹ k*
         key, value = (mean_key, found.mean_value) if self.average_keys else (exact(found.key), found.value)
         residual = exact(found.value) + exact(found.delta) - exact(value)  # v* − W k*, (edits, hidden)
         patches = []
