@@ -9,6 +9,7 @@ import random
 import signal
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ class Faulty:
     def __init__(self, starts, count: int, seed: int, ends=(), whole: bool = False):
         self.whole = whole
         self.starts, self.draw, self.ends, self.step = starts, random.Random(seed), {*ends}, 0
-        self.coming = {worker: self._begin(worker) for worker in range(count)}
+        self.coming: dict[int, Any] = {worker: self._begin(worker) for worker in range(count)}
         self.given = Counter()
 
     def _begin(self, worker: int):

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -19,10 +20,14 @@ from typer.testing import CliRunner
 from conftest import saved
 from reknow import FT, GRACE, LM
 from reknow.cli import app
+from reknow.datasets.facts import load_facts
+from reknow.engine.jobs import Local
 from reknow.engine.on_ray import RayEngine
 from reknow.errors import EngineError, InputError
 from reknow.evaluation import bench
 from reknow.evaluation.runner import bench_on
+from reknow.tracing.causal import Tracing
+from reknow.tracing.many import TraceJob, TraceTask
 from runs import PLANS, all_rows, make_cases
 
 ray = pytest.importorskip("ray")
@@ -46,7 +51,7 @@ def cluster():
     """Four nodes of one core each, by themselves; this process belongs to none yet."""
     from ray.cluster_utils import Cluster
 
-    options = {"num_cpus": 1, "object_store_memory": STORE}
+    options: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE}
     made = Cluster(initialize_head=True, head_node_args={**options, "include_dashboard": False})
     for _ in range(NODES - 1):
         made.add_node(**options)
@@ -92,6 +97,7 @@ def check(folder: Path, results, whole) -> None:
 def place_of_a_worker_at_work(engine: RayEngine) -> tuple[int, str]:
     """Process and node of a worker that has a task."""
     workers = engine._workers
+    assert workers is not None
     for worker in workers._streams.values():
         actor = ray._private.state.actors(workers._actors[worker]._actor_id.hex())
         if Path(f"/proc/{actor['Pid']}").exists():  # else it has just been killed
@@ -103,12 +109,24 @@ def place_of_a_worker_at_work(engine: RayEngine) -> tuple[int, str]:
 def test_rows_of_four_nodes_are_those_of_one_process(mode, engine, model, tmp_path):
     whole = bench(LM(model), make_cases(), METHODS, tmp_path / "whole", plan=PLANS[mode])
     found = bench_on(engine, make_cases(), METHODS, tmp_path / "run", plan=PLANS[mode])
-    assert len(engine._workers._actors) == NODES
+    assert engine._workers is not None and len(engine._workers._actors) == NODES
     check(tmp_path / "run", found, whole)
     patches = [{p.name for p in (tmp_path / run / "patches").rglob("*.patch")} for run in ("whole", "run")]
     assert patches[0] == patches[1] and bool(patches[0]) == (mode != "single")
     again = bench_on(engine, make_cases(), METHODS, tmp_path / "run", plan=PLANS[mode])
     check(tmp_path / "run", again, whole)
+
+
+def test_traces_of_four_nodes_are_those_of_one_process(engine, model):
+    lm, facts = LM(model), load_facts("known_1000", limit=12)
+    known = [replace(fact, prompt="The capital of {} is") for fact in facts]
+    job = TraceJob(0.02, Tracing(samples=2, kinds=("hidden",)))
+    tasks, found = [TraceTask(fact) for fact in known], {}
+    engine.perform(job, tasks, found, lambda row: found.setdefault((row["prompt"],), row), None)
+    wanted = {}
+    Local(lm).perform(job, tasks, wanted, lambda row: wanted.setdefault((row["prompt"],), row), None)
+    assert len(wanted) == 12
+    assert {key: str(row) for key, row in found.items()} == {key: str(row) for key, row in wanted.items()}
 
 
 def test_workers_and_a_node_are_killed_in_the_midst(engine, cluster, model, tmp_path, caplog):

@@ -133,9 +133,10 @@ OTHER = """
 import sys
 from pathlib import Path
 from reknow.engine.shards import Shard
+from reknow.engine import shards
 from reknow.evaluation import run_parts
 from reknow.files.manifest import read_manifest
-run_parts._PATIENCE = 0.1
+shards.PATIENCE = run_parts.PATIENCE = 0.1
 folder = Path(sys.argv[1])
 manifest = read_manifest(folder)
 about = {key: value for key, value in manifest.items() if key != "settings"}

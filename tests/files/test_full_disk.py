@@ -18,6 +18,7 @@ from reknow import LM
 from reknow.cli import tracing
 from reknow.editing.covariance import statistics
 from reknow.editing.layer_choice import LayerScore, keep_scores, suggest_layer
+from reknow.engine.jobs import Local
 from reknow.errors import InputError
 from reknow.export.adapter import export_lora
 from reknow.export.checkpoint import export_checkpoint
@@ -127,11 +128,11 @@ def test_lines(tmp_path):
 
 
 def test_traces(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("reknow.tracing.causal.known_facts", lambda lm, facts: facts[:3])
+    monkeypatch.setattr("reknow.tracing.many.known_facts", lambda lm, facts: facts[:3])
     settings = Tracing(samples=2, kinds=("hidden",))
 
     def trace() -> None:
-        tracing.trace_many(lm, "known_1000", 3, settings, tmp_path / "trace", False, True)
+        tracing.trace_many(Local(lm), "known_1000", 3, settings, tmp_path / "trace", False, True)
 
     monkeypatch.setattr(builtins, "print", lambda *_, **__: None)
     for room in (50, 1_500):  # the first line; a trace

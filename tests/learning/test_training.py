@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from conftest import bits, make_lm, same
+from conftest import bits, make_lm, same, saved
 from reknow import KE, MEND, Case, Edit, Patch, Probe
 from reknow.cli import app
 from reknow.errors import EditFailed, InputError, MissingExtra
@@ -120,21 +120,37 @@ def test_the_same_folder_asks_for_the_same_arguments(whole):
 
 
 @pytest.mark.slow
-def test_processes_share_the_micro_batches(tmp_path):
-    """Two processes with one micro-batch each learn what one process learns from two."""
-    training = replace(QUICK, steps=2, micro_batches=2, validate_every=2)
-    alone = run(tmp_path / "alone", training, method=READER)
-    code = "from test_training import *\ntorch.set_num_threads(1)\n"
-    code += f"run(Path({str(tmp_path)!r}, 'two'), {training}, method=READER)\n"
-    code += "torch.distributed.destroy_process_group()\n"
-    (tmp_path / "two.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += [str(tmp_path / "two.py")]
+@pytest.mark.parametrize("launcher", ["accelerate.commands.launch", "torch.distributed.run"])
+def test_processes_share_the_micro_batches(launcher, tmp_path):
+    """Two processes with one micro-batch each learn by the command what one process learns from two.
+
+    (`accelerate launch --cpu` starts a single one whatever `--num_processes` says, unless MPI does; `--multi_gpu`
+    starts them without GPUs too.)
+    """
+    if launcher.startswith("accelerate"):
+        options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+        options += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1", "--main_process_port", "0"]
+    else:
+        options = ["--standalone", "--nproc_per_node", "2"]
+    line = ["train", "ke", "--model", saved(tmp_path / "model"), "--data", "zsre", "--limit", "20"]
+    for setting in ("layers=[2]", "width=16", "mlp_width=8", "lstm_width=8", "steps=2", "batch_size=3"):
+        line += ["--set", setting]
+    for setting in ("micro_batches=2", "validation=6", "validate_every=1", "warmup=2", "decay=true"):
+        line += ["--set", setting]
+    alone = CliRunner().invoke(app, [*line, "--out", str(tmp_path / "alone")])
+    assert alone.exit_code == 0, alone.output
+    launch = [sys.executable, "-m", launcher, *options, "-m", "reknow", *line, "--out", str(tmp_path / "two")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    environment |= {"ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, second = Editor.load(alone.editor), Editor.load(tmp_path / "two")
-    assert first.notes["log"][0]["L_edit"] != second.notes["log"][0]["L_edit"], "each read its own half"
+    assert "destroy_process_group" not in done.stderr and "Traceback" not in done.stderr
+    first, second = Editor.load(tmp_path / "alone"), Editor.load(tmp_path / "two")
+    logs = first.notes["log"], second.notes["log"]
+    assert logs[0][0]["L_edit"] != logs[1][0]["L_edit"], "each read its own half"
+    for name in (name for name in logs[0][0] if name.startswith("validation")):
+        losses = [[row[name] for row in log] for log in logs]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4, abs=1e-6)
     for name, tensor in first.tensors.items():
         torch.testing.assert_close(second.tensors[name], tensor, rtol=1e-3, atol=1e-5)
 

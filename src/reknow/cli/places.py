@@ -81,7 +81,7 @@ def comparison_place(out: Path, runs: Iterable[Path]) -> Path:
 
 def trace_place(out: Path, model: str, force: bool) -> Path:
     """The folder of traces; with `force` pictures from elsewhere are written over, traces from elsewhere never."""
-    own, written = (MARK, TRACES), () if force else _PICTURES
+    own, written = (MARK, TRACES, f"{Path(TRACES).stem}.*-of-*.jsonl"), () if force else _PICTURES
     out = growing_folder(out, "trace", own=own, written=written, sources=(model,))
     try:
         ours = not (out / TRACES).exists() or holds_traces(out / TRACES)

@@ -64,8 +64,7 @@ def study(
         refuse_beside(name, {"--families": families, "--steps": steps, "--seeds": seeds})
         out = out or run_folder(name, model)
         if name == "tracing":
-            spreading.refuse(name)
-            return _trace(model, test or (_ALL_TRACED if full else _TRACED), out, opening)
+            return _trace(model, test or (_ALL_TRACED if full else _TRACED), out, opening, spreading)
         return _compare(sized(ARTICLES[name], test, full=full), name, model, out, opening, spreading)
     spreading.refuse(f"{name}, whose editors are trained one after the other")
     if name == "domains" and families is not None:
@@ -87,15 +86,13 @@ def _listed() -> list[list[str]]:
     return rows + [[key, _MINUTES[key], f"InstructEdit: {question}"] for key, question in asked.items()]
 
 
-def _trace(model: str, limit: int, out: Path, opening: Opening) -> None:
+def _trace(model: str, limit: int, out: Path, opening: Opening, spreading: Spreading) -> None:
     """Average indirect effects over the known ones of so many facts of known_1000."""
-    from reknow.cli.tracing import trace_many
+    from reknow.cli.tracing import spread_traces
     from reknow.tracing.causal import Tracing
 
     out = trace_place(out, model, force=False)
-    lm = opening.open(model)
-    with write_lock(out):
-        trace_many(lm, "known_1000", limit, Tracing(tokens="classes"), out, force=False, as_json=False)
+    spread_traces(spreading, opening, model, "known_1000", limit, Tracing(tokens="classes"), out)
 
 
 def _compare(study: Article, name: str, model: str, out: Path, opening: Opening, spreading: Spreading) -> None:

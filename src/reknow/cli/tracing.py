@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reknow.cli.layers import say_layers
 from reknow.cli.options import DEMO, Force, Json, Model, Opening, refuse_beside
 from reknow.cli.places import TRACES, trace_header, trace_place
+from reknow.cli.spreading import Spreading
 from reknow.cli.terminal import say, say_json, say_table
 from reknow.errors import InputError
-from reknow.files.locks import write_lock
 from reknow.files.strict_json import strict_json
+from reknow.progress import progress
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
+    from reknow.engine.jobs import Engine
+    from reknow.engine.shards import Shard
     from reknow.lm import LM
     from reknow.tracing.causal import AverageEffects, Trace, Tracing
 
@@ -43,6 +47,7 @@ def trace(
     out: Annotated[Path, typer.Option("--out", help="Folder for traces and figures.")] = Path("trace"),
     *,
     opening: Opening,
+    spreading: Spreading,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -59,6 +64,7 @@ def trace(
         return say_layers(opening.open(model), as_json=as_json)
     if prompt is not None:
         refuse_beside("one prompt", many)
+        spreading.refuse("one prompt")
     settings = Tracing(samples=samples, window=window, tokens="classes" if classes else "all")
     if severed:
         settings = replace(settings, kinds=(*settings.kinds, "mlp_severed", "attention_severed"))
@@ -66,11 +72,30 @@ def trace(
     if edit is not None and edit.subject is None:
         raise InputError(f"expected a subject in braces to trace; got {prompt!r}: mark it, as in '{{France}} is in'")
     out = trace_place(out, model, force)
-    lm = opening.open(model)
     if edit is not None:
-        return _trace_one(lm, edit, settings, out, as_json)
-    with write_lock(out):
-        trace_many(lm, facts or _FACTS, limit or _LIMIT, settings, out, force, as_json)
+        return _trace_one(opening.open(model), edit, settings, out, as_json)
+    spread_traces(spreading, opening, model, facts or _FACTS, limit or _LIMIT, settings, out, force, as_json)
+
+
+def spread_traces(
+    spreading: Spreading,
+    opening: Opening,
+    model: str,
+    name: str,
+    limit: int,
+    settings: Tracing,
+    out: Path,
+    force: bool = False,
+    as_json: bool = False,
+) -> None:
+    """`trace_many` by whom the options say, with the lock of the folder, or of a part."""
+    from reknow.engine.shards import share_lock
+
+    shard = spreading.parse_shard()
+    if shard is not None:
+        refuse_beside("--shard", {"--force": force})
+    with share_lock(out / TRACES, shard), spreading.engine(partial(opening.open, model), opening.device) as engine:
+        trace_many(engine, name, limit, settings, out, force, as_json, shard)
 
 
 def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) -> None:
@@ -94,33 +119,54 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
     say(*map(str, pictures))
 
 
-def trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, force: bool, as_json: bool) -> None:
-    """Traces the known ones among the first facts of a set, goes on where it was, and shows their averages."""
+def trace_many(
+    engine: Engine,
+    name: str,
+    limit: int,
+    settings: Tracing,
+    out: Path,
+    force: bool,
+    as_json: bool,
+    shard: Shard | None = None,
+) -> None:
+    """Traces the known ones among the first facts of a set, goes on where it was, and shows their averages; a shard
+    shows none, since it has not all traces."""
     from reknow.datasets.facts import load_facts
+    from reknow.engine.shards import part_files
     from reknow.files.atomic import append_line
     from reknow.report.trace_plots import average_figure, effect_bars, save_figure
-    from reknow.tracing.causal import average, embedding_std, known_facts, trace_prompt
+    from reknow.tracing.causal import StoredTrace, average
+    from reknow.tracing.many import TraceJob, TraceTask, find_known
 
     facts = load_facts(name, limit=limit)
-    header = trace_header(lm.fingerprint.digest, name, asdict(settings))
-    traces = read_traces(out / TRACES, header, force)
-    done = {each.prompt for each in traces}
-    std = embedding_std(lm, load_facts(name))
-    known = known_facts(lm, facts)
-    if not known:
+    known = engine.ask(partial(find_known, facts=facts, every=load_facts(name)))
+    if not known.facts:
         raise InputError(
-            f"expected facts that {lm.name} knows; of {len(facts)} it knows none: read more with --limit"
+            f"expected facts that {known.model} knows; of {len(facts)} it knows none: read more with --limit"
         )
-    for number, fact in lm.progress.each("tracing", [*enumerate(known, 1)], unit="facts"):
-        if fact.text in done:
-            continue
-        done.add(fact.text)
-        traces.append(trace_prompt(lm, fact.prompt, fact.subject, std, settings))
-        append_line(out / TRACES, strict_json(traces[-1].as_json()))
-        if not as_json and (number % 10 == 0 or number == len(known)):
-            say(f"{number} of {len(known)} known facts")
-    wanted = {fact.text for fact in known}
-    effects = average([each for each in traces if each.prompt in wanted])
+    header, whole = trace_header(known.digest, name, asdict(settings)), out / TRACES
+    own = whole if shard is None else shard.file(whole)
+    traces = {(trace.prompt,): trace for trace in read_traces(own, header, force)}
+    for path in {whole, *part_files(whole).values()} - {own}:
+        traces |= {(trace.prompt,): trace for trace in read_traces(path, header, False, growing=True)}
+    tasks = [TraceTask(fact) for fact in known.facts]
+    tasks = tasks if shard is None else shard.share(tasks)
+    done = sum((task.fact.text,) in traces for task in tasks)
+    with progress.stage("tracing", len(tasks), unit="facts", done=done) as advance:
+
+        def keep(row: dict[str, Any]) -> None:
+            line = strict_json(row)
+            append_line(own, line)
+            traces[row["prompt"],] = StoredTrace.model_validate_json(line).trace()
+            advance()
+            number = sum((fact.text,) in traces for fact in known.facts)
+            if not as_json and (number % 10 == 0 or number == len(known.facts)):
+                say(f"{number} of {len(known.facts)} known facts")
+
+        engine.perform(TraceJob(known.std, settings), tasks, traces, keep, None)
+    if shard is not None:
+        return say(f"{shard} is whole: {len(tasks)} facts; when all are, the same command without --shard shows them")
+    effects = average([traces[fact.text,] for fact in known.facts])
     pictures = [
         *save_figure(average_figure(effects), out / "average"),
         *save_figure(effect_bars(effects), out / "bars"),
@@ -128,8 +174,9 @@ def trace_many(lm: LM, name: str, limit: int, settings: Tracing, out: Path, forc
     _say_average(effects, len(facts), pictures, as_json)
 
 
-def read_traces(path: Path, header: dict, force: bool) -> list[Trace]:
-    """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped."""
+def read_traces(path: Path, header: dict, force: bool, *, growing: bool = False) -> list[Trace]:
+    """The traces that an earlier run with the same header left; a line that was cut short by a kill is dropped,
+    unless the file is another's, who may be `growing` it."""
     from reknow.files.atomic import write_text
     from reknow.files.schema import FormatError, explain, parse_json, read_content
     from reknow.tracing.causal import StoredTrace
@@ -156,7 +203,8 @@ def read_traces(path: Path, header: dict, force: bool) -> list[Trace]:
             traces.append(parse_json(StoredTrace, line, once=True).trace())
         except FormatError as error:
             raise refusal(number, error) from error
-    write_text(path, whole)
+    if not growing:
+        write_text(path, whole)
     return traces
 
 

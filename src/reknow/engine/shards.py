@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from reknow.errors import InputError
+from reknow.files.locks import write_lock
 
-__all__ = ["Shard", "part_files"]
+__all__ = ["PATIENCE", "Shard", "part_files", "share_lock"]
 
 _T = TypeVar("_T")
 _NAME = re.compile(r"\.(\d+)-of-(\d+)\.jsonl$")
 PART = "*.*-of-*.jsonl"
 """Names of all part files, as a pattern."""
+PATIENCE = 60.0
+"""Seconds that a shard waits for others to have opened the folder."""
+_LOCK = ".lock"
+"""How the names of locks end."""
 
 
 @dataclass(frozen=True, order=True)
@@ -53,3 +59,26 @@ def part_files(path: Path) -> dict[Shard, Path]:
         if name := _NAME.search(part.name):
             found[Shard(int(name[2]), int(name[1]))] = part
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def share_lock(whole: Path, shard: Shard | None) -> Iterator[None]:
+    """While open, no other process writes to the folder of the file `whole`; with a shard, to that part.
+
+    Raises:
+        InputError: another one does, for a shard longer than a minute to the folder.
+    """
+    folder = whole.parent
+    with ExitStack() as own:
+        with write_lock(folder, wait=PATIENCE if shard else 0.0):
+            if shard is not None:
+                own.enter_context(write_lock(shard.file(whole)))
+            else:
+                pattern = f"{whole.stem}{PART[1:]}"
+                locked = {path.name[1 : -len(_LOCK)] for path in folder.glob(f".{pattern}{_LOCK}")}
+                for name in sorted(locked | {path.name for path in folder.glob(pattern)}):
+                    with write_lock(folder / name):
+                        pass
+                yield
+                return
+        yield

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reknow.engine.shards import PART, Shard, part_files
+from reknow.engine.shards import PATIENCE, Shard, part_files, share_lock
 from reknow.evaluation.run_folder import (
     BEFORE_FILE,
     BEFORE_KEY,
@@ -29,12 +29,8 @@ from reknow.files.json_lines import Rows, set_aside
 from reknow.files.locks import write_lock
 from reknow.files.manifest import open_manifest, read_manifest
 
-__all__ = ["OpenRun", "open_run", "read_rows", "repair", "say_missing", "whole_lock"]
+__all__ = ["OpenRun", "open_run", "read_rows", "repair", "say_missing"]
 
-_PATIENCE = 60.0
-"""Seconds that a shard waits for others to have opened the folder."""
-_LOCK = ".lock"
-"""How the names of locks end."""
 _FILES = ((BEFORE_FILE, BEFORE_KEY, BeforeRow), (ROWS_FILE, ROW_KEY, CaseRow))
 _REMEDY = "`reknow report {} --repair` sets it aside, and the run makes the row again"
 
@@ -64,27 +60,10 @@ def open_run(
     Raises:
         InputError: the folder was started with other settings, another process writes there, or a line is no row.
     """
-    if shard is None:
-        with whole_lock(folder):
-            yield _open(folder, open_manifest(folder, settings, about), None)
-        return
-    with ExitStack() as own:
-        with write_lock(folder, wait=_PATIENCE):
-            own.enter_context(write_lock(shard.file(folder / ROWS_FILE)))
-            run = _open(folder, open_manifest(folder, settings, about), shard)
-        yield run
-
-
-@contextmanager
-def whole_lock(folder: Path) -> Iterator[None]:
-    """While open, no other process writes to the run folder, nor to a part of it."""
-    with write_lock(folder):
-        pattern = f"{Path(ROWS_FILE).stem}{PART[1:]}"
-        locked = {path.name[1 : -len(_LOCK)] for path in folder.glob(f".{pattern}{_LOCK}")}
-        for name in sorted(locked | {path.name for path in folder.glob(pattern)}):
-            with write_lock(folder / name):
-                pass
-        yield
+    with share_lock(folder / ROWS_FILE, shard):
+        with write_lock(folder, wait=PATIENCE):
+            manifest = open_manifest(folder, settings, about)
+        yield _open(folder, manifest, shard)
 
 
 def _open(folder: Path, manifest: dict[str, Any], shard: Shard | None) -> OpenRun:
@@ -150,7 +129,7 @@ def repair(folder: Path) -> list[str]:
         InputError: the folder is no run, or another process writes there.
     """
     run, said = run_digest(read_manifest(folder, RunManifest)["settings"]), []
-    with whole_lock(folder):
+    with share_lock(folder / ROWS_FILE, None):
         for file, key, form in _FILES:
             for path in (folder / file, *part_files(folder / file).values()):
                 for number, why in set_aside(path, key, form, run=run):
