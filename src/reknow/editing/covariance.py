@@ -92,6 +92,11 @@ def covariance(
     return statistics(lm, [layer], tokens=tokens, text=text)[layer].covariance
 
 
+def covariance_triangle(lm: LM, layer: int, *, tokens: int | None = None, text: str | None = None) -> Triangle:
+    """C as its lower triangle, half of what `covariance` gives."""
+    return statistics(lm, [layer], tokens=tokens, text=text)[layer].triangle
+
+
 @typed_exclusively
 def statistics(
     lm: LM,

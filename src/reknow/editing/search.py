@@ -170,12 +170,13 @@ class ValueSearchMethod(Method):
             budget = max(budget, int(torch.cuda.get_device_properties(device).total_memory * _CACHE_SHARE_OF_GPU))
 
         def compute() -> _Made:
-            from reknow.editing.covariance import statistics  # data sets and caches are loaded for it alone
+            # Data sets and caches are loaded for it alone.
+            from reknow.editing.covariance import covariance, covariance_triangle
 
-            found = statistics(lm, [layer], tokens=self.covariance_tokens, text=self.covariance_text)[layer].triangle
-            width = found.blocks[-1].shape[1]
-            with lm.progress.stage(f"decomposing a covariance of {width:,} × {width:,}"):
-                return make(found if make == Refined.of else found.full(), *settings)
+            read = covariance_triangle if make == Refined.of else covariance
+            found = read(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
+            with lm.progress.stage(f"decomposing a covariance of {len(found):,} × {len(found):,}"):
+                return make(found, *settings)
 
         key = ("covariance", make.__name__, name, str(device), *source, *settings)
         return lm.cached(key, compute, budget=budget)

@@ -38,6 +38,10 @@ class Triangle:
             rows, end = block.shape
             block.addmm_(keys[:, end - rows : end].T, keys[:, :end])
 
+    def __len__(self) -> int:
+        """Rows of the whole matrix."""
+        return self.blocks[-1].shape[1]
+
     def to(self, to: torch.device | torch.dtype) -> Triangle:
         return Triangle([block.to(to) for block in self.blocks])
 
