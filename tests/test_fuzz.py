@@ -45,6 +45,7 @@ from reknow.learning.editors import Editor
 from reknow.patching.peft_folder import REST, WEIGHTS, describe_base
 from reknow.patching.stack import STACK_FILE, read_stack, save_stack
 from reknow.report import contents
+from reknow.report.page import render_page
 from reknow.tracing.causal import Tracing, trace_prompt
 
 pytestmark = pytest.mark.slow
@@ -302,12 +303,7 @@ def test_run_folders(part, run, tmp_path):
         results = Results.load(folder)
         assert {row["seed"] for row in results.rows.values()} <= set(results.manifest["settings"]["seeds"])
         str(results), results.to_markdown(), results.to_csv().encode()
-        (
-            list(contents.make_cards(results)),
-            contents.describe_methods(results),
-            contents.describe_run(results),
-            contents.list_failures(results),
-        )
+        assert render_page(results).encode() and contents.describe_methods(results) is not None
 
     damage = one_json if part.endswith("json") else lines
     fuzz(f"run, {part}", 100, (folder / part).read_bytes(), damage, folder / part, read)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from browser import chromium, open_page  # noqa: F401, fixtures
@@ -76,6 +78,24 @@ def test_relations_can_be_chosen(open_page):  # noqa: F811
     assert tab.locator("tr.case").count() == 2 and "lies in" in tab.inner_text("tr.case")
 
 
+def test_edits_that_a_sequence_forgot_are_found(open_page):  # noqa: F811
+    results = make_results({"one": ([1, 1, 0], [1, 1, 1])}, mode="sequential")
+    rows = {}
+    for row in results.rows.values():
+        end = {**row, "mode": "sequential", "stage": "end"}
+        then = {**end, "stage": "after_edit"}
+        if row["case"] == "set/1":  # it was right, and is no more
+            missed = {"text": "Oslo", "hits": [0], "top": [2], "nll": 3.0}
+            end = {**end, "readings": [{**row["readings"][0], **missed}, row["readings"][1]]}
+        rows |= {("one", 0, "sequential", each["stage"], row["case"]): each for each in (end, then)}
+    tab = open_page(render_page(replace(results, rows=rows)))
+    tab.wait_for_selector("tr.case")
+    tab.select_option("#show", "lost")
+    assert cases(tab) == ["1"]
+    tab.select_option("#show", "missed")
+    assert cases(tab) == ["1", "2"]
+
+
 def test_a_column_sorts_by_click_and_by_key(tab):
     tab.click("#cases thead button >> text=weak")
     assert cases(tab)[:3] == ["9", "10", "11"]
@@ -148,16 +168,25 @@ def test_dark_and_light_are_those_of_the_system(page, open_page):  # noqa: F811
     assert paper > 700 > 150 > ink and dark_paper < 100 < 600 < dark_ink
 
 
-def test_on_a_phone_nothing_sticks_out(open_page):  # noqa: F811
+@pytest.mark.parametrize("width", [390, 820])
+def test_on_a_phone_or_a_tablet_nothing_sticks_out(open_page, width):  # noqa: F811
     many = {f"method-of-some-length-{i}": ([1] * 3, [1] * 3) for i in range(8)}
-    for methods in (many, dict(list(many.items())[:2])):
+    for methods in (many, dict(list(many.items())[:4])):
         target = "Llanfairpwllgwyngyllgogerychwyrndrobwllllantysiliogogogoch"
-        tab = open_page(render_page(make_results(methods, target=target)), viewport={"width": 390, "height": 844})
+        tab = open_page(render_page(make_results(methods, target=target)), viewport={"width": width, "height": 844})
         tab.wait_for_selector("tr.case")
         tab.click("tr.case button >> nth=0")
         tab.wait_for_selector("tr.detail .probe")
-        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.locator(".verdict td >> nth=0").bounding_box()["width"] < 200, "cells lie in a grid"
+
+
+def test_nothing_moves_while_the_page_is_drawn(page, open_page):  # noqa: F811
+    tab = open_page(page, viewport={"width": 1400, "height": 900})
+    tab.wait_for_selector("tr.case")
+    moved = """new Promise(done => new PerformanceObserver(list => done(list.getEntries().map(one => one.value)))
+        .observe({type: "layout-shift", buffered: true}) || setTimeout(() => done([]), 500))"""
+    assert sum(tab.evaluate(moved)) < 0.02
 
 
 def test_thousands_of_cases_are_inside(open_page):  # noqa: F811

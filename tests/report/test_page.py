@@ -16,7 +16,7 @@ import pytest
 
 import reknow.report
 from conftest import make_lm
-from reknow import FT, Case, Edit, Probe
+from reknow import FT, GRACE, Case, Edit, Probe
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
 from reknow.evaluation.results import TABLES
@@ -70,8 +70,8 @@ def test_the_page_needs_nothing_else_and_escapes_what_models_say(run):
     assert sum("&lt;script&gt;alert(1)&lt;/script&gt;" in card for card in cards) == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page, "the example of those who have no script"
     assert index["methods"] == list(METHODS) and [row["id"] for row in index["rows"]] == ["0", "1", "2"]
-    assert page.count("<svg") == 4 * 4  # of each protocol the trade-off, the edits by age, all so far, what was kept
-    for protocol in ("teacher_forced_exact", "teacher_forced_tokens", "generated", "contrast"):
+    assert page.count("<svg") == 5 * 4  # of each protocol the trade-off, the edits by age, all so far, what was kept
+    for protocol in ("teacher_forced_exact", "teacher_forced_tokens", "generated", "match", "contrast"):
         assert f"<code>{protocol}</code>" in page and f'value="{protocol}"' in page
     assert "not finished" not in page and 'id="all"' in page and "free generation" in page
 
@@ -101,6 +101,18 @@ def test_every_column_of_the_verdict_is_explained():
     assert set(ABOUT) == {column.name for column in COLUMNS}
 
 
+def test_what_a_patch_stores_is_counted(run):
+    lm = make_lm()
+    patch = METHODS["fine"].edit(lm, [make_cases()[0].edit])
+    size = sum(delta.dense().numel() * 4 for delta in patch.deltas.values())
+    assert patch.stored_bytes == size, "FT changes whole matrices, in float32"
+    rows = Results.load(run).rows.values()
+    assert {row["stored_kb"] for row in rows if row["stage"] == "after_edit"} == {round(size / 1000, 3)}
+    memory = GRACE(layer=2, steps=1).edit(lm, [make_cases()[1].edit])
+    tensors = sum(tensor.numel() * tensor.element_size() for tensor in memory.state.values())
+    assert memory.stored_bytes == tensors + len(json.dumps(memory.memory)) > tensors > 0
+
+
 def test_every_protocol_is_explained():
     assert set(READ) == {protocol for protocol, *_ in TABLES}
 
@@ -116,6 +128,10 @@ def test_csv_and_markdown_hold_the_numbers_of_the_results(run, tmp_path):
     markdown = (tmp_path / "report.md").read_text()
     cell = cells["fine", "end", "locality@generated"]
     assert f"{cell.number()} {cell.interval()}" in markdown
+    assert "**Free generation**" in markdown and "| unedited | 0 (in none of 3) |" in markdown
+    latex = (tmp_path / "report.tex").read_text()
+    assert "3 cases, free generation. $\\star$ best" in latex
+    assert latex.count(r"\begin{tabular}") == len(Results.load(run).tables()) + 1 and "weak \\textless{}b" in latex
     for picture in re.findall(r"\]\((.*?\.png)\)", markdown):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from reknow.evaluation.results import Results
+from reknow.report.contents import make_cards
 from reknow.report.drawing import trade_off
 from reknow.report.verdict import entries_of, make_verdict, read_protocols, verdict_sentence
 from synthetic_runs import make_results
@@ -20,7 +23,8 @@ def test_the_best_is_marked_and_who_cannot_be_told_from_it():
     results = make_results(
         {"good": ([1] * 20, [1] * 10 + [0] * 10), "near": ([1] * 19 + [0], [1] * 20), "bad": ([0] * 20, [1] * 20)}
     )
-    assert read_protocols(entries_of(results)) == ["generated", "teacher_forced_exact", "teacher_forced_tokens"]
+    protocols = ["generated", "teacher_forced_exact", "teacher_forced_tokens", "match"]
+    assert read_protocols(entries_of(results)) == protocols
     marks = {method: [cells_of(results, method)[name].mark for name in ("new answer", "others kept")]
              for method in ("good", "near", "bad")}  # fmt: skip
     assert marks == {"good": ["best", ""], "near": ["tied", "best"], "bad": ["", "best"]}
@@ -69,10 +73,21 @@ def test_labels_of_the_picture_do_not_lie_on_each_other(count):
     assert picture is not None and len(picture.dots) == count
     boxes = []
     for dot in picture.dots:
-        width = 7.6 * len(dot.label)
+        width = 8.4 * len(dot.label)
         left = dot.text_x - (width if dot.anchor == "end" else 0)
         boxes.append((left, dot.text_y - 12, left + width, dot.text_y + 4))
     for i, a in enumerate(boxes):
         assert a[0] >= 0 and a[2] <= 440
         for b in boxes[:i]:
             assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] + 0.1 or b[3] <= a[1] + 0.1
+
+
+def test_what_a_judge_said_can_be_chosen():
+    results = make_results({"one": ([1, 0], [1, 0])})
+    added = {key: {"reliability@judged": 1.0, "generalization@judged": 0.5} for key in results.rows}
+    judged = replace(results, added=added)
+    assert "judged" in read_protocols(entries_of(judged)) and "judged" not in read_protocols(entries_of(results))
+    verdict = make_verdict(entries_of(judged), "judged")
+    assert [cell.text for cell in verdict.lines[-1].cells[:3] if cell] == ["100", "50", "50"], "kept: as generated"
+    scores = [card.scores["judged"]["one"] for card in make_cards(judged)]
+    assert scores == [(1.0, 1, 0.5, 1, 1.0, 1), (1.0, 1, 0.5, 1, 0.0, 1)]

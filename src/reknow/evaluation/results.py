@@ -172,7 +172,7 @@ class Results:
         judged = judged_metrics(folder, asked, own)
         return cls(manifest, asked, own, judged, unfinished=unfinished, waiting=waiting, abilities=abilities)
 
-    @property
+    @cached_property
     def last_stage(self) -> str:
         """The latest stage that has rows; of a finished run the one that sums it up."""
         stages = (row["stage"] for row in self.rows.values() if row["stage"] != IN_CONTEXT)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from reknow.evaluation.results import Results
+from reknow.evaluation.stages import AFTER_EDIT, END
 from reknow.report.contents import Card, make_cards
+from reknow.report.verdict import NEW
 from reknow.texts.templates import fill
 from reknow.texts.writing import clip
 
@@ -42,7 +44,7 @@ def list_cases(results: Results, protocols: Sequence[str], draw: Callable[[Card]
     Args:
         draw: a case as HTML, escaped.
     """
-    methods = list(results.manifest["settings"]["methods"])
+    methods, sequential = list(results.manifest["settings"]["methods"]), results.last_stage == END
     frequent = Counter(_relation(row["edit"]) for row in results.before.values())
     relations = [(text, count) for text, count in frequent.most_common() if count > 1]
     numbers = {text: number for number, (text, _) in enumerate(relations)}
@@ -55,7 +57,8 @@ def list_cases(results: Results, protocols: Sequence[str], draw: Callable[[Card]
         if len(rows) == MOST:
             left_out += 1
             continue
-        rows.append(_index_row(card, methods, protocols, numbers.get(_relation(card.edit), -1)))
+        row = _index_row(card, methods, protocols, numbers.get(_relation(card.edit), -1))
+        rows.append(row | {"lost": _lost(results, card.case, protocols)} if sequential else row)
         pages.append(draw(card))
         if len(pages) == _CHUNK:
             chunks.append(_packed(pages))
@@ -97,6 +100,21 @@ def _index_row(card: Card, methods: Sequence[str], protocols: Sequence[str], rel
         "failed": [int(method in card.errors) for method in methods],
         "scores": scores,
     }
+
+
+def _lost(results: Results, case: str, protocols: Sequence[str]) -> dict[str, list[int]]:
+    """Protocol → method → 1 where the new answer was there right after the edit and is not at the end."""
+    found: dict[str, list[int]] = {}
+    for protocol in protocols:
+        key = NEW.key(protocol)
+        found[protocol] = []
+        for method in results.manifest["settings"]["methods"]:
+            then, now = (
+                results.case_values.get((method, stage), {}).get(case, {}).get(key or "")
+                for stage in (AFTER_EDIT, END)
+            )
+            found[protocol].append(int(then is not None and now is not None and now < then))
+    return found
 
 
 def _packed(value: Any) -> str:

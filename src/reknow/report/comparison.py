@@ -22,6 +22,7 @@ from reknow.report.verdict import (
     entries_of,
     make_verdict,
     read_protocols,
+    verdict_lines,
     verdict_sentence,
 )
 from reknow.texts.tables import to_markdown
@@ -207,17 +208,8 @@ def _markdown(
 ) -> str:
     parts = [f"# {len(runs)} runs on the same {_count(runs)} cases", *remarks]
     for verdict in verdicts:
-        lines = [["", *(f"{c.name}, %" if c.unit == "%" else c.name for c in verdict.columns)]]
-        for line in verdict.lines:
-            texts = [
-                "–"
-                if cell is None
-                else f"{cell.text}{' ★' if cell.mark == 'best' else ' ≈' if cell.mark else ''}"
-                + (f" ({cell.interval})" if cell.interval else "")
-                for cell in line.cells
-            ]
-            lines.append([line.entry.label, *texts])
-        parts.append(f"**{PROTOCOL_NAMES[verdict.protocol].capitalize()}**\n\n{to_markdown(lines)}")
+        table = to_markdown(verdict_lines(verdict, "run: method"))
+        parts.append(f"**{PROTOCOL_NAMES[verdict.protocol].capitalize()}**\n\n{table}")
         if rows := gaps[verdict.protocol]:
             head = ["over the first", *(name for name, _ in rows[0].differences), "cases"]
             body = [

@@ -10,6 +10,7 @@ from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import Results, row_readings
 from reknow.evaluation.stages import AFTER_EDIT, BEFORE, END, UNEDITED
+from reknow.report.verdict import KEPT, NEW, REWORDED
 from reknow.texts.templates import fill, split_template
 from reknow.texts.writing import clip
 
@@ -70,12 +71,13 @@ class Card(NamedTuple):
     """Method → why its edit failed."""
 
 
-_PLACES = {"reliability": 0, "generalization": 1, "locality": 2}
+_COLUMNS = {"reliability": NEW, "generalization": REWORDED, "locality": KEPT}
+_PLACES = {kind: place for place, kind in enumerate(_COLUMNS)}
 _METRICS = {
-    **{p: dict(zip(_PLACES, _PLACES, strict=True)) for p in PROTOCOLS},
-    "contrast": dict(zip(_PLACES, ("ES", "PS", "NS"), strict=True)),
+    protocol: {kind: column.key(protocol) for kind, column in _COLUMNS.items()}
+    for protocol in (*PROTOCOLS, "match", "contrast")
 }
-"""Protocol → kind → the metric that says whether a probe of it went well."""
+"""Protocol → kind → the number that says whether a question of it went well."""
 
 
 def make_cards(results: Results) -> Iterator[Card]:
@@ -85,7 +87,10 @@ def make_cards(results: Results) -> Iterator[Card]:
         keys = {m: (m, settings["seeds"][0], settings["mode"], results.last_stage, case) for m in settings["methods"]}
         rows = {method: results.rows[key] for method, key in keys.items() if key in results.rows}
         if rows:
-            yield _card(case, row, rows)
+            card = _card(case, row, rows)
+            for method, key in keys.items():
+                _add_judged(card, method, results.added.get(key, {}))
+            yield card
 
 
 def _card(case: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> Card:
@@ -101,7 +106,7 @@ def _card(case: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any
             scores = case_metrics([now], [then], failed=method in errors)
             marks = {}
             for protocol, metrics in _METRICS.items():
-                value = scores.get(f"{metrics.get(now.kind, now.kind)}@{protocol}")
+                value = scores.get(metrics.get(now.kind) or f"{now.kind}@{protocol}")
                 if value is not None:
                     marks[protocol] = _mark(now.kind, value)
                     if now.kind in _PLACES:
@@ -117,6 +122,15 @@ def _card(case: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any
     head, *tail = split_template(edit["prompt"])
     request = (head, edit.get("subject") or "", "{}".join(tail))
     return Card(case, request, edit, questions, found, errors)
+
+
+def _add_judged(card: Card, method: str, measured: Mapping[str, float]) -> None:
+    """What a judge said of the case, as a mean over each kind's questions; it says nothing of what was kept."""
+    new, reworded = (measured.get(f"{kind}@judged") for kind in ("reliability", "generalization"))
+    if new is not None:
+        kept = card.scores.get("generated", {}).get(method, Score())
+        reworded, asked = (0.0, 0) if reworded is None else (reworded, 1)
+        card.scores.setdefault("judged", {})[method] = Score(new, 1, reworded, asked, kept.kept, kept.of_kept)
 
 
 def _mark(kind: str, value: float) -> str:

@@ -16,9 +16,9 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 16, 30, 42
 """Room for what is written at the axes."""
 _STEPS = {0.9: 0.02, 0.75: 0.05, 0.5: 0.1, 0.0: 0.2}
 """Where an axis of shares may begin, the highest that shows everything, and from one tick to the next."""
-_ALIKE = 0.02
+_ALIKE = 0.05
 """New answers that differ by less say nothing: then rewordings are drawn."""
-_LINE, _LETTER = 16, 7.6
+_LINE, _LETTER = 16, 8.4
 """Height of a label and width of a letter."""
 _SHIFTS = [0, *(sign * step for step in range(9, 200, 9) for sign in (1, -1))]
 """How far below or above its dot a label may stand."""

@@ -30,6 +30,7 @@ const tests = {
   missed: (row, m) => { const s = score(row, m); return s !== null && s[NEW] < s[NEW + 1]; },
   reworded: (row, m) => { const s = score(row, m); return s !== null && s[REWORDED] < s[REWORDED + 1]; },
   damage: (row, m) => { const s = score(row, m); return s !== null && s[KEPT] < s[KEPT + 1]; },
+  lost: (row, m) => row.lost?.[protocol()]?.[m] === 1,
   failed: (row, m) => row.failed[m] === 1,
   well: (row, m) => { const s = score(row, m); return s !== null && [NEW, REWORDED, KEPT].every((i) => s[i] >= s[i + 1]); },
 };
@@ -95,13 +96,17 @@ function header(methods) {
   const names = methods.map((m) => button(m, data.methods[m]));
   table.tHead.replaceChildren(element("tr", {}, button("request", "request"), ...names));
 }
+function fit() { // a table that is wider than the page scrolls in itself, its head kept
+  table.classList.remove("wide");
+  table.classList.toggle("wide", table.getBoundingClientRect().width > table.parentElement.clientWidth + 1);
+}
 function draw() {
   const rows = found(), methods = chosen(), body = table.tBodies[0];
   header(methods);
-  table.classList.toggle("wide", methods.length > 6);
   body.replaceChildren(...rows.slice(0, shown).map((row) => line(row, methods)));
   if (!rows.length) body.append(element("tr", {}, element("td", { class: "empty", colspan: "9" }, "No case is like that.")));
   body.style.minHeight = "";
+  fit();
   more.hidden = rows.length <= shown;
   more.textContent = `Show all ${rows.length.toLocaleString("en")}`;
   count.textContent = `${rows.length.toLocaleString("en")} of ${data.rows.length.toLocaleString("en")} cases`;
@@ -121,6 +126,7 @@ async function start() {
   for (const input of document.querySelectorAll("input[name=protocol]")) input.addEventListener("change", draw);
   more.addEventListener("click", () => { shown = Infinity; draw(); });
   controls.addEventListener("submit", (event) => event.preventDefault());
+  addEventListener("resize", fit);
   draw();
 }
 start();

@@ -24,11 +24,14 @@ from reknow.report.verdict import (
     entries_of,
     make_verdict,
     read_protocols,
+    verdict_lines,
     verdict_sentence,
 )
+from reknow.texts.tables import to_latex, to_markdown
 
 _NAMED = 4
 """Methods that a title names; more are counted."""
+_MARKED = "★ best; ≈ not told apart from it: the 95 % bootstrap interval of the difference, case by case, holds 0."
 _HERE = Path(__file__).parent
 
 READ = {
@@ -57,7 +60,8 @@ READ = {
     "ability": "Tasks of lm-evaluation-harness on the model as it is, with the edits that hold: share of their items "
     "that are right, with the interval over items (reknow bench --ability).",
     "edit": "Seconds and peak memory of making the patch, the loaded model included; what a method prepares once is "
-    "counted where it happens. Failed: share of edits that could not be made, or not be read.",
+    "counted where it happens. Stored: what a patch keeps for an edit, in "
+    "1000 bytes. Failed: share of edits that could not be made, or not be read.",
 }
 
 
@@ -95,7 +99,7 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     figures = plots.make_figures(results)
     write_text(folder / "report.html", render_page(results))
     write_text(folder / "report.csv", results.to_csv())
-    write_text(folder / "report.tex", results.to_latex())
+    write_text(folder / "report.tex", _latex(results))
     write_text(folder / "report.md", _markdown(results, list(figures)))
     for number, figure in enumerate(figures.values(), 1):
         atomic_write(folder / f"figure{number}.png", lambda path, figure=figure: plots.save_png(figure, Path(path)))
@@ -161,9 +165,26 @@ def _title(results: Results) -> str:
     return f"{named} on {settings['dataset'] or 'given cases'}"
 
 
+def _first_verdict(results: Results) -> tuple[list[list[str]], str]:
+    """The table that the page shows first, as texts, and how its answers were read."""
+    entries = entries_of(results)
+    for protocol in read_protocols([entry for entry in entries if entry.compared])[:1]:
+        return verdict_lines(make_verdict(entries, protocol)), PROTOCOL_NAMES[protocol]
+    return [], ""
+
+
+def _latex(results: Results) -> str:
+    lines, protocol = _first_verdict(results)
+    about = f"{_title(results)}, {results.manifest['model']}, {len(results.before)} cases, {protocol}. {_MARKED}"
+    return results.to_latex() + (f"\n{to_latex(lines, about)}\n" if lines else "")
+
+
 def _markdown(results: Results, captions: list[str]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in contents.describe_run(results).items())
     said = "\n\n".join(contents.describe_methods(results))
+    lines, protocol = _first_verdict(results)
+    if lines:
+        said += f"\n\n**{protocol.capitalize()}**\n\n{to_markdown(lines)}\n\n{_MARKED}"
     pictures = "\n\n".join(f"![{caption}](figure{number}.png)" for number, caption in enumerate(captions, 1))
     protocols = dict.fromkeys(table.protocol for table in results.tables())
     read = "\n".join(f"- `{protocol}`: {READ[protocol]}" for protocol in protocols)

@@ -15,6 +15,8 @@ PROTOCOL_NAMES = {
     "generated": "free generation",
     "teacher_forced_exact": "teacher-forced: exact",
     "teacher_forced_tokens": "teacher-forced: tokens",
+    "judged": "judged by a model",
+    "match": "answer anywhere",
     "contrast": "new against true",
     "likelihood": "likelihood of texts",
     "written": "words of long answers",
@@ -31,7 +33,7 @@ class Column(NamedTuple):
 
     name: str
     metrics: Mapping[str, str] | str
-    """Protocol → metric, or one key whatever the protocol."""
+    """Protocol → metric, with `@` where it is another protocol's; or one key whatever the protocol."""
     unit: str = "%"
     lower: bool = False
     """Is less better?"""
@@ -45,16 +47,28 @@ class Column(NamedTuple):
         """`metric@protocol` of the numbers; None: this protocol has none."""
         if isinstance(self.metrics, str):
             return self.metrics
-        return f"{self.metrics[protocol]}@{protocol}" if protocol in self.metrics else None
+        metric = self.metrics.get(protocol)
+        return metric if metric is None or "@" in metric else f"{metric}@{protocol}"
 
 
 def _of_kind(kind: str, **others: str) -> dict[str, str]:
-    return {**dict.fromkeys(PROTOCOLS, kind), **others}
+    return {**dict.fromkeys((*PROTOCOLS, "judged"), kind), **others}
 
 
-NEW = Column("new answer", _of_kind("reliability", contrast="ES", likelihood="sentiment", written="token_f1"))
-REWORDED = Column("rewordings", _of_kind("generalization", contrast="PS", written="paraphrase_token_f1"))
-KEPT = Column("others kept", _of_kind("locality", contrast="NS", likelihood="z_topic"))
+NEW = Column(
+    "new answer",
+    _of_kind("reliability", match="contains", contrast="ES", likelihood="sentiment", written="token_f1"),
+)
+REWORDED = Column(
+    "rewordings",
+    _of_kind("generalization", match="paraphrase_contains", contrast="PS", written="paraphrase_token_f1"),
+)
+KEPT = Column(
+    "others kept",
+    _of_kind(
+        "locality", judged="locality@generated", match="locality@generated", contrast="NS", likelihood="z_topic"
+    ),
+)
 COLUMNS = (
     NEW,
     REWORDED,
@@ -164,7 +178,9 @@ def read_protocols(entries: Sequence[Entry]) -> list[str]:
         protocol
         for protocol in PROTOCOL_NAMES
         for column in (NEW, REWORDED, KEPT)
-        if (key := column.key(protocol)) and any(entry.cell(key) for entry in entries)
+        if (key := column.key(protocol))
+        and key.endswith(f"@{protocol}")
+        and any(entry.cell(key) for entry in entries)
     }
     return [protocol for protocol in PROTOCOL_NAMES if protocol in asked]
 
@@ -263,6 +279,22 @@ def amount(value: float, unit: str, cases: int = 1) -> str:
     return f"{value:.2f}"
 
 
+def verdict_lines(verdict: Verdict, first: str = "method", *, intervals: bool = True) -> list[list[str]]:
+    """The table as texts: ★ the best of a column, ≈ not told apart from it."""
+    lines = [[first, *(f"{column.name}, %" if column.unit == "%" else column.name for column in verdict.columns)]]
+    for line in verdict.lines:
+        texts = []
+        for cell in line.cells:
+            if cell is None:
+                texts.append("–")
+                continue
+            mark = {"best": " ★", "tied": " ≈"}.get(cell.mark, "")
+            before = f"{cell.before} → " if cell.before else ""
+            texts.append(f"{before}{cell.text}{mark}{f' ({cell.interval})' if cell.interval and intervals else ''}")
+        lines.append([line.entry.label, *texts])
+    return lines
+
+
 def verdict_sentence(verdict: Verdict) -> str:
     """The answer in a sentence."""
     methods = [line.entry.label for line in verdict.lines if line.entry.compared]
@@ -286,7 +318,9 @@ def verdict_sentence(verdict: Verdict) -> str:
             return f"{_listed(everywhere)} are best, or level with the best, in all that was asked."
         return f"{everywhere[0]} is best, or level with the best, in all that was asked: {said(everywhere[0])}."
     each = "; ".join(f"{_listed(marked)} in {name}" for name, marked in leaders.items())
-    return f"None is best in all: {each}."
+    asked = [column.name for column in verdict.columns if column.asked and column.name not in leaders]
+    rest = f" No difference can be told in {_listed(asked)}." if asked else ""
+    return f"None is best in all: {each}.{rest}"
 
 
 def _listed(names: Sequence[str]) -> str:

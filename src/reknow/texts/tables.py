@@ -16,7 +16,15 @@ def to_markdown(lines: Sequence[Sequence[str]]) -> str:
 _LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
-    | {">": r"\textgreater{}", "|": r"\textbar{}", "–": "--", "≈": r"$\approx$", "→": r"$\to$", "‖": r"$\|$"}
+    | {
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "–": "--",
+        "≈": r"$\approx$",
+        "★": r"$\star$",
+        "→": r"$\to$",
+        "‖": r"$\|$",
+    }
 )
 
 
