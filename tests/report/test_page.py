@@ -21,8 +21,8 @@ from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
 from reknow.evaluation.results import TABLES
 from reknow.report import plots, write_report
+from reknow.report.columns import ABOUT, COLUMNS
 from reknow.report.page import READ
-from reknow.report.verdict import ABOUT, COLUMNS
 
 METHODS = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak <b>": FT(layer=2, steps=1)}
 

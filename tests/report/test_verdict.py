@@ -9,7 +9,7 @@ import pytest
 from reknow.evaluation.results import Results
 from reknow.report.contents import make_cards
 from reknow.report.drawing import trade_off
-from reknow.report.verdict import entries_of, make_verdict, read_protocols, verdict_sentence
+from reknow.report.verdict import about, entries_of, make_verdict, read_protocols, verdict_sentence
 from synthetic_runs import make_results
 
 
@@ -91,3 +91,15 @@ def test_what_a_judge_said_can_be_chosen():
     assert [cell.text for cell in verdict.lines[-1].cells[:3] if cell] == ["100", "50", "50"], "kept: as generated"
     scores = [card.scores["judged"]["one"] for card in make_cards(judged)]
     assert scores == [(1.0, 1, 0.5, 1, 1.0, 1), (1.0, 1, 0.5, 1, 0.0, 1)]
+
+
+def test_abilities_are_columns_whose_pairs_are_items():
+    results = make_results({"kind": ([1] * 4, [1] * 4), "harsh": ([1] * 4, [1] * 4)})
+    stages = {("unedited", "before"): [1.0] * 10, ("kind", "after_edit"): [1.0] * 9 + [0.0]}
+    stages["harsh", "after_edit"] = [0.0] * 8 + [1.0] * 2
+    rows = [{"method": m, "stage": s, "task": "cloze", "seed": 0, "values": v} for (m, s), v in stages.items()]
+    found = replace(results, abilities={(row["method"], row["stage"], "cloze"): row for row in rows})
+    kind, harsh = (cells_of(found, method)["cloze"] for method in ("kind", "harsh"))
+    assert (kind.before, kind.text, kind.mark, harsh.text, harsh.mark) == ("100", "90", "best", "20", "")
+    assert "cloze" in about([make_verdict(entries_of(found), "generated")])
+    assert entries_of(found)[-1].values("cloze@ability")["9"] == 1.0

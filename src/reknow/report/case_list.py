@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from reknow.evaluation.results import Results
 from reknow.evaluation.stages import AFTER_EDIT, END
+from reknow.report.columns import NEW
 from reknow.report.contents import Card, make_cards
-from reknow.report.verdict import NEW
 from reknow.texts.templates import fill
 from reknow.texts.writing import clip
 

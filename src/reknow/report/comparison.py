@@ -13,12 +13,11 @@ from reknow.evaluation.results import Results
 from reknow.evaluation.stages import stage_label
 from reknow.files.atomic import write_text
 from reknow.report import contents, drawing
+from reknow.report.columns import COLUMNS, PROTOCOL_NAMES
 from reknow.report.page import READ, environment, style_and_script
 from reknow.report.verdict import (
-    ABOUT,
-    COLUMNS,
-    PROTOCOL_NAMES,
     Entry,
+    about,
     entries_of,
     make_verdict,
     read_protocols,
@@ -74,7 +73,7 @@ def write_comparison(runs: Mapping[str, Results], folder: str | Path) -> Path:
         points=points,
         p_value=p_value,
         read=READ,
-        about=ABOUT,
+        about=about(verdicts),
         settings={name: results.manifest["settings"]["methods"] for name, results in whole.items()},
     )
     write_text(folder / f"{FILE}.md", _markdown(runs, remarks, verdicts, gaps))

@@ -10,7 +10,7 @@ from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import Results, row_readings
 from reknow.evaluation.stages import AFTER_EDIT, BEFORE, END, UNEDITED
-from reknow.report.verdict import KEPT, NEW, REWORDED
+from reknow.report.columns import KEPT, NEW, REWORDED
 from reknow.texts.templates import fill, split_template
 from reknow.texts.writing import clip
 

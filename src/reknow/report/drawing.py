@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from reknow.evaluation.results import Cell
 from reknow.evaluation.stages import BEFORE
+from reknow.report.columns import KEPT, NEW, REWORDED, Column
 from reknow.report.retention import Point
-from reknow.report.verdict import KEPT, NEW, REWORDED, Column, Entry
+from reknow.report.verdict import Entry
 
 WIDTH, HEIGHT = 440, 300
 LEFT, RIGHT, TOP, BOTTOM = 40, 16, 30, 42

@@ -14,13 +14,11 @@ from reknow.evaluation.stages import stage_label
 from reknow.files.atomic import atomic_write, write_text
 from reknow.report import contents, drawing, plots
 from reknow.report.case_list import list_cases
+from reknow.report.columns import KEPT, NEW, PROTOCOL_NAMES
 from reknow.report.retention import by_age, so_far
 from reknow.report.verdict import (
-    ABOUT,
-    KEPT,
-    NEW,
-    PROTOCOL_NAMES,
     Entry,
+    about,
     entries_of,
     make_verdict,
     read_protocols,
@@ -133,7 +131,7 @@ def render_page(results: Results) -> str:
         unfinished=contents.describe_rest(results),
         failures=contents.list_failures(results),
         read=READ,
-        about=ABOUT,
+        about=about(verdicts),
     )
 
 
