@@ -249,4 +249,6 @@ def test_it_prints_without_controls(tab):
     for name in ("#controls", ".switch", "nav"):
         assert not tab.is_visible(name)
     assert tab.is_visible("table.verdict") and tab.is_visible("#cases") and tab.is_visible("#verdict svg")
+    tab.set_viewport_size({"width": 700, "height": 1000})
+    assert tab.evaluate("getComputedStyle(document.querySelector('.verdict tr')).display") == "table-row"
     assert tab.pdf(format="A4").startswith(b"%PDF")
