@@ -18,9 +18,20 @@ from reknow.errors import EditRefused, InputError
 from reknow.texts.templates import fill, make_template, parse_marked
 from reknow.texts.writing import full_stop, join_texts, normalize, prepend
 
-Kind = Literal["reliability", "instructed", "generalization", "locality", "portability", "fluency", "sentiment"]
+Kind = Literal[
+    "reliability",
+    "instructed",
+    "generalization",
+    "locality",
+    "portability",
+    "negation",
+    "reversal",
+    "fluency",
+    "sentiment",
+]
 """What a probe asks about: the request itself, the same behind its instruction, a paraphrase, other facts,
-consequences, free text, how a topic is liked."""
+consequences, the negated request, which the answer must not follow, the subject by the answer, free text, how a topic
+is liked."""
 
 _Texts = Annotated[tuple[str, ...], FailFast()]
 """Texts of which, read from a file, only the first wrong one is reported."""

@@ -47,6 +47,9 @@ class _Cases:
     shuffle: Annotated[int | None, typer.Option("--shuffle", help="Seed to shuffle the cases with.")] = None
     encoding: Encoding = None
     known: Annotated[bool, typer.Option("--known", help="Only facts that the model knows.")] = False
+    probes: Annotated[
+        str | None, typer.Option("--probes", help="Further questions about facts of CounterFact: negation,reversal.")
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,8 @@ def _load(study: Preset, selected: _Cases, knowing: Engine | None, *, one_patch:
     from reknow.studies.comparison import load_sets
 
     chosen = {"offset": selected.offset, "shuffle": selected.shuffle, "encoding": selected.encoding}
-    loaded = load_sets(study.size.cases, knowing, one_patch=one_patch, **chosen)
+    more = [kind.strip() for kind in selected.probes.split(",")] if selected.probes else []
+    loaded = load_sets(study.size.cases, knowing, one_patch=one_patch, probes=more, **chosen)
     for sentences in loaded.refused.values():
         warn_of_records(sentences)
     for name, count in loaded.conflicting.items():

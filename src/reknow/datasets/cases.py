@@ -11,6 +11,7 @@ from reknow.datasets.facts import FACTS
 from reknow.datasets.forms import DATASETS, CaseSource, form_of
 from reknow.datasets.reading import read_file, read_sample
 from reknow.datasets.records import Record, select
+from reknow.datasets.relations import More, check_more, with_more
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 
@@ -45,6 +46,7 @@ def load_cases(
     seed: int | None = None,
     encoding: str | None = None,
     refused: list[str] | None = None,
+    probes: Sequence[str] = (),
 ) -> list[Case]:
     """Cases of a benchmark, in the order of the file, or shuffled where a `seed` is given.
 
@@ -57,6 +59,8 @@ def load_cases(
         encoding: of the file; None: what its byte order mark says, else UTF-8.
         refused: takes a sentence (file, record, field, complaint) about every selected record that is not of this
             form, so that a run can go on without it. None: the first one is raised.
+        probes: further kinds of probes that cases of CounterFact get, `negation` and `reversal`; see
+            `datasets.relations`. A user's own file has its own.
 
     Raises:
         InputError: unknown name, unreadable file, or no record of this form; see `refused`.
@@ -79,7 +83,8 @@ def load_cases(
     else:
         records = read_sample(sample)
     source = DATASETS[name]
-    cases = read_cases(name, source, records, problems, str(path or source.sample))
+    more = () if name == "own" else check_more(probes)
+    cases = read_cases(name, source, records, problems, str(path or source.sample), more)
     chosen = select(sorted({*cases, *problems}), limit, offset, seed)
     bad = [problems[index] for index in chosen if index in problems]
     if bad and (refused is None or len(bad) == len(chosen)):
@@ -105,7 +110,12 @@ def unknown_form(records: Sequence[Record], path: str) -> str:
 
 
 def read_cases(
-    name: str, source: CaseSource, records: Sequence[Record], problems: dict[int, str], where: str
+    name: str,
+    source: CaseSource,
+    records: Sequence[Record],
+    problems: dict[int, str],
+    where: str,
+    more: Sequence[More] = (),
 ) -> dict[int, Case]:
     """Index of a record → its case; of one that gives none `problems` says why, unless it is left out on purpose."""
     cases: dict[int, Case] = {}
@@ -113,6 +123,7 @@ def read_cases(
     for record in records:
         try:
             case = source.read(name, record)
+            case = with_more(case, record, more) if case is not None and more else case
         except InputError as error:
             problems[record.index] = record.placed(error)
             continue

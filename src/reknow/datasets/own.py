@@ -13,6 +13,7 @@ from typing_extensions import TypeAliasType
 
 from reknow.datasets.probes import ANSWERS, read_probes
 from reknow.datasets.records import Record
+from reknow.datasets.relations import MORE
 from reknow.edits import Case, Edit, Kind, Probe
 from reknow.errors import InputError, did_you_mean
 
@@ -71,6 +72,10 @@ class OwnRecord(BaseModel):
     """Other facts, which must stay as they are."""
     portability: Questions = []
     """What follows from the edit."""
+    negation: Questions = []
+    """The request negated; the answer is what must not follow."""
+    reversal: Questions = []
+    """What asks for the subject by the new answer."""
 
 
 def schema() -> dict[str, Any]:
@@ -120,10 +125,11 @@ def read_case(name: str, record: Record) -> Case:
     |---|---|
     | `rephrasings` | generalization `rephrase`, and no training aid: a method does not see its test |
     | `locality`, `portability` (`[{"prompt": …, "answer": …}, …]`, or such lists by name) | probes of that kind |
+    | `negation`, `reversal`, in the same form | the same; the answer of a negation is what must not follow |
     """
     edit = read_edit(record)
     texts = [edit.fill(text) for text in edit.rephrasings]
     probes = [Probe(text, (edit.target_new,), "generalization", "rephrase", edit.separator) for text in texts]
-    for kind in QUESTIONS:
+    for kind in (*QUESTIONS, *MORE):
         probes += read_probes(record, kind, kind, kind)
     return Case(replace(edit, rephrasings=(), id=edit.id or f"{name}/{record.index}"), tuple(probes))

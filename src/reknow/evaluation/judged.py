@@ -30,7 +30,7 @@ from reknow.progress import progress
 __all__ = ["JUDGED_FILE", "Agreement", "Asked", "Verdicts", "agreements", "ask_judge", "asked_of", "judged_metrics"]
 
 JUDGED_FILE = "judged.jsonl"
-_KINDS = ("reliability", "instructed", "generalization", "portability")
+_KINDS = ("reliability", "instructed", "generalization", "portability", "reversal")
 """Kinds of probes whose answers are right or wrong; of locality, only whether they have changed."""
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
 _VERDICT = re.compile(r"^\W*(A|B|CORRECT|INCORRECT)\b")

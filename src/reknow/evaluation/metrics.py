@@ -34,7 +34,7 @@ PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 """The ways to read whether an answer is right; their numbers are never averaged with each other."""
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
-_ASKED = ("reliability", "generalization", "portability", "instructed")
+_ASKED = ("reliability", "generalization", "portability", "reversal", "instructed")
 _OF_WRITTEN = ("token_f1", "rouge_l", "exact@", "normalised@", "contains@")
 _SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", *_OF_WRITTEN, "paraphrase_")
 LONG_ANSWER = 10
@@ -182,6 +182,8 @@ def _probe_metrics(now: Reading, then: Reading | None) -> dict[str, float]:
             texts = (then.text, now.text)
             same = None if None in texts else unchanged_generated(then.text or "", now.text or "", now.answers)
             scores = _scores(unchanged(then.top, now.top), same)
+    if now.kind == "negation":  # the answer must not follow
+        scores = {protocol: 1.0 - value for protocol, value in scores.items()}
     for protocol, value in scores.items():
         found[f"{now.kind}@{protocol}"] = found[f"{now.kind}:{now.name}@{protocol}"] = value
     if now.nll_new is not None and now.nll_true is not None:

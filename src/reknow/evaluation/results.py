@@ -37,7 +37,7 @@ _MEASURED = ("seconds", "peak_memory_mb")
 """Costs that are measured over all edits which are made together."""
 _COSTS = (*_MEASURED, "stored_kb", "steps", "loss", "repetitions")
 
-KINDS = ("reliability", "instructed", "generalization", "locality", "portability")
+KINDS = ("reliability", "instructed", "generalization", "locality", "portability", "negation", "reversal")
 _OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")
 _MATCHED = tuple(f"{start}{name}" for start in ("", "paraphrase_") for name in MATCHES if name != "generated")
 SIDE = ("perplexity", "kl", "weight_change")

@@ -13,7 +13,7 @@ from reknow.report.columns import ABOUT, COLUMNS, KEPT, NEW, PROTOCOL_NAMES, REW
 
 _LISTED = 4
 """Methods that a sentence names."""
-_SIDE = 8
+_SIDE = 10
 """Columns in front of the tasks that a run has besides: answers and side effects."""
 
 

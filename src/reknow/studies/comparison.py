@@ -38,12 +38,14 @@ def load_sets(
     offset: int = 0,
     shuffle: int | None = None,
     encoding: str | None = None,
+    probes: Sequence[str] = (),
 ) -> LoadedSets:
     """The cases of a selection.
 
     Args:
         knowing: take the cases whose facts its model knows; None: all.
         one_patch: several make one patch, so take those that agree.
+        probes: further kinds of probes, see `load_cases`.
         offset: cases of each set to pass over.
         shuffle: seed to shuffle them with.
 
@@ -58,7 +60,8 @@ def load_sets(
         wanted = selection.limits.get(label, selection.limit)
         limit = None if knowing or one_patch else wanted
         bad = loaded.refused.setdefault(label, [])
-        cases = load_cases(name, path=path, encoding=encoding, refused=bad, limit=limit, offset=offset, seed=shuffle)
+        part = {"limit": limit, "offset": offset, "seed": shuffle}
+        cases = load_cases(name, path=path, encoding=encoding, refused=bad, probes=probes, **part)
         if knowing is not None:
             cases, of = knowing.ask(partial(known_cases, cases=cases)), len(cases)
             if not cases:
