@@ -128,13 +128,14 @@ class RunManifest(Strict):
 def run_tasks(manifest: Mapping[str, Any]) -> tuple[list[Task], Plan] | None:
     """The tasks of a run in the order in which one process does them, and its plan; None: an earlier version's, which
     does not say."""
-    if not (names := manifest.get("names")):
+    names, together = manifest.get("names"), manifest.get("together", {})
+    if not names or not together.keys() >= manifest["settings"]["methods"].keys():
         return None
     settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in manifest["settings"].items()
     }
     plan = Plan(**{each.name: settings[each.name] for each in fields(Plan) if each.name in settings})
-    return list_tasks(names, manifest["together"], plan, manifest["oracle"]), plan
+    return list_tasks(names, together, plan, manifest.get("oracle")), plan
 
 
 def run_digest(settings: Mapping[str, Any]) -> str:
