@@ -111,10 +111,13 @@ class PairedTriangle:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Makes every block what `change` says of its float64 sum."""
+        place, largest = exact_device(self.high[0].device), max(high.numel() for high in self.high)
+        room = torch.empty(largest, dtype=torch.float64, device=place)  # one for all: blocks are of unlike size
         for high, low in zip(self.high, self.low, strict=True):
-            total = change(exact(high) + exact(low))
+            total = room[: high.numel()].view_as(high).copy_(high)
+            total = change(total.add_(low.to(place)))
             high.copy_(total)
-            low.copy_(total - exact(high))
+            low.copy_(total.sub_(high.to(place)))
 
     def to(self, to: torch.device) -> PairedTriangle:
         return PairedTriangle([block.to(to) for block in self.high], [block.to(to) for block in self.low])

@@ -47,17 +47,31 @@ def _as_pair(source) -> tuple[PreTrainedModel, Any]:
 
     Raises:
         InputError: it is no such pair.
-        ModelError: the wrapper does more than to hold the model: it puts learned tokens before every text.
+        ModelError: the wrapper does more than to hold the model: it puts learned tokens before every text; or the
+            weights are split among processes.
     """
     if isinstance(source, (tuple, list)) and len(source) == 2:
         model, tokenizer = _unwrap(source[0]), source[1]
         if isinstance(model, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase):
+            _refuse_split(model)
             return model, tokenizer
     got = ", ".join(type(part).__name__ for part in (source if isinstance(source, (tuple, list)) else [source]))
     raise InputError(
         "expected the name or the folder of a model, or a pair (model, tokenizer) of transformers; "
         f"got {got}: give one of these"
     )
+
+
+def _refuse_split(model: PreTrainedModel) -> None:
+    """Raises ModelError where a weight is a DTensor, of which each process has a part (tensor parallel, FSDP): keys
+    would be parts of keys."""
+    split = [name for name, weight in model.named_parameters() if hasattr(weight, "device_mesh")]
+    if split:
+        raise ModelError(
+            f"expected weights that this process has whole; {type(model).__name__} has {len(split)} that are split "
+            f"among processes, such as {split[0]}: open the model in one process, where device_map='auto' spreads "
+            "its layers over the GPUs, edit it there, and give the engine that splits it the export"
+        )
 
 
 def _unwrap(model):
