@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
@@ -17,6 +15,7 @@ from typing import Any, TypeVar
 
 from reknow.engine.handing_out import MOST_DEATHS, Died, Done, Kept, Made, Ready, hand_out
 from reknow.engine.jobs import Job, Task
+from reknow.engine.signals import Terminations
 from reknow.engine.worker import Worker
 from reknow.errors import EngineError, InputError, MissingExtra
 from reknow.lm import LM
@@ -69,6 +68,7 @@ class RayEngine:
         self._workers: _RayWorkers | None = None
         self._folder: Path | None = None
         self._ours = False
+        self._terminations = Terminations()
 
     def __enter__(self) -> RayEngine:
         return self
@@ -84,12 +84,14 @@ class RayEngine:
         if self._ours:
             self._ours = False
             self._ray.shutdown()
+        self._terminations.restore()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
     def ask(self, question: Callable[[LM], _T]) -> _T:
-        return self._started().ask(question)
+        with self._terminations.told():
+            return self._started().ask(question)
 
     def perform(
         self,
@@ -99,10 +101,11 @@ class RayEngine:
         keep: Callable[[dict[str, Any]], object],
         folder: Path | None,
     ) -> None:
-        workers = self._started()
-        workers.begin(job)
         try:
-            hand_out(workers, job, tasks, there, keep, folder)
+            with self._terminations.told():
+                workers = self._started()
+                workers.begin(job)
+                hand_out(workers, job, tasks, there, keep, folder)
         except BaseException:
             self.close()  # its workers are in the midst of tasks
             raise
@@ -121,27 +124,21 @@ class RayEngine:
         if self._ray.is_initialized():
             return
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
-        main = threading.current_thread() is threading.main_thread()
-        terminate = signal.getsignal(signal.SIGTERM) if main else None
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:
-            if self._address is None:
-                count = (self._wanted or os.cpu_count() or 1) * self._threads
-                self._folder = Path(tempfile.mkdtemp(prefix="rk", dir="/tmp" if os.path.isdir("/tmp") else None))
-                self._ray.init(num_cpus=count, include_dashboard=False, _temp_dir=str(self._folder), **quiet)
-            else:
-                _check_address(self._address)
-                self._ray.init(address=self._address, **quiet)
+            with self._terminations.kept():
+                if self._address is None:
+                    count = (self._wanted or os.cpu_count() or 1) * self._threads
+                    self._folder = Path(tempfile.mkdtemp(prefix="rk", dir="/tmp" if os.path.isdir("/tmp") else None))
+                    self._ray.init(num_cpus=count, include_dashboard=False, _temp_dir=str(self._folder), **quiet)
+                else:
+                    _check_address(self._address)
+                    self._ray.init(address=self._address, **quiet)
         except (ConnectionError, OSError, ValueError, RuntimeError, self._ray.exceptions.RayError) as error:
-            self.close()
             raise _no_cluster(self._address, error) from error
-        finally:
-            if main:
-                signal.signal(signal.SIGTERM, terminate)
         self._ours = True
-        self._ray._private.worker._worker_logs_enabled = (
-            False  # else it prints the deaths of workers among our tables
-        )
+        # Else it prints the deaths of workers among our tables.
+        self._ray._private.worker._worker_logs_enabled = False
 
     def _count(self) -> int:
         """How many workers there will be; raises InputError where there is no room for one."""
