@@ -29,7 +29,10 @@ from reknow.texts.tables import to_latex, to_markdown
 
 _NAMED = 4
 """Methods that a title names; more are counted."""
-_MARKED = "★ best; ≈ not told apart from it: the 95 % bootstrap interval of the difference, case by case, holds 0."
+_MARKED = (
+    "★ best; ≈ not told apart from it: the 95 % bootstrap interval of the difference, case by case, holds 0, or p of "
+    "the permutation test by signs is not below 5 %."
+)
 _HERE = Path(__file__).parent
 
 READ = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from reknow.evaluation.paired import paired
+from reknow.evaluation.paired import tied
 from reknow.evaluation.results import UNEDITED_BEFORE, Cell, Results
 from reknow.evaluation.stages import AFTER_EDIT, IN_CONTEXT, UNEDITED
 from reknow.report.columns import ABOUT, COLUMNS, KEPT, NEW, PROTOCOL_NAMES, REWORDED, Column, interval, number
@@ -168,8 +168,7 @@ def _marks(entries: Sequence[Entry], column: Column, protocol: str) -> list[str]
             same = number(cells[i], column) == number(cells[best], column)
             marks[i] = "tied" if same else ""
         else:
-            gap = paired(entries[best].values(key), entries[i].values(key))
-            marks[i] = "tied" if gap is None or gap.tied else ""
+            marks[i] = "tied" if tied(entries[best].values(key), entries[i].values(key)) else ""
     return marks if any(not marks[i] for i in there) else [""] * len(entries)  # all are best: none is
 
 
