@@ -15,6 +15,7 @@ from reknow.editing.refined import Refined
 from reknow.editing.solvers import Whitening, cholesky, least_squares
 from reknow.editing.triangle import PairedTriangle, Triangle
 from reknow.errors import InputError
+from reknow.evaluation import cost
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
 OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
@@ -124,6 +125,14 @@ def test_a_killed_reading_of_a_large_layer_goes_on(monkeypatch, tmp_path):
     monkeypatch.setattr(key_sums, "save", save)
     resumed = covariance(make_lm(), 1, tokens=3000, text=texts)
     assert saved and torch.allclose(resumed, whole, rtol=1e-6, atol=1e-9 * float(whole.diagonal().max()))
+
+
+def test_the_plan_of_an_edit_counts_what_the_large_way_takes(monkeypatch):
+    lm, method = make_lm(), ROME(layer=1, **QUICK)
+    small = cost.estimate(lm, method, [EDIT])
+    monkeypatch.setattr(cost, "LARGE", 16)
+    large = cost.estimate(lm, method, [EDIT])
+    assert small.solver == 2 * large.solver > 0 and small.statistics == large.statistics
 
 
 def test_null_spaces_of_large_layers_are_refused_before_anything_is_done(monkeypatch):

@@ -12,7 +12,7 @@ with a key per row of K, a wanted change of its output per row of R, and the key
 
 λ has no meaning of its own: the share of its change that a key gets by itself is |Bᵀk|² / (|Bᵀk|² + λ). So λ is given
 as regularization × mean |Bᵀk|², which depends neither on the size of the model nor on the unit of the keys.
-All in float64.
+All in float64; of a large C the factor is float32, and what is solved with it is refined in float64 (`refined`).
 """
 
 from __future__ import annotations
