@@ -44,7 +44,7 @@ def test_the_scores_are_those_of_a_bench_whose_patch_makes_that_model(family, tm
     measured = bench(make_lm(family), CASES, {"other": METHOD}, tmp_path / "bench", plan=Plan("batch"))
     results = score(lambda: edited(family), lambda: make_lm(family), CASES, tmp_path / "score", label="other")
     assert str(Results.load(tmp_path / "score")) == str(results)
-    costs = {"seconds", "peak_memory_mb", "steps", "loss"}
+    costs = {"seconds", "peak_memory_mb", "steps", "loss", "stored_kb"}
     found = {(c.method, c.stage, c.protocol, c.metric): c.mean for c in results.cells.values()}
     wanted = {
         (c.method, c.stage, c.protocol, c.metric): c.mean for c in measured.cells.values() if c.metric not in costs

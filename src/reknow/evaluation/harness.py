@@ -132,8 +132,8 @@ def _harness() -> Any:
         import datasets.config  # type: ignore[import-not-found]
         import lm_eval  # type: ignore[import-not-found]
         import lm_eval.tasks  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise MissingExtra(error.name or "lm_eval", "ability", "measuring abilities") from None
+    except ImportError:
+        raise MissingExtra("lm-eval", "ability", "measuring abilities") from None
     datasets.config.HF_DATASETS_CACHE = str(cache_folder() / "harness")  # where what tasks fetch is kept
     return lm_eval
 
