@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,6 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8
 """Okabe & Ito's colours, which people with colour blindness tell apart; two replaced for dark backgrounds."""
 
 INK, FAINT = "#333334", "#bbbbbc"
-"""Colours that a page replaces by its own text colour."""
 
 _PROTOCOL_NAMES = {
     "teacher_forced_exact": "teacher-forced, exact",
@@ -54,12 +51,6 @@ def make_figures(results: Results) -> dict[str, Figure]:
                     results, protocol
                 )
     return {caption: figure for caption, figure in found.items() if figure is not None}
-
-
-def protocol_colours(results: Results) -> dict[str, str]:
-    """Protocol in words → colour of its bars, for those that were read."""
-    read = {key.partition("@")[2] for *_, key in results.cells}
-    return {name: color for (key, name), color in zip(_PROTOCOL_NAMES.items(), PALETTE, strict=False) if key in read}
 
 
 def _bar_figure(results: Results, kind: str) -> Figure | None:
@@ -131,16 +122,6 @@ def _time_axes(label: str):
     axes.set_xlabel(label)
     axes.grid(axis="y", color=FAINT, linewidth=0.4)
     return figure, axes
-
-
-def to_svg(figure: Figure) -> str:
-    """The figure as SVG to put into a page, whose text colour it takes on."""
-    text = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(FAINT, "var(--line)")
-    return re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|<svg height="[^"]*"', r"\1", svg, count=1)
 
 
 def save_png(figure: Figure, path: Path) -> None:
