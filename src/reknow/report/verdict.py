@@ -218,7 +218,7 @@ def verdict_sentence(verdict: Verdict) -> str:
     leaders = verdict.leaders()
     everywhere = [label for label in methods if all(label in marked for marked in leaders.values())]
     if len(everywhere) == len(methods):
-        return f"These cases tell no difference between {_listed(methods)}."
+        return f"These cases tell no difference between {_listed(methods)} in what was asked."
     if everywhere:
         if len(everywhere) > 1:
             return f"{_listed(everywhere)} are best, or level with the best, in all that was asked."
