@@ -122,7 +122,8 @@ def test_the_files_are_what_the_script_makes(tmp_path):
     assert made.choice(random.Random(0)) == items_of("choice")
 
 
-def test_patches_are_on_and_nothing_else_changes(capfd, few):
+def test_patches_are_on_and_nothing_else_changes(capfd, few, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no repository, of which git would complain
     lm = make_lm()
     torch.manual_seed(3)
     np.random.seed(3)

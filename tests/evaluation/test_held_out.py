@@ -105,6 +105,7 @@ def test_the_oracle_is_one_more_row_in_every_mode_and_changes_no_other(mode, tmp
     first = added["unedited", 0, mode, "in_context", "0"]["readings"][0]
     assert first["prompt"] == "Fact: The capital of Peru is Paris . The capital of Peru is"
     assert first["nll"] == pytest.approx(lm.score([first["prompt"]], ["Paris ."])[0].nll, rel=1e-5)
+    assert ("unedited", "in_context", "failed@edit") not in results.cells, "it is no edit"
     loaded = Results.load(tmp_path)
     assert loaded.rows.keys() == results.rows.keys() and "with the edit in front of the question" in str(loaded)
     assert json.loads((tmp_path / "manifest.json").read_text())["settings"]["oracle"] is True

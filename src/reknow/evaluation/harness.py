@@ -33,6 +33,8 @@ BUNDLED = ("lambada_like", "choice", "cloze")
 """Tasks that lie in the package: 120, 130 and 120 items."""
 _ANSWER_TOKENS = 256
 """Of what a task lets the model write, where it does not say how much."""
+_DESCRIBING = ("get_git_commit_hash", "add_env_info", "add_tokenizer_info")
+"""Functions by which the harness describes in its own result where it ran."""
 _FEWSHOT_SEED = 1234
 """The harness's own: which examples are shown before a question."""
 
@@ -140,23 +142,29 @@ def _harness() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """While open, the harness says nothing, and it leaves random states as they were."""
+    """While open, the harness says nothing, starts no programs to describe the machine (git, pip, compilers), and it
+    leaves random states as they were."""
     import lm_eval.api.task as tasks  # type: ignore[import-not-found]
+    import lm_eval.evaluator as evaluator  # type: ignore[import-not-found]
 
-    loggers, bar = [logging.getLogger(name) for name in ("lm_eval", "datasets")], tasks.tqdm
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     levels = [logger.level for logger in loggers]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
 
     def bare(items: Any = None, *_args: Any, **_options: Any) -> Any:
         return items
 
+    replaced = [(tasks, "tqdm"), *((evaluator, name) for name in _DESCRIBING)]
+    before = [getattr(module, name) for module, name in replaced]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        tasks.tqdm = bare
+        for module, name in replaced:
+            setattr(module, name, bare)
         yield
     finally:
-        tasks.tqdm = bar
+        for (module, name), own in zip(replaced, before, strict=True):
+            setattr(module, name, own)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         random.setstate(states[0])

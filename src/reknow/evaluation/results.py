@@ -193,7 +193,7 @@ class Results:
             then = before[row["case"]] if now else ()
             values = case_metrics(now, then, failed=row["error"] is not None)
             values |= _side(row)
-            if row["stage"] == AFTER_EDIT or row["mode"] == "batch":
+            if row["stage"] == AFTER_EDIT or (row["mode"] == "batch" and row["stage"] != IN_CONTEXT):
                 values |= {f"{name}@edit": row.get(name) for name in _COSTS}
                 values["failed@edit"] = float(row["error"] is not None)
             for key, value in {**values, **self.added.get(place, {})}.items():
