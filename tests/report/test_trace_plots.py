@@ -124,7 +124,7 @@ def test_a_prompt_longer_than_the_model_is_refused(reknow, tmp_path):
 def test_facts_are_traced_once_and_a_killed_run_goes_on(reknow, tmp_path, monkeypatch):
     facts = [Fact("The capital of {} is", name, "Lima") for name in ("Peru", "Zoë", "Apple")]
     monkeypatch.setattr("reknow.datasets.facts.load_facts", lambda *_, limit=None, **__: facts[:limit])
-    monkeypatch.setattr("reknow.tracing.causal.known_facts", lambda _, some: list(some))
+    monkeypatch.setattr("reknow.tracing.many.known_facts", lambda _, some: list(some))
     first = reknow("--limit", "2", "--samples", "2", "--json")
     assert first.exit_code == 0, first.output
     assert json.loads(first.output)["facts"] == 2

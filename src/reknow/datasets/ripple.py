@@ -47,7 +47,7 @@ def read_case(name: str, record: Record) -> Case:
 
     Every query of a test is a probe, answered by any of its values or aliases of more than one character or a digit.
     The authors want all values of a query where there are several, count a test as passed where one of its queries is
-    (`OR`) or all are (`AND`), and leave out tests whose `condition_queries` the unedited model misses; these are
+    (OR) or all are (AND), and leave out tests whose condition queries the unedited model misses; these are
     not used here. Queries without an answer are left out, logged.
     """
     stated = record.record("edit")

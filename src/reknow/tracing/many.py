@@ -9,7 +9,8 @@ from typing import Any
 
 from reknow.datasets.facts import Fact
 from reknow.lm import LM
-from reknow.tracing.causal import Tracing, embedding_std, known_facts, trace_prompt
+from reknow.tracing.causal import Tracing, embedding_std, trace_prompt
+from reknow.tracing.known import known_facts
 
 __all__ = ["KnownFacts", "TraceJob", "TraceTask", "find_known"]
 
