@@ -84,7 +84,8 @@ def test_every_claim_has_its_line_and_a_study_that_is_there():
 OTHERS = """
 AutoProcessor Reasoning Relation_Specificity Subject_Aliasing attribute_prompts compute_n_gram_entropy
 eval_utils_counterfact final_data_v2 locality_ground_truth new_answer_alias portability_ground_truth pred print_kl py
-no_question output_MODEL popular question_2hop question_6hop summarize test_prediction_acc word_tokenize yes_question
+WikiUpdate editevery locality_question mhop_ans no_question output_MODEL popular
+question_2hop question_6hop summarize test_prediction_acc word_tokenize yes_question
 NUMBER PATH
 """
 """What docstrings name of other people's code and files, and two words that stand for something."""
