@@ -163,5 +163,5 @@ def test_held_out_text_of_a_file(tmp_path):
     first, *rest = held_out_texts(file)
     assert first == "One paragraph." and math.isclose(sum(map(len, (first, *rest))), 10_000, rel_tol=0.01)
     file.write_text("\n\n")
-    with pytest.raises(InputError, match="expected text in"):
+    with pytest.raises(InputError, match="expected text of two words at least in"):
         held_out_texts(file)

@@ -12,7 +12,7 @@ from llm_server import verdict
 from reknow import Case, Edit, Probe, method
 from reknow.errors import InputError
 from reknow.evaluation import Plan, Results, bench
-from reknow.evaluation.judged import JUDGED_FILE, Asked, agreements, ask_judge, asked_of
+from reknow.evaluation.judged import JUDGED_FILE, Asked, _verdict, agreements, ask_judge, asked_of
 from reknow.evaluation.matching import contains
 from reknow.files.llm import NoAnswer
 
@@ -94,6 +94,29 @@ def test_a_stop_keeps_what_was_under_way(run, serve, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ask_judge(rows_of(results), serve(slow).llm(), folder, at_once=2)
     assert len(lines(folder)) == len(asked), "no verdict that was paid for is lost"
+
+
+@pytest.mark.parametrize(
+    ("said", "given"),
+    [
+        ("A", True),
+        ("**B**", False),
+        ("(A)", True),
+        ("A. It says Paris", True),
+        ("B: a part of it. A whole answer would be longer", False),
+        ("Incorrect.", False),
+        ("CORRECT", True),
+        ("<think>B?</think>\nA\n", True),
+        ("A different answer is given, so: B", None),
+        ("A, B", None),
+        ("A/B", None),
+        ("A or B? B", None),
+        ("Correctly it says so", None),
+        ("", None),
+    ],
+)
+def test_a_letter_is_a_verdict_only_by_itself(said, given):
+    assert _verdict(said) is given
 
 
 def test_what_is_no_verdict_is_counted_and_asked_again(run, serve):

@@ -40,7 +40,7 @@ def compare_runs(runs: Sequence[Path], out: Path | None, *, repaired: bool = Fal
     from reknow.report import write_comparison
 
     folders = [part for run in runs for part in _parts(run)]
-    names = [folder.name for folder in folders]
+    names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
     if len(set(names)) < len(names):

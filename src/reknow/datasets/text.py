@@ -56,8 +56,8 @@ def held_out_texts(path: str | Path | None = None) -> tuple[str, ...]:
         if text.strip():
             chosen.append(text[:room])
             room -= len(text)
-    if not chosen:
-        raise InputError(f"expected text in {path}; it has none: give another file")
+    if not any(len(text.split()) > 1 for text in chosen):
+        raise InputError(f"expected text of two words at least in {path}; it has none: give another file")
     return tuple(chosen)
 
 

@@ -33,7 +33,8 @@ JUDGED_FILE = "judged.jsonl"
 _KINDS = ("reliability", "instructed", "generalization", "portability", "reversal")
 """Kinds of probes whose answers are right or wrong; of locality, only whether they have changed."""
 _THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
-_VERDICT = re.compile(r"^\W*(A|B|CORRECT|INCORRECT)\b")
+_VERDICT = re.compile(r"^\W*(A|B|(?i:correct|incorrect))(?=\W*$|\W*\n|\s?[.,:;()*-])")
+"""A letter by itself: "A different answer …" is no verdict, nor is "A or B", "A/B"."""
 _QUESTION = """\
 A language model was given a question, or the beginning of a sentence, and has written what follows it. Grade \
 whether that gives the expected answer.
@@ -174,8 +175,11 @@ def _at_once(ask: Callable[[Asked], None], left: Sequence[Asked], threads: int) 
 
 def _verdict(answer: str) -> bool | None:
     """Whether the judge says that the answer is given; None: it says something else."""
-    match = _VERDICT.match(_THOUGHTS.sub("", answer))
-    return None if match is None else match[1] in ("A", "CORRECT")
+    said = _THOUGHTS.sub("", answer)
+    match = _VERDICT.match(said)
+    if match is None or (match[1] == "A" and re.search(r"\bB\b", said)):  # "A, B"
+        return None
+    return match[1].upper() in ("A", "CORRECT")
 
 
 def agreements(given: Mapping[Asked, bool]) -> list[Agreement]:

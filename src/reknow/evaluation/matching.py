@@ -7,7 +7,8 @@
 | `generated` | a text that begins with the answer, as words in one spelling | 1 |
 | `contains` | a text with the answer anywhere in it, as words in one spelling | 1 |
 
-`exact` is never more than `normalised`, and that never more than `generated` and `contains`.
+`exact` is never more than `normalised`, but for answers of signs alone, and that never more than `generated` and
+`contains`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from reknow.files.outputs import MANIFEST_FILE
 from reknow.files.schema import Object, Strict, explain, read_json
 from reknow.files.strict_json import strict_json
 from reknow.registry import as_now
+from reknow.texts.writing import clip
 
 
 def _machine() -> dict[str, Any]:
@@ -56,7 +57,7 @@ def open_manifest(
     manifest = read_manifest(folder)
     before, now = _flat(json.loads(json.dumps(as_now(former(manifest["settings"])), default=str))), _flat(settings)
     changes = [
-        f"{name} is {now.get(name)!r} and was {before.get(name)!r}"
+        f"{name} is {clip(repr(now.get(name)), 30)} and was {clip(repr(before.get(name)), 30)}"
         for name in sorted(before | now)
         if before.get(name) != now.get(name)
     ]

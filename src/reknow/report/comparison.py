@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import NamedTuple
 
 from reknow.errors import InputError
 from reknow.evaluation.paired import Difference, paired
-from reknow.evaluation.results import Results
+from reknow.evaluation.results import Results, row_readings
 from reknow.evaluation.stages import stage_label
 from reknow.files.atomic import write_text
 from reknow.report import contents, drawing
@@ -92,7 +94,7 @@ def on_common_cases(runs: Mapping[str, Results]) -> dict[str, Results]:
         counts = ", ".join(f"{name} {len(cases)}" for name, cases in asked.items())
         raise InputError(
             f"expected runs that have cases in common; got none among {counts}: compare runs on the same data, with "
-            "the same --offset and --shuffle"
+            "the same --offset and --shuffle; of a study of several sets one, as STUDY/SET"
         )
     found = {}
     for name, run in runs.items():
@@ -106,6 +108,19 @@ def on_common_cases(runs: Mapping[str, Results]) -> dict[str, Results]:
 def _identity(row: Mapping) -> tuple:
     edit = row["edit"]
     return row["case"], edit["prompt"], edit.get("subject"), edit["target_new"]
+
+
+def _questions_digest(run: Results) -> str:
+    """Tells what was asked about the edits from what another run asked."""
+    asked = {
+        case: [(r.kind, r.name, r.prompt, r.answers) for r in row_readings(row)]
+        for (case,), row in run.before.items()
+    }
+    return _digest(sorted(asked.items()))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
 def _count(runs: Mapping[str, Results]) -> int:
@@ -166,7 +181,10 @@ def differing(whole: Mapping[str, Results], common: Mapping[str, Results]) -> li
     count, sizes = _count(common), {name: len(run.before) for name, run in whole.items()}
     if any(size > count for size in sizes.values()):
         each = ", ".join(f"{name} has {size}" for name, size in sizes.items())
-        remarks.append(f"All numbers are over the {count} cases that the runs have in common: {each}.")
+        remarks.append(
+            f"Answers are over the {count} cases that the runs have in common: {each}. What is measured once is "
+            "of the whole run."
+        )
     settings = {name: run.manifest["settings"] for name, run in whole.items()}
     about = {
         "The models differ": {n: f"{whole[n].manifest['model']} ({s['model']})" for n, s in settings.items()},
@@ -176,6 +194,10 @@ def differing(whole: Mapping[str, Results], common: Mapping[str, Results]) -> li
         },
         "The answers were read at different stages": {n: stage_label(run.last_stage) for n, run in common.items()},
         "Different patches were applied before": {n: ", ".join(s["patches"]) or "none" for n, s in settings.items()},
+        "The held-out texts differ, so perplexity and drift cannot be compared": {
+            n: f"{len(s.get('held_out') or ())} texts ({_digest(s.get('held_out'))})" for n, s in settings.items()
+        },
+        "The questions about the same edits differ": {n: _questions_digest(run) for n, run in common.items()},
         "The seeds differ": {n: ", ".join(map(str, s["seeds"])) for n, s in settings.items()},
         "The runs are of different versions": {n: s["reknow"] for n, s in settings.items()},
         "They were read by different protocols, of which those are shown that all share": {

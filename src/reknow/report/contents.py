@@ -115,6 +115,8 @@ def _card(case: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any
                         total[2 * _PLACES[now.kind] + 1] += 1
             changed = now.text != then.text and bool(marks)
             answers.append(Answer(method, _shown(now.text), marks, changed, _likely(now, edit)))
+        if then.kind == "fluency" and not any(answer.text for answer in answers):
+            continue  # nothing was sampled
         questions.append(Question(then.kind, then.name, then.prompt, " / ".join(then.answers), answers))
     found: dict[str, dict[str, Score]] = {}
     for (protocol, method), (a, b, c, d, e, f) in sums.items():
@@ -234,7 +236,9 @@ def list_failures(results: Results) -> list[dict[str, Any]]:
 
 def describe_rest(results: Results) -> str:
     """A sentence about a run that has not made all its rows, or nothing."""
-    settings = results.manifest["settings"]
+    if results.unfinished is not None:
+        return f"{results.unfinished}."
+    settings = results.manifest["settings"]  # an earlier version's does not say which rows there are
     stage = AFTER_EDIT if settings["mode"] == "single" else END
     done = sum(row["stage"] == stage for row in results.rows.values())
     wanted = settings["cases"] * len(settings["methods"]) * len(settings["seeds"])

@@ -34,27 +34,25 @@ class Entry:
         task, _, protocol = key.rpartition("@")
         if protocol == "ability":
             return {str(item): value for item, value in enumerate(self._items(task))}
-        for stage in self._stages():
+        for stage in self._stages(key):
             cases = self.results.case_values.get((self.method, stage), {})
             if found := {case: values[key] for case, values in cases.items() if key in values}:
                 return found
         return {}
 
     def _items(self, task: str) -> list[float]:
-        """What a model did in the items of a task, averaged over seeds; at the first stage that has it."""
-        for stage in self._stages():
-            rows = self.results.abilities.values()
-            place = (self.method, stage, task)
-            if found := [row["values"] for row in rows if (row["method"], row["stage"], row["task"]) == place]:
-                return [sum(own) / len(own) for own in zip(*found, strict=False)]
-        return []
+        """What a model did in the items of a task, averaged over seeds."""
+        rows, place = self.results.abilities.values(), (self.method, self.stage, task)
+        found = [row["values"] for row in rows if (row["method"], row["stage"], row["task"]) == place]
+        return [sum(own) / len(own) for own in zip(*found, strict=False)]
 
     def cell(self, key: str) -> Cell | None:
-        found = (self.results.cells.get((self.method, stage, key)) for stage in self._stages())
+        found = (self.results.cells.get((self.method, stage, key)) for stage in self._stages(key))
         return next((cell for cell in found if cell is not None), None)
 
-    def _stages(self) -> tuple[str, ...]:
-        return (self.stage, AFTER_EDIT) if self.compared else (self.stage,)  # costs stand where the edit is made
+    def _stages(self, key: str) -> tuple[str, ...]:
+        costs = self.compared and key.endswith("@edit")  # they stand where the edit is made
+        return (self.stage, AFTER_EDIT) if costs else (self.stage,)
 
 
 def entries_of(results: Results) -> list[Entry]:
