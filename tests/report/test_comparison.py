@@ -55,8 +55,8 @@ def test_only_cases_of_all_runs_count():
     new, kept = (difference for _, difference in gap.differences)
     assert new.mean == pytest.approx(1 / 6) and new.cases == gap.cases == 6 and new.p == 1.0 and kept.mean == 0.0
     assert differing({"one": one, "two": two}, runs) == [
-        "Answers are over the 6 cases that the runs have in common: one has 10, two has 6. What is measured once is of "
-        "the whole run.",
+        "Answers are over the 6 cases that the runs have in common: one has 10, two has 6. What is measured once is "
+        "of the whole run.",
         "two: This run is not finished: 6 of 10 cases have been read to the end.",
     ]
 
