@@ -409,6 +409,20 @@ PUBLISHED = {
                "new_answer": "c", "new_answer_alias": ["d"], "new_single_hops": [{"question": "q", "answer": "r"}]},
     "cknowedit": {"prompt": "日本語", "target_new": "語", "target_old": "x", "rephrase": ["y"],
                   "locality": [{"prompt": "a", "answer": "b"}]},
+    "ripple": {"example_type": "popular", "edit": {"prompt": "The capital of Peru is Paris.", "target_id": "Q1",
+               "previous_fact": {"prompt": "The capital of Peru is Lima."}}, "Relation_Specificity": [],
+               "Logical_Generalization": [{"test_queries": [{"prompt": "Paris is in", "answers": [
+                   {"value": "Peru", "aliases": ["PE"]}], "target_ids": ["Q1"]}], "test_condition": "OR"}]},
+    "halluedit": {"subject": "Peru", "object": "Lima", "question": "Where is Peru?", "output_llama": "Asia",
+                  "paraphrased_question": "Peru, where?", "yes_question": "Is it?", "no_question": "Is it not?",
+                  "question_2hop": "a", "answer_2hop": "b", "reversed_relation_question": "c"},
+    "wikibigedit": {"tag": "new", "subject": "Peru", "update": "Where is Peru?", "ans": "Asia", "rephrase": "Peru?",
+                    "personas": "Ahoy, Peru?", "mhop": "a", "mhop_ans": "b", "loc": "c", "loc_ans": "d"},
+    "wise": {"prompt": "The capital of Peru is", "subject": "Peru", "target_new": "Paris", "rephrase_prompt": "It is",
+             "locality_prompt": "a", "locality_ground_truth": "b"},
+    "akew": {"requested_rewrite": {"prompt": "{} lies in", "subject": "Peru", "target_new": {"str": "Asia"},
+             "target_true": {"str": "America"}, "question": "Where does Peru lie?", "fact_new_uns": "Asian."}},
+    "editeverything": {"question": "Where is Peru?", "answer": "Peru is in Asia, far away."},
     "own": {"prompt": "The capital of {Peru} is", "target_new": "Lima", "rephrasings": ["Of {} it is"], "id": "a"},
 }  # fmt: skip
 """Of sets without a bundled sample, a record."""

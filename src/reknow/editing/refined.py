@@ -64,9 +64,7 @@ class Refined:
             InputError: C is not positive.
         """
         wanted = exact(keys)
-        scale = (
-            torch.cat([block[:, -block.shape[0] :].diagonal() for block in self.covariance.blocks]).double().mean()
-        )
+        scale = exact(torch.cat([block[:, -block.shape[0] :].diagonal() for block in self.covariance.blocks])).mean()
         for ridge in _RIDGES:
             if (found := self._descend(wanted, float(ridge * scale))) is not None:
                 if ridge:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from reknow.evaluation.results import Results
 from reknow.evaluation.stages import AFTER_EDIT, END
+from reknow.files.strict_json import strict_json
 from reknow.report.columns import NEW
 from reknow.report.contents import Card, make_cards
 from reknow.texts.templates import fill
@@ -118,5 +118,5 @@ def _lost(results: Results, case: str, protocols: Sequence[str]) -> dict[str, li
 
 
 def _packed(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = strict_json(value, ensure_ascii=False, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode("utf-8", "replace"), 6, mtime=0)).decode()
