@@ -14,17 +14,15 @@ from reknow.evaluation.paired import Difference, paired
 from reknow.evaluation.results import Results, row_readings
 from reknow.evaluation.stages import stage_label
 from reknow.files.atomic import write_text
-from reknow.report import contents, drawing
+from reknow.report import contents
 from reknow.report.columns import COLUMNS, PROTOCOL_NAMES
-from reknow.report.page import READ, environment, style_and_script
+from reknow.report.page import answer, environment, style_and_script
 from reknow.report.verdict import (
     Entry,
-    about,
     entries_of,
     make_verdict,
     read_protocols,
     verdict_lines,
-    verdict_sentence,
 )
 from reknow.texts.tables import to_markdown
 
@@ -67,15 +65,11 @@ def write_comparison(runs: Mapping[str, Results], folder: str | Path) -> Path:
         runs={name: contents.describe_head(results) for name, results in whole.items()},
         cases=_count(runs),
         remarks=remarks,
-        protocols=protocols,
-        names=PROTOCOL_NAMES,
-        verdicts=[(each, verdict_sentence(each), drawing.trade_off(entries, each.protocol)) for each in verdicts],
+        **answer(entries, verdicts),
         gaps=gaps,
         first=next(entry.label for entry in entries if entry.compared),
         points=points,
         p_value=p_value,
-        read=READ,
-        about=about(verdicts),
         settings={name: results.manifest["settings"]["methods"] for name, results in whole.items()},
     )
     write_text(folder / f"{FILE}.md", _markdown(runs, remarks, verdicts, gaps))

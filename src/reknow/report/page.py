@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
@@ -18,6 +20,7 @@ from reknow.report.columns import KEPT, NEW, PROTOCOL_NAMES
 from reknow.report.retention import by_age, so_far
 from reknow.report.verdict import (
     Entry,
+    Verdict,
     about,
     entries_of,
     make_verdict,
@@ -98,21 +101,28 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     results = Results.load(run_folder)
     folder = Path(run_folder if out is None else out)
     figures = plots.make_figures(results)
-    write_text(folder / "report.html", render_page(results))
+    verdicts = _verdicts(results)
+    write_text(folder / "report.html", render_page(results, verdicts))
     write_text(folder / "report.csv", results.to_csv())
-    write_text(folder / "report.tex", _latex(results))
-    write_text(folder / "report.md", _markdown(results, list(figures)))
+    write_text(folder / "report.tex", _latex(results, verdicts[:1]))
+    write_text(folder / "report.md", _markdown(results, verdicts[:1], list(figures)))
     for number, figure in enumerate(figures.values(), 1):
         atomic_write(folder / f"figure{number}.png", lambda path, figure=figure: plots.save_png(figure, Path(path)))
     return folder / "report.html"
 
 
-def render_page(results: Results) -> str:
-    """The page of a run, as HTML."""
+def _verdicts(results: Results) -> list[Verdict]:
+    """One for each protocol that was read; the first is the one that is shown first."""
+    entries = entries_of(results)
+    return [make_verdict(entries, protocol) for protocol in read_protocols([e for e in entries if e.compared])]
+
+
+def render_page(results: Results, verdicts: Sequence[Verdict] | None = None) -> str:
+    """The page of a run, as HTML; its verdicts are made where they are not given."""
     templates, settings = environment(), results.manifest["settings"]
     entries = entries_of(results)
-    protocols = read_protocols([entry for entry in entries if entry.compared])
-    verdicts = [make_verdict(entries, protocol) for protocol in protocols]
+    verdicts = _verdicts(results) if verdicts is None else verdicts
+    protocols = [verdict.protocol for verdict in verdicts]
     draw = templates.get_template("macros.html").module.probes  # type: ignore[attr-defined]
     return templates.get_template("page.html").render(
         **style_and_script(),
@@ -122,9 +132,7 @@ def render_page(results: Results) -> str:
         facts=contents.describe_run(results),
         entries=entries,
         compared=len(settings["methods"]),
-        protocols=protocols,
-        names=PROTOCOL_NAMES,
-        verdicts=[(each, verdict_sentence(each), drawing.trade_off(entries, each.protocol)) for each in verdicts],
+        **answer(entries, verdicts),
         retention=_retention(results, entries, protocols),
         stage=stage_label(results.last_stage),
         stage_label=stage_label,
@@ -133,9 +141,21 @@ def render_page(results: Results) -> str:
         seeds=len(settings["seeds"]),
         unfinished=contents.describe_rest(results),
         failures=contents.list_failures(results),
-        read=READ,
-        about=about(verdicts),
     )
+
+
+def answer(entries: Sequence[Entry], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What the templates show first, by the names that they have for it: under each protocol the verdict, a sentence
+    and the trade-off; and what to read them by."""
+    shown = [(each, verdict_sentence(each), drawing.trade_off(entries, each.protocol)) for each in verdicts]
+    protocols = [verdict.protocol for verdict in verdicts]
+    return {
+        "verdicts": shown,
+        "protocols": protocols,
+        "names": PROTOCOL_NAMES,
+        "read": READ,
+        "about": about(verdicts),
+    }
 
 
 def _retention(results: Results, entries: list[Entry], protocols: list[str]) -> dict[str, list[drawing.Chart]]:
@@ -166,26 +186,19 @@ def _title(results: Results) -> str:
     return f"{named} on {settings['dataset'] or 'given cases'}"
 
 
-def _first_verdict(results: Results) -> tuple[list[list[str]], str]:
-    """The table that the page shows first, as texts, and how its answers were read."""
-    entries = entries_of(results)
-    for protocol in read_protocols([entry for entry in entries if entry.compared])[:1]:
-        return verdict_lines(make_verdict(entries, protocol)), PROTOCOL_NAMES[protocol]
-    return [], ""
+def _latex(results: Results, first: Sequence[Verdict]) -> str:
+    text, run = results.to_latex(), f"{_title(results)}, {results.manifest['model']}, {len(results.before)} cases"
+    for verdict in first:
+        text += f"\n{to_latex(verdict_lines(verdict), f'{run}, {PROTOCOL_NAMES[verdict.protocol]}. {_MARKED}')}\n"
+    return text
 
 
-def _latex(results: Results) -> str:
-    lines, protocol = _first_verdict(results)
-    about = f"{_title(results)}, {results.manifest['model']}, {len(results.before)} cases, {protocol}. {_MARKED}"
-    return results.to_latex() + (f"\n{to_latex(lines, about)}\n" if lines else "")
-
-
-def _markdown(results: Results, captions: list[str]) -> str:
+def _markdown(results: Results, first: Sequence[Verdict], captions: list[str]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in contents.describe_run(results).items())
     said = "\n\n".join(contents.describe_methods(results))
-    lines, protocol = _first_verdict(results)
-    if lines:
-        said += f"\n\n**{protocol.capitalize()}**\n\n{to_markdown(lines)}\n\n{_MARKED}"
+    for verdict in first:
+        name = PROTOCOL_NAMES[verdict.protocol].capitalize()
+        said += f"\n\n**{name}**\n\n{to_markdown(verdict_lines(verdict))}\n\n{_MARKED}"
     pictures = "\n\n".join(f"![{caption}](figure{number}.png)" for number, caption in enumerate(captions, 1))
     protocols = dict.fromkeys(table.protocol for table in results.tables())
     read = "\n".join(f"- `{protocol}`: {READ[protocol]}" for protocol in protocols)
