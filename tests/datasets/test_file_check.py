@@ -245,3 +245,14 @@ def test_the_command_lists_the_sets():
     assert all(row["licence"] and row["source"] for row in rows)
     shown = CliRunner().invoke(app, ["data"]).stdout
     assert all(name in shown for name in DATASETS)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\x89PNG\r\n\x1a\n\x00\x00\n\xff", b"\x10\x00\xe5\n\x80\n", b"SQLite format 3\x00\n\xff\n"]
+)
+def test_what_is_no_text_at_all_is_refused_once(tmp_path, content):
+    file = tmp_path / "edits.json"
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="expected UTF-8 in ") as refused:
+        check_file(file)
+    assert "\n" not in str(refused.value)

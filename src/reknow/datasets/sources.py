@@ -54,15 +54,15 @@ def _encoding_of(content: bytes, given: str | None) -> str:
 
 
 def undecodable_lines(file: Path, encoding: str | None = None) -> dict[int, str]:
-    """Number of a line → what in it is no text in this encoding; empty where all is, where the file is packed, or
-    where line ends are no single bytes.
+    """Number of a line → what in it is no text in this encoding; empty where all is, where the file is packed or
+    no text at all, as a picture or weights are, which have bytes of zero; or where line ends are no single bytes.
 
     Args:
         encoding: see `read_text`.
     """
     content, wrong = file.read_bytes(), dict[int, str]()
     wanted = _encoding_of(content, encoding)
-    if "16" in wanted or "32" in wanted or any(map(content.startswith, _PACKED)):
+    if "16" in wanted or "32" in wanted or b"\0" in content or any(map(content.startswith, _PACKED)):
         return wrong
     for number, line in enumerate(content.split(b"\n"), 1):
         try:
