@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,6 +108,17 @@ def test_a_sequence_shows_forgetting():
     assert results.cells["ft-m", "after_edit", key].mean == 1.0
     assert results.cells["ft-m", "end", key].mean < 1.0
     assert results.cells["ft-m", "at:2", key].cases == 2
+
+
+def test_checkpoints_that_never_come_are_said_in_one_warning(tmp_path):
+    plan = Plan("sequential", checkpoints=(2, 4, 5, 9), generate=False)
+    for run in (evaluate, lambda *about: bench(about[0], about[1], [about[2]], tmp_path, plan=about[3])):
+        with pytest.warns(UserWarning, match="within the 4 cases; 5, 9 will not come") as said:
+            results = run(make_lm(), make_cases(), Nothing(), plan)
+        assert len(said) == 1 and {stage for _, stage, _ in results.cells} == {"before", "after_edit", "at:2", "end"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(make_lm(), make_cases(), Nothing(), replace(plan, checkpoints=(2, 4)))
 
 
 def test_a_batch_is_one_patch():

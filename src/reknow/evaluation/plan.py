@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,3 +63,12 @@ class Plan:
             )
         if self.in_context and self.mode != "single":
             raise InputError(f"expected in_context in single mode only; got mode {self.mode}: change them")
+
+    def warn_of_unreached(self, cases: int) -> None:
+        """Warns of checkpoints that a sequence of so many cases does not come to."""
+        if beyond := [str(at) for at in self.checkpoints if at > cases]:
+            warnings.warn(
+                f"expected checkpoints within the {cases} cases; {', '.join(beyond)} will not come: they are left "
+                "out, and all edits are read again after the last",
+                stacklevel=4,
+            )

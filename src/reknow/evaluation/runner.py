@@ -66,6 +66,7 @@ def evaluate(lm: LM, cases: Sequence[Case], method: Method, plan: Plan = Plan())
     afterwards.
     """
     named = _by_id(cases)
+    plan.warn_of_unreached(len(cases))
     start = _prepare(lm, cases, [method], plan, "", ())
     run = OpenRun({**start.about, "settings": start.settings}, Rows(None, BEFORE_KEY), Rows(None, ROW_KEY))
     tasks = list_tasks([*named], start.about["together"], plan, start.about["oracle"])
@@ -124,6 +125,7 @@ def bench_on(
     """`bench`, whose tasks an engine does; its rows are those that one process makes, but for seconds and memory."""
     folder, named = Path(out), _by_id(cases)
     own = None if shard is None else Shard.parse(shard)
+    plan.warn_of_unreached(len(cases))
     start = engine.ask(partial(_prepare, cases=cases, methods=methods, plan=plan, dataset=dataset, refused=refused))
     with open_run(folder, start.settings, start.about, own) as run:
         said = run.manifest if "names" in run.manifest else start.about
