@@ -35,6 +35,11 @@ BAD = {
     "too long": ({**FINE, "target_new": "x" * 2**21}, "expected texts of at most 1,048,576 characters"),
 }
 
+RIPPLE = {
+    "edit": {"prompt": "The name of the mother of Ada is Zoë."},
+    "Logical_Generalization": [{"test_queries": [{"prompt": "Who is the head of state of Peru?", "answers": []}]}],
+}
+
 
 def found(path, **options) -> list[tuple]:
     return [(bad.line, bad.record, bad.reason) for bad in check_file(path, **options).bad]
@@ -126,6 +131,46 @@ def test_a_table_with_a_broken_row_or_without_a_column(tmp_path):
         "field 'prompt'" in found(path, form="own")[0][2]
         or "unknown field 'question'" in found(path, form="own")[0][2]
     )
+
+
+def test_an_empty_cell_is_called_empty_and_not_missing(tmp_path):
+    path = tmp_path / "file.csv"
+    for rows in (["A {B} is,c", "A {C} is,", "A {D} is", " ,d"], ["A {B} is,"]):
+        path.write_text("\n".join(["prompt,target_new", *rows]))
+        for _, record, reason in found(path):
+            column = "prompt" if rows[record][0] == " " else "target_new"
+            assert reason == f"field '{column}': expected a text in this column; got an empty cell: fill it in"
+        assert len(found(path)) == sum(row != "A {B} is,c" for row in rows) and check_file(path).form == "own"
+    path.write_text("prompt,subject\nA B is,B\n")
+    assert "expected this field; got 'prompt', 'subject'" in found(path, form="own")[0][2]
+    path.write_text("prompt,target_new,subject\nA B is,c,\n")
+    assert check_file(path).is_sound, "this one need not be filled in"
+
+
+def test_questions_without_an_answer_are_counted_and_named(write, tmp_path):
+    asked = [{"prompt": "Ben is in", "answer": ""}, {"prompt": "Ada is in", "answer": [[]]}]
+    own = {**OTHER, "locality": [*asked, {"prompt": "Zoë is in", "answer": "Rome"}, {"prompt": "", "answer": ""}]}
+    path, lines = write([FINE, own, {**FINE, "target_new": "", "portability": asked}])
+    checked = check_file(path)
+    assert [(one.line, one.record, one.question) for one in checked.unanswered] == [
+        (lines[1], 1, "Ben is in"),
+        (lines[1], 1, "Ada is in"),
+    ], "of a record that is refused none is left out"
+    flat = {"prompt": "A is", "subject": "A", "target_new": "b", "locality_prompt": ["x", "y"]}
+    grouped = {
+        "locality": {"Kind": [{"prompt": "P", "ground_truth": [[]]}], "one": {"prompt": "q", "ground_truth": ""}}
+    }
+    for record, questions in (
+        ({**flat, "locality_ground_truth": ["", "z"]}, ["x"]),
+        ({**flat, **grouped, "locality_ground_truth": ["z", "z"]}, ["P", "q"]),
+        (RIPPLE, ["Who is the head of state of Peru?"]),
+    ):
+        path, _ = write([record])
+        checked = check_file(path)
+        assert checked.is_sound and [one.question for one in checked.unanswered] == questions
+    done = CliRunner().invoke(app, ["data", "check", str(path)])
+    assert done.exit_code == 0 and "Who is the head of state of Peru?" in done.stdout
+    assert "without an answer: 1 questions, which are left out" in done.stdout
 
 
 def test_bytes_that_are_no_text_are_named_line_by_line(tmp_path):

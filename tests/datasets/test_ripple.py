@@ -76,7 +76,7 @@ def test_a_record_is_an_edit_and_its_six_criteria(tmp_path, caplog):
         ("locality", "Relation_Specificity", ("Dora", "Dorothea")),
         ("locality", "Forgetfulness", ("Persia",)),
     ]
-    assert "left out without an answer: 1 queries" in caplog.text
+    assert caplog.text.count("question without an answer left out: ") == 1
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,9 @@ def _say(found: Checked) -> None:
             say_table(
                 [" line", " record", title], [[_number(one.line), str(one.record), _told(one)] for one in again]
             )
+    if found.unanswered:
+        rows = [[_number(one.line), str(one.record), one.question] for one in found.unanswered]
+        say_table([" line", " record", "question without an answer"], rows)
     form = f"form {found.form}" if found.form else "no form that is known"
     left_out = f", {found.left_out} left out as the form says" if found.left_out else ""
     say(f"{found.file}: {form}, {found.records} records, {found.fine} fine, {len(found.bad)} bad{left_out}")
@@ -94,6 +97,8 @@ def _say(found: Checked) -> None:
         say(f"contradictions: {len(found.contradictions)}; one patch for all {together}")
     if found.without_subject:
         say(f"without a subject: {found.without_subject} edits, which rome and its relatives refuse")
+    if found.unanswered:
+        say(f"without an answer: {len(found.unanswered)} questions, which are left out")
 
 
 def _told(one: Again) -> str:

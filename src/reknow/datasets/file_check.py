@@ -16,7 +16,7 @@ from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
 from reknow.texts.writing import normalize
 
-__all__ = ["Again", "Checked", "Problem", "check_file"]
+__all__ = ["Again", "Checked", "Problem", "Unanswered", "check_file"]
 
 _PLACE = re.compile(r", (?:line (?P<line>\d+)|record \d+)(?:, column (?P<column>\d+))?(?:, |: )")
 """What stands between the name of a file and a complaint."""
@@ -50,6 +50,15 @@ class Again:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """A question that no model can be asked, since the file has no answer to it."""
+
+    line: int | None
+    record: int
+    question: str
+
+
+@dataclass(frozen=True)
 class Checked:
     """What a check found."""
 
@@ -70,6 +79,8 @@ class Checked:
     """Whether edits of this form are made in one patch, which refuses them."""
     without_subject: int
     """Edits that name no subject, so that ROME and its relatives refuse them."""
+    unanswered: tuple[Unanswered, ...]
+    """Questions that are left out."""
 
     @property
     def is_sound(self) -> bool:
@@ -113,7 +124,14 @@ def check_file(path: str | Path, *, form: str | None = None, encoding: str | Non
         bad.append(Problem(None, None, unknown_form(records, name)))
     elif not records and not bad:
         bad.append(Problem(None, None, "expected at least one record; got none: add one with prompt and target_new"))
-    return _found(name, known, bad, len({*complaints, *(record.index for record in records)}), cases, lines)
+    count = len({*complaints, *(record.index for record in records)})
+    silent = [
+        Unanswered(lines.get(record.index), record.index, question)
+        for record in records
+        if record.index in cases
+        for question in record.unanswered
+    ]
+    return _found(name, known, bad, count, cases, lines, silent)
 
 
 def _found(
@@ -123,6 +141,7 @@ def _found(
     records: int = 0,
     cases: dict[int, Case] | None = None,
     lines: dict[int, int] | None = None,
+    unanswered: Iterable[Unanswered] = (),
 ) -> Checked:
     cases, lines, first = cases or {}, lines or {}, dict[str, int]()
     twice, contradictions = [], []
@@ -146,6 +165,7 @@ def _found(
         contradictions=tuple(contradictions),
         contradictions_are_bad=form in _ONE_PATCH,
         without_subject=sum(edit.subject is None for case in cases.values() for edit in case.edits),
+        unanswered=tuple(unanswered),
     )
 
 

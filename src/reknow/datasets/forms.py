@@ -99,7 +99,8 @@ def form_of(records: Sequence[Record]) -> str | None:
     for form, marks in _FIELDS.items():
         if marks <= fields.keys():
             return form
-    if "target_new" not in fields or not {"prompt", "prompts"} & fields.keys():
+    named = fields.keys() | {column for record in records for column in record.empty}
+    if "target_new" not in named or not {"prompt", "prompts"} & named:
         return None
     grouped = any(isinstance(fields.get(kind), dict) for kind in own.QUESTIONS)
     if grouped and "subject" in fields:

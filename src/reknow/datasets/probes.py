@@ -34,7 +34,7 @@ def read_probes(record: Record, field: str, kind: Kind, name: str) -> list[Probe
     | `{"one_hop": {"prompt": …, "ground_truth": …}, …}` (EasyEdit; one text or lists) | `one_hop` … |
 
     An answer stands in one of the fields `ANSWERS`: a text, a list, or a list of alias lists, which all become
-    accepted answers in the file's order. A question without any is left out, logged.
+    accepted answers in the file's order. A question without any is left out.
     """
     if not record.has(field):
         return []
@@ -57,18 +57,24 @@ def _list_probes(items: list[Record], kind: Kind, name: str) -> list[Probe]:
         if answers := tuple(dict.fromkeys(item.texts(field))):
             probes.append(Probe(first_text(item, "prompt"), answers, kind, name))
         else:
-            _log.info("%s: %s left out, it has no answer", item.where, item.prefix.rstrip("."))
+            item.leave_out(item.fields.get("prompt"))
     return probes
 
 
 def pair_probes(record: Record, prompts: str, answers: str, kind: Kind, name: str) -> list[Probe]:
     """The probes of two fields: a question and its answer, or as many of both; none where they are absent. A question
-    without an answer is left out, logged."""
+    without an answer is left out."""
     if not record.has(prompts):
         return []
     asked, given = record.entries(prompts), record.entries(answers)
     if len(asked) != len(given):
         record.refuse(answers, f"expected {len(asked)} answers, one per question; got {len(given)}: add or drop some")
-    if left_out := [prompt for prompt, answer in zip(asked, given, strict=True) if not (prompt and answer)]:
-        _log.info("%s: left out without question or answer: %s", record.where, ", ".join(map(repr, left_out)))
-    return [Probe(q, (a,), kind, name) for q, a in zip(asked, given, strict=True) if q and a]
+    probes = []
+    for question, answer in zip(asked, given, strict=True):
+        if question and answer:
+            probes.append(Probe(question, (answer,), kind, name))
+        elif question:
+            record.leave_out(question)
+        elif answer:
+            _log.info("%s: answer without a question left out: %s", record.where, answer)
+    return probes

@@ -224,7 +224,8 @@ def _read_table(
             _refuse(index, InputError(problem), refused)
         else:
             fields: Any = {column: cell for column, cell in zip(columns, row, strict=False) if cell.strip()}
-            records.append(Record(fields, where, index, table=True))
+            empty = [column for column in columns if column not in fields]
+            records.append(Record(fields, where, index, table=True, empty=empty))
     return records
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+from collections.abc import Collection
 from typing import Any, NoReturn, TypeVar
 
 from reknow.edits import Edit, check_encodable
@@ -26,13 +27,24 @@ class Record:
     """One object of a data file.
 
     `where` is its file and place as shown in errors; `index` its 0-based position in the file. The
-    `table` says that it is a row of cells, whose entries are parted by ` | ` where there are several. The
+    `table` says that it is a row of cells, whose entries are parted by ` | ` where there are several; `empty` names
+    the columns without any. `unanswered` takes the questions that are left out since they have no answer. The
     accessors return text without outer white space and raise InputError naming file, record and field. A number
     counts as the text that stands in the file.
     """
 
-    def __init__(self, fields: Any, where: str, index: int, prefix: str = "", table: bool = False):
+    def __init__(
+        self,
+        fields: Any,
+        where: str,
+        index: int,
+        prefix: str = "",
+        table: bool = False,
+        empty: Collection[str] = (),
+        unanswered: list[str] | None = None,
+    ):
         self.fields, self.where, self.index, self.prefix, self.table = fields, where, index, prefix, table
+        self.empty, self.unanswered = empty, [] if unanswered is None else unanswered
         if not prefix and (problem := find_problem(fields)):
             self.refuse("", problem)
         if not isinstance(fields, dict):
@@ -43,7 +55,15 @@ class Record:
         path = (self.prefix + field).rstrip(".")
         raise InputError(f"{self.where}{f', field {path!r}' if path else ''}: {complaint}")
 
+    def leave_out(self, question: Any) -> None:
+        """Notes a question that has no answer."""
+        if question:
+            self.unanswered.append(question if isinstance(question, str) else shorten(question))
+            _log.info("%s: question without an answer left out: %s", self.where, self.unanswered[-1])
+
     def _required(self, field: str) -> Any:
+        if field in self.empty:
+            self.refuse(field, "expected a text in this column; got an empty cell: fill it in")
         if field not in self.fields:
             have = ", ".join(map(repr, self.fields)) or "none"
             self.refuse(field, f"expected this field; got {have}: add it, or choose the data set of this form")
@@ -86,17 +106,17 @@ class Record:
 
     def record(self, field: str) -> Record:
         """The object in a field that must be there."""
-        return Record(self._required(field), self.where, self.index, f"{self.prefix}{field}.")
+        return self._inner(self._required(field), field)
 
     def records(self, field: str) -> list[Record]:
         """The list of objects in a field that must be there."""
         values = self._required(field)
         if not isinstance(values, list):
             self.refuse(field, f"expected a list of objects; got {shorten(values)}: put it in brackets")
-        return [
-            Record(value, self.where, self.index, f"{self.prefix}{field}[{place}].")
-            for place, value in enumerate(values)
-        ]
+        return [self._inner(value, f"{field}[{place}]") for place, value in enumerate(values)]
+
+    def _inner(self, value: Any, field: str) -> Record:
+        return Record(value, self.where, self.index, f"{self.prefix}{field}.", unanswered=self.unanswered)
 
     def edit(self, prompt: str, **fields: Any) -> Edit:
         """`Edit(prompt, **fields)`; what it complains about gets this record's place in front."""

@@ -3,14 +3,11 @@ bundled."""
 
 from __future__ import annotations
 
-import logging
 import re
 from itertools import takewhile
 
 from reknow.datasets.records import Record
 from reknow.edits import Case, Kind, Probe
-
-_log = logging.getLogger(__name__)
 
 _CRITERIA: dict[str, tuple[Kind, str]] = {
     "Logical_Generalization": ("portability", "Logical_Generalization"),
@@ -48,7 +45,7 @@ def read_case(name: str, record: Record) -> Case:
     Every query of a test is a probe, answered by any of its values or aliases of more than one character or a digit.
     The authors want all values of a query where there are several, count a test as passed where one of its queries is
     (OR) or all are (AND), and leave out tests whose condition queries the unedited model misses; these are
-    not used here. Queries without an answer are left out, logged.
+    not used here. Queries without an answer are left out.
     """
     stated = record.record("edit")
     sentence = stated.text("prompt")
@@ -78,13 +75,12 @@ def read_case(name: str, record: Record) -> Case:
         target_true=true or None,
         id=f"{name}/{record.index}",
     )
-    probes = [
-        Probe(query.text("prompt"), answers, kind, label)
-        for kind, label, query in queries
-        if (answers := _answers(query))
-    ]
-    if len(probes) < len(queries):
-        _log.info("%s: left out without an answer: %d queries", record.where, len(queries) - len(probes))
+    probes = []
+    for kind, label, query in queries:
+        if answers := _answers(query):
+            probes.append(Probe(query.text("prompt"), answers, kind, label))
+        else:
+            query.leave_out(query.fields.get("prompt"))
     return Case(edit, tuple(probes))
 
 
