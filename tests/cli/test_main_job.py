@@ -42,7 +42,7 @@ def test_the_demo_measures_reports_and_takes_back(shell):
     rows = [json.loads(line) for line in (shell.folder / "run" / "cases.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"rome", "ft-m"} and all(row["error"] is None for row in rows)
     page = (shell.folder / "run" / "report.html").read_text(encoding="utf-8")
-    assert "<svg" in page and (shell.folder / "run" / "figure1.png").stat().st_size
+    assert "<svg" in page and (shell.folder / "run" / "figure_reliability.png").stat().st_size
     assert shell("reknow demo --quick --out run").returncode == 0
     assert len((shell.folder / "run" / "cases.jsonl").read_text().splitlines()) == len(rows)
 

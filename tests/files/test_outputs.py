@@ -237,7 +237,7 @@ def test_modes_are_those_of_the_users_other_files(here, base, patch, umask):
 GROWING = {
     "bench": (["bench", "--limit", "1"], "cases.jsonl"),
     "bench, a report": (["bench", "--limit", "1"], "report.md"),
-    "bench, a figure": (["bench", "--limit", "1"], "figure1.png"),
+    "bench, a figure": (["bench", "--limit", "1"], "figure_locality.png"),
     "demo": (["demo"], "before.jsonl"),
     "train": (["train", "mend"], "editor.safetensors"),
     "study": (["study", "tasks"], "tasks.md"),

@@ -136,6 +136,19 @@ def test_csv_and_markdown_hold_the_numbers_of_the_results(run, tmp_path):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_say_what_they_show_and_those_of_an_earlier_report_go(run, tmp_path):
+    (tmp_path / "report.md").write_text("![Reliability, %](figure1.png)\n\n![x](figure_old.png)\n")
+    for name in ("figure1.png", "figure2.png", "figure_old.png"):
+        (tmp_path / name).write_text("old")
+    write_report(run, tmp_path)
+    protocols = ("teacher_forced_exact", "generated")
+    drawn = {f"{what}_{protocol}" for what in ("by_age", "so_far") for protocol in protocols}
+    wanted = {f"figure_{name}.png" for name in (*drawn, "reliability", "locality")}
+    assert {path.name for path in tmp_path.glob("*.png")} == wanted | {"figure2.png"}, "which no report of ours shows"
+    markdown = (tmp_path / "report.md").read_text()
+    assert all(f"]({name})" in markdown for name in wanted) and "figure1.png" not in markdown
+
+
 def test_an_unfinished_run_says_so(run, tmp_path):
     for name in ("manifest.json", "before.jsonl"):
         (tmp_path / name).write_bytes((run / name).read_bytes())

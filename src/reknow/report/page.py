@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,14 +102,22 @@ def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:
     results = Results.load(run_folder)
     folder = Path(run_folder if out is None else out)
     figures = plots.make_figures(results)
-    verdicts = _verdicts(results)
+    verdicts, earlier = _verdicts(results), _pictures_of(folder / "report.md")
     write_text(folder / "report.html", render_page(results, verdicts))
     write_text(folder / "report.csv", results.to_csv())
     write_text(folder / "report.tex", _latex(results, verdicts[:1]))
-    write_text(folder / "report.md", _markdown(results, verdicts[:1], list(figures)))
-    for number, figure in enumerate(figures.values(), 1):
-        atomic_write(folder / f"figure{number}.png", lambda path, figure=figure: plots.save_png(figure, Path(path)))
+    write_text(folder / "report.md", _markdown(results, verdicts[:1], figures))
+    for file, _, figure in figures:
+        atomic_write(folder / file, lambda path, figure=figure: plots.save_png(figure, Path(path)))
+    for file in earlier - {each.file for each in figures}:
+        (folder / file).unlink(missing_ok=True)
     return folder / "report.html"
+
+
+def _pictures_of(report: Path) -> set[str]:
+    """The pictures beside an earlier report that it shows."""
+    text = report.read_text(encoding="utf-8", errors="replace") if report.is_file() else ""
+    return set(re.findall(r"^!\[.*\]\((figure\w*\.png)\)$", text, re.MULTILINE))
 
 
 def _verdicts(results: Results) -> list[Verdict]:
@@ -193,13 +202,13 @@ def _latex(results: Results, first: Sequence[Verdict]) -> str:
     return text
 
 
-def _markdown(results: Results, first: Sequence[Verdict], captions: list[str]) -> str:
+def _markdown(results: Results, first: Sequence[Verdict], figures: Sequence[plots.Picture]) -> str:
     facts = "\n".join(f"- {name}: {value}" for name, value in contents.describe_run(results).items())
     said = "\n\n".join(contents.describe_methods(results))
     for verdict in first:
         name = PROTOCOL_NAMES[verdict.protocol].capitalize()
         said += f"\n\n**{name}**\n\n{to_markdown(verdict_lines(verdict))}\n\n{_MARKED}"
-    pictures = "\n\n".join(f"![{caption}](figure{number}.png)" for number, caption in enumerate(captions, 1))
+    pictures = "\n\n".join(f"![{each.caption}]({each.file})" for each in figures)
     protocols = dict.fromkeys(table.protocol for table in results.tables())
     read = "\n".join(f"- `{protocol}`: {READ[protocol]}" for protocol in protocols)
     failed = "\n\n".join(results.notes() or ["Failed edits: none."])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -37,20 +37,26 @@ STYLE: Any = {
 }
 
 
-def make_figures(results: Results) -> dict[str, Figure]:
-    """Caption → figure: a panel of bars for each kind of probe and, for a sequence, what is left of its edits."""
+class Picture(NamedTuple):
+    """A figure of a report."""
+
+    file: str
+    caption: str
+    figure: Figure
+
+
+def make_figures(results: Results) -> list[Picture]:
+    """A panel of bars for each kind of probe and, for a sequence, what is left of its edits."""
     with matplotlib.rc_context(STYLE):
-        found = {f"{kind.capitalize()}, %": _bar_figure(results, kind) for kind in KINDS}
+        found = [(kind, f"{kind.capitalize()}, %", _bar_figure(results, kind)) for kind in KINDS]
         if results.manifest["settings"]["mode"] == "sequential":
             for protocol in ("teacher_forced_exact", "generated"):
                 name = _PROTOCOL_NAMES[protocol]
-                found[f"Reliability against the number of later edits, % ({name})"] = retention_figure(
-                    results, protocol
-                )
-                found[f"Reliability and locality of all edits so far, % ({name})"] = sequence_figure(
-                    results, protocol
-                )
-    return {caption: figure for caption, figure in found.items() if figure is not None}
+                caption = f"Reliability against the number of later edits, % ({name})"
+                found.append((f"by_age_{protocol}", caption, retention_figure(results, protocol)))
+                caption = f"Reliability and locality of all edits so far, % ({name})"
+                found.append((f"so_far_{protocol}", caption, sequence_figure(results, protocol)))
+    return [Picture(f"figure_{name}.png", caption, figure) for name, caption, figure in found if figure is not None]
 
 
 def _bar_figure(results: Results, kind: str) -> Figure | None:
