@@ -123,9 +123,33 @@ def test_what_is_no_verdict_is_counted_and_asked_again(run, serve):
     results, folder = run
     server = serve("Hm, A or B?", "<think>B or A?</think>\nCORRECT", "(B)", "A")
     found = ask_judge(rows_of(results), server.llm(tries=1), folder, at_once=1)
-    assert found.undecided == 1 and found.new == found.asked - 1 == len(lines(folder))
-    assert [row["given"] for row in lines(folder)][:3] == [True, False, True]
+    assert found.undecided == 1 and found.new == found.asked - 1 == len(found.given) == len(lines(folder)) - 1
+    assert [row["given"] for row in lines(folder)][:4] == [None, True, False, True]
     assert ask_judge(rows_of(results), server.llm(), folder).new == 1
+
+
+def test_tokens_of_what_is_no_verdict_count_too(run, serve):
+    results, folder = run
+    server = serve("Hm, A or B?")
+    found = ask_judge(rows_of(results), server.llm(), folder)
+    assert found.undecided == found.asked and found.given == {} and len(server.asked) == 2 * found.asked
+    spent = sum(len(body["messages"][-1]["content"].split()) for _, _, body in server.asked)
+    assert found.tokens == (spent, 4 * len(server.asked))
+    assert not any(key.endswith("@judged") for *_, key in Results.load(folder).cells)
+    again = ask_judge(rows_of(results), server.llm(), folder)
+    assert again.undecided == again.asked and again.tokens == (2 * spent, 4 * len(server.asked))
+    decided = ask_judge(rows_of(results), serve(verdict).llm(), folder)
+    assert decided.new == decided.asked == len(decided.given) and decided.tokens
+    assert decided.tokens[0] == again.tokens[0] + spent // 2
+    assert ask_judge(rows_of(results), server.llm(), folder).new == 0
+
+
+def test_tokens_are_kept_where_the_judge_goes_down_between_two_tries(run, serve):
+    results, folder = run
+    with pytest.raises(NoAnswer):
+        ask_judge(rows_of(results), serve("Hm, A or B?", 503).llm(), folder, at_once=1)
+    (line,) = lines(folder)
+    assert line["given"] is None and line["tokens_out"] == 4
 
 
 def test_another_judge_a_damaged_line_and_a_run_without_texts_are_refused(run, serve, tmp_path):

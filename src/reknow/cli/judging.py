@@ -72,8 +72,8 @@ def _prices(price: str | None) -> tuple[float, float] | None:
 
 
 def _cost(tokens: tuple[int, int] | None, prices: tuple[float, float] | None) -> str:
-    """The tokens of all verdicts so far, and what they cost."""
+    """The tokens of all that was asked so far, and what they cost."""
     if tokens is None:
         return "tokens: the server does not count them"
-    said = f"tokens of all verdicts: {tokens[0]:,} of questions, {tokens[1]:,} of answers"
+    said = f"tokens so far: {tokens[0]:,} of questions, {tokens[1]:,} of answers"
     return said if prices is None else f"{said}; {tokens[0] * prices[0] + tokens[1] * prices[1]:.4f} at that price"

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from threading import Lock
@@ -70,12 +71,13 @@ class _Verdict(Strict):
     """A line of `judged.jsonl`."""
 
     key: str
+    """Tells what was asked about from the rest; where that gave no verdict, the number of such a try behind it."""
     judge: str
     question: str
     answers: Listed[str]
     text: str
-    given: bool
-    """Whether what was written gives the answer."""
+    given: bool | None
+    """Whether what was written gives the answer; None: the judge said neither, and is asked again."""
     tokens_in: Count | None = None
     tokens_out: Count | None = None
 
@@ -92,7 +94,8 @@ class Verdicts(NamedTuple):
     undecided: int
     """How many it was asked now, and answered neither A nor B."""
     tokens: tuple[int, int] | None
-    """Of all questions and of all answers, those of earlier times included; None: the server counts none."""
+    """Of all questions and of all answers, those of earlier times and those that were no verdict included; None: the
+    server counts none."""
 
 
 class Agreement(NamedTuple):
@@ -134,13 +137,23 @@ def ask_judge(rows: Sequence[Mapping], llm: LLM, folder: Path, *, at_once: int =
         raise InputError(f"expected the judge of {file}, {others.pop()}; got {llm.model}: name it, or move the file")
     left = [asked for asked in wanted if (asked.key,) not in kept]
 
+    def keep(asked: Asked, given: bool | None, tokens: tuple[int | None, int | None]) -> None:
+        counted = dict(zip(("tokens_in", "tokens_out"), tokens, strict=True))
+        line = {"judge": llm.model, **asked._asdict(), "answers": list(asked.answers), "given": given, **counted}
+        with lock:
+            tried = (f"{asked.key}/{number}" for number in count(1))
+            key = asked.key if given is not None else next(key for key in tried if (key,) not in kept)
+            kept.add({"key": key, **line})
+
     def ask(asked: Asked) -> None:
         question = _QUESTION.format(question=asked.question, answers=" / or: ".join(asked.answers), text=asked.text)
-        text, *tokens = llm.reply(question, lambda answer: _verdict(answer) is not None)
-        counted = dict(zip(("tokens_in", "tokens_out"), tokens, strict=True))
-        line = {"key": asked.key, "judge": llm.model, **asked._asdict(), "given": _verdict(text), **counted}
-        with lock:
-            kept.add({**line, "answers": list(asked.answers)})
+        try:
+            text, *tokens = llm.reply(question, lambda answer: _verdict(answer) is not None)
+        except NoAnswer as error:
+            if error.tokens or isinstance(error, NoUsableAnswer):
+                keep(asked, None, error.tokens or (None, None))
+            raise
+        keep(asked, _verdict(text), (tokens[0], tokens[1]))
 
     try:
         undecided = _at_once(ask, left, at_once)
@@ -201,7 +214,8 @@ def judged_metrics(folder: Path, before: Mapping[tuple, Mapping], rows: Mapping[
     could not be made has none."""
     if not (folder / JUDGED_FILE).exists():
         return {}
-    given = {key: row["given"] for (key,), row in Rows.reading(folder / JUDGED_FILE, ("key",), _Verdict).items()}
+    judged = Rows.reading(folder / JUDGED_FILE, ("key",), _Verdict).items()
+    given = {key: row["given"] for (key,), row in judged if row["given"] is not None}
     found: dict[tuple, dict[str, float]] = {}
     for place, row in {**before, **rows}.items():
         verdicts: dict[str, list[float]] = {}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,9 @@ _log = logging.getLogger(__name__)
 class NoAnswer(ReknowError):
     """The server is down, too slow, refuses, or answered nothing usable in all tries."""
 
+    tokens: tuple[int, int] | None = None
+    """Of the question and of the answers that were of no use, in all tries; None: the server counted none."""
+
 
 class NoUsableAnswer(NoAnswer):
     """The server answers, but nothing usable in all tries."""
@@ -34,7 +37,7 @@ class Reply(NamedTuple):
     tokens_in: int | None
     """Of the question, in all tries; None: the server does not say."""
     tokens_out: int | None
-    """Of the answer."""
+    """Of the answer, in all tries."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,17 @@ class LLM:
                     )
                 else:
                     if usable(answer):
-                        tokens = [sum(counts) for counts in zip(*used, strict=True)] or [None, None]
-                        return Reply(answer, *tokens)
+                        return Reply(answer, *(_summed(used) if used else (None, None)))
                     reason, failure = f"unusable answer {answer[:80]!r}", NoUsableAnswer
                 _log.info("%s did not answer (try %d of %d): %s", self.model, attempt + 1, self.tries, reason)
-        raise failure(
+        error = failure(
             f"expected an answer of {self.model} at {client.base_url}; got none in {self.tries} tries ({reason}): "
             "check the address, the key and that the server runs"
         )
+        if used:
+            error.tokens = _summed(used)
+        raise error
+
+
+def _summed(used: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    return sum(tokens_in for tokens_in, _ in used), sum(tokens_out for _, tokens_out in used)
