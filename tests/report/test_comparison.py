@@ -19,6 +19,7 @@ from reknow.report.comparison import (
     on_common_cases,
     write_comparison,
 )
+from reknow.report.verdict import make_verdict
 from synthetic_runs import make_results
 
 RIGHT = [1] * 9 + [0]
@@ -86,6 +87,43 @@ def test_what_differs_besides_is_said(tmp_path):
             row["readings"] = []
     with pytest.raises(InputError, match="read by one protocol at least"):
         write_comparison({"one": one, "two": two}, tmp_path)
+
+
+def test_side_effects_on_other_texts_have_no_best(tmp_path):
+    one, two, three = (
+        make_results({name: (RIGHT, [1] * 10)}, held_out=[text])
+        for name, text in (("rome", "Lima."), ("ft", "Lima."), ("grace", "Oslo."))
+    )
+    for number, results in enumerate((one, two, three)):
+        for row in results.rows.values():
+            row |= {"held_out_perplexity": 21.0 + number, "held_out_kl": 0.1 + number, "weight_change": 0.1 + number}
+
+    def named(*runs) -> dict:
+        return {f"run {number}": run for number, run in enumerate(runs)}
+
+    def marked(*runs) -> list[str]:
+        verdict = make_verdict(compared_entries(named(*runs)), "generated")
+        cells = zip(*(line.cells for line in verdict.lines), strict=True)
+        pairs = zip(verdict.columns, cells, strict=True)
+        return [column.name for column, each in pairs if any(cell and cell.mark for cell in each)]
+
+    assert marked(one, two) == ["perplexity", "drift", "weights moved"]
+    assert marked(one, three) == ["weights moved"]
+    page = write_comparison(named(one, three), tmp_path).read_text()
+    assert "The held-out texts differ, so perplexity and drift cannot be compared" in page
+
+
+def test_studies_of_several_sets_are_compared_set_by_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for study in ("first", "second"):
+        for data in ("zsre", "own"):
+            written(Path(study, data), make_results({"rome": (RIGHT, [1] * 10)}, name=data))
+    refused = CliRunner().invoke(app, ["report", "first", "second"])
+    assert refused.exit_code == 2 and "of a study of several sets one, as STUDY/SET" in refused.output
+    assert "first/zsre 10" in refused.output and not Path("runs").exists()
+    result = CliRunner().invoke(app, ["report", "first/zsre", "second/zsre"])
+    assert result.exit_code == 0, result.output
+    assert "second/zsre: rome" in Path("runs/comparison/comparison.md").read_text()
 
 
 def test_the_command_compares_folders(tmp_path, monkeypatch):

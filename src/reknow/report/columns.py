@@ -32,6 +32,8 @@ class Column(NamedTuple):
     unit: str = "%"
     lower: bool = False
     """Is less better?"""
+    held_out: bool = False
+    """Is it measured on the held-out texts, so that runs with other ones cannot be compared in it?"""
 
     @property
     def asked(self) -> bool:
@@ -72,8 +74,8 @@ COLUMNS = (
     Column("negated", _of_kind("negation")),
     Column("reversed", _of_kind("reversal")),
     Column("instructed", _of_kind("instructed")),
-    Column("perplexity", "perplexity@side", unit="", lower=True),
-    Column("drift", "kl@side", unit="nats", lower=True),
+    Column("perplexity", "perplexity@side", unit="", lower=True, held_out=True),
+    Column("drift", "kl@side", unit="nats", lower=True, held_out=True),
     Column("weights moved", "weight_change@side", unit="relative", lower=True),
     Column("fluency", "fluency@sampled", unit="bits"),
     Column("time per edit", "seconds@edit", unit="s", lower=True),

@@ -150,12 +150,13 @@ def about(verdicts: Sequence[Verdict]) -> dict[str, str]:
 
 
 def _marks(entries: Sequence[Entry], column: Column, protocol: str) -> list[str]:
-    """Per entry: is it the best in this column, or tied with it? Nothing where there is nobody to be better than."""
+    """Per entry: is it the best in this column, or tied with it? Nothing where there is nobody to be better than, or
+    where other texts were read."""
     key = column.key(protocol) or ""
     cells = [entry.cell(key) if entry.compared else None for entry in entries]
     there = [i for i, cell in enumerate(cells) if cell is not None]
     marks = [""] * len(entries)
-    if len(there) < 2:
+    if len(there) < 2 or (column.held_out and len({_held_out(entries[i]) for i in there}) > 1):
         return marks
     means = {i: cell.mean for i, cell in enumerate(cells) if cell is not None}
     best = (min if column.lower else max)(there, key=lambda i: means[i])
@@ -168,6 +169,10 @@ def _marks(entries: Sequence[Entry], column: Column, protocol: str) -> list[str]
         else:
             marks[i] = "tied" if tied(entries[best].values(key), entries[i].values(key)) else ""
     return marks if any(not marks[i] for i in there) else [""] * len(entries)  # all are best: none is
+
+
+def _held_out(entry: Entry) -> tuple[str, ...]:
+    return tuple(entry.results.manifest["settings"].get("held_out") or ())
 
 
 def _shared(cell: Cell | None) -> bool:
