@@ -48,7 +48,7 @@ class Server:
 
     def llm(self, **options) -> LLM:
         address = f"http://127.0.0.1:{self.http.server_port}/v1"
-        return LLM("writer", address, **{"api_key": "key", "timeout": 0.3, "tries": 2, "wait": 0.01} | options)
+        return LLM("writer", address, **{"api_key": "key", "timeout": 30, "tries": 2, "wait": 0.01} | options)
 
 
 def verdict(question: str) -> str:
