@@ -35,13 +35,13 @@ def texts(path) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
 
 
-def test_a_heat_map_marks_the_subject_and_names_what_was_restored(tmp_path):
+def test_a_heat_map_shows_tokens_in_their_words_on_one_scale(tmp_path):
     png, svg = save_figure(trace_figure(a_trace()), tmp_path / "folder" / "one")
     assert png.read_bytes().startswith(b"\x89PNG")
     found = texts(svg)
-    assert [label for label in found if label.endswith("*")] == ["A*", "\\n*", "b*"]
-    assert "costs" in found
-    assert {"hidden state", "MLP (2 layers around)", "attention (2 layers around)", "P($5)"} <= set(found)
+    assert {"A", "\\n", "b", "costs"} <= set(found)
+    assert {"Hidden state", "MLP, 2 layers together", "Attention, 2 layers together", "P($5)"} <= set(found)
+    assert found.count("P($5)") == 1, "one scale"
     assert any("clean 0.90, corrupted 0.10" in text for text in found)
 
 
@@ -50,7 +50,7 @@ def test_labels_are_no_mathematics(name, tmp_path):
     trace = replace(a_trace(answer=f" {name}"), tokens=(name, "_", f" {name}", " is"))
     _, svg = save_figure(trace_figure(trace), tmp_path / "one")
     found = [html.unescape(text) for text in texts(svg)]
-    assert found.count(f"{name}*") == 2 and "_*" in found and f"P({name})" in found
+    assert found.count(name) == 2 and "_" in found and f"P({name})" in found
     figure = gradient_figure({name: np.eye(3, 2)}, [name, "b_", "$c"])
     kept = save_figure(figure, tmp_path / "points")
     assert {name, "b_", "$c"} <= {html.unescape(text) for text in texts(kept[1])}
@@ -80,6 +80,25 @@ def test_bars_carry_intervals(tmp_path):
     assert "Last subject token: average over 2 facts, 95 % interval" in texts(svg)
 
 
+def test_a_token_stands_in_its_word_and_the_subject_is_bold():
+    trace = replace(a_trace(), prompt="Darrieux is born", tokens=("Dar", "rieux", " is", " born"), subject=(0, 2))
+    (first, second, *rest) = [
+        [(area.get_text(), area._text.get_weight(), area._text.get_color()) for area in box.offsetbox.get_children()]
+        for box in trace_figure(trace).axes[0].artists
+    ]
+    grey = first[1][2]
+    assert first == [("Dar", "bold", "black"), ("rieux", "bold", grey)] and grey != "black"
+    assert second == [("Dar", "bold", grey), ("rieux", "bold", "black")]
+    assert rest == [[("is", "normal", "black")], [("born", "normal", "black")]]
+
+
+def test_one_prompt_has_one_scale_from_the_corrupted_to_the_clean_run():
+    *panels, bar = trace_figure(a_trace()).axes
+    scales = {(image.get_clim(), image.cmap.name) for axes in panels for image in axes.images}
+    assert scales == {((0.1, 0.9), "Blues")}
+    assert len(panels) == 4 and bar.get_title() == "P($5)"
+
+
 def test_deep_models_get_few_layer_labels():
     figure = trace_figure(a_trace(layers=48))
     assert [int(label.get_text()) for label in figure.axes[0].get_xticklabels()] == list(range(0, 48, 5))
@@ -103,7 +122,8 @@ def reknow(monkeypatch, tmp_path):
 def test_one_prompt_is_traced_and_drawn(reknow, tmp_path):
     result = reknow("The capital of {Peru} is", "--samples", "2", "--severed")
     assert result.exit_code == 0, result.output
-    assert "clean" in result.output and "mlp_severed" in result.output
+    assert re.match(r"With “Peru” corrupted|The (answer|subject) .* here", result.output)
+    assert "mlp_severed" in result.output
     assert (tmp_path / "trace" / "trace.png").exists() and (tmp_path / "trace" / "trace.svg").exists()
 
 

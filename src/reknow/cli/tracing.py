@@ -102,6 +102,7 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
     from reknow.datasets.facts import load_facts
     from reknow.files.outputs import mark_folder
     from reknow.report.trace_plots import save_figure, trace_figure
+    from reknow.report.trace_words import label_tokens, sentence_of
     from reknow.tracing.causal import embedding_std, trace_prompt
 
     assert edit.subject is not None
@@ -110,11 +111,11 @@ def _trace_one(lm: LM, edit: Edit, settings: Tracing, out: Path, as_json: bool) 
     pictures = save_figure(trace_figure(traced), out / "trace")
     if as_json:
         return say_json(traced.as_json())
-    say(f"{traced.prompt}{traced.answer}: clean {traced.clean:.3f}, corrupted {traced.corrupted:.3f}")
-    rows = []
+    say(sentence_of(traced))
+    rows, labels = [], label_tokens(traced)
     for kind, table in traced.restored.items():
         token, layer = divmod(int(table.nan_to_num(-1).argmax()), table.shape[1])
-        rows.append([kind, traced.tokens[token].strip(), str(layer), f"{float(table[token, layer]):.3f}"])
+        rows.append([kind, labels[token].token, str(layer), f"{float(table[token, layer]):.3f}"])
     say_table(["restored", "best token", " layer", " P(answer)"], rows)
     say(*map(str, pictures))
 

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.offsetbox import AnnotationBbox, HPacker, TextArea
 from torch import Tensor
 
 from reknow.files.atomic import atomic_write
+from reknow.report.heat_map import scale_of, stride, title_of
+from reknow.report.trace_words import Label, label_tokens, shown
 from reknow.tracing.causal import TOKEN_CLASSES, AverageEffects, Trace
 from reknow.tracing.restoration import RestorationKind
 
@@ -25,13 +29,8 @@ _COLORS: dict[RestorationKind, tuple[str, str]] = {
 }
 """Colour map and bar colour of each kind; the paper's purple, green and red."""
 
-_NAMES: dict[RestorationKind, str] = {
-    "hidden": "hidden state",
-    "mlp": "MLP",
-    "attention": "attention",
-    "mlp_severed": "hidden state,\nMLP severed",
-    "attention_severed": "hidden state,\nattention severed",
-}
+_GREY = "#9a9a9e"
+"""Of what stands around a token in its word."""
 
 _STYLE: Any = {
     "font.size": 9,
@@ -43,20 +42,21 @@ _STYLE: Any = {
 
 
 def trace_figure(trace: Trace, kinds: Sequence[RestorationKind] | None = None) -> Figure:
-    """P(answer) after restoring each token (rows; the subject's marked with *) in each layer (columns), per kind."""
+    """P(answer) after restoring each token (rows; the subject's in bold) in each layer (columns), per kind, on one
+    scale; a token is shown in its word."""
     kinds = list(trace.restored) if kinds is None else list(kinds)
-    first, behind = trace.subject
-    labels = [_shown(token) + ("*" if first <= i < behind else "") for i, token in enumerate(trace.tokens)]
+    labels, (low, high, _) = label_tokens(trace), scale_of(trace)
     with matplotlib.rc_context(_STYLE):
         figure, panels = _panels(len(kinds), len(labels), trace.restored[kinds[0]].shape[1])
         for axes, kind in zip(panels, kinds, strict=True):
-            table = trace.restored[kind]
-            mesh = _heat_map(axes, table, kind, trace.corrupted, max(trace.clean, _largest(table)), trace.window)
-            bar = figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03)
-            bar.ax.set_title(f"P({trace.answer.strip()})", fontsize=8)
-        panels[0].set_yticks(range(len(labels)), labels)
-        answer = f"P({trace.answer.strip()}): clean {trace.clean:.2f}, corrupted {trace.corrupted:.2f}"
-        figure.suptitle(f"{trace.prompt}   [{answer}]", fontsize=9)
+            mesh = _heat_map(axes, trace.restored[kind], kind, "Blues", low, high, trace.window)
+        bar = figure.colorbar(mesh, ax=panels, fraction=0.06 / len(kinds), pad=0.02)
+        bar.ax.set_title(f"P({shown(trace.answer)})", fontsize=8)
+        panels[0].set_yticks([])
+        for row, label in enumerate(labels):
+            _write_label(panels[0], row, label)
+        ends = f"P({shown(trace.answer)}): clean {trace.clean:.2f}, corrupted {trace.corrupted:.2f}"
+        figure.suptitle(f"{trace.prompt}   [{ends}]", fontsize=9)
     return figure
 
 
@@ -68,7 +68,7 @@ def average_figure(average: AverageEffects, kinds: Sequence[RestorationKind] | N
     with matplotlib.rc_context(_STYLE):
         figure, panels = _panels(len(kinds), len(TOKEN_CLASSES), average.effects[kinds[0]].shape[1])
         for axes, kind in zip(panels, kinds, strict=True):
-            mesh = _heat_map(axes, points[kind], kind, 0.0, top, average.window)
+            mesh = _heat_map(axes, points[kind], kind, _COLORS[kind][0], 0.0, top, average.window)
             _write_values(axes, points[kind], top)
             bar = figure.colorbar(mesh, ax=axes, fraction=0.06, pad=0.03)
             bar.ax.set_title("AIE", fontsize=8)
@@ -100,12 +100,12 @@ def effect_bars(
                 edgecolor="white",
                 linewidth=0.0,
                 error_kw={"elinewidth": 0.8, "ecolor": "#333334"},
-                label=_label(kind, average.window).replace("\n", " "),
+                label=title_of(kind, average.window),
             )
         axes.axhline(0, color="#333334", linewidth=0.6)
         axes.set_xlabel("layer")
         axes.set_ylabel("indirect effect, points")
-        axes.set_xticks(range(0, layers, _stride(layers)))
+        axes.set_xticks(range(0, layers, stride(layers)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=8)
         axes.set_title(f"{token_class}: average over {average.facts} facts, 95 % interval", fontsize=9)
@@ -144,35 +144,37 @@ def _write_values(axes: Axes, table: Tensor, high: float) -> None:
                 axes.text(layer, row, f"{round(value)}", ha="center", va="center", fontsize=7, color=color)
 
 
-def _heat_map(axes: Axes, table: Tensor, kind: RestorationKind, low: float, high: float, window: int):
-    mesh = axes.imshow(
-        table.numpy(), cmap=_COLORS[kind][0], vmin=low, vmax=high, aspect="auto", interpolation="nearest"
-    )
+def _heat_map(axes: Axes, table: Tensor, kind: RestorationKind, colours: str, low: float, high: float, window: int):
+    mesh = axes.imshow(table.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     layers = table.shape[1]
-    axes.set_xticks(range(0, layers, _stride(layers)))
+    axes.set_xticks(range(0, layers, stride(layers)))
     axes.set_xlabel("layer", fontsize=8)
-    axes.set_title(_label(kind, window), fontsize=9)
+    axes.set_title(title_of(kind, window), fontsize=9)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     return mesh
 
 
-def _label(kind: RestorationKind, window: int) -> str:
-    """What is restored, for a title or a legend."""
-    several = kind in ("mlp", "attention") and window > 1
-    return f"{_NAMES[kind]} ({window} layers around)" if several else _NAMES[kind]
-
-
-def _stride(layers: int) -> int:
-    """How many layers lie between two labels."""
-    return next(step for step in (1, 2, 5, 10, 20, 50) if layers <= 12 * step)
+def _write_label(axes: Axes, row: int, label: Label) -> None:
+    """Writes a token beside its row, the rest of its word in grey, the subject's in bold."""
+    weight = "bold" if label.in_subject else "normal"
+    parts = [(label.before, _GREY), (label.token, "black"), (label.after, _GREY)]
+    texts: list[Artist] = [
+        TextArea(text, textprops={"color": colour, "weight": weight}) for text, colour in parts if text
+    ]
+    place, beside = ("axes fraction", "data"), "offset points"
+    axes.add_artist(
+        AnnotationBbox(
+            HPacker(children=texts, pad=0, sep=0),
+            (0, row),
+            (-4, 0),
+            place,
+            beside,
+            frameon=False,
+            box_alignment=(1, 0.5),
+        )
+    )
 
 
 def _largest(table: Tensor) -> float:
     return float(table.nan_to_num(-math.inf).max())
-
-
-def _shown(token: str) -> str:
-    """A token as a label: what cannot be seen is written out."""
-    token = token.replace("\n", "\\n").replace("\t", "\\t")
-    return token.strip(" ") or "␣"

@@ -100,7 +100,12 @@ def words(text: str) -> list[str]:
     """
     text = unicodedata.normalize("NFKC", text).casefold().translate(_SAME)
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    return [_SILENT.sub("", text[slice(*match.span())]) for match in _WORD.finditer(_shape(text))]
+    return [_SILENT.sub("", text[slice(*span)]) for span in word_spans(text)]
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """Where the words of a text stand: (first character, the one behind the last); words are those of `words`."""
+    return [match.span() for match in _WORD.finditer(_shape(text))]
 
 
 def pieces(text: str) -> list[str]:
