@@ -46,6 +46,7 @@ ORDER = (
     "export",
     "serving",
     "studies",
+    "ui",
     "cli",
     "__main__",
 )

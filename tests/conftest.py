@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("REKNOW_PROGRESS", "0")  # what commands print does not depend on how fast they are
 torch.set_num_threads(1)
 
+from browser import chromium  # noqa: E402, F401, a fixture
 from families import tiny_model, tiny_tokenizer  # noqa: E402
 from llm_server import serve  # noqa: E402, F401, a fixture
 from reknow import LM, Edit, Patch  # noqa: E402
@@ -30,6 +31,7 @@ from reknow.files.cache import MODELS, cache_folder  # noqa: E402
 from reknow.model.packaged import PACKAGED  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402
 from reknow.patching.deltas import Dense, LowRank  # noqa: E402
+from web_page import open_tab, page_folder, page_process  # noqa: E402, F401, fixtures
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,4 @@
-"""`reknow serve` as a program of its own, and clients of OpenAI's library for it."""
+"""`reknow serve` and `reknow ui` as programs of their own, and clients of OpenAI's library for the former."""
 
 from __future__ import annotations
 
@@ -37,7 +37,14 @@ class Served:
 @contextmanager
 def serving(*arguments: object, folder: Path) -> Iterator[Served]:
     """The server on a free port; it is killed at the end, if it still runs."""
-    words = ["serve", *map(str, arguments), "--port", "0"]
+    with listening("serve", *arguments, folder=folder) as served:
+        yield served
+
+
+@contextmanager
+def listening(command: str, *arguments: object, folder: Path) -> Iterator[Served]:
+    """A command that listens on a free port; it is killed at the end, if it still runs."""
+    words = [command, *map(str, arguments), "--port", "0"]
     log = folder / "server.log"
     with log.open("w") as errors:
         process = subprocess.Popen(

@@ -19,7 +19,7 @@ from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import Fingerprint
 from reknow.model.generation import Listener, check_sampling, continue_texts
 from reknow.model.loading import check_tokenizer, open_model
-from reknow.model.scoring import Score, perplexity, score_texts
+from reknow.model.scoring import Score, likeliest_tokens, perplexity, score_texts
 from reknow.model.tokens import Text, as_list, pair_texts
 from reknow.model.verify import verify
 from reknow.patching.active_memories import ActiveMemories
@@ -195,6 +195,21 @@ class LM(Decoder):
             rows = self.encode([Text(text) for text in texts])
             self.check_length(rows, max_new_tokens - 1)
             return continue_texts(self, rows, max_new_tokens, **options)
+
+        return self._memories.answer_each(prompts, answer)
+
+    @typed_exclusively
+    @torch.no_grad()
+    def likeliest(self, prompts: Sequence[str], count: int = 5) -> list[list[tuple[str, float]]]:
+        """For each prompt the tokens that most likely follow it, as text, with their probabilities, the likeliest
+        first; none where patches have wrecked the model so that its logits are no numbers."""
+
+        def answer(who, which: list[int], texts: list[str]) -> list[list[tuple[str, float]]]:
+            if who is not None:
+                return who.likeliest(texts, count)
+            rows = self.encode([Text(text) for text in texts])
+            self.check_length(rows)
+            return likeliest_tokens(self, rows, count)
 
         return self._memories.answer_each(prompts, answer)
 

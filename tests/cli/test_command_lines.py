@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from conftest import make_lm, saved, some_patch
 from reknow import cli
-from reknow.cli import app, failures, terminal
+from reknow.cli import app, terminal
 from reknow.cli.app import app as commands
 from reknow.cli.app import main
 from reknow.patching.stack import save_stack
@@ -152,7 +153,7 @@ def test_whatever_escapes_is_one_sentence_and_its_traceback_is_kept(name, monkey
         raise error
 
     monkeypatch.setattr("reknow.patching.patches.Patch.load", broken)
-    monkeypatch.setattr(failures.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     said = refused("show", "a.patch")
     assert words in said
     kept = [file.read_text() for file in tmp_path.glob("reknow-*.txt")]
@@ -165,7 +166,7 @@ def test_whatever_escapes_is_one_sentence_and_its_traceback_is_kept(name, monkey
 
 def test_a_traceback_that_cannot_be_kept_is_still_one_sentence(monkeypatch):
     monkeypatch.setattr("reknow.patching.patches.Patch.load", lambda path: 1 / 0)
-    monkeypatch.setattr(failures.tempfile, "tempdir", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     assert refused("show", "a.patch").endswith("division by zero: give --debug to see where, and report it")
 
 

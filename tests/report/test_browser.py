@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from browser import chromium, open_page  # noqa: F401, fixtures
+from browser import open_page  # noqa: F401, fixtures
 from reknow.report import write_comparison
 from reknow.report.page import render_page
 from synthetic_runs import make_results

@@ -142,6 +142,11 @@ def field_types(owner: type) -> Mapping[str, Any]:
     return {name: hint for name, (hint, _) in _fields(owner).items()}
 
 
+def layer_field(owner: type) -> str | None:
+    """The field of a method that says which layers it edits; None: it has none."""
+    return next((name for name in ("layers", "layer") if name in _fields(owner)), None)
+
+
 def convert(name: str, value: Any, hint: Any, got: str | None = None) -> Any:
     """The value as one of the type `hint`, of the setting `name`.
 

@@ -30,6 +30,7 @@ from reknow.cli import (
     layers,
     listing,
     measuring,
+    paging,
     reporting,
     serving,
     sharing,
@@ -48,7 +49,7 @@ from reknow.cli.terminal import LogHandler, warn
 from reknow.errors import InputError
 from reknow.progress import progress
 
-_WAITING = ("serve",)
+_WAITING = ("serve", "ui")
 """Commands that wait for others most of the time, and show by themselves what they do before."""
 
 
@@ -145,6 +146,7 @@ for command in (
     asking.ask,
     chatting.chat,
     serving.serve,
+    paging.ui,
     history.apply,
     history.revert,
     history.log,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +13,14 @@ import typer
 from reknow.cli.options import DEMO, ChatOpening, Encoding, Force, Json, Model, NoStats
 from reknow.cli.stacks import applying, describe, say_replaced
 from reknow.cli.terminal import say, say_json, say_table, warn
-from reknow.errors import EditFailed, InputError, did_you_mean
+from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.contract import Method
-    from reknow.datasets.facts import Fact
     from reknow.edits import Edit
     from reknow.evaluation.cost import Estimate
-    from reknow.evaluation.effect import Snapshot
+    from reknow.evaluation.tried import Tried
     from reknow.lm import LM
     from reknow.patching.patches import Patch
 
@@ -131,68 +129,50 @@ def _slug(edits: list[Edit]) -> str:
 def _edit(lm: LM, method: Method, edits: list[Edit], out: Path, apply: str, as_json: bool) -> None:
     """Makes the edits, shows what they changed, and writes the patch; `apply` is the line that applies it."""
     from reknow.evaluation.cost import estimate
-    from reknow.evaluation.effect import control_facts, observe
-    from reknow.model.fingerprint import weight_bits
+    from reknow.evaluation.tried import try_edits
 
-    bits = weight_bits(lm.model)
     if estimate(lm, method, edits).guessed:
         warn(f"no layer given: it is a guess by depth; reknow layers {lm.name} measures, once for this model")
-    started = time.perf_counter()
-    patch = method.edit(lm, edits)
-    seconds = time.perf_counter() - started
-    facts = control_facts(lm, edits)
-    with lm.progress.stage("reading before and after", 2) as advance:
-        before = observe(lm, edits, facts)
-        advance()
-        with lm.patched(patch):
-            after = observe(lm, edits, facts)
-    if weight_bits(lm.model) != bits:
-        raise EditFailed(
-            "expected the base model back bit for bit; got other weights: nothing was written, report it"
-        )
-    warnings = _warn_of_harm(before, after, out)
+    tried = try_edits(lm, method, edits)
+    patch = tried.patch
+    _warn_of_harm(tried, out)
     patch.save(out)
     if as_json:
-        return say_json(_as_json(patch, facts, before, after, seconds, out) | {"warnings": warnings})
-    say(f"{method.name} on {lm.name}: {_count_edits(edits)} in {seconds:.1f} s\n")
-    _say_answers(edits, before, after)
-    _say_controls(facts, before, after)
+        return say_json(_as_json(tried, out))
+    say(f"{method.name} on {lm.name}: {_count_edits(edits)} in {tried.seconds:.1f} s\n")
+    _say_answers(edits, tried)
+    _say_controls(tried)
     _say_weights(lm, patch)
     say_replaced(patch.notes)
     numbers = sum(p.numel() for p in lm.model.parameters())
-    say(f"base model after taking the patch off: {len(bits)} tensors, {numbers:,} numbers, every bit as before")
+    say(f"base model after taking the patch off: {tried.tensors} tensors, {numbers:,} numbers, every bit as before")
     say(f"wrote {out} (id {patch.id}); apply it with: {apply}")
 
 
-def _warn_of_harm(before: Snapshot, after: Snapshot, out: Path) -> list[str]:
-    """What of the model the edit broke, said as a warning before the patch is written."""
-    from reknow.evaluation.effect import collapsed
-
-    broken = collapsed(before, after)
-    if broken:
+def _warn_of_harm(tried: Tried, out: Path) -> None:
+    """Says before the patch is written what of the model the edit broke."""
+    if tried.harms:
         advice = "look for a better --layer or --method, or make fewer edits at once, before you apply it"
-        warn(f"this edit harms the model: {' and '.join(broken)}; {out} is written all the same: {advice}")
-    return broken
+        warn(f"this edit harms the model: {' and '.join(tried.harms)}; {out} is written all the same: {advice}")
 
 
-def _as_json(
-    patch: Patch, facts: list[Fact], before: Snapshot, after: Snapshot, seconds: float, out: Path
-) -> dict[str, Any]:
+def _as_json(tried: Tried, out: Path) -> dict[str, Any]:
     return {
         "file": str(out),
-        "seconds": seconds,
-        "patch": describe(patch),
-        "controls": [asdict(fact) for fact in facts],
-        "before": asdict(before),
-        "after": asdict(after),
+        "seconds": tried.seconds,
+        "patch": describe(tried.patch),
+        "controls": [asdict(fact) for fact in tried.facts],
+        "before": asdict(tried.before),
+        "after": asdict(tried.after),
         "base_restored": True,
+        "warnings": tried.harms,
     }
 
 
-def _say_answers(edits: list[Edit], before: Snapshot, after: Snapshot) -> None:
+def _say_answers(edits: list[Edit], tried: Tried) -> None:
     """What changed: completions, probability and rank of the new answer."""
     rows = []
-    for edit, old, new in list(zip(edits, before.answers, after.answers, strict=True))[:_SHOWN]:
+    for edit, old, new in list(zip(edits, tried.before.answers, tried.after.answers, strict=True))[:_SHOWN]:
         rows.append([f"{edit.text} …", old.completion, new.completion])
         rows.append([f"  probability of “{edit.target_new}”", f"{old.probability:.4f}", f"{new.probability:.4f}"])
         rows.append(["  rank of its worst token", f"{old.rank:,}", f"{new.rank:,}"])
@@ -200,19 +180,18 @@ def _say_answers(edits: list[Edit], before: Snapshot, after: Snapshot) -> None:
             name = f"  probability of “{edit.target_true}”"
             rows.append([name, f"{old.probability_true:.4f}", f"{new.probability_true:.4f}"])
     say_table(["what changed", "before", "after"], rows)
-    made = sum(answer.said for answer in after.answers)
-    say(f"the new answer comes first in {made} of {len(edits)} prompts\n")
+    say(f"the new answer comes first in {tried.said} of {len(edits)} prompts\n")
 
 
-def _say_controls(facts: list[Fact], before: Snapshot, after: Snapshot) -> None:
+def _say_controls(tried: Tried) -> None:
     """What did not change, or should not have: other facts, plain text."""
+    before, after = tried.before, tried.after
     rows = [
-        [f"{fact.text} …", old, new if new != old else "as before"]
-        for fact, old, new in zip(facts, before.controls, after.controls, strict=True)
+        [f"{fact.text} …", old, "as before" if kept else new]
+        for fact, old, new, kept in zip(tried.facts, before.controls, after.controls, tried.kept, strict=True)
     ]
     say_table(["what should not change", "before", "after"], rows)
-    same = sum(old == new for old, new in zip(before.controls, after.controls, strict=True))
-    say(f"{same} of {len(facts)} other facts are continued word for word as before")
+    say(f"{sum(tried.kept)} of {len(tried.facts)} other facts are continued word for word as before")
     say(f"perplexity of plain text: {before.perplexity:.2f} before, {after.perplexity:.2f} after\n")
 
 

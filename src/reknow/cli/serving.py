@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-import ipaddress
-import logging
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reknow.cli.listening import address, listen, names, need_server, run_server, warn_of_others
 from reknow.cli.options import DEMO, TalkOpening, check_model, read_chat
-from reknow.cli.terminal import say, warn
-from reknow.errors import InputError, MissingExtra
+from reknow.cli.terminal import say
+from reknow.errors import InputError
 from reknow.files.outputs import STACK_FILE
 from reknow.progress import progress
 
 if TYPE_CHECKING:
     from reknow.lm import LM
-
-_PATIENCE = 5
-"""Seconds that answers may still take when the server is stopped."""
 
 
 def serve(
@@ -49,10 +44,7 @@ def serve(
 
     reknow serve mine --port 8000
     """
-    try:
-        importlib.import_module("uvicorn")
-    except ImportError:
-        raise MissingExtra("uvicorn", "serve", "a server") from None
+    need_server("serve", "a server", "uvicorn")
     from reknow.files.hub import is_address, local
     from reknow.serving.answers import Desk
     from reknow.serving.app import make_app
@@ -68,19 +60,22 @@ def serve(
     served_as = Path(base).name if Path(base).exists() else base
     named = stack_names(stacks or [], served_as)
     fixed = [name for name, given in zip(named, stacks or [], strict=True) if is_address(given)]
-    listening = _listen(host, port)
+    listening = listen(host, port)
     with listening:
         with progress.shown("serve"):
             lm = _open(opening, base)
         desk = Desk(lm)
         check = lambda patches: desk.do(lambda lm: lm.restack(patches)).result()  # noqa: E731
         served = Stacks(base, served_as, lm.fingerprint, named, check, fixed)
-        app = make_app(desk, served, token, _names(host))
+        app = make_app(desk, served, token, names(host))
         _say_where(listening, host, token, [served_as, *named])
         for name, folder in named.items():
             if not (folder / STACK_FILE).exists():
                 say(f"{name}: there is no stack in {folder} yet; it answers as {served_as} until its first patch")
-        _run(app, listening, desk)
+        try:
+            run_server(app, listening)
+        finally:
+            desk.close()
 
 
 def _base(folders: list[Path], model: str | None) -> str:
@@ -115,51 +110,7 @@ def _open(opening: TalkOpening, base: str) -> LM:
     return lm
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket at the address; InputError where there can be none."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
-        return listening
-    except OSError as error:
-        raise InputError(
-            f"expected to listen at {host}, port {port}; got {error.strerror or error}: give another --port or --host"
-        ) from None
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _names(host: str) -> list[str] | None:
-    """Names by which a server at this address may be called; None: any."""
-    return [host, "localhost", "127.0.0.1", "[::1]"] if _loopback(host) else None
-
-
 def _say_where(listening: socket.socket, host: str, token: str | None, names: list[str]) -> None:
-    port = listening.getsockname()[1]
-    shown = f"[{host}]" if ":" in host else host
-    if not _loopback(host):
-        advice = "clients need the token" if token else "give a --token, or leave --host out"
-        warn(f"{host} can be reached from other machines, from which stacks can be asked and changed: {advice}")
-    say(f"serving {', '.join(names)} at http://{shown}:{port}/v1; Ctrl-C ends it")
-
-
-def _run(app, listening: socket.socket, desk) -> None:
-    """Answers until Ctrl-C or SIGTERM comes; what is written then may end within a few seconds."""
-    import uvicorn
-
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, timeout_graceful_shutdown=_PATIENCE, lifespan="off"
-    )
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        desk.close()
+    advice = "clients need the token" if token else "give a --token, or leave --host out"
+    warn_of_others(host, "stacks can be asked and changed", advice)
+    say(f"serving {', '.join(names)} at {address(listening, host)}/v1; Ctrl-C ends it")

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from reknow.checks.bounds import convert, field_types, former_names
+from reknow.checks.bounds import convert, field_types, former_names, layer_field
 from reknow.cli.hparams import ENDINGS, read_hparams
 from reknow.contract import Method
 from reknow.errors import InputError, did_you_mean
@@ -37,7 +37,7 @@ def build_method(
     kind = find_row(name).method
     known, former = field_types(kind), former_names(kind)
     if layer is not None:
-        field = "layers" if "layers" in known else "layer"
+        field = layer_field(kind) or "layer"  # a method without any refuses it by that name
         if any(pair.partition("=")[0] == field for pair in pairs):
             raise InputError(f"expected the layer once; got both --layer and --set {field}: leave one out")
         pairs = [*pairs, f"{field}={layer}"]

@@ -51,6 +51,8 @@ class AnswerStats:
     """Probability of the old answer, where the edit names one."""
     said: bool
     """Whether the model says it: every token of it is the most likely one, given those before it."""
+    likeliest: tuple[tuple[str, float], ...] = ()
+    """The tokens that most likely come next, as text, with their probabilities; the likeliest first."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,11 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Snapsh
     """
     prompts = [edit.text for edit in edits] + [fact.text for fact in facts]
     texts = [" ".join(text.split()) for text in lm.generate(prompts, _ANSWER_TOKENS)]
-    answers = tuple(_answer_stats(lm, edit, text) for edit, text in zip(edits, texts, strict=False))
+    next_tokens = lm.likeliest([edit.text for edit in edits])
+    answers = tuple(
+        _answer_stats(lm, edit, text, tokens)
+        for edit, text, tokens in zip(edits, texts[: len(edits)], next_tokens, strict=True)
+    )
     plain = sorted(sample_text(), key=len)[-_TEXTS:]
     found = Snapshot(answers, tuple(texts[len(edits) :]), lm.perplexity(plain, _TEXT_TOKENS))
     if any(map(math.isnan, (found.perplexity, *(answer.probability for answer in answers)))):
@@ -85,11 +91,11 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Snapsh
     return found
 
 
-def _answer_stats(lm: LM, edit: Edit, completion: str) -> AnswerStats:
+def _answer_stats(lm: LM, edit: Edit, completion: str, likeliest: Sequence[tuple[str, float]]) -> AnswerStats:
     targets = [target for target in (edit.target_new, edit.target_true) if target is not None]
     scores = lm.score([edit.text] * len(targets), targets, [edit.separator] * len(targets))
     new, *old = [score.probability for score in scores]
-    return AnswerStats(completion, new, scores[0].rank, old[0] if old else None, scores[0].said)
+    return AnswerStats(completion, new, scores[0].rank, old[0] if old else None, scores[0].said, tuple(likeliest))
 
 
 def collapsed(before: Snapshot, after: Snapshot) -> list[str]:

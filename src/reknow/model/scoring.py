@@ -115,6 +115,21 @@ def _batch(lm: Decoder, texts: dict[EncodedText, list[EncodedText]]) -> dict[Enc
 
 
 @torch.no_grad()
+def likeliest_tokens(lm: Decoder, rows: Sequence[EncodedText], count: int) -> list[list[tuple[str, float]]]:
+    """See `LM.likeliest`."""
+    found: list[list[tuple[str, float]]] = [[] for _ in rows]
+    for part in make_batches([len(row.ids) for row in rows], lm.device):
+        batch = lm.pad([rows[i] for i in part])  # they end in the last column
+        outputs = lm.forward(batch.ids, batch.mask, batch.positions, None, ends=batch.ends, logits_to_keep=1)
+        logits = outputs.logits[:, -1].float()  # (rows, vocabulary)
+        for i, own, fine in zip(part, logits.softmax(-1), check_logits(lm, logits).tolist(), strict=True):
+            kept, tokens = own.topk(min(count, len(own)))
+            pairs = zip(tokens.tolist(), kept.tolist(), strict=True)
+            found[i] = [(lm.tokenizer.decode([token]), p) for token, p in pairs] if fine else []
+    return found
+
+
+@torch.no_grad()
 def perplexity(lm: Decoder, texts: Sequence[str], max_tokens: int) -> float:
     """See `LM.perplexity`."""
     total, count = 0.0, 0

@@ -56,6 +56,8 @@ class AnswerModel(Protocol):
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, **sampling: Any) -> list[str]: ...
 
+    def likeliest(self, prompts: Sequence[str], count: int = 5) -> list[list[tuple[str, float]]]: ...
+
 
 Route = tuple[AnswerModel, str]
 """Who answers, and the prompt for that model. The edited model itself may be named, with a prompt of the router's."""

@@ -70,20 +70,28 @@ READ = {
 }
 
 
-def environment() -> Environment:
-    """The templates of this room, escaping all that they are given."""
+def environment(*folders: Path) -> Environment:
+    """The templates of this room, and of other folders, escaping all that they are given."""
     found = Environment(
-        loader=FileSystemLoader(_HERE), autoescape=select_autoescape(), trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader([_HERE, *folders]),
+        autoescape=select_autoescape(),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     found.globals["d"] = drawing
     return found
 
 
+def read_part(name: str) -> str:
+    """A file of this room that goes into pages."""
+    return (_HERE / name).read_text(encoding="utf-8")
+
+
 def style_and_script() -> dict[str, str]:
     """What goes into the head of a page: style, script, and the hash by which it allows no other script."""
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    colours, style, script = (read_part(name) for name in ("colours.css", "page.css", "page.js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return {"style": Markup(style), "script": Markup(script), "script_hash": f"sha256-{digest}"}
+    return {"style": Markup(colours + style), "script": Markup(script), "script_hash": f"sha256-{digest}"}
 
 
 def write_report(run_folder: str | Path, out: str | Path | None = None) -> Path:

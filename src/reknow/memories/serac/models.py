@@ -165,6 +165,10 @@ class ScopeAndCounterfactual(nn.Module):
         with self.counterfactual() as lm:
             return list(lm.generate(list(prompts), max_new_tokens, **sampling))
 
+    def likeliest(self, prompts: Sequence[str], count: int = 5) -> list[list[tuple[str, float]]]:
+        with self.counterfactual() as lm:
+            return lm.likeliest(list(prompts), count)
+
 
 def _batches(texts: Sequence[_T]) -> list[Sequence[_T]]:
     return [texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS)]

@@ -1,0 +1,121 @@
+"""What all screens stand in: whose tab it is, how far its work is, and what is shown when it has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import gradio as gr
+
+from reknow.errors import ReknowError
+from reknow.ui.desks import Desk, Desks
+from reknow.ui.drawing import draw, draw_end, draw_state
+from reknow.ui.models import Models
+from reknow.ui.work import Work
+
+_LOOK = 0.15
+"""Seconds between two looks at a work."""
+
+
+class Screen(Protocol):
+    """A tab of the page."""
+
+    outputs: list[Any]
+    """The components that show what was made."""
+    fields: list[Any]
+    """Those in which a person writes: they are filled in when a page is loaded, and left alone afterwards."""
+
+    def show(self, desk: Desk) -> list[Any]:
+        """A value, or an update, for each of the outputs."""
+        ...
+
+    def fill(self, desk: Desk) -> list[Any]:
+        """Likewise for the fields."""
+        ...
+
+
+class Frame:
+    """The parts that every screen has.
+
+    Attributes:
+        name: the name of the tab's desk.
+        screens: in their order; the head of the page is one too.
+    """
+
+    def __init__(self, desks: Desks, models: Models):
+        self.desks, self.models = desks, models
+        self.screens: list[Screen] = []
+        self.tabs: Any = None
+        self._runs: list[Callable[[], object]] = []
+        self.name = gr.Textbox("", elem_id="desk-name", show_label=False, container=False)
+
+    def build_status(self) -> None:
+        """Where works are told of, with the button that ends them."""
+        with gr.Row(elem_id="status-row"):
+            self.status = gr.HTML(elem_id="status", apply_default_css=False, scale=5)
+            self.cancel = gr.Button("Cancel", visible=False, elem_id="cancel", scale=0, min_width=110)
+        self.at_once(self.cancel.click, self._cancel, [self.name], None)
+
+    def _cancel(self, name: str) -> None:
+        work = self.desks.open(name).work
+        if work is not None:
+            work.cancel()
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What a work may change: all that screens show."""
+        return [self.status, self.cancel, *(one for screen in self.screens for one in screen.outputs)]
+
+    def run(
+        self,
+        event: Callable[..., Any],
+        what: str,
+        task: Callable[..., object],
+        inputs: Sequence[Any] = (),
+        done: str | Callable[[Desk], str] = "",
+    ) -> None:
+        """When the event comes, does `task(desk, *inputs)` in a thread, shows how far it is, and then all screens.
+
+        Args:
+            event: such as a click of a button. What the task raises is told in a sentence.
+            done: what is said when it went well.
+        """
+        started = partial(self._start, what, task, done)
+        self._runs.append(
+            lambda: event(started, [self.name, *inputs], self.outputs, show_progress="hidden", concurrency_limit=None)
+        )
+
+    def at_once(self, event: Callable[..., Any], answer: Callable[..., Any], inputs: Any, outputs: Any) -> None:
+        """When the event comes, answers it with what takes no time. Not through the queue: where two answers cross,
+        gradio's client closes the stream on which the second one is to come."""
+        event(answer, inputs, outputs, queue=False, show_progress="hidden")
+
+    def connect(self) -> None:
+        """Binds the events, when all screens are there, since each may change what any of them shows."""
+        for bind in self._runs:
+            bind()
+
+    def _start(self, what: str, task: Callable[..., object], done, name: str, *values: Any) -> Iterator[list[Any]]:
+        desk = self.desks.open(name)
+        try:
+            work = desk.start(what, partial(task, desk, *values))
+        except ReknowError as error:
+            yield self._updates(draw("message", str(error), [], ""), visible=True)
+            return
+        yield from self.follow(desk, work, done)
+
+    def follow(self, desk: Desk, work: Work, done: str | Callable[[Desk], str] = "") -> Iterator[list[Any]]:
+        """Values of the outputs while the work goes on and when it has ended."""
+        while not work.wait(_LOOK):
+            yield self._updates(draw_state(work.state), visible=True)
+        well = not (work.error or work.cancelled)
+        note = done if isinstance(done, str) else done(desk) if well else ""
+        yield [draw_end(work, note if well else ""), gr.update(visible=False), *self.shown(desk)]
+
+    def shown(self, desk: Desk) -> list[Any]:
+        """What all screens show of the desk."""
+        return [value for screen in self.screens for value in screen.show(desk)]
+
+    def _updates(self, status: str, *, visible: bool) -> list[Any]:
+        return [status, gr.update(visible=visible), *(gr.skip() for _ in self.outputs[2:])]

@@ -1,0 +1,106 @@
+"""The page: the head, the state of the work, and a tab for each screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+from gradio.themes import Base
+
+from reknow.ui.desks import Desks
+from reknow.ui.drawing import style
+from reknow.ui.edit import EditScreen
+from reknow.ui.frame import Frame
+from reknow.ui.head import Head
+from reknow.ui.models import Models
+
+_ADDRESS = """
+(name) => {
+  const address = new URL(window.location.href);
+  return address.searchParams.get("stack") || name || "";
+}
+"""
+"""The name of the desk, which the address of the tab holds."""
+_REMEMBER = """
+(name) => {
+  const address = new URL(window.location.href);
+  if (name && address.searchParams.get("stack") !== name) {
+    address.searchParams.set("stack", name);
+    window.history.replaceState(null, "", address);
+  }
+}
+"""
+
+
+def build_page(desks: Desks, models: Models, choices: list[str], *, free: bool = True) -> gr.Blocks:
+    """The page as gradio has it, to be mounted or launched with `look()`.
+
+    Args:
+        choices: models that are offered.
+        free: whether other models may be named, which are folders and files of the machine.
+    """
+    with gr.Blocks(title="reknow", analytics_enabled=False, fill_width=True) as page:
+        frame = Frame(desks, models)
+        frame.screens.append(Head(frame, choices, free))
+        frame.build_status()
+        with gr.Tabs(elem_id="screens") as frame.tabs, gr.Tab("Edit", id="edit"):
+            frame.screens.append(EditScreen(frame))
+        frame.connect()
+        _connect(page, frame)
+    return page
+
+
+def _connect(page: gr.Blocks, frame: Frame) -> None:
+    """What happens when a page is loaded: its desk is found, or made, and what goes on there is followed."""
+    fields = [one for screen in frame.screens for one in screen.fields]
+
+    def load(name: str) -> Iterator[list[Any]]:
+        desk = frame.desks.open(name or None)
+        filled = [value for screen in frame.screens for value in screen.fill(desk)]
+        yield [desk.name, *filled, "", gr.update(visible=desk.busy), *frame.shown(desk)]
+        if desk.work is not None and desk.work.running:
+            for values in frame.follow(desk, desk.work):
+                yield [gr.skip(), *(gr.skip() for _ in fields), *values]
+
+    page.load(
+        load,
+        [frame.name],
+        [frame.name, *fields, *frame.outputs],
+        js=_ADDRESS,
+        show_progress="hidden",
+        concurrency_limit=None,
+    )
+    frame.name.change(None, [frame.name], None, js=_REMEMBER)
+
+
+def look() -> dict[str, Any]:
+    """How the page looks, in gradio's terms: colours of the reports, fonts of the machine, nothing from elsewhere."""
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"]
+    mono = ["ui-monospace", "DejaVu Sans Mono", "monospace"]
+    theme = Base(font=fonts, font_mono=mono, primary_hue="blue", neutral_hue="slate")
+    colours = {
+        "body_background_fill": "var(--paper)",
+        "background_fill_primary": "var(--paper)",
+        "background_fill_secondary": "var(--panel)",
+        "body_text_color": "var(--ink)",
+        "body_text_color_subdued": "var(--soft)",
+        "block_background_fill": "var(--paper)",
+        "block_label_text_color": "var(--ink)",
+        "block_title_text_color": "var(--ink)",
+        "block_info_text_color": "var(--soft)",
+        "block_border_color": "var(--line)",
+        "border_color_primary": "var(--line)",
+        "input_background_fill": "var(--paper)",
+        "input_border_color": "var(--line)",
+        "input_border_width": "1px",
+        "button_primary_background_fill": "var(--link)",
+        "button_primary_background_fill_hover": "var(--link)",
+        "button_primary_text_color": "var(--paper)",
+        "button_secondary_background_fill": "var(--panel)",
+        "button_secondary_text_color": "var(--ink)",
+        "color_accent": "var(--link)",
+        "color_accent_soft": "var(--panel)",
+    }
+    dark = {f"{name}_dark": value for name, value in colours.items() if f"{name}_dark" in dir(theme.set())}
+    return {"theme": theme.set(**colours, **dark), "css": style(), "footer_links": [], "run_history": False}

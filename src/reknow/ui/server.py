@@ -1,0 +1,45 @@
+"""The page as an application that answers at an address of this machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from reknow.errors import ReknowError
+from reknow.ui.desks import Desks
+from reknow.ui.models import Models
+from reknow.ui.page import build_page, look
+from reknow.ui.work import collect_warnings
+
+_LARGEST_UPLOAD = "1gb"
+
+
+def make_app(desks: Desks, models: Models, choices: list[str], hosts: Sequence[str] | None) -> FastAPI:
+    """The application.
+
+    Args:
+        hosts: names by which it may be called, so that no page of another site can; None: any.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    collect_warnings()
+    page = build_page(desks, models, choices)
+    return gr.mount_gradio_app(
+        app, page, path="/", max_file_size=_LARGEST_UPLOAD, show_error=False, ssr_mode=False, **look()
+    )
+
+
+def open_ahead(models: Models, name: str) -> None:
+    """Opens a model before it is asked for, in a thread; what is wrong with it is told to who asks."""
+
+    def work() -> None:
+        with suppress(ReknowError), models.using(name):
+            pass
+
+    threading.Thread(target=work, name="reknow page: opening", daemon=True).start()

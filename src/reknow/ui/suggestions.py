@@ -1,0 +1,49 @@
+"""Which methods the page offers for a request: three with a reason, and all others that can make it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from reknow.checks.bounds import layer_field
+from reknow.registry import METHODS, NEED_A_SUBJECT, find_row, make
+
+
+class Suggestion(NamedTuple):
+    """A method, what it changes, and when to take it."""
+
+    method: str
+    what: str
+    reason: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} · {self.what}: {self.reason}"
+
+
+_ROME = Suggestion("rome", "weights", "writes the fact into one matrix, where the subject is read; the rest stays")
+_FT_M = Suggestion("ft-m", "fine-tuning", "trains one matrix on the answer; quick, changes more than the fact")
+_GRACE = Suggestion("grace", "memory", "remembers the answer for this very prompt; no weight changes")
+_IKE = Suggestion("ike", "memory", "puts the fact in front of all that is asked; no weight changes")
+
+
+def suggest(subject: bool) -> list[Suggestion]:
+    """Three methods for a request with a subject, or for a question without one."""
+    return [_ROME, _FT_M, _GRACE] if subject else [_FT_M, _GRACE, _IKE]
+
+
+def others(subject: bool) -> list[str]:
+    """All other methods, without those that need the subject where there is none."""
+    offered = {one.method for one in suggest(subject)}
+    return [name for name in METHODS if name not in offered and (subject or name not in NEED_A_SUBJECT)]
+
+
+def build(name: str, layer: int | None):
+    """The method of that name at a layer; None: its own choice.
+
+    Raises:
+        InputError: there is none of that name, or it edits at no layer.
+    """
+    field = layer_field(find_row(name).method)
+    if layer is None:
+        return make(name, {})
+    return make(name, {field or "layer": [layer] if field == "layers" else layer})

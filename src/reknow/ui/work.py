@@ -1,0 +1,120 @@
+"""A long work of a page, in a thread of its own: how far it is, how long it takes still, and its end by a click."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from reknow.display import clock, duration
+from reknow.errors import ReknowError
+from reknow.files.unforeseen import unforeseen
+from reknow.progress import Stage, progress
+
+_here = threading.local()
+
+
+class Cancelled(KeyboardInterrupt):
+    """Who asked for the work wants no more of it; what runs ends as after Ctrl-C, the model as it was."""
+
+
+class State(NamedTuple):
+    """How far a work is."""
+
+    what: str
+    share: float | None
+    """Of the step that can tell; None: none can."""
+    seconds: float
+    """Since it began."""
+
+
+class Work:
+    """What a page waits for.
+
+    Attributes:
+        error: the sentence of what went wrong, once it has ended; None: nothing did.
+        cancelled: whether it ended because of `cancel`.
+        warnings: what the library warned of meanwhile.
+    """
+
+    def __init__(self, what: str, task: Callable[[], object]):
+        self.error: str | None = None
+        self.cancelled = False
+        self.warnings: list[str] = []
+        self._task, self._begun = task, clock()
+        self._what, self._stage = what, None
+        self._stop, self._ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name=f"reknow page: {what}", daemon=True).start()
+
+    @property
+    def running(self) -> bool:
+        return not self._ended.is_set()
+
+    def cancel(self) -> None:
+        """Asks it to end at the next step of its progress."""
+        self._stop.set()
+
+    def check(self) -> None:
+        """Raises Cancelled where it is to end."""
+        if self._stop.is_set() and not self.cancelled:  # once: what comes after cleans up
+            self.cancelled = True
+            raise Cancelled
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Waits until it has ended, or so long; whether it has."""
+        return self._ended.wait(seconds)
+
+    @property
+    def state(self) -> State:
+        stage: Stage | None = self._stage
+        if stage is None:
+            return State(self._what, None, clock() - self._begun)
+        path = stage.path
+        timed = next((each for each in path if each.left is not None), None)
+        share = next((each.share for each in path if each.share is not None), None)
+        return State(stage.text(timed), share, clock() - self._begun)
+
+    def _run(self) -> None:
+        _here.work = self
+        try:
+            with progress.reported_to(self._hear), progress.stage(self._what):
+                self._task()
+        except Cancelled:
+            pass
+        except ReknowError as error:
+            self.error = str(error)
+        except Exception as error:
+            self.error = unforeseen(error)
+        finally:
+            self._task = lambda: None  # it may hold a model
+            self._ended.set()
+
+    def _hear(self, stage: Stage) -> None:
+        self._stage = stage
+        self.check()
+
+
+def check_here() -> None:
+    """Raises Cancelled where the work of this thread is to end; for steps that show no progress."""
+    work: Work | None = getattr(_here, "work", None)
+    if work is not None:
+        work.check()
+
+
+def collect_warnings() -> None:
+    """From now on what the library warns of in a work goes to who waits for it."""
+    shown = warnings.showwarning
+
+    def show(message: Any, *rest: Any, **options: Any) -> None:
+        work: Work | None = getattr(_here, "work", None)
+        if work is None:
+            return shown(message, *rest, **options)
+        work.warnings.append(str(message))
+
+    warnings.showwarning = show
+
+
+def told(state: State) -> str:
+    """How far a work is, in a line."""
+    return f"{state.what} ({duration(state.seconds)} so far)"
