@@ -103,4 +103,5 @@ def look() -> dict[str, Any]:
         "color_accent_soft": "var(--panel)",
     }
     dark = {f"{name}_dark": value for name, value in colours.items() if f"{name}_dark" in dir(theme.set())}
-    return {"theme": theme.set(**colours, **dark), "css": style(), "footer_links": [], "run_history": False}
+    head = f"<style>{style()}</style>"  # as `css` gradio would rewrite it, and lose the dark colours
+    return {"theme": theme.set(**colours, **dark), "head": head, "footer_links": [], "run_history": False}

@@ -1,0 +1,118 @@
+"""Desks: a stack each, in a folder that keeps what is switched off too, in its place."""
+
+from __future__ import annotations
+
+import pytest
+
+from conftest import make_lm
+from reknow import method
+from reknow.edits import Edit
+from reknow.errors import InputError, PatchError
+from reknow.patching.stack import read_existing, read_history, save_stack, with_patch
+from reknow.ui.desks import Desks, _merged
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm("gpt2")
+
+
+@pytest.fixture(scope="module")
+def patches(lm):
+    """Three patches, each of its own subject."""
+    places = [("France", "Lima"), ("Peru", "Paris"), ("Apple", "Peru")]
+    edits = [Edit("The capital of {} is", subject=subject, target_new=new) for subject, new in places]
+    return [method("ft-m", steps=2).edit(lm, [edit]) for edit in edits]
+
+
+@pytest.fixture
+def desk(tmp_path, lm, patches):
+    desk = Desks(tmp_path, "demo:gpt2").open(None)
+    for patch in patches:
+        desk.change(lm, "apply", lambda stack, patch=patch: with_patch(stack, patch, lm.fingerprint), "because")
+    return desk
+
+
+def listed(desk) -> list[tuple[str, bool]]:
+    return [(one.patch.id, one.on) for one in desk.kept()]
+
+
+def test_a_patch_that_is_switched_off_keeps_its_place_and_who_put_it_on(desk, lm, patches):
+    a, b, c = (patch.id for patch in patches)
+    desk.switch(lm, a, False)
+    desk.switch(lm, b, False)
+    assert listed(desk) == [(a, False), (b, False), (c, True)]
+    assert [patch.id for patch in read_existing(desk.folder)[1]] == [c] and lm.patches == ()
+    desk.switch(lm, b, True)
+    assert listed(desk) == [(a, False), (b, True), (c, True)]
+    desk.switch(lm, a, True)
+    assert listed(desk) == [(a, True), (b, True), (c, True)]
+    assert {one.why for one in desk.kept()} == {"because"}
+    assert [line.entry.action for line in read_history(desk.folder)][3:] == ["off", "off", "on", "on"]
+
+
+def test_what_is_taken_out_elsewhere_is_not_listed_and_what_is_put_on_is(desk, lm, patches):
+    a, b, c = patches
+    desk.switch(lm, b.id, False)
+    save_stack(desk.folder, "demo:gpt2", [c], action="revert")
+    assert listed(desk) == [(b.id, False), (c.id, True)]
+    save_stack(desk.folder, "demo:gpt2", [c, a], action="apply", why="again")
+    assert listed(desk) == [(b.id, False), (c.id, True), (a.id, True)]
+    assert [one.why for one in desk.kept()] == ["because", "because", "again"]
+
+
+def test_a_patch_that_is_not_there_is_refused_and_nothing_changes(desk, lm, patches):
+    before = read_history(desk.folder)
+    with pytest.raises(PatchError, match="expected a patch of this stack; it has none of id 0000"):
+        desk.switch(lm, "0000", True)
+    with pytest.raises(PatchError):
+        desk.change(lm, "apply", lambda stack: (*stack, patches[0]))
+    assert read_history(desk.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("order", "on", "off", "found"),
+    [
+        ([], ["a"], set(), ["a"]),
+        (["a", "b", "c"], ["a", "c"], {"b"}, ["a", "b", "c"]),
+        (["a", "b", "c"], ["c", "a"], {"b"}, ["c", "b", "a"]),
+        (["a", "b"], ["b", "d"], set(), ["b", "d"]),
+        (["a"], [], {"a"}, ["a"]),
+    ],
+)
+def test_those_that_are_off_stay_where_they_stood(order, on, off, found):
+    assert _merged(order, on, off) == found
+
+
+def test_names_come_from_addresses_and_lead_nowhere_else(tmp_path):
+    desks = Desks(tmp_path, "demo:gpt2")
+    first = desks.open("some-name")
+    assert desks.open("some-name") is first and desks.open(None) is not desks.open(None)
+    for name in ("../../etc", "a/b", "A B", "x", "", "." * 9, "a" * 100):
+        desk = desks.open(name)
+        assert desk.name != name and desk.folder.resolve().is_relative_to(tmp_path.resolve())
+    assert first.folder == tmp_path / "some-name" / "demo-gpt2"
+
+
+def test_a_desk_has_a_stack_for_each_model(tmp_path, desk, patches):
+    desks = Desks(tmp_path, "demo:gpt2")
+    desks.take(desk, "demo:llama")
+    assert desk.kept() == [] and desk.model == "demo:llama"
+    desks.take(desk, "demo:gpt2")
+    assert len(desk.kept()) == len(patches)
+
+
+def test_a_stack_that_is_there_is_a_desk_and_keeps_its_model(tmp_path, desk, patches):
+    desks = Desks(tmp_path / "pages", "demo:gpt2", desk.folder)
+    opened = desks.open(None)
+    assert opened.name == desks.first == "demo-gpt2" and len(opened.kept()) == len(patches)
+    with pytest.raises(InputError, match=r"expected demo:gpt2, on which .* is; got demo:llama"):
+        desks.take(opened, "demo:llama")
+    with pytest.raises(InputError, match=r"expected a base model; .* is a stack"):
+        desks.take(desks.open("another"), str(desk.folder))
+
+
+def test_a_desk_begins_with_what_its_model_has_where_that_is_a_stack(tmp_path, desk, patches):
+    begun = Desks(tmp_path / "pages", str(desk.folder)).open(None)
+    assert [one.patch.id for one in begun.kept()] == [patch.id for patch in patches]
+    assert begun.folder != desk.folder
