@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import gradio as gr
 
 from reknow.errors import ReknowError
+from reknow.ui.access import Access
 from reknow.ui.desks import Desk, Desks
 from reknow.ui.drawing import draw, draw_end, draw_state
 from reknow.ui.models import Models
@@ -39,12 +40,13 @@ class Frame:
     """The parts that every screen has.
 
     Attributes:
+        access: what those may reach who open the page.
         name: the name of the tab's desk.
         screens: in their order; the head of the page is one too.
     """
 
-    def __init__(self, desks: Desks, models: Models):
-        self.desks, self.models = desks, models
+    def __init__(self, desks: Desks, models: Models, access: Access):
+        self.desks, self.models, self.access = desks, models, access
         self.screens: list[Screen] = []
         self.tabs: Any = None
         self._runs: list[Callable[[], object]] = []
@@ -82,9 +84,8 @@ class Frame:
             done: what is said when it went well.
         """
         started = partial(self._start, what, task, done)
-        self._runs.append(
-            lambda: event(started, [self.name, *inputs], self.outputs, show_progress="hidden", concurrency_limit=None)
-        )
+        limit = {"concurrency_limit": self.access.works, "concurrency_id": "works"}
+        self._runs.append(lambda: event(started, [self.name, *inputs], self.outputs, show_progress="hidden", **limit))
 
     def at_once(self, event: Callable[..., Any], answer: Callable[..., Any], inputs: Any, outputs: Any) -> None:
         """When the event comes, answers it with what takes no time. Not through the queue: where two answers cross,

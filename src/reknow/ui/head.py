@@ -16,8 +16,8 @@ from reknow.ui.frame import Frame
 class Head:
     """Title, model, and the state of the stack."""
 
-    def __init__(self, frame: Frame, models: list[str], free: bool):
-        self._frame = frame
+    def __init__(self, frame: Frame, models: list[str]):
+        self._frame, free = frame, frame.access.machine
         with gr.Row(elem_id="head"):
             gr.HTML(
                 draw("title"),

@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 from gradio.themes import Base
 
+from reknow.ui.access import Access
 from reknow.ui.desks import Desks
 from reknow.ui.drawing import style
 from reknow.ui.edit import EditScreen
@@ -33,22 +34,26 @@ _REMEMBER = """
 """
 
 
-def build_page(desks: Desks, models: Models, choices: list[str], *, free: bool = True) -> gr.Blocks:
+_QUEUE = 64
+"""Events that may wait before further ones are refused."""
+
+
+def build_page(desks: Desks, models: Models, choices: list[str], access: Access | None = None) -> gr.Blocks:
     """The page as gradio has it, to be mounted or launched with `look()`.
 
     Args:
         choices: models that are offered.
-        free: whether other models may be named, which are folders and files of the machine.
+        access: what those may reach who open it; None: all of the machine.
     """
     with gr.Blocks(title="reknow", analytics_enabled=False, fill_width=True) as page:
-        frame = Frame(desks, models)
-        frame.screens.append(Head(frame, choices, free))
+        frame = Frame(desks, models, access or Access())
+        frame.screens.append(Head(frame, choices))
         frame.build_status()
         with gr.Tabs(elem_id="screens") as frame.tabs, gr.Tab("Edit", id="edit"):
             frame.screens.append(EditScreen(frame))
         frame.connect()
         _connect(page, frame)
-    return page
+    return page.queue(max_size=_QUEUE)
 
 
 def _connect(page: gr.Blocks, frame: Frame) -> None:
