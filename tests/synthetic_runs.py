@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from reknow.evaluation.results import Results
+from reknow.evaluation.run_folder import run_digest
 
 
 def reading(kind: str, right: bool, answer: str = "Rome", **fields: Any) -> dict:
@@ -55,3 +58,15 @@ def make_results(
         "checkpoints": [], "seeds": [0],
     } | settings  # fmt: skip
     return Results({"model": "made up", "dtype": "float32", "settings": about}, before, rows)
+
+
+def write_run(folder: Path, results: Results) -> Path:
+    """The run as a folder."""
+    folder.mkdir(parents=True)
+    manifest = {**results.manifest, "started": "2026-01-02T03:04:05+0000", "machine": {}, "refused": []}
+    run = run_digest(manifest["settings"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for name, rows in (("before", results.before), ("cases", results.rows)):
+        lines = [json.dumps({**row, "run": run}) + "\n" for row in rows.values()]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from typer.testing import CliRunner
 
 from reknow.cli.app import app
 from reknow.errors import InputError
-from reknow.evaluation.run_folder import run_digest
 from reknow.report.comparison import (
     compared_entries,
     differing,
@@ -20,7 +18,7 @@ from reknow.report.comparison import (
     write_comparison,
 )
 from reknow.report.verdict import make_verdict
-from synthetic_runs import make_results
+from synthetic_runs import make_results, write_run
 
 RIGHT = [1] * 9 + [0]
 
@@ -31,18 +29,6 @@ def cut(results, numbers):
     before = {key: row for key, row in results.before.items() if row["case"] in names}
     rows = {key: row for key, row in results.rows.items() if row["case"] in names}
     return replace(results, before=before, rows=rows)
-
-
-def written(folder: Path, results) -> Path:
-    """The run as a folder."""
-    folder.mkdir(parents=True)
-    manifest = {**results.manifest, "started": "2026-01-02T03:04:05+0000", "machine": {}, "refused": []}
-    run = run_digest(manifest["settings"])
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    for name, rows in (("before", results.before), ("cases", results.rows)):
-        lines = [json.dumps({**row, "run": run}) + "\n" for row in rows.values()]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    return folder
 
 
 def test_only_cases_of_all_runs_count():
@@ -117,7 +103,7 @@ def test_studies_of_several_sets_are_compared_set_by_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for study in ("first", "second"):
         for data in ("zsre", "own"):
-            written(Path(study, data), make_results({"rome": (RIGHT, [1] * 10)}, name=data))
+            write_run(Path(study, data), make_results({"rome": (RIGHT, [1] * 10)}, name=data))
     refused = CliRunner().invoke(app, ["report", "first", "second"])
     assert refused.exit_code == 2 and "of a study of several sets one, as STUDY/SET" in refused.output
     assert "first/zsre 10" in refused.output and not Path("runs").exists()
@@ -128,9 +114,9 @@ def test_studies_of_several_sets_are_compared_set_by_set(tmp_path, monkeypatch):
 
 def test_the_command_compares_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    written(Path("runs/one"), make_results({"rome": (RIGHT, [1] * 10)}))
-    written(Path("runs/two"), make_results({"ft-m": ([1] * 10, RIGHT)}))
-    written(Path("more/two"), make_results({"grace": ([1] * 10, RIGHT)}))
+    write_run(Path("runs/one"), make_results({"rome": (RIGHT, [1] * 10)}))
+    write_run(Path("runs/two"), make_results({"ft-m": ([1] * 10, RIGHT)}))
+    write_run(Path("more/two"), make_results({"grace": ([1] * 10, RIGHT)}))
     for _ in range(2):
         result = CliRunner().invoke(app, ["report", "runs/one", "runs/two", "more/two"])
         assert result.exit_code == 0, result.output

@@ -10,7 +10,6 @@ import typer
 
 from reknow.cli.places import comparison_place, report_place
 from reknow.cli.terminal import say
-from reknow.errors import InputError
 from reknow.progress import progress
 
 _COMPARISON = Path("runs/comparison")
@@ -38,28 +37,17 @@ def compare_runs(runs: Sequence[Path], out: Path | None, *, repaired: bool = Fal
     from reknow.evaluation import Results
     from reknow.files.outputs import mark_folder
     from reknow.report import write_comparison
+    from reknow.report.run_list import name_runs
 
-    folders = [part for run in runs for part in _parts(run)]
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    if len(set(names)) < len(names):
-        raise InputError(f"expected different runs; got {', '.join(names)}: name each once")
+    named = name_runs(runs)
+    folders = list(named.values())
     out = comparison_place(out or _COMPARISON, folders)
     if repaired:
         _repair(folders)
-    loaded = {name: Results.load(folder) for name, folder in zip(names, folders, strict=True)}
+    loaded = {name: Results.load(folder) for name, folder in named.items()}
     page = write_comparison(loaded, out)
     mark_folder(out, "report")
     say(f"comparison: {page} (also comparison.md)")
-
-
-def _parts(run: Path) -> list[Path]:
-    """The run folders in a folder: itself, or one per set."""
-    from reknow.files.outputs import MANIFEST_FILE
-
-    inside = [path.parent for path in sorted(run.glob(f"*/{MANIFEST_FILE}"))]
-    return [run] if (run / MANIFEST_FILE).exists() or not inside else inside
 
 
 def _repair(folders: Sequence[Path]) -> None:
@@ -75,6 +63,7 @@ def write_run(run: Path, out: Path | None = None, *, repaired: bool = False) -> 
     from reknow.evaluation import Results
     from reknow.files.outputs import MANIFEST_FILE, mark_folder
     from reknow.report import write_report
+    from reknow.report.run_list import parts_of
     from reknow.studies.comparison_page import split_by_set, write_study
     from reknow.studies.growth_page import write_growth
     from reknow.studies.ice.convergence import ROWS_FILE
@@ -87,7 +76,7 @@ def write_run(run: Path, out: Path | None = None, *, repaired: bool = False) -> 
         mark_folder(out, "report")
     if inside:
         return say(f"report: {write_convergence(run, out)}")
-    parts = _parts(run)
+    parts = parts_of(run)
     if repaired:
         _repair(parts)
     for part in progress.each("writing the report", parts):

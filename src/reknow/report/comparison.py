@@ -19,6 +19,7 @@ from reknow.report.columns import COLUMNS, PROTOCOL_NAMES
 from reknow.report.page import answer, environment, style_and_script
 from reknow.report.verdict import (
     Entry,
+    Verdict,
     entries_of,
     make_verdict,
     read_protocols,
@@ -42,6 +43,56 @@ class Gap(NamedTuple):
         return max((found.cases for _, found in self.differences if found), default=0)
 
 
+class Comparison(NamedTuple):
+    """Runs beside each other, over the cases that all have."""
+
+    whole: dict[str, Results]
+    common: dict[str, Results]
+    """The same runs, cut to those cases."""
+    entries: list[Entry]
+    verdicts: list[Verdict]
+    """One for each protocol that all have read."""
+    gaps: dict[str, list[Gap]]
+    """Protocol → the differences."""
+    remarks: list[str]
+
+
+def compare(runs: Mapping[str, Results]) -> Comparison:
+    """What a page of several runs says.
+
+    Raises:
+        InputError: the runs have no case in common, or share no way of reading answers.
+    """
+    common = on_common_cases(runs)
+    entries = compared_entries(common)
+    protocols = shared_protocols(common, entries)
+    verdicts = [make_verdict(entries, protocol) for protocol in protocols]
+    gaps = {protocol: gaps_to_first(entries, protocol) for protocol in protocols}
+    return Comparison(dict(runs), common, entries, verdicts, gaps, differing(runs, common))
+
+
+def render_comparison(compared: Comparison) -> str:
+    """The page, as HTML."""
+    whole, entries = compared.whole, compared.entries
+    return (
+        environment()
+        .get_template("comparison.html")
+        .render(
+            **style_and_script(),
+            title=f"{len(whole)} runs on the same cases",
+            runs={name: contents.describe_head(results) for name, results in whole.items()},
+            cases=_count(compared.common),
+            remarks=compared.remarks,
+            **answer(entries, compared.verdicts),
+            gaps=compared.gaps,
+            first=next(entry.label for entry in entries if entry.compared),
+            points=points,
+            p_value=p_value,
+            settings={name: results.manifest["settings"]["methods"] for name, results in whole.items()},
+        )
+    )
+
+
 def write_comparison(runs: Mapping[str, Results], folder: str | Path) -> Path:
     """Writes `comparison.html` and `comparison.md`: the runs' methods side by side, over the cases that all have.
 
@@ -49,30 +100,11 @@ def write_comparison(runs: Mapping[str, Results], folder: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        InputError: the runs have no case in common, or share no way of reading answers.
+        InputError: see `compare`.
     """
-    folder, whole = Path(folder), dict(runs)
-    runs = on_common_cases(whole)
-    entries = compared_entries(runs)
-    protocols = shared_protocols(runs, entries)
-    verdicts = [make_verdict(entries, protocol) for protocol in protocols]
-    gaps = {protocol: gaps_to_first(entries, protocol) for protocol in protocols}
-    remarks = differing(whole, runs)
-    templates = environment()
-    page = templates.get_template("comparison.html").render(
-        **style_and_script(),
-        title=f"{len(runs)} runs on the same cases",
-        runs={name: contents.describe_head(results) for name, results in whole.items()},
-        cases=_count(runs),
-        remarks=remarks,
-        **answer(entries, verdicts),
-        gaps=gaps,
-        first=next(entry.label for entry in entries if entry.compared),
-        points=points,
-        p_value=p_value,
-        settings={name: results.manifest["settings"]["methods"] for name, results in whole.items()},
-    )
-    write_text(folder / f"{FILE}.md", _markdown(runs, remarks, verdicts, gaps))
+    folder, compared = Path(folder), compare(runs)
+    page = render_comparison(compared)
+    write_text(folder / f"{FILE}.md", _markdown(compared))
     return write_text(folder / f"{FILE}.html", page)
 
 
@@ -218,14 +250,12 @@ def p_value(difference: Difference) -> str:
     return "p < 0.001" if difference.p < 0.001 else f"p = {difference.p:.2g}"
 
 
-def _markdown(
-    runs: Mapping[str, Results], remarks: Sequence[str], verdicts: Sequence, gaps: Mapping[str, list[Gap]]
-) -> str:
-    parts = [f"# {len(runs)} runs on the same {_count(runs)} cases", *remarks]
-    for verdict in verdicts:
+def _markdown(compared: Comparison) -> str:
+    parts = [f"# {len(compared.whole)} runs on the same {_count(compared.common)} cases", *compared.remarks]
+    for verdict in compared.verdicts:
         table = to_markdown(verdict_lines(verdict, "run: method"))
         parts.append(f"**{PROTOCOL_NAMES[verdict.protocol].capitalize()}**\n\n{table}")
-        if rows := gaps[verdict.protocol]:
+        if rows := compared.gaps[verdict.protocol]:
             head = ["over the first", *(name for name, _ in rows[0].differences), "cases"]
             body = [
                 [

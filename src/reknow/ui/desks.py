@@ -57,6 +57,17 @@ class Wish:
     """The bundled case from which it was filled in."""
 
 
+class RunsPage(NamedTuple):
+    """Runs that were read for the last screen."""
+
+    chosen: tuple[str, ...]
+    """Those of the list."""
+    typed: str
+    """The path of another one."""
+    html: str
+    """Their page."""
+
+
 @dataclass
 class Desk:
     """What a tab works on."""
@@ -72,6 +83,7 @@ class Desk:
     wish: Wish = field(default_factory=Wish)
     tried: Tried | None = None
     """What was tried last, and is not in the stack."""
+    runs: RunsPage | None = None
     shown: dict[str, Any] = field(default_factory=dict)
     """What other screens made last, by their names."""
 
@@ -192,6 +204,11 @@ class Desks:
                 if not (self._desks[old].fixed or self._desks[old].busy):
                     del self._desks[old]
             return desk
+
+    def known(self, name: str) -> Desk | None:
+        """The desk of that name, where it is in memory."""
+        with self._lock:
+            return self._desks.get(name)
 
     def _new(self, name: str) -> Desk:
         base, beneath = read_stack(self._model)

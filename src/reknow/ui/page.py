@@ -9,6 +9,7 @@ import gradio as gr
 from gradio.themes import Base
 
 from reknow.ui.access import Access
+from reknow.ui.compare import CompareScreen
 from reknow.ui.desks import Desks
 from reknow.ui.drawing import style
 from reknow.ui.edit import EditScreen
@@ -49,8 +50,12 @@ def build_page(desks: Desks, models: Models, choices: list[str], access: Access 
         frame = Frame(desks, models, access or Access())
         frame.screens.append(Head(frame, choices))
         frame.build_status()
-        with gr.Tabs(elem_id="screens") as frame.tabs, gr.Tab("Edit", id="edit"):
-            frame.screens.append(EditScreen(frame))
+        with gr.Tabs(elem_id="screens") as frame.tabs:
+            with gr.Tab("Edit", id="edit"):
+                frame.screens.append(EditScreen(frame))
+            if frame.access.machine:
+                with gr.Tab("Compare", id="compare") as tab:
+                    frame.screens.append(CompareScreen(frame, tab))
         frame.connect()
         _connect(page, frame)
     return page.queue(max_size=_QUEUE)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 import gradio as gr
 from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from reknow.errors import ReknowError
+from reknow.ui.compare import ADDRESS
 from reknow.ui.desks import Desks
 from reknow.ui.models import Models
 from reknow.ui.page import build_page, look
@@ -28,11 +31,20 @@ def make_app(desks: Desks, models: Models, choices: list[str], hosts: Sequence[s
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     if hosts is not None:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.get(f"/{ADDRESS}", response_class=HTMLResponse)(partial(_runs_page, desks))
     collect_warnings()
     page = build_page(desks, models, choices)
     return gr.mount_gradio_app(
         app, page, path="/", max_file_size=_LARGEST_UPLOAD, show_error=False, ssr_mode=False, **look()
     )
+
+
+def _runs_page(desks: Desks, stack: str) -> HTMLResponse:
+    """What the last screen of a desk shows."""
+    desk = desks.known(stack)
+    if desk is None or desk.runs is None:
+        return HTMLResponse("expected runs that were chosen; got none: choose some on the page", status_code=404)
+    return HTMLResponse(desk.runs.html)
 
 
 def open_ahead(models: Models, name: str) -> None:
