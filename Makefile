@@ -16,7 +16,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo       edit facts in the bundled model, measure, report, take the edits back"
 	@echo "                MODEL=smollm2: in a real one, SmolLM2-135M-Instruct"
-	@echo "make test       all tests;  make test-fast: without those that take minutes;  ARGS='-k name' is passed on"
+	@echo "make test       all tests;  make test-fast: without those that take long;  ARGS='-k name' is passed on"
 	@echo "                WORKERS=4 for four processes instead of two"
 	@echo "make gemma      install Gemma 3 270M too (under its own terms of use), for tests and benchmarks"
 	@echo "make lint       ruff and pyright;  make format: let ruff rewrite"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -27,6 +28,7 @@ from llm_server import serve  # noqa: E402, F401, a fixture
 from reknow import LM, Edit, Patch  # noqa: E402
 from reknow.editing.keys import Site  # noqa: E402
 from reknow.editing.search import SearchRules, ValueSearchMethod  # noqa: E402
+from reknow.evaluation import probing  # noqa: E402
 from reknow.files.cache import MODELS, cache_folder  # noqa: E402
 from reknow.model.packaged import PACKAGED  # noqa: E402
 from reknow.model.tokens import Text  # noqa: E402
@@ -69,6 +71,14 @@ def gemma3(kept_models) -> LM:
 @pytest.fixture
 def edit() -> Edit:
     return Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", target_true="French")
+
+
+@pytest.fixture(scope="module")
+def short_texts():
+    """Sampled texts have 30 tokens with their prompts, and not a hundred."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(probing, "SAMPLED_TOKENS", 30)
+        yield
 
 
 DEVICE = os.environ.get("REKNOW_TEST_DEVICE")
@@ -218,6 +228,12 @@ def alone(lm: LM, prompt: str, tokens: int) -> list[int]:
         logits = lm.forward(text, torch.ones_like(text), places, None, ends=end).logits
         ids.append(int(logits[0, -1].argmax()))
     return ids[len(row.ids) :]
+
+
+def pytest_collection_finish():
+    """What is imported by now stays, so that no collection of garbage goes over it; `score` makes several."""
+    gc.collect()
+    gc.freeze()
 
 
 MARKERS = ("contract", "golden", "real", "slow")

@@ -405,6 +405,7 @@ print("a bar", *logging.tqdm([1], desc="theirs"))
 """
 
 
+@pytest.mark.slow
 def test_opening_a_model_draws_no_bars_but_those_of_others_stay(tmp_path):
     run = subprocess.run([sys.executable, "-c", OPENED, saved(tmp_path)], capture_output=True, text=True, check=True)
     assert run.stdout == "a bar 1\n" and "Loading" not in run.stderr and "theirs" in run.stderr

@@ -287,6 +287,7 @@ def test_status_and_streams_of_the_program():
     assert unknown.returncode == 2 and "No such command" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line_and_130(model):
     code = (
         "import os, signal\n"

@@ -186,6 +186,7 @@ def shell(line: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(["bash", "-c", program + line], capture_output=True, env=given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
 def test_an_output_without_unicode_gets_escapes(encoding, patch):
     plain = shell(f"reknow show {patch} && reknow show {patch} --json", PYTHONIOENCODING=encoding)

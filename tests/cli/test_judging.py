@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +23,17 @@ def run(*words: str):
     return CliRunner().invoke(app, [*words])
 
 
-@pytest.fixture
-def made(empty_folder):
-    words = ["bench", "--methods", "ft-m", "--limit", "2", "--no-side-effects", "--out", "run"]
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("benched") / "run"
+    words = ["bench", "--methods", "ft-m", "--limit", "2", "--no-side-effects", "--out", str(out)]
     assert run(*words).exit_code == 0
-    return empty_folder / "run"
+    return out
+
+
+@pytest.fixture
+def made(benched, empty_folder):
+    return shutil.copytree(benched, empty_folder / "run")
 
 
 def test_verdicts_cost_and_agreement_are_printed_and_reported(made, serve):
@@ -45,6 +52,7 @@ def test_verdicts_cost_and_agreement_are_printed_and_reported(made, serve):
     assert "A model judges" in (made / "report.md").read_text() and ",judged," in (made / "report.csv").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT to another process is POSIX")
 def test_ctrl_c_keeps_every_verdict_that_came_and_the_same_command_goes_on(made, serve):
     asked: list[str] = []

@@ -41,6 +41,7 @@ def test_a_signal_while_modules_are_imported_is_one_line(signal, where):
     assert result.stderr.startswith("stopped: ") and result.stderr.count("\n") == 1, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signal", STATUS)
 def test_a_signal_that_a_module_hides_is_told_all_the_same(signal):
     result = stopped(signal, "reknow.patching.patches", "show", "nowhere.patch", hidden=True)

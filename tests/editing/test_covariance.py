@@ -231,6 +231,7 @@ state.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_processes_share_the_text_and_their_sums_are_added(tmp_path):
     script = tmp_path / "shared.py"
     script.write_text(SHARED)

@@ -27,6 +27,9 @@ from runs import PLANS, all_rows, make_cases
 METHODS = {"fine": FT(layer=2, steps=3, learning_rate=0.17), "other": FT(layer=1, steps=2, learning_rate=0.1)}
 
 
+pytestmark = pytest.mark.usefixtures("short_texts")
+
+
 class Faulty:
     """Workers in this process, one step at a time in random order; some end before they give what they have made.
 
@@ -183,7 +186,7 @@ class FaultyEngine(Local):
         hand_out(self.crew, job, tasks, there, keep, folder)
 
 
-@pytest.mark.parametrize("mode", PLANS)
+@pytest.mark.parametrize("mode", [pytest.param("single", marks=pytest.mark.slow), "batch", "sequential"])
 def test_a_comparison_with_workers_that_end_has_the_rows_of_one_process(mode, tmp_path, monkeypatch, caplog):
     """Sequences go on from the patches that the dead worker gave."""
     caplog.set_level(logging.CRITICAL)
@@ -204,7 +207,7 @@ def test_a_comparison_with_workers_that_end_has_the_rows_of_one_process(mode, tm
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied the Unix way")
-@pytest.mark.parametrize("mode", ["single", "sequential"])
+@pytest.mark.parametrize("mode", ["single", pytest.param("sequential", marks=pytest.mark.slow)])
 def test_a_driver_that_is_killed_at_any_step_goes_on(mode, tmp_path, caplog):
     """Dozens of true kills of the process that writes: whatever the disk had seen, nothing is lost or made twice."""
     caplog.set_level(logging.CRITICAL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 
 import pytest
@@ -28,9 +29,16 @@ CASES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    return bench(make_lm(), CASES, [METHOD], folder, plan=Plan(oracle=True, seeds=(0, 1))), folder
+
+
 @pytest.fixture
-def run(tmp_path):
-    return bench(make_lm(), CASES, [METHOD], tmp_path, plan=Plan(oracle=True, seeds=(0, 1))), tmp_path
+def run(made, tmp_path):
+    results, folder = made
+    return results, shutil.copytree(folder, tmp_path / "run")
 
 
 def rows_of(results: Results) -> list:

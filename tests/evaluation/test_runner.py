@@ -274,6 +274,7 @@ def run_until_stopped(folder: str) -> None:
         bench(make_lm(), make_cases(), [METHOD], folder, plan=SEQUENCE)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT to another process is POSIX")
 def test_ctrl_c_leaves_a_run_that_resumes_with_the_same_rows(tmp_path):
     command = f"import conftest, test_runner; test_runner.run_until_stopped({str(tmp_path / 'cut')!r})"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 from test_runner import Nothing, comparable
@@ -29,10 +32,14 @@ from runs import PLANS, all_rows, make_cases
 METHODS = {"fine": FT(layer=2, steps=6, learning_rate=0.17), "other": FT(layer=1, steps=3, learning_rate=0.1)}
 
 
-@pytest.fixture(params=PLANS)
-def plan(request, monkeypatch) -> Plan:
-    monkeypatch.setattr(FT, "edits_per_call", 2)
-    return PLANS[request.param]
+pytestmark = pytest.mark.usefixtures("short_texts")
+
+
+@pytest.fixture(scope="module", params=PLANS)
+def plan(request) -> Iterator[Plan]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FT, "edits_per_call", 2)
+        yield PLANS[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +49,13 @@ def lm():
 
 def cases():
     return make_cases()
+
+
+@pytest.fixture(scope="module")
+def whole(plan, lm, short_texts, tmp_path_factory) -> tuple[Results, Path]:
+    """The run that one process makes, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return bench(lm, cases(), METHODS, folder, plan=plan), folder
 
 
 def test_the_tasks_of_a_run_have_every_row_once():
@@ -56,10 +70,10 @@ def test_the_tasks_of_a_run_have_every_row_once():
     assert str(Task("single", ("a", "b"), "fine", 3)) == "fine, seed 3, a to b"
 
 
-def test_the_keys_of_the_tasks_are_those_that_a_run_makes_in_that_order(plan, lm, tmp_path):
-    results = bench(lm, cases(), METHODS, tmp_path, plan=plan)
+def test_the_keys_of_the_tasks_are_those_that_a_run_makes_in_that_order(plan, whole):
+    results, folder = whole
     tasks = list_tasks(results.manifest["names"], results.manifest["together"], plan)
-    files = [tmp_path / "before.jsonl", tmp_path / "cases.jsonl"]
+    files = [folder / "before.jsonl", folder / "cases.jsonl"]
     made = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
     names = ("method", "seed", "mode", "stage", "case")
     keys = [tuple(row[name] for name in names if name in row) for row in made]
@@ -67,8 +81,8 @@ def test_the_keys_of_the_tasks_are_those_that_a_run_makes_in_that_order(plan, lm
     assert keys == [*results.before, *results.rows] and results.unfinished is None
 
 
-def test_shards_in_any_order_have_the_rows_of_one_process(plan, lm, tmp_path):
-    whole = bench(lm, cases(), METHODS, tmp_path / "whole", plan=plan)
+def test_shards_in_any_order_have_the_rows_of_one_process(plan, whole, tmp_path):
+    whole, _ = whole
     for number in (3, 1, 2):
         part = bench(make_lm(), cases(), METHODS, tmp_path / "parts", plan=plan, shard=f"{number}/3")
         assert (part.unfinished is None) == (number == 2)
@@ -185,8 +199,7 @@ def test_a_texts_that_were_written_together_are_written_together_again(lm, tmp_p
     plan = Plan(fluency=True)
     whole = bench(lm, asked, METHODS, tmp_path / "whole", plan=plan)
     for kept in (1, 2, 3, 5, 6):
-        folder = tmp_path / str(kept)
-        bench(lm, asked, METHODS, folder, plan=plan)
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(kept))
         rows = (folder / "cases.jsonl").read_bytes().splitlines(keepends=True)
         (folder / "cases.jsonl").write_bytes(b"".join(random.Random(kept).sample(rows, kept)))
         assert all_rows(bench(lm, asked, METHODS, folder, plan=plan)) == all_rows(whole)
@@ -242,6 +255,7 @@ def test_the_command_line_of_shards_and_of_failed_edits(tmp_path):
     assert refused.exit_code == 2 and "--shard" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied the Unix way")
 def test_a_shard_that_is_killed_at_any_step_goes_on(lm, tmp_path):
     """Dozens of true kills: whatever the disk had seen, the same command makes what is missing, and nothing twice."""

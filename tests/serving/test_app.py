@@ -258,6 +258,7 @@ def test_a_new_stack_beside_one_that_is_named_as_the_model_has_its_base(scene):
     assert _base([folder / "fresh"], str(folder / "hook")) == _base([folder / "hook"], None)
 
 
+@pytest.mark.slow
 def test_beyond_loopback_is_said(scene):
     folder, _ = scene
     with serving("hook", "--host", "0.0.0.0", folder=folder) as open_to_all:

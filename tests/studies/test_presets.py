@@ -20,6 +20,7 @@ from reknow.studies.articles import ARTICLES, sized
 from reknow.studies.comparison import drop_conflicting, limit_probes, merge_sets
 from reknow.studies.comparison_page import split_by_set, write_study
 from reknow.studies.growth_page import growth_points
+from reknow.studies.ice import convergence
 from reknow.studies.ice.convergence import SHOWN, TARGETS, TEMPERATURES, consistency, measure_convergence
 from reknow.studies.ice.script_ppl_r import METRIC, measure_script_ppl_r, with_script_ppl_r
 from reknow.studies.presets import PRESETS
@@ -182,6 +183,7 @@ def test_a_run_over_all_sets_is_taken_apart_again(tmp_path):
     assert all(len(results.rows) == 4 for results in sets.values())
 
 
+@pytest.mark.slow
 def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
     lm, edits = make_lm(), [case.edit for case in make_cases("one")]
     method = ICE(layers=(1,), steps=3)
@@ -206,7 +208,8 @@ def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
         measure_convergence(lm, edits, {"ice": replace(method, steps=4)}, tmp_path)
 
 
-def test_an_edit_that_cannot_be_made_or_read_does_not_end_the_measuring_of_the_others(tmp_path):
+def test_an_edit_that_cannot_be_made_or_read_does_not_end_the_measuring_of_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(convergence, "TEMPERATURES", (1.0,))
     good, long = make_cases("one")[0].edit, Edit("Peru " * 140, target_new="Lima")
     methods = {"rome": ROME(layer=1, steps=2, context_groups=(), covariance_tokens=0), "ft": FT(layer=1, steps=2)}
     unnamed = Edit("Apple lives in", target_new="Lima")  # without a subject
