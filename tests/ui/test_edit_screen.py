@@ -43,6 +43,22 @@ def test_the_subject_is_what_is_selected_in_the_request(open_tab):
     tab.wait_for_function("document.querySelector('#subject input, #subject textarea').value === 'Paris'")
 
 
+def test_a_fact_of_a_bundled_set_is_asked_in_other_words_too(open_tab):
+    tab = open_tab()
+    tab.click("#facts button")
+    tab.click("#set input")
+    tab.get_by_role("option", name="counterfact", exact=True).click()
+    tab.click("#fact input")
+    tab.get_by_role("option", name="Danielle Darrieux").first.click()
+    tab.wait_for_function("document.querySelector('#subject input, #subject textarea').value === 'Danielle Darrieux'")
+    tab.locator("#suggested input[value='ft-m']").check()
+    tab.click("#go")
+    tab.locator("#tried .sides").wait_for()
+    assert "now says English" in tab.inner_text("#tried .lead")
+    assert tab.get_by_text("Asked in other words").is_visible()
+    assert tab.locator("#tried .bars .old").count() >= 1, "the present answer is marked among the likeliest tokens"
+
+
 def test_a_question_without_a_subject_is_offered_what_can_make_it(open_tab):
     tab = open_tab()
     methods = "[...document.querySelectorAll('#suggested input')].map(e => e.value).join()"

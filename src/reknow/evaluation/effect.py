@@ -65,16 +65,19 @@ class Snapshot:
     """Greedy continuation of each control fact."""
     perplexity: float
     """Perplexity of a few paragraphs of plain text."""
+    also: tuple[str, ...] = ()
+    """Greedy continuation of each further prompt."""
 
 
 @typed_exclusively
-def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Snapshot:
-    """How the model, as it is now, answers the edits' prompts and the facts, and how it reads plain text.
+def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = (), also: Sequence[str] = ()) -> Snapshot:
+    """How the model, as it is now, answers the edits' prompts, the facts and further prompts, and how it reads plain
+    text.
 
     Raises:
         ModelError, EditFailed: its logits are no numbers, without a patch or with those applied.
     """
-    prompts = [edit.text for edit in edits] + [fact.text for fact in facts]
+    prompts = [*(edit.text for edit in edits), *(fact.text for fact in facts), *also]
     texts = [" ".join(text.split()) for text in lm.generate(prompts, _ANSWER_TOKENS)]
     next_tokens = lm.likeliest([edit.text for edit in edits])
     answers = tuple(
@@ -82,7 +85,9 @@ def observe(lm: LM, edits: Sequence[Edit], facts: Sequence[Fact] = ()) -> Snapsh
         for edit, text, tokens in zip(edits, texts[: len(edits)], next_tokens, strict=True)
     )
     plain = sorted(sample_text(), key=len)[-_TEXTS:]
-    found = Snapshot(answers, tuple(texts[len(edits) :]), lm.perplexity(plain, _TEXT_TOKENS))
+    further = len(edits) + len(facts)
+    controls, others = tuple(texts[len(edits) : further]), tuple(texts[further:])
+    found = Snapshot(answers, controls, lm.perplexity(plain, _TEXT_TOKENS), others)
     if any(map(math.isnan, (found.perplexity, *(answer.probability for answer in answers)))):
         raise EditFailed(
             f"expected numbers from {lm.name} with the patch; got NaN: open it with a wider dtype, bfloat16 or "

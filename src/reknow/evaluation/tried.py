@@ -32,6 +32,8 @@ class Tried:
     """What making it took."""
     facts: tuple[Fact, ...]
     """The other facts that were asked."""
+    also: tuple[str, ...]
+    """Further prompts that were asked, such as the request in other words."""
     before: Snapshot
     after: Snapshot
     tensors: int
@@ -54,8 +56,11 @@ class Tried:
 
 
 @typed_exclusively
-def try_edits(lm: LM, method: Method, edits: Sequence[Edit]) -> Tried:
+def try_edits(lm: LM, method: Method, edits: Sequence[Edit], also: Sequence[str] = ()) -> Tried:
     """Makes the edits on the model as it is, and asks it without the patch and with it.
+
+    Args:
+        also: further prompts to ask.
 
     Raises:
         InputError, EditRefused: see `Method.edit`.
@@ -67,12 +72,12 @@ def try_edits(lm: LM, method: Method, edits: Sequence[Edit]) -> Tried:
     seconds = time.perf_counter() - started
     facts = tuple(control_facts(lm, edits))
     with lm.progress.stage("reading before and after", 2) as advance:
-        before = observe(lm, edits, facts)
+        before = observe(lm, edits, facts, also)
         advance()
         with lm.patched(patch):
-            after = observe(lm, edits, facts)
+            after = observe(lm, edits, facts, also)
     if weight_bits(lm.model) != bits:
         raise EditFailed(
             "expected the base model back bit for bit; got other weights: nothing was written, report it"
         )
-    return Tried(patch, seconds, facts, before, after, len(bits))
+    return Tried(patch, seconds, facts, tuple(also), before, after, len(bits))

@@ -9,6 +9,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from reknow.edits import Edit
+from reknow.evaluation.matching import generated
 from reknow.evaluation.tried import Tried
 from reknow.report.page import environment, read_part
 from reknow.ui.work import State, Work, told
@@ -19,7 +20,7 @@ _HERE = Path(__file__).parent
 @cache
 def _parts():
     templates = environment(_HERE)
-    templates.globals |= {"begins": _begins, "percent": percent, "verdict": verdict, "made": _made}
+    templates.globals |= {"begins": _begins, "percent": percent, "verdict": verdict, "made": _made, "says": _says}
     return templates.get_template("parts.html").module
 
 
@@ -53,7 +54,7 @@ def percent(share: float | None) -> str:
     """A probability for people."""
     if share is None or share != share:
         return "no number"
-    return f"{100 * share:.1f} %" if share >= 0.001 else "below 0.1 %" if share else "0 %"
+    return f"{100 * share:.1f}\u00a0%" if share >= 0.001 else "below 0.1\u00a0%" if share else "0\u00a0%"
 
 
 def verdict(edit: Edit, trial: Tried) -> Markup:
@@ -80,6 +81,11 @@ def _made(trial: Tried) -> str:
         f"patch {patch.id}, {trial.seconds:.1f} s, {patch.stored_bytes / 1000:,.0f} kB, {what}. Taken off again, all "
         f"{trial.tensors} tensors of the model have every bit as before."
     )
+
+
+def _says(text: str, answer: str) -> bool:
+    """Whether a continuation begins with the answer, as evaluations count it."""
+    return bool(generated(text, [answer]))
 
 
 def _begins(token: str, answer: str | None) -> bool:

@@ -23,6 +23,8 @@ from reknow.ui.suggestions import build, others, suggest
 
 _SETS = ("counterfact", "zsre", "wiki_recent", "wiki_counterfact", "qaedit")
 """Bundled sets whose answers are short."""
+_REWORDED = 3
+"""In how many other words a request is asked."""
 _EMPTY = "Nothing tried yet: write a request, or take one from a bundled set, and press “Try the edit”."
 
 
@@ -136,7 +138,7 @@ class EditScreen:
         method = build(wish.method, read_layer(layer))
         check_edits(method, [edit])
         with self._frame.models.using(desk.model) as lm, lm.stacked(desk.patches()):
-            desk.tried = try_edits(lm, method.resolve(lm), [edit])
+            desk.tried = try_edits(lm, method.resolve(lm), [edit], reworded(wish, edit))
 
     def _keep(self, desk: Desk, why: str) -> None:
         tried = desk.tried
@@ -185,6 +187,13 @@ def _choices(marked: bool, method: str) -> list[Any]:
 def _marked(prompt: str, subject: str) -> bool:
     """Whether methods that need a subject are offered: there is one, or nothing is written yet."""
     return bool(subject.strip()) or "{" in prompt or not prompt.strip()
+
+
+def reworded(wish: Wish, edit: Edit) -> list[str]:
+    """The request in other words, where it comes from a set that has it so."""
+    if wish.case is None or wish.case.edit != edit:
+        return []
+    return [probe.prompt for probe in wish.case.probes if probe.kind == "generalization"][:_REWORDED]
 
 
 def read_layer(text: str) -> int | None:
