@@ -193,7 +193,9 @@ def _hidden_parts(trace: Trace) -> list[str]:
 def _module_parts(trace: Trace) -> list[str]:
     """Which MLPs or attention bring back most."""
     kinds: tuple[RestorationKind, ...] = ("mlp", "attention")
-    tables = {kind: table for kind in kinds if (table := _shares(trace, kind)) is not None}
+    tables: dict[RestorationKind, Tensor] = {
+        kind: table for kind in kinds if (table := _shares(trace, kind)) is not None
+    }
     if not tables:
         return []
     named = " and ".join({"mlp": "MLPs", "attention": "attention"}[kind] for kind in tables)
