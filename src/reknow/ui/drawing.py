@@ -32,7 +32,7 @@ def draw(macro: str, *values) -> str:
 def style() -> str:
     """The page's style: the reports' colours for all of it, their rules inside what `draw` gives, and its own."""
     own = (_HERE / "page.css").read_text(encoding="utf-8")
-    return f"{read_part('colours.css')}\n.reknow {{\n{read_part('page.css')}\n}}\n{own}"
+    return f"{read_part('colours.css')}\n.reknow {{\n{read_part('page.css')}\n{read_part('heat_map.css')}\n}}\n{own}"
 
 
 def draw_state(state: State) -> str:

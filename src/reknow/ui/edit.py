@@ -72,7 +72,7 @@ class EditScreen:
         self.suggested = gr.Radio(
             [(one.label, one.method) for one in offered], value="rome", label="Method", elem_id="suggested"
         )
-        with gr.Accordion("Other methods, layer, old answer", open=False, elem_id="more"):
+        with gr.Accordion("Other methods, layer, old answer", open=False, elem_id="more") as self.more:
             self.other = gr.Dropdown(["", *others(True)], value="", label="Another method", elem_id="other")
             self.layer = gr.Textbox(
                 "", label="Layer", info="Empty: the method's own choice.", max_lines=1, elem_id="layer"
@@ -84,7 +84,7 @@ class EditScreen:
         frame = self._frame
         frame.at_once(self.set.change, self._list_facts, [self.set], [self.fact])
         frame.at_once(self.fact.input, self._take_fact, [frame.name, self.set, self.fact], self.fields)
-        frame.at_once(self.prompt.select, self._mark, [self.prompt], [self.subject])
+        frame.at_once(self.prompt.select, self.mark, [self.prompt], [self.subject])
         self.offered = gr.State(True)  # whether methods are offered that need a subject
         for event in (self.subject.change, self.target.focus):
             frame.at_once(
@@ -117,7 +117,7 @@ class EditScreen:
         )  # fmt: skip
         return self.fill(desk)
 
-    def _mark(self, prompt: str, event: gr.SelectData) -> Any:
+    def mark(self, prompt: str, event: gr.SelectData) -> Any:
         """The selected part of the prompt as the subject; nothing, or all of it, marks none."""
         chosen = str(event.value or "").strip()
         return chosen if chosen and chosen != prompt.strip() and chosen in prompt else gr.skip()

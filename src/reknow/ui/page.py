@@ -16,6 +16,7 @@ from reknow.ui.edit import EditScreen
 from reknow.ui.frame import Frame
 from reknow.ui.head import Head
 from reknow.ui.models import Models
+from reknow.ui.where import WhereScreen
 
 _ADDRESS = """
 (name) => {
@@ -51,11 +52,14 @@ def build_page(desks: Desks, models: Models, choices: list[str], access: Access 
         frame.screens.append(Head(frame, choices))
         frame.build_status()
         with gr.Tabs(elem_id="screens") as frame.tabs:
-            with gr.Tab("Edit", id="edit"):
-                frame.screens.append(EditScreen(frame))
+            with gr.Tab("Edit", id="edit") as editing:
+                frame.screens.append(edit := EditScreen(frame))
+            with gr.Tab("Where", id="where") as tracing:
+                frame.screens.append(where := WhereScreen(frame, edit))
             if frame.access.machine:
                 with gr.Tab("Compare", id="compare") as tab:
                     frame.screens.append(CompareScreen(frame, tab))
+        where.share_prompt(editing, tracing)
         frame.connect()
         _connect(page, frame)
     return page.queue(max_size=_QUEUE)
