@@ -277,6 +277,7 @@ def test_help_does_not_wait_for_torch():
     assert python(code).stdout == "False False\n"
 
 
+@pytest.mark.slow
 def test_status_and_streams_of_the_program():
     assert program("--version").stdout.startswith("reknow ")
     refused = program("edit", "The capital is", "Rome", "--subject", "Peru")
