@@ -201,4 +201,5 @@ def test_the_map_is_readable_in_the_dark_and_on_a_phone(open_tab):
     assert light[0] > 3 * 180 and light[1] < 3 * 60
     cell(tab, "attention", 9, 0).click()
     wait_for_sentence(tab, "With attention in layer 0 restored")
-    assert tab.locator("#cell p").bounding_box()["y"] < 844, "the sentence is in sight"
+    box, place = tab.locator("#cell p").bounding_box(), cell(tab, "attention", 9, 0).bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] < place["y"] < 844, "the sentence is in sight, above the cell"
