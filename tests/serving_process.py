@@ -44,21 +44,27 @@ def serving(*arguments: object, folder: Path) -> Iterator[Served]:
 @contextmanager
 def listening(command: str, *arguments: object, folder: Path) -> Iterator[Served]:
     """A command that listens on a free port; it is killed at the end, if it still runs."""
-    words = [command, *map(str, arguments), "--port", "0"]
+    with started("-c", PROGRAM, command, *arguments, "--port", 0, folder=folder) as served:
+        yield served
+
+
+@contextmanager
+def started(*words: object, folder: Path, **environment: str) -> Iterator[Served]:
+    """A program in Python that says the address at which it listens; it is killed at the end, if it still runs."""
     log = folder / "server.log"
     with log.open("w") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *words],
+            [sys.executable, *map(str, words)],
             cwd=folder,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "REKNOW_PROGRESS": "0"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "REKNOW_PROGRESS": "0"} | environment,
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
         )
     assert process.stdout is not None
     try:
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+?:\d+", line)
+        lines = iter(process.stdout.readline, "")
+        found = next(filter(None, (re.search(r"http://\S+?:\d+", line) for line in lines)), None)
         assert found, log.read_text()
         yield Served(process, found[0], log.read_text())
     finally:

@@ -16,3 +16,9 @@ class Access:
     """The folder below which runs are looked for."""
     works: int | None = None
     """How many works may go on or wait at a time, of all tabs; None: any number."""
+    upload: str = "1gb"
+    """The largest file that is taken."""
+
+
+STRANGERS = Access(machine=False, works=8, upload="32mb")
+"""On a machine that is not theirs."""

@@ -28,7 +28,7 @@ from reknow.ui.work import Work
 
 OFF, ON = "off", "on"
 """What the history calls switching."""
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{3,60}$")
+_NAME, _PRIVATE = re.compile(r"[a-z0-9][a-z0-9-]{3,60}"), re.compile(r"page-[0-9a-f]{32}")
 _MOST = 200
 """Desks that are kept in memory; the stacks of others are in their folders."""
 
@@ -181,10 +181,12 @@ class Desks:
         folder: where stacks of new desks go.
         model: what a new desk begins with: a base model, or a stack, whose patches it begins with too.
         stack: a stack folder that is a desk from the beginning, under its folder's name.
+        private: whether names are such as nobody guesses, and no others are taken.
     """
 
-    def __init__(self, folder: Path, model: str, stack: Path | None = None):
+    def __init__(self, folder: Path, model: str, stack: Path | None = None, *, private: bool = False):
         self._folder, self._model, self._lock = folder, model, threading.Lock()
+        self._form, self._bytes = (_PRIVATE, 16) if private else (_NAME, 6)
         self._desks: dict[str, Desk] = {}
         self.first: str | None = None
         """The name of the desk of `stack`."""
@@ -196,8 +198,8 @@ class Desks:
     def open(self, name: str | None) -> Desk:
         """The desk of that name, which is made where there is none; a new name where this can be none."""
         with self._lock:
-            if name is None or not _NAME.match(name):
-                name = self.first if name is None and self.first else f"page-{secrets.token_hex(6)}"
+            if name is None or not self._form.fullmatch(name):
+                name = self.first if name is None and self.first else f"page-{secrets.token_hex(self._bytes)}"
             desk = self._desks.pop(name, None) or self._new(name)
             self._desks[name] = desk  # the last used goes last
             for old in list(self._desks)[:-_MOST]:

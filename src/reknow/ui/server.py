@@ -13,13 +13,12 @@ from fastapi.responses import HTMLResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from reknow.errors import ReknowError
+from reknow.ui.access import Access
 from reknow.ui.compare import ADDRESS
 from reknow.ui.desks import Desks
 from reknow.ui.models import Models
 from reknow.ui.page import build_page, look
 from reknow.ui.work import collect_warnings
-
-_LARGEST_UPLOAD = "1gb"
 
 
 def make_app(desks: Desks, models: Models, choices: list[str], hosts: Sequence[str] | None) -> FastAPI:
@@ -33,9 +32,10 @@ def make_app(desks: Desks, models: Models, choices: list[str], hosts: Sequence[s
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.get(f"/{ADDRESS}", response_class=HTMLResponse)(partial(_runs_page, desks))
     collect_warnings()
-    page = build_page(desks, models, choices)
+    access = Access()
+    page = build_page(desks, models, choices, access)
     return gr.mount_gradio_app(
-        app, page, path="/", max_file_size=_LARGEST_UPLOAD, show_error=False, ssr_mode=False, **look()
+        app, page, path="/", max_file_size=access.upload, show_error=False, ssr_mode=False, **look()
     )
 
 
