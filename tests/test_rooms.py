@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -70,3 +71,29 @@ def test_a_patch_needs_the_code_of_its_memory_and_no_other_method():
         check=True,
     )
     assert run.stdout.splitlines() == ["", "reknow.methods.grace"]
+
+
+def test_only_the_page_knows_gradio():
+    """Its room, and the command that opens it."""
+    known = {
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "gradio" for alias in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gradio")
+    }
+    assert known and {room(name) for name in known} == {"ui"}
+    users = {name for name, path in MODULES.items() if any(room(other) == "ui" for other in imports(path, MODULES))}
+    assert {name for name in users if room(name) != "ui"} == {"cli.paging"}
+
+
+def test_neither_the_library_nor_the_command_line_loads_gradio_before_the_page_is_opened():
+    code = "import sys, reknow.lm, reknow.evaluation, reknow.report, reknow.cli.app; print('gradio' in sys.modules)"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert run.stdout.strip() == "False"

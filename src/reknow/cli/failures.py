@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from typer.exceptions import TyperException
 
@@ -58,6 +60,14 @@ def report_stop(stop: KeyboardInterrupt) -> int:
     how, status = ("terminated", _TERMINATED) if isinstance(stop, Terminated) else ("interrupted", INTERRUPTED)
     warn(f"{how}; files that were written are whole", "stopped")
     return status
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the program where threads compute that cannot be stopped: at the interpreter's own end torch, in the midst
+    of which they are, aborts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _usage(error: TyperException) -> str:

@@ -6,6 +6,7 @@ import importlib
 import ipaddress
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any
 
 from reknow.cli.terminal import warn
@@ -64,16 +65,33 @@ def warn_of_others(host: str, what: str, advice: str) -> None:
         warn(f"{host} can be reached from other machines, from which {what}: {advice}")
 
 
-def run_server(app: Any, listening: socket.socket, *, lifespan: bool = False) -> None:
-    """Answers until Ctrl-C or SIGTERM comes; what is written then may end within a few seconds."""
+def run_server(
+    app: Any,
+    listening: socket.socket,
+    *,
+    lifespan: bool = False,
+    patience: int = _PATIENCE,
+    closing: Callable[[], object] = bool,
+) -> None:
+    """Answers until Ctrl-C or SIGTERM comes; what is written then may end within so many seconds.
+
+    Args:
+        closing: called when it comes, before those seconds.
+    """
     import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            closing()
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # it tells of each answer that is cut off
+            await super().shutdown(sockets)
 
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     config = uvicorn.Config(
         app,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=_PATIENCE,
+        timeout_graceful_shutdown=patience,
         lifespan="on" if lifespan else "off",
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(config).run(sockets=[listening])

@@ -9,12 +9,16 @@ from typing import Annotated
 
 import typer
 
+from reknow.cli.failures import leave, report_stop
 from reknow.cli.listening import address, listen, names, need_server, run_server, warn_of_others
 from reknow.cli.options import DEMO, Opening, check_model, refuse_beside
 from reknow.cli.terminal import say
 
 _OFFERED = ("demo:gpt2", "demo:llama", "demo:smollm2")
 """Models that the page has in its list."""
+
+_PATIENCE = 1
+"""Seconds that answers may still take when the page is closed: an open tab listens for ever."""
 
 
 def ui(
@@ -36,24 +40,29 @@ def ui(
 
     reknow ui --model demo:smollm2
     """
-    need_server("ui", "the web page", "gradio")
-    from reknow.patching.stack import read_existing, read_stack
-    from reknow.ui.desks import Desks
-    from reknow.ui.models import Models
-    from reknow.ui.server import make_app, open_ahead
-
     if stack is not None:
         refuse_beside("a stack, which names its base,", {"--model": model})
-        read_existing(stack)
-    base = str(read_stack(model or DEMO if stack is None else stack)[0])
-    models = Models(partial(opening.open))
-    open_ahead(models, base)
     with listen(host, port) as listening:
-        desks = Desks(stacks, model or DEMO, stack)
-        app = make_app(desks, models, list(dict.fromkeys([base, *_OFFERED])), names(host))
-        place = address(listening, host) + (f"/?stack={desks.first}" if desks.first else "")
-        warn_of_others(host, "models can be edited and files of this machine named", "leave --host out")
-        say(f"the page is at {place}; Ctrl-C ends it")
-        if browser:
-            webbrowser.open(place)
-        run_server(app, listening, lifespan=True)
+        need_server("ui", "the web page", "gradio")
+        from reknow.patching.stack import read_existing, read_stack
+        from reknow.ui.desks import Desks
+        from reknow.ui.models import Models
+        from reknow.ui.server import end_works, make_app, open_ahead
+
+        if stack is not None:
+            read_existing(stack)
+        base = str(read_stack(model or DEMO if stack is None else stack)[0])
+        models, desks = Models(partial(opening.open)), Desks(stacks, model or DEMO, stack)
+        ahead = open_ahead(models, base)
+        try:
+            app = make_app(desks, models, list(dict.fromkeys([base, *_OFFERED])), names(host))
+            place = address(listening, host) + (f"/?stack={desks.first}" if desks.first else "")
+            warn_of_others(host, "models can be edited and files of this machine named", "leave --host out")
+            say(f"the page is at {place}; Ctrl-C ends it")
+            if browser:
+                webbrowser.open(place)
+            run_server(app, listening, lifespan=True, patience=_PATIENCE, closing=desks.cancel)
+        except KeyboardInterrupt as stop:
+            if end_works(desks, ahead):
+                raise
+            leave(report_stop(stop))

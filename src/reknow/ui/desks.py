@@ -212,6 +212,14 @@ class Desks:
         with self._lock:
             return self._desks.get(name)
 
+    def cancel(self) -> list[Work]:
+        """Asks all works to end; those that still run."""
+        with self._lock:
+            works = [desk.work for desk in self._desks.values() if desk.work is not None and desk.work.running]
+        for work in works:
+            work.cancel()
+        return works
+
     def _new(self, name: str) -> Desk:
         base, beneath = read_stack(self._model)
         desk = Desk(name, base_name(str(base)), self._place(name, base_name(str(base))))

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from reknow.display import clock
 from reknow.errors import ReknowError
 from reknow.ui.access import Access
 from reknow.ui.compare import ADDRESS
@@ -19,6 +20,9 @@ from reknow.ui.desks import Desks
 from reknow.ui.models import Models
 from reknow.ui.page import build_page, look
 from reknow.ui.work import collect_warnings
+
+_PATIENCE = 5
+"""Seconds that works have to end when the page is closed."""
 
 
 def make_app(desks: Desks, models: Models, choices: list[str], hosts: Sequence[str] | None) -> FastAPI:
@@ -47,11 +51,22 @@ def _runs_page(desks: Desks, stack: str) -> HTMLResponse:
     return HTMLResponse(desk.runs.html)
 
 
-def open_ahead(models: Models, name: str) -> None:
+def open_ahead(models: Models, name: str) -> threading.Thread:
     """Opens a model before it is asked for, in a thread; what is wrong with it is told to who asks."""
 
     def work() -> None:
         with suppress(ReknowError), models.using(name):
             pass
 
-    threading.Thread(target=work, name="reknow page: opening", daemon=True).start()
+    thread = threading.Thread(target=work, name="reknow page: opening", daemon=True)
+    thread.start()
+    return thread
+
+
+def end_works(desks: Desks, opening: threading.Thread) -> bool:
+    """Cancels what goes on and waits a little for its end; whether no thread computes any more."""
+    end = clock() + _PATIENCE
+    works = desks.cancel()
+    ended = [work.wait(max(0.0, end - clock())) for work in works]
+    opening.join(max(0.0, end - clock()))
+    return all(ended) and not opening.is_alive()
