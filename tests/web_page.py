@@ -85,3 +85,8 @@ def keep(tab: Any, why: str = "") -> None:
     tab.click("#keep")
     tab.locator("#status .note").wait_for()
     wait_until_idle(tab)
+
+
+def open_screen(tab: Any, name: str) -> None:
+    """Opens the screen of that name."""
+    tab.get_by_role("tab", name=name, exact=True).click()

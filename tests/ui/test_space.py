@@ -41,7 +41,9 @@ def test_a_stranger_edits_and_reaches_nothing_of_the_machine(open_tab, page_fold
     assert offered == ["demo:gpt2", "demo:llama"]
     tab.fill("#model input", "/etc")
     tab.keyboard.press("Enter")
-    assert tab.get_by_role("tab", name="Compare").count() == 0
+    tab.get_by_role("tab", name="Compare").click()
+    tab.locator("#duel-go").wait_for()
+    assert tab.get_by_role("tab", name="Runs").count() == 0
     tab.reload()
     tab.get_by_text("1 patch on").wait_for()
     assert tab.url.endswith(name) and tab.input_value("#model input") == "demo:gpt2"

@@ -83,12 +83,11 @@ class Writing:
 
     def options(self, lm: LM) -> dict[str, Any]:
         """Arguments for `LM.generate`; raises InputError where something is to be drawn at temperature 0."""
+        from reknow.model.conversation import sampling
+
         if not self.temperature:
             refuse_beside("the most likely tokens", {"--top-k": self.top_k})
-            return {"max_new_tokens": self.tokens}
-        top_k = self.top_k or len(lm.tokenizer)
-        sampling = {"top_k": top_k, "temperature": self.temperature, "seed": self.seed}
-        return {"max_new_tokens": self.tokens, **sampling}
+        return {"max_new_tokens": self.tokens, **sampling(lm, self.temperature, self.top_k, self.seed)}
 
 
 def ask(

@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +16,7 @@ from reknow.cli.options import TalkOpening, read_chat
 from reknow.cli.stacks import number_of_patches, sentence
 from reknow.cli.terminal import say, say_table, warn
 from reknow.display import paused
-from reknow.errors import InputError, ModelError, ReknowError, Terminated, TextRefused, did_you_mean
+from reknow.errors import InputError, ModelError, ReknowError, Terminated, did_you_mean
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -123,11 +123,11 @@ class _Conversation:
         self._said = (*self._said, Message("user", question), Message("assistant", text))
 
     def _answer(self, said: tuple[Message, ...], question: str) -> str:
-        self._lm.chat = replace(self._template, history=said)
-        try:
+        from reknow.model.conversation import conversation
+
+        remedy = "/new forgets what was said, and --tokens bounds an answer"
+        with conversation(self._lm, self._template, said, remedy):
             return say_answer(self._lm, question, self._options)[0]
-        except TextRefused as error:
-            raise InputError(f"{error}; /new forgets what was said, and --tokens bounds an answer") from None
 
     def _ask_before(self) -> None:
         if self._last is None:

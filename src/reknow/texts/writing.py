@@ -110,12 +110,17 @@ def word_spans(text: str) -> list[tuple[int, int]]:
 
 def pieces(text: str) -> list[str]:
     """What blanks part, and in scripts without spaces each character with its marks."""
-    return [text[slice(*match.span())] for match in _PIECE.finditer(_shape(text))]
+    return [text[slice(*span)] for span in piece_spans(text)]
+
+
+def piece_spans(text: str) -> list[tuple[int, int]]:
+    """Where the pieces of a text stand: (first character, the one behind the last); they are those of `pieces`."""
+    return [match.span() for match in _PIECE.finditer(_shape(text))]
 
 
 def clip(text: str, count: int) -> str:
     """The text up to so many pieces, on one line."""
-    ends = [match.end() for match in _PIECE.finditer(_shape(text))]
+    ends = [end for _, end in piece_spans(text)]
     return " ".join(text.split()) if len(ends) <= count else " ".join(text[: ends[count - 1]].split()) + " …"
 
 

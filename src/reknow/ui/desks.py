@@ -24,7 +24,7 @@ from reknow.files.outputs import STACK_FILE
 from reknow.lm import LM
 from reknow.patching.patches import Patch
 from reknow.patching.stack import base_name, read_existing, read_history, read_stack, save_stack
-from reknow.ui.work import Work
+from reknow.ui.work import PLAIN, Manner, Work
 
 OFF, ON = "off", "on"
 """What the history calls switching."""
@@ -91,13 +91,13 @@ class Desk:
     def busy(self) -> bool:
         return self.work is not None and self.work.running
 
-    def start(self, what: str, task: Callable[[], object]) -> Work:
+    def start(self, what: str, task: Callable[[], object], manner: Manner = PLAIN) -> Work:
         """Begins a work; raises InputError while another one goes on."""
         if self.work is not None and self.work.running:
             raise InputError(
                 f"expected one work at a time in a tab; “{self.work.state.what}” goes on: wait for it, or cancel it"
             )
-        self.work = Work(what, task)
+        self.work = Work(what, task, manner)
         return self.work
 
     # --- the stack ------------------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ _HERE = Path(__file__).parent
 
 
 @cache
-def _parts():
+def _parts(file: str):
     templates = environment(_HERE)
     templates.globals |= {"begins": _begins, "percent": percent, "verdict": verdict, "made": _made, "says": _says}
-    return templates.get_template("parts.html").module
+    return templates.get_template(file).module
 
 
-def draw(macro: str, *values) -> str:
-    """What a macro of `parts.html` makes of the values, in the reports' own style."""
-    return f'<div class="reknow">{getattr(_parts(), macro)(*values)}</div>'
+def draw(macro: str, *values, file: str = "parts.html") -> str:
+    """What a macro of `parts.html`, or of another file of this room, makes of the values, in the reports' style."""
+    return f'<div class="reknow">{getattr(_parts(file), macro)(*values)}</div>'
 
 
 def style() -> str:
@@ -40,13 +40,12 @@ def draw_state(state: State) -> str:
     return draw("progress", state, told(state))
 
 
-def draw_end(work: Work | None, note: str = "") -> str:
+def draw_end(work: Work | None) -> str:
     """What is to be said when a work has ended: what went wrong, and what was warned of."""
     if work is None:
         return ""
     error = work.error or ""
-    if work.cancelled:
-        note = "Cancelled: the model and the stack are as before."
+    note = work.manner.stopped if work.cancelled else "" if error else work.manner.told
     return draw("message", error, list(dict.fromkeys(work.warnings)), note) if error or work.warnings or note else ""
 
 

@@ -13,7 +13,7 @@ from reknow.ui.access import Access
 from reknow.ui.desks import Desk, Desks
 from reknow.ui.drawing import draw, draw_end, draw_state
 from reknow.ui.models import Models
-from reknow.ui.work import Work
+from reknow.ui.work import PLAIN, Manner, Work
 
 _LOOK = 0.15
 """Seconds between two looks at a work."""
@@ -76,14 +76,23 @@ class Frame:
         task: Callable[..., object],
         inputs: Sequence[Any] = (),
         done: str | Callable[[Desk], str] = "",
+        *,
+        stopped: str = PLAIN.stopped,
+        live: Screen | None = None,
     ) -> None:
         """When the event comes, does `task(desk, *inputs)` in a thread, shows how far it is, and then all screens.
 
         Args:
             event: such as a click of a button. What the task raises is told in a sentence.
             done: what is said when it went well.
+            stopped: what is said when it was cancelled.
+            live: a screen that is shown meanwhile too, since the task leaves there what it has so far.
         """
-        started = partial(self._start, what, task, done)
+
+        def manner(desk: Desk) -> Manner:
+            return Manner(done if isinstance(done, str) else partial(done, desk), stopped, live)
+
+        started = partial(self._start, what, task, manner)
         limit = {"concurrency_limit": self.access.works, "concurrency_id": "works"}
         self._runs.append(lambda: event(started, [self.name, *inputs], self.outputs, show_progress="hidden", **limit))
 
@@ -97,26 +106,30 @@ class Frame:
         for bind in self._runs:
             bind()
 
-    def _start(self, what: str, task: Callable[..., object], done, name: str, *values: Any) -> Iterator[list[Any]]:
+    def _start(
+        self, what: str, task: Callable[..., object], manner: Callable[[Desk], Manner], name: str, *values: Any
+    ) -> Iterator[list[Any]]:
         desk = self.desks.open(name)
         try:
-            work = desk.start(what, partial(task, desk, *values))
+            work = desk.start(what, partial(task, desk, *values), manner(desk))
         except ReknowError as error:
-            yield self._updates(draw("message", str(error), [], ""), visible=True)
+            yield self._updates(desk, draw("message", str(error), [], ""))
             return
-        yield from self.follow(desk, work, done)
+        yield from self.follow(desk, work)
 
-    def follow(self, desk: Desk, work: Work, done: str | Callable[[Desk], str] = "") -> Iterator[list[Any]]:
+    def follow(self, desk: Desk, work: Work) -> Iterator[list[Any]]:
         """Values of the outputs while the work goes on and when it has ended."""
         while not work.wait(_LOOK):
-            yield self._updates(draw_state(work.state), visible=True)
-        well = not (work.error or work.cancelled)
-        note = done if isinstance(done, str) else done(desk) if well else ""
-        yield [draw_end(work, note if well else ""), gr.update(visible=False), *self.shown(desk)]
+            yield self._updates(desk, draw_state(work.state), work.manner.live)
+        yield [draw_end(work), gr.update(visible=False), *self.shown(desk)]
 
     def shown(self, desk: Desk) -> list[Any]:
         """What all screens show of the desk."""
         return [value for screen in self.screens for value in screen.show(desk)]
 
-    def _updates(self, status: str, *, visible: bool) -> list[Any]:
-        return [status, gr.update(visible=visible), *(gr.skip() for _ in self.outputs[2:])]
+    def _updates(self, desk: Desk, status: str, live: object = None) -> list[Any]:
+        """The status while a work goes on, and what the live screen shows; the other screens stay as they are."""
+        values: list[Any] = [status, gr.update(visible=True)]
+        for screen in self.screens:
+            values += screen.show(desk) if screen is live else [gr.skip() for _ in screen.outputs]
+        return values

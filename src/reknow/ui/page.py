@@ -9,9 +9,11 @@ import gradio as gr
 from gradio.themes import Base
 
 from reknow.ui.access import Access
+from reknow.ui.ask import AskScreen
 from reknow.ui.compare import CompareScreen
 from reknow.ui.desks import Desks
 from reknow.ui.drawing import style
+from reknow.ui.duel import Duel
 from reknow.ui.edit import EditScreen
 from reknow.ui.frame import Frame
 from reknow.ui.head import Head
@@ -54,11 +56,16 @@ def build_page(desks: Desks, models: Models, choices: list[str], access: Access 
         with gr.Tabs(elem_id="screens") as frame.tabs:
             with gr.Tab("Edit", id="edit") as editing:
                 frame.screens.append(edit := EditScreen(frame))
+            with gr.Tab("Ask", id="ask"):
+                frame.screens.append(AskScreen(frame))
             with gr.Tab("Where", id="where") as tracing:
                 frame.screens.append(where := WhereScreen(frame, edit))
-            if frame.access.machine:
-                with gr.Tab("Compare", id="compare") as tab:
-                    frame.screens.append(CompareScreen(frame, tab))
+            with gr.Tab("Compare", id="compare") as comparing, gr.Tabs():
+                if frame.access.machine:
+                    with gr.Tab("Runs", id="runs"):
+                        frame.screens.append(CompareScreen(frame, comparing))
+                with gr.Tab("Two methods on one fact", id="duel"):
+                    frame.screens.append(Duel(frame, edit))
         where.share_prompt(editing, tracing)
         frame.connect()
         _connect(page, frame)

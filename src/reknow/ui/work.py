@@ -29,16 +29,37 @@ class State(NamedTuple):
     """Since it began."""
 
 
+class Manner(NamedTuple):
+    """What is shown of a work besides how far it is."""
+
+    done: str | Callable[[], str] = ""
+    """What is said when it went well."""
+    stopped: str = "Cancelled: the model and the stack are as before."
+    """What is said when it was cancelled."""
+    live: object = None
+    """The screen that is drawn again and again meanwhile, since the task shows what there is so far."""
+
+    @property
+    def told(self) -> str:
+        """What is said when it went well."""
+        return self.done if isinstance(self.done, str) else self.done()
+
+
+PLAIN = Manner()
+
+
 class Work:
     """What a page waits for.
 
     Attributes:
+        manner: how it is shown.
         error: the sentence of what went wrong, once it has ended; None: nothing did.
         cancelled: whether it ended because of `cancel`.
         warnings: what the library warned of meanwhile.
     """
 
-    def __init__(self, what: str, task: Callable[[], object]):
+    def __init__(self, what: str, task: Callable[[], object], manner: Manner = PLAIN):
+        self.manner = manner
         self.error: str | None = None
         self.cancelled = False
         self.warnings: list[str] = []
@@ -95,10 +116,14 @@ class Work:
         self.check()
 
 
+def work_here() -> Work | None:
+    """The work of this thread."""
+    return getattr(_here, "work", None)
+
+
 def check_here() -> None:
     """Raises Cancelled where the work of this thread is to end; for steps that show no progress."""
-    work: Work | None = getattr(_here, "work", None)
-    if work is not None:
+    if (work := work_here()) is not None:
         work.check()
 
 
@@ -107,8 +132,7 @@ def collect_warnings() -> None:
     shown = warnings.showwarning
 
     def show(message: Any, *rest: Any, **options: Any) -> None:
-        work: Work | None = getattr(_here, "work", None)
-        if work is None:
+        if (work := work_here()) is None:
             return shown(message, *rest, **options)
         work.warnings.append(str(message))
 
