@@ -120,8 +120,8 @@ class Talk:
             with lm.unpatched():
                 self._write(lm, template, turn, turn.before)
             if patches:
+                turn.after = Answer()
                 with lm.stacked(patches):
-                    turn.after = Answer()
                     self._write(lm, template, turn, turn.after)
         except Cancelled:
             if not any(answer.text for answer in turn.answers):
