@@ -10,6 +10,11 @@ SOURCE = Path(__file__).parent / "src"
 if SOURCE.is_dir():  # a Space has the repository, and installs nothing of it
     sys.path.insert(0, str(SOURCE))
 
+from reknow.ui.loading import without_stubs  # noqa: E402
+
+with without_stubs():
+    import gradio  # noqa: F401
+
 from reknow.lm import LM  # noqa: E402
 from reknow.ui.access import STRANGERS  # noqa: E402
 from reknow.ui.desks import Desks  # noqa: E402

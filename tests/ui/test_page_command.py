@@ -43,6 +43,23 @@ def test_a_port_that_is_taken_is_told_at_once(empty_folder):
     )
 
 
+LOADED = """
+import inspect, jinja2
+from reknow.ui.loading import without_stubs
+known, written = inspect.getfile, []
+jinja2.Template.render = lambda template, **values: written.append(values) if "contents" in values else ""
+with without_stubs():
+    import gradio
+print(len(written), inspect.getfile is known, callable(gradio.Button("ok").click), inspect.getfile(gradio.HTML)[-7:])
+"""
+
+
+def test_gradio_is_loaded_without_writing_stubs():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run([sys.executable, "-c", LOADED], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["0", "True", "True", "html.py"]
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGTERM])

@@ -43,7 +43,10 @@ def ui(
     if stack is not None:
         refuse_beside("a stack, which names its base,", {"--model": model})
     with listen(host, port) as listening:
-        need_server("ui", "the web page", "gradio")
+        from reknow.ui.loading import without_stubs
+
+        with without_stubs():
+            need_server("ui", "the web page", "gradio")
         from reknow.patching.stack import read_existing, read_stack
         from reknow.ui.desks import Desks
         from reknow.ui.models import Models
