@@ -22,11 +22,11 @@ from transformers import (
 from conftest import bits, same, some_patch
 from families import ROPE, tiny_model, tiny_tokenizer
 from reknow import LM, Edit
-from reknow.cli.exporting import _say_rounding
 from reknow.errors import PatchError
 from reknow.export.adapter import export_lora
 from reknow.export.checkpoint import export_checkpoint
 from reknow.export.plain import narrow_weights, rounded_weights
+from reknow.export.written import describe_rounding
 from reknow.patching.deltas import add_deltas
 
 IDS = torch.tensor([[10, 40, 80, 120, 200]])
@@ -180,7 +180,7 @@ def test_weights_that_were_wider_in_the_checkpoint_stay_wide(tmp_path):
     assert wide == [f"{lm.parts.final_norm[0]}.weight"] and torch.equal(found[wide[0]], norm)
 
 
-def test_edits_are_read_in_the_weights_as_they_are_written(tmp_path, capsys):
+def test_edits_are_read_in_the_weights_as_they_are_written(tmp_path):
     lm = LM(saved("llama", tmp_path / "base", torch.float16))
     patch = some_patch(lm, size=0.5)
     prompts = [f"The capital of {place} is" for place in range(200)]
@@ -197,14 +197,14 @@ def test_edits_are_read_in_the_weights_as_they_are_written(tmp_path, capsys):
     assert same(bits(lm), before) and (report.edits, report.held) == (2, (1, 1))
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)(IDS).logits
     assert torch.equal(inside, written) and not torch.equal(inside, unrounded)
-    _say_rounding(report)
-    assert "1 of 2 edits in memory, 1 as written" in capsys.readouterr().out
-    _say_rounding(replace(report, held=(2, 1)))
-    assert "rounding to float16 loses 1 of the edits: --dtype float32" in capsys.readouterr().err
+    told, lost = describe_rounding(report)
+    assert "1 of 2 edits in memory, 1 as written" in told and not lost
+    (warning,) = describe_rounding(replace(report, held=(2, 1)))[1]
+    assert "rounding to float16 loses 1 of the edits: --dtype float32" in warning
 
 
 @pytest.mark.parametrize(("size", "warned"), [(0.5, False), (5000.0, True)])
-def test_a_change_so_large_that_the_base_beneath_it_is_rounded_away_is_told(tmp_path, capsys, size, warned):
+def test_a_change_so_large_that_the_base_beneath_it_is_rounded_away_is_told(tmp_path, size, warned):
     lm = LM(saved("llama", tmp_path / "base", torch.float16))
     lm.apply(patch := some_patch(lm, size=size))
     report = export_checkpoint(lm, tmp_path / "out")
@@ -215,8 +215,8 @@ def test_a_change_so_large_that_the_base_beneath_it_is_rounded_away_is_told(tmp_
         summed = add_deltas(base, [patch.deltas[name]])
         shares.append(float((summed.half().double() - summed).norm() / base.norm()))
     assert report.lost == pytest.approx(max(shares), rel=1e-6)
-    _say_rounding(report)
-    assert ("takes" in capsys.readouterr().err) == warned == (max(shares) > 0.02)
+    _, lost = describe_rounding(report)
+    assert ("takes" in "".join(lost)) == warned == (max(shares) > 0.02)
 
 
 def test_a_sum_that_the_checkpoint_cannot_hold_is_refused(tmp_path):

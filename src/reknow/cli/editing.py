@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reknow.cli.options import DEMO, ChatOpening, Encoding, Force, Json, Model, NoStats
-from reknow.cli.stacks import applying, describe, say_replaced
+from reknow.cli.stacks import applying, say_replaced
 from reknow.cli.terminal import say, say_json, say_table, warn
 from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
@@ -157,6 +157,8 @@ def _warn_of_harm(tried: Tried, out: Path) -> None:
 
 
 def _as_json(tried: Tried, out: Path) -> dict[str, Any]:
+    from reknow.patching.telling import describe
+
     return {
         "file": str(out),
         "seconds": tried.seconds,

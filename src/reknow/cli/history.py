@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -101,6 +99,7 @@ def revert(
     from reknow.patching.history import in_another_order
     from reknow.patching.patches import Patch
     from reknow.patching.stack import patches_at, read_existing, save_stack, without_patch
+    from reknow.patching.telling import describe_order
 
     stack = stack_folder(stack)
     if to is None and not patches:
@@ -131,7 +130,7 @@ def revert(
         if to and patch not in active:
             say(f"applied {patch.label}")
     if to and in_another_order([patch.id for patch in active], order := [patch.id for patch in rest]):
-        say(f"reordered: {_order(order)}")
+        say(f"reordered: {describe_order(order)}")
     if line is not None:
         say(_as_after(line))
     say(f"{stack}: {base} with {number_of_patches(len(rest))}")
@@ -143,8 +142,8 @@ def log(stack: _Stack, as_json: Json = False) -> None:
     A line that was changed since it was written is named; `reknow verify` checks more.
     """
     from reknow.files.hub import local
-    from reknow.patching.history import reordered
     from reknow.patching.stack import read_history
+    from reknow.patching.telling import describe_change, utc
 
     lines = read_history(local(stack))
     if as_json:
@@ -154,13 +153,8 @@ def log(stack: _Stack, as_json: Json = False) -> None:
         if (entry := line.entry) is None:
             rows.append([line.id, "?", "?", "?", "it cannot be read", ""])
             continue
-        done = [f"+ {one.id} {one.what}" for one in entry.applied] + [f"− {one}" for one in entry.reverted]
-        if reordered(before, line):
-            done.append(f"reordered: {_order(entry.patches)}")
-        if before and before.entry and before.entry.base != entry.base:
-            done.append(f"base: {entry.base}")
-        action = entry.action if entry.to is None else f"{entry.action} to {entry.to}"
-        rows.append([line.id, _shown(entry.at), entry.by, action, "\n".join(done), entry.why])
+        action, done = describe_change(before, line)
+        rows.append([line.id, utc(entry.at), entry.by, action, "\n".join(done), entry.why])
     if rows:
         say_table(["id", "when (UTC)", "who", "what", "patches", "why"], rows)
     else:
@@ -170,15 +164,9 @@ def log(stack: _Stack, as_json: Json = False) -> None:
             warn(f"line {line.number} of the history: {line.problem}")
 
 
-def _order(ids: Sequence[str]) -> str:
-    return ", ".join(ids) + ", the newest last"
-
-
 def _as_after(line: Line, verb: str = "") -> str:
     """To which line's state a stack went back."""
-    time = f" of {_shown(line.entry.at)} UTC" if line.entry else ""
+    from reknow.patching.telling import utc
+
+    time = f" of {utc(line.entry.at)} UTC" if line.entry else ""
     return f"{verb} as after line {line.number}, {line.id},{time}".strip()
-
-
-def _shown(time: datetime) -> str:
-    return f"{time.astimezone(timezone.utc):%Y-%m-%d %H:%M:%S}"

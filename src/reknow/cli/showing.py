@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reknow.cli.options import Json
-from reknow.cli.stacks import describe, number_of_patches, say_patch, sentence
+from reknow.cli.stacks import number_of_patches, say_patch, sentence
 from reknow.cli.terminal import say, say_json, say_table, warn
 from reknow.errors import MissingExtra
 
@@ -30,6 +30,7 @@ def show(
     from reknow.patching.patches import Patch
     from reknow.patching.peft_folder import is_adapter
     from reknow.patching.stack import read_existing
+    from reknow.patching.telling import describe
 
     named, source = source, local(source)
     if is_gguf(source):

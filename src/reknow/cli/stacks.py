@@ -12,6 +12,7 @@ import typer
 from reknow.cli.options import Force, Json
 from reknow.cli.terminal import say, say_json, say_table
 from reknow.files.locks import write_lock
+from reknow.texts.writing import counted
 
 if TYPE_CHECKING:
     from reknow.edits import Edit
@@ -37,29 +38,6 @@ def merge(
         patch = merged([Patch.load(path) for path in patches])
         patch.save(out)
     say(f"wrote {out}: {patch.label}")
-
-
-def describe(patch: Patch) -> dict[str, Any]:
-    """A patch as JSON values: everything but the numbers of its matrices."""
-    return {
-        "id": patch.id,
-        "method": patch.method,
-        "kind": patch.kind,
-        "settings": patch.settings,
-        "edits": [
-            {key: value for key, value in asdict(edit).items() if value or value == ""} for edit in patch.edits
-        ],
-        "matrices": {
-            name: {"shape": list(delta.shape), "rank": delta.rank, "norm": delta.norm()}
-            for name, delta in patch.deltas.items()
-        },
-        "memory": {**patch.memory, "tensors": {name: list(tensor.shape) for name, tensor in patch.state.items()}},
-        "follows": patch.follows,
-        "base": {"structure": patch.base.structure, "tokenizer": patch.base.tokenizer, "dtype": patch.base.dtype},
-        "made_on": list(patch.made_on),
-        "notes": patch.notes,
-        "version": patch.version,
-    }
 
 
 def say_patch(patch: dict[str, Any]) -> None:
@@ -153,4 +131,4 @@ def sentence(edit: Edit) -> str:
 
 
 def number_of_patches(number: int) -> str:
-    return "1 patch" if number == 1 else f"{number} patches"
+    return counted(number, "patch", "patches")

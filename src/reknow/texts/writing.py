@@ -118,6 +118,11 @@ def piece_spans(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in _PIECE.finditer(_shape(text))]
 
 
+def counted(number: int, one: str, many: str) -> str:
+    """The number with the word for so many."""
+    return f"{number} {one if number == 1 else many}"
+
+
 def clip(text: str, count: int) -> str:
     """The text up to so many pieces, on one line."""
     ends = [end for _, end in piece_spans(text)]
