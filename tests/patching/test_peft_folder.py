@@ -139,3 +139,12 @@ def test_a_folder_of_before_with_patterns_still_loads(tmp_path):
     with lm.patched(patch):
         wanted = lm.model(IDS).logits
     assert torch.allclose(PeftModel.from_pretrained(lm.model, str(folder))(IDS).logits, wanted, atol=1e-4)
+
+
+def test_a_patch_that_only_says_it_is_an_adapter_is_written_whole(tmp_path):
+    lm = make_lm()
+    notes = {"adapter": {"base_model_name_or_path": "x", "fan_in_fan_out": True}}
+    for name, dense in (("matrix", True), ("nothing", False)):
+        patch = some_patch(lm, dense=True)
+        patch = replace(patch, notes=notes, deltas=patch.deltas if dense else {})
+        assert Patch.load(patch.save(tmp_path / name)) == patch and (tmp_path / name).is_file()

@@ -9,7 +9,8 @@ from reknow import method
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.patching.stack import read_existing, read_history, save_stack, with_patch
-from reknow.ui.desks import Desks, _merged
+from reknow.ui.desks import Desks
+from reknow.ui.kept import _merged
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,40 @@ def test_a_desk_begins_with_what_its_model_has_where_that_is_a_stack(tmp_path, d
     begun = Desks(tmp_path / "pages", str(desk.folder)).open(None)
     assert [one.patch.id for one in begun.kept()] == [patch.id for patch in patches]
     assert begun.folder != desk.folder
+
+
+def test_what_is_taken_out_is_forgotten_whether_it_was_on_or_off_and_the_history_brings_both_back(desk, lm, patches):
+    a, b, c = (patch.id for patch in patches)
+    desk.switch(lm, b, False)
+    off = listed(desk)
+    desk.take_out(lm, b, "no use")
+    desk.take_out(lm, c)
+    assert listed(desk) == [(a, True)]
+    lines = read_history(desk.folder)
+    assert [line.problem for line in lines] == [None] * 6 and lines[4].entry.reverted == [b]
+    desk.go_back(lm, lines[3].id)
+    assert listed(desk) == off == [(a, True), (b, False), (c, True)]
+    assert {one.why for one in desk.kept()} == {"because"}, "going back is not why they are there"
+    desk.go_back(lm, lines[3].id)
+    assert len(read_history(desk.folder)) == 7, "it is so already, and nothing is noted"
+    desk.go_back(lm, lines[2].id)
+    assert listed(desk) == [(a, True), (b, True), (c, True)]
+    with pytest.raises(InputError, match="expected the id of a line"):
+        desk.go_back(lm, "zzzz")
+
+
+def test_switching_begins_with_what_the_folder_has_now(desk, lm, patches):
+    a, _, c = patches
+    save_stack(desk.folder, "demo:gpt2", [a, c], action="revert")  # by another process, after the page was drawn
+    desk.switch(lm, a.id, False)
+    assert listed(desk) == [(a.id, False), (c.id, True)]
+    desk.switch(lm, a.id, False)  # as another tab asks that was drawn before
+    assert len(read_history(desk.folder)) == 5
+
+
+def test_a_broken_folder_is_told_and_changes_nothing(desk, lm, patches):
+    desk.switch(lm, patches[1].id, False)
+    (desk.folder / f"{patches[1].id}.patch").write_bytes(b"not any more")
+    with pytest.raises(PatchError, match="expected a patch file"):
+        desk.kept()
+    assert [patch.id for patch in desk.patches()] == [patches[0].id, patches[2].id]

@@ -108,8 +108,10 @@ def make_line(
     action: str,
     why: str,
     to: str | None,
+    forgotten: Sequence[str] = (),
 ) -> str:
-    """The line of a change from the ids `before` to the patches `after`; `digests` are of the files of new ones."""
+    """The line of a change from the ids `before` to the patches `after`; `digests` are of the files of new ones, and
+    `forgotten` was not applied, but is to be called reverted."""
     entry_before = line_before.entry if line_before else None
     ids = [patch.id for patch in after]
     body: dict[str, Any] = {
@@ -124,7 +126,7 @@ def make_line(
             for patch in after
             if patch.id not in before
         ],
-        "reverted": [patch_id for patch_id in before if patch_id not in ids],
+        "reverted": [patch_id for patch_id in (*before, *forgotten) if patch_id not in ids],
         "patches": ids,
         **({"found": list(before)} if list(before) != (entry_before.patches if entry_before else []) else {}),
         "base": base,

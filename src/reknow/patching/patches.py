@@ -10,7 +10,7 @@ from reknow.checks.arguments import typed
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import restore_interrupted
 from reknow.files.outputs import HUB
-from reknow.patching.deltas import factorize, sum_deltas
+from reknow.patching.deltas import LowRank, factorize, sum_deltas
 from reknow.patching.record import PatchRecord, check_weights
 
 
@@ -24,7 +24,8 @@ class Patch(PatchRecord):
         from reknow.patching.patch_files import write_patch  # who edits in memory alone needs neither
         from reknow.patching.peft_folder import write_folder
 
-        return write_folder(self, path) if "adapter" in self.notes else write_patch(self, path)
+        factored = bool(self.deltas) and all(isinstance(delta, LowRank) for delta in self.deltas.values())
+        return write_folder(self, path) if "adapter" in self.notes and factored else write_patch(self, path)
 
     @classmethod
     @typed

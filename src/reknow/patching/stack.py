@@ -134,6 +134,7 @@ def save_stack(
     action: str = "save",
     why: str = "",
     to: str | None = None,
+    forgotten: Sequence[str] | None = None,
 ) -> Path:
     """Writes a stack folder: a reference to the base model, the patches in order, and a line of its history, which
     `read_history` gives. `LM(folder)` opens it.
@@ -147,6 +148,8 @@ def save_stack(
         action: what the history calls the change.
         why: for whoever reads the history.
         to: the id of the line of the history to whose state this goes back.
+        forgotten: ids of patches that are not applied and that the line calls reverted all the same, for who knows by
+            the history what to put on again; None: where the patches are those that are there, no line is written.
 
     Raises:
         InputError: it cannot be written, others write there for ten minutes, or `base` is itself a stack.
@@ -166,11 +169,12 @@ def save_stack(
         if old is not None:
             _warn_of_history(folder)
         before = old.ids if old else []
-        if old and old.last and (old.base, old.patches) == (base, names):
+        if old and old.last and forgotten is None and (old.base, old.patches) == (base, names):
             line = old.last
         else:
             digests = {p.id: file_digest(folder / f"{p.id}{_PATCH}") for p in patches if p.id not in before}
-            line = make_line(end, base, before, patches, digests, action=action, why=why, to=to)
+            gone = forgotten or ()
+            line = make_line(end, base, before, patches, digests, action=action, why=why, to=to, forgotten=gone)
         stack = {"format": _FORMAT, "base": base, "patches": names, "last": line}
         write_text(folder / STACK_FILE, strict_json(stack, indent=1, ensure_ascii=False))
         try:

@@ -1,7 +1,6 @@
 """What a tab of the page works on: a model, a stack in a folder of its own, and what was made last.
 
-The address of the tab names its desk, so that a reload finds it again and two tabs have two. A patch that is switched
-off is one that a change called `OFF` took out of the stack: the folder's history knows it, and nothing else has to.
+The address of the tab names its desk, so that a reload finds it again and two tabs have two.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,24 +21,21 @@ from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE
 from reknow.lm import LM
 from reknow.patching.patches import Patch
-from reknow.patching.stack import base_name, read_existing, read_history, read_stack, save_stack
+from reknow.patching.stack import (
+    base_name,
+    patches_at,
+    read_existing,
+    read_history,
+    read_stack,
+    save_stack,
+    without_patch,
+)
+from reknow.ui.kept import OFF, ON, Kept, listings, read_kept
 from reknow.ui.work import PLAIN, Manner, Work
 
-OFF, ON = "off", "on"
-"""What the history calls switching."""
 _NAME, _PRIVATE = re.compile(r"[a-z0-9][a-z0-9-]{3,60}"), re.compile(r"page-[0-9a-f]{32}")
 _MOST = 200
 """Desks that are kept in memory; the stacks of others are in their folders."""
-
-
-class Kept(NamedTuple):
-    """A patch of a stack as the page lists it."""
-
-    patch: Patch
-    on: bool
-    by: str
-    at: datetime | None
-    why: str
 
 
 @dataclass(frozen=True)
@@ -111,28 +106,12 @@ class Desk:
         return tuple(read_existing(self.folder)[1]) if (self.folder / STACK_FILE).exists() else ()
 
     def kept(self) -> list[Kept]:
-        """All patches of the stack with who put them on, the switched off ones at the places where they stood."""
-        if not (self.folder / STACK_FILE).exists():
-            return []
-        told: dict[str, tuple[str, datetime, str]] = {}
-        order: list[str] = []
-        off: set[str] = set()
-        for line in read_history(self.folder):
-            if (entry := line.entry) is None:
-                continue
-            for one in entry.applied:
-                if one.id not in off:
-                    told[one.id] = entry.by, entry.at, entry.why
-            off = (off | set(entry.reverted) if entry.action == OFF else off) - set(entry.patches)
-            order = _merged(order, entry.patches, off)
-        on = {patch.id: patch for patch in self.patches()}
-        order = _merged(order, list(on), off - set(on))
-        found = []
-        for patch_id in order:
-            patch = on.get(patch_id) or Patch.load(self.folder / f"{patch_id}.patch")
-            by, at, why = told.get(patch_id, ("", None, ""))
-            found.append(Kept(patch, patch_id in on, by, at, why))
-        return found
+        """All patches of the stack, those that are switched off too.
+
+        Raises:
+            PatchError: the folder is broken.
+        """
+        return read_kept(self.folder)
 
     def change(
         self,
@@ -140,8 +119,13 @@ class Desk:
         action: str,
         make: Callable[[tuple[Patch, ...]], Sequence[Patch]],
         why: str = "",
+        **noted: Any,
     ) -> None:
         """Puts another list of patches into the folder, once it has been tried on the model.
+
+        Args:
+            make: gives it for the patches that are on, as the folder has them now; nobody else writes meanwhile.
+            noted: what else `save_stack` is to note.
 
         Raises:
             PatchError: the patches do not fit the model, or not behind each other.
@@ -151,27 +135,54 @@ class Desk:
             with lm.stacked(wanted):
                 pass
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            save_stack(self.folder, self.model, wanted, action=action, why=why)
+            save_stack(self.folder, self.model, wanted, action=action, why=why, **noted)
 
-    def switch(self, lm: LM, patch_id: str, on: bool) -> None:
-        """Switches a patch on or off; its place in the order stays.
+    def switch(self, lm: LM, patch_id: str, on: bool, why: str = "") -> None:
+        """Switches a patch on or off; its place in the order stays. Nothing is done where it is so already.
 
         Raises:
             PatchError: there is none of this id, or a later version of its memory stands on it.
         """
-        kept = self.kept()
-        if patch_id not in [one.patch.id for one in kept]:
+        with write_lock(self.folder, wait=PATIENCE):
+            if self._find(patch_id).on == on:
+                return
+            if not on:
+                return self.change(lm, OFF, lambda stack: without_patch(stack, patch_id), why)
+            wanted = [one.patch for one in self.kept() if one.on or one.patch.id == patch_id]
+            self.change(lm, ON, lambda _: wanted, why)
+
+    def take_out(self, lm: LM, patch_id: str, why: str = "") -> None:
+        """Takes a patch out for good, so far as the list goes: its file stays, and the history can bring it back.
+
+        Raises:
+            PatchError: there is none of this id, or a later version of its memory stands on it.
+        """
+        with write_lock(self.folder, wait=PATIENCE):
+            if self._find(patch_id).on:
+                return self.change(lm, "revert", lambda stack: without_patch(stack, patch_id), why)
+            self.change(lm, "revert", lambda stack: stack, why, forgotten=[patch_id])
+
+    def go_back(self, lm: LM, line_id: str, why: str = "") -> None:
+        """Brings the stack back to what it was after a line of its history, switched off patches too. Nothing is done
+        where it is so already.
+
+        Raises:
+            InputError: there is no such line.
+            PatchError: the file of a patch is gone.
+        """
+        with write_lock(self.folder, wait=PATIENCE):
+            line, patches = patches_at(self.folder, line_id)
+            entries = [each.entry for each in read_history(self.folder) if each.entry]
+            listed = listings(entries)
+            if line.entry and listed[line.entry.hash] == listed[entries[-1].hash]:
+                return
+            self.change(lm, "revert", lambda _: patches, why, to=line.id, forgotten=[])
+
+    def _find(self, patch_id: str) -> Kept:
+        found = next((one for one in self.kept() if one.patch.id == patch_id), None)
+        if found is None:
             raise PatchError(f"expected a patch of this stack; it has none of id {patch_id}: load the page again")
-        wanted = [one.patch for one in kept if (on if one.patch.id == patch_id else one.on)]
-        self.change(lm, ON if on else OFF, lambda _: wanted)
-
-
-def _merged(order: Sequence[str], on: Sequence[str], off: set[str]) -> list[str]:
-    """The ids that are on, in their order, between those that are off, which stay where they stood."""
-    left = iter(on)
-    stood = [patch_id for patch_id in order if patch_id in off or patch_id in on]
-    found = [patch_id if patch_id in off else next(left) for patch_id in stood]
-    return [*found, *left]
+        return found
 
 
 class Desks:

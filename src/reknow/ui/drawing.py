@@ -31,7 +31,7 @@ def draw(macro: str, *values, file: str = "parts.html") -> str:
 
 def style() -> str:
     """The page's style: the reports' colours for all of it, their rules inside what `draw` gives, and its own."""
-    own = (_HERE / "page.css").read_text(encoding="utf-8")
+    own = "".join((_HERE / f"{name}.css").read_text(encoding="utf-8") for name in ("page", "stack"))
     return f"{read_part('colours.css')}\n.reknow {{\n{read_part('page.css')}\n{read_part('heat_map.css')}\n}}\n{own}"
 
 

@@ -79,6 +79,7 @@ class Frame:
         *,
         stopped: str = PLAIN.stopped,
         live: Screen | None = None,
+        with_data: bool = False,
     ) -> None:
         """When the event comes, does `task(desk, *inputs)` in a thread, shows how far it is, and then all screens.
 
@@ -87,19 +88,26 @@ class Frame:
             done: what is said when it went well.
             stopped: what is said when it was cancelled.
             live: a screen that is shown meanwhile too, since the task leaves there what it has so far.
+            with_data: whether the task is called as `task(desk, data, *inputs)`, with what the event's sender says.
         """
 
         def manner(desk: Desk) -> Manner:
             return Manner(done if isinstance(done, str) else partial(done, desk), stopped, live)
 
-        started = partial(self._start, what, task, manner)
+        def start(name: str, *values: Any) -> Iterator[list[Any]]:
+            yield from self._start(what, task, manner, name, *values)
+
+        def start_with_data(sent: gr.EventData, name: str, *values: Any) -> Iterator[list[Any]]:
+            yield from self._start(what, task, manner, name, sent._data, *values)
+
+        started = start_with_data if with_data else start
         limit = {"concurrency_limit": self.access.works, "concurrency_id": "works"}
         self._runs.append(lambda: event(started, [self.name, *inputs], self.outputs, show_progress="hidden", **limit))
 
-    def at_once(self, event: Callable[..., Any], answer: Callable[..., Any], inputs: Any, outputs: Any) -> None:
-        """When the event comes, answers it with what takes no time. Not through the queue: where two answers cross,
-        gradio's client closes the stream on which the second one is to come."""
-        event(answer, inputs, outputs, queue=False, show_progress="hidden")
+    def at_once(self, event: Callable[..., Any], answer: Callable[..., Any], inputs: Any, outputs: Any) -> Any:
+        """When the event comes, answers it with what takes no time; more may follow on what is given. Not through the
+        queue: where two answers cross, gradio's client closes the stream on which the second one is to come."""
+        return event(answer, inputs, outputs, queue=False, show_progress="hidden")
 
     def connect(self) -> None:
         """Binds the events, when all screens are there, since each may change what any of them shows."""

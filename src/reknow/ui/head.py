@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from reknow.errors import ReknowError
 from reknow.patching.stack import base_name
 from reknow.ui.desks import Desk
 from reknow.ui.drawing import draw
@@ -43,7 +44,10 @@ class Head:
             self._frame.desks.take(desk, wanted)
 
     def show(self, desk: Desk) -> list[Any]:
-        return [draw("stack_line", desk.name, desk.model, desk.kept())]
+        try:
+            return [draw("stack_line", desk.name, desk.model, desk.kept())]
+        except ReknowError as error:
+            return [draw("message", str(error), [], "")]
 
     def fill(self, desk: Desk) -> list[Any]:
         return [desk.model]

@@ -18,6 +18,7 @@ from reknow.ui.edit import EditScreen
 from reknow.ui.frame import Frame
 from reknow.ui.head import Head
 from reknow.ui.models import Models
+from reknow.ui.stack import StackScreen
 from reknow.ui.where import WhereScreen
 
 _ADDRESS = """
@@ -40,6 +41,8 @@ _REMEMBER = """
 
 _QUEUE = 64
 """Events that may wait before further ones are refused."""
+_FILES_KEPT = 600, 3600
+"""Seconds between two looks for files that went up or down, and those after which they are deleted."""
 
 
 def build_page(desks: Desks, models: Models, choices: list[str], access: Access | None = None) -> gr.Blocks:
@@ -49,13 +52,15 @@ def build_page(desks: Desks, models: Models, choices: list[str], access: Access 
         choices: models that are offered.
         access: what those may reach who open it; None: all of the machine.
     """
-    with gr.Blocks(title="reknow", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="reknow", analytics_enabled=False, fill_width=True, delete_cache=_FILES_KEPT) as page:
         frame = Frame(desks, models, access or Access())
         frame.screens.append(Head(frame, choices))
         frame.build_status()
         with gr.Tabs(elem_id="screens") as frame.tabs:
             with gr.Tab("Edit", id="edit") as editing:
                 frame.screens.append(edit := EditScreen(frame))
+            with gr.Tab("Stack", id="stack"):
+                frame.screens.append(StackScreen(frame))
             with gr.Tab("Ask", id="ask"):
                 frame.screens.append(AskScreen(frame))
             with gr.Tab("Where", id="where") as tracing:
