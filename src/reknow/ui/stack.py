@@ -206,14 +206,13 @@ class StackScreen:
             history = _history(desk.folder)
         except ReknowError as error:
             return [draw("message", str(error), [], ""), "", "", "", why]
-        commands, on = _commands(desk, rows), [row["patch"]["id"] for row in rows if row["on"]]
+        commands = _commands(desk, rows) if rows and self._frame.access.machine else []
+        on = [row["patch"]["id"] for row in rows if row["on"]]
         exported = desk.shown.get("exported") and (desk.shown["exported"][0], desk.shown["exported"][1] != on)
         return [
             draw("patches", rows, file="stack.html") if rows else draw("nothing", _EMPTY),
             draw("exported", *exported, file="stack.html") if exported else "",
-            draw("lines", "The stack is a folder; ask it or serve it with:", commands, file="stack.html")
-            if rows
-            else "",
+            draw("lines", _FOLDER, commands, file="stack.html") if commands else "",
             draw("history", history, file="stack.html") if history else draw("nothing", "Nothing was changed yet."),
             why,
         ]
