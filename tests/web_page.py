@@ -51,7 +51,7 @@ def open_tab(page_process, chromium) -> Iterator[Callable[..., Any]]:
     yield visit
     for context in contexts:
         context.close()
-    assert asked == [] and said == []
+    assert asked == [] and said == [], f"asked for {asked}, said {said}"
 
 
 def write(tab: Any, **texts: str) -> None:
