@@ -11,7 +11,7 @@ MODEL ?= gpt2
 # How many processes run the tests; each has one thread.
 WORKERS ?= 2
 
-.PHONY: help setup gemma demo test test-fast lint format wheel clean
+.PHONY: help setup gemma demo test test-fast coverage lint format docs wheel release clean
 
 help:
 	@echo "make demo       edit facts in the bundled model, measure, report, take the edits back"
@@ -20,7 +20,10 @@ help:
 	@echo "                WORKERS=4 for four processes instead of two"
 	@echo "make gemma      install Gemma 3 270M too (under its own terms of use), for tests and benchmarks"
 	@echo "make lint       ruff and pyright;  make format: let ruff rewrite"
+	@echo "make docs       build the site into site/, offline; what is wrong with it, dead links too, is an error"
+	@echo "make coverage   all tests but those that take minutes, and which lines they did not run"
 	@echo "make wheel      build dist/*.whl"
+	@echo "make release    build, check and tag the version of pyproject.toml; uploads nothing"
 	@echo "make clean      remove what make made"
 
 setup: $(READY)
@@ -57,9 +60,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The list of pages for language models is made again first: a test holds that the one in git is the same.
+docs: $(READY)
+	$(BIN)/python scripts/llms.py
+	$(BIN)/zensical build --clean --strict
+
 wheel: $(READY)
 	rm -rf dist build
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) dist build src/*.egg-info .pytest_cache
+	rm -rf $(VENV) dist build site .cache src/*.egg-info .pytest_cache

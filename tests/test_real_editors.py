@@ -12,7 +12,7 @@ from reknow.model.fingerprint import weight_bits
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 KNOWN = (0, 7, 27, 34)
-"""Records of CounterFact that the model knows: the first four of those that benchmarks/RESULTS.md reports."""
+"""Records of CounterFact that the model knows: the first four of those in docs/results/trained_editors.md."""
 EDITORS = {
     "mend": (0.75, 0.3, 0.55),
     "serac": (0.9, 0.6, 0.9),

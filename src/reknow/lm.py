@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,18 +59,18 @@ class LM(Decoder):
 
     def __init__(
         self,
-        source,
+        source: str | Path | tuple[Any, Any],
         *,
-        tokenizer=None,
-        dtype=None,
-        device=None,
-        device_map=None,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        device_map: Any = None,
         chat: bool | Chat | None = False,
         trust_remote_code: bool = False,
     ):
         named, patches = isinstance(source, (str, Path)), list[Patch]()
         with progress.stage(f"opening {source if named else 'a model'}"):
-            if named:
+            if isinstance(source, (str, Path)):
                 source, patches = read_stack(source)
             model, tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
             name = str(source) if named else model.config._name_or_path or type(model).__name__

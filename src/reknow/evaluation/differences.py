@@ -108,7 +108,8 @@ def inspect_weights(
     bits: a copy in half precision is no edit.
 
     Args:
-        open_edited, open_base: open the models; the base is opened twice.
+        open_edited: opens the edited model.
+        open_base: opens its base, which is done twice.
         subjects: those among whom a change's own are looked for.
 
     Raises:

@@ -154,10 +154,12 @@ def score(
     are kept (`HeldOut`), for the size of the change what differs of its weights (`WeightChange`).
 
     Args:
-        open_edited, open_base: open the models; the edited one is opened twice.
+        open_edited: opens the edited model, which is done twice.
+        open_base: opens its base.
         label: what to call the edited model.
         plan: in batch mode with one seed: whether the models write their answers, held-out texts, the oracle.
-        dataset, refused: as for `bench`.
+        dataset: as for `bench`.
+        refused: as for `bench`.
 
     Raises:
         InputError: a plan of another kind, the models have different tokenizers, the folder was started with other

@@ -121,14 +121,18 @@ class Decoder(ABC):
     # --- running -----------------------------------------------------------------------------------------
 
     @exclusively
-    def forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache, *, ends: Tensor | None = None, **options):
+    def forward(
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, *, ends: Tensor | None = None, **options: Any
+    ):
         """One pass of the model.
 
         Args:
-            ids, mask, positions: (rows, columns)
+            ids: (rows, columns) tokens.
+            mask: (rows, columns) 1 on real tokens, 0 on padding.
+            positions: (rows, columns) of each token in its text.
             cache: key/value cache, or None to run without.
             ends: (rows,) column behind each prompt's last token, for memories; None: all text is the prompt.
-            options: `logits_to_keep`, how many of the last columns get logits.
+            **options: `logits_to_keep`, how many of the last columns get logits.
         """
         if "logits_to_keep" in options:  # as a slice the head would be multiplied row by row
             options["logits_to_keep"] = torch.arange(-options["logits_to_keep"], 0)
@@ -185,13 +189,20 @@ class Decoder(ABC):
 
     @exclusively
     @torch.no_grad()
-    def read(self, rows: Sequence[EncodedText], columns: Sequence[int], inputs=(), outputs=()) -> ModuleStates:
+    def read(
+        self,
+        rows: Sequence[EncodedText],
+        columns: Sequence[int],
+        inputs: Sequence[str] = (),
+        outputs: Sequence[str] = (),
+    ) -> ModuleStates:
         """Inputs and outputs of modules at one token of every row.
 
         Args:
             rows: encoded texts.
             columns: index of the wanted token in each row.
-            inputs, outputs: names of modules; the pass stops behind the last of them.
+            inputs: names of modules whose inputs are wanted; the pass stops behind the last module.
+            outputs: names of modules whose outputs are.
 
         Returns:
             `inputs` and `outputs`, each of the modules named there.
