@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 
@@ -21,8 +22,8 @@ LOCAL_ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "NO_COLOR": "
 def build(folder: Path, *command: str) -> subprocess.CompletedProcess:
     """Builds the site of this checkout into `folder`/site, so that nothing is written into the checkout."""
     (folder / "mkdocs.yml").write_bytes((ROOT / "mkdocs.yml").read_bytes())
-    for name in ("docs", "src"):
-        (folder / name).symlink_to(ROOT / name)
+    copytree(DOCS, folder / "docs")  # Zensical reads no pages behind a link
+    (folder / "src").symlink_to(ROOT / "src")
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=folder, env=LOCAL_ENVIRONMENT, capture_output=True, text=True
     )
@@ -36,7 +37,7 @@ def test_the_site_is_built_without_a_warning_and_asks_nothing_of_a_network(tmp_p
     assert done.returncode == 0, said
     assert "griffe" not in said and "No issues found" in said
     pages = list((tmp_path / "site").rglob("*.html"))
-    assert len(pages) > 70
+    assert len(pages) == len(list(DOCS.rglob("*.md"))) + 1  # and the one for what is not there
     for page in pages:
         fetched = re.findall(r"<(?:script|img|link)[^>]*(?:src|href)=\"?(https?://[^\"> ]+)", page.read_text("utf-8"))
         assert not fetched, page
