@@ -14,12 +14,15 @@ from reknow.cli.terminal import say, say_table
 
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
+    cite: Annotated[bool, typer.Option("--cite", help="Print the paper for a bibliography (BibTeX).")] = False,
 ) -> None:
     """List the methods, or explain one and its settings."""
     from reknow.checks.bounds import describe_type, field_types
     from reknow.cli.settings import build_method, field_docs
     from reknow.methods import METHODS
 
+    if cite:
+        return _say_papers([name] if name else list(METHODS))
     if name is not None and name not in METHODS:
         return _say_published(name)
     if name is None:
@@ -34,6 +37,13 @@ def methods(
         for field in _fields(type(method))
     ]
     say_table(["setting", "default", "type", "meaning"], rows)
+
+
+def _say_papers(names: list[str]) -> None:
+    """Each paper once, as BibTeX."""
+    from reknow.cli.citing import cite
+
+    say("\n\n".join(dict.fromkeys(cite(name) for name in names)))
 
 
 def _say_published(name: str) -> None:
