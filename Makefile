@@ -51,6 +51,10 @@ test: $(READY)
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
+coverage: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" --cov=reknow --cov-report=term:skip-covered \
+		--cov-report=html:coverage $(ARGS)
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -69,5 +73,8 @@ wheel: $(READY)
 	rm -rf dist build
 	$(BIN)/python -m build --wheel --outdir dist .
 
+release: $(READY)
+	$(BIN)/python scripts/release.py
+
 clean:
-	rm -rf $(VENV) dist build site .cache src/*.egg-info .pytest_cache
+	rm -rf $(VENV) dist build site .cache coverage .coverage src/*.egg-info .pytest_cache
