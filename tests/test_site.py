@@ -88,3 +88,15 @@ def test_links_of_the_pages_at_the_root_lead_somewhere():
     for page in ROOT.glob("*.md"):
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "api").glob("[!i]*.md")), ids=lambda page: page.stem)
+def test_what_a_page_of_the_api_imports_is_there(page):
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(code, page.name, "exec"), {})
+
+
+def test_the_first_page_shows_the_command_of_the_readme():
+    first, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/index.md", "README.md"))
+    commands = re.findall(r"^\$ (reknow .*)$", first, re.MULTILINE)
+    assert commands and all(command in readme for command in commands)
