@@ -100,3 +100,4 @@ def test_the_first_page_shows_the_command_of_the_readme():
     first, readme = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/index.md", "README.md"))
     commands = re.findall(r"^\$ (reknow .*)$", first, re.MULTILINE)
     assert commands and all(command in readme for command in commands)
+    assert f"{len(METHODS)} methods and variants" in first
