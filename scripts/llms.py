@@ -40,7 +40,7 @@ def _summary(page: str) -> tuple[str, str]:
     title, _, rest = text.partition("\n")
     rest = rest.partition("## What it does\n")[2] or rest  # pages of methods begin with names and papers
     rest = re.sub(r"^```.*?^```$", "", rest, flags=re.DOTALL | re.MULTILINE)
-    paragraphs = (part.strip() for part in re.split(r"\n{2,}", rest))
+    paragraphs = (part.strip("\n") for part in re.split(r"\n{2,}", rest))
     first = next((part for part in paragraphs if re.match(r"[\w\[`\"“*]", part) and not part.startswith("* ")), "")
     plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", " ".join(first.split())).replace("**", "")
     sentence = re.split(r"(?<=[^A-Z.][.:?!]) (?=[A-Z`])", plain)[0].rstrip(":")
