@@ -9,7 +9,7 @@ import gradio as gr
 
 from reknow.errors import InputError
 from reknow.ui.access import Access
-from reknow.ui.desks import Desk
+from reknow.ui.desks import Desk, Desks
 from reknow.ui.frame import Frame
 from reknow.ui.work import Manner, check_here
 
@@ -52,6 +52,27 @@ def test_a_live_screen_shows_what_there_is_and_the_others_wait_until_the_end():
     for following in (one, another):
         status, cancel, *shown = list(following)[-1]
         assert "Well done." in status and not cancel["visible"] and shown == ["whole", "whole"]
+
+
+def test_who_is_refused_since_another_tab_works_on_the_desk_sees_what_that_came_to():
+    desks, go_on = Desks(Path("nowhere"), "demo:gpt2"), threading.Event()
+    desk = desks.open("shared")
+    with gr.Blocks():
+        frame = Frame(desks, None, Access())  # type: ignore[arg-type]
+        frame.build_status()
+        frame.screens.append(Shelf("made"))
+
+    def task() -> None:
+        assert go_on.wait(30)
+        desk.shown["made"] = "whole"
+
+    desk.start("writing", task, Manner("Well done."))
+    answers = frame._start("more", task, lambda _: Manner(), "shared")
+    refused, waiting = next(answers), next(answers)
+    assert "one work at a time" in refused[0] and waiting == [gr.skip()] * 3, "the sentence can be read meanwhile"
+    go_on.set()
+    status, cancel, made = list(answers)[-1]
+    assert "Well done." in status and not cancel["visible"] and made == "whole"
 
 
 def test_what_is_said_at_the_end_is_the_works_own():

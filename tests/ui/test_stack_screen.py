@@ -238,7 +238,7 @@ def test_an_adapter_is_exported_beside_the_stack_with_the_line_that_serves_it(op
     tab.locator("#gguf-base").wait_for()
     wait_until_idle(tab)
     tab.click("#export")
-    tab.get_by_text("expected --base FILE.gguf").wait_for()
+    tab.get_by_text("expected the GGUF file of the base model; got none").wait_for()
 
 
 def test_tabs_and_commands_that_share_a_stack_lose_nothing_of_each_other(open_stack, patches, tmp_path):

@@ -144,6 +144,12 @@ def test_the_prompt_goes_along_from_one_screen_to_the_other(open_tab):
     go_to(tab, "Edit")
     wait_for_value(tab, "prompt", "Rome is the capital of")
     wait_for_value(tab, "subject", "Rome")
+    write(tab, prompt="Oslo is the capital of", subject="Oslo")
+    go_to(tab, "Stack")
+    go_to(tab, "Edit")
+    go_to(tab, "Where")
+    wait_for_value(tab, "where-prompt", "Oslo is the capital of")
+    assert (value(tab, "prompt"), value(tab, "subject")) == ("Oslo is the capital of", "Oslo")
 
 
 @pytest.mark.parametrize(

@@ -122,8 +122,11 @@ class Frame:
             work = desk.start(what, partial(task, desk, *values), manner(desk))
         except ReknowError as error:
             yield self._updates(desk, draw("message", str(error), [], ""))
-            return
-        yield from self.follow(desk, work)
+            work = desk.work  # it may be another tab's of this address, which nobody follows here
+            while work is not None and not work.wait(_LOOK):
+                yield [gr.skip() for _ in self.outputs]
+        if work is not None:
+            yield from self.follow(desk, work)
 
     def follow(self, desk: Desk, work: Work) -> Iterator[list[Any]]:
         """Values of the outputs while the work goes on and when it has ended."""

@@ -57,7 +57,7 @@ def build_page(desks: Desks, models: Models, choices: list[str], access: Access 
         frame.screens.append(Head(frame, choices))
         frame.build_status()
         with gr.Tabs(elem_id="screens") as frame.tabs:
-            with gr.Tab("Edit", id="edit") as editing:
+            with gr.Tab("Edit", id="edit"):
                 frame.screens.append(edit := EditScreen(frame))
             with gr.Tab("Stack", id="stack"):
                 frame.screens.append(StackScreen(frame))
@@ -71,7 +71,7 @@ def build_page(desks: Desks, models: Models, choices: list[str], access: Access 
                         frame.screens.append(CompareScreen(frame, comparing))
                 with gr.Tab("Two methods on one fact", id="duel"):
                     frame.screens.append(Duel(frame, edit))
-        where.share_prompt(editing, tracing)
+        where.take_prompt(tracing)
         frame.connect()
         _connect(page, frame)
     return page.queue(max_size=_QUEUE)

@@ -165,6 +165,8 @@ class StackScreen:
         desk.shown["said why"] = True
 
     def _export(self, desk: Desk, chosen: str, base: str, truncate: bool) -> None:
+        if chosen == "gguf" and not base.strip():
+            raise InputError("expected the GGUF file of the base model; got none: write its path below the formats")
         file = Path(base.strip()).expanduser() if base.strip() and chosen.startswith("gguf") else None
         out = export_place(desk.folder.resolve(), chosen)
         desk.shown.pop("exported", None)

@@ -81,18 +81,20 @@ class WhereScreen:
 
     def _connect(self) -> None:
         frame, edit = self._frame, self._edit
-        frame.at_once(self.prompt.select, edit.mark, [self.prompt], [self.subject])
+        theirs = [edit.prompt, edit.subject]
+        marked = frame.at_once(self.prompt.select, edit.mark, [self.prompt], [self.subject])
+        for written in (self.prompt.input, self.subject.input, marked.then):
+            written(None, self.fields, theirs, js=_COPY)
         frame.run(self.go.click, "tracing", self._trace, self.fields)
         frame.run(self.subject.submit, "tracing", self._trace, self.fields)
         frame.at_once(self.map.select, self._choose, [frame.name], [self.cell, self.here])
         begun = [edit.prompt, edit.subject, edit.layer, *self.fields, edit.more, frame.tabs]
         frame.at_once(self.here.click, self._begin_edit, [frame.name], begun)
 
-    def share_prompt(self, editing: gr.Tab, tracing: gr.Tab) -> None:
-        """The prompt and its subject go along when a person goes from one of the two screens to the other."""
-        theirs = [self._edit.prompt, self._edit.subject]
-        tracing.select(None, theirs, self.fields, js=_COPY)
-        editing.select(None, self.fields, theirs, js=_COPY)
+    def take_prompt(self, tracing: gr.Tab) -> None:
+        """The prompt and its subject come along when this screen is opened; what is written here goes to the first
+        screen at once, so that it is there from wherever that one is opened."""
+        tracing.select(None, [self._edit.prompt, self._edit.subject], self.fields, js=_COPY)
 
     # --- what happens ---------------------------------------------------------------------------------------
 
