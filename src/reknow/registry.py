@@ -84,6 +84,52 @@ METHODS: dict[str, Row] = {
     "wise-retrieve": Row("wise:WISE", {"retrieve": True}, "Wang et al. 2024, arXiv 2405.14768"),
 }
 
+FAMILIES: dict[str, dict[str, str]] = {
+    "locate, then edit": {
+        "rome": "Writes one fact into one matrix, at the subject.",
+        "r-rome": "ROME with one key in both places; steadier in sequences.",
+        "memit": "Writes many facts at once over a band of layers.",
+        "memit-merge": "MEMIT for several facts about one subject.",
+        "emmet": "Writes many facts into one layer, each met exactly.",
+        "pmet": "MEMIT, with the attention's share searched for apart.",
+        "alphaedit": "Writes many facts in the null space of general text.",
+        "alphaedit-blue": "AlphaEdit in its first and last layer alone.",
+        "kn": "Finds a fact's neurons and rewrites what they put out.",
+        "kn-erase": "Finds a fact's neurons and switches them off.",
+    },
+    "fine-tuning": {
+        "ft-l": "Trains one matrix, kept near its old values.",
+        "ft-m": "Trains one matrix on the answer: a quick baseline.",
+        "ft-t": "Trains one matrix on prompt and answer together.",
+        "locft-bf": "Trains one matrix on all edits, a hundred at a time.",
+        "ice": "Trains to say what is said with the fact in front.",
+        "lora": "Trains low-rank adapters on the edits.",
+        "adalora": "Low-rank adapters, ranks put where they matter.",
+        "qlora": "Low-rank adapters on a base quantised to 4 bits.",
+    },
+    "memory": {
+        "grace": "Remembers the answer for prompts like the edit's.",
+        "defer": "A trained gate lets a second, trained map answer.",
+        "melo": "Looks up a small adapter for each group of prompts.",
+        "wise": "Trains a copy of one matrix and routes prompts to it.",
+        "wise-retrieve": "WISE with a copy for each block of edits.",
+        "calinet": "Adds trained slots beside one MLP.",
+        "serac": "A classifier hands an edit's questions to a small model.",
+        "ike": "Puts the fact and demonstrations before a question.",
+        "ike-easyedit": "IKE with the demonstrations that EasyEdit takes.",
+        "ike-zero": "Puts the fact alone before a question.",
+    },
+    "learn to edit": {
+        "mend": "A network turns an edit's gradient into a change.",
+        "ke": "A network reads the edit and changes its gradient.",
+        "malmen": "A network and least squares, many edits at once.",
+        "instructedit": "MEND for several tasks, told apart by instructions.",
+        "ultraedit": "Solves for the change from one backward pass.",
+    },
+}
+"""Families, their methods, and what each does in a sentence. A method that is in none is
+listed by the first line of its docstring."""
+
 NEED_A_SUBJECT = ("alphaedit", "alphaedit-blue", "emmet", "memit", "memit-merge", "pmet", "r-rome", "rome")
 """Those that edit at the subject's last token."""
 

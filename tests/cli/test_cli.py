@@ -23,6 +23,7 @@ from reknow.cli.places import run_folder
 from reknow.cli.settings import build_method, field_docs, read_value
 from reknow.cli.training import _for_model, choose_method
 from reknow.editing.layer_choice import LayerScore, write_scores
+from reknow.registry import FAMILIES
 
 PROMPT = "The mother tongue of {Danielle Darrieux} is"
 QUICK = ["--set", "steps=3", "--set", "covariance_tokens=0", "--set", "context_groups=[]", "--layer", "1"]
@@ -324,6 +325,22 @@ def test_every_setting_of_every_method_is_explained():
         for field, doc in field_docs(entry.method).items():
             fragment = re.match(r"(Of|That|The same|Such|Those|It|In that)\b", doc)
             assert doc.endswith((".", ".)")) and not fragment, f"{name}.{field}: {doc}"
+
+
+def test_methods_are_listed_by_family_with_what_they_need():
+    listed = done("methods").splitlines()
+    rows = {line.split()[0]: line.split()[-3:] for line in listed if line.split()[:1] and line.split()[0] in METHODS}
+    assert [name for methods in FAMILIES.values() for name in methods] == list(rows)
+    assert set(rows) == set(METHODS)
+    assert rows["rome"] == ["yes", "–", "yes"] and rows["grace"] == ["–", "–", "no"]
+    assert rows["serac"] == ["–", "yes", "no"] and rows["mend"] == ["–", "yes", "yes"]
+
+
+def test_every_command_stands_in_a_group():
+    shown = done("--help")
+    assert re.findall(r"^╭─ (.*?) ─", shown, re.MULTILINE) == [
+        "Options", "Edit", "Keep and take back", "Prove", "Deploy", "Research"
+    ]  # fmt: skip
 
 
 def test_published_settings_are_shown_and_taken(model, empty_folder):

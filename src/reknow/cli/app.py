@@ -139,41 +139,35 @@ def _options(
     warnings.showwarning = lambda message, *_: warn(message)
 
 
-for command in (
-    demo,
-    editing.edit,
-    erasing.erase,
-    asking.ask,
-    chatting.chat,
-    serving.serve,
-    paging.ui,
-    history.apply,
-    history.revert,
-    history.log,
-    checking.verify,
-    checking.check,
-    stacks.merge,
-    exporting.export,
-    showing.show,
-    stacks.diff,
-    inspecting.inspect,
-    sharing.push,
-    sharing.pull,
-    tracing.trace,
-    layers.layers,
-    training.train,
-    statistics.stats,
-    statistics.cache,
-    instructing.instruct,
-    studying.study,
-    measuring.bench,
-    measuring.score,
-    judging.judge,
-    reporting.report,
-    listing.methods,
-):
-    app.command(cls=_Command)(flatten(command))
-app.add_typer(data.commands(_Command))
+_COMMANDS = {
+    "Edit": (demo, editing.edit, erasing.erase, asking.ask, chatting.chat, paging.ui, listing.methods),
+    "Keep and take back": (history.apply, history.revert, history.log, stacks.merge, showing.show, stacks.diff),
+    "Prove": (
+        checking.verify,
+        checking.check,
+        measuring.bench,
+        measuring.score,
+        judging.judge,
+        reporting.report,
+        inspecting.inspect,
+    ),
+    "Deploy": (exporting.export, serving.serve, sharing.push, sharing.pull),
+    "Research": (
+        tracing.trace,
+        layers.layers,
+        training.train,
+        statistics.stats,
+        statistics.cache,
+        instructing.instruct,
+        studying.study,
+    ),
+}
+"""The commands as `--help` shows them, in groups."""
+
+for panel, commands in _COMMANDS.items():
+    for command in commands:
+        app.command(cls=_Command, rich_help_panel=panel)(flatten(command))
+app.add_typer(data.commands(_Command), rich_help_panel="Prove")
 
 
 def main() -> None:

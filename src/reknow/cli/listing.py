@@ -16,19 +16,17 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method, to see its settings.")] = None,
     cite: Annotated[bool, typer.Option("--cite", help="Print the paper for a bibliography (BibTeX).")] = False,
 ) -> None:
-    """List the methods, or explain one and its settings."""
+    """List the methods with what they need, or explain one and its settings."""
     from reknow.checks.bounds import describe_type, field_types
     from reknow.cli.settings import build_method, field_docs
-    from reknow.methods import METHODS
+    from reknow.registry import METHODS
 
     if cite:
         return _say_papers([name] if name else list(METHODS))
-    if name is not None and name not in METHODS:
-        return _say_published(name)
     if name is None:
-        rows = [[key, entry.paper, ", ".join(_fields(entry.method))] for key, entry in METHODS.items()]
-        say_table(["method", "paper", "settings"], rows)
-        return say("", "reknow methods NAME explains the settings of one, NAME-paper those that papers set")
+        return _say_all()
+    if name not in METHODS:
+        return _say_published(name)
     method = build_method(name)
     docs, known = field_docs(type(method)), field_types(type(method))
     say(f"{name}: {METHODS[name].paper}", (type(method).__doc__ or "").split("\n")[0], "")
@@ -44,6 +42,37 @@ def _say_papers(names: list[str]) -> None:
     from reknow.cli.citing import cite
 
     say("\n\n".join(dict.fromkeys(cite(name) for name in names)))
+
+
+def _say_all() -> None:
+    """A line for each method, family by family."""
+    from reknow.learning.learned import Learned
+    from reknow.registry import FAMILIES, METHODS, NEED_A_SUBJECT
+
+    family = {method: name for name, methods in FAMILIES.items() for method in methods}
+    sentence = {method: text for methods in FAMILIES.values() for method, text in methods.items()}
+    rows = [
+        [
+            name,
+            family.get(name, "other"),
+            sentence.get(name) or (row.method.__doc__ or "").split("\n")[0],
+            "yes" if name in NEED_A_SUBJECT else "–",
+            "yes" if issubclass(row.method, Learned) else "–",
+            "yes" if row.method.kind == "weights" else "no",
+        ]
+        for name, row in sorted(METHODS.items(), key=lambda item: _place(item[0], list(sentence)))
+    ]
+    say_table(["method", "family", "what it does", "subject", "training", "export"], rows)
+    say(
+        "",
+        "subject: needs one, in braces. training: needs an editor, trained once for a model.",
+        "export: goes into other programs' files; what does not is asked by ask, chat and serve.",
+        "reknow methods NAME explains the settings of one, NAME-paper those that papers set",
+    )
+
+
+def _place(name: str, known: list[str]) -> int:
+    return known.index(name) if name in known else len(known)
 
 
 def _say_published(name: str) -> None:

@@ -118,8 +118,8 @@ class ValueSearchMethod(Method):
                 others = [name for name in METHODS if name not in NEED_A_SUBJECT]
                 raise EditRefused(
                     f"{self.name} edits at the subject's last token and needs a subject; {edit.prompt!r} has none: "
-                    "put it into braces, as in 'The capital of {France} is' (in Python: Edit.parse), or take a "
-                    f"method that needs none: {', '.join(others)}",
+                    "mark it with braces, as in 'The capital of {France} is', which Edit.parse reads in Python, or "
+                    f"take a method that needs none: {', '.join(others)}",
                     edit,
                 )
         if not self.rules.merge_subjects:

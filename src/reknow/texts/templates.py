@@ -66,7 +66,8 @@ def make_template(prompt: str, subject: str) -> tuple[str, str]:
     if len(mark) != 1:
         what = f"contains it {len(mark)} times" if mark else f"does not contain it{explain_difference(text, subject)}"
         raise InputError(
-            f"expected the subject {subject!r} in the prompt; {prompt!r} {what}: write {{}} where it stands"
+            f"expected the subject {subject!r} once in the prompt; {prompt!r} {what}: spell it alike, and put the "
+            "one to edit at into braces, as in 'The capital of {France} is'"
         )
     ((start, end),) = mark
     head, tail = text[:start], text[end:]
@@ -101,5 +102,5 @@ def _refuse_code(text: str, mark: re.Match) -> None:
     if quoted or _CODE_BEFORE.search(before) or _CODE_AFTER.match(after) or _CODE_INSIDE.match(mark[1]):
         raise InputError(
             f"expected a subject in braces, apart from other signs; {mark[0]!r} in {text!r} may be part of the "
-            f"text: {_ESCAPE}, or {{}} where the subject stands and give it by itself"
+            f"text: {_ESCAPE}, or give the subject by itself, and {{}} where it stands"
         )
