@@ -1,4 +1,4 @@
-"""The methods that CONTRIBUTING.md shows are a file and a row each, and keep the whole contract."""
+"""The methods that the page on adding one shows are a file and a row each, and keep the whole contract."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from reknow.__main__ import main
 from reknow.registry import Row
 
 ROOT = Path(__file__).parent.parent
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.DOTALL)
+SNIPPETS = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "howto" / "add_a_method.md").read_text(encoding="utf-8"), re.DOTALL
+)
 ROWS = eval("{" + "".join(text for text in SNIPPETS if text.startswith(" ")) + "}", {"Row": Row})
 HOMES = [f"{row.home.partition(':')[0]}.py" for row in ROWS.values()]
 FILES = dict(zip(HOMES, (text for text in SNIPPETS if text.startswith('"""')), strict=True))
