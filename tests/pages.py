@@ -1,6 +1,6 @@
 """What a reader copies from a page, run from top to bottom in a folder of its own.
 
-A block with a title is a file. Lines of `console` that begin with `$` are run, and what stands below each must be said,
+A block with a title is a file. Lines of `console` that begin with `$` are run, and what is below each must be said,
 line by line, up to blanks. `python` runs with the names of the blocks above. Blocks of other languages are not run.
 """
 
