@@ -10,7 +10,8 @@ from pages import ROOT, blocks, run_page
 from reknow import LM
 from reknow.model.sources import find_source
 
-PAGES = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "howto").glob("*.md"))
+PAGES = ["docs/which_method.md"]
+PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "howto").glob("*.md"))
 SHOWN = {"docs/howto/add_a_method.md"}
 """Pages whose code is run by a test of its own: `tests/test_contributing.py`."""
 SAYS = {
