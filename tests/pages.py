@@ -60,15 +60,16 @@ def run_page(page: str, folder: Path) -> list[str]:
                         stacks = words[2:place] + words[place + 2 :]
                         address = servers.enter_context(serving(*stacks, folder=folder)).address[len("http://") :]
                     else:
-                        check_said(command, below, said_by(command, words))
+                        check_said(command, below, said_by(command))
             elif language == "python":
                 scope["print"] = lambda *values: printed.append(" ".join(map(str, values)))
                 exec(compile(text, page, "exec"), scope)
     return printed
 
 
-def said_by(command: str, words: list[str]) -> str:
+def said_by(command: str) -> str:
     """Standard output of a command, `reknow` by this process, others by a shell; they must end with status 0."""
+    words = shlex.split(command)
     if words[0] == "reknow":
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, f"{command}\n{result.output}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pages import ROOT, blocks, run_page
+from pages import ROOT, blocks, check_said, commands, run_page, said_by
 from reknow import LM
 from reknow.model.sources import find_source
 
@@ -46,6 +46,15 @@ def test_a_page_runs_as_it_stands(page, folder):
     assert len(printed) == len(wanted)
     for line, words in zip(printed, wanted, strict=True):
         assert " ".join(words.split()) in " ".join(line.split()), line
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_command_of_the_readme_says_what_stands_there(folder, smollm2):
+    for block in blocks("README.md"):
+        if block.language == "console":
+            for command, below in commands(block):
+                check_said(command, below, said_by(command(command)))
 
 
 def test_pages_have_something_to_run():

@@ -1,4 +1,4 @@
-"""The table of all methods on the page that helps to choose: its numbers are those of the results, its needs the code's."""
+"""The table of all methods on the page that helps to choose: its numbers are the results', its needs the code's."""
 
 from __future__ import annotations
 
