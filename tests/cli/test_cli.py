@@ -184,7 +184,7 @@ def assert_refused(result, *words: str) -> None:
 
 
 BAD = {
-    "subject not in the prompt": (["edit", "The capital is", "Rome", "--subject", "Peru"], ["'Peru'", "{}"]),
+    "subject not in the prompt": (["edit", "The capital is", "Rome", "--subject", "Peru"], ["'Peru'", "braces"]),
     "empty target": (["edit", PROMPT, " "], ["target_new"]),
     "no edit": (["edit"], ["--file"]),
     "no subject for a method that needs one": (

@@ -253,9 +253,9 @@ def test_commands_that_compute_write_to_an_output_without_unicode(program, model
     out, _ = program("edit", prompt, "Lima", *QUICK, "--model", model, "--out", "a.patch")
     assert "Zo\\xeb lives in Peru, which is \\u2026" in out and "wrote a.patch" in out
     assert "Zo\\xeb" in program("show", "a.patch")[0]
-    assert "\\u2265" in program("methods", "rome")[0] and "arXiv" in program("methods")[0]
+    assert "\\u2265" in program("methods", "rome")[0] and "\\u2013" in program("methods")[0]
     out, _ = program("trace", prompt, "--model", model, "--samples", "2")
-    assert "Zo\\xeb" in out and (empty_folder / "trace" / "trace.svg").exists()
+    assert "\\u201cPeru\\u201d" in out and (empty_folder / "trace" / "trace.svg").exists()
     (empty_folder / "own.json").write_text(json.dumps([{"prompt": prompt, "target_new": "Lima"}]))
     bench = ["--data", "own.json", "--methods", "fine=ft-m", "--set", "steps=2", "--set", "layer=1", "--model", model]
     out, _ = program("bench", *bench, "--out", "run", "--no-generate")
