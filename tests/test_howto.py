@@ -54,7 +54,7 @@ def test_the_command_of_the_readme_says_what_stands_there(folder, smollm2):
     for block in blocks("README.md"):
         if block.language == "console":
             for command, below in commands(block):
-                check_said(command, below, said_by(command(command)))
+                check_said(command, below, said_by(command))
 
 
 def test_pages_have_something_to_run():
