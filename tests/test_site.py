@@ -12,7 +12,7 @@ from shutil import copytree
 import pytest
 
 from llms import FILES, list_pages, site_settings, write_list
-from reknow.registry import METHODS, NEED_A_SUBJECT
+from reknow.registry import FAMILIES, METHODS, NEED_A_SUBJECT
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -70,8 +70,10 @@ def test_the_table_of_methods_has_every_row_and_what_it_needs():
         r"^\| \[`([\w-]+)`\]\((\w+\.md)\) \| ([^|]+) \| (\w+) \| (\w+) \| (\w+) \|$", page, re.MULTILINE
     )
     assert sorted(name for name, *_ in rows) == sorted(METHODS)
-    for name, file, _, subject, training, export in rows:
+    said = {name: text for methods in FAMILIES.values() for name, text in methods.items()}
+    for name, file, sentence, subject, training, export in rows:
         kind = METHODS[name].method
+        assert sentence == said[name]
         assert f"`{name}`" in (DOCS / "methods" / file).read_text(encoding="utf-8")
         assert (subject == "yes") == (name in NEED_A_SUBJECT), name
         assert (export == "yes") == (kind.kind == "weights"), name
