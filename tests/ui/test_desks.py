@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from conftest import make_lm
@@ -101,6 +103,19 @@ def test_a_desk_has_a_stack_for_each_model(tmp_path, desk, patches):
     assert desk.kept() == [] and desk.model == "demo:llama"
     desks.take(desk, "demo:gpt2")
     assert len(desk.kept()) == len(patches)
+
+
+def test_a_name_finds_the_model_that_it_changed_last_when_the_page_begins_anew(tmp_path, desk, patches):
+    folder = desk.folder.parent / "demo-llama"
+    assert Desks(tmp_path, "demo:llama").open(desk.name).model == "demo:gpt2"
+    save_stack(folder, "demo:llama", [], action="apply")
+    os.utime(folder / "stack.json", (2e9, 2e9))
+    assert Desks(tmp_path, "demo:gpt2").open(desk.name).folder == folder
+    (folder / "stack.json").write_text("{")
+    os.utime(folder / "stack.json", (2e9, 2e9))
+    begun = Desks(tmp_path, "demo:llama").open(desk.name)
+    assert begun.model == "demo:gpt2" and len(begun.kept()) == len(patches), "a broken one is passed over"
+    assert Desks(tmp_path, "demo:llama").open("some-other-name").model == "demo:llama"
 
 
 def test_a_stack_that_is_there_is_a_desk_and_keeps_its_model(tmp_path, desk, patches):

@@ -30,6 +30,8 @@ def test_an_edit_is_tried_kept_and_there_after_a_reload(open_tab, page_folder):
     base, patches = read_existing(folder)
     assert (base, [patch.method for patch in patches]) == ("demo:gpt2", ["rome"])
     assert [line.entry.why for line in read_history(folder)] == ["told so by her"]
+    try_edit(tab, target="Spanish")
+    assert tab.input_value("#why input, #why textarea") == "", "the next patch has a reason of its own"
     tab.reload()
     tab.get_by_text("1 patch on").wait_for()
 

@@ -10,12 +10,13 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from reknow.edits import Case
-from reknow.errors import InputError, PatchError
+from reknow.errors import InputError, PatchError, ReknowError
 from reknow.evaluation.tried import Tried
 from reknow.files.locks import PATIENCE, write_lock
 from reknow.files.outputs import STACK_FILE
@@ -233,11 +234,23 @@ class Desks:
 
     def _new(self, name: str) -> Desk:
         base, beneath = read_stack(self._model)
+        if (last := self._last_model(name)) not in (None, base_name(str(base))):
+            return Desk(name, last, self._place(name, last))
         desk = Desk(name, base_name(str(base)), self._place(name, base_name(str(base))))
         if beneath and not (desk.folder / STACK_FILE).exists():
             desk.folder.parent.mkdir(parents=True, exist_ok=True)
             save_stack(desk.folder, desk.model, beneath, action="apply", why=f"as {self._model} has it")
         return desk
+
+    def _last_model(self, name: str) -> str | None:
+        """The model on which the desk's stack was changed last, when the page ran before; None: there is no stack."""
+        files = [file for file in (self._folder / name).glob(f"*/{STACK_FILE}") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+            with suppress(ReknowError):  # one that is broken is told of where its model is taken
+                base = base_name(read_existing(file.parent)[0])
+                if self._place(name, base) == file.parent:  # not an export that lies beside the stacks
+                    return base
+        return None
 
     def take(self, desk: Desk, model: str) -> None:
         """Another base model for the desk: it has a stack for each.

@@ -47,7 +47,7 @@ class EditScreen:
                 with gr.Row(visible=False, elem_id="keeping") as self.keeping:
                     self.why = gr.Textbox("", label="Why (for the history)", max_lines=1, scale=4, elem_id="why")
                     self.keep = gr.Button("Keep this patch", variant="primary", scale=1, elem_id="keep")
-        self.outputs = [self.result, self.keeping]
+        self.outputs = [self.result, self.keeping, self.why]
         self.fields = [self.prompt, self.subject, self.target, self.true, self.suggested, self.other, self.layer]
         self._connect()
 
@@ -147,16 +147,17 @@ class EditScreen:
         with self._frame.models.using(desk.model) as lm:
             desk.change(lm, "apply", lambda stack: with_patch(stack, tried.patch, lm.fingerprint), why.strip())
         desk.tried = None
-        desk.shown["kept"] = tried
+        desk.shown |= {"kept": tried, "kept with why": True}
 
     # --- what is shown --------------------------------------------------------------------------------------
 
     def show(self, desk: Desk) -> list[Any]:
         tried = desk.tried or desk.shown.get("kept")
+        why = "" if desk.shown.pop("kept with why", False) else gr.skip()  # what comes next has a reason of its own
         if tried is None:
-            return [draw("nothing", _EMPTY), gr.update(visible=False)]
+            return [draw("nothing", _EMPTY), gr.update(visible=False), why]
         drawn = draw("tried", tried.patch.edits[0], tried.before, [tried])
-        return [drawn, gr.update(visible=desk.tried is not None)]
+        return [drawn, gr.update(visible=desk.tried is not None), why]
 
     def fill(self, desk: Desk) -> list[Any]:
         wish = desk.wish
