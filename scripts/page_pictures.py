@@ -1,0 +1,166 @@
+"""Takes the pictures of the tour of the page, docs/figures/page_*.png, from a real page in a real browser.
+
+    python scripts/page_pictures.py                    all of them
+    python scripts/page_pictures.py edit_light ask     some; --out FOLDER: elsewhere
+
+Everything in them is made anew: the edits, the answers, a trace, and two runs of six facts to compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from playwright.sync_api import Browser, sync_playwright
+
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
+PATIENCE = 300_000
+"""Milliseconds."""
+REQUEST = {
+    "prompt": "The mother tongue of Danielle Darrieux is",
+    "subject": "Danielle Darrieux",
+    "target": "English",
+}
+RUNS = {"rome": ["--methods", "rome,ft-m"], "memories": ["--methods", "grace,ike"]}
+WIDE, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
+
+
+def write(tab: Any, **texts: str) -> None:
+    for name, text in texts.items():
+        tab.fill(f"#{name} textarea, #{name} input", text)
+
+
+def idle(tab: Any) -> None:
+    tab.locator("#cancel").wait_for(state="hidden")
+
+
+def go_to(tab: Any, screen: str) -> None:
+    tab.get_by_role("tab", name=screen, exact=True).click()
+
+
+def try_edit(tab: Any, method: str = "rome", **texts: str) -> None:
+    go_to(tab, "Edit")
+    write(tab, **{**REQUEST, **texts})
+    tab.locator(f"#suggested input[value='{method}']").check()
+    tab.click("#go")
+    tab.locator("#status .work").wait_for()
+    idle(tab)
+    tab.locator("#tried .sides").wait_for()
+
+
+def keep(tab: Any, why: str) -> None:
+    write(tab, why=why)
+    tab.click("#keep")
+    tab.locator("#status .note").wait_for()
+    idle(tab)
+
+
+def edit(tab: Any) -> None:
+    try_edit(tab)
+
+
+def stack(tab: Any) -> None:
+    try_edit(tab)
+    keep(tab, "told so by her")
+    facts = {"prompt": "The official religion of Edwin of Northumbria is", "subject": "Edwin of Northumbria"}
+    try_edit(tab, "grace", **facts, target="Islam")
+    keep(tab, "an example")
+    go_to(tab, "Stack")
+    tab.locator("#patches").get_by_text("told so by her").first.wait_for()
+
+
+def ask(tab: Any) -> None:
+    try_edit(tab)
+    keep(tab, "told so by her")
+    go_to(tab, "Ask")
+    for question in ("The mother tongue of Danielle Darrieux is", "The mother tongue of Jean Galland is"):
+        write(tab, question=question)
+        tab.click("#ask")
+        tab.locator("#asked").get_by_text(question).first.wait_for()
+        idle(tab)
+
+
+def where(tab: Any) -> None:
+    go_to(tab, "Where")
+    write(tab, **{"where-prompt": REQUEST["prompt"], "where-subject": REQUEST["subject"]})
+    tab.click("#trace")
+    tab.locator("#map svg").first.wait_for()
+    idle(tab)
+    tab.locator("#map [data-kind=hidden][data-layer='2']").last.click()
+    tab.locator("#edit-here").wait_for()
+
+
+def compare(tab: Any) -> None:
+    go_to(tab, "Compare")
+    for box in tab.locator("#runs input").all():
+        box.check()
+    tab.click("#show-runs")
+    tab.locator("#compared iframe").wait_for()
+    idle(tab)
+    tab.frame_locator("#compared iframe").get_by_text("best").first.wait_for()
+
+
+PICTURES: dict[str, tuple[Callable[[Any], None], dict[str, int], str]] = {
+    "edit_light": (edit, WIDE, "light"),
+    "edit_dark": (edit, WIDE, "dark"),
+    "edit_phone": (edit, PHONE, "light"),
+    "stack": (stack, WIDE, "light"),
+    "ask": (ask, WIDE, "light"),
+    "where": (where, WIDE, "light"),
+    "where_phone": (where, PHONE, "dark"),
+    "compare": (compare, WIDE, "light"),
+}
+
+
+def take(browser: Browser, address: str, name: str, out: Path) -> None:
+    make, size, scheme = PICTURES[name]
+    tab = browser.new_context(viewport=size, color_scheme=scheme).new_page()  # type: ignore[arg-type]
+    tab.set_default_timeout(PATIENCE)
+    tab.goto(address)
+    tab.locator("#stack-line .note").wait_for()
+    make(tab)
+    tab.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
+    tab.screenshot(path=out / f"page_{name}.png", full_page=True)
+    tab.context.close()
+    print(out / f"page_{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[*PICTURES, []], default=list(PICTURES))
+    parser.add_argument("--out", type=Path, default=FIGURES)
+    parser.add_argument("--chromium", help="the program of the browser; else Playwright's own")
+    options = parser.parse_args()
+    program = [sys.executable, "-m", "reknow"]
+    with tempfile.TemporaryDirectory() as folder:
+        if "compare" in options.names:
+            for name, methods in RUNS.items():
+                words = ["bench", "--data", "counterfact", "--limit", "6", "--no-fluency", "--out", f"runs/{name}"]
+                subprocess.run([*program, *words, *methods], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        page = subprocess.Popen(
+            [*program, "ui", "--port", "0"], cwd=folder, stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"REKNOW_BY": "you", "REKNOW_PROGRESS": "0"},
+        )  # fmt: skip
+        try:
+            assert page.stdout is not None
+            found = re.search(r"http://\S+?:\d+", page.stdout.readline())
+            assert found, "the page says its address first"
+            with sync_playwright() as playwright:
+                browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
+                for name in options.names:
+                    take(browser, found[0], name, options.out)
+                browser.close()
+        finally:
+            page.terminate()
+            page.wait()
+
+
+if __name__ == "__main__":
+    main()
