@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -115,7 +116,7 @@ PICTURES: dict[str, tuple[Callable[[Any], None], dict[str, int], str]] = {
     "ask": (ask, WIDE, "light"),
     "where": (where, WIDE, "light"),
     "where_phone": (where, PHONE, "dark"),
-    "compare": (compare, WIDE, "light"),
+    "compare": (compare, {"width": 1400, "height": 1480}, "light"),
 }
 
 
@@ -127,39 +128,48 @@ def take(browser: Browser, address: str, name: str, out: Path) -> None:
     tab.locator("#stack-line .note").wait_for()
     make(tab)
     tab.evaluate("document.activeElement?.blur(); window.scrollTo(0, 0)")
-    tab.screenshot(path=out / f"page_{name}.png", full_page=True)
+    tab.screenshot(path=out / f"page_{name}.png", full_page=name != "compare")
     tab.context.close()
     print(out / f"page_{name}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[*PICTURES, []], default=list(PICTURES))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
     parser.add_argument("--out", type=Path, default=FIGURES)
     parser.add_argument("--chromium", help="the program of the browser; else Playwright's own")
     options = parser.parse_args()
+    names = options.names or list(PICTURES)
+    if unknown := set(names) - set(PICTURES):
+        parser.error(f"expected names among {', '.join(PICTURES)}; got {', '.join(unknown)}")
+    env = os.environ | {"REKNOW_BY": "you", "REKNOW_PROGRESS": "0"}
     program = [sys.executable, "-m", "reknow"]
-    with tempfile.TemporaryDirectory() as folder:
-        if "compare" in options.names:
+    folder = Path(tempfile.gettempdir(), "facts")  # a name that may be read in a picture
+    folder.mkdir()
+    try:
+        if "compare" in names:
             for name, methods in RUNS.items():
                 words = ["bench", "--data", "counterfact", "--limit", "6", "--no-fluency", "--out", f"runs/{name}"]
-                subprocess.run([*program, *words, *methods], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(
+                    [*program, *words, *methods], cwd=folder, env=env, check=True, stdout=subprocess.DEVNULL
+                )
         page = subprocess.Popen(
-            [*program, "ui", "--port", "0"], cwd=folder, stdout=subprocess.PIPE, text=True,
-            env=os.environ | {"REKNOW_BY": "you", "REKNOW_PROGRESS": "0"},
-        )  # fmt: skip
+            [*program, "ui", "--port", "0"], cwd=folder, env=env, stdout=subprocess.PIPE, text=True
+        )
         try:
             assert page.stdout is not None
             found = re.search(r"http://\S+?:\d+", page.stdout.readline())
             assert found, "the page says its address first"
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=options.chromium, args=["--no-sandbox"])
-                for name in options.names:
+                for name in names:
                     take(browser, found[0], name, options.out)
                 browser.close()
         finally:
             page.terminate()
             page.wait()
+    finally:
+        shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
