@@ -22,7 +22,7 @@ from typing import Any
 from playwright.sync_api import Browser, sync_playwright
 
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
-PATIENCE = 300_000
+PATIENCE = 120_000
 """Milliseconds."""
 REQUEST = {
     "prompt": "The mother tongue of Danielle Darrieux is",

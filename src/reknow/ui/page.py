@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import gradio as gr
@@ -39,6 +40,8 @@ _REMEMBER = """
 """
 
 
+_HOLD = 60.0
+"""Seconds between two signs that a tab's stream is held open."""
 _QUEUE = 64
 """Events that may wait before further ones are refused."""
 _FILES_KEPT = 600, 3600
@@ -98,6 +101,15 @@ def _connect(page: gr.Blocks, frame: Frame) -> None:
         concurrency_limit=None,
     )
     frame.name.change(None, [frame.name], None, js=_REMEMBER)
+
+    async def hold() -> AsyncIterator[None]:
+        """Goes on as long as the tab is open. Gradio's server ends a tab's stream with its last event, and what the
+        tab sends before it hears of that is never answered: so there is one event that stays."""
+        while True:
+            await asyncio.sleep(_HOLD)
+            yield
+
+    page.load(hold, None, None, show_progress="hidden", concurrency_limit=None)
 
 
 def look() -> dict[str, Any]:
