@@ -115,7 +115,6 @@ PICTURES: dict[str, tuple[Callable[[Any], None], dict[str, int], str]] = {
     "stack": (stack, WIDE, "light"),
     "ask": (ask, WIDE, "light"),
     "where": (where, WIDE, "light"),
-    "where_phone": (where, PHONE, "dark"),
     "compare": (compare, {"width": 1400, "height": 1480}, "light"),
 }
 
