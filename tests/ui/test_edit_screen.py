@@ -39,10 +39,23 @@ def test_an_edit_is_tried_kept_and_there_after_a_reload(open_tab, page_folder):
 def test_the_subject_is_what_is_selected_in_the_request(open_tab):
     tab = open_tab()
     write(tab, prompt="Paris is the capital of the country of")
-    tab.locator("#prompt textarea").evaluate(
-        "e => { e.focus(); e.setSelectionRange(0, 5); e.dispatchEvent(new Event('select')); }"
-    )
+    tab.focus("#prompt textarea")
+    tab.keyboard.press("Home")
+    for _ in "Paris":
+        tab.keyboard.press("Shift+ArrowRight")
     tab.wait_for_function("document.querySelector('#subject input, #subject textarea').value === 'Paris'")
+    tab.keyboard.press("Shift+End")  # all of it is no subject
+    tab.dblclick("#prompt textarea", position={"x": 20, "y": 18})
+    assert tab.input_value("#subject input, #subject textarea") == "Paris"
+
+
+def test_a_model_that_does_not_open_does_not_stay_in_its_field(open_tab):
+    tab = open_tab()
+    tab.fill("#model input", "no/such-model")
+    tab.press("#model input", "Enter")
+    tab.locator("#status .warn").wait_for()
+    wait_until_idle(tab)
+    tab.wait_for_function("document.querySelector('#model input').value === 'demo:gpt2'")
 
 
 def test_a_fact_of_a_bundled_set_is_asked_in_other_words_too(open_tab):

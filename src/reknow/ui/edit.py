@@ -84,7 +84,7 @@ class EditScreen:
         frame = self._frame
         frame.at_once(self.set.change, self._list_facts, [self.set], [self.fact])
         frame.at_once(self.fact.input, self._take_fact, [frame.name, self.set, self.fact], self.fields)
-        frame.at_once(self.prompt.select, self.mark, [self.prompt], [self.subject])
+        frame.mark_subject(self.prompt, self.subject)
         self.offered = gr.State(True)  # whether methods are offered that need a subject
         for event in (self.subject.change, self.target.focus):
             frame.at_once(
@@ -116,11 +116,6 @@ class EditScreen:
             true=edit.target_true or "", case=case,
         )  # fmt: skip
         return self.fill(desk)
-
-    def mark(self, prompt: str, event: gr.SelectData) -> Any:
-        """The selected part of the prompt as the subject; nothing, or all of it, marks none."""
-        chosen = str(event.value or "").strip()
-        return chosen if chosen and chosen != prompt.strip() and chosen in prompt else gr.skip()
 
     def _offer(self, prompt: str, subject: str, offered: bool, suggested: str | None) -> list[Any]:
         """Other methods, where there is a subject now and was none, or none any more; who took the first one that was

@@ -19,6 +19,15 @@ _LOOK = 0.15
 """Seconds between two looks at a work."""
 
 
+_MARK = """
+(subject) => {
+  const box = document.querySelector("PROMPT textarea, PROMPT input");
+  const chosen = box.value.slice(box.selectionStart, box.selectionEnd).trim();
+  return chosen && chosen !== box.value.trim() ? chosen : subject;
+}
+"""
+
+
 class Screen(Protocol):
     """A tab of the page."""
 
@@ -108,6 +117,12 @@ class Frame:
         """When the event comes, answers it with what takes no time; more may follow on what is given. Not through the
         queue: where two answers cross, gradio's client closes the stream on which the second one is to come."""
         return event(answer, inputs, outputs, queue=False, show_progress="hidden")
+
+    def mark_subject(self, prompt: gr.Textbox, subject: gr.Textbox) -> Any:
+        """What is selected in the prompt becomes the subject, but nothing and all of it; in the browser, since a
+        selection grows letter by letter under the keyboard and the server would miss some."""
+        script = _MARK.replace("PROMPT", f"#{prompt.elem_id}")
+        return prompt.select(None, [subject], [subject], js=script)
 
     def connect(self) -> None:
         """Binds the events, when all screens are there, since each may change what any of them shows."""

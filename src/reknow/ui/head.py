@@ -33,7 +33,8 @@ class Head:
                 elem_id="model",
             )
             self.stack = gr.HTML(elem_id="stack-line", apply_default_css=False)
-        self.outputs, self.fields = [self.stack], [self.model]
+        self.outputs: list[Any] = [self.stack, self.model]  # a model that did not open does not stay in its field
+        self.fields: list[Any] = []
         frame.run(self.model.input, "opening the model", self._take, [self.model])
 
     def _take(self, desk: Desk, model: str | None) -> None:
@@ -45,9 +46,9 @@ class Head:
 
     def show(self, desk: Desk) -> list[Any]:
         try:
-            return [draw("stack_line", desk.name, desk.model, desk.kept())]
+            return [draw("stack_line", desk.name, desk.model, desk.kept()), desk.model]
         except ReknowError as error:
-            return [draw("message", str(error), [], "")]
+            return [draw("message", str(error), [], ""), desk.model]
 
     def fill(self, desk: Desk) -> list[Any]:
-        return [desk.model]
+        return []

@@ -82,7 +82,7 @@ class WhereScreen:
     def _connect(self) -> None:
         frame, edit = self._frame, self._edit
         theirs = [edit.prompt, edit.subject]
-        marked = frame.at_once(self.prompt.select, edit.mark, [self.prompt], [self.subject])
+        marked = frame.mark_subject(self.prompt, self.subject)
         for written in (self.prompt.input, self.subject.input, marked.then):
             written(None, self.fields, theirs, js=_COPY)
         frame.run(self.go.click, "tracing", self._trace, self.fields)
