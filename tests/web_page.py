@@ -27,6 +27,14 @@ def page_process(page_folder) -> Iterator[Served]:
         yield served
 
 
+UNLOADED = ("AbortError: signal is aborted", "Connection errored out")
+"""What gradio says of its streams when a tab that is loaded anew, or closed, ends them."""
+
+
+def _is_error(message: Any) -> bool:
+    return message.type == "error" and not any(text in message.text for text in UNLOADED)
+
+
 @pytest.fixture
 def open_tab(page_process, chromium) -> Iterator[Callable[..., Any]]:
     """Opens a tab on the page, by its address or a part of it, and waits until it is there. At the end no tab has
@@ -40,7 +48,7 @@ def open_tab(page_process, chromium) -> Iterator[Callable[..., Any]]:
         contexts.append(context)
         tab = context.new_page()
         tab.set_default_timeout(PATIENCE)
-        tab.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+        tab.on("console", lambda message: said.append(message.text) if _is_error(message) else None)
         tab.on("pageerror", lambda error: said.append(str(error)))
         ours = (page_process.address, "data:", "blob:", "about:")
         tab.on("request", lambda request: None if request.url.startswith(ours) else asked.append(request.url))
