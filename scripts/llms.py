@@ -37,7 +37,7 @@ def _summary(page: str) -> tuple[str, str]:
     """A page's title and its first sentence, without markup."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8").removeprefix("\ufeff")
     text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
-    title, _, rest = text.partition("\n")
+    title, _, rest = text.lstrip().partition("\n")
     rest = rest.partition("## What it does\n")[2] or rest  # pages of methods begin with names and papers
     rest = re.sub(r"^```.*?^```$", "", rest, flags=re.DOTALL | re.MULTILINE)
     paragraphs = (part.strip("\n") for part in re.split(r"\n{2,}", rest))
