@@ -431,7 +431,7 @@ def test_a_subject_may_be_marked_and_given(tmp_path):
         ("prompt,subject\nx,y\n", "line 2, field 'target_new': expected this field; got 'prompt', 'subject'"),
         ("prompt,target_new\na,b\nOne, two,x\n", "line 3: expected 2 cells; got 3"),
         ("prompt,target_new\n", "expected at least one edit"),
-        ("prompt,subject,target_new\nA is,B,c\n", "line 2: expected the subject 'B' in the prompt"),
+        ("prompt,subject,target_new\nA is,B,c\n", "line 2: expected the subject 'B' once in the prompt"),
         ("prompt,target_new\nA {} is,c\n", "line 2: expected one subject in braces"),
         ("id,prompt,target_new\n1,a,b\n1,c,d\n", "expected a different id for every edit"),
         ('prompt,target_new\na,"b\nc,d\n', "line 3: expected a CSV row"),  # the rest would be one answer

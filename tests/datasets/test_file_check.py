@@ -24,7 +24,7 @@ BAD = {
     "no target": ({"prompt": "The capital of {} is", "subject": "France"}, "field 'target_new': expected this field"),
     "subject elsewhere": (
         {**FINE, "prompt": "The capital of Peru is"},
-        "expected the subject 'France' in the prompt",
+        "expected the subject 'France' once in the prompt",
     ),
     "unknown field": ({**FINE, "targte": "x"}, "unknown field 'targte'"),
     "true is no text": ({**FINE, "target_new": True}, "put it in quotes if it is the answer"),
