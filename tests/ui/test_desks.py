@@ -124,8 +124,15 @@ def test_a_stack_that_is_there_is_a_desk_and_keeps_its_model(tmp_path, desk, pat
     assert opened.name == desks.first == "demo-gpt2" and len(opened.kept()) == len(patches)
     with pytest.raises(InputError, match=r"expected demo:gpt2, on which .* is; got demo:llama"):
         desks.take(opened, "demo:llama")
-    with pytest.raises(InputError, match=r"expected a base model; .* is a stack"):
+    with pytest.raises(InputError, match=r"expected a base model; (.*) is a stack: open it with `reknow ui \1`"):
         desks.take(desks.open("another"), str(desk.folder))
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "a", "日本", "-" * 5, ("long-" * 30)])
+def test_a_stack_is_found_by_the_name_that_its_address_has(tmp_path, name):
+    folder = save_stack(tmp_path / "stacks" / name, "demo:gpt2", [])
+    desks = Desks(tmp_path / "pages", "demo:gpt2", folder)
+    assert desks.open(desks.first) is desks.open(None) and desks.open(None).folder == folder
 
 
 def test_a_desk_begins_with_what_its_model_has_where_that_is_a_stack(tmp_path, desk, patches):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import webbrowser
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from reknow.cli.failures import leave, report_stop
 from reknow.cli.listening import address, listen, names, need_server, run_server, warn_of_others
 from reknow.cli.options import DEMO, Opening, check_model, refuse_beside
 from reknow.cli.terminal import say
+from reknow.errors import InputError
 
 _OFFERED = ("demo:gpt2", "demo:llama", "demo:smollm2")
 """Models that the page has in its list."""
@@ -42,6 +42,8 @@ def ui(
     """
     if stack is not None:
         refuse_beside("a stack, which names its base,", {"--model": model})
+    if stacks.exists() and not stacks.is_dir():
+        raise InputError(f"expected --stacks as a folder; {stacks} is none: choose another name")
     with listen(host, port) as listening:
         from reknow.ui.loading import without_stubs
 
@@ -55,7 +57,7 @@ def ui(
         if stack is not None:
             read_existing(stack)
         base = str(read_stack(model or DEMO if stack is None else stack)[0])
-        models, desks = Models(partial(opening.open)), Desks(stacks, model or DEMO, stack)
+        models, desks = Models(opening.open), Desks(stacks, model or DEMO, stack)
         ahead = open_ahead(models, base)
         try:
             app = make_app(desks, models, list(dict.fromkeys([base, *_OFFERED])), names(host))

@@ -34,6 +34,8 @@ from reknow.patching.stack import (
 from reknow.ui.kept import OFF, ON, Kept, listings, read_kept
 from reknow.ui.work import PLAIN, Manner, Work
 
+_LONGEST = 60
+"""Characters that a desk's name takes of the folder that it is."""
 _NAME, _PRIVATE = re.compile(r"[a-z0-9][a-z0-9-]{3,60}"), re.compile(r"page-[0-9a-f]{32}")
 _MOST = 200
 """Desks that are kept in memory; the stacks of others are in their folders."""
@@ -203,7 +205,8 @@ class Desks:
         self.first: str | None = None
         """The name of the desk of `stack`."""
         if stack is not None:
-            self.first = re.sub(r"[^a-z0-9]+", "-", stack.resolve().name.lower()).strip("-").ljust(4, "0")
+            name = re.sub(r"[^a-z0-9]+", "-", stack.resolve().name.lower())[:_LONGEST].strip("-")
+            self.first = name.ljust(4, "0")
             base, _ = read_existing(stack)
             self._desks[self.first] = Desk(self.first, base, stack, fixed=True)
 
@@ -261,9 +264,7 @@ class Desks:
         base, beneath = read_stack(model)
         base = base_name(str(base))
         if beneath:
-            raise InputError(
-                f"expected a base model; {model} is a stack: start the page with reknow ui --stack {model}"
-            )
+            raise InputError(f"expected a base model; {model} is a stack: open it with `reknow ui {model}`")
         if base == desk.model:
             return
         if desk.fixed:
