@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TextIO
 
-__all__ = ["Display", "clock", "duration", "paused", "visible"]
+__all__ = ["Display", "clock", "duration", "first_timed", "known_share", "paused", "visible"]
 
 clock = time.monotonic
 PATIENCE, PERIOD, REFRESH = 2.0, 5.0, 0.25
@@ -53,6 +53,16 @@ class Shown(Protocol):
     def text(self, timed: Any = None) -> str: ...
 
 
+def first_timed(work: Shown) -> Any:
+    """The outermost of the works around it, and itself, that can tell how long it takes still; None: none can."""
+    return next((each for each in work.path if each.left is not None), None)
+
+
+def known_share(work: Shown) -> float | None:
+    """How much is done of the outermost of these that can tell; None: none can."""
+    return next((each.share for each in work.path if each.share is not None), None)
+
+
 class Display:
     """Shows the work that was heard of last, from `PATIENCE` seconds after it was opened until it is closed."""
 
@@ -89,7 +99,7 @@ class Display:
         now, work = clock(), self._work
         if work is None or now - self._begun < PATIENCE:
             return
-        timed = next((each for each in work.path if each.left is not None), None)
+        timed = first_timed(work)
         with _screen, suppress(OSError, ValueError):  # the stream may be full, or closed
             if self._terminal:
                 self._draw(work, timed, now)
@@ -124,7 +134,7 @@ class Display:
             line.add_column(width=_BAR)
         line.add_column(no_wrap=True)
         line.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        share = next((each.share for each in work.path if each.share is not None), None)
+        share = known_share(work)
         bar = ProgressBar(1, share or 0, width=_BAR, pulse=not share, animation_time=now)
         said = Text(visible(" ".join(work.text(timed).split())), no_wrap=True, overflow="ellipsis")
         line.add_row(*([bar] if wide else []), Text(duration(now - self._begun)), said)

@@ -96,7 +96,8 @@ class EditScreen:
         inputs = [self.prompt, self.subject, self.target, self.true, self.suggested, self.other, self.layer]
         frame.run(self.go.click, "trying the edit", self._try, inputs)
         frame.run(self.target.submit, "trying the edit", self._try, inputs)
-        frame.run(self.keep.click, "keeping the patch", self._keep, [self.why], "Kept: it is on the stack now.")
+        kept = "Kept: it is on the stack now."
+        frame.run(self.keep.click, "keeping the patch", self._keep, [self.why], kept, emptied=self.why)
 
     # --- what happens ---------------------------------------------------------------------------------------
 
@@ -142,17 +143,16 @@ class EditScreen:
         with self._frame.models.using(desk.model) as lm:
             desk.change(lm, "apply", lambda stack: with_patch(stack, tried.patch, lm.fingerprint), why.strip())
         desk.tried = None
-        desk.shown |= {"kept": tried, "kept with why": True}
+        desk.shown["kept"] = tried
 
     # --- what is shown --------------------------------------------------------------------------------------
 
     def show(self, desk: Desk) -> list[Any]:
         tried = desk.tried or desk.shown.get("kept")
-        why = "" if desk.shown.pop("kept with why", False) else gr.skip()  # what comes next has a reason of its own
         if tried is None:
-            return [draw("nothing", _EMPTY), gr.update(visible=False), why]
+            return [draw("nothing", _EMPTY), gr.update(visible=False), gr.skip()]
         drawn = draw("tried", tried.patch.edits[0], tried.before, [tried])
-        return [drawn, gr.update(visible=desk.tried is not None), why]
+        return [drawn, gr.update(visible=desk.tried is not None), gr.skip()]
 
     def fill(self, desk: Desk) -> list[Any]:
         wish = desk.wish

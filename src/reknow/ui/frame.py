@@ -88,6 +88,7 @@ class Frame:
         *,
         stopped: str = PLAIN.stopped,
         live: Screen | None = None,
+        emptied: Any = None,
         with_data: bool = False,
     ) -> None:
         """When the event comes, does `task(desk, *inputs)` in a thread, shows how far it is, and then all screens.
@@ -97,11 +98,12 @@ class Frame:
             done: what is said when it went well.
             stopped: what is said when it was cancelled.
             live: a screen that is shown meanwhile too, since the task leaves there what it has so far.
+            emptied: a field, among the outputs of its screen, that is emptied when it went well.
             with_data: whether the task is called as `task(desk, data, *inputs)`, with what the event's sender says.
         """
 
         def manner(desk: Desk) -> Manner:
-            return Manner(done if isinstance(done, str) else partial(done, desk), stopped, live)
+            return Manner(done if isinstance(done, str) else partial(done, desk), stopped, live, emptied)
 
         def start(name: str, *values: Any) -> Iterator[list[Any]]:
             yield from self._start(what, task, manner, name, *values)
@@ -147,7 +149,9 @@ class Frame:
         """Values of the outputs while the work goes on and when it has ended."""
         while not work.wait(_LOOK):
             yield self._updates(desk, draw_state(work.state), work.manner.live)
-        yield [draw_end(work), gr.update(visible=False), *self.shown(desk)]
+        emptied = work.manner.emptied if work.went_well else None
+        shown = [draw_end(work), gr.update(visible=False), *self.shown(desk)]
+        yield ["" if one is emptied else value for one, value in zip(self.outputs, shown, strict=True)]
 
     def shown(self, desk: Desk) -> list[Any]:
         """What all screens show of the desk."""

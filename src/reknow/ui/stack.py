@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +101,15 @@ class StackScreen:
         self.exported = gr.HTML(elem_id="exported", apply_default_css=False)
 
     def _connect(self) -> None:
-        frame, why = self._frame, [self.why]
-        frame.run(self.patches.select, "switching a patch", self._switch, why, with_data=True)
-        frame.run(self.patches.delete, "taking a patch out", self._take_out, why, "Taken out.", with_data=True)
-        frame.run(self.history.undo, "going back", self._go_back, why, "The stack is as it was then.", with_data=True)
-        frame.run(self.upload.upload, "checking the files", self._add, [self.upload, self.why], "On the stack now.")
-        frame.run(self.merge.click, "merging", self._merge, why, lambda desk: desk.shown["merged"])
+        frame = self._frame
+        change = partial(frame.run, inputs=[self.why], emptied=self.why)
+        change(self.patches.select, "switching a patch", self._switch, with_data=True)
+        change(self.patches.delete, "taking a patch out", self._take_out, done="Taken out.", with_data=True)
+        then = "The stack is as it was then."
+        change(self.history.undo, "going back", self._go_back, done=then, with_data=True)
+        files = [self.upload, self.why]
+        change(self.upload.upload, "checking the files", self._add, inputs=files, done="On the stack now.")
+        change(self.merge.click, "merging", self._merge, done=lambda desk: desk.shown["merged"])
         got = frame.at_once(self.patches.download, self._download, [frame.name], [self.got, frame.status])
         got.then(None, [self.got], None, js=_SAVE)
         if frame.access.machine:
@@ -118,17 +122,14 @@ class StackScreen:
     def _switch(self, desk: Desk, chosen: dict[str, Any], why: str) -> None:
         with self._frame.models.using(desk.model) as lm:
             desk.switch(lm, str(chosen["id"]), bool(chosen["on"]), why.strip())
-        desk.shown["said why"] = True
 
     def _take_out(self, desk: Desk, chosen: dict[str, Any], why: str) -> None:
         with self._frame.models.using(desk.model) as lm:
             desk.take_out(lm, str(chosen["id"]), why.strip())
-        desk.shown["said why"] = True
 
     def _go_back(self, desk: Desk, chosen: dict[str, Any], why: str) -> None:
         with self._frame.models.using(desk.model) as lm:
             desk.go_back(lm, str(chosen["id"]), why.strip())
-        desk.shown["said why"] = True
 
     def _add(self, desk: Desk, files: list[str] | None, why: str) -> None:
         """Puts the patches of files on the stack, all of them or none; nothing of the files stays besides."""
@@ -148,7 +149,6 @@ class StackScreen:
                 with suppress(OSError):
                     file.unlink()
                     file.parent.rmdir()
-        desk.shown["said why"] = True
 
     def _merge(self, desk: Desk, why: str) -> None:
         def merged(stack: tuple[Patch, ...]) -> list[Patch]:
@@ -162,7 +162,6 @@ class StackScreen:
 
         with self._frame.models.using(desk.model) as lm:
             desk.change(lm, "merge", merged, why.strip())
-        desk.shown["said why"] = True
 
     def _export(self, desk: Desk, chosen: str, base: str, truncate: bool) -> None:
         if chosen == "gguf" and not base.strip():
@@ -202,12 +201,11 @@ class StackScreen:
     # --- what is shown --------------------------------------------------------------------------------------
 
     def show(self, desk: Desk) -> list[Any]:
-        why = "" if desk.shown.pop("said why", False) else gr.skip()
         try:
             rows = [_row(kept) for kept in desk.kept()]
             history = _history(desk.folder)
         except ReknowError as error:
-            return [draw("message", str(error), [], ""), "", "", "", why]
+            return [draw("message", str(error), [], ""), "", "", "", gr.skip()]
         commands = _commands(desk, rows) if rows and self._frame.access.machine else []
         on = [row["patch"]["id"] for row in rows if row["on"]]
         exported = desk.shown.get("exported") and (desk.shown["exported"][0], desk.shown["exported"][1] != on)
@@ -216,7 +214,7 @@ class StackScreen:
             draw("exported", *exported, file="stack.html") if exported else "",
             draw("lines", _FOLDER, commands, file="stack.html") if commands else "",
             draw("history", history, file="stack.html") if history else draw("nothing", "Nothing was changed yet."),
-            why,
+            gr.skip(),
         ]
 
     def fill(self, desk: Desk) -> list[Any]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from reknow.display import clock, duration
+from reknow.display import clock, duration, first_timed, known_share
 from reknow.errors import ReknowError
 from reknow.files.unforeseen import unforeseen
 from reknow.progress import Stage, progress
@@ -38,6 +38,8 @@ class Manner(NamedTuple):
     """What is said when it was cancelled."""
     live: object = None
     """The screen that is drawn again and again meanwhile, since the task shows what there is so far."""
+    emptied: object = None
+    """The field that is empty when it went well, since what comes next has words of its own."""
 
     @property
     def told(self) -> str:
@@ -72,6 +74,11 @@ class Work:
     def running(self) -> bool:
         return not self._ended.is_set()
 
+    @property
+    def went_well(self) -> bool:
+        """Whether it has ended, and neither failed nor was cancelled."""
+        return not (self.running or self.error or self.cancelled)
+
     def cancel(self) -> None:
         """Asks it to end at the next step of its progress."""
         self._stop.set()
@@ -91,10 +98,7 @@ class Work:
         stage: Stage | None = self._stage
         if stage is None:
             return State(self._what, None, clock() - self._begun)
-        path = stage.path
-        timed = next((each for each in path if each.left is not None), None)
-        share = next((each.share for each in path if each.share is not None), None)
-        return State(stage.text(timed), share, clock() - self._begun)
+        return State(stage.text(first_timed(stage)), known_share(stage), clock() - self._begun)
 
     def _run(self) -> None:
         _here.work = self
