@@ -11,6 +11,7 @@ from markupsafe import Markup
 from reknow.edits import Edit
 from reknow.evaluation.matching import generated
 from reknow.evaluation.tried import Tried
+from reknow.report import trace_words
 from reknow.report.page import environment, read_part
 from reknow.ui.work import State, Work, told
 
@@ -53,7 +54,7 @@ def percent(share: float | None) -> str:
     """A probability for people."""
     if share is None or share != share:
         return "no number"
-    return f"{100 * share:.1f}\u00a0%" if share >= 0.001 else "below 0.1\u00a0%" if share else "0\u00a0%"
+    return trace_words.percent(share).replace(" ", "\u00a0")
 
 
 def verdict(edit: Edit, trial: Tried) -> Markup:

@@ -43,7 +43,7 @@ def build(name: str, layer: int | None):
     Raises:
         InputError: there is none of that name, or it edits at no layer.
     """
-    field = layer_field(find_row(name).method)
     if layer is None:
         return make(name, {})
+    field = layer_field(find_row(name).method)
     return make(name, {field or "layer": [layer] if field == "layers" else layer})
