@@ -21,90 +21,57 @@ from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
 
+from drive_page import REQUEST, keep, open_screen, try_edit, wait_until_idle, write
+
 FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 PATIENCE = 120_000
 """Milliseconds."""
-REQUEST = {
-    "prompt": "The mother tongue of Danielle Darrieux is",
-    "subject": "Danielle Darrieux",
-    "target": "English",
-}
 RUNS = {"rome": ["--methods", "rome,ft-m"], "memories": ["--methods", "grace,ike"]}
 WIDE, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 
 
-def write(tab: Any, **texts: str) -> None:
-    for name, text in texts.items():
-        tab.fill(f"#{name} textarea, #{name} input", text)
-
-
-def idle(tab: Any) -> None:
-    tab.locator("#cancel").wait_for(state="hidden")
-
-
-def go_to(tab: Any, screen: str) -> None:
-    tab.get_by_role("tab", name=screen, exact=True).click()
-
-
-def try_edit(tab: Any, method: str = "rome", **texts: str) -> None:
-    go_to(tab, "Edit")
-    write(tab, **{**REQUEST, **texts})
-    tab.locator(f"#suggested input[value='{method}']").check()
-    tab.click("#go")
-    tab.locator("#status .work").wait_for()
-    idle(tab)
-    tab.locator("#tried .sides").wait_for()
-
-
-def keep(tab: Any, why: str) -> None:
-    write(tab, why=why)
-    tab.click("#keep")
-    tab.locator("#status .note").wait_for()
-    idle(tab)
-
-
 def edit(tab: Any) -> None:
-    try_edit(tab)
+    try_edit(tab, "rome")
 
 
 def stack(tab: Any) -> None:
-    try_edit(tab)
+    try_edit(tab, "rome")
     keep(tab, "told so by her")
     facts = {"prompt": "The official religion of Edwin of Northumbria is", "subject": "Edwin of Northumbria"}
     try_edit(tab, "grace", **facts, target="Islam")
     keep(tab, "an example")
-    go_to(tab, "Stack")
+    open_screen(tab, "Stack")
     tab.locator("#patches").get_by_text("told so by her").first.wait_for()
 
 
 def ask(tab: Any) -> None:
-    try_edit(tab)
+    try_edit(tab, "rome")
     keep(tab, "told so by her")
-    go_to(tab, "Ask")
+    open_screen(tab, "Ask")
     for question in ("The mother tongue of Danielle Darrieux is", "The mother tongue of Jean Galland is"):
         write(tab, question=question)
         tab.click("#ask")
         tab.locator("#asked").get_by_text(question).first.wait_for()
-        idle(tab)
+        wait_until_idle(tab)
 
 
 def where(tab: Any) -> None:
-    go_to(tab, "Where")
+    open_screen(tab, "Where")
     write(tab, **{"where-prompt": REQUEST["prompt"], "where-subject": REQUEST["subject"]})
     tab.click("#trace")
     tab.locator("#map svg").first.wait_for()
-    idle(tab)
+    wait_until_idle(tab)
     tab.locator("#map [data-kind=hidden][data-layer='2']").last.click()
     tab.locator("#edit-here").wait_for()
 
 
 def compare(tab: Any) -> None:
-    go_to(tab, "Compare")
+    open_screen(tab, "Compare")
     for box in tab.locator("#runs input").all():
         box.check()
     tab.click("#show-runs")
     tab.locator("#compared iframe").wait_for()
-    idle(tab)
+    wait_until_idle(tab)
     tab.frame_locator("#compared iframe").get_by_text("best").first.wait_for()
 
 

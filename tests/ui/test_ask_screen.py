@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from web_page import keep, open_screen, try_edit, wait_until_idle, write
+from drive_page import keep, open_screen, try_edit, wait_until_idle, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 REQUEST = "The mother tongue of Danielle Darrieux is"

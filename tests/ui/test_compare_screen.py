@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from drive_page import write
 from synthetic_runs import make_results, write_run
-from web_page import write
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

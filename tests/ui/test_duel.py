@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from web_page import open_screen, wait_until_idle, write
+from drive_page import open_screen, wait_until_idle, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

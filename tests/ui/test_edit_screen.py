@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from drive_page import keep, try_edit, wait_until_idle, write
 from reknow.patching.stack import read_existing, read_history
-from web_page import keep, try_edit, wait_until_idle, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -10,8 +10,9 @@ import sys
 
 import pytest
 
+from drive_page import write
 from serving_process import PROGRAM, listening
-from web_page import PATIENCE, write
+from web_page import PATIENCE
 
 HIDDEN = "import sys; sys.modules['gradio'] = None\n"
 
@@ -41,6 +42,13 @@ def test_a_port_that_is_taken_is_told_at_once(empty_folder):
     assert result.stderr.startswith(
         f"error: expected to listen at 127.0.0.1, port {port}; got Address already in use:"
     )
+
+
+def test_a_place_for_stacks_that_is_a_file_is_refused_before_anything_is_loaded(empty_folder):
+    (empty_folder / "notes").write_text("mine")
+    result = run_ui("--stacks", "notes", before=HIDDEN)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: expected --stacks as a folder; notes is none: choose another name\n"
 
 
 LOADED = """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from drive_page import keep, try_edit
 from serving_process import started
-from web_page import keep, try_edit
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from conftest import make_lm, some_patch
+from drive_page import keep, try_edit, wait_until_idle, write
 from reknow import LM, Edit, method
 from reknow.cli import app
 from reknow.patching.deltas import Dense
 from reknow.patching.patches import Patch
 from reknow.patching.stack import read_existing, read_history, save_stack
-from web_page import keep, try_edit, wait_until_idle, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

@@ -6,16 +6,12 @@ import re
 
 import pytest
 
-from web_page import wait_until_idle, write
+from drive_page import open_screen, wait_until_idle, write
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 PROMPT, SUBJECT = "The mother tongue of Danielle Darrieux is", "Danielle Darrieux"
 VALUE = "document.querySelector('#{} textarea, #{} input')?.value"
-
-
-def go_to(tab, name: str) -> None:
-    tab.get_by_role("tab", name=name, exact=True).click()
 
 
 def value(tab, name: str) -> str:
@@ -28,7 +24,7 @@ def wait_for_value(tab, name: str, wanted: str) -> None:
 
 def trace(tab, prompt: str = PROMPT, subject: str = SUBJECT) -> None:
     """Traces the prompt and waits for the map."""
-    go_to(tab, "Where")
+    open_screen(tab, "Where")
     write(tab, **{"where-prompt": prompt, "where-subject": subject})
     tab.click("#trace")
     tab.locator("#said .lead", has_text=f"“{subject}”").wait_for()
@@ -106,7 +102,7 @@ def test_a_reload_keeps_the_trace_and_the_cell(open_tab):
     said = wait_for_sentence(tab, "With attention in layer 0 restored at the prompt's last token, “is”")
     lead = tab.inner_text("#said .lead")
     tab.reload()
-    go_to(tab, "Where")
+    open_screen(tab, "Where")
     tab.locator("#map .heat").wait_for()
     assert (tab.inner_text("#cell p"), tab.inner_text("#said .lead")) == (said, lead)
     assert (value(tab, "where-prompt"), value(tab, "where-subject")) == (PROMPT, SUBJECT)
@@ -126,14 +122,14 @@ def test_a_cell_that_the_trace_does_not_have_is_refused_and_not_kept(open_tab):
     )
     assert not tab.locator("#edit-here").is_visible()
     tab.reload()
-    go_to(tab, "Where")
+    open_screen(tab, "Where")
     wait_for_sentence(tab, "Click a cell")
 
 
 def test_the_prompt_goes_along_from_one_screen_to_the_other(open_tab):
     tab = open_tab()
     write(tab, prompt="Paris is the capital of", subject="Paris")
-    go_to(tab, "Where")
+    open_screen(tab, "Where")
     wait_for_value(tab, "where-prompt", "Paris is the capital of")
     wait_for_value(tab, "where-subject", "Paris")
     write(tab, **{"where-prompt": "Rome is the capital of"})
@@ -141,13 +137,13 @@ def test_the_prompt_goes_along_from_one_screen_to_the_other(open_tab):
         "e => { e.focus(); e.setSelectionRange(0, 4); e.dispatchEvent(new Event('select')); }"
     )
     wait_for_value(tab, "where-subject", "Rome")
-    go_to(tab, "Edit")
+    open_screen(tab, "Edit")
     wait_for_value(tab, "prompt", "Rome is the capital of")
     wait_for_value(tab, "subject", "Rome")
     write(tab, prompt="Oslo is the capital of", subject="Oslo")
-    go_to(tab, "Stack")
-    go_to(tab, "Edit")
-    go_to(tab, "Where")
+    open_screen(tab, "Stack")
+    open_screen(tab, "Edit")
+    open_screen(tab, "Where")
     wait_for_value(tab, "where-prompt", "Oslo is the capital of")
     assert (value(tab, "prompt"), value(tab, "subject")) == ("Oslo is the capital of", "Oslo")
 
@@ -163,7 +159,7 @@ def test_the_prompt_goes_along_from_one_screen_to_the_other(open_tab):
 )
 def test_what_cannot_be_traced_is_told_in_a_sentence(open_tab, prompt, subject, said):
     tab = open_tab()
-    go_to(tab, "Where")
+    open_screen(tab, "Where")
     write(tab, **{"where-prompt": prompt, "where-subject": subject})
     tab.click("#trace")
     assert said in tab.inner_text("#status .warn")

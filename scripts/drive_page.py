@@ -1,0 +1,48 @@
+"""What a person does on the page of `reknow ui`, done by a program in a browser: for tests and for pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+REQUEST = {
+    "prompt": "The mother tongue of Danielle Darrieux is",
+    "subject": "Danielle Darrieux",
+    "target": "English",
+}
+_OLD = "document.querySelectorAll('#tried .tried, #status p').forEach(old => old.setAttribute('data-old', ''))"
+"""What is shown already is no answer to what is done next."""
+
+
+def write(tab: Any, **texts: str) -> None:
+    """Writes into the fields of the form, by their ids."""
+    for name, text in texts.items():
+        tab.fill(f"#{name} textarea, #{name} input", text)
+
+
+def wait_until_idle(tab: Any) -> None:
+    """Until no work of the tab goes on."""
+    tab.locator("#cancel").wait_for(state="hidden")
+
+
+def open_screen(tab: Any, name: str) -> None:
+    """Opens the screen of that name."""
+    tab.get_by_role("tab", name=name, exact=True).click()
+
+
+def try_edit(tab: Any, method: str = "ft-m", **texts: str) -> None:
+    """Fills the form, tries the edit, and waits for what it did."""
+    write(tab, **{**REQUEST, **texts})
+    tab.locator(f"#suggested input[value='{method}']").check()
+    tab.evaluate(_OLD)
+    tab.click("#go")
+    tab.locator("#tried .tried:not([data-old]), #status .warn:not([data-old])").first.wait_for()
+    wait_until_idle(tab)
+
+
+def keep(tab: Any, why: str = "") -> None:
+    """Keeps what was tried."""
+    write(tab, why=why)
+    tab.evaluate(_OLD)
+    tab.click("#keep")
+    tab.locator("#status .note:not([data-old])").wait_for()
+    wait_until_idle(tab)
