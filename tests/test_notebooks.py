@@ -11,6 +11,7 @@ from pages import ROOT
 
 pytestmark = pytest.mark.slow
 nbclient, jupytext = pytest.importorskip("nbclient"), pytest.importorskip("jupytext")
+nbformat = pytest.importorskip("nbformat")
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.md"))
 
 
@@ -33,3 +34,12 @@ def test_a_notebook_runs_and_prints_what_it_shows(file, tmp_path, monkeypatch):
             for line in filter(str.strip, block[1].splitlines()):
                 assert " ".join(line.split()) in printed(cell), f"{cell.source}\n{printed(cell)}"
     assert shown
+
+
+def test_in_a_notebook_long_work_shows_itself(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    monkeypatch.delenv("REKNOW_PROGRESS", raising=False)
+    source = "from reknow.progress import _here, progress\nwith progress.stage('rome'):\n    print(_here.listener)"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+    nbclient.NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert "Display.hear" in printed(notebook.cells[0])

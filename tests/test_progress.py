@@ -383,6 +383,14 @@ def test_work_in_python_shows_itself_at_a_terminal_or_where_it_is_asked_to(termi
     assert ("rome: finding values, 0 of 3" in stream.getvalue()) == shows
 
 
+def test_a_program_that_could_start_notebooks_shows_nothing_either(clock, monkeypatch):
+    pytest.importorskip("ipykernel.kernelapp")  # stays loaded: other tests of this process must not mind
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.delenv("REKNOW_PROGRESS")
+    with progress.stage("rome"):
+        assert _here.listener is None
+
+
 def test_a_program_may_listen_instead(clock, monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen := Screen())
     shares = []

@@ -215,9 +215,14 @@ def _shows(asked: bool) -> bool:
     """Whether work is shown: where it is asked for, at a terminal, in a notebook, or if REKNOW_PROGRESS=1."""
     wish, first = os.environ.get("REKNOW_PROGRESS"), os.environ.get("LOCAL_RANK", "0") == "0"
     with suppress(AttributeError, ValueError):  # there is no stderr, or it is closed
-        seen = sys.stderr.isatty() or "ipykernel" in sys.modules
-        return first and wish != "0" and (asked or seen or wish == "1")
+        return first and wish != "0" and (asked or sys.stderr.isatty() or _in_notebook() or wish == "1")
     return False
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a notebook's. Others have `ipykernel` too, such as those that start notebooks."""
+    app = sys.modules.get("ipykernel.kernelapp")
+    return app is not None and app.IPKernelApp.initialized()
 
 
 class _Named(Protocol):
