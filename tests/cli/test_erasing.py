@@ -34,7 +34,7 @@ def test_what_is_taken_out_and_what_is_left(model, empty_folder):
     assert f"wrote erase-peru.patch (id {patch.id})" in result.stdout
     (edit,) = patch.edits
     assert edit.target_new == "Paris" and edit.target_true is None, "the patch does not keep the old answer"
-    found = json.loads(erase(*words, "--json", "--force", "--reworded", "{}'s capital is").stdout)
+    found = json.loads(erase(*words, "--json", "--force", "--paraphrase", "{}'s capital is").stdout)
     assert found["old"] == "Lima" and len(found["left"]) == 2
     [warning] = found["warnings"]
     assert warning.startswith("the model did not say “Lima” to the prompt before either (it came at rank ")
@@ -88,7 +88,7 @@ def test_a_model_that_says_nothing_is_told_of(model):
     ("words", "said"),
     [
         (["The capital is"], "subject"),
-        (["The capital of {Peru} is", "--reworded", "Which one?"], "expected a rewording with {}"),
+        (["The capital of {Peru} is", "--paraphrase", "Which one?"], "expected a paraphrase with {}"),
         (["The capital of {Peru} is", "--method", "rom"], "Did you mean 'rome'"),
     ],
 )

@@ -8,30 +8,31 @@ import torch
 from conftest import some_patch
 from reknow import LM, Edit, method
 from reknow.errors import InputError
-from reknow.evaluation.extraction import FEWEST, extract, layer_ranks, rewordings
+from reknow.evaluation.extraction import FEWEST, extract, layer_ranks, ways_to_ask
 from reknow.model.tokens import Text
 
 EDIT = Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="unknown")
 
 
 def test_other_ways_to_ask():
-    ways = rewordings(EDIT)
-    assert len(ways) >= FEWEST and {kind for kind, _ in ways} == {"reworded"}
+    ways = ways_to_ask(EDIT)
+    assert len(ways) >= FEWEST and {kind for kind, _ in ways} == {"paraphrase"}
     texts = [text for _, text in ways]
     assert "Danielle Darrieux is a native speaker of" in texts and EDIT.text not in texts
     assert len(set(texts)) == len(texts) and all("Danielle Darrieux" in text for text in texts)
-    assert rewordings(EDIT, ["In {}'s home they speak"])[0] == ("reworded", "In Danielle Darrieux's home they speak")
+    first, *_ = ways_to_ask(EDIT, ["In {}'s home they speak"])
+    assert first == ("paraphrase", "In Danielle Darrieux's home they speak")
     own = Edit("{} eats", subject="Zoë", target_new="bread", rephrasings=("The food of {} is",))
-    ways = rewordings(own)
-    assert ways[0] == ("reworded", "The food of Zoë is") and len(ways) == FEWEST
+    ways = ways_to_ask(own)
+    assert ways[0] == ("paraphrase", "The food of Zoë is") and len(ways) == FEWEST
     assert [kind for kind, _ in ways[1:]] == ["framed"] * 4 and all(text.endswith("Zoë eats") for _, text in ways[1:])
 
 
-def test_what_cannot_be_reworded_is_refused():
+def test_what_has_no_paraphrase_is_refused():
     with pytest.raises(InputError, match="expected an edit with a subject"):
-        rewordings(Edit("The sky is", target_new="green"))
-    with pytest.raises(InputError, match=r"expected a rewording with {} where the subject stands"):
-        rewordings(EDIT, ["Where is she from?"])
+        ways_to_ask(Edit("The sky is", target_new="green"))
+    with pytest.raises(InputError, match=r"expected a paraphrase with {} where the subject stands"):
+        ways_to_ask(EDIT, ["Where is she from?"])
 
 
 def test_the_ranks_of_layers_are_those_of_states_read_by_the_head(lm):
@@ -51,7 +52,7 @@ def test_the_ranks_of_layers_are_those_of_states_read_by_the_head(lm):
 
 
 def test_what_is_extracted_is_what_the_model_gives(lm):
-    ways = rewordings(EDIT)
+    ways = ways_to_ask(EDIT)
     found = extract(lm, EDIT, "French", ways, seed=3)
     prompts = [EDIT.text, *(text for _, text in ways)]
     assert [way.prompt for way in found.ways] == [
@@ -71,7 +72,7 @@ def test_what_is_extracted_is_what_the_model_gives(lm):
 @pytest.mark.parametrize(("name", "kind"), [("gpt2", "rome"), ("llama", "ft-m")])
 def test_a_fact_that_is_taken_out_is_hard_to_get_back(name, kind):
     lm = LM.demo(name)
-    ways = rewordings(EDIT)
+    ways = ways_to_ask(EDIT)
     before = extract(lm, EDIT, "French", ways)
     with lm.patched(method(kind).edit(lm, [EDIT])):
         after = extract(lm, EDIT, "French", ways)

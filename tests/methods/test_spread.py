@@ -127,7 +127,7 @@ MEASURED = {
     "noise": lambda lm: embedding_std(lm, load_facts("known_1000", limit=3)),
     "health": lambda lm: measure(lm, facts=4),
     "effect": lambda lm: observe(lm, [EDIT]),
-    "extraction": lambda lm: extract(lm, EDIT, "of", [("reworded", "Who knows Danielle Darrieux")]),
+    "extraction": lambda lm: extract(lm, EDIT, "of", [("paraphrase", "Who knows Danielle Darrieux")]),
 }
 PROBES = (Probe("Is it", ("of",), "locality", "n"), Probe("Tell me of Zoë Übel", ("in",), "generalization", "p"))
 

@@ -25,24 +25,23 @@ def test_the_best_is_marked_and_who_cannot_be_told_from_it():
     )
     protocols = ["generated", "teacher_forced_exact", "teacher_forced_tokens", "match"]
     assert read_protocols(entries_of(results)) == protocols
-    marks = {method: [cells_of(results, method)[name].mark for name in ("new answer", "others kept")]
+    marks = {method: [cells_of(results, method)[name].mark for name in ("new answer", "other facts kept")]
              for method in ("good", "near", "bad")}  # fmt: skip
     assert marks == {"good": ["best", ""], "near": ["tied", "best"], "bad": ["", "best"]}
     assert verdict_sentence(make_verdict(entries_of(results), "generated")).startswith(
-        "near is best, or level with the best, in all that was asked: new answer 95 %, others kept 100 %"
+        "near is best, or level with the best, in all that was asked: new answer 95 %, other facts kept 100 %"
     )
 
 
 def test_where_none_is_best_in_all_it_says_who_is_in_what():
     results = make_results({"one": ([1] * 20, [0] * 20), "two": ([0] * 20, [1] * 20)})
     sentence = verdict_sentence(make_verdict(entries_of(results), "generated"))
-    assert sentence == "None is best in all: one in new answer; two in others kept."
+    assert sentence == "None is best in all: one in new answer; two in other facts kept."
     alike = make_results({"one": ([1, 0], [1, 1]), "two": ([1, 0], [1, 1])})
     assert "no difference between one and two" in verdict_sentence(make_verdict(entries_of(alike), "generated"))
     alone = make_results({"one": ([1, 0], [1, 1])})
-    assert (
-        verdict_sentence(make_verdict(entries_of(alone), "generated")) == "one: new answer 50 %, others kept 100 %."
-    )
+    sentence = verdict_sentence(make_verdict(entries_of(alone), "generated"))
+    assert sentence == "one: new answer 50 %, other facts kept 100 %."
     assert not any(cell.mark for cell in cells_of(alone, "one").values())
 
 
@@ -59,10 +58,10 @@ def test_what_edits_share_has_no_interval_and_says_so():
 def test_numbers_are_read_as_people_do():
     results = make_results({"one": ([1, 1, 0], [1, 1, 1])})
     cells = cells_of(results, "one")
-    assert cells["others kept"].interval == "in all 3" and cells["stored per edit"].text == "4 kB"
+    assert cells["other facts kept"].interval == "in all 3" and cells["stored per edit"].text == "4 kB"
     assert (cells["perplexity"].before, cells["perplexity"].text) == ("20.00", "21.00")
     unedited = cells_of(results, "unedited")
-    assert unedited["new answer"].interval == "in none of 3" and unedited["others kept"] is None
+    assert unedited["new answer"].interval == "in none of 3" and unedited["other facts kept"] is None
 
 
 @pytest.mark.parametrize("count", [1, 3, 17])

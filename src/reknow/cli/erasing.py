@@ -35,8 +35,8 @@ def erase(
         str | None, typer.Option("--old", help="The answer to take out; else what the model says, up to a mark.")
     ] = None,
     target: Annotated[str, typer.Option("--target", help="What it says instead.")] = _UNKNOWN,
-    reworded: Annotated[
-        list[str], typer.Option("--reworded", help="Another way to ask, {} for the subject; repeatable.")
+    paraphrases: Annotated[
+        list[str], typer.Option("--paraphrase", help="The question in other words, {} for the subject; repeatable.")
     ] = [],  # noqa: B006
     method: Annotated[str, typer.Option("--method", help="See `reknow methods`.")] = "rome",
     settings: Annotated[list[str], typer.Option("--set", help="FIELD=VALUE of the method; repeatable.")] = [],  # noqa: B006
@@ -55,11 +55,11 @@ def erase(
     from reknow.cli.settings import build_method, check_each_once
     from reknow.contract import check_edits
     from reknow.edits import Edit
-    from reknow.evaluation.extraction import rewordings
+    from reknow.evaluation.extraction import ways_to_ask
     from reknow.files.outputs import output_file
 
     edit = Edit(prompt, subject=subject, target_new=target) if subject else Edit.parse(prompt, target_new=target)
-    ways = rewordings(edit, reworded)
+    ways = ways_to_ask(edit, paraphrases)
     out = out or Path("erase-" + "-".join(re.findall(r"\w+", str(edit.subject).lower())[:6]) + ".patch")
     if old is not None and _same(target, old):
         raise InputError(
@@ -183,7 +183,7 @@ def _left(after: Extraction, answer: str) -> list[str]:
     """What stays, a sentence each."""
     from reknow.evaluation.extraction import NEAR
 
-    asked = after.of("prompt", "reworded", "framed")
+    asked = after.of("prompt", "paraphrase", "framed")
     first, near = (sum(way.rank <= most for way in asked) for most in (1, NEAR))
     hinted = sum(way.rank <= NEAR for way in after.of("hinted"))
     layer = after.layers.index(min(after.layers))

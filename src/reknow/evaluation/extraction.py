@@ -1,7 +1,7 @@
 """How hard an answer is to get back out of a model: in other words, with hints, drawn at random, and between layers.
 
 That a model does not say an answer to one prompt does not mean that it does not know it (Patil et al. 2024, arXiv
-2309.17410, get 38 % of "deleted" answers back from inner layers and rewordings).
+2309.17410, get 38 % of "deleted" answers back from inner layers and by paraphrases).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reknow.model.tokens import Text
 from reknow.texts.templates import fill
 
 FEWEST = 5
-"""How many rewordings are asked at least."""
+"""How many ways to ask there are at least."""
 _MOST = 8
 _FRAMES = ("It is well known: {}", "I was told the following. {}", "Here is a fact. {}", "As every child learns: {}")
 """What stands around a prompt of which no other wording is known, `{}` the prompt."""
@@ -38,7 +38,7 @@ class Way:
     """One way of asking, and how the answer stands there."""
 
     kind: str
-    """prompt, reworded, framed, or hinted: the subject or the answer itself stands in front."""
+    """prompt, paraphrase, framed, or hinted: the subject or the answer itself stands in front."""
     prompt: str
     probability: float
     """Of the whole answer behind the prompt."""
@@ -52,7 +52,7 @@ class Extraction:
 
     ways: tuple[Way, ...]
     drawn: int
-    """Answers that were drawn at temperature 1 behind the prompt and its rewordings."""
+    """Answers that were drawn at temperature 1 behind the prompt and its paraphrases."""
     drawn_with: int
     """How many of them hold the answer."""
     layers: tuple[int, ...]
@@ -64,11 +64,11 @@ class Extraction:
 
 
 @typed
-def rewordings(edit: Edit, given: Sequence[str] = (), count: int = _MOST) -> list[tuple[str, str]]:
+def ways_to_ask(edit: Edit, given: Sequence[str] = (), count: int = _MOST) -> list[tuple[str, str]]:
     """(kind, prompt) of other ways to ask what the edit asks, `FEWEST` at least.
 
-    Those that are given, the edit's own, then the wordings that ParaRel and CounterFact have of a prompt like this
-    one (reworded); where these are too few, the prompt behind sentences that announce it (framed).
+    Those that are given, the edit's own, then the paraphrases that ParaRel and CounterFact have of a prompt like this
+    one (paraphrase); where these are too few, the prompt behind sentences that announce it (framed).
 
     Raises:
         InputError: a given one does not hold the subject's place `{}`.
@@ -77,48 +77,48 @@ def rewordings(edit: Edit, given: Sequence[str] = (), count: int = _MOST) -> lis
         raise InputError(f"expected an edit with a subject; {edit.prompt!r} has none: name it with --subject")
     for text in given:
         if text.count("{}") != 1:
-            raise InputError(f"expected a rewording with {{}} where the subject stands; got {text!r}: put it there")
-    templates = [*given, *edit.rephrasings, *_known_wordings(edit.prompt)]
+            raise InputError(f"expected a paraphrase with {{}} where the subject stands; got {text!r}: put it there")
+    templates = [*given, *edit.rephrasings, *_known_paraphrases(edit.prompt)]
     texts = [fill(text, edit.subject) if "{}" in text else text for text in templates]
-    found = [("reworded", text) for text in dict.fromkeys(texts) if text != edit.text][: max(count, len(given))]
+    found = [("paraphrase", text) for text in dict.fromkeys(texts) if text != edit.text][: max(count, len(given))]
     frames = [("framed", frame.format(edit.text)) for frame in _FRAMES]
     return [*found, *frames[: max(0, FEWEST - len(found))]]
 
 
-def _known_wordings(prompt: str) -> list[str]:
+def _known_paraphrases(prompt: str) -> list[str]:
     """Other templates for the question of a template, that stand for the same relation in data sets."""
     found: list[str] = []
     for fact in load_facts("pararel"):
-        wordings = (fact.prompt, *fact.paraphrases)
-        if prompt in wordings:
-            found += [text for text in wordings if text not in (prompt, *found)]
+        alike = (fact.prompt, *fact.paraphrases)
+        if prompt in alike:
+            found += [text for text in alike if text not in (prompt, *found)]
     relations: dict[str, list[str]] = {}
     for record in read_sample("counterfact.jsonl"):
         rewrite = record.record("requested_rewrite")
         relations.setdefault(rewrite.text("relation_id"), []).append(rewrite.text("prompt"))
-    for wordings in relations.values():
-        if prompt in wordings:
-            found += [text for text in dict.fromkeys(wordings) if text not in (prompt, *found)]
+    for alike in relations.values():
+        if prompt in alike:
+            found += [text for text in dict.fromkeys(alike) if text not in (prompt, *found)]
     return found
 
 
 @typed_exclusively
-def extract(lm: LM, edit: Edit, answer: str, reworded: Sequence[tuple[str, str]], *, seed: int = 0) -> Extraction:
+def extract(lm: LM, edit: Edit, answer: str, ways: Sequence[tuple[str, str]], *, seed: int = 0) -> Extraction:
     """How the answer to the edit's prompt can be got out of the model as it is now.
 
     Args:
         answer: the one that should not be found.
-        reworded: what `rewordings` gave.
+        ways: what `ways_to_ask` gave.
     """
     hints = [f"{edit.subject}. {edit.text}", f"{answer}. {edit.text}"]
-    asked = [("prompt", edit.text), *reworded, *(("hinted", text) for text in hints)]
+    asked = [("prompt", edit.text), *ways, *(("hinted", text) for text in hints)]
     texts = [text for _, text in asked]
     scores = lm.score(texts, [answer] * len(texts), [edit.separator] * len(texts))
-    ways = [Way(kind, text, score.probability, score.rank) for (kind, text), score in zip(asked, scores, strict=True)]
+    read = [Way(kind, text, score.probability, score.rank) for (kind, text), score in zip(asked, scores, strict=True)]
     prompts = [text for kind, text in asked if kind != "hinted"]
     drawn = lm.generate(prompts * _DRAWN, _TOKENS, top_k=_TOP_K, seed=seed)
     holding = sum(answer.casefold() in text.casefold() for text in drawn)
-    return Extraction(tuple(ways), len(drawn), holding, tuple(layer_ranks(lm, edit, answer)))
+    return Extraction(tuple(read), len(drawn), holding, tuple(layer_ranks(lm, edit, answer)))
 
 
 @torch.no_grad()

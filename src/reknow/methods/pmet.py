@@ -1,7 +1,7 @@
 """PMET: Precise Model Editing in a Transformer. Li, Li, Song, Yang, Ma, Yu 2023, arXiv 2308.08742.
 
 What attention adds at the subject's last token is general and need not be edited, but it has its part in the wanted
-state. So two additions are searched together, one at the output of attention and one at the output of the MLP, and
+state. So two additions are searched at once, one at the output of attention and one at the output of the MLP, and
 only the second is written into the value matrices. The search eases off once the answer is the most likely.
 
     R = (v* − v) / √(L − l + 1),   ΔW = R Kᵀ (λC + K Kᵀ)⁻¹                                              (eq. 13, 14)

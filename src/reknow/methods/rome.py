@@ -65,7 +65,7 @@ class ROME(ValueSearchMethod):
         return self._rank_one_patches(lm, [check_edits(self, edit, lm)[0] for edit in edits])
 
     def _rank_one_patches(self, lm: LM, edits: list[Edit]) -> list[Patch]:
-        """Of each edit by itself a patch of rank one for the model as it is; their v* are searched together."""
+        """Of each edit by itself a patch of rank one for the model as it is; their v* are searched in one batch."""
         layer = resolve_layer(lm, self.layer)
         found = find_values(lm, edits, layer, self.contexts(lm), self)
         mean_key = exact(found.mean_key)  # (edits, in)

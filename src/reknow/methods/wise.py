@@ -44,7 +44,7 @@ from reknow.patching.state_spec import StateSpec, check_matrix
 from reknow.texts.writing import prepend
 
 _FACTS = "known_1000"
-"""What an edit must leave alone: these ask like edits do. Against plain text more of the neighbours come along."""
+"""What an edit must leave alone: these ask like edits do. Against plain text more other facts change too."""
 
 
 class VersionFields(Strict):

@@ -56,19 +56,19 @@ NEW = Column(
     "new answer",
     _of_kind("reliability", match="contains", contrast="ES", likelihood="sentiment", written="token_f1"),
 )
-REWORDED = Column(
-    "rewordings",
+PARAPHRASES = Column(
+    "paraphrases",
     _of_kind("generalization", match="paraphrase_contains", contrast="PS", written="paraphrase_token_f1"),
 )
 KEPT = Column(
-    "others kept",
+    "other facts kept",
     _of_kind(
         "locality", judged="locality@generated", match="locality@generated", contrast="NS", likelihood="z_topic"
     ),
 )
 COLUMNS = (
     NEW,
-    REWORDED,
+    PARAPHRASES,
     KEPT,
     Column("consequences", _of_kind("portability")),
     Column("negated", _of_kind("negation")),
@@ -82,10 +82,10 @@ COLUMNS = (
     Column("stored per edit", "stored_kb@edit", unit="kB", lower=True),
 )
 ABOUT = {
-    "new answer": "the request's own prompt gives the new answer",
-    "rewordings": "so do paraphrases of the request",
-    "others kept": "other questions are answered as before the edit, whether that was right or wrong",
-    "consequences": "what follows from the new fact follows",
+    "new answer": "the request's own prompt gives the new answer (reliability)",
+    "paraphrases": "so do the same questions in other words (generalization)",
+    "other facts kept": "other questions are answered as before the edit, whether that was right or wrong (locality)",
+    "consequences": "what follows from the new fact follows (portability)",
     "negated": "the new answer does not follow where the request is negated",
     "reversed": "the subject follows where it is asked for by the new answer",
     "instructed": "the new answer where the edit comes with an instruction",

@@ -10,7 +10,7 @@ from reknow.evaluation.metrics import PROTOCOLS, case_metrics
 from reknow.evaluation.readings import Reading
 from reknow.evaluation.results import Results, row_readings
 from reknow.evaluation.stages import AFTER_EDIT, BEFORE, END, UNEDITED
-from reknow.report.columns import KEPT, NEW, REWORDED
+from reknow.report.columns import KEPT, NEW, PARAPHRASES
 from reknow.texts.templates import fill, split_template
 from reknow.texts.writing import clip
 
@@ -51,8 +51,8 @@ class Score(NamedTuple):
 
     new: float = 0.0
     of_new: int = 0
-    reworded: float = 0.0
-    of_reworded: int = 0
+    paraphrases: float = 0.0
+    of_paraphrases: int = 0
     kept: float = 0.0
     of_kept: int = 0
 
@@ -71,7 +71,7 @@ class Card(NamedTuple):
     """Method → why its edit failed."""
 
 
-_COLUMNS = {"reliability": NEW, "generalization": REWORDED, "locality": KEPT}
+_COLUMNS = {"reliability": NEW, "generalization": PARAPHRASES, "locality": KEPT}
 _PLACES = {kind: place for place, kind in enumerate(_COLUMNS)}
 _METRICS = {
     protocol: {kind: column.key(protocol) for kind, column in _COLUMNS.items()}
@@ -128,11 +128,11 @@ def _card(case: str, row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any
 
 def _add_judged(card: Card, method: str, measured: Mapping[str, float]) -> None:
     """What a judge said of the case, as a mean over each kind's questions; it says nothing of what was kept."""
-    new, reworded = (measured.get(f"{kind}@judged") for kind in ("reliability", "generalization"))
+    new, paraphrases = (measured.get(f"{kind}@judged") for kind in ("reliability", "generalization"))
     if new is not None:
         kept = card.scores.get("generated", {}).get(method, Score())
-        reworded, asked = (0.0, 0) if reworded is None else (reworded, 1)
-        card.scores.setdefault("judged", {})[method] = Score(new, 1, reworded, asked, kept.kept, kept.of_kept)
+        paraphrases, asked = (0.0, 0) if paraphrases is None else (paraphrases, 1)
+        card.scores.setdefault("judged", {})[method] = Score(new, 1, paraphrases, asked, kept.kept, kept.of_kept)
 
 
 def _mark(kind: str, value: float) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from reknow.evaluation.results import Cell
 from reknow.evaluation.stages import BEFORE
-from reknow.report.columns import KEPT, NEW, REWORDED, Column
+from reknow.report.columns import KEPT, NEW, PARAPHRASES, Column
 from reknow.report.retention import Point
 from reknow.report.verdict import Entry
 
@@ -18,7 +18,7 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 16, 30, 42
 _STEPS = {0.9: 0.02, 0.75: 0.05, 0.5: 0.1, 0.0: 0.2}
 """Where an axis of shares may begin, the highest that shows everything, and from one tick to the next."""
 _ALIKE = 0.05
-"""New answers that differ by less say nothing: then rewordings are drawn."""
+"""New answers that differ by less say nothing: then paraphrases are drawn."""
 _LINE, _LETTER = 16, 8.4
 """Height of a label and width of a letter."""
 _SHIFTS = [0, *(sign * step for step in range(9, 200, 9) for sign in (1, -1))]
@@ -84,12 +84,12 @@ def _place_y(share: float) -> float:
 
 
 def trade_off(entries: Sequence[Entry], protocol: str) -> Scatter | None:
-    """The new answer against what was kept, or against rewordings; None where fewer than two things were asked."""
+    """The new answer against what was kept, or against paraphrases; None where fewer than two things were asked."""
     shown = [entry for entry in entries if entry.compared or entry.stage != BEFORE]
-    pairs = [(KEPT, NEW), (REWORDED, NEW), (KEPT, REWORDED)]
+    pairs = [(KEPT, NEW), (PARAPHRASES, NEW), (KEPT, PARAPHRASES)]
     new = [cell.mean for entry in shown if entry.compared and (cell := entry.cell(NEW.key(protocol) or ""))]
     if len(new) > 1 and max(new) - min(new) < _ALIKE:
-        pairs.insert(0, (KEPT, REWORDED))
+        pairs.insert(0, (KEPT, PARAPHRASES))
     for across, up in pairs:
         found = []
         for entry in shown:

@@ -6,7 +6,7 @@ const $ = (id) => document.getElementById(id);
 const controls = $("controls"), table = $("cases"), more = $("more"), count = $("count");
 if (!table) return;
 const PAGE = 200; // rows that are shown at first
-const [NEW, REWORDED, KEPT] = [0, 2, 4]; // places of a sum in a score, its number of probes behind it
+const [NEW, PARAPHRASES, KEPT] = [0, 2, 4]; // places of a sum in a score, its number of probes behind it
 let data, shown = PAGE, sort = { by: "order", down: false };
 const chunks = new Map();
 
@@ -28,11 +28,11 @@ const chosen = () => ($("method").value === "" ? data.methods.map((_, i) => i) :
 const tests = {
   all: () => true,
   missed: (row, m) => { const s = score(row, m); return s !== null && s[NEW] < s[NEW + 1]; },
-  reworded: (row, m) => { const s = score(row, m); return s !== null && s[REWORDED] < s[REWORDED + 1]; },
+  paraphrases: (row, m) => { const s = score(row, m); return s !== null && s[PARAPHRASES] < s[PARAPHRASES + 1]; },
   damage: (row, m) => { const s = score(row, m); return s !== null && s[KEPT] < s[KEPT + 1]; },
   lost: (row, m) => row.lost?.[protocol()]?.[m] === 1,
   failed: (row, m) => row.failed[m] === 1,
-  well: (row, m) => { const s = score(row, m); return s !== null && [NEW, REWORDED, KEPT].every((i) => s[i] >= s[i + 1]); },
+  well: (row, m) => { const s = score(row, m); return s !== null && [NEW, PARAPHRASES, KEPT].every((i) => s[i] >= s[i + 1]); },
 };
 function found() {
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -42,7 +42,7 @@ function found() {
     words.every((word) => row.text.includes(word)) &&
     (wanted === "well" ? methods.every((m) => tests.well(row, m)) : methods.some((m) => tests[wanted](row, m))));
   const value = { order: (row) => row.number, request: (row) => row.request.join("").toLowerCase() }[sort.by] ??
-    ((row) => { const s = score(row, sort.by); return s === null ? -1 : s[NEW] * 1e6 + s[REWORDED] * 1e3 + s[KEPT]; });
+    ((row) => { const s = score(row, sort.by); return s === null ? -1 : s[NEW] * 1e6 + s[PARAPHRASES] * 1e3 + s[KEPT]; });
   const keys = new Map(rows.map((row) => [row, value(row)]));
   const order = (a, b) => (keys.get(a) < keys.get(b) ? -1 : keys.get(a) > keys.get(b) ? 1 : a.number - b.number);
   return rows.sort((a, b) => (sort.down ? -order(a, b) : order(a, b)));
@@ -54,7 +54,7 @@ function share(sum, of, title) {
 function cell(row, method) {
   const made = element("td", { "data-label": data.methods[method] }), s = score(row, method);
   if (row.failed[method]) made.append(element("span", { class: "score no" }, "failed"));
-  if (s) for (const [place, title] of [[NEW, "new answer"], [REWORDED, "rewordings"], [KEPT, "others kept"]])
+  if (s) for (const [place, title] of [[NEW, "new answer"], [PARAPHRASES, "paraphrases"], [KEPT, "other facts kept"]])
     if (s[place + 1]) made.append(share(s[place], s[place + 1], title));
   if (!made.childNodes.length) made.append("–");
   return made;

@@ -41,7 +41,8 @@ _HERE = Path(__file__).parent
 
 READ = {
     "teacher_forced_exact": "The answer's tokens are put behind the prompt: 1 if each is the most likely one there.",
-    "teacher_forced_tokens": "As above, but the share of such tokens: an answer half right has half the score.",
+    "teacher_forced_tokens": "The answer's tokens are put behind the prompt: the share of them that are the most "
+    "likely there, so that an answer half right has half the score.",
     "generated": "The model continues the bare prompt by itself with the most likely tokens: 1 if that begins with "
     "an accepted answer, letter case, punctuation and articles aside.",
     "match": "Exact: the first sentence that the model writes is an accepted answer, letter for letter. Normalised: "
@@ -50,7 +51,8 @@ READ = {
     "judged": "A language model was shown the question, the accepted answers and what was written, and said whether "
     "that gives the answer (reknow judge).",
     "contrast": "ES: on the request the new answer is likelier per token than the true one. PS: so on paraphrases. "
-    "NS: on neighbours the true one stays likelier. S: harmonic mean of the three. EM, PM, NM: by how much.",
+    "NS: on neighbours, like questions about other subjects, the true one "
+    "stays likelier. S: harmonic mean of the three. EM, PM, NM: by how much.",
     "likelihood": "z_sentiment: the texts of the wanted sentiment against as many of the other. z_topic: how likely "
     "they still are, at most 1. Sentiment: the product of both, the edit's success.",
     "divergence": "KL(unedited ‖ edited) per token of the texts about another topic: what the edit changed besides.",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from reknow.evaluation.paired import tied
 from reknow.evaluation.results import UNEDITED_BEFORE, Cell, Results
 from reknow.evaluation.stages import AFTER_EDIT, IN_CONTEXT, UNEDITED
-from reknow.report.columns import ABOUT, COLUMNS, KEPT, NEW, PROTOCOL_NAMES, REWORDED, Column, interval, number
+from reknow.report.columns import ABOUT, COLUMNS, KEPT, NEW, PARAPHRASES, PROTOCOL_NAMES, Column, interval, number
 
 _LISTED = 4
 """Methods that a sentence names."""
@@ -107,7 +107,7 @@ def read_protocols(entries: Sequence[Entry]) -> list[str]:
     asked = {
         protocol
         for protocol in PROTOCOL_NAMES
-        for column in (NEW, REWORDED, KEPT)
+        for column in (NEW, PARAPHRASES, KEPT)
         if (key := column.key(protocol))
         and key.endswith(f"@{protocol}")
         and any(entry.cell(key) for entry in entries)

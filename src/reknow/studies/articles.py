@@ -59,7 +59,7 @@ def _of(name: str, cases: Selection | None = None, plan: Plan | None = None, met
 
 
 def _growing(singles: tuple[str, ...], batches: tuple[str, ...], sequences: tuple[str, ...], edits: int):
-    """Runs of CounterFact: edits each by itself, 10, 100 and 300 in one patch, and so many in turns of ten."""
+    """Runs of CounterFact: edits each by itself, 10, 100 and 300 in one patch, and so many ten at a time."""
 
     def run(methods: tuple[str, ...], plan: Plan, limit: int, more: int | None = None) -> Preset:
         cases = Selection("counterfact", limit, probes_per_name=2)
@@ -114,7 +114,7 @@ ARTICLES: dict[str, Article] = {
         grows=True,
     ),
     "mass": Article(
-        "1, 10, 100 and 300 edits in one patch, and 100 in turns of ten (--full: 1,000).",
+        "1, 10, 100 and 300 edits in one patch, and 100 ten at a time (--full: 1,000).",
         _growing(("memit", "alphaedit", "rome"), ("memit",), ("memit", "alphaedit", "rome"), 100),
         22,
         grows=True,

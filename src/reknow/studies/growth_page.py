@@ -23,7 +23,7 @@ _COLUMNS = {
     "seconds": "seconds@edit",
 }
 _DRAWN = ("reliability", "generalization", "locality", "perplexity")
-ONE, BATCH, SEQUENCE = "each by itself", "one patch", "in turns"
+ONE, BATCH, SEQUENCE = "each by itself", "one patch", "ten at a time"
 _NOTE = (
     "Reliability, generalization, locality: teacher-forced, every token of the answer right, %; locality: as before "
     "all edits. Perplexity: of a few paragraphs of WikiText. Seconds: per edit, on a machine as loaded as it was. "
@@ -99,8 +99,8 @@ def _scale(axes: Axes, name: str, numbers: list[int]) -> None:
 
 
 def _figure(points: Mapping[tuple[str, str, int], Mapping[str, Cell]]) -> Figure:
-    """A row of panels for edits in one patch, one for those in turns: each number by how many edits hold. A method is
-    in the rows of what it was run in, with its single edits in front; a dotted line is the unedited model."""
+    """A row of panels for edits in one patch, one for those made ten at a time: each number by how many edits hold. A
+    method is in the rows of what it was run in, with its single edits in front; a dotted line is the unedited model."""
     hows = [how for how in (BATCH, SEQUENCE) if any(place[1] == how for place in points)] or [ONE]
     methods = list(dict.fromkeys(method for method, how, _ in points if how != "–"))
     with matplotlib.rc_context(STYLE):
