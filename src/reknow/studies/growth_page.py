@@ -99,8 +99,10 @@ def _scale(axes: Axes, name: str, numbers: list[int]) -> None:
 
 
 def _figure(points: Mapping[tuple[str, str, int], Mapping[str, Cell]]) -> Figure:
-    """A row of panels for edits in one patch, one for those made ten at a time: each number by how many edits hold. A
-    method is in the rows of what it was run in, with its single edits in front; a dotted line is the unedited model."""
+    """A row of panels for edits in one patch, one for those made ten at a time: each number by how many edits hold.
+
+    A method is in the rows of what it was run in, with its single edits in front; a dotted line is the unedited
+    model."""
     hows = [how for how in (BATCH, SEQUENCE) if any(place[1] == how for place in points)] or [ONE]
     methods = list(dict.fromkeys(method for method, how, _ in points if how != "–"))
     with matplotlib.rc_context(STYLE):
