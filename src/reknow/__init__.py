@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from reknow.lm import LM
     from reknow.methods import method
     from reknow.methods.alphaedit import AlphaEdit
+    from reknow.methods.anyedit import AnyEdit
     from reknow.methods.calinet import CaliNet
     from reknow.methods.defer import DEFER
     from reknow.methods.emmet import EMMET
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from reknow.methods.rome import ROME
     from reknow.methods.serac import SERAC
     from reknow.methods.ultraedit import UltraEdit
+    from reknow.methods.unke import UnKE
     from reknow.methods.wise import WISE
     from reknow.model.chat import Chat
     from reknow.patching.patches import Patch, diff, merge

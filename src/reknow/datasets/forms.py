@@ -40,6 +40,7 @@ class CaseSource(NamedTuple):
 
 _KNOWEDIT = "Apache-2.0", "hub:zjunlp/KnowEdit"
 _EASYEDIT = "MIT", "github.com/zjunlp/EasyEdit"
+_ANYEDIT = "none stated", "github.com/jianghoucheng/AnyEdit", long_answers.with_other_texts
 _OWN = "yours", "your file"
 
 DATASETS: dict[str, CaseSource] = {
@@ -63,11 +64,11 @@ DATASETS: dict[str, CaseSource] = {
     "wikibigedit": CaseSource(None, wikibigedit.read_case, "Apache-2.0", "hub:lukasthede/WikiBigEdit"),
     "wise": CaseSource(None, easyedit.read_case, *_EASYEDIT),
     "mquake": CaseSource(None, mquake.read_case, "none stated", "github.com/princeton-nlp/MQuAKE"),
-    "unke": CaseSource(None, unke.read_case, "none stated", "github.com/TrustedLLM/UnKE"),
-    "akew": CaseSource(None, long_answers.read_akew, "none stated", "github.com/jianghoucheng/AnyEdit"),
-    "editeverything": CaseSource(
-        None, long_answers.read_everything, "none stated", "github.com/jianghoucheng/AnyEdit"
+    "unke": CaseSource(
+        None, unke.read_case, "none stated", "github.com/TrustedLLM/UnKE", long_answers.with_other_texts
     ),
+    "akew": CaseSource(None, long_answers.read_akew, *_ANYEDIT),
+    "editeverything": CaseSource(None, long_answers.read_everything, *_ANYEDIT),
     "cknowedit": CaseSource(None, cknowedit.read_case, "see its card", "hub:zjunlp/CKnowEdit"),
     "knowedit": CaseSource(None, knowedit.read_case, *_KNOWEDIT),
     "easyedit": CaseSource(None, easyedit.read_case, *_OWN),

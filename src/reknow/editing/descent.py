@@ -124,9 +124,10 @@ class TrainableMatrices:
 
     Args:
         names: modules of `lm`.
+        weight_decay: AdamW's, by which a weight shrinks in each step, times the learning rate.
     """
 
-    def __init__(self, lm: LM, names: Sequence[str], step_size: StepSize):
+    def __init__(self, lm: LM, names: Sequence[str], step_size: StepSize, *, weight_decay: float = 0.0):
         self._lm = lm
         self._start = {name: lm.weight(name).detach().float().clone() for name in names}  # (out, in)
         self._weight = {name: start.clone().requires_grad_() for name, start in self._start.items()}
@@ -135,7 +136,7 @@ class TrainableMatrices:
         for name, start in self._start.items():
             rate, self._bound[name] = step_size.of(start)
             groups.append({"params": [self._weight[name]], "lr": rate})
-        self._optimizer = torch.optim.Adam(groups, fused=True)
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
     @contextmanager
     def in_use(self):

@@ -1,4 +1,9 @@
-"""Scores of long, free answers, where exact match alone says little: token F1, ROUGE-L and ICE's perplexity ratio."""
+"""Scores of long, free answers, where exact match alone says little: token F1, BLEU, ROUGE, similarity of embeddings,
+and ICE's perplexity ratio.
+
+UnKE's and AnyEdit's scripts take BLEU of *characters* (nltk is given strings) and ROUGE's recall, which does not mind
+what a model goes on to say; `bleu(…, characters=True)` and `rouge(…, recall=True)` read as they do.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,13 @@ from torch import Tensor
 
 from reknow.errors import MissingExtra
 from reknow.lm import LM
+from reknow.memories.embedding import embed_texts
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import Text
 from reknow.texts.writing import words
+
+_ROUGE = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
+"""Our names → the library's."""
 
 
 def token_f1(answer: str, reference: str) -> float:
@@ -25,15 +34,50 @@ def token_f1(answer: str, reference: str) -> float:
     return _f1(shared, len(ours), len(theirs))
 
 
-def rouge_l(answer: str, reference: str) -> float:
-    """F1 of the longest common subsequence of words (Lin 2004), by the library `rouge-score`. 0 to 1.
+def bleu(answer: str, reference: str, *, characters: bool = False) -> float:
+    """BLEU-4 (Papineni et al. 2002): the geometric mean of the shares of the answer's 1- to 4-grams that stand in the
+    reference, times exp(1 − reference / answer) where the answer is shorter. 0 to 1; not smoothed.
+
+    Args:
+        characters: n-grams are of characters, white space and letter case as they are; of words otherwise.
+    """
+    ours, theirs = (list(answer), list(reference)) if characters else (words(answer), words(reference))
+    logs = []
+    for n in range(1, 5):
+        said, wanted = (Counter(zip(*(each[i:] for i in range(n)), strict=False)) for each in (ours, theirs))
+        shared = sum((said & wanted).values())
+        if not shared:
+            return 0.0
+        logs.append(math.log(shared / said.total()))
+    return math.exp(fmean(logs) + min(0.0, 1 - len(theirs) / len(ours)))
+
+
+def rouge(answer: str, reference: str, *, recall: bool = False) -> dict[str, float]:
+    """F1 of the words, of the pairs of words and of the longest common subsequence of words that answer and reference
+    share (ROUGE-1, -2 and -L, Lin 2004), by the library `rouge-score`. `rouge_1`, `rouge_2`, `rouge_l` → 0 to 1
+
+    Args:
+        recall: which share of the reference is there, instead of F1.
 
     Raises:
         MissingExtra: `rouge-score` is not installed.
     """
     if not words(answer) or not words(reference):
-        return float(words(answer) == words(reference))
-    return _scorer().score(reference, answer)["rougeL"].fmeasure
+        return dict.fromkeys(_ROUGE, float(words(answer) == words(reference)))
+    scores = _scorer().score(reference, answer)
+    return {name: scores[theirs].recall if recall else scores[theirs].fmeasure for name, theirs in _ROUGE.items()}
+
+
+def similarity(lm: LM, answers: Sequence[str], references: Sequence[str], encoder: str | None = None) -> list[float]:
+    """Cosine of the embeddings of each answer and its reference, −1 to 1: what UnKE's and AnyEdit's tables call BERT
+    score.
+
+    Args:
+        encoder: folder or name of a sentence-transformers model, all-MiniLM-L6-v2 in those tables; None: the base
+            model's own hidden states at the texts' last tokens, which tell much less (`memories.embedding`).
+    """
+    vectors = embed_texts(lm, [*answers, *references], encoder)
+    return (vectors[: len(answers)] * vectors[len(answers) :]).sum(1).tolist()
 
 
 class _Words:
@@ -47,8 +91,8 @@ def _scorer():
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise MissingExtra("rouge-score", "text", "ROUGE-L") from error
-    return RougeScorer(["rougeL"], tokenizer=_Words())
+        raise MissingExtra("rouge-score", "text", "ROUGE") from error
+    return RougeScorer([*_ROUGE.values()], tokenizer=_Words())
 
 
 def _f1(shared: int, ours: int, theirs: int) -> float:

@@ -21,10 +21,11 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from reknow.errors import MissingExtra
 from reknow.evaluation.convsent import sentiment_metrics
-from reknow.evaluation.long_text import rouge_l, token_f1
+from reknow.evaluation.long_text import bleu, rouge, token_f1
 from reknow.evaluation.matching import MATCHES, answer_words, generated
 from reknow.evaluation.readings import Reading
 from reknow.model.scoring import NO_TOKEN
@@ -35,7 +36,7 @@ PROTOCOLS = ("teacher_forced_tokens", "teacher_forced_exact", "generated")
 
 _CONTRAST = {"reliability": ("ES", "EM"), "generalization": ("PS", "PM"), "locality": ("NS", "NM")}
 _ASKED = ("reliability", "generalization", "portability", "reversal", "instructed")
-_OF_WRITTEN = ("token_f1", "rouge_l", "exact@", "normalised@", "contains@")
+_OF_WRITTEN = ("token_f1", "bleu", "rouge_", "exact@", "normalised@", "contains@")
 _SUCCESS = (*_ASKED, "ES@", "PS@", "sentiment@", *_OF_WRITTEN, "paraphrase_")
 LONG_ANSWER = 10
 """Words from which on an answer is also compared word by word."""
@@ -205,11 +206,10 @@ def _overlaps(now: Reading) -> dict[str, float]:
     start = {"reliability": "", "generalization": "paraphrase_"}.get(now.kind)
     if start is None or now.text is None or len(words(now.answers[0])) < LONG_ANSWER:
         return {}
-    found = {f"{start}token_f1@written": max(token_f1(now.text, answer) for answer in now.answers)}
-    try:
-        return found | {f"{start}rouge_l@written": max(rouge_l(now.text, answer) for answer in now.answers)}
-    except MissingExtra:
-        return found
+    scores = [{"token_f1": token_f1(now.text, answer), "bleu": bleu(now.text, answer)} for answer in now.answers]
+    with suppress(MissingExtra):
+        scores = [own | rouge(now.text, answer) for own, answer in zip(scores, now.answers, strict=True)]
+    return {f"{start}{name}@written": max(own[name] for own in scores) for name in scores[0]}
 
 
 def _scores(hits: Sequence[bool], written: float | None) -> dict[str, float]:

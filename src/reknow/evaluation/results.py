@@ -38,7 +38,8 @@ _MEASURED = ("seconds", "peak_memory_mb")
 _COSTS = (*_MEASURED, "stored_kb", "steps", "loss", "repetitions")
 
 KINDS = ("reliability", "instructed", "generalization", "locality", "portability", "negation", "reversal")
-_OVERLAPS = ("token_f1", "rouge_l", "paraphrase_token_f1", "paraphrase_rouge_l")
+_WRITTEN = ("token_f1", "bleu", "rouge_1", "rouge_2", "rouge_l")
+_OVERLAPS = tuple(f"{start}{name}" for start in ("", "paraphrase_") for name in _WRITTEN)
 _MATCHED = tuple(f"{start}{name}" for start in ("", "paraphrase_") for name in MATCHES if name != "generated")
 SIDE = ("perplexity", "kl", "weight_change")
 """What edits do besides; see `held_out_perplexity` and those behind it in rows."""

@@ -5,6 +5,7 @@
   ones, but published tables rest on it.
 * FT-M (Zhang et al. 2024, arXiv 2401.01286, §3): cross-entropy of the answer's tokens, teacher-forced.
 * FT-T (Qi et al. 2024, arXiv 2406.11194): the same over prompt and answer.
+* FT-UKE (Xiong, Tan, Chen 2025, arXiv 2506.09672): FT-M for answers that are texts, with an end token behind them.
 * LocFT-BF (Yang et al. 2025, arXiv 2509.22072): FT-M over many edits breadth-first, in shuffled batches, with an end
   token behind the answer: what other methods should be compared with where edits are many.
 
@@ -27,12 +28,14 @@ from reknow.editing.independent_deltas import is_addition, train_each
 from reknow.editing.layers import resolve_layer, resolve_layers
 from reknow.edits import Edit
 from reknow.lm import LM
+from reknow.model.parts import matrices_of
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Dense
 from reknow.patching.patches import Patch
 
 _Loss = Literal["last_token", "target", "text"]
+_Matrices = Literal["value", "mlp", "attention", "all"]
 _NAMES: dict[str, str] = {"last_token": "ft-l", "target": "ft-m", "text": "ft-t"}
 
 _REUSED_TOKENS = 200_000
@@ -57,20 +60,27 @@ class FT(StepSize, Method):
     """End when the mean loss is below; a batch below is not trained on."""
     batch_size: Number = 32
     """Edits per update; edits of similar length share a batch."""
+    matrices: _Matrices = "value"
+    """Which matrices of a layer are trained: the MLP's value matrix, all of the MLP, all of attention, or all."""
+    end_token: bool = False
+    """Whether the end token is learned behind every answer, so that the model stops there; always if
+    `breadth_first`."""
     breadth_first: bool = False
-    """LocFT-BF: batches in another random order on every pass, and the end token behind every answer is learned."""
+    """LocFT-BF: batches in another random order on every pass."""
     seed: Seed = 0
     """Seed of the order in which batches come when `breadth_first`."""
 
     @property
     def name(self) -> str:
-        return "locft-bf" if self.breadth_first else _NAMES[self.loss]
+        if self.breadth_first:
+            return "locft-bf"
+        return "ft-uke" if self.end_token and self.loss == "target" else _NAMES[self.loss]
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layers = check_edits(self, edits, lm), self._layers(lm)
-        if len(edits) == 1 and is_addition(lm, layers):
+        if len(edits) == 1 and self._is_addition(lm, layers):
             return self._train_each(lm, edits, layers[0])[0]
-        matrices = TrainableMatrices(lm, [lm.parts.value[layer] for layer in layers], self)
+        matrices = TrainableMatrices(lm, [name for layer in layers for name in self._names(lm, layer)], self)
         batches = self._batches(lm, edits, layers[0])
         with matrices.in_use(), torch.enable_grad():
             passes = descend(
@@ -85,9 +95,19 @@ class FT(StepSize, Method):
 
     def edit_each(self, lm: LM, edits: Sequence[Edit]) -> list[Patch]:
         edits, layers = [check_edits(self, edit, lm)[0] for edit in edits], self._layers(lm)
-        if not is_addition(lm, layers):
+        if not self._is_addition(lm, layers):
             return super().edit_each(lm, edits)
         return self._train_each(lm, edits, layers[0])
+
+    def _is_addition(self, lm: LM, layers: Sequence[int]) -> bool:
+        return self.matrices == "value" and is_addition(lm, layers)
+
+    def _names(self, lm: LM, layer: int) -> list[str]:
+        """The matrices of a layer that are trained."""
+        value, mlp = lm.parts.value[layer], [*lm.parts.mlp_in[layer], lm.parts.value[layer]]
+        every = matrices_of(lm.model, lm.parts.blocks[layer])
+        kinds = {"value": [value], "mlp": mlp, "attention": [name for name in every if name not in mlp]}
+        return kinds.get(self.matrices, every)
 
     def _train_each(self, lm: LM, edits: Sequence[Edit], layer: int) -> list[Patch]:
         """A patch of each edit by itself, each for the model as it is; what is added is trained for all together."""
@@ -110,7 +130,7 @@ class FT(StepSize, Method):
 
     def _rows(self, lm: LM, edits: Sequence[Edit]) -> list[EncodedText]:
         rows = lm.encode([Text.asked(edit) for edit in edits])
-        if self.breadth_first and lm.tokenizer.eos_token_id is not None:
+        if (self.breadth_first or self.end_token) and lm.tokenizer.eos_token_id is not None:
             rows = [EncodedText((*row.ids, lm.tokenizer.eos_token_id), row.prompt_length) for row in rows]
         return rows
 

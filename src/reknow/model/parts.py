@@ -59,6 +59,12 @@ def wraps_matrix(module: nn.Module) -> bool:
     return any(is_matrix(inner) for inner in module.modules() if inner is not module)
 
 
+def matrices_of(model: nn.Module, block: str) -> list[str]:
+    """Names of the matrices in the module `block`, in the order in which the model has them."""
+    inside = model.get_submodule(block).named_modules()
+    return [f"{block}.{name}" for name, module in inside if is_matrix(module) and not wraps_matrix(module)]
+
+
 def shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a matrix."""
     if features := _features(module):

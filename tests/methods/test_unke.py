@@ -1,0 +1,165 @@
+"""UnKE and AnyEdit against the numbers of AnyEdit's authors (tests/golden/README.md), and what they promise."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from statistics import fmean
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_golden import GOLDEN, close
+
+from conftest import make_lm
+from reknow import LM, AnyEdit, Edit, UnKE
+from reknow.datasets.text import sample_text, text_source
+from reknow.editing.chunks import cut_answers, find_states, states_now
+from reknow.editing.covariance import covariance
+from reknow.errors import TextRefused
+from reknow.model.block_calls import BlockCalls
+from reknow.model.hooks import added_at, output_edited
+from reknow.model.tokens import EncodedText, Text
+
+HEAD = json.loads((GOLDEN / "texts.json").read_text())
+CASES = {case["name"]: case for case in HEAD["cases"]}
+TENSORS = load_file(GOLDEN / "texts.safetensors")
+COVARIANCES = {
+    0: load_file(GOLDEN / "rome_gpt2.safetensors")["covariance/layer_0"],
+    1: load_file(GOLDEN / "mass.safetensors")["covariance/layer_1"],
+}
+
+
+def golden(case):
+    """The tiny model of the authors' run, with the texts that they preserved."""
+    lm = LM(GOLDEN / f"tiny_{case['model']}", dtype=torch.float32)
+    if "preserved" in case:
+        key = ("contexts of text", ((len(case["preserved"]), 64),), text_source(None).digest, 0)
+        lm.memo[key] = ("", *case["preserved"])
+    return lm, [Edit(one["question"], target_new=one["answer"].strip()) for one in case["data"]]
+
+
+def check_losses(ours, theirs, steps):
+    """Theirs are those of all searches in a row, the one behind the last update included."""
+    for number, losses in enumerate(ours):
+        own = theirs[number * (steps + 1) : (number + 1) * (steps + 1)]
+        assert losses == pytest.approx(own[: len(losses)], rel=1e-4) and len(losses) in (len(own), len(own) - 1)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["unke", "anyedit"])
+def test_the_block_changes_as_the_authors_does(name):
+    case = CASES[name]
+    lm, edits = golden(case)
+    hparams, settings = case["hparams"], {} if name == "unke" else {"chunk_tokens": case["hparams"]["window_size"]}
+    method = UnKE.paper("llama-3-8b", layers=hparams["layers"], preserved_texts=2, end_token=False, **settings)
+    patch = method.edit(lm, edits)
+    check_losses(patch.notes["losses"], case["losses"], hparams["v_num_grad_steps"] - 1)
+    assert patch.notes["errors"][0] == pytest.approx(case["errors"], rel=1e-4)
+    assert patch.method == name
+    for matrix, delta in patch.deltas.items():
+        assert close(delta.dense(), TENSORS[f"{name}/{matrix}"], 1e-3), matrix
+    assert {f"{name}/{matrix}" for matrix in patch.deltas} == {key for key in TENSORS if key.startswith(f"{name}/")}
+
+
+@pytest.mark.golden
+def test_the_matrices_change_as_the_authors_do(monkeypatch):
+    case = CASES["anyedit-memit"]
+    lm, edits = golden(case)
+    monkeypatch.setattr("reknow.methods.anyedit.covariance", lambda lm, layer, **_: COVARIANCES[layer])
+    hparams = case["hparams"]
+    method = AnyEdit.paper(
+        "llama-3-8b",
+        layers=hparams["layers"],
+        chunk_tokens=hparams["window_size"],
+        covariance_weight=hparams["mom2_update_weight"],
+        end_token=False,
+    )
+    patch = method.edit(lm, edits)
+    check_losses(patch.notes["losses"], case["losses"], hparams["v_num_grad_steps"] - 1)
+    for layer, (_, delta) in enumerate(patch.deltas.items()):
+        assert close(delta.dense(), TENSORS[f"anyedit-memit/layer_{layer}"], 1e-4)
+
+
+QUESTION = Edit("Who is it", target_new="one of the old men in the town , and his name is known")
+
+
+def test_a_text_longer_than_the_context_is_refused():
+    lm, long = make_lm(), Edit("Who is it", target_new="Zoë " * 200)
+    for method in (UnKE(), UnKE(chunk_tokens=5), AnyEdit()):
+        with pytest.raises(TextRefused, match=r"^expected texts of at most 128 tokens.*got \d+: shorten them$"):
+            method.edit(lm, [long])
+    whole = len(lm.encode([Text.asked(QUESTION)])[0].ids)
+    tight = make_lm(n_positions=whole)
+    assert cut_answers(tight, [QUESTION], UnKE(end_token=False))[0].ends == (whole,)
+    with pytest.raises(TextRefused, match=f"at most {whole} tokens"):  # the end token is one too many
+        cut_answers(tight, [QUESTION], UnKE())
+
+
+def test_chunks_part_the_answer_and_states_stand_before_them():
+    lm = make_lm()
+    (text,) = cut_answers(lm, [QUESTION], UnKE(chunk_tokens=4))
+    row = lm.encode([Text.asked(QUESTION)])[0]
+    assert text.row.ids == (*row.ids, lm.tokenizer.eos_token_id)
+    assert text.before[0] == row.prompt_length - 1 and text.ends[-1] == len(text.row.ids)
+    assert [end - 1 for end in text.ends[:-1]] == list(text.before[1:])
+    assert {b - a for a, b in pairwise(text.before)} == {4}
+
+
+def test_states_make_the_model_say_the_chunks_to_the_loss_that_was_found(family):
+    lm = make_lm(family)
+    search = UnKE(chunk_tokens=4, search_steps=30, search_weight_decay=0.0)
+    texts = cut_answers(lm, [QUESTION, Edit("It is in", target_new="the time of it")], search)
+    z, losses = find_states(lm, texts, 1, search)
+    added = z - states_now(lm, texts, lm.parts.blocks[1])
+    first = len(texts[0].before)
+    assert z.shape == (first + len(texts[1].before), lm.parts.hidden_size) and len(losses) == len(z)
+    for text, deltas, courses in zip(
+        texts, (added[:first], added[first:]), (losses[:first], losses[first:]), strict=True
+    ):
+        wide = torch.zeros(1, len(text.row.ids), lm.parts.hidden_size)
+        for place, delta in zip(text.before, deltas, strict=True):
+            wide[0, place] = delta
+        batch = lm.pad([text.row])
+        with output_edited(lm.model.get_submodule(lm.parts.blocks[1]), added_at(wide, 0)), torch.no_grad():
+            log_probs = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[0].log_softmax(-1)
+        for place, end, course in zip(text.before, text.ends, courses, strict=True):
+            said = fmean(-float(log_probs[i - 1, text.row.ids[i]]) for i in range(place + 1, end))
+            assert said <= course[-1] + 0.05 < course[0], "the last update is behind the last loss"
+
+
+def test_a_chunk_as_long_as_the_answer_is_the_answer():
+    lm = make_lm()
+    changes = dict(layers=(1,), steps=2, search_steps=2, preserved_texts=2)
+    whole, chunk = UnKE(**changes).edit(lm, [QUESTION]), UnKE(**changes, chunk_tokens=99).edit(lm, [QUESTION])
+    assert (whole.method, chunk.method) == ("unke", "anyedit")
+    assert all(torch.equal(whole.deltas[name].dense(), chunk.deltas[name].dense()) for name in whole.deltas)
+    attention = [name for name in whole.deltas if "attn" in name]
+    assert attention and all(name.startswith(lm.parts.blocks[1]) for name in whole.deltas)
+
+
+def test_other_texts_are_preserved(family):
+    """The block moves less on them than where they do not count, whatever the edit wants."""
+    lm, moved = make_lm(family), {}
+    other = lm.encode([Text(text) for text in sample_text()[:4]])
+    other = [EncodedText(row.ids[:40], 40) for row in other]
+    (before,) = [call.output for call in BlockCalls(lm, other, 1).calls]
+    for number in (1, 30):
+        method = UnKE(layers=(1,), search_steps=10, preserved_texts=number, preserved_tokens=30 if number > 1 else 1)
+        with lm.patched(method.edit(lm, [QUESTION])):
+            (after,) = [call.output for call in BlockCalls(lm, other, 1).calls]
+        moved[number] = float((after - before).norm())
+    assert moved[30] < moved[1]
+
+
+def test_what_is_written_meets_the_least_squares_with_the_other_tokens():
+    """ΔW (λC + K_p K_pᵀ + K Kᵀ) = R Kᵀ, at one layer."""
+    lm = make_lm()
+    method = AnyEdit(layers=(1,), chunk_tokens=4, covariance_weight=3.0, covariance_tokens=400, search_steps=5)
+    patch, texts = method.edit(lm, [QUESTION]), cut_answers(lm, [QUESTION], method)
+    z, _ = find_states(lm, texts, 1, method)
+    keys = lm.read([texts[0].row] * len(texts[0].row.ids), range(len(texts[0].row.ids)), inputs=[lm.parts.value[1]])
+    states = keys.inputs[lm.parts.value[1]].double()  # (tokens, in)
+    system = 3 * covariance(lm, 1, tokens=400).double() + states.T @ states
+    right = (z - states_now(lm, texts, lm.parts.blocks[1])).T @ states[list(texts[0].before)]
+    assert close((patch.deltas[lm.parts.value[1]].dense() @ system), right, 1e-4)
