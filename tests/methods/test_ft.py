@@ -79,3 +79,29 @@ def test_batches_come_breadth_first_in_an_order_of_the_seed(lm):
 
     assert same(edit(0), edit(0), rtol=0, atol=0) and not same(edit(0), edit(1), atol=1e-9)
     assert len(edit(0).notes["losses"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["value", "mlp", "attention", "all"])
+def test_other_matrices_of_a_layer_are_trained(family, kind):
+    lm = make_lm(family)
+    value, attention = lm.parts.value[1], lm.parts.attention_out[1]
+    mlp = {value, *lm.parts.mlp_in[1]}
+    patch = FT(layer=1, matrices=kind, steps=30, learning_rate=0.05).edit(lm, EDITS[:2])
+    names = set(patch.deltas)
+    assert all(name.startswith(f"{lm.parts.blocks[1]}.") and delta.norm() > 0 for name, delta in patch.deltas.items())
+    assert {"value": names == {value}, "mlp": names == mlp, "attention": attention in names and not names & mlp,
+            "all": names > mlp | {attention}}[kind]  # fmt: skip
+    assert patch.notes["losses"][-1] < patch.notes["losses"][0] - 1
+    (alone,) = FT(layer=1, matrices=kind, steps=3).edit_each(lm, EDITS[:1])
+    assert same(alone, FT(layer=1, matrices=kind, steps=3).edit(lm, EDITS[:1]), rtol=1e-3, atol=1e-5)
+
+
+def test_an_end_token_that_is_learned_ends_the_text():
+    lm, (edit, *_) = make_lm("llama"), EDITS
+    made = FT(layer=(1, 2), end_token=True, steps=60, learning_rate=0.05, matrices="all").edit(lm, [edit])
+    assert made.method == "ft-uke" and made.notes["losses"][-1] < 0.1
+    with lm.patched(made):
+        assert lm.generate(edit.text, 12).strip() == edit.target_new
+    plain = FT(layer=(1, 2), steps=60, learning_rate=0.05, matrices="all").edit(lm, [edit])
+    with lm.patched(plain):
+        assert lm.generate(edit.text, 12).strip() != edit.target_new

@@ -58,7 +58,7 @@ def with_other_texts(cases: Sequence[Case]) -> list[Case]:
 def read_everything(name: str, record: Record) -> Case:
     """A record of `editevery.json`: `question` and `answer`, in prose, mathematics, code, poems and news.
 
-    There are no other questions, so what is scored is how much of the answer is written. `category` is not used.
+    It has no other questions, so what is scored is how much of the answer is written. `category` is not used.
     """
     number = record.fields.get("id", record.index)
     return Case(record.edit(record.text("question"), target_new=record.text("answer"), id=f"{name}/{number}"))

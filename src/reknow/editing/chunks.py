@@ -13,20 +13,23 @@ With `units="absolute"` the last term is weight_decay · ‖δ‖ / ‖h‖², a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from reknow.checks.bounds import Natural, NonNegative, Number, Rate, Units
 from reknow.editing.descent import adam_update, descend
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.exact import exact
-from reknow.model.hooks import added_at, output_edited, recorded
-from reknow.model.scored_tokens import ScoredTokens, predictions
-from reknow.model.tokens import EncodedText, Text, make_batches
+from reknow.model.hooks import added_at, output_edited
+from reknow.model.replay import BlockReplay
+from reknow.model.tokens import EncodedText, Text
 from reknow.progress import progress
 
 __all__ = ["ChunkSearch", "ChunkedText", "cut_answers", "find_states", "states_now"]
@@ -100,60 +103,77 @@ def find_states(
     Raises:
         EditFailed: a loss is not finite.
     """
-    found: list[list[Tensor]] = [[] for _ in texts]
-    losses: list[list[list[float]]] = [[] for _ in texts]
-    longest = max(len(text.before) for text in texts)
-    for number in progress.each("finding states", range(longest), unit="chunks", parts=1):
-        having = [i for i, text in enumerate(texts) if number < len(text.before)]
-        for part in make_batches([texts[i].ends[number] for i in having]):
-            own = [having[i] for i in part]
-            deltas, courses = _search(lm, [texts[i] for i in own], [found[i] for i in own], layer, search)
-            for i, delta, course in zip(own, deltas, courses, strict=True):
-                found[i].append(delta)
-                losses[i].append(course)
-    delta = exact(torch.stack([each for own in found for each in own]))
-    return states_now(lm, texts, lm.parts.blocks[layer]) + delta, [each for own in losses for each in own]
+    deltas: list[Tensor] = []
+    losses: list[list[float]] = []
+    chunks = [(text, number) for text in texts for number in range(len(text.before))]
+    for text, number in progress.each("finding states", chunks, unit="chunks", parts=1):
+        delta, course = _search(lm, text, deltas[len(deltas) - number :], layer, search)
+        deltas.append(delta)
+        losses.append(course)
+    return states_now(lm, texts, lm.parts.blocks[layer]) + exact(torch.stack(deltas)), losses
 
 
 def _search(
-    lm: LM, texts: Sequence[ChunkedText], earlier: Sequence[Sequence[Tensor]], layer: int, search: ChunkSearch
-) -> tuple[Tensor, list[list[float]]]:
-    """δ of the next chunk of every text, (texts, hidden), and its losses, with those of `earlier` chunks in place."""
-    number, name = len(earlier[0]), lm.parts.blocks[layer]
-    rows = [EncodedText(text.row.ids[: text.ends[number]], text.row.prompt_length) for text in texts]
-    pairs = [predictions(row, text.before[number] + 1) for row, text in zip(rows, texts, strict=True)]
-    scored = ScoredTokens(lm, rows, pairs, layer)
-    here = scored.places.int().argmax(1)  # (texts,) column of the token before the chunk
-    every = torch.arange(len(texts), device=here.device)
-    with torch.no_grad(), recorded(lm.model, outputs=[name]) as (_, seen):
-        scored.row_nll()
-    states = seen[name]  # (texts, columns, hidden)
-    fixed = torch.zeros(states.shape, dtype=torch.float32, device=lm.device)
-    for i, (text, deltas) in enumerate(zip(texts, earlier, strict=True)):
-        for place, delta in zip(text.before, deltas, strict=False):
-            fixed[i, int(here[i]) - text.before[number] + place] = delta
-    size = states.to(lm.device)[every, here].float().norm(dim=1)  # (texts,)
-    absolute, width = search.units == "absolute", states.shape[2]
-    unit = (torch.ones_like(size) if absolute else size / width**0.5)[:, None]
-    radius = search.search_clamp * size[:, None]
-    scaled = torch.zeros(len(texts), width, device=lm.device, requires_grad=True)
-    step = adam_update(torch.optim.Adam([scaled], lr=search.search_learning_rate), scaled)
+    lm: LM, text: ChunkedText, earlier: Sequence[Tensor], layer: int, search: ChunkSearch
+) -> tuple[Tensor, list[float]]:
+    """δ of the next chunk, (hidden,), and its losses, with those of the `earlier` chunks in place."""
+    reading = _Reading(lm, text, earlier, layer)
+    size, absolute = reading.state.norm(), search.units == "absolute"
+    unit = torch.ones_like(size) if absolute else size / len(reading.state) ** 0.5
+    radius = search.search_clamp * size
+    scaled = torch.zeros(1, len(reading.state), device=lm.device, requires_grad=True)
+    step = adam_update(torch.optim.Adam([scaled], lr=search.search_learning_rate))
 
     def losses() -> Tensor:
         delta = unit * scaled
-        added = fixed.index_put((every, here), delta)
-        with output_edited(lm.model.get_submodule(name), lambda output: added_at(added.to(output.dtype), 0)(output)):
-            return scored.row_nll() + search.search_weight_decay * delta.norm(dim=1) / size ** (1 + absolute)
+        length = delta.norm(dim=1) / size ** (1 + absolute)
+        return reading.nll(delta) + search.search_weight_decay * length
 
     def update(loss: Tensor, running: Tensor) -> None:
         step(loss, running)
         with torch.no_grad():
-            scaled.mul_((radius / (unit * scaled).norm(dim=1, keepdim=True).clamp(min=1e-12)).clamp(max=1))
+            scaled.mul_((radius / (unit * scaled).norm().clamp(min=1e-12)).clamp(max=1))
 
     with torch.enable_grad():
         passes = descend([losses], update, search.search_steps, lambda loss: loss < search.stop_loss)
-    courses = []
-    for course in zip(*passes, strict=True):
-        end = next((i for i, loss in enumerate(course, 1) if loss < search.stop_loss), len(course))
-        courses.append(list(course[:end]))
-    return (unit * scaled).detach(), courses or [[] for _ in texts]
+    return (unit * scaled).detach()[0], [loss for (loss,) in passes]
+
+
+class _Reading:
+    """How likely the next chunk is, with the additions of those before it in place.
+
+    What stands left of the token before the chunk is run once, with these additions; its keys and values are kept.
+
+    Attributes:
+        state: the block's output at that token. (hidden,), float32
+    """
+
+    def __init__(self, lm: LM, text: ChunkedText, earlier: Sequence[Tensor], layer: int):
+        self._place, end = text.before[len(earlier)], text.ends[len(earlier)]
+        ids = text.row.ids[: end - 1]  # the last token predicts nothing that is scored
+        batch = lm.pad([EncodedText(ids, min(text.row.prompt_length, len(ids)))])
+        self._block, self._cut = lm.model.get_submodule(lm.parts.blocks[layer]), lm.parts.replayable and not lm.hooked
+        self._targets = torch.tensor(text.row.ids[self._place + 1 : end], device=lm.device)
+        self._columns = torch.arange(self._place, end - 1, device=lm.device)
+        self._fixed = torch.zeros(1, self._place, lm.parts.hidden_size, device=lm.device)
+        for place, delta in zip(text.before, earlier, strict=False):
+            self._fixed[0, place] = delta
+        calls = count()
+
+        def left_of_it(output: Tensor) -> Tensor:  # it is run first, and the rest behind it
+            return added_at(self._fixed.to(output.dtype), 0)(output) if next(calls) == 0 else output
+
+        with output_edited(self._block, left_of_it) if earlier and self._cut else nullcontext():
+            self._replay = BlockReplay(lm, batch, layer, self._place)
+        self.state = self._replay.block[0].to(lm.device).float()
+
+    def nll(self, delta: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the chunk's tokens with δ (1, hidden) at the token before it. (1,)"""
+        rows = torch.zeros_like(self._columns)
+        if self._cut:
+            logits = self._replay.behind_block(delta, rows, self._columns)
+        else:
+            added = torch.cat([self._fixed, delta[None]], 1)
+            with output_edited(self._block, lambda output: added_at(added.to(output.dtype), 0)(output)):
+                logits = self._replay.rerun(rows, self._columns)
+        return cross_entropy(logits.float(), self._targets)[None]

@@ -50,7 +50,7 @@ class UnKE(ChunkSearch, Method):
     """AdamW's weight decay."""
     preserved_texts: Number = 20
     """How many other texts the block has to treat as before."""
-    preserved_tokens: Number = 64
+    preserved_tokens: Number = 32
     """Tokens of each, from its beginning."""
     preserved_source: Name | None = None
     """A file, a folder or `hub:owner/name` to take them from; None: the bundled WikiText sample."""

@@ -265,6 +265,14 @@ class BlockReplay:
                 return self._replay(self._block_input, 0, rows, columns, packing)
             return self.rerun(rows, columns)
 
+    def behind_block(self, delta: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """The same with `delta` (rows, hidden) at the block's output, whatever stands before that."""
+        if self.lm.parts.residual_identity:
+            return self(delta, rows, columns)
+        edit = added_at(delta.to(self.value.dtype), self.column - self._start)
+        with output_edited(self.lm.model.get_submodule(self.lm.parts.blocks[self.layer]), edit):
+            return self.rerun(rows, columns)
+
     def _packing(self) -> Packing | None:
         """What leaves padding out of the blocks, where there is enough of it and the model allows it; not on a GPU,
         to which more calls are worse than more tokens."""
