@@ -82,8 +82,8 @@ METHODS: dict[str, Row] = {
     "r-rome": Row("rome:ROME", {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Row("rome:ROME", {}, "Meng et al. 2022, arXiv 2202.05262"),
     "serac": Row("serac:SERAC", {}, "Mitchell et al. 2022, arXiv 2206.06520"),
-    "unke": Row("unke:UnKE", {}, "Deng et al. 2024, arXiv 2405.15349"),
     "ultraedit": Row("ultraedit:UltraEdit", {}, "Gu et al. 2025, arXiv 2505.14679"),
+    "unke": Row("unke:UnKE", {}, "Deng et al. 2024, arXiv 2405.15349"),
     "wise": Row("wise:WISE", {}, "Wang et al. 2024, arXiv 2405.14768"),
     "wise-retrieve": Row("wise:WISE", {"retrieve": True}, "Wang et al. 2024, arXiv 2405.14768"),
 }
