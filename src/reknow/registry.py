@@ -55,7 +55,7 @@ METHODS: dict[str, Row] = {
     "ft-uke": Row("ft:FT", {"end_token": True}, "Xiong et al. 2025, arXiv 2506.09672"),
     "grace": Row("grace:GRACE", {}, "Hartvigsen et al. 2022, arXiv 2211.11031"),
     "ice": Row("ice:ICE", {}, "Consistent In-Context Editing, Qi et al. 2024, arXiv 2406.11194"),
-    "instructedit": Row("instructedit:InstructEdit", {}, "Tian et al. 2024, arXiv 2402.16123"),
+    "instructedit": Row("instructedit:InstructEdit", {}, "Zhang et al. 2024, arXiv 2402.16123"),
     "ike": Row("ike:IKE", {}, "Zheng et al. 2023, arXiv 2305.12740"),
     "ike-easyedit": Row(
         "ike:IKE",

@@ -45,6 +45,11 @@ def test_the_citation_file_has_all_of_them_and_the_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["version"] == __version__
     named = {one["identifiers"][0]["value"].removeprefix("arXiv:"): one for one in cited["references"]}
-    assert {number: (one["title"], one["year"], len(one["authors"])) for number, one in named.items()} == {
-        number: (paper["title"], paper["year"], len(paper["authors"])) for number, paper in known_papers().items()
+    assert {number: (one["title"], one["year"], _names(one)) for number, one in named.items()} == {
+        number: (paper["title"], paper["year"], [re.sub("[{}]", "", name) for name in paper["authors"]])
+        for number, paper in known_papers().items()
     }
+
+
+def _names(reference: dict) -> list[str]:
+    return [f"{author['given-names']} {author['family-names']}" for author in reference["authors"]]

@@ -22,7 +22,7 @@ SKIPPED = {"a", "an", "the", "can", "we", "on", "in"}
 
 @lru_cache
 def known_papers() -> dict[str, dict[str, Any]]:
-    """Each paper by its number on arXiv: title, authors ("others" for those not listed) and year."""
+    """Each paper by its number on arXiv: title, authors and year."""
     return tomllib.loads((files("reknow") / "assets" / "papers.toml").read_text(encoding="utf-8"))
 
 

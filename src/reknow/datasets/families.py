@@ -3,7 +3,7 @@
     {"card": {…}, "families": {"counterfact": {"title": …, "data": …, "metadata": …, "input": "{prompt}",
      "target": "{target}", "instructions": [{"text": …, "seen": true, "scores": {…}}, …]}, …}}
 
-InstructEdit (Tian et al. 2024, arXiv 2402.16123, §3.2) puts one of a task's instructions in front of every edit:
+InstructEdit (Zhang et al. 2024, arXiv 2402.16123, §3.2) puts one of a task's instructions in front of every edit:
 nine in training (`seen`), a tenth kept to ask what an editor makes of words it has not read.
 """
 

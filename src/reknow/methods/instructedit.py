@@ -1,4 +1,4 @@
-"""InstructEdit: instruction-based knowledge editing. Tian et al. 2024, arXiv 2402.16123.
+"""InstructEdit: instruction-based knowledge editing. Zhang et al. 2024, arXiv 2402.16123.
 
 One editor for several kinds of edits. An editor that learns them all gets in its own way, because it cannot tell them
 apart; an instruction in front of the edit tells it.

@@ -1,1 +1,1 @@
-"""The studies of InstructEdit (Tian et al. 2024, arXiv 2402.16123)."""
+"""The studies of InstructEdit (Zhang et al. 2024, arXiv 2402.16123)."""

@@ -1,4 +1,4 @@
-"""Knowledge by domain: an editor for each domain of CounterFact, and one for all (Tian et al. 2024, §4)."""
+"""Knowledge by domain: an editor for each domain of CounterFact, and one for all (Zhang et al. 2024, §4)."""
 
 from __future__ import annotations
 

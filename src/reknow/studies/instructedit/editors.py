@@ -1,4 +1,4 @@
-"""The article's studies (Tian et al. 2024): editors that differ in one thing, trained alike and read on all tasks.
+"""The article's studies (Zhang et al. 2024): editors that differ in one thing, trained alike and read on all tasks.
 
 All are of one class, InstructEdit, with and without instructions, so nothing else differs: without, it is MEND on one
 task, and on several the article's multi-task editor. Every task is seen equally often by every editor that learns it;
