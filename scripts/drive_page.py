@@ -10,7 +10,6 @@ REQUEST = {
     "target": "English",
 }
 _OLD = "document.querySelectorAll('#tried .tried, #status p').forEach(old => old.setAttribute('data-old', ''))"
-"""What is shown already is no answer to what is done next."""
 
 
 def write(tab: Any, **texts: str) -> None:
@@ -24,6 +23,17 @@ def wait_until_idle(tab: Any) -> None:
     tab.locator("#cancel").wait_for(state="hidden")
 
 
+def pass_over_what_is_told(tab: Any) -> None:
+    """What is told already is no answer to what is done next."""
+    tab.evaluate(_OLD)
+
+
+def wait_until_told(tab: Any) -> None:
+    """Until something new is told: that it went well, or what went wrong."""
+    tab.locator("#status .note:not([data-old]), #status .warn:not([data-old])").first.wait_for()
+    wait_until_idle(tab)
+
+
 def open_screen(tab: Any, name: str) -> None:
     """Opens the screen of that name."""
     tab.get_by_role("tab", name=name, exact=True).click()
@@ -33,7 +43,7 @@ def try_edit(tab: Any, method: str = "ft-m", **texts: str) -> None:
     """Fills the form, tries the edit, and waits for what it did."""
     write(tab, **{**REQUEST, **texts})
     tab.locator(f"#suggested input[value='{method}']").check()
-    tab.evaluate(_OLD)
+    pass_over_what_is_told(tab)
     tab.click("#go")
     tab.locator("#tried .tried:not([data-old]), #status .warn:not([data-old])").first.wait_for()
     wait_until_idle(tab)
@@ -42,7 +52,6 @@ def try_edit(tab: Any, method: str = "ft-m", **texts: str) -> None:
 def keep(tab: Any, why: str = "") -> None:
     """Keeps what was tried."""
     write(tab, why=why)
-    tab.evaluate(_OLD)
+    pass_over_what_is_told(tab)
     tab.click("#keep")
-    tab.locator("#status .note:not([data-old])").wait_for()
-    wait_until_idle(tab)
+    wait_until_told(tab)

@@ -183,6 +183,40 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
         raise InputError(f"expected valid settings for {name}; got {settings}: {error}") from error
 
 
+def make_from_text(name: str, texts: Mapping[str, str], given: Mapping[str, Any] = {}) -> Any:
+    """The `Method` of that name with settings as a person writes them: `make_from_text("memit", {"layers": "3,4"})`.
+
+    Args:
+        given: settings that hold where `texts` have no other.
+
+    Raises:
+        InputError: no such method, no such field, or a text that is no value of its field.
+    """
+    from reknow.checks.bounds import field_types, former_names
+    from reknow.checks.reading import read_value
+
+    kind = find_row(name).method
+    known, former = field_types(kind), former_names(kind)
+    values: dict[str, Any] = {}
+    for key, text in texts.items():
+        if key in former:
+            field, mark = former[key]
+            values[key] = read_value(key, text, bool if mark.values else known[field] | None)
+        elif key in known:
+            values[key] = read_value(key, text, known[key])
+        else:
+            raise did_you_mean(f"setting of {name}", key, known)
+    renamed = {former[key][0] for key in values if key in former}
+    return make(name, {key: value for key, value in given.items() if key not in renamed} | values)
+
+
+def layer_setting(name: str) -> str:
+    """The field of a method that says at which layers it edits; `layer`, which it then refuses, where it has none."""
+    from reknow.checks.bounds import layer_field
+
+    return layer_field(find_row(name).method) or "layer"
+
+
 def as_now(saved: Any) -> Any:
     """What a manifest says, with the settings of methods in it (`name` and fields) as this version writes them."""
     if not isinstance(saved, Mapping):

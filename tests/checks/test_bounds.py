@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 
 from reknow import METHODS, method
 from reknow.checks.bounds import Name, Number, Part, Rate, Share, check_settings, convert, describe_type, field_types
+from reknow.checks.reading import read_value
 from reknow.cli import app
-from reknow.cli.settings import build_method, read_value
+from reknow.cli.settings import build_method
 from reknow.errors import InputError
 from reknow.evaluation.plan import Plan
 from reknow.instructions.search import Search

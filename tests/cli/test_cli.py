@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from conftest import make_lm, saved
 from reknow import GRACE, LM, METHODS, Patch, UltraEdit, cli
+from reknow.checks.reading import read_value
 from reknow.cli import app
 from reknow.cli.places import run_folder
-from reknow.cli.settings import build_method, field_docs, read_value
+from reknow.cli.settings import build_method, field_docs
 from reknow.cli.training import _for_model, choose_method
 from reknow.editing.layer_choice import LayerScore, write_scores
 from reknow.registry import FAMILIES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import pytest
 
@@ -11,8 +12,9 @@ from reknow import method
 from reknow.edits import Edit
 from reknow.errors import InputError, PatchError
 from reknow.patching.stack import read_existing, read_history, save_stack, with_patch
-from reknow.ui.desks import Desks
-from reknow.ui.kept import _merged
+from reknow.ui.desks import Desks, put_on
+from reknow.ui.kept import Counts, _merged, count_kept
+from reknow.ui.work import Work, applied, collect_warnings
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +178,45 @@ def test_a_broken_folder_is_told_and_changes_nothing(desk, lm, patches):
     with pytest.raises(PatchError, match="expected a patch file"):
         desk.kept()
     assert [patch.id for patch in desk.patches()] == [patches[0].id, patches[2].id]
+
+
+def test_patches_are_counted_without_their_files_being_read(desk, lm, patches):
+    assert count_kept(desk.folder.with_name("none")) == Counts(0, 0)
+    desk.switch(lm, patches[1].id, False)
+    for file in desk.folder.glob("*.patch"):
+        file.write_bytes(b"not any more")
+    assert count_kept(desk.folder) == Counts(2, 1)
+    (desk.folder / "stack.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(PatchError, match="is broken"):
+        count_kept(desk.folder)
+
+
+def test_a_change_warns_once_and_each_time_and_what_applies_the_stack_later_does_not(tmp_path, lm, monkeypatch):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    desk, stack = Desks(tmp_path, "demo:gpt2").open(None), ()
+    with warnings.catch_warnings():
+        collect_warnings()
+        for subject in ("France", "Peru"):  # the second one is made on the first
+            with lm.stacked(stack):
+                edit = Edit("The capital of {} is", subject=subject, target_new="Lima")
+                stack = (*stack, method("ft-m", steps=2).edit(lm, [edit]))
+        first, second = stack
+
+        def told(task) -> list[str]:
+            work = Work("changing", task)
+            assert work.wait(60) and work.error is None
+            return work.warnings
+
+        assert told(lambda: desk.change(lm, "apply", lambda _: put_on(stack, lm))) == []
+        for _ in range(2):
+            assert told(lambda: desk.switch(lm, first.id, False)) == [
+                f"{second.label}: made on top of {first.id}, the effect may differ"
+            ]
+            assert told(lambda: use(lm, desk)) == []
+            assert told(lambda: desk.switch(lm, first.id, True)) == []
+        assert len(told(lambda: desk.take_out(lm, first.id))) == 1
+
+
+def use(lm, desk) -> None:
+    with applied(lm, desk.patches()):
+        assert lm.patches == desk.patches()

@@ -42,6 +42,7 @@ def test_two_methods_are_tried_on_what_stands_in_edit_and_stay_after_a_reload(op
     tab.click("#duel-go")
     tab.get_by_text("expected two methods; got ft-m and ft-m").wait_for()
     wait_until_idle(tab)
+    assert tab.inner_text("#duel") == "No result yet.", "what was made before is no result of what is asked for now"
 
 
 def test_the_first_result_is_there_while_the_second_is_made_and_stays_when_that_is_cancelled(open_tab):

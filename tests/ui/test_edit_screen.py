@@ -102,6 +102,19 @@ def test_what_is_wrong_is_told_in_a_sentence_and_nothing_is_run_that_was_written
     assert said in shown if said else "${1+1} {{y}}" in shown and "<script>alert(1)</script>" in shown
 
 
+def test_what_was_made_before_is_called_so_once_the_form_asks_for_something_that_is_not_made(open_tab):
+    tab = open_tab()
+    try_edit(tab)
+    assert "Made before" not in tab.inner_text("#tried")
+    try_edit(tab, subject="Napoleon", target="Greek")
+    assert "expected the subject “Napoleon”" in tab.inner_text("#status .warn")
+    said = tab.inner_text("#tried .hint")
+    assert said.startswith("Made before, and not of what the form asks for now: “The mother tongue of Danielle Darr")
+    assert said.endswith("is English”, by ft-m.")
+    try_edit(tab, target="Greek")
+    assert "Made before" not in tab.inner_text("#tried") and "Greek" in tab.inner_text("#tried .lead")
+
+
 def test_two_tabs_have_two_stacks(open_tab):
     one, other = open_tab(), open_tab()
     assert stack_of(one) != stack_of(other)

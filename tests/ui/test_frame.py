@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import gradio as gr
+import pytest
 
 from reknow.errors import InputError
 from reknow.ui.access import Access
@@ -101,3 +102,13 @@ def test_what_is_said_at_the_end_is_the_works_own():
 def work_until_cancelled() -> None:
     while True:
         check_here()
+
+
+@pytest.mark.parametrize("values", [("runs/a\0b",), (["a", "b\0"], "x")])
+def test_a_field_with_the_character_that_ends_texts_is_refused(values):
+    desks = Desks(Path("nowhere"), "demo:gpt2")
+    with gr.Blocks():
+        frame = Frame(desks, None, Access())  # type: ignore[arg-type]
+        frame.build_status()
+    (shown,) = list(frame._start("reading", lambda *_: pytest.fail("it ran"), lambda _: Manner(), "desk", *values))
+    assert "expected texts without the character U+0000" in shown[0]

@@ -16,6 +16,7 @@ from reknow.cli.options import DEMO, ChatOpening, Json, Opening, check_model, re
 from reknow.cli.terminal import say, say_json, say_piece, say_table, warn
 from reknow.display import paused
 from reknow.errors import InputError, PatchError, Terminated
+from reknow.texts.writing import CONTINUED
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -72,7 +73,7 @@ class Asked:
 class Writing:
     """How answers are written."""
 
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of an answer, at most.")] = 30
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of an answer, at most.")] = CONTINUED
     temperature: Annotated[
         float, typer.Option("--temperature", min=0, help="Draw tokens at this temperature; 0: the most likely ones.")
     ] = 0.0

@@ -17,6 +17,7 @@ from reknow.cli.stacks import number_of_patches, sentence
 from reknow.cli.terminal import say, say_table, warn
 from reknow.display import paused
 from reknow.errors import InputError, ModelError, ReknowError, Terminated, did_you_mean
+from reknow.texts.writing import SPOKEN
 
 if TYPE_CHECKING:
     from reknow.lm import LM
@@ -34,7 +35,7 @@ Ctrl-C stops an answer."""
 class _LongWriting(Writing):
     """Whole answers, which end by themselves."""
 
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of an answer, at most.")] = 256
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of an answer, at most.")] = SPOKEN
 
 
 def chat(*, asked: Asked, writing: _LongWriting, opening: TalkOpening) -> None:

@@ -60,7 +60,8 @@ def choose_method(name: str, pairs: list[str]) -> tuple[Method, dict[str, Any]]:
         InputError: a method that does not learn, or a setting of neither.
     """
     from reknow.checks.bounds import field_types
-    from reknow.cli.settings import build_method, check_each_once, read_value
+    from reknow.checks.reading import read_value
+    from reknow.cli.settings import build_method, check_each_once
     from reknow.learning.learned import Learned
     from reknow.learning.training import Training
     from reknow.methods import METHODS

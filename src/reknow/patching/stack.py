@@ -288,6 +288,15 @@ def read_existing(stack: str | Path) -> tuple[str, list[Patch]]:
     return str(base), patches
 
 
+def applied_ids(stack: str | Path) -> list[str]:
+    """Ids of the patches of a stack folder, in order, whose files are not read; raises PatchError where there is no
+    such folder."""
+    found = _stack_file(stack)
+    if found is None:
+        raise _missing(stack)
+    return found.ids
+
+
 def _missing(folder: str | Path) -> PatchError:
     return PatchError(f"expected a stack folder at {folder}; there is none: make it with `reknow apply`")
 

@@ -11,6 +11,7 @@ from pydantic import Field, JsonValue
 from reknow.errors import InputError
 from reknow.files.schema import FormatError, Listed, Object, Strict, parse_json
 from reknow.model.chat import Chat, Message
+from reknow.texts.writing import SPOKEN
 
 _PASSED_OVER = frozenset(("metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"))
 """Fields that change nothing in an answer."""
@@ -27,10 +28,6 @@ _NEUTRAL: Mapping[str, tuple[JsonValue, ...]] = {
     "tools": ([],),
 }
 """Fields that are taken where they ask for nothing: their values that do."""
-_MOST_TOKENS = 256
-"""Tokens of an answer whose request names no number."""
-
-
 _MOST_CHOICES = 16
 """Answers to one question at most."""
 
@@ -88,7 +85,7 @@ class Request(Strict):
         """Tokens of an answer at most: as asked, else as many as there is room for, up to 256."""
         if self.asked_tokens is not None:
             return self.asked_tokens
-        return _MOST_TOKENS if positions is None else max(1, min(_MOST_TOKENS, positions - longest_prompt))
+        return SPOKEN if positions is None else max(1, min(SPOKEN, positions - longest_prompt))
 
 
 class CompletionRequest(Request):

@@ -28,6 +28,10 @@ _FULL_STOPS = {"\u1000-\u109f": "။", "\u1780-\u17ff": "។", "\u0f00-\u0fff": 
 """What ends a sentence whose last character is in a range, the first range that has it."""
 
 
+CONTINUED, SPOKEN = 30, 256
+"""Tokens at most of a text that is continued, and of an answer in a conversation, where nobody says how many."""
+
+
 def separator_between(before: str, after: str) -> str:
     """What a writer sets between two texts that follow each other: a space, or nothing.
 

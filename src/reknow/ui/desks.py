@@ -9,7 +9,7 @@ import hashlib
 import re
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,16 +29,24 @@ from reknow.patching.stack import (
     read_history,
     read_stack,
     save_stack,
+    with_patch,
     without_patch,
 )
 from reknow.ui.kept import OFF, ON, Kept, listings, read_kept
-from reknow.ui.work import PLAIN, Manner, Work
+from reknow.ui.work import PLAIN, Manner, Work, applied
 
 _LONGEST = 60
 """Characters that a desk's name takes of the folder that it is."""
 _NAME, _PRIVATE = re.compile(r"[a-z0-9][a-z0-9-]{3,60}"), re.compile(r"page-[0-9a-f]{32}")
 _MOST = 200
 """Desks that are kept in memory; the stacks of others are in their folders."""
+
+
+def put_on(patches: Iterable[Patch], lm: LM, stack: tuple[Patch, ...] = ()) -> tuple[Patch, ...]:
+    """The stack with these patches on top, one after the other; warns and raises as `with_patch`."""
+    for patch in patches:
+        stack = with_patch(stack, patch, lm.fingerprint)
+    return stack
 
 
 @dataclass(frozen=True)
@@ -127,7 +135,8 @@ class Desk:
         """Puts another list of patches into the folder, once it has been tried on the model.
 
         Args:
-            make: gives it for the patches that are on, as the folder has them now; nobody else writes meanwhile.
+            make: gives it for the patches that are on, as the folder has them now, and warns of what there is to warn
+                of; nobody else writes meanwhile.
             noted: what else `save_stack` is to note.
 
         Raises:
@@ -135,7 +144,7 @@ class Desk:
         """
         with write_lock(self.folder, wait=PATIENCE):
             wanted = tuple(make(self.patches()))
-            with lm.stacked(wanted):
+            with applied(lm, wanted):
                 pass
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             save_stack(self.folder, self.model, wanted, action=action, why=why, **noted)
@@ -152,7 +161,7 @@ class Desk:
             if not on:
                 return self.change(lm, OFF, lambda stack: without_patch(stack, patch_id), why)
             wanted = [one.patch for one in self.kept() if one.on or one.patch.id == patch_id]
-            self.change(lm, ON, lambda _: wanted, why)
+            self.change(lm, ON, lambda _: put_on(wanted, lm), why)
 
     def take_out(self, lm: LM, patch_id: str, why: str = "") -> None:
         """Takes a patch out for good, so far as the list goes: its file stays, and the history can bring it back.
@@ -179,7 +188,7 @@ class Desk:
             listed = listings(entries)
             if line.entry and listed[line.entry.hash] == listed[entries[-1].hash]:
                 return
-            self.change(lm, "revert", lambda _: patches, why, to=line.id, forgotten=[])
+            self.change(lm, "revert", lambda _: put_on(patches, lm), why, to=line.id, forgotten=[])
 
     def _find(self, patch_id: str) -> Kept:
         found = next((one for one in self.kept() if one.patch.id == patch_id), None)

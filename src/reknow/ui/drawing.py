@@ -13,6 +13,7 @@ from reknow.evaluation.matching import generated
 from reknow.evaluation.tried import Tried
 from reknow.report import trace_words
 from reknow.report.page import environment, read_part
+from reknow.ui.wording import on_page
 from reknow.ui.work import State, Work, told
 
 _HERE = Path(__file__).parent
@@ -21,6 +22,7 @@ _HERE = Path(__file__).parent
 @cache
 def _parts(file: str):
     templates = environment(_HERE)
+    templates.filters["on_page"] = on_page
     templates.globals |= {"begins": _begins, "percent": percent, "verdict": verdict, "made": _made, "says": _says}
     return templates.get_template(file).module
 

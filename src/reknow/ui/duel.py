@@ -17,6 +17,7 @@ from reknow.ui.drawing import draw
 from reknow.ui.edit import EditScreen, read_edit, reworded
 from reknow.ui.frame import Frame
 from reknow.ui.suggestions import build
+from reknow.ui.work import applied
 
 _EMPTY = "Nothing compared yet: write a request, or take what stands in “Edit”, and choose two methods."
 _STOPPED = "Cancelled: what was tried until then is shown; the model and the stack are as before."
@@ -66,15 +67,15 @@ class Duel:
         )
 
     def _try(self, desk: Desk, prompt: str, subject: str, target: str, first: str, second: str) -> None:
-        match = Match(Wish(prompt, subject, target, case=desk.wish.case), (first, second))
+        desk.shown["duel"] = match = Match(Wish(prompt, subject, target, case=desk.wish.case), (first, second))
         edit = read_edit(match.wish)
         if not (first and second) or first == second:
             raise InputError(f"expected two methods; got {first or 'none'} and {second or 'none'}: choose two")
-        methods = [build(name, None) for name in match.methods]
+        methods = [build(name) for name in match.methods]
         for method in methods:
             check_edits(method, [edit])
-        desk.shown["duel"], match.edit = match, edit
-        with self._frame.models.using(desk.model) as lm, lm.stacked(desk.patches()):
+        match.edit = edit
+        with self._frame.models.using(desk.model) as lm, applied(lm, desk.patches()):
             for method in methods:
                 match.trials.append(try_edits(lm, method.resolve(lm), [edit], reworded(match.wish, edit)))
 

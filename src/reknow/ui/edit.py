@@ -13,13 +13,13 @@ from reknow.datasets.cases import load_cases
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.evaluation.tried import try_edits
-from reknow.patching.stack import with_patch
 from reknow.texts.templates import fill
 from reknow.texts.writing import clip
-from reknow.ui.desks import Desk, Wish
+from reknow.ui.desks import Desk, Wish, put_on
 from reknow.ui.drawing import draw
 from reknow.ui.frame import Frame
 from reknow.ui.suggestions import build, others, suggest
+from reknow.ui.work import applied
 
 _SETS = ("counterfact", "zsre", "wiki_recent", "wiki_counterfact", "qaedit")
 """Bundled sets whose answers are short."""
@@ -75,7 +75,11 @@ class EditScreen:
         with gr.Accordion("Other methods, layer, old answer", open=False, elem_id="more") as self.more:
             self.other = gr.Dropdown(["", *others(True)], value="", label="Another method", elem_id="other")
             self.layer = gr.Textbox(
-                "", label="Layer", info="Empty: the method's own choice.", max_lines=1, elem_id="layer"
+                "",
+                label="Layer",
+                info="Empty: the method's own choice. 3,4,5: for those that edit at several.",
+                max_lines=1,
+                elem_id="layer",
             )
             self.true = gr.Textbox("", label="Present answer", info="To follow its probability.", elem_id="true")
         self.go = gr.Button("Try the edit", variant="primary", elem_id="go")
@@ -131,17 +135,18 @@ class EditScreen:
         case = desk.wish.case
         desk.wish = wish = Wish(prompt, subject, target, true, other or suggested, layer, case)
         edit = read_edit(wish)
-        method = build(wish.method, read_layer(layer))
+        method = build(wish.method, layer)
         check_edits(method, [edit])
-        with self._frame.models.using(desk.model) as lm, lm.stacked(desk.patches()):
+        with self._frame.models.using(desk.model) as lm, applied(lm, desk.patches()):
             desk.tried = try_edits(lm, method.resolve(lm), [edit], reworded(wish, edit))
+        desk.shown["answered"] = wish
 
     def _keep(self, desk: Desk, why: str) -> None:
         tried = desk.tried
         if tried is None:
             raise InputError("expected an edit that was tried; got none: try one first")
         with self._frame.models.using(desk.model) as lm:
-            desk.change(lm, "apply", lambda stack: with_patch(stack, tried.patch, lm.fingerprint), why.strip())
+            desk.change(lm, "apply", lambda stack: put_on([tried.patch], lm, stack), why.strip())
         desk.tried = None
         desk.shown["kept"] = tried
 
@@ -151,7 +156,10 @@ class EditScreen:
         tried = desk.tried or desk.shown.get("kept")
         if tried is None:
             return [draw("nothing", _EMPTY), gr.update(visible=False), gr.skip()]
-        drawn = draw("tried", tried.patch.edits[0], tried.before, [tried])
+        edit = tried.patch.edits[0]
+        drawn = draw("tried", edit, tried.before, [tried])
+        if desk.shown.get("answered") != desk.wish:  # it was refused or cancelled
+            drawn = draw("before", edit, tried.patch.method) + drawn
         return [drawn, gr.update(visible=desk.tried is not None), gr.skip()]
 
     def fill(self, desk: Desk) -> list[Any]:
@@ -190,20 +198,6 @@ def reworded(wish: Wish, edit: Edit) -> list[str]:
     if wish.case is None or wish.case.edit != edit:
         return []
     return [probe.prompt for probe in wish.case.probes if probe.kind == "generalization"][:_REWORDED]
-
-
-def read_layer(text: str) -> int | None:
-    """The layer that the form names; None: it leaves the choice to the method.
-
-    Raises:
-        InputError: it is no number.
-    """
-    text = text.strip()
-    if not text or text == "auto":
-        return None
-    if not text.isdecimal():
-        raise InputError(f"expected the number of a layer; got {text!r}: leave it empty for the method's own choice")
-    return int(text)
 
 
 def read_edit(wish: Wish) -> Edit:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import gradio as gr
 
-from reknow.errors import ReknowError
+from reknow.errors import InputError, ReknowError
 from reknow.ui.access import Access
 from reknow.ui.desks import Desk, Desks
 from reknow.ui.drawing import draw, draw_end, draw_state
@@ -136,6 +136,7 @@ class Frame:
     ) -> Iterator[list[Any]]:
         desk = self.desks.open(name)
         try:
+            _check_texts(values)
             work = desk.start(what, partial(task, desk, *values), manner(desk))
         except ReknowError as error:
             yield self._updates(desk, draw("message", str(error), [], ""))
@@ -163,3 +164,10 @@ class Frame:
         for screen in self.screens:
             values += screen.show(desk) if screen is live else [gr.skip() for _ in screen.outputs]
         return values
+
+
+def _check_texts(values: Sequence[Any]) -> None:
+    """Raises InputError where a field has the character that ends texts for the machine, as no keyboard gives it."""
+    texts = [text for value in values for text in (value if isinstance(value, list) else [value])]
+    if any(isinstance(text, str) and "\0" in text for text in texts):
+        raise InputError("expected texts without the character U+0000; a field has one: write it anew")

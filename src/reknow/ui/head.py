@@ -12,6 +12,7 @@ from reknow.patching.stack import base_name
 from reknow.ui.desks import Desk
 from reknow.ui.drawing import draw
 from reknow.ui.frame import Frame
+from reknow.ui.kept import count_kept
 
 
 class Head:
@@ -46,7 +47,7 @@ class Head:
 
     def show(self, desk: Desk) -> list[Any]:
         try:
-            return [draw("stack_line", desk.name, desk.model, desk.kept()), desk.model]
+            return [draw("stack_line", desk.name, desk.model, count_kept(desk.folder)), desk.model]
         except ReknowError as error:
             return [draw("message", str(error), [], ""), desk.model]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from reknow.files.outputs import STACK_FILE
 from reknow.patching.history import Entry
 from reknow.patching.patches import Patch
-from reknow.patching.stack import read_existing, read_history
+from reknow.patching.stack import applied_ids, read_existing, read_history
 
 OFF, ON = "off", "on"
 """What the history calls switching."""
@@ -37,6 +37,13 @@ class Listed(NamedTuple):
     off: frozenset[str] = frozenset()
 
 
+class Counts(NamedTuple):
+    """How many patches of a stack are on, and how many off."""
+
+    on: int
+    off: int
+
+
 def read_kept(folder: Path) -> list[Kept]:
     """All patches of the stack with who put them on, the switched off ones at the places where they stood; none where
     there is no stack yet.
@@ -46,20 +53,40 @@ def read_kept(folder: Path) -> list[Kept]:
     """
     if not (folder / STACK_FILE).exists():
         return []
-    entries = [line.entry for line in read_history(folder) if line.entry]
+    entries = _entries(folder)
     on = {patch.id: patch for patch in read_existing(folder)[1]}
-    listed = ([*listings(entries).values()] or [Listed()])[-1]
-    off = listed.off - set(on)  # what is in the folder counts, whatever its history says
     put = dict[str, Entry]()
     for entry in entries:
         anew = entry.action != ON and entry.to is None
         put |= {one.id: entry for one in entry.applied if anew or one.id not in put}
     found = []
-    for patch_id in _merged(listed.order, list(on), off):
+    for patch_id in _listed(entries, list(on)):
         patch = on.get(patch_id) or Patch.load(folder / f"{patch_id}.patch")
         entry = put.get(patch_id)
         found.append(Kept(patch, patch_id in on, *((entry.by, entry.at, entry.why) if entry else ("", None, ""))))
     return found
+
+
+def count_kept(folder: Path) -> Counts:
+    """How many there are, without their files being read.
+
+    Raises:
+        PatchError: the folder is broken.
+    """
+    if not (folder / STACK_FILE).exists():
+        return Counts(0, 0)
+    entries, on = _entries(folder), applied_ids(folder)
+    return Counts(len(on), len(_listed(entries, on)) - len(on))
+
+
+def _entries(folder: Path) -> list[Entry]:
+    return [line.entry for line in read_history(folder) if line.entry]
+
+
+def _listed(entries: Iterable[Entry], on: Sequence[str]) -> list[str]:
+    """The ids in their order, those that are off too."""
+    listed = ([*listings(entries).values()] or [Listed()])[-1]
+    return _merged(listed.order, on, listed.off - set(on))  # what is in the folder counts, whatever its history says
 
 
 def listings(entries: Iterable[Entry]) -> dict[str, Listed]:

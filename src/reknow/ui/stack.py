@@ -22,12 +22,13 @@ from reknow.files.tensors import check_finite
 from reknow.lm import LM
 from reknow.patching.patch_files import write_patch
 from reknow.patching.patches import Patch, merge
-from reknow.patching.stack import read_history, with_patch
+from reknow.patching.stack import read_history
 from reknow.patching.telling import describe, describe_change, utc
-from reknow.ui.desks import Desk
+from reknow.ui.desks import Desk, put_on
 from reknow.ui.drawing import draw
 from reknow.ui.frame import Frame
 from reknow.ui.kept import Kept
+from reknow.ui.work import applied
 
 _EMPTY = "No patch yet: keep one on the first screen, or add a file."
 _FOLDER = "The stack is a folder; ask it or serve it with:"
@@ -95,7 +96,7 @@ class StackScreen:
             max_lines=1, visible=False, elem_id="gguf-base",
         )  # fmt: skip
         self.truncate = gr.Checkbox(
-            False, label="Cut changes of a rank above 512 (--truncate), which no adapter can have", elem_id="truncate"
+            False, label="Cut changes of a rank above 512, which no adapter can have", elem_id="truncate"
         )
         self.export = gr.Button("Export", elem_id="export")
         self.exported = gr.HTML(elem_id="exported", apply_default_css=False)
@@ -136,14 +137,8 @@ class StackScreen:
         try:
             # What a later patch was made on includes what it continues.
             patches = sorted(map(read_upload, files or []), key=lambda patch: len(patch.made_on))
-
-            def put_on(stack: tuple[Patch, ...]) -> tuple[Patch, ...]:
-                for patch in patches:
-                    stack = with_patch(stack, patch, lm.fingerprint)
-                return stack
-
             with self._frame.models.using(desk.model) as lm:
-                desk.change(lm, "apply", put_on, why.strip())
+                desk.change(lm, "apply", lambda stack: put_on(patches, lm, stack), why.strip())
         finally:
             for file in map(Path, files or []):
                 with suppress(OSError):
@@ -170,7 +165,7 @@ class StackScreen:
         out = export_place(desk.folder.resolve(), chosen)
         desk.shown.pop("exported", None)
         stack = desk.patches()
-        with self._frame.models.using(desk.model) as lm, lm.stacked(stack):
+        with self._frame.models.using(desk.model) as lm, applied(lm, stack):
             options = {"truncate": truncate} if chosen.endswith("lora") else {}
             if out.is_file():
                 from reknow.export.gguf_record import read_gguf_record  # what it needs may not be installed
@@ -257,7 +252,7 @@ def merge_all(stack: tuple[Patch, ...]) -> list[Patch]:
 
 def _held(lm: LM, patches: Sequence[Patch]) -> int:
     """How many of their edits the model with these patches says."""
-    with lm.stacked(patches):
+    with applied(lm, patches):
         return sum(answer.said for answer in ask(lm, all_edits(lm)))
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from reknow.checks.bounds import layer_field
-from reknow.registry import METHODS, NEED_A_SUBJECT, find_row, make
+from reknow.registry import METHODS, NEED_A_SUBJECT, layer_setting, make_from_text
 
 
 class Suggestion(NamedTuple):
@@ -37,13 +36,10 @@ def others(subject: bool) -> list[str]:
     return [name for name in METHODS if name not in offered and (subject or name not in NEED_A_SUBJECT)]
 
 
-def build(name: str, layer: int | None):
-    """The method of that name at a layer; None: its own choice.
+def build(name: str, layer: str = ""):
+    """The method of that name at a layer, or at several of them, as the form has them; empty: its own choice.
 
     Raises:
-        InputError: there is none of that name, or it edits at no layer.
+        InputError: there is none of that name, it edits at no layer, or the text is none.
     """
-    if layer is None:
-        return make(name, {})
-    field = layer_field(find_row(name).method)
-    return make(name, {field or "layer": [layer] if field == "layers" else layer})
+    return make_from_text(name, {layer_setting(name): layer.strip()} if layer.strip() else {})

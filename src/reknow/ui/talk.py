@@ -13,9 +13,9 @@ from reknow.model.chat import Chat, Message, as_chat
 from reknow.model.conversation import conversation, sampling
 from reknow.patching.patches import Patch
 from reknow.texts.differences import Run, differing
-from reknow.ui.work import Cancelled, Work
+from reknow.texts.writing import CONTINUED, SPOKEN
+from reknow.ui.work import Cancelled, Work, applied
 
-_SPOKEN, _CONTINUED = 256, 30
 _FEWER = "fewer tokens bound an answer"
 
 
@@ -38,7 +38,7 @@ class Settings:
 
     def most(self, talks: bool) -> int:
         """Tokens of an answer in a conversation, or of a text that is continued, at most."""
-        return self.tokens or (_SPOKEN if talks else _CONTINUED)
+        return self.tokens or (SPOKEN if talks else CONTINUED)
 
     @property
     def told(self) -> str:
@@ -121,7 +121,7 @@ class Talk:
                 self._write(lm, template, turn, turn.before)
             if patches:
                 turn.after = Answer()
-                with lm.stacked(patches):
+                with applied(lm, patches):
                     self._write(lm, template, turn, turn.after)
         except Cancelled:
             if not any(answer.text for answer in turn.answers):

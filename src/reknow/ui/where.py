@@ -17,6 +17,7 @@ from reknow.ui.desks import Desk, Wish
 from reknow.ui.drawing import draw
 from reknow.ui.edit import EditScreen, read_edit
 from reknow.ui.frame import Frame
+from reknow.ui.work import applied
 
 _EMPTY = "Nothing traced yet: write a prompt that the model answers, select its subject, and press “Trace”."
 _ASK = "Click a cell to hear what it says, or go there with Tab and the arrow keys and press Enter."
@@ -105,7 +106,7 @@ class WhereScreen:
                 "expected a subject, on which noise is put; got none: select it in the prompt with the mouse"
             )
         desk.wish = replace(desk.wish, prompt=prompt, subject=subject)
-        with self._frame.models.using(desk.model) as lm, lm.stacked(patches := desk.patches()):
+        with self._frame.models.using(desk.model) as lm, applied(lm, patches := desk.patches()):
             trace = trace_prompt(lm, edit.prompt, edit.subject, embedding_std(lm, load_facts(_NOISE)))
         desk.shown["where"] = Traced(trace, edit.text, edit.subject, len(patches))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from reknow.display import clock, duration, first_timed, known_share
 from reknow.errors import ReknowError
 from reknow.files.unforeseen import unforeseen
+from reknow.lm import LM
+from reknow.patching.patches import Patch
 from reknow.progress import Stage, progress
 
 _here = threading.local()
@@ -131,8 +134,25 @@ def check_here() -> None:
         work.check()
 
 
+@contextmanager
+def applied(lm: LM, patches: Iterable[Patch]) -> Iterator[None]:
+    """While open, exactly these patches are applied. What there is to warn of in that is not heard: it was told when
+    they were put on.
+
+    Raises:
+        PatchError: they do not fit the model, or not behind each other.
+    """
+    work = work_here()
+    before = len(work.warnings) if work is not None else 0
+    with lm.stacked(patches):
+        if work is not None:
+            del work.warnings[before:]
+        yield
+
+
 def collect_warnings() -> None:
-    """From now on what the library warns of in a work goes to who waits for it."""
+    """From now on what the library warns of in a work goes to who waits for it, each time."""
+    warnings.filterwarnings("always", module=r"reknow\.")
     shown = warnings.showwarning
 
     def show(message: Any, *rest: Any, **options: Any) -> None:
