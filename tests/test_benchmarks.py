@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reknow import LM, MEMIT, ROME, load_cases
 from reknow.editing.value_batch import encode_facts, split_contexts
+from reknow.errors import InputError
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -319,3 +320,38 @@ def test_onednns_operations_are_counted(monkeypatch):
     states, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(5, 8)
     _, flops = speed_work.total_flops(lambda: product(states, weight).sum().backward())
     assert flops == 2 * (2 * 3 * 8 * 5) * 2, "there and back"
+
+
+def test_a_long_sequence_goes_on_where_it_was_and_with_no_other_settings(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import sequence
+
+    asked = ["sequence.py", "demo:gpt2", "--out", str(tmp_path / "out"), "--edits", "6", "--turn", "2", "--at", "2,4"]
+    asked += [
+        "--read",
+        "2",
+        "--ability",
+        "",
+        "--methods",
+        "ultraedit",
+        "--whole",
+        "ft=locft-bf",
+        "--set",
+        "ft.steps=2",
+    ]
+    monkeypatch.setattr("sys.argv", asked)
+    sequence.main()
+    rows = [json.loads(line) for line in (tmp_path / "out/points.jsonl").read_text().splitlines()]
+    points = [(row["method"], row["edits"], row["read"]) for row in rows]
+    assert points == [("unedited", 0, 4), *(("ultraedit", at, 2) for at in (2, 4, 6)), ("ft", 6, 2)]
+    assert rows[0]["locality"][0] == 1 and rows[1]["reliability"][0] > 0 and rows[3]["seconds"] > rows[1]["seconds"]
+    lost = [line for line in (tmp_path / "out/points.jsonl").read_text().splitlines() if '"edits": 6' not in line]
+    (tmp_path / "out/points.jsonl").write_text("".join(f"{line}\n" for line in lost))
+    monkeypatch.setattr("reknow.methods.ultraedit.UltraEdit.edit", None)  # its patches are there
+    sequence.main()
+    again = [json.loads(line) for line in (tmp_path / "out/points.jsonl").read_text().splitlines()]
+    assert sorted(again, key=str) == sorted(rows, key=str)
+    assert "| `ft` | one patch | 6 | 2 |" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*asked, "--turn", "3"])
+    with pytest.raises(InputError, match=r"expected to go on with the sequence of .*turn 2, not 3.*or another --out"):
+        sequence.main()

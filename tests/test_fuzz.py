@@ -66,6 +66,8 @@ QUICK: dict[str, dict] = {
     "wise-retrieve": dict(layer=1, steps=2, context_groups=((1, 2),), unrelated_facts=2, shard_size=1),
     "calinet": dict(layer=1, steps=2),
     "ultraedit": dict(layers=(1, 2)),
+    "stableedit": dict(layers=(1, 2), warm_up_edits=8),
+    "simie": dict(base_settings='{"layer": 1, "steps": 2, "context_groups": [], "covariance_tokens": 200}'),
 }
 """Settings that take a fraction of a second."""
 ALIKE = {"ike-easyedit", "alphaedit-blue"}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME
     from reknow.methods.serac import SERAC
+    from reknow.methods.simie import SimIE
     from reknow.methods.ultraedit import UltraEdit
     from reknow.methods.unke import UnKE
     from reknow.methods.wise import WISE

@@ -82,6 +82,8 @@ METHODS: dict[str, Row] = {
     "r-rome": Row("rome:ROME", {"average_keys": True}, "Gupta et al. 2024, arXiv 2403.07175"),
     "rome": Row("rome:ROME", {}, "Meng et al. 2022, arXiv 2202.05262"),
     "serac": Row("serac:SERAC", {}, "Mitchell et al. 2022, arXiv 2206.06520"),
+    "simie": Row("simie:SimIE", {}, "Guo et al. 2025, OpenReview VdEG08ZJCH"),
+    "stableedit": Row("ultraedit:UltraEdit", {"whiten": True, "warm_up": "zsre"}, "Ma et al. 2026, arXiv 2605.11836"),
     "ultraedit": Row("ultraedit:UltraEdit", {}, "Gu et al. 2025, arXiv 2505.14679"),
     "unke": Row("unke:UnKE", {}, "Deng et al. 2024, arXiv 2405.15349"),
     "wise": Row("wise:WISE", {}, "Wang et al. 2024, arXiv 2405.14768"),
@@ -101,6 +103,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "unke": "Trains one block so that a text follows a question.",
         "anyedit": "UnKE chunk by chunk, for longer texts.",
         "anyedit-memit": "MEMIT for answers that are texts, chunk by chunk.",
+        "simie": "Solves for all edits that another method makes alone.",
         "kn": "Finds a fact's neurons and rewrites what they put out.",
         "kn-erase": "Finds a fact's neurons and switches them off.",
     },
@@ -133,6 +136,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "malmen": "A network and least squares, many edits at once.",
         "instructedit": "MEND for several tasks, told apart by instructions.",
         "ultraedit": "Solves for the change from one backward pass.",
+        "stableedit": "UltraEdit, gradients whitened, warmed up on other facts.",
     },
 }
 """Families, their methods, and what each does in a sentence. A method that is in none is

@@ -23,7 +23,8 @@ def test_an_entry_names_the_paper_of_the_row(name):
     assert re.match(r"@misc\{[a-z]+\d{4}[a-z]+,\n", entry) and entry.count("{") == entry.count("}")
     number = re.search(r"eprint = \{(.*)\}", entry)[1]
     family = re.search(r"author = \{(?:[^{} ]+ )+?\{?((?:De )?[^{} ]+)\}?(?: and|\},)", entry)[1]
-    assert row.endswith(f"arXiv {number}") and f"{family} et al. {known_papers()[number]['year']}" in row
+    archive = re.search(r"archivePrefix = \{(.*)\}", entry)[1]
+    assert row.endswith(f"{archive} {number}") and f"{family} et al. {known_papers()[number]['year']}" in row
 
 
 def test_the_command_prints_one_or_all():
@@ -44,7 +45,7 @@ def test_the_citation_file_has_all_of_them_and_the_version():
 
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["version"] == __version__
-    named = {one["identifiers"][0]["value"].removeprefix("arXiv:"): one for one in cited["references"]}
+    named = {one["identifiers"][0]["value"].partition(":")[2]: one for one in cited["references"]}
     assert {number: (one["title"], one["year"], _names(one)) for number, one in named.items()} == {
         number: (paper["title"], paper["year"], [re.sub("[{}]", "", name) for name in paper["authors"]])
         for number, paper in known_papers().items()

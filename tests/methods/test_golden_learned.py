@@ -13,6 +13,7 @@ from reknow import KE, LM, MALMEN, MEND, Edit, UltraEdit
 from reknow.learning.editors import Editor, case_keys
 from reknow.learning.gradient_network import GradientNetwork
 from reknow.learning.gradients import delta_added, flat_factors
+from reknow.learning.lifelong import LifelongNorms
 from reknow.methods.ke import KENetwork
 from reknow.methods.malmen import MALMENNetwork, surrogate
 from reknow.model.scored_tokens import ScoredTokens, predictions
@@ -76,6 +77,38 @@ def test_ultraedit_gives_the_authors_change():
     for name, delta in patch.deltas.items():
         # What is normalised enters three times.
         assert close(delta.dense(), theirs[name] * excess**3, 5e-4), name
+
+
+def test_stableedit_gives_the_authors_changes(tmp_path):
+    """Four facts to warm up, then two batches of four in two matrices, whose gradients are whitened."""
+    lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
+    about, theirs = json.loads((GOLDEN / "stableedit.json").read_text()), load_file(GOLDEN / "stableedit.safetensors")
+    size, edits = about["batch"], [Edit(prompt, target_new=answer) for prompt, answer in about["edits"]]
+    stream = tmp_path / "stream.json"
+    stream.write_text(json.dumps([{"prompt": edit.prompt, "target_new": edit.target_new} for edit in edits[:size]]))
+    method = UltraEdit.paper(
+        "mistral-7b",
+        whiten=True,
+        warm_up=str(stream),
+        layers=[0, 1],
+        batch_size=size,
+        learning_rate=about["lr"],
+        whitening_floor=about["floor"] * size**2,  # their loss is a mean over a batch's edits, ours a sum
+    )
+    assert method.ridge == about["ridge"]
+    first = method.edit(lm, edits[size : 2 * size])
+    lm.apply(first)
+    second = method.edit(lm, edits[2 * size :])
+    for name in first.deltas:
+        warm_up_and_first = theirs[f"delta_0/{name}"] + theirs[f"delta_1/{name}"]
+        assert close(first.deltas[name].dense(), warm_up_and_first, 5e-4), name
+        assert close(second.deltas[name].dense(), theirs[f"delta_2/{name}"], 5e-4), name
+    norms = LifelongNorms([first, second], floor=1.0)
+    count = sum(float(patch.state["whitening.32x40.count"]) for patch in (first, second))
+    assert count == about["tokens"]
+    scatter = norms.scatters_before["32x40"]
+    assert close(scatter.scatter / (count - 32 - 1) / size**2, theirs["cov_value"], 5e-4)
+    assert close(scatter.mean / size, theirs["mean"][40:], 5e-4)
 
 
 def test_ke_reads_an_edit_as_the_authors_do():

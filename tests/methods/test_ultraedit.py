@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from conftest import make_lm
 from reknow import Edit, UltraEdit, method
+from reknow.errors import InputError
+from reknow.learning.lifelong import RunningScatter
+from reknow.model.gates import gate_and_up
 
 EDITS = [
     Edit(f"The capital of {name} is", target_new="Paris in France") for name in ("Peru", "Lima", "Rome", "Italy")
@@ -40,3 +44,71 @@ def test_units_say_what_a_rate_is_a_multiple_of(lm):
     relative = UltraEdit(**SETTINGS).edit(lm, EDITS).deltas[name].dense()
     direction = one.deltas[name].dense()
     assert not torch.allclose(relative, direction, rtol=1e-2)
+
+
+def test_gate_and_up_are_told_apart_by_what_they_do():
+    lm, llama = make_lm("gpt2"), make_lm("llama")
+    gate, up = gate_and_up(llama, 1)
+    assert (gate.rpartition(".")[2], up.rpartition(".")[2]) == ("gate_proj", "up_proj")
+    with pytest.raises(InputError, match="expected an MLP with a gate and an up matrix in layer 1 of"):
+        gate_and_up(lm, 1)
+
+
+def test_gates_may_be_changed_in_other_layers_than_up():
+    lm, llama = make_lm("gpt2"), make_lm("llama")
+    changed = UltraEdit(layers=(1,), gate_layers=(0, 2), matrices="up", min_tokens=2).edit(llama, EDITS).deltas
+    assert [name.split("layers.")[1] for name in changed] == ["0.mlp.gate_proj", "2.mlp.gate_proj", "1.mlp.up_proj"]
+    with pytest.raises(InputError, match="expected gate_layers with matrices='up'"):
+        UltraEdit(gate_layers=(0,))
+    with pytest.raises(InputError, match="leave gate_layers out"):
+        UltraEdit(gate_layers=(0,), matrices="up").edit(lm, EDITS)
+
+
+def test_whitened_gradients_have_no_covariance_left():
+    torch.manual_seed(0)
+    mix = torch.randn(5, 5, dtype=torch.float64)
+    x = torch.randn(400, 5, dtype=torch.float64) @ mix + 3
+    whole, parts = RunningScatter(5), RunningScatter(5)
+    whole.observe(x)
+    for part in x.split(57):
+        parts.observe(part)
+    assert torch.allclose(whole.scatter, parts.scatter, rtol=1e-5) and torch.allclose(whole.mean, parts.mean)
+    root = whole.inverse_root(1e-9, relative=True)
+    assert root is not None
+    white = (x - x.mean(0)) @ root
+    assert torch.allclose(white.T @ white / (400 - 5 - 1), torch.eye(5, dtype=torch.float64), atol=1e-4)
+    floored = whole.inverse_root(1e9, relative=False)
+    assert floored is not None and torch.allclose(floored, torch.eye(5, dtype=torch.float64) * 1e9**-0.5)
+    few = RunningScatter(5)
+    few.observe(x[:6])
+    assert few.inverse_root(0.1, relative=True) is None, "as many free numbers as there are, less one"
+
+
+def test_other_facts_are_edited_first_and_only_once(lm, tmp_path):
+    stream = tmp_path / "stream.jsonl"
+    stream.write_text("".join(f'{{"prompt": "{name} is in", "target_new": "Asia"}}\n' for name in ("Oslo", "Bonn")))
+    warm = UltraEdit(whiten=True, warm_up=str(stream), warm_up_writes=True, **SETTINGS)
+    first = warm.edit(lm, EDITS[:2])
+    assert first.notes["warm_up"] == 2 and first.edits == tuple(EDITS[:2]) and len(first.notes["losses"]) == 1
+    other = [Edit("Oslo is in", target_new="Asia"), Edit("Bonn is in", target_new="Asia")]
+    with lm.patched():
+        lm.apply(UltraEdit(whiten=True, **SETTINGS).edit(lm, other))
+        behind = UltraEdit(whiten=True, **SETTINGS).edit(lm, EDITS[:2])
+        before = lm.patches[0]
+    (name,) = first.deltas
+    apart = before.deltas[name].dense() + behind.deltas[name].dense()
+    assert torch.allclose(first.deltas[name].dense(), apart, rtol=1e-4, atol=1e-7)
+    read = UltraEdit(whiten=True, warm_up=str(stream), **SETTINGS).edit(lm, EDITS[:2])
+    assert read.notes["warm_up"] == 2 and (read.deltas[name].dense() - behind.deltas[name].dense()).norm() > 0
+    count = f"whitening.{'x'.join(map(str, read.deltas[name].shape))}.count"
+    assert read.state[count] == first.state[count], "what is only read is in the statistics all the same"
+    with lm.patched(first):
+        assert "warm_up" not in warm.edit(lm, EDITS[2:]).notes
+    assert warm.seen(lm, [*EDITS, *other]) == other, "none is scored that was edited to warm up"
+
+
+@pytest.mark.parametrize("changed", [dict(whiten=True), dict(layers=(0, 1)), dict(matrices="up")])
+def test_a_sequence_is_not_taken_up_with_other_settings(lm, changed):
+    wanted = "expected a sequence to go on with the settings of its patches.*or take it off"
+    with lm.patched(UltraEdit(**SETTINGS).edit(lm, EDITS[:2])), pytest.raises(InputError, match=wanted):
+        UltraEdit(**SETTINGS | changed).edit(lm, EDITS[2:])

@@ -22,7 +22,7 @@ SKIPPED = {"a", "an", "the", "can", "we", "on", "in"}
 
 @lru_cache
 def known_papers() -> dict[str, dict[str, Any]]:
-    """Each paper by its number on arXiv: title, authors and year."""
+    """Each paper by its number on arXiv, or else its name on OpenReview: title, authors and year."""
     return tomllib.loads((files("reknow") / "assets" / "papers.toml").read_text(encoding="utf-8"))
 
 
@@ -30,10 +30,10 @@ def cite(method: str) -> str:
     """The paper of a method as an entry for BibTeX: `cite("rome")`.
 
     Raises:
-        InputError: no such method, or one that was added without a paper on arXiv that is known here.
+        InputError: no such method, or one that was added without a paper that is known here.
     """
     row = find_row(method)
-    number = re.search(r"\b\d{4}\.\d{5}\b", row.paper)
+    number = re.search(r"\b\d{4}\.\d{5}\b|(?<=OpenReview )\w+", row.paper)
     if number is None or number[0] not in known_papers():
         raise InputError(
             f"expected a method whose paper is known; that of {method} is {row.paper!r}: cite it by hand"
@@ -45,8 +45,8 @@ def cite(method: str) -> str:
         "author": " and ".join(paper["authors"]),
         "year": str(paper["year"]),
         "eprint": number[0],
-        "archivePrefix": "arXiv",
-        "url": f"https://arxiv.org/abs/{number[0]}",
+        "archivePrefix": "arXiv" if (on_arxiv := "." in number[0]) else "OpenReview",
+        "url": f"https://arxiv.org/abs/{number[0]}" if on_arxiv else f"https://openreview.net/forum?id={number[0]}",
     }
     family = re.findall(r"[^ {}]+", paper["authors"][0])[-1].lower()
     return "\n".join(

@@ -1,0 +1,173 @@
+"""SimIE: Towards Lifelong Model Editing via Simulating Ideal Editor. Guo et al. 2025, ICML 42, OpenReview VdEG08ZJCH.
+
+A wrapper of any method that changes weights. An ideal editor would make each edit on the model as it first was, and
+all of them hold: what it asks of a matrix is that for the inputs K_i of edit i it put out what the matrix Ŵ_i of that
+edit alone puts out. SimIE is the regularised solution of all these demands at once, carried on edit by edit.
+
+    min over W of  Σ_i ‖(W − Ŵ_i) K_i‖² + λ ‖W − W₀‖²
+    P_t = P_{t−1} + K_t K_tᵀ,  P_0 = λI;   W_t = W_{t−1} + (Ŵ_t − W_{t−1}) K_t K_tᵀ P_t⁻¹
+
+K are the matrix' inputs at all tokens of prompt and answer. Σ K Kᵀ travels in the patches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from reknow.checks.bounds import Name, Rate, Units
+from reknow.contract import Method, check_edits, field_values, make_patch
+from reknow.editing.solvers import cholesky, solve
+from reknow.edits import Edit
+from reknow.errors import InputError
+from reknow.lm import LM
+from reknow.model.exact import exact
+from reknow.model.hooks import by_row, recorded
+from reknow.model.tokens import Text
+from reknow.patching.deltas import Dense
+from reknow.patching.patches import Patch
+from reknow.patching.record import Footprint
+from reknow.patching.state_spec import StateSpec
+from reknow.registry import make
+
+
+@dataclass(frozen=True)
+class SimIE(Method):
+    """All edits of a sequence, each as another method makes it alone, solved for together."""
+
+    state_spec: ClassVar[StateSpec] = StateSpec({"gram.*": "float32 in.* in.*", "unit.*": "float32"})
+
+    base: Name = "rome"
+    """Name of the method that makes the edits, in the table of methods; any that changes weights."""
+    base_settings: str = "{}"
+    """Its fields that differ from the defaults, as JSON."""
+    ridge: Rate = 10.0
+    """λ: what is left of a change for the sake of the first weights."""
+    units: Units = "relative"
+    """`relative`: λ is a multiple of the mean square of the inputs of a sequence's first edits; `absolute`: it is a
+    plain number, as in the paper's code."""
+    afresh: bool = True
+    """Make each edit on the model without those before, as EasyEdit does; else on the model as it is, Ŵ_t − W_{t−1}
+    being its change, the default of the authors' code."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._checked(self._base())
+
+    @property
+    def name(self) -> str:
+        return "simie"
+
+    def _base(self) -> Method:
+        try:
+            settings = json.loads(self.base_settings)
+        except ValueError as error:
+            raise _no_settings(self.base_settings) from error
+        if not isinstance(settings, dict):
+            raise _no_settings(self.base_settings)
+        lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        return make(self.base, lists)
+
+    def _checked(self, base: Method) -> Method:
+        """The base; raises InputError where it changes no weights, or is SimIE itself."""
+        if base.kind != "weights" or base.name == self.name:
+            raise InputError(f"expected a method that changes weights as base; got {self.base}: name rome, say")
+        return base
+
+    def _base_for(self, lm: LM) -> Method:
+        return self._checked(self._base().resolve(lm))
+
+    def check(self, edits: Sequence[Edit]) -> None:
+        self._base().check(edits)
+
+    def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
+        return self._base_for(lm).seen(lm, edits)
+
+    def footprint(self, lm: LM) -> Footprint | None:
+        return self._base_for(lm).footprint(lm)
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        edits, base = check_edits(self, edits, lm), self._base_for(lm)
+        earlier = [patch for patch in lm.patches if patch.method == self.name]
+        self._refuse_others(earlier)
+        others = tuple(patch for patch in lm.patches if patch.method != self.name)
+        found: dict[str, _Matrix] = {}
+        for group in [edits] if self.afresh else [[edit] for edit in lm.progress.each("edits", edits)]:
+            so_far = [make_patch(self, lm, edits, {n: one.change for n, one in found.items()})] if found else []
+            with lm.stacked(others if self.afresh else (*lm.patches, *so_far)):
+                patches = base.edit_each(lm, group)
+                made = [(patch.deltas, _inputs(lm, e, patch)) for e, patch in zip(group, patches, strict=True)]
+            for name in dict.fromkeys(name for deltas, _ in made for name in deltas):
+                own = [(deltas[name].dense().cpu(), keys[name]) for deltas, keys in made if name in deltas]
+                if name not in found:
+                    found[name] = self._begin(name, earlier, *own[0])
+                found[name].take(own, from_first=self.afresh)
+        state = {f"gram.{name}": one.gram.float() for name, one in found.items()}
+        state |= {f"unit.{name}": torch.tensor(one.unit) for name, one in found.items()}
+        return make_patch(self, lm, edits, {n: one.change for n, one in found.items()}, state=state)
+
+    def _begin(self, name: str, earlier: Sequence[Patch], change: Tensor, keys: Tensor) -> _Matrix:
+        """The matrix as the patches before left it. (out, in), (tokens, in)"""
+        before = [patch for patch in earlier if name in patch.deltas]
+        moved, gram = torch.zeros_like(change), torch.zeros(2 * change.shape[1:], dtype=torch.float64)
+        for patch in before:
+            moved += patch.deltas[name].dense().to(moved)
+            gram += exact(patch.state[f"gram.{name}"]).to(gram)
+        own = 1.0 if self.units == "absolute" else float(keys.square().mean())
+        unit = float(before[0].state[f"unit.{name}"]) if before else own
+        return _Matrix(self.ridge * unit, unit, moved, gram)
+
+    def _refuse_others(self, earlier: Sequence[Patch]) -> None:
+        """Raises InputError where a patch on the stack was made with other settings."""
+        own = field_values(self)
+        for patch in earlier:
+            if differ := [field for field, value in own.items() if patch.settings.get(field) != value]:
+                raise InputError(
+                    f"expected a sequence to go on with the settings of its patches; got {', '.join(differ)} other "
+                    f"than in patch {patch.label} ({patch.id}): set them alike, or take it off"
+                )
+
+
+class _Matrix:
+    """One matrix: W − W₀, and what it is solved from."""
+
+    def __init__(self, ridge: float, unit: float, moved: Tensor, gram: Tensor):
+        self.ridge, self.unit = ridge, unit
+        self.moved = self._moved_before = moved  # (out, in)
+        self.gram, self._gram_before = torch.zeros_like(gram), gram  # Σ K Kᵀ of this call, of those before; (in, in)
+
+    def take(self, made: Sequence[tuple[Tensor, Tensor]], *, from_first: bool) -> None:
+        """Solves for some more edits, each with its ΔW (out, in) and the inputs of its tokens (tokens, in).
+
+        Args:
+            from_first: ΔW is Ŵ − W₀, else Ŵ − W.
+        """
+        asked = torch.zeros_like(self.moved)
+        for change, keys in made:
+            asked += (((change - self.moved) if from_first else change) @ keys.T) @ keys
+        self.gram = self.gram + sum((keys.T @ keys for _, keys in made), torch.zeros_like(self.gram))
+        system = self._gram_before + self.gram
+        system.diagonal().add_(self.ridge)
+        self.moved = self.moved + solve(cholesky(system), asked).to(asked)
+
+    @property
+    def change(self) -> Dense:
+        """ΔW of this call."""
+        return Dense((self.moved - self._moved_before).float())
+
+
+def _no_settings(text: str) -> InputError:
+    return InputError(f'expected base_settings as JSON, such as {{"layer": 5}}; got {text[:60]!r}: correct it')
+
+
+def _inputs(lm: LM, edit: Edit, patch: Patch) -> dict[str, Tensor]:
+    """What each matrix of the patch gets at all tokens of the edit's prompt and answer. (tokens, in), float64"""
+    batch, names = lm.pad(lm.encode([Text.asked(edit)])), list(patch.deltas)
+    with torch.no_grad(), recorded(lm.model, inputs=names, stop=True) as (seen, _):
+        lm.forward(batch.ids, batch.mask, batch.positions, None)
+    return {name: exact(by_row(seen[name], 1)[0]).cpu() for name in names}
