@@ -9,7 +9,14 @@ import torch
 
 from conftest import AuthorsSearch, make_lm
 from reknow.editing import value_batch, values
-from reknow.editing.value_batch import encode_facts, group_facts, replayed_tokens, token_budget
+from reknow.editing.value_batch import (
+    MOST_TOKENS_OF_FACT,
+    encode_facts,
+    group_facts,
+    number_of_batches,
+    replayed_tokens,
+    token_budget,
+)
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 
@@ -66,3 +73,30 @@ def test_what_is_padded_is_counted_in_the_contexts_of_a_pass(gpt2):
     padded = 5 * 2 * (wide - narrow)  # of 5 facts a context and the KL prompt
     assert len(group_facts(facts, index, 4096, padded, 3)) == 1
     assert len(group_facts(facts, index, 4096, padded - 1, 3)) == len(group_facts(facts, index, 4096, padded)) == 2
+
+
+def test_contexts_of_long_texts_are_split_further(gpt2):
+    """So that a pass runs about as many tokens of a fact as the bound says; never where all are to be read."""
+    contexts = ("", *(f"The city {n}. " for n in range(11)))
+    short = Edit("{} is", subject="Lima", target_new="Italy")
+    long = Edit(
+        "{} is the city in the land of the old player , and", subject="Lima", target_new="it lies in the North"
+    )
+    (few,), (many,) = ([fact] for fact in encode_facts(gpt2, [short, long], contexts))
+    tokens = [sum(map(replayed_tokens, fact[:-1])) for fact in (few, many)]
+    assert tokens[0] <= 2 * MOST_TOKENS_OF_FACT < tokens[1]
+    assert number_of_batches([few], 2) == 2 and number_of_batches([few, many], 1) == 1
+    split = number_of_batches([few, many], 2)
+    assert split == -(-tokens[1] // MOST_TOKENS_OF_FACT) > 2
+    assert (
+        number_of_batches([many[:2] + many[-1:]], 2) == 2
+        and number_of_batches([many[:1] * 200 + many[-1:]], 2) <= 200
+    )
+    found = {}
+    for wanted in (1, 2):
+        method = AuthorsSearch(steps=3, context_batches=wanted)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(values, "split_contexts", lambda *given: found.setdefault(given[-1], given) and 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                find_values(gpt2, [long], 1, contexts, method)
+    assert set(found) == {1, split}

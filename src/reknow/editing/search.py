@@ -84,8 +84,8 @@ class ValueSearchMethod(Method):
     """End a fact's search too once the new answer is the most likely in every context and the loss falls by less than
     this per pass; 0: never, as in the papers."""
     context_batches: Annotated[Number, Formerly("turns")] = 2
-    """Split the contexts into so many batches, of which each pass reads the next: several times less work; 1: all
-    contexts in every pass, as in the papers."""
+    """Split the contexts into so many batches, or more where texts are long, of which each pass reads the next:
+    several times less work; 1: all contexts in every pass, as in the papers."""
     context_source: Literal["text", "model"] = "text"
     """Where the texts come from that are put before the prompt: `text`: they are beginnings of general text, that of
     `covariance_text`; `model`: the model writes them, as in the papers, some models nonsense."""

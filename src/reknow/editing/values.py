@@ -24,7 +24,15 @@ import torch
 from torch import Tensor
 
 from reknow.editing.search import ValueSearchMethod
-from reknow.editing.value_batch import FactBatch, Scores, encode_facts, group_facts, split_contexts, token_budget
+from reknow.editing.value_batch import (
+    FactBatch,
+    Scores,
+    encode_facts,
+    group_facts,
+    number_of_batches,
+    split_contexts,
+    token_budget,
+)
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.exact import finite_loss
@@ -120,7 +128,8 @@ def _search_group(
     def mean(name: str) -> Tensor:
         return sum((batch.mean(name) for batch in context_batches), torch.tensor(0.0))
 
-    context_batches = split_contexts(lm, facts, weights, layer, method.context_batches)
+    number = number_of_batches(facts, method.context_batches)
+    context_batches = split_contexts(lm, facts, weights, layer, number)
     site = method.rules.site if lm.parts.residual_identity else "value"
     sites = ["attention", site] if method.rules.moves_attention else [site]
     start = torch.stack([bare(name) for name in sites])  # (sites, facts, hidden)
