@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -29,7 +29,7 @@ class Picture(NamedTuple):
     y: str
     x_range: tuple[float, float]
     y_range: tuple[float, float]
-    legend: str
+    legend: Literal["lower left", "center right"]
     beside: dict[str, tuple[float, float]]
     """Where a name stands beside its point, in points, where names would cover each other."""
 
