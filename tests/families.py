@@ -52,6 +52,11 @@ FAMILIES: dict[str, dict] = {
     "cohere": ROPE | dict(logit_scale=0.25),
     "starcoder2": ROPE,
     "glm4": ROPE | dict(head_dim=8, pad_token_id=0),
+    "olmoe": ROPE | dict(num_experts=4, num_experts_per_tok=2),  # mixtures of experts from here on
+    "mixtral": ROPE | dict(num_local_experts=4, sliding_window=8),
+    "qwen2_moe": ROPE
+    | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=64),
+    "gpt_oss": ROPE | dict(num_local_experts=4, num_experts_per_tok=2, head_dim=8),  # (in, out), and biases
 }
 """Family (the `model_type` of transformers) → the settings that make it tiny."""
 

@@ -28,10 +28,13 @@ from reknow.registry import NEED_A_SUBJECT
 
 pytestmark = pytest.mark.contract
 
-FAMILIES = (*CORE_FAMILIES, "gemma2")  # where additions do not reach the block's output as they are
-SHAPES = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("opt", "gemma2"))) for name in FAMILIES]
-"""All of them. Those that are slow ask the same of what a fast one has too, no gate, or what tests of `editing` ask,
-norms behind."""
+FAMILIES = (*CORE_FAMILIES, "gemma2", "olmoe")
+"""With one whose additions do not reach the block's output as they are, and a mixture of experts."""
+SHAPES = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("opt", "gemma2", "olmoe"))) for name in FAMILIES]
+"""All of them. Those that are slow ask the same of what a fast one has too, no gate, or what tests of `editing` and
+`model` ask, norms behind and experts."""
+REFUSED = {("calinet", "olmoe"): "is a mixture of experts, which are fused"}
+"""(method, family) → part of the sentence that says why it is none for the other."""
 RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
 """Small models need long strides, and no bound on them."""
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")
@@ -101,6 +104,10 @@ def nll(lm: LM, edit: Edit) -> float:
 @pytest.mark.parametrize("family", SHAPES)
 def test_contract(models, name, family, tmp_path):
     lm = models[family]
+    if why := REFUSED.get((name, family)):
+        with pytest.raises(ModelError, match=why):
+            quick(name, lm).edit(lm, [EDIT])
+        return
     editor, before, plain, answer = quick(name, lm), bits(lm), answers(lm), nll(lm, EDIT)
     torch.manual_seed(7)
     states = random_states()
@@ -195,6 +202,8 @@ def test_memories_generate_as_they_score(models, name, family):
     """With the key/value cache and left padding: what each prompt gives alone, and what is likeliest when scored."""
     if getattr(METHODS[name].method, "kind", None) != "hook":
         pytest.skip("the model itself answers as ever, or to another prompt")
+    if (name, family) in REFUSED:
+        pytest.skip("it says why it cannot")
     lm = models[family]
     prompts = [EDIT.text, "Where is the Eiffel Tower ? It is in Paris , France . " + OTHER.text, "Peru"]
     with lm.patched(quick(name, lm).edit(lm, [EDIT, OTHER])):

@@ -18,6 +18,7 @@ from reknow.patching.weights import Weights
 
 LLAMA = ("model", "layers", "norm", "mlp.down_proj", "mlp.gate_proj mlp.up_proj", "self_attn.o_proj")
 GPT = ("transformer", "h", "ln_f", "mlp.c_proj", "mlp.c_fc", "attn.c_proj")
+EXPERTS = ("model", "layers", "norm", "mlp.experts.value_matrix", "", "self_attn.o_proj")
 BLOOM = ("transformer", "h", "ln_f", "mlp.dense_4h_to_h", "mlp.dense_h_to_4h", "self_attention.dense")
 NAMES = dict.fromkeys(FAMILIES, LLAMA) | {
     "gpt2": GPT,
@@ -34,6 +35,7 @@ NAMES = dict.fromkeys(FAMILIES, LLAMA) | {
     "phi": ("model", "layers", "final_layernorm", "mlp.fc2", "mlp.fc1", "self_attn.dense"),
     "phi3": ("model", "layers", "norm", "mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj"),
     "glm4": ("model", "layers", "norm", "mlp.down_proj", "mlp.gate_up_proj", "self_attn.o_proj"),
+    **dict.fromkeys(("olmoe", "mixtral", "qwen2_moe", "gpt_oss"), EXPERTS),
     "starcoder2": ("model", "layers", "norm", "mlp.c_proj", "mlp.c_fc", "self_attn.o_proj"),
 }  # fmt: skip
 """Family → stack, list of blocks, final norm, and in a block: value matrix, MLP inputs, attention's output."""
@@ -58,6 +60,8 @@ SHAPES: dict[str, tuple[str, dict]] = {
     "gpt2, square MLP": ("gpt2", dict(n_inner=32)),
     "mistral, narrow attention": ("mistral", dict(head_dim=4)),
     "llama, eager": ("llama", dict(attn_implementation="eager")),
+    "qwen2_moe, a dense layer": ("qwen2_moe", dict(mlp_only_layers=[1])),
+    "mixtral, eager experts": ("mixtral", dict(experts_implementation="eager")),
     "gpt2, tuples": ("gpt2", dict(return_dict=False)),
     "llama, tuples": ("llama", dict(return_dict=False)),
 }
@@ -167,9 +171,10 @@ def test_half_precision_is_measured_alike(built, family, dtype):
 
 
 REFUSED = {
-    "mixtral": (ROPE | dict(num_local_experts=4), "mixture of experts .num_local_experts."),
-    "qwen2_moe": (ROPE | dict(num_experts=4), "mixture of experts .num_experts."),
-    "deepseek_v3": (ROPE | dict(first_k_dense_replace=1), "mixture of experts .n_routed_experts."),
+    "llama4_text": (
+        ROPE | dict(intermediate_size_mlp=64, num_local_experts=4, head_dim=8),
+        "fused in a way that is not known",
+    ),
     "mamba": (dict(hidden_size=32, num_hidden_layers=2), "no matrices from the hidden state"),
     "rwkv": (dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32), "no matrices from the hidden"),
     "recurrent_gemma": (ROPE | dict(head_dim=8, lru_width=32), "padding changes its logits"),

@@ -14,8 +14,9 @@ from conftest import close, make_lm
 from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.model import packing
+from reknow.model.head import apply_head
 from reknow.model.hooks import added_at, output_edited, recorded, weight_replaced
-from reknow.model.replay import BlockReplay, apply_head
+from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Batch, EncodedText, Text, pad
 
 TALL = {

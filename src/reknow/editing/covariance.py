@@ -30,9 +30,9 @@ from torch import Tensor
 from reknow.checks.arguments import typed
 from reknow.datasets.text import TextSource, text_source
 from reknow.editing import triangle
+from reknow.editing.by_expert import Covariance, bytes_kept, from_blocks, shapes
 from reknow.editing.key_sums import BATCHES, ROW_TOKENS, Task, all_finite, check_blocks, save, sum_keys
 from reknow.editing.moments import read_moment
-from reknow.editing.triangle import Triangle, block_shapes, kept_bytes
 from reknow.errors import EditFailed, InputError
 from reknow.files.cache import cache_folder, cache_limit, evict, mark_used
 from reknow.files.locks import write_lock
@@ -40,7 +40,7 @@ from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import read_tensors
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
-from reknow.model.parts import device_of, shape
+from reknow.model.parts import device_of, groups, shape
 
 __all__ = ["Statistics", "covariance", "enough_tokens", "keep_statistics", "statistics"]
 
@@ -57,7 +57,7 @@ general text by a tenth more than the least that C of 100,000 tokens allows on S
 class Statistics:
     """C of one matrix, and where it is kept."""
 
-    triangle: Triangle  # of (in, in), float32, on the device of the matrix
+    triangle: Covariance  # of (in, in), float32, on the device of the matrix
     tokens: int
     """How many tokens were read."""
     file: Path
@@ -92,8 +92,8 @@ def covariance(
     return statistics(lm, [layer], tokens=tokens, text=text)[layer].covariance
 
 
-def covariance_triangle(lm: LM, layer: int, *, tokens: int | None = None, text: str | None = None) -> Triangle:
-    """C as its lower triangle, half of what `covariance` gives."""
+def covariance_triangle(lm: LM, layer: int, *, tokens: int | None = None, text: str | None = None) -> Covariance:
+    """C as its lower triangle, half of what `covariance` gives; of a mixture as those of its experts."""
     return statistics(lm, [layer], tokens=tokens, text=text)[layer].triangle
 
 
@@ -167,12 +167,13 @@ def _read_together(lm: LM, missing: Sequence[int]) -> list[list[int]]:
         )
     if missing:
         cache_limit()  # a wrong one is refused before the work
-    width = max((shape(lm.model.get_submodule(lm.parts.value[layer]))[1] for layer in missing), default=1)
+    modules = [lm.model.get_submodule(lm.parts.value[layer]) for layer in missing]
+    most = max((bytes_kept(shape(module)[1], groups(module)) for module in modules), default=1)
     parts, taken = defaultdict[int, list[int]](list), Counter[torch.device]()
     for layer in missing:
         device, room = lm.device_of(lm.parts.value[layer]), len(missing)
         if device.type == "cuda":
-            room = max(1, int(torch.cuda.mem_get_info(device)[0] / 2 / (2 * kept_bytes(width))))
+            room = max(1, int(torch.cuda.mem_get_info(device)[0] / 2 / (2 * most)))
         parts[taken[device] // room].append(layer)
         taken[device] += 1
     return list(parts.values())
@@ -180,7 +181,8 @@ def _read_together(lm: LM, missing: Sequence[int]) -> list[list[int]]:
 
 def _key(lm: LM, name: str, source: TextSource, tokens: int) -> dict[str, str]:
     """All that the statistics of the matrix `name` depend on."""
-    large = shape(lm.model.get_submodule(name))[1] > triangle.LARGE
+    module = lm.model.get_submodule(name)
+    large = groups(module) == 1 and shape(module)[1] > triangle.LARGE
     return {
         "format": f"{_FORMAT}, rows of {ROW_TOKENS}{', paired sums' if large else ''}",
         "model": lm.fingerprint.digest,
@@ -220,13 +222,17 @@ def _load(lm: LM, key: dict[str, str]) -> Statistics | None:
         _log.warning("%s is broken and is made again: %s", file, explain(error))
         return None
     mark_used(file)
-    return Statistics(Triangle(blocks).to(_device(lm, key)), count, file)
+    return Statistics(from_blocks(blocks, _groups(lm, key["matrix"])).to(_device(lm, key)), count, file)
 
 
 def _blocks(lm: LM, name: str) -> dict[str, tuple[int, int]]:
     """The tensors in the file of the matrix, with their shapes."""
     width = shape(lm.model.get_submodule(name))[1]
-    return {f"covariance.{i}": block for i, block in enumerate(block_shapes(width))}
+    return {f"covariance.{i}": block for i, block in enumerate(shapes(width, _groups(lm, name)))}
+
+
+def _groups(lm: LM, name: str) -> int:
+    return groups(lm.model.get_submodule(name))
 
 
 def _compute(
@@ -273,12 +279,12 @@ def _compute(
 
 def _take_over(lm: LM, key: dict[str, str], folder: Path) -> Statistics:
     """What another program read, kept as our own is."""
-    file, shapes = _file("covariance", key), _blocks(lm, key["matrix"]).values()
-    mean, count = read_moment(folder, key["matrix"], max(columns for _, columns in shapes))
-    blocks = [mean[end - rows : end, :end].float().contiguous() for rows, end in shapes]
-    save(Triangle(blocks).named("covariance"), file, key | {"read": str(count), "name": lm.name})
+    file, sizes = _file("covariance", key), _blocks(lm, key["matrix"]).values()
+    mean, count = read_moment(folder, key["matrix"], max(columns for _, columns in sizes))
+    taken = from_blocks([mean[end - rows : end, :end].float().contiguous() for rows, end in sizes], 1)
+    save(taken.named("covariance"), file, key | {"read": str(count), "name": lm.name})
     evict(using=[file])
-    return Statistics(Triangle(blocks).to(_device(lm, key)), count, file)
+    return Statistics(taken.to(_device(lm, key)), count, file)
 
 
 def _add_up(tensor: Tensor) -> Tensor:

@@ -14,21 +14,22 @@ from torch import Tensor
 
 from reknow.datasets.text import TextSource
 from reknow.editing import triangle
-from reknow.editing.triangle import PairedTriangle, Triangle, block_shapes, zeros
+from reknow.editing.by_expert import Diagonal, from_blocks, shapes, zero_sums
+from reknow.editing.triangle import PairedTriangle, Triangle
 from reknow.files.cache import warn_if_unwritable
 from reknow.files.schema import Count, FormatError, explain, parse_json
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
 from reknow.lm import LM
 from reknow.model.exact import exact, exact_device
 from reknow.model.hooks import by_row, recorded
-from reknow.model.parts import device_of, shape
+from reknow.model.parts import device_of, groups, shape
 from reknow.model.tokens import EncodedText, Text, encode
 
 __all__ = ["BATCHES", "ROW_TOKENS", "Task", "all_finite", "check_blocks", "read_batches", "save", "sum_keys"]
 
 _log = logging.getLogger(__name__)
 
-Sums = Triangle | PairedTriangle
+Sums = Triangle | PairedTriangle | Diagonal
 """Σ k kᵀ of one matrix."""
 
 ROW_TOKENS = 128
@@ -64,10 +65,10 @@ def sum_keys(task: Task) -> tuple[dict[str, Sums], int]:
     """Σ k kᵀ by matrix name and the number of keys; what an earlier run left in `sums_file` is taken up."""
     lm, names, source = task.lm, task.names, task.source
     modules = {name: lm.model.get_submodule(name) for name in names}
-    widths = {name: shape(module)[1] for name, module in modules.items()}
+    widths = {name: (shape(module)[1], groups(module)) for name, module in modules.items()}
     totals, count, following = _resume(task.sums_file, widths)
     if not totals:
-        totals = {name: zeros(width, torch.device("cpu")) for name, width in widths.items()}
+        totals = {name: zero_sums(*width, torch.device("cpu")) for name, width in widths.items()}
     totals = {name: total.to(exact_device(device_of(modules[name], lm.device))) for name, total in totals.items()}
     saved = time.monotonic()
     what = f"reading {source.name} for statistics"
@@ -81,8 +82,8 @@ def sum_keys(task: Task) -> tuple[dict[str, Sums], int]:
                 lm.forward(batch.ids, batch.mask, batch.positions, None)
             for name in names:
                 states = by_row(seen[name], len(rows))
-                keys = exact(states[batch.mask.bool().to(states.device)])  # (tokens, in)
-                totals[name].add_products(keys)
+                keys, total = states[batch.mask.bool().to(states.device)], totals[name]  # (tokens, in)
+                total.add_products(keys if isinstance(total, Diagonal) else exact(keys))
             count += int(batch.mask.sum())
             if time.monotonic() - saved >= _SAVE_SECONDS:
                 running = {part: block for name in names for part, block in totals[name].named(name).items()}
@@ -91,21 +92,24 @@ def sum_keys(task: Task) -> tuple[dict[str, Sums], int]:
     return totals, count
 
 
-def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Sums], int, int]:
+def _resume(sums_file: Path, widths: dict[str, tuple[int, int]]) -> tuple[dict[str, Sums], int, int]:
     """The sums in the file, the number of keys and of the next batch; nothing where there is no whole file.
 
     Args:
-        widths: of the matrices that are summed, by name.
+        widths: of the matrices that are summed, by name, and among how many experts they are divided.
     """
     if sums_file.is_file():
         try:
             sealed, totals = read_tensors(sums_file), dict[str, Sums]()
-            for name, width in widths.items():
-                if width > triangle.LARGE:
-                    high = _own(sealed.tensors, name, width, "float32")
-                    totals[name] = PairedTriangle(high, _own(sealed.tensors, f"{name}.low", width, "bfloat16"))
+            for name, (width, parts) in widths.items():
+                if parts == 1 and width > triangle.LARGE:
+                    high, low = (
+                        _own(sealed.tensors, part, width, 1, dtype)
+                        for part, dtype in ((name, "float32"), (f"{name}.low", "bfloat16"))
+                    )
+                    totals[name] = PairedTriangle(high, low)
                 else:
-                    totals[name] = Triangle(_own(sealed.tensors, name, width, "float64"))
+                    totals[name] = from_blocks(_own(sealed.tensors, name, width, parts, "float64"), parts)
             count, following = (parse_json(Count, sealed.metadata.get(part, "")) for part in ("count", "following"))
             _log.info("going on behind %d tokens that an earlier run read", count)
             return totals, count, following
@@ -114,10 +118,10 @@ def _resume(sums_file: Path, widths: dict[str, int]) -> tuple[dict[str, Sums], i
     return {}, 0, 0
 
 
-def _own(tensors: dict[str, Tensor], name: str, width: int, kind: str) -> list[Tensor]:
+def _own(tensors: dict[str, Tensor], name: str, width: int, parts: int, kind: str) -> list[Tensor]:
     """The blocks of one matrix; raises FormatError where they are others."""
-    shapes = {f"{name}.{i}": block for i, block in enumerate(block_shapes(width))}
-    return check_blocks({part: tensor for part, tensor in tensors.items() if part in shapes}, shapes, kind)
+    wanted = {f"{name}.{i}": block for i, block in enumerate(shapes(width, parts))}
+    return check_blocks({part: tensor for part, tensor in tensors.items() if part in wanted}, wanted, kind)
 
 
 def read_batches(lm: LM, texts: Iterator[str], tokens: int) -> Iterator[list[EncodedText]]:

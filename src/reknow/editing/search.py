@@ -19,6 +19,7 @@ from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, R
 from reknow.contract import Method
 from reknow.datasets.text import text_source
 from reknow.editing import triangle
+from reknow.editing.by_expert import ExpertWhitening
 from reknow.editing.contexts import sample_contexts, text_contexts
 from reknow.editing.keys import Site
 from reknow.editing.refined import Refined
@@ -26,13 +27,13 @@ from reknow.editing.solvers import Whitening, cholesky
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
-from reknow.model.parts import shape
+from reknow.model.parts import groups, shape
 from reknow.registry import METHODS, NEED_A_SUBJECT
 from reknow.texts.templates import split_template
 
 __all__ = ["SearchRules", "ValueSearchMethod"]
 
-_Made = TypeVar("_Made", Tensor, Refined)
+_Made = TypeVar("_Made", Tensor, Refined, ExpertWhitening)
 
 _CACHE_BYTES = 2**31
 """How much memory matrices made of covariances may take between two edits."""
@@ -140,8 +141,10 @@ class ValueSearchMethod(Method):
 
             keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
 
-    def whitening(self, lm: LM, layer: int) -> Whitening | Refined:
+    def whitening(self, lm: LM, layer: int) -> Whitening | Refined | ExpertWhitening:
         """B with B Bᵀ = C⁻¹, for C of the layer's keys, (in, in); of a large layer what solves with C."""
+        if groups(lm.model.get_submodule(lm.parts.value[layer])) > 1:
+            return self.from_covariance(lm, layer, ExpertWhitening)
         if self._is_large(lm, layer):
             return self.from_covariance(lm, layer, Refined.of)
         return Whitening(self.from_covariance(lm, layer, cholesky))
@@ -173,7 +176,7 @@ class ValueSearchMethod(Method):
             # Data sets and caches are loaded for it alone.
             from reknow.editing.covariance import covariance, covariance_triangle
 
-            read = covariance_triangle if make == Refined.of else covariance
+            read = covariance_triangle if make in (Refined.of, ExpertWhitening) else covariance
             found = read(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
             with lm.progress.stage(f"decomposing a covariance of {len(found):,} × {len(found):,}"):
                 return make(found, *settings)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +81,15 @@ class Whitening:
         return exact(keys) @ self @ self.T
 
 
+class Basis(Protocol):
+    """B (in, r), or what multiplies like it: a matrix, a `Whitening`, that of a mixture."""
+
+    @property
+    def T(self) -> Any: ...
+
+    def __rmatmul__(self, rows: Tensor, /) -> Tensor: ...
+
+
 def solve(factor: Tensor, keys: Tensor) -> Tensor:
     """C⁻¹ k for every key, from `cholesky(C)`. keys: (facts, in); result: (facts, in), float64."""
     return Whitening(factor).solve(keys)
@@ -119,7 +129,7 @@ def null_space(covariance: Tensor, share: float, threshold: float | None = None)
 
 
 def least_squares(
-    basis: Tensor | Whitening | Refined | None,
+    basis: Basis | Refined | None,
     keys: Tensor,
     *,
     regularization: float = 0.0,

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from reknow.contract import Method, field_values
+from reknow.editing.by_expert import bytes_kept
 from reknow.editing.covariance import enough_tokens
 from reknow.editing.layer_choice import is_guess, suggest_layer
 from reknow.editing.layers import resolve_layers
 from reknow.editing.papers_layers import band_around
-from reknow.editing.triangle import LARGE, kept_bytes
+from reknow.editing.triangle import LARGE
 from reknow.edits import Edit
 from reknow.lm import LM
-from reknow.model.parts import embedding_matrix, shape
+from reknow.model.parts import embedding_matrix, groups, shape
 from reknow.model.tokens import Text
 
 _FORWARD, _BACKWARD, _TRAIN = 2, 2, 6
@@ -76,26 +77,28 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     settings = field_values(method)
     own = method.footprint(lm)
     layers, guessed = _layers(lm, settings) if own is None else (own.layers, False)
-    matrices = {lm.parts.value[layer]: shape(lm.model.get_submodule(lm.parts.value[layer])) for layer in layers}
+    modules = {name: lm.model.get_submodule(name) for name in (lm.parts.value[layer] for layer in layers)}
+    matrices = {name: shape(module) for name, module in modules.items()}
     parameters = sum(p.numel() for p in lm.model.parameters())
     block = sum(p.numel() for p in lm.model.get_submodule(lm.parts.blocks[layers[0]]).parameters())
     vocabulary = len(embedding_matrix(lm.model))
     head = vocabulary * lm.parts.hidden_size
     above = lm.layers - layers[0]  # blocks that gradients go through
 
+    widths = [(shape(module)[1], groups(module)) for module in modules.values()]
     rows = lm.encode([Text.asked(edit) for edit in edits])
     bare = sum(len(row.ids) for row in rows)
-    groups = settings.get("context_groups", ())
-    contexts = sum(count for count, _ in groups)
-    prefixes = sum(count * length for count, length in groups)
+    groups_of_contexts = settings.get("context_groups", ())
+    contexts = sum(count for count, _ in groups_of_contexts)
+    prefixes = sum(count * length for count, length in groups_of_contexts)
     tokens = bare * (1 + contexts) + prefixes * len(edits)
     steps = []
     if prefixes and settings.get("context_source", "model") == "model":
         flops = _FORWARD * (block * lm.layers + head) * prefixes
-        steps.append(Step("sampling contexts", max(length for _, length in groups), prefixes, flops))
+        steps.append(Step("sampling contexts", max(length for _, length in groups_of_contexts), prefixes, flops))
     covered = settings.get("covariance_tokens", 0)
     if covered := enough_tokens(lm) if covered is None else covered:
-        products = sum(inside**2 for _, inside in matrices.values())
+        products = sum(inside**2 / parts for inside, parts in widths)
         flops = (_FORWARD * block * (layers[-1] + 1) + products) * covered
         steps.append(Step("covariance of the keys", -(-covered // 2048), covered, flops))
     if passes := settings.get("steps", 0):
@@ -106,16 +109,18 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
         flops = (_FORWARD * (block * lm.layers + head) + _BACKWARD * (block * above + head)) * tokens
         steps.append(Step("gradient of the edits", 1, tokens, flops))
         steps.append(Step("its transform", 0, tokens, _FORWARD * weights))
-    longest = max(len(row.ids) for row in rows) + max((length for _, length in groups), default=0)
-    together = 1 + contexts if groups else min(len(edits), settings.get("batch_size", len(edits)))
+    longest = max(len(row.ids) for row in rows) + max((length for _, length in groups_of_contexts), default=0)
+    together = 1 + contexts if groups_of_contexts else min(len(edits), settings.get("batch_size", len(edits)))
     kept = together * longest * (_ACTIVATIONS * lm.parts.hidden_size * above + 2 * vocabulary)  # numbers
     changed = sum(out * inside for out, inside in matrices.values())
-    widths = [inside for _, inside in matrices.values()] if covered else []
-    widest = max(widths, default=0)
-    each = _DECOMPOSED if "null_share" in settings else _REFINED if widest > LARGE else _FACTORED
-    solver = widest**2 * each
+    each, widest = _FACTORED, 0.0
+    for inside, parts in widths if covered else ():
+        widest = max(widest, inside**2 / parts)
+        if parts == 1 and inside > LARGE:
+            each = _REFINED
+    solver = int(widest) * (_DECOMPOSED if "null_share" in settings else each)
     memory = parameters * next(lm.model.parameters()).element_size() + 4 * kept + 8 * 4 * changed + solver
-    statistics = sum(kept_bytes(width) for width in widths)
+    statistics = sum(bytes_kept(*width) for width in widths) if covered else 0
     return Estimate(tuple(layers), guessed, matrices, parameters, tuple(steps), memory, solver, statistics)
 
 

@@ -28,7 +28,7 @@ from reknow.errors import InputError, ModelError
 from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.fingerprint import tensor_bits
-from reknow.model.parts import is_matrix, reorient
+from reknow.model.parts import groups, is_matrix, reorient, stored_weight
 from reknow.model.sources import is_gguf
 from reknow.patching.weights import takes_changes
 from reknow.progress import progress
@@ -272,20 +272,30 @@ def _compare(
     if not bool(change.isfinite().all()):
         raise ModelError(f"expected finite weights; {name} has NaN or infinity in one of the models: mend that one")
     norm, size = float(change.norm()), float(rounded.norm())
-    rank = None
+    rank, module = None, _module_of(base, name)
+    stored = base.model.get_submodule(module)
+    if groups(stored) > 1:  # as the one matrix that the experts of a layer are
+        change, rounded = reorient(stored, change), reorient(stored, rounded)
     if change.dim() == 2:
         blocks = in_blocks and edited.dtype == torch.float32  # else the numbers fit half precision
         rank = _rank(change, rounded, None if blocks else torch.finfo(edited.dtype).eps)
-    module = name.removesuffix(".weight")
     concerned: tuple[Concerned, ...] = ()
     if keys is not None and rank and rank < MOST_RANK and module in base.parts.value:
-        stored = base.model.get_submodule(module)
         k = keys.keys(base.parts.value.index(module)).to(change.device)  # (subjects, in)
-        added, output = ((k @ reorient(stored, matrix).T).norm(dim=1) for matrix in (change, rounded))  # (subjects,)
+        matrices = [each if groups(stored) > 1 else reorient(stored, each) for each in (change, rounded)]
+        added, output = ((k @ matrix.T).norm(dim=1) for matrix in matrices)  # (subjects,)
         relative = added / output.clamp(min=torch.finfo(output.dtype).tiny)
         first = relative.argsort(descending=True)[: rank + _MORE_SUBJECTS].tolist()
         concerned = tuple(Concerned(subjects[int(i)], float(relative[i])) for i in first)
     return Difference(name, tuple(edited.shape), norm, norm / size if size else None, rank, concerned)
+
+
+def _module_of(lm: LM, name: str) -> str:
+    """Name of the module whose matrix the parameter of that name is: one that stands in for experts, or its own."""
+    parameter = lm.model.get_parameter(name)
+    joined = (value for value in lm.parts.value if groups(lm.model.get_submodule(value)) > 1)
+    own = name.rpartition(".")[0]
+    return next((value for value in joined if stored_weight(lm.model.get_submodule(value)) is parameter), own)
 
 
 def _rank(change: Tensor, weight: Tensor, eps: float | None) -> int:

@@ -18,7 +18,7 @@ from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
-from reknow.model.replay import apply_head
+from reknow.model.head import apply_head
 from reknow.model.tokens import Text
 from reknow.texts.templates import fill
 

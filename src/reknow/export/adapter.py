@@ -14,6 +14,7 @@ from reknow.export.plain import find_adapters
 from reknow.files.atomic import atomic_write_folder
 from reknow.lm import LM
 from reknow.model.exclusive import typed_exclusively
+from reknow.model.parts import groups
 from reknow.model.sources import is_gguf
 from reknow.patching.deltas import LowRank, factorize
 from reknow.patching.patches import merge
@@ -70,6 +71,12 @@ def check_exportable(lm: LM) -> None:
             "holds both"
         )
     check_weights(lm.patches, "export")
+    for name in (name for patch in lm.patches for name in patch.deltas):
+        if groups(lm.model.get_submodule(name)) > 1:
+            raise PatchError(
+                f"expected changes of matrices that stand by themselves; {name} is all experts of a layer in one, "
+                "which no adapter names: export a checkpoint (`--to hf`)"
+            )
 
 
 def factorize_patches(lm: LM, max_rank: int | None, truncate: bool) -> tuple[dict[str, LowRank], float]:

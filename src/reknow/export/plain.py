@@ -20,7 +20,7 @@ from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.loading import carries_adapters
-from reknow.model.parts import reorient
+from reknow.model.parts import reorient, stored_weight
 from reknow.patching.deltas import add_deltas
 from reknow.patching.weights import takes_changes
 
@@ -111,7 +111,7 @@ def narrow_weights(lm: LM, model: PreTrainedModel) -> tuple[dict[nn.Parameter, T
     dtype = getattr(torch, str(lm.model.config.dtype).removeprefix("torch."), lm.dtype)
     if not dtype.is_floating_point or torch.finfo(dtype).bits >= torch.finfo(lm.dtype).bits:
         return {}, 0.0
-    edited = {lm.model.get_submodule(name).weight: name for patch in lm.patches for name in patch.deltas}
+    edited = {stored_weight(lm.model.get_submodule(name)): name for patch in lm.patches for name in patch.deltas}
     own = set(lm.model.parameters())
     casts: dict[nn.Parameter, Tensor] = {}
     lost = 0.0

@@ -41,7 +41,7 @@ class Slots:
         config = lm.model.config.get_text_config(decoder=True)
         names = (getattr(config, name, None) for name in ("hidden_activation", "hidden_act", "activation_function"))
         activation = next((name for name in names if isinstance(name, str) and name in ACT2FN), "gelu")
-        return cls(lm.parts.mlp_in[layer][0], lm.parts.value[layer], activation, keys, values)
+        return cls(lm.mlp_in(layer)[0], lm.parts.value[layer], activation, keys, values)
 
     @classmethod
     def read(cls, lm: LM, patch: Patch) -> Slots:

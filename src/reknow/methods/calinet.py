@@ -89,7 +89,7 @@ class CaliNet(SideModuleMethod):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, _, stored, notes = prepare(self, lm, edits)
         rows = lm.encode([Text.asked(edit, text) for edit in edits for text in paraphrases(edit)])
-        inputs, _ = prompt_states(lm, rows, lm.parts.mlp_in[layer][0])  # (rows, hidden)
+        inputs, _ = prompt_states(lm, rows, lm.mlp_in(layer)[0])  # (rows, hidden)
         _, outputs = prompt_states(lm, rows, lm.parts.value[layer])
         notes["assessment"] = [
             [
@@ -129,7 +129,7 @@ def other_inputs(lm: LM, layer: int) -> Tensor:
         name, count = _OTHERS
         rows = lm.encode([Text(fact.text) for fact in load_facts(name)[:count]])
         with lm.unpatched():
-            states, real = prompt_inputs(lm, rows, lm.parts.mlp_in[layer][0])
+            states, real = prompt_inputs(lm, rows, lm.mlp_in(layer)[0])
         return states[real]
 
     return lm.cached(("calinet", layer), measure)

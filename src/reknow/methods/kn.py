@@ -20,6 +20,7 @@ from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import Method, check_edits, make_patch
@@ -166,4 +167,5 @@ def attribute_neurons(lm: LM, prompt: str, answer: str, steps: int, separator: s
             probability = logits.softmax(-1).gather(1, targets[:, None]).sum()
             (gradient,) = torch.autograd.grad(probability, delta)  # (rows, out)
         found.append((key * (gradient @ weight)).mean(0).to(lm.device))
-    return torch.stack(found)
+    # Layers of experts and dense ones may be of unlike width.
+    return pad_sequence(found, batch_first=True, padding_value=-torch.inf)

@@ -7,7 +7,8 @@
 
     min over A, B of  mean over answer tokens of −log P(token | …),    ΔW = (α / r) B A,   B (out, r), A (r, in)
 
-The patch holds the factors, and is saved as the folder that `peft` itself loads.
+The patch holds the factors, and is saved as the folder that `peft` itself loads; a file where they change the experts
+of a mixture, which `peft` cannot name.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from reknow.errors import ModelError
 from reknow.lm import LM
 from reknow.model.hooks import forward_replaced
 from reknow.model.loading import carries_adapters
+from reknow.model.parts import groups
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.patches import Patch
 from reknow.patching.peft_folder import describe_base
@@ -82,9 +84,7 @@ class LoRA(Method):
         lm.check_length(rows)
         rows.sort(key=lambda row: len(row.ids))
         batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        parts = {"value": [[name] for name in lm.parts.value], "up": lm.parts.mlp_in}
-        parts["attention_out"] = [[name] for name in lm.parts.attention_out]
-        names = [name for layer in layers for matrix in self.matrices for name in parts[matrix][layer]]
+        names = [name for layer in layers for matrix in self.matrices for name in _names(lm, layer, matrix)]
         with ExitStack() as stack, torch.enable_grad(), torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if self.variant == "qlora":
@@ -94,7 +94,9 @@ class LoRA(Method):
             tuner = stack.enter_context(adapters)
             losses = self._train(lm, tuner, batches)
             deltas = {name: read_factors(lm.model.get_submodule(name)) for name in names}
-        notes = {"layers": layers, "losses": losses, "adapter": describe_base(lm, names)}
+        notes: dict[str, Any] = {"layers": layers, "losses": losses}
+        if all(groups(lm.model.get_submodule(name)) == 1 for name in names):  # those of experts `peft` cannot name
+            notes["adapter"] = describe_base(lm, names)
         # AdaLoRA may leave a matrix without any rank.
         return make_patch(self, lm, edits, {n: delta for n, delta in deltas.items() if delta.rank}, notes=notes)
 
@@ -119,6 +121,13 @@ class LoRA(Method):
             after_pass=lambda step: tuner.update_and_allocate(step + 1) if adaptive else None,
         )
         return [fmean(losses) for losses in passes]
+
+
+def _names(lm: LM, layer: int, matrix: _MatrixName) -> tuple[str, ...]:
+    """Names of these matrices of the layer."""
+    if matrix == "up":
+        return lm.mlp_in(layer)
+    return ((lm.parts.value if matrix == "value" else lm.parts.attention_out)[layer],)
 
 
 def _batch_loss(lm: LM, tuner: Any, rows: Sequence[EncodedText]) -> Tensor:

@@ -151,7 +151,7 @@ class UltraEdit(Method):
         if self.matrices == "value":
             return [lm.parts.value[layer] for layer in layers]
         if self.gate_layers is None:
-            return [name for layer in layers for name in lm.parts.mlp_in[layer]]
+            return [name for layer in layers for name in lm.mlp_in(layer)]
         gates = [gate_and_up(lm, layer)[0] for layer in resolve_layers(lm, self.gate_layers)]
         return [*gates, *(gate_and_up(lm, layer)[1] for layer in layers)]
 

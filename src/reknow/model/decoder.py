@@ -83,6 +83,19 @@ class Decoder(ABC):
             raise InputError(f"expected a layer from 0 to {self.layers - 1}; got {layer}: {self.name} has no other")
         return layer
 
+    def mlp_in(self, layer: int) -> tuple[str, ...]:
+        """Names of the matrices that read the stream into the MLP of a layer.
+
+        Raises:
+            ModelError: the layer is a mixture of experts.
+        """
+        if names := self.parts.mlp_in[layer]:
+            return names
+        raise ModelError(
+            f"expected a layer with a dense MLP, for its matrices that read the stream; layer {layer} of {self.name} "
+            "is a mixture of experts, which are fused: change the value matrix, as rome, memit and ft do"
+        )
+
     @abstractmethod
     def weight(self, name: str) -> Tensor:
         """The current weight of the matrix `name`, seen as (out, in)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
+from reknow.model.experts import ExpertsValue, experts_setting, join_experts
 from reknow.model.hooks import hidden_states, hooked
 
 
@@ -25,9 +27,11 @@ class Parts:
     final_norm: tuple[str, ...]
     """What the backbone applies behind its last block, in order: the final norm, rarely a projection too."""
     value: tuple[str, ...]
-    """The value matrix: the MLP's projection back into the residual stream."""
+    """The value matrix: the MLP's projection back into the residual stream; of a mixture of experts those of all
+    (`reknow.model.experts`)."""
     mlp_in: tuple[tuple[str, ...], ...]
-    """The matrices that read the normed hidden state into the MLP: up, or gate and up, or both fused."""
+    """The matrices that read the normed hidden state into the MLP: up, or gate and up, or both fused; of a mixture of
+    experts none."""
     attention_out: tuple[str, ...]
     """Attention's projection back into the residual stream."""
     hidden_size: int
@@ -73,6 +77,11 @@ def shape(module: nn.Module) -> tuple[int, int]:
     return (columns, rows) if is_transposed(module) else (rows, columns)
 
 
+def groups(module: nn.Module) -> int:
+    """Among how many experts the inputs of a matrix are divided; 1: it is none of a mixture."""
+    return module.groups if isinstance(module, ExpertsValue) else 1
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module stores its matrix as (in, out)."""
     return isinstance(module, Conv1D)
@@ -80,7 +89,14 @@ def is_transposed(module: nn.Module) -> bool:
 
 def reorient(module: nn.Module, weight: Tensor) -> Tensor:
     """A matrix (out, in) the way round the module stores it, and back. A view."""
+    if isinstance(module, ExpertsValue):
+        return module.split(weight) if weight.dim() == 2 else module.joined(weight)
     return weight.T if is_transposed(module) else weight
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """The parameter that holds the matrix, the way round the module stores it."""
+    return module.stored if isinstance(module, ExpertsValue) else getattr(module, "weight")  # noqa: B009
 
 
 def _features(module: nn.Module) -> tuple[int, int] | None:
@@ -101,6 +117,8 @@ def device_of(module: nn.Module, other: torch.device) -> torch.device:
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is not None:
         return torch.device(device)
+    if isinstance(module, ExpertsValue):  # whose parameter is that of the module around it
+        return module.stored.device
     tensor = next((t for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"), None)
     return other if tensor is None else tensor.device
 
@@ -109,15 +127,15 @@ def find_parts(model: PreTrainedModel) -> Parts:
     """The parts of a decoder, from its modules and the order in which one forward pass calls them.
 
     Raises:
-        ModelError: encoder-decoder, mixture of experts, state-space, or a structure that is not understood.
+        ModelError: encoder-decoder, experts that are fused in an unknown way, state-space, or a structure that is not
+            understood.
     """
     config = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise refusal(model, "it is an encoder-decoder")
-    counts = {name: count for name, count in vars(config).items() if "experts" in name and "per_tok" not in name}
-    experts = [name for name, count in counts.items() if isinstance(count, int) and count > 1]
-    if experts and _has_experts(model):  # a dense model may have the field too
-        raise refusal(model, f"it is a mixture of experts ({experts[0]}), which has no single value matrix per layer")
+    joined = join_experts(model)
+    if (setting := experts_setting(model, config)) and not joined:
+        raise refusal(model, f"it is a mixture of experts ({setting}) that are fused in a way that is not known")
     calls, widths = _call_order(model)
     blocks = _blocks(model, getattr(config, "num_hidden_layers", None), set(calls))
     backbone = blocks[0].rpartition(".")[0].rpartition(".")[0]
@@ -127,13 +145,6 @@ def find_parts(model: PreTrainedModel) -> Parts:
     behind = tuple(name for name in calls[last + 1 :] if name.rpartition(".")[0] == backbone)
     value, mlp_in, attention_out = zip(*layers, strict=True)
     return Parts(backbone, tuple(blocks), behind, value, mlp_in, attention_out, hidden_size)
-
-
-def _has_experts(model: PreTrainedModel) -> bool:
-    """Whether a parameter or the class of a module is called after experts."""
-    parameters = (name.lower() for name, _ in model.named_parameters())
-    classes = (type(module).__name__.lower() for module in model.modules())
-    return any("expert" in name or "moe" in name for name in parameters) or any("expert" in name for name in classes)
 
 
 def refusal(model: PreTrainedModel, why: str) -> ModelError:
@@ -184,7 +195,8 @@ def _block_parts(
 
     The last matrix that writes into the residual stream is the value matrix; the one or two that read the stream
     since attention wrote into it feed the MLP. A narrow matrix behind them is an adapter (Gemma 4), no MLP. What lies
-    inside a matrix belongs to that one.
+    inside a matrix belongs to that one. The value matrix of experts is one by what it is, and attention's output the
+    last that writes into the stream before the module around them is entered.
     """
     names = [name for name in calls if name.startswith(f"{block}.") and is_matrix(model.get_submodule(name))]
     names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
@@ -192,6 +204,8 @@ def _block_parts(
     wide = [i for i, name in enumerate(names) if shapes[name][0] == hidden <= shapes[name][1]]
     if not wide:
         raise refusal(model, f"{block} has no attention projection followed by an MLP projection")
+    if experts := [name for name in names if isinstance(model.get_submodule(name), ExpertsValue)]:
+        return experts[-1], (), _before_experts(model, block, experts, [names[i] for i in wide])
     value = names[wide[-1]]
     inner, mlp = shapes[value][1], value.rpartition(".")[0]
     before = names[: wide[-1]]
@@ -203,6 +217,21 @@ def _block_parts(
     if len(mlp_in) not in (1, 2) or not before or shapes[before[-1]][0] != hidden:
         raise refusal(model, f"no matrices from the hidden state into the MLP were found in {block}")
     return value, tuple(mlp_in), before[-1]
+
+
+def _before_experts(model: PreTrainedModel, block: str, experts: Sequence[str], writers: Sequence[str]) -> str:
+    """Attention's output matrix in a block of experts. writers: what writes into the stream, in order"""
+    around = mlp_module(model, experts[0])
+    before = [name for name in writers if not name.startswith(f"{around}.")]
+    if len(experts) > 1 or around == block or not before:
+        raise refusal(model, f"{block} has more than attention followed by a mixture of experts")
+    return before[-1]
+
+
+def mlp_module(model: nn.Module, value: str) -> str:
+    """Name of the module around the value matrix of that name; of experts, of that around all of them."""
+    parent = value.rpartition(".")[0]
+    return parent.rpartition(".")[0] if isinstance(model.get_submodule(value), ExpertsValue) else parent
 
 
 def accepts_positions(model: PreTrainedModel) -> bool:

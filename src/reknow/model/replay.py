@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from reknow.model.beginnings import left_cache
 from reknow.model.decoder import Decoder
 from reknow.model.fast_modules import fast_modules
+from reknow.model.head import apply_head, mlp_only_at
 from reknow.model.hooks import (
     Stop,
     added_at,
     by_row,
-    forward_replaced,
     forwards_replaced,
     hidden_states,
     hooked,
@@ -34,21 +33,7 @@ from reknow.model.hooks import (
 from reknow.model.packing import Packing
 from reknow.model.tokens import Batch
 
-__all__ = ["BlockReplay", "Call", "apply_head", "record_block_calls", "select_cache_rows"]
-
-
-def apply_head(lm: Decoder, hidden: Tensor) -> Tensor:
-    """Logits (n, vocabulary), on `lm.device`, of the last block's output (n, hidden): final norm, head, and any scale
-    or cap.
-
-    The model's own `forward` does it, around a decoder stack that is replaced by the given states.
-    """
-    for name in lm.parts.final_norm:
-        hidden = lm.model.get_submodule(name)(hidden)
-    states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden[None])  # type: ignore[arg-type]
-    with forward_replaced(lm.model.get_submodule(lm.parts.backbone), lambda *args, **kwargs: states):
-        dummy = torch.zeros((1, len(hidden)), dtype=torch.long, device=lm.device)  # logits come where it is
-        return lm.model(input_ids=dummy, use_cache=False).logits[0]
+__all__ = ["BlockReplay", "Call", "record_block_calls", "select_cache_rows"]
 
 
 def _copy_cache(cache: Cache | None) -> Cache | None:
@@ -252,7 +237,7 @@ class BlockReplay:
             if packing is not None:
                 number = packing.number[places]
                 places = torch.zeros_like(number), number
-            with _mlp_only_at(self.lm, places):
+            with mlp_only_at(self.lm, places):
                 return self._replay(added, 1, rows, columns, packing)
         packing = self._packing() if delta.dim() == 2 else None
         edit_at = added_at if packing is None else packing.added_at
@@ -332,19 +317,3 @@ class BlockReplay:
     def _logits(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Those of the last block's output at some places. (n, vocabulary)"""
         return apply_head(self.lm, hidden[rows.to(hidden.device), columns.to(hidden.device)])
-
-
-def _mlp_only_at(lm: Decoder, wanted: tuple[Tensor, ...]):
-    """While open, the last block's MLP is computed at these (rows, columns) alone, where it is a module that maps
-    states to states; elsewhere it gives 0. What the block gives at other places is read by nobody."""
-    block, name = lm.parts.blocks[-1], lm.parts.value[-1].rpartition(".")[0]
-    module = lm.model.get_submodule(name)
-    own = module.forward
-
-    def forward(states: Tensor, *rest):
-        here = tuple(places.to(states.device) for places in wanted)
-        outputs = own(states[here], *(a[here] if isinstance(a, Tensor) else a for a in rest))
-        return states.new_zeros(*states.shape[:2], outputs.shape[-1]).index_put(here, outputs)
-
-    # A memory wants to see whole rows.
-    return nullcontext() if name == block or lm.hooked else forward_replaced(module, forward)

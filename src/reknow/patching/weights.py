@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.exact import exact
 from reknow.model.hooks import forwards_replaced, own_forward, set_forward
-from reknow.model.parts import device_of, embedding_matrix, is_matrix, reorient, shape, wraps_matrix
+from reknow.model.parts import device_of, embedding_matrix, is_matrix, reorient, shape, stored_weight, wraps_matrix
 from reknow.patching.deltas import Delta, Dense, LowRank, add_deltas, sum_deltas
 from reknow.patching.patches import Patch
 
@@ -52,7 +52,7 @@ class Weights:
         """The weight as it is, (out, in). Writing to the view writes to the model, unless changes are unmerged."""
         module = self._module(name)
         if takes_changes(module):
-            return reorient(module, module.weight)  # type: ignore[arg-type]
+            return reorient(module, stored_weight(module))
         base = self.base(name)
         return add_deltas(exact(base), self._changes.get(name, ())).to(base)
 
@@ -74,7 +74,7 @@ class Weights:
         with align_module_device(module):  # brings what is offloaded into memory
             weight = getattr(module, "weight", None)
             if takes_changes(module):
-                return reorient(module, weight.detach())  # type: ignore[union-attr]
+                return reorient(module, stored_weight(module).detach())
             if isinstance(weight, Tensor) and weight.device.type == "meta":
                 raise ModelError(
                     f"expected the weight of {name} in memory or offloaded by Accelerate; it is nowhere: load the "

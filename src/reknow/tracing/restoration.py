@@ -19,8 +19,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from reknow.errors import InputError
 from reknow.lm import LM
+from reknow.model.head import apply_head
 from reknow.model.hooks import by_row, hidden_states, hooked, output_edited
-from reknow.model.replay import Call, apply_head, record_block_calls, select_cache_rows
+from reknow.model.replay import Call, record_block_calls, select_cache_rows
 from reknow.model.scoring import check_logits
 from reknow.model.tokens import EncodedText
 

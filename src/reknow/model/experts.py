@@ -1,0 +1,147 @@
+"""Mixtures of experts: the value matrices of a layer's experts as the one wide matrix that they are together.
+
+A mixture gives Σ_e g_e W_e k_e, with the router's weight g_e, which is 0 for all experts but a few. That is W k for
+
+    W = [W_1 … W_E]   (hidden, E · inner),      k = [g_1 k_1; …; g_E k_E]   (E · inner,)
+
+So a layer has one value matrix, whose key is zero but for the experts to which the token is routed: what a method
+writes for a key lies in those. The matrix stands in the model as a module without parameters of its own, in the
+experts' place for the products.
+
+Transformers keeps the experts of a layer in one module, as parameters of three dimensions, and says of it how they
+lie (`use_experts_implementation`). Others are left alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+__all__ = ["ExpertsValue", "experts_setting", "join_experts"]
+
+_NAME = "value_matrix"
+"""The module that is put into the experts' module."""
+_TOLD = ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+"""What transformers says of the form of fused experts."""
+_FORWARD = "reknow"
+"""Our way of computing experts, among those of transformers."""
+
+
+class ExpertsValue(nn.Linear):
+    """The value matrices of all experts side by side. Its weight is theirs, seen as (hidden, experts · inner)."""
+
+    def __init__(self, experts: Any):
+        nn.Module.__init__(self)  # no parameters
+        self.__dict__["experts"] = experts  # which it stands in, and is no part of it
+        count, *sizes = experts.down_proj.shape
+        self.groups: int = count
+        """Among how many experts the inputs are divided."""
+        inner, self.out_features = sizes if experts.is_transposed else reversed(sizes)
+        self.in_features = count * inner
+        self.register_parameter("bias", None)
+
+    @property
+    def stored(self) -> nn.Parameter:
+        """The experts' parameter: (experts, hidden, inner) or (experts, inner, hidden)."""
+        stored = self.__dict__["experts"].down_proj
+        # Laid out as (hidden, experts, inner) in memory, so that the matrix is a view, which can be written to.
+        if not (self.is_transposed or stored.is_meta or stored.transpose(0, 1).is_contiguous()):
+            stored.data = stored.data.transpose(0, 1).contiguous().transpose(0, 1)
+        return stored
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """A view of the experts' parameter. (hidden, experts · inner)"""
+        return self.joined(self.stored)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the experts' matrices are stored as (inner, hidden)."""
+        return self.__dict__["experts"].is_transposed
+
+    def joined(self, stored: Tensor) -> Tensor:
+        """The matrix (hidden, experts · inner) of what is stored: a view where it is laid out for that."""
+        if self.is_transposed:
+            return stored.reshape(self.in_features, self.out_features).T
+        return stored.transpose(0, 1).reshape(self.out_features, self.in_features)
+
+    def split(self, weight: Tensor) -> Tensor:
+        """A matrix (hidden, experts · inner) as it is stored."""
+        if self.is_transposed:
+            return weight.T.reshape(self.groups, -1, self.out_features)
+        return weight.unflatten(1, (self.groups, -1)).transpose(0, 1)
+
+    def forward(self, keys: Tensor) -> Tensor:
+        """W k, with the experts alone that a key reaches. (tokens, experts · inner) → (tokens, hidden)"""
+        stored = self.stored
+        parts = keys.reshape(-1, self.groups, self.in_features // self.groups)
+        reached = (parts != 0).any(2)  # (tokens, experts)
+        values = keys.new_zeros(len(parts), self.out_features)
+        for expert in reached.any(0).nonzero()[:, 0].tolist():
+            tokens = reached[:, expert].nonzero()[:, 0]
+            matrix = stored[expert].T if self.is_transposed else stored[expert]
+            values = values.index_add(0, tokens, nn.functional.linear(parts[tokens, expert], matrix))
+        return values.reshape(*keys.shape[:-1], self.out_features)
+
+
+def experts_setting(model: nn.Module, config: Any) -> str | None:
+    """The setting of a configuration that says that the model has several experts; None where it has none, since a
+    dense model may have the field too."""
+    counts = {name: count for name, count in vars(config).items() if "experts" in name and "per_tok" not in name}
+    names = [name for name, count in counts.items() if isinstance(count, int) and count > 1]
+    parameters = (name.lower() for name, _ in model.named_parameters())
+    classes = (type(module).__name__.lower() for module in model.modules())
+    named = any("expert" in name or "moe" in name for name in parameters) or any("expert" in name for name in classes)
+    return names[0] if names and named else None
+
+
+def join_experts(model: nn.Module) -> list[str]:
+    """Gives the experts of every layer their one value matrix, where transformers says how they lie; names of these
+    modules. What the model computes and what it is saved as stay the same."""
+    found = []
+    for name, experts in list(_fused(model)):
+        if _NAME not in experts._modules:
+            experts.add_module(_NAME, ExpertsValue(experts))
+            experts.config = copy.copy(experts.config)  # this one's alone: a copy of the model need not have it
+            experts.config._experts_implementation = _FORWARD
+        found.append(f"{name}.{_NAME}")
+    if found:
+        ALL_EXPERTS_FUNCTIONS.register(_FORWARD, _experts_forward)
+    return found
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules of experts whose form transformers tells, and whose output is a sum of products."""
+    for name, module in model.named_modules():
+        weight = module._parameters.get("down_proj")
+        told = all(
+            hasattr(module, part) for part in ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")
+        )
+        if told and weight is not None and weight.dim() == 3 and not getattr(module, "has_post_expert_norm", False):
+            yield name, module
+
+
+def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the experts' module gives, by way of the keys. (tokens, hidden)"""
+    count, inner = len(self.down_proj), self.down_proj.shape[1 if self.is_transposed else 2]
+    keys = hidden_states.new_zeros(len(hidden_states), count, inner)
+    rest = torch.zeros_like(hidden_states)  # the value matrices' biases
+    name = "gate_up_proj" if self.has_gate else "up_proj"
+    for expert in top_k_index.unique().tolist():
+        tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
+        if expert >= count:  # an expert that is elsewhere
+            continue
+        matrix = getattr(self, name)[expert]
+        bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
+        read = nn.functional.linear(hidden_states[tokens], matrix.T if self.is_transposed else matrix, bias)
+        key = self._apply_gate(read) if self.has_gate else self.act_fn(read)
+        share = top_k_weights[tokens, places, None]
+        keys = keys.index_put((tokens, torch.full_like(tokens, expert)), (key * share).to(keys.dtype))
+        if self.has_bias:
+            rest = rest.index_add(0, tokens, (self.down_proj_bias[expert] * share).to(rest.dtype))
+    return self._modules[_NAME](keys.flatten(1)) + rest
