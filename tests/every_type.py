@@ -38,9 +38,9 @@ SIZES = (
 """What makes a configuration small: sizes, and the names of the fields that get them."""
 SMALL = {name: size for size, names in SIZES for name in names.split()}
 
-LATENT = ("deepseek_v3", "deepseek_v32", "dots3_note_text", "glm_moe_dsa", "minicpm3", "youtu")
+LATENT = """axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa minicpm3 youtu"""
 """Types whose keys and values come from one latent vector, for every head its own."""
-ROPES = dict(rope_type="default", rope_theta=1e4)
+ROPES: dict[str, Any] = dict(rope_type="default", rope_theta=1e4)
 MORE: dict[str, dict[str, Any]] = {
     "cohere_compass_text": dict(rope_parameters={"full_attention": ROPES}, layer_types=["full_attention"] * LAYERS),
     "dots1": dict(n_shared_experts=1),
@@ -51,11 +51,18 @@ MORE: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention"] * 4 + ["full_attention"],
         activation_sparsity_pattern=[0.0] * 5,
     ),
-    "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "qwen2_vl_text": dict(rope_parameters=ROPES | dict(mrope_section=[1, 1, 2])),
+    "qwen2_5_vl_text": dict(rope_parameters=ROPES | dict(mrope_section=[1, 1, 2])),
+    "qwen3_vl_moe_text": dict(sliding_window=None),  # which it never reads
     "olmo_hybrid": dict(layer_types=["linear_attention", "full_attention"]),
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "mamba2": dict(head_dim=16, state_size=16, n_groups=2),
-    **{name: dict(num_key_value_heads=HEADS) for name in LATENT},
+    **{name: dict(num_key_value_heads=HEADS) for name in LATENT.split()},
+    "axk1": dict(num_key_value_heads=HEADS, n_group=1, topk_group=1),
+    "deepseek_v2": dict(num_key_value_heads=HEADS, first_k_dense_replace=1, num_experts_per_tok=2),
+    "deepseek_v3": dict(num_key_value_heads=HEADS, first_k_dense_replace=1, n_group=1, topk_group=1),
+    "glm4_moe_lite": dict(num_key_value_heads=HEADS, mlp_layer_types=["dense", "sparse"], n_group=1, topk_group=1),
     "reformer": dict(
         is_decoder=True,
         axial_pos_shape=(8, 16),
@@ -76,11 +83,11 @@ def types() -> list[str]:
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The type's configuration with every size that it names made small."""
-    return _shrunk(CONFIG_MAPPING[model_type], MORE.get(model_type, {}))
+    return _shrunk(CONFIG_MAPPING[model_type])
 
 
-def _shrunk(kind: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedConfig:
-    whole = kind()
+def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+    whole, more = kind(), MORE.get(kind.model_type, {})
     known = whole.to_dict()
     unset = {name for name, value in known.items() if value is None and "experts" not in name}
     changes = {name: size for name, size in SMALL.items() if name in unset or isinstance(known.get(name), int)}
@@ -91,16 +98,17 @@ def _shrunk(kind: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedCon
     }
     named: dict[str, Any] = getattr(kind, "sub_configs")  # noqa: B009, it has no type that can be read
     parts = {name: type(getattr(whole, name, None)) for name in named}
-    shrunk = {name: _shrunk(part, {}) for name, part in parts.items() if issubclass(part, PreTrainedConfig)}
+    shrunk = {name: _shrunk(part) for name, part in parts.items() if issubclass(part, PreTrainedConfig)}
     return kind(**{**changes, **lists, **shrunk, **more})
 
 
-def tiny(model_type: str):
-    """A random model of the type; raises where transformers cannot build one, or only a large one."""
+def tiny(model_type: str, kind: Any = AutoModelForCausalLM):
+    """A random model of the type, as that class of transformers opens it; raises where transformers cannot build one,
+    or only a large one."""
     config = tiny_config(model_type)
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        size = sum(parameter.numel() for parameter in kind.from_config(config).parameters())
     if size > LARGEST:
         raise ValueError(f"{size:,} parameters: a size is known by a name that is not made small")
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
+    return kind.from_config(config).eval()

@@ -189,7 +189,11 @@ def test_unsupported_models_are_refused_in_one_sentence(family):
     with pytest.raises(ModelError, match=why) as refusal:
         LM((AutoModelForCausalLM.from_config(config).eval(), tiny_tokenizer()))
     message = str(refusal.value)
-    assert message.startswith("expected a dense decoder") and "docs/models.md" in message and "\n" not in message
+    assert (
+        message.startswith("expected a decoder with attention and an MLP")
+        and "docs/models.md" in message
+        and "\n" not in message
+    )
 
 
 def test_an_encoder_decoder_is_refused():

@@ -106,7 +106,7 @@ def test_some_rows_are_replayed_as_among_all(built, name, monkeypatch):
     assert close(selected.keys, replay.keys[kept]) and close(selected.block, replay.block[kept])
 
 
-WANT_RECTANGLES = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "gemma2"}
+WANT_RECTANGLES = {"gptj", "gpt_neo", "bloom", "falcon", "mpt", "gemma2", "gpt_oss"}
 """Families with attention of their own, or with transformers' plain one."""
 WANT_RECTANGLES |= {"gemma2, caps", "falcon, ALiBi", "llama, eager"}
 

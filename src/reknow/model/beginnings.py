@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from reknow.model.decoder import Decoder
 from reknow.model.hooks import by_row, recorded
@@ -75,6 +75,13 @@ def _keeps(lm: Decoder, columns: int) -> bool:
     """Whether a cache of the model holds so many columns in all layers, not those of a window alone."""
     layers = DynamicCache(config=lm.model.config).layers
     return all(type(each) is DynamicLayer or getattr(each, "sliding_window", 0) > columns for each in layers)
+
+
+def can_begin(lm: Decoder) -> bool:
+    """Whether the first columns of a text leave keys and values alone: other states, as linear attention has, are
+    changed in place by what follows."""
+    layers = DynamicCache(config=lm.model.config).layers
+    return all(type(each) in (DynamicLayer, DynamicSlidingWindowLayer) for each in layers)
 
 
 def _filled(cache: Cache) -> list[tuple[Tensor, Tensor]]:

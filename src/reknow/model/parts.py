@@ -149,8 +149,8 @@ def find_parts(model: PreTrainedModel) -> Parts:
 
 def refusal(model: PreTrainedModel, why: str) -> ModelError:
     return ModelError(
-        f"expected a dense decoder with attention and an MLP in each block; {type(model).__name__} is not handled, "
-        f"because {why}: choose a model of a family listed in docs/models.md"
+        "expected a decoder with attention and an MLP, dense or of experts, in each block; "
+        f"{type(model).__name__} is not handled, because {why}: choose a model of a family listed in docs/models.md"
     )
 
 
@@ -196,7 +196,7 @@ def _block_parts(
     The last matrix that writes into the residual stream is the value matrix; the one or two that read the stream
     since attention wrote into it feed the MLP. A narrow matrix behind them is an adapter (Gemma 4), no MLP. What lies
     inside a matrix belongs to that one. The value matrix of experts is one by what it is, and attention's output the
-    last that writes into the stream before the module around them is entered.
+    last that writes into the stream in the first part of the block that does.
     """
     names = [name for name in calls if name.startswith(f"{block}.") and is_matrix(model.get_submodule(name))]
     names = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
@@ -223,9 +223,10 @@ def _before_experts(model: PreTrainedModel, block: str, experts: Sequence[str], 
     """Attention's output matrix in a block of experts. writers: what writes into the stream, in order"""
     around = mlp_module(model, experts[0])
     before = [name for name in writers if not name.startswith(f"{around}.")]
-    if len(experts) > 1 or around == block or not before:
+    if len(experts) > 1 or experts[0] not in writers or around == block or not before:
         raise refusal(model, f"{block} has more than attention followed by a mixture of experts")
-    return before[-1]
+    first = before[0][len(block) + 1 :].partition(".")[0]  # a dense MLP may stand beside the experts
+    return [name for name in before if name.startswith(f"{block}.{first}.")][-1]
 
 
 def mlp_module(model: nn.Module, value: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from reknow.model.beginnings import can_begin
 from reknow.model.decoder import Decoder
 from reknow.model.hooks import added_at, by_row, output_edited, recorded
 from reknow.model.parts import Parts, device_of, embedding_matrix, refusal
@@ -74,6 +75,8 @@ def _measure(
     lm.parts = replace(parts, residual_identity=identity, value_normed=normed, row_selectable=True)
     same = row_selectable = packable = False
     try:
+        if not can_begin(lm):
+            raise ValueError("what its mixers keep of a text cannot be read twice")
         replay = BlockReplay(lm, batch, layer, column)
         same = _close(replay(delta, *scored).float(), wanted, tolerance)
         some = torch.arange(1, len(batch.ids), device=lm.device)
