@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,18 @@ def test_adapters_on_the_experts_are_one_patch_file(tmp_path):
     lm = make_lm("olmoe")
     patch = method("lora", layers=(2,), learning_rate=5e-2).edit(lm, [EDIT])
     assert patch.save(tmp_path / "one.patch").is_file() and Patch.load(tmp_path / "one.patch").id == patch.id
+
+
+@torch.no_grad()
+def test_a_dense_model_is_made_a_mixture_that_computes_the_same(monkeypatch):
+    """By what `benchmarks/upcycle.py` does, on which edits of both were compared."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import upcycle
+
+    lm = make_lm("llama")
+    mixture = LM((upcycle.upcycle(lm, 4, 2).to(lm.device), lm.tokenizer))
+    assert close(mixture.model(input_ids=IDS.to(lm.device)).logits, lm.model(input_ids=IDS.to(lm.device)).logits)
+    assert mixture.weight(mixture.parts.value[1]).shape == (32, 4 * 64)
 
 
 def norm_behind(experts) -> None:

@@ -9,7 +9,7 @@ writes for a key lies in those. The matrix stands in the model as a module witho
 experts' place for the products.
 
 Transformers keeps the experts of a layer in one module, as parameters of three dimensions, and says of it how they
-lie (`use_experts_implementation`). Others are left alone.
+lie (its interface for implementations of experts). Others are left alone.
 """
 
 from __future__ import annotations
