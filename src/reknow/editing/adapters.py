@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import MissingExtra
 from reknow.lm import LM
 from reknow.model.exclusive import undo_on_exit
 from reknow.model.hooks import weight_replaced
+from reknow.model.parts import multiplies
 from reknow.patching.deltas import LowRank
 from reknow.patching.peft_folder import describe_base
 
@@ -94,6 +94,6 @@ def four_bit_weights(lm: LM):
     with ExitStack() as stack:
         for block in lm.parts.blocks:
             for name, module in lm.model.get_submodule(block).named_modules():
-                if isinstance(module, (torch.nn.Linear, Conv1D)):  # a router has a matrix too, and gives more
+                if multiplies(module):
                     stack.enter_context(weight_replaced(module, rounded(lm.weight(f"{block}.{name}"))))
         yield

@@ -66,7 +66,12 @@ def wraps_matrix(module: nn.Module) -> bool:
 def matrices_of(model: nn.Module, block: str) -> list[str]:
     """Names of the matrices in the module `block`, in the order in which the model has them."""
     inside = model.get_submodule(block).named_modules()
-    return [f"{block}.{name}" for name, module in inside if is_matrix(module) and not wraps_matrix(module)]
+    return [f"{block}.{name}" for name, module in inside if multiplies(module) and not wraps_matrix(module)]
+
+
+def multiplies(module: nn.Module) -> bool:
+    """Whether the module gives the product of its input with a matrix; a router has a matrix too, and gives more."""
+    return is_matrix(module) and (_features(module) is not None or isinstance(module, Conv1D))
 
 
 def shape(module: nn.Module) -> tuple[int, int]:
