@@ -88,10 +88,7 @@ def test_contexts_of_long_texts_are_split_further(gpt2):
     assert number_of_batches([few], 2) == 2 and number_of_batches([few, many], 1) == 1
     split = number_of_batches([few, many], 2)
     assert split == -(-tokens[1] // MOST_TOKENS_OF_FACT) > 2
-    assert (
-        number_of_batches([many[:2] + many[-1:]], 2) == 2
-        and number_of_batches([many[:1] * 200 + many[-1:]], 2) <= 200
-    )
+    assert number_of_batches([[*many[:3], many[-1]]], 2) == 2, "a few contexts are few tokens"
     found = {}
     for wanted in (1, 2):
         method = AuthorsSearch(steps=3, context_batches=wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
 
@@ -16,7 +17,7 @@ from reknow import LM, AnyEdit, Edit, UnKE
 from reknow.datasets.text import sample_text, text_source
 from reknow.editing.chunks import cut_answers, find_states, states_now
 from reknow.editing.covariance import covariance
-from reknow.errors import TextRefused
+from reknow.errors import ModelError, TextRefused
 from reknow.model.block_calls import BlockCalls
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.tokens import EncodedText, Text
@@ -163,3 +164,19 @@ def test_what_is_written_meets_the_least_squares_with_the_other_tokens():
     system = 3 * covariance(lm, 1, tokens=400).double() + states.T @ states
     right = (z - states_now(lm, texts, lm.parts.blocks[1])).T @ states[list(texts[0].before)]
     assert close((patch.deltas[lm.parts.value[1]].dense() @ system), right, 1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2", "bloom", "falcon", "opt", "phi"])
+def test_a_chunk_run_alone_is_the_chunk_in_its_text(family, monkeypatch):
+    """Windows, norms behind the MLP and positions in whatever form; and what memories or the model want whole."""
+    lm = make_lm(family)
+    search = UnKE(chunk_tokens=6, search_steps=3)
+    texts = cut_answers(lm, [QUESTION], search)
+    alone, losses = find_states(lm, texts, 1, search)
+    monkeypatch.setattr(lm, "parts", replace(lm.parts, replayable=False))
+    whole, others = find_states(lm, texts, 1, search)
+    assert all(course == pytest.approx(other, rel=1e-4) for course, other in zip(losses, others, strict=True))
+    with pytest.raises(ModelError, match=r"blocks can be run by themselves, since unke trains one; .*: take anyedit"):
+        UnKE().edit(lm, [QUESTION])
+    start = states_now(lm, texts, lm.parts.blocks[1])
+    assert (alone - whole).norm() <= 1e-2 * (whole - start).norm()

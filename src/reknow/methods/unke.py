@@ -28,6 +28,7 @@ from reknow.editing.contexts import text_contexts
 from reknow.editing.descent import StepSize, TrainableMatrices, descend
 from reknow.editing.layers import resolve_layers
 from reknow.edits import Edit
+from reknow.errors import ModelError
 from reknow.lm import LM
 from reknow.model.block_calls import BlockCall, BlockCalls
 from reknow.model.parts import matrices_of
@@ -62,6 +63,11 @@ class UnKE(ChunkSearch, Method):
         return "unke" if self.chunk_tokens is None else "anyedit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        if not lm.parts.replayable:
+            raise ModelError(
+                f"expected a model whose blocks can be run by themselves, since {self.name} trains one; those of "
+                f"{lm.name} cannot: take anyedit-memit or ft-uke"
+            )
         edits = check_edits(self, edits, lm)
         layers, texts = resolve_layers(lm, self.layers, 1), cut_answers(lm, edits, self)
         z, losses = find_states(lm, texts, layers[-1], self)
