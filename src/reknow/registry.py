@@ -38,7 +38,7 @@ METHODS: dict[str, Row] = {
     "adalora": Row("lora:LoRA", {"variant": "adalora", "learning_rate": 0.05}, "Zhang et al. 2023, arXiv 2303.10512"),
     "alphaedit": Row("alphaedit:AlphaEdit", {}, "Fang et al. 2024, arXiv 2410.02355"),
     "alphaedit-blue": Row("alphaedit:AlphaEdit", {"boundary_layers": True}, "Li et al. 2025, arXiv 2502.03748"),
-    "anyedit": Row("unke:UnKE", {"chunk_tokens": 40}, "Jiang et al. 2025, arXiv 2502.05628"),
+    "anyedit": Row("unke:UnKE", {"chunk_tokens": 20}, "Jiang et al. 2025, arXiv 2502.05628"),
     "anyedit-memit": Row("anyedit:AnyEdit", {}, "Jiang et al. 2025, arXiv 2502.05628"),
     "calinet": Row("calinet:CaliNet", {}, "Dong et al. 2022, arXiv 2210.03329"),
     "defer": Row("defer:DEFER", {}, "Hartvigsen et al. 2022, arXiv 2211.11031"),

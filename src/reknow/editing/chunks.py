@@ -43,15 +43,15 @@ class ChunkSearch:
     """Tokens of the answer that one state has to make the model say; None: all of them."""
     end_token: bool = True
     """Whether the end token is learned behind every answer, so that the model stops there."""
-    search_steps: Natural = 60
+    search_steps: Natural = 40
     """Updates of a state at most; 24 in the authors' code."""
-    search_learning_rate: Rate = 0.1
+    search_learning_rate: Rate = 0.5
     """Adam's step of one coordinate of δ, in root mean squares of the block's output."""
     search_weight_decay: NonNegative = 0.01
     """Weight in the loss of δ's length, relative to what it is added to."""
     search_clamp: NonNegative = 4.0
     """Largest length of δ, relative to what it is added to."""
-    stop_loss: NonNegative = 0.02
+    stop_loss: NonNegative = 0.05
     """End a state's search when its loss is below; in the authors' code 0.005 or 0.01, for a whole answer never."""
     units: Units = "relative"
     """`relative`: learning rates are measured by the model's own states and weights; `absolute`: they are plain

@@ -39,7 +39,7 @@ _CACHE_BYTES = 2**31
 class AnyEdit(ChunkSearch, Method):
     """Writes a text chunk by chunk over a band of layers."""
 
-    chunk_tokens: Number | None = 40
+    chunk_tokens: Number | None = 20
     layers: tuple[int, ...] | None = None
     """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
     regularization: NonNegative = 0.1

@@ -27,6 +27,7 @@ from reknow.editing.chunks import ChunkedText, ChunkSearch, cut_answers, find_st
 from reknow.editing.contexts import text_contexts
 from reknow.editing.descent import StepSize, TrainableMatrices, descend
 from reknow.editing.layers import resolve_layers
+from reknow.editing.papers_layers import depth_layer
 from reknow.edits import Edit
 from reknow.errors import ModelError
 from reknow.lm import LM
@@ -36,13 +37,16 @@ from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Delta
 from reknow.patching.patches import Patch
 
+_DEPTH = 7 / 31
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnKE(ChunkSearch, Method):
     """Trains one block so that a text follows a question."""
 
     layers: tuple[int, ...] | None = None
-    """Blocks that are trained, each on an equal part of what is missing; None: the one of `suggest_layer`."""
+    """Blocks that are trained, each on an equal part of what is missing; None: the one at the papers' depth, 7
+    of 32."""
     steps: Number = 50
     """Updates of a block."""
     learning_rate: Rate = 0.01
@@ -69,7 +73,8 @@ class UnKE(ChunkSearch, Method):
                 f"{lm.name} cannot: take anyedit-memit or ft-uke"
             )
         edits = check_edits(self, edits, lm)
-        layers, texts = resolve_layers(lm, self.layers, 1), cut_answers(lm, edits, self)
+        own = [depth_layer(lm, _DEPTH)] if self.layers is None else self.layers
+        layers, texts = resolve_layers(lm, own), cut_answers(lm, edits, self)
         z, losses = find_states(lm, texts, layers[-1], self)
         deltas: dict[str, Delta] = {}
         errors = []
