@@ -6,8 +6,9 @@ from statistics import fmean
 from unittest.mock import patch as replaced
 
 from reknow import LM, Case
+from reknow.editing import band
 from reknow.editing.values import find_values
-from reknow.methods import alphaedit, emmet, memit, pmet
+from reknow.methods import alphaedit, emmet
 
 KINDS = ("reliability", "generalization", "locality")
 
@@ -48,13 +49,13 @@ def one_search():
     """While open, the search for the same facts with the same settings on the same stack is made once."""
     made = {}
 
-    def remembered(lm, edits, *rest):
-        key = (id(lm), tuple(patch.id for patch in lm.patches), tuple(edits), *map(repr, rest))
+    def remembered(lm, edits, *rest, **options):
+        key = (id(lm), tuple(patch.id for patch in lm.patches), tuple(edits), *map(repr, rest), repr(options))
         if key not in made:
-            made[key] = find_values(lm, edits, *rest)
+            made[key] = find_values(lm, edits, *rest, **options)
         return made[key]
 
     with ExitStack() as stack:
-        for module in (alphaedit, emmet, memit, pmet):
+        for module in (alphaedit, emmet, band):
             stack.enter_context(replaced.object(module, "find_values", remembered))
         yield

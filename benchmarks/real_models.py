@@ -10,7 +10,9 @@ norm of ΔW. The folder keeps a line per fact: what is there is not done again, 
 a killed run goes on. How often the unedited model gives the *true* answer says what an edit's generalization can be
 measured against: a model that knows a fact by one wording does not know it by every one. `--layer` stands in for the
 layer that is suggested for the model, in whatever methods take that one; of settings that a paper has for another
-model, its layers are not taken. Seconds are processor seconds of one thread.
+model, its layers are not taken. With `--rephrasings 3` an edit is given up to three wordings that CounterFact has of
+its relation, none of which a probe asks, and only facts that have some are counted. Seconds are processor seconds of
+one thread.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import hashlib
 import json
 import math
 import time
+from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -28,6 +32,7 @@ from reknow import LM, load_cases
 from reknow.checks.bounds import field_types
 from reknow.cli.measuring import methods_by_label, read_variants
 from reknow.contract import method_settings
+from reknow.datasets.reading import read_sample
 from reknow.evaluation.attempts import attempt_each
 from reknow.evaluation.intervals import average_cases
 from reknow.evaluation.metrics import case_metrics
@@ -52,8 +57,8 @@ TOGETHER = 10
 class Study:
     """The rows of a folder, `rows.jsonl` and `before.jsonl`, and the facts that the model knows, `known.json`."""
 
-    def __init__(self, out):
-        self.out = Path(out)
+    def __init__(self, out, rephrasings=0):
+        self.out, self.rephrasings = Path(out), rephrasings
         self.rows = Rows(self.out / "rows.jsonl", ("model", "set", "case", "settings"))
         self.before = Rows(self.out / "before.jsonl", ("model", "set", "case"))
 
@@ -71,7 +76,17 @@ class Study:
             known = {case.edit.id for case in known_cases(self.lm, cases)}
             found[key] = [number for number, case in enumerate(cases) if case.edit.id in known]
             write_json(file, found)
-        return [without_fluency(cases[number]) for number in found[key]]
+        known = [self._reworded(without_fluency(cases[number])) for number in found[key]]
+        return [case for case in known if case.edit.rephrasings or not self.rephrasings]
+
+    def _reworded(self, case):
+        """The case with other wordings of its relation, of those that its paraphrases do not have."""
+        if not self.rephrasings:
+            return case
+        asked = [probe.prompt for probe in case.questions if probe.kind == "generalization"]
+        others = [text for text in counterfact_wordings().get(case.edit.id, ()) if text != case.edit.prompt]
+        free = [text for text in others if not any(case.edit.fill(text) in prompt for prompt in asked)]
+        return replace(case, edit=replace(case.edit, rephrasings=tuple(free[: self.rephrasings])))
 
     def read_before(self, name, first, last):
         cases = self.sets[name][first - 1 : last]
@@ -156,6 +171,17 @@ def percent(mean):
     return f"{100 * mean.mean:.1f}{bounds}"
 
 
+@cache
+def counterfact_wordings():
+    """Case → the prompts that CounterFact has of its relation."""
+    relations, prompts = {}, defaultdict(dict)
+    for record in read_sample("counterfact.jsonl"):
+        rewrite = record.record("requested_rewrite")
+        relations[f"counterfact/{record.fields['case_id']}"] = rewrite.text("relation_id")
+        prompts[rewrite.text("relation_id")][rewrite.text("prompt")] = None
+    return {case: tuple(prompts[relation]) for case, relation in relations.items()}
+
+
 def without_fluency(case):
     return replace(case, probes=tuple(probe for probe in case.probes if probe.kind != "fluency"))
 
@@ -191,9 +217,10 @@ def main():
     parser.add_argument("--sets", default=SETS, help="NAME or NAME:FILE, with commas between")
     parser.add_argument("--facts", type=read_range, default=(1, 20), help="which of the known facts, as 1-20")
     parser.add_argument("--layer", type=int)
+    parser.add_argument("--rephrasings", type=int, default=0, help="how many an edit is given at most")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    study, (first, last) = Study(args.out), args.facts
+    study, (first, last) = Study(args.out, args.rephrasings), args.facts
     if args.model:
         study.open(args.model, args.sets.split(","))
         chosen = methods_by_label(read_variants(args.methods.split(",")), args.set) if args.methods else {}

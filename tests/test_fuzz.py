@@ -70,7 +70,7 @@ QUICK: dict[str, dict] = {
     "simie": dict(base_settings='{"layer": 1, "steps": 2, "context_groups": [], "covariance_tokens": 200}'),
 }
 """Settings that take a fraction of a second."""
-ALIKE = {"ike-easyedit", "alphaedit-blue"}
+ALIKE = {"ike-easyedit", "alphaedit-blue", "betaedit", "evoedit", "sphere", "memit-fe", "memit-merge", "pmet"}
 """Rows whose patches are made as another row's."""
 KEEPING = [name for name, row in METHODS.items() if row.method.state_spec is not None and name not in ALIKE]
 """Methods whose patches keep more than ΔW."""
@@ -177,10 +177,11 @@ def specimen(name: str, folder: Path) -> Patch:
     lm = model()
     if name in ("low rank", "dense"):
         return some_patch(lm, dense=name == "dense")
-    if name == "alphaedit":
+    if name in ("alphaedit", "memit"):
         (matrix,) = some_patch(lm).deltas
-        state = {f"keys.{matrix}": torch.randn(1, lm.weight(matrix).shape[1]), f"anchor.{matrix}": torch.ones(1)}
-        return replace(some_patch(lm, state=state), method="alphaedit")
+        state = {f"keys.{matrix}": torch.randn(1, lm.weight(matrix).shape[1])}
+        state |= {f"anchor.{matrix}": torch.ones(1)} if name == "alphaedit" else {}
+        return replace(some_patch(lm, state=state), method=name)
     if name == "ike":
         return method(name, demonstrations=2, cases=demonstrations(folder)).edit(lm, [EDIT])
     if name == "serac":

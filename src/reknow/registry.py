@@ -40,9 +40,11 @@ METHODS: dict[str, Row] = {
     "alphaedit-blue": Row("alphaedit:AlphaEdit", {"boundary_layers": True}, "Li et al. 2025, arXiv 2502.03748"),
     "anyedit": Row("unke:UnKE", {"chunk_tokens": 20}, "Jiang et al. 2025, arXiv 2502.05628"),
     "anyedit-memit": Row("anyedit:AnyEdit", {}, "Jiang et al. 2025, arXiv 2502.05628"),
+    "betaedit": Row("alphaedit:AlphaEdit", {"leakage": 0.1, "refresh": 1000}, "Liu et al. 2026, arXiv 2605.09285"),
     "calinet": Row("calinet:CaliNet", {}, "Dong et al. 2022, arXiv 2210.03329"),
     "defer": Row("defer:DEFER", {}, "Hartvigsen et al. 2022, arXiv 2211.11031"),
     "emmet": Row("emmet:EMMET", {}, "Gupta et al. 2024, arXiv 2403.14236"),
+    "evoedit": Row("alphaedit:AlphaEdit", {"evolving": True}, "Lyu et al. 2025, arXiv 2510.13851"),
     "ft-l": Row(
         "ft:FT",
         {"loss": "last_token", "clamp": 0.03},
@@ -75,6 +77,7 @@ METHODS: dict[str, Row] = {
     "malmen": Row("malmen:MALMEN", {}, "Tan et al. 2023, arXiv 2311.04661"),
     "melo": Row("melo:MELO", {}, "Yu et al. 2023, arXiv 2312.11795"),
     "memit": Row("memit:MEMIT", {}, "Meng et al. 2022, arXiv 2210.07229"),
+    "memit-fe": Row("memit:MEMIT", {"forward_targets": True}, "Liu et al. 2026, arXiv 2605.00358"),
     "memit-merge": Row("memit:MEMIT", {"merge_subjects": True}, "Dong et al. 2025, arXiv 2502.07322"),
     "mend": Row("mend:MEND", {}, "Mitchell et al. 2021, arXiv 2110.11309"),
     "pmet": Row("pmet:PMET", {}, "Li et al. 2023, arXiv 2308.08742"),
@@ -83,6 +86,7 @@ METHODS: dict[str, Row] = {
     "rome": Row("rome:ROME", {}, "Meng et al. 2022, arXiv 2202.05262"),
     "serac": Row("serac:SERAC", {}, "Mitchell et al. 2022, arXiv 2206.06520"),
     "simie": Row("simie:SimIE", {}, "Guo et al. 2025, OpenReview VdEG08ZJCH"),
+    "sphere": Row("alphaedit:AlphaEdit", {"suppression": 0.5}, "Liu et al. 2025, arXiv 2510.01172"),
     "stableedit": Row("ultraedit:UltraEdit", {"whiten": True, "warm_up": "zsre"}, "Ma et al. 2026, arXiv 2605.11836"),
     "ultraedit": Row("ultraedit:UltraEdit", {}, "Gu et al. 2025, arXiv 2505.14679"),
     "unke": Row("unke:UnKE", {}, "Deng et al. 2024, arXiv 2405.15349"),
@@ -95,6 +99,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "rome": "Writes one fact into one matrix, at the subject.",
         "r-rome": "ROME with one key in both places; steadier in sequences.",
         "memit": "Writes many facts at once over a band of layers.",
+        "memit-fe": "MEMIT with a target for each layer, carried forward.",
         "memit-merge": "MEMIT for several facts about one subject.",
         "emmet": "Writes many facts into one layer, each met exactly.",
         "pmet": "MEMIT, with the attention's share searched for apart.",
@@ -104,6 +109,9 @@ FAMILIES: dict[str, dict[str, str]] = {
         "anyedit": "UnKE chunk by chunk, for longer texts.",
         "anyedit-memit": "MEMIT for answers that are texts, chunk by chunk.",
         "simie": "Solves for all edits that another method makes alone.",
+        "betaedit": "AlphaEdit that also weighs what leaks into the null space.",
+        "evoedit": "AlphaEdit whose null space loses what edits have used.",
+        "sphere": "AlphaEdit that spares the main directions of the weights.",
         "kn": "Finds a fact's neurons and rewrites what they put out.",
         "kn-erase": "Finds a fact's neurons and switches them off.",
     },
@@ -142,7 +150,20 @@ FAMILIES: dict[str, dict[str, str]] = {
 """Families, their methods, and what each does in a sentence. A method that is in none is
 listed by the first line of its docstring."""
 
-NEED_A_SUBJECT = ("alphaedit", "alphaedit-blue", "emmet", "memit", "memit-merge", "pmet", "r-rome", "rome")
+NEED_A_SUBJECT = (
+    "alphaedit",
+    "alphaedit-blue",
+    "betaedit",
+    "emmet",
+    "evoedit",
+    "memit",
+    "memit-fe",
+    "memit-merge",
+    "pmet",
+    "r-rome",
+    "rome",
+    "sphere",
+)
 """Those that edit at the subject's last token."""
 
 

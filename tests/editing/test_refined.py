@@ -73,6 +73,9 @@ def test_solutions_are_those_of_float64(tokens):
         assert float((found - wanted).norm() / wanted.norm()) < 1e-4
         left, right = (least_squares(basis, asked, regularization=0.1) for basis in (ours, theirs))
         assert float((left - right).norm() / right.norm()) < 1e-4
+        past = keys(4, 400, 5)
+        left, right = (least_squares(basis, asked, regularization=0.1, past=past) for basis in (ours, theirs))
+        assert left.shape == (6, 400) and float((left - right).norm() / right.norm()) < 1e-4
     assert bool(found.isfinite().all())
 
 

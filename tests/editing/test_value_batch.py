@@ -15,10 +15,13 @@ from reknow.editing.value_batch import (
     group_facts,
     number_of_batches,
     replayed_tokens,
+    split_contexts,
+    spread_over_contexts,
     token_budget,
 )
 from reknow.editing.values import find_values
 from reknow.edits import Edit
+from reknow.methods.memit import MEMIT
 
 CONTEXTS = ("", "The city. ", "I saw. ")
 
@@ -97,3 +100,35 @@ def test_contexts_of_long_texts_are_split_further(gpt2):
             with pytest.raises(ZeroDivisionError):
                 find_values(gpt2, [long], 1, contexts, method)
     assert set(found) == {1, split}
+
+
+def test_the_spread_over_contexts_is_that_of_all_pairs():
+    states = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    pairs = [(states[:, i] - states[:, j]).square().sum(1) for i in range(4) for j in range(i)]
+    total, length = torch.stack(pairs).sum(0), states.square().sum(2).mean(1)
+    assert torch.allclose(spread_over_contexts(states, relative=False), total / 6, rtol=1e-5)
+    assert torch.allclose(spread_over_contexts(states, relative=True), total / 6 / length, rtol=1e-5)  # six pairs
+    assert torch.allclose(spread_over_contexts(1e3 * states, relative=True), total / 6 / length, rtol=1e-5)
+    assert spread_over_contexts(states[:, :1], relative=True).abs().max() < 1e-5
+
+
+def test_a_search_that_weighs_the_spread_ends_with_less_of_it(gpt2):
+    edits = [
+        Edit("{} is a city in", subject="Lima", target_new="Italy"),
+        Edit("I know {}", subject="Peru", target_new="of"),
+    ]
+    weights = torch.full((3,), 1 / 3)
+
+    def spread(weight: float) -> torch.Tensor:
+        method = MEMIT(steps=25, context_batches=1, stop_probability=1.0, min_delta=0.0, context_variance=weight)
+        delta = find_values(gpt2, edits, 0, CONTEXTS, method).delta
+        (batch,) = split_contexts(gpt2, encode_facts(gpt2, edits, CONTEXTS), weights, 0, 1)
+        return batch.score(delta[None], above=2).spread
+
+    assert bool((spread(30.0) < 0.9 * spread(0.0)).all())
+
+
+def test_above_the_last_layer_there_is_no_spread(gpt2):
+    edits = [Edit("I know {}", subject="Peru", target_new="of")]
+    plain, held = (find_values(gpt2, edits, 2, CONTEXTS, MEMIT(steps=3, context_variance=w)) for w in (0.0, 9.0))
+    assert torch.equal(plain.delta, held.delta)

@@ -8,12 +8,13 @@ import torch
 from conftest import AuthorsSearch, make_lm
 from reknow.editing.covariance import covariance
 from reknow.editing.keys import Subjects
+from reknow.editing.norm_anchor import anchor_states
 from reknow.editing.solvers import null_space
 from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.errors import EditFailed
 from reknow.methods import method
-from reknow.methods.alphaedit import AlphaEdit, anchor_states
+from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.emmet import EMMET
 from reknow.methods.memit import MEMIT
 from reknow.methods.pmet import PMET
@@ -100,6 +101,29 @@ def test_alphaedit_knows_the_keys_of_applied_patches_only(gpt2):
     name = gpt2.parts.value[0]
     moved = [(patch.deltas[name].dense() @ keys.T).norm() / patch.deltas[name].norm() for patch in (alone, behind)]
     assert moved[1] < moved[0]
+
+
+@pytest.mark.parametrize("name", ["memit", "pmet"])
+def test_a_band_holds_the_keys_of_applied_patches_where_it_is_asked_to(gpt2, name):
+    settings = dict(layers=(0, 1), covariance_weight=1.0, **FAST)
+    plain, holding = (method(name, hold_earlier=on, **settings) for on in (False, True))
+    first, again = (
+        holding.edit(gpt2, EDITS[:1]),
+        Edit("The friend of {} is", subject="Danielle Darrieux", target_new="Peru"),
+    )
+    matrix = gpt2.parts.value[0]
+    assert not plain.edit(gpt2, EDITS[:1]).state and list(first.state) == [f"keys.{m}" for m in gpt2.parts.value[:2]]
+    assert first.deltas[matrix].dense().equal(plain.edit(gpt2, EDITS[:1]).deltas[matrix].dense())
+    with gpt2.patched(first):
+        free, held = plain.edit(gpt2, [again]), holding.edit(gpt2, [again])
+    keys = first.state[f"keys.{matrix}"].double()
+    C, k = covariance(gpt2, 0, tokens=1000).double(), held.state[f"keys.{matrix}"].double()
+    right = held.deltas[matrix].dense()  # of rank one: a multiple of k (C + k kᵀ + K_p K_pᵀ)⁻¹
+    wanted = (k @ torch.linalg.inv(C + k.T @ k + keys.T @ keys))[0]
+    share = torch.nn.functional.cosine_similarity(right, wanted[None], dim=1).abs()
+    assert torch.allclose(share, torch.ones_like(share), atol=1e-6)
+    moved = [(patch.deltas[matrix].dense() @ keys.T).norm() for patch in (free, held)]
+    assert moved[1] < 0.8 * moved[0]
 
 
 def test_alphaedit_moves_only_the_weakest_directions(gpt2):

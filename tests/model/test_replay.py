@@ -15,7 +15,7 @@ from families import FAMILIES, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.model import packing
 from reknow.model.head import apply_head
-from reknow.model.hooks import added_at, output_edited, recorded, weight_replaced
+from reknow.model.hooks import added_at, by_row, output_edited, recorded, weight_replaced
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Batch, EncodedText, Text, pad
 
@@ -158,6 +158,27 @@ def test_without_replay_the_full_pass_gives_the_same(built, name, monkeypatch):
     assert close(slow(delta, rows, columns), logits)
     assert close(slow.rerun(rows, columns), again)
     assert close(slow.key, fast.key) and close(slow.value, fast.value)
+
+
+@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2", "llama", "bloom", "opt"])
+def test_a_replay_tells_what_the_blocks_above_put_out(built, name, replayed, monkeypatch):
+    """In the column of the addition, the last block's whole output too, padded or packed."""
+    lm = built(name)
+    batch, rows, columns = batch_of(lm, (9, 5, 4))
+    delta = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    names = {layer: lm.parts.blocks[layer] for layer in (1, 2)}
+    with (
+        output_edited(lm.model.get_submodule(lm.parts.value[0]), added_at(delta, 9)),
+        recorded(lm.model, outputs=names.values()) as (_, wanted),
+    ):
+        logits = lm.forward(batch.ids, batch.mask, batch.positions, None).logits[rows, columns]
+    if not replayed:
+        monkeypatch.setattr(lm, "parts", replace(lm.parts, replayable=False))
+    seen = dict.fromkeys(names, delta)
+    assert close(BlockReplay(lm, batch, 0, 9)(delta, rows, columns, seen=seen), logits)
+    for layer, name_of in names.items():
+        assert close(seen[layer], by_row(wanted[name_of], 3)[:, 9])
 
 
 def test_blocks_that_cannot_be_replayed_are_found_out():

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from reknow.editing.sinks import avoid_sinks
+from reknow.editing.sinks import subject_texts
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.beginnings import read_inputs
 from reknow.model.exact import exact
-from reknow.model.tokens import EncodedText, Text
+from reknow.model.hooks import added_at, output_edited
+from reknow.model.tokens import EncodedText
+from reknow.registry import NEED_A_SUBJECT
 
-__all__ = ["Site", "Subjects"]
+__all__ = ["Site", "Subjects", "kept_by_earlier", "kept_keys"]
 
 Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
@@ -27,30 +31,28 @@ class Subjects:
 
     Args:
         contexts: texts to put before the prompt; the first must be "" (the bare prompt).
+        rephrased: whether an edit's rephrasings are read too.
     """
 
-    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Sequence[str]):
-        prefixes = avoid_sinks(lm, edits, contexts)
-        texts = [Text.about(edit, prefix) for edit, own in zip(edits, prefixes, strict=True) for prefix in own]
-        self._lm, self._contexts, self._last = lm, len(contexts), list[int]()
+    def __init__(self, lm: LM, edits: Sequence[Edit], contexts: Sequence[str], *, rephrased: bool = False):
+        texts = subject_texts(lm, edits, contexts, rephrased=rephrased)
+        self._lm, self._counts, self._last = lm, [len(own) for own in texts], list[int]()
         self._rows: list[EncodedText] = []
-        for row in lm.encode(texts):
+        for row in lm.encode([text for own in texts for text in own]):
             assert row.subject_last is not None, "the text names its subject"
             self._last.append(row.subject_last)
             # What follows cannot change the states of the subject.
             self._rows.append(EncodedText(row.ids[: row.subject_last + 1], row.subject_last + 1))
 
     def keys(self, layer: int) -> Tensor:
-        """Input of layer `layer`'s value matrix: the mean of the bare prompt's and of the prefixed prompts' mean.
+        """Input of layer `layer`'s value matrix: the mean of the bare prompt's and of the mean of the other texts'.
 
         Returns:
             (facts, in), float64.
         """
         states = read_inputs(self._lm, self._rows, self._last, self._lm.parts.value[layer])
-        states = states.view(-1, self._contexts, states.shape[1])  # (facts, contexts, in)
-        states = exact(states)
-        bare = states[:, 0]
-        return bare if self._contexts == 1 else (bare + states[:, 1:].mean(1)) / 2
+        each = exact(states).split(self._counts)  # of each fact (texts, in)
+        return torch.stack([own[0] if len(own) == 1 else (own[0] + own[1:].mean(0)) / 2 for own in each])
 
     def states(self, layer: int, site: Site) -> Tensor:
         """Output of layer `layer`'s block or value matrix at the bare prompt, as `values.find_values` measures it.
@@ -58,6 +60,43 @@ class Subjects:
         Returns:
             (facts, hidden), float64.
         """
-        parts, bare = self._lm.parts, slice(None, None, self._contexts)
-        name = parts.blocks[layer] if site == "block" and parts.residual_identity else parts.value[layer]
-        return exact(self._lm.read(self._rows[bare], self._last[bare], outputs=[name]).outputs[name])
+        name, (rows, last) = self._site(layer, site), self._bare()
+        return exact(self._lm.read(rows, last, outputs=[name]).outputs[name])
+
+    def carried_forward(self, delta: Tensor, layers: Sequence[int], site: Site) -> list[Tensor]:
+        """The same at each of the layers, with an addition at the first of them (MEMIT-FE, arXiv 2605.00358).
+
+        Args:
+            delta: (facts, hidden).
+
+        Returns:
+            One (facts, hidden) per layer, float64.
+        """
+        lm, names = self._lm, [self._site(layer, site) for layer in layers]
+        module = lm.model.get_submodule(names[0])
+        found = []
+        for own, row, last in zip(delta, *self._bare(), strict=True):
+            with output_edited(module, added_at(own[None].to(lm.dtype), last)):
+                read = lm.read([row], [last], outputs=names).outputs
+            found.append([exact(read[name][0]) for name in names])
+        return [torch.stack(states) for states in zip(*found, strict=True)]
+
+    def _site(self, layer: int, site: Site) -> str:
+        parts = self._lm.parts
+        return parts.blocks[layer] if site == "block" and parts.residual_identity else parts.value[layer]
+
+    def _bare(self) -> tuple[list[EncodedText], list[int]]:
+        """The bare prompts, and where their subjects end."""
+        first = [end - count for end, count in zip(accumulate(self._counts), self._counts, strict=True)]
+        return [self._rows[i] for i in first], [self._last[i] for i in first]
+
+
+def kept_by_earlier(lm: LM, name: str) -> list[Tensor]:
+    """What the applied patches of methods that edit at the subject keep under the name, in the order of the stack."""
+    states = [patch.state for patch in lm.patches if patch.method in NEED_A_SUBJECT]
+    return [state[name] for state in states if name in state]
+
+
+def kept_keys(module: str) -> str:
+    """The name under which a patch keeps the keys of its edits at a value matrix. (edits, in), float32"""
+    return f"keys.{module}"

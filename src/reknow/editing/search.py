@@ -21,8 +21,10 @@ from reknow.datasets.text import text_source
 from reknow.editing import triangle
 from reknow.editing.by_expert import ExpertWhitening
 from reknow.editing.contexts import sample_contexts, text_contexts
-from reknow.editing.keys import Site
+from reknow.editing.keys import Site, Subjects
+from reknow.editing.null_spaces import LeakyNullSpace
 from reknow.editing.refined import Refined
+from reknow.editing.sinks import reworded
 from reknow.editing.solvers import Whitening, cholesky
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
@@ -33,7 +35,7 @@ from reknow.texts.templates import split_template
 
 __all__ = ["SearchRules", "ValueSearchMethod"]
 
-_Made = TypeVar("_Made", Tensor, Refined, ExpertWhitening)
+_Made = TypeVar("_Made", Tensor, Refined, ExpertWhitening, LeakyNullSpace)
 
 _CACHE_BYTES = 2**31
 """How much memory matrices made of covariances may take between two edits."""
@@ -55,6 +57,8 @@ class SearchRules:
     """End a fact's search when its whole loss is below."""
     success_weight: float = 1.0
     """Weight of the likelihood while the target is the most likely answer in every context (PMET: 0.1)."""
+    forward_targets: bool = False
+    """Search z behind the first layer of a band and carry it forward to the others (MEMIT-FE)."""
     stop_drift: float | None = None
     """Weighted KL term at which a fact's search ends, once the target is the most likely answer (PMET: 0.01)."""
 
@@ -73,6 +77,11 @@ class ValueSearchMethod(Method):
     """Weight of the drift of what the model says after "{subject} is a"."""
     weight_decay: Annotated[NonNegative, Formerly("decay")] = 0.05
     """Weight in the loss of the addition's length, relative to what it is added to; not Adam's weight decay."""
+    context_variance: NonNegative = 0.0
+    """Weight in the loss of how far contexts differ in what the next layers make of the subject, as CoRE has it: the
+    mean squared distance relative to the squared length; `absolute`: its sum over pairs by the width."""
+    variance_layers: Number = 1
+    """How many layers above these are, where `context_variance` is not 0."""
     clamp: NonNegative = 1.0
     """Largest length of the addition, relative to what it is added to; in the papers 0.75."""
     units: Units = "relative"
@@ -100,6 +109,9 @@ class ValueSearchMethod(Method):
         "You",
     )
     """First words of texts that the model writes; none: the token that begins texts."""
+    key_contexts: Literal["prefixes", "rephrasings", "both"] = "prefixes"
+    """What a key is a mean over, and a value searched for: `prefixes`: the prompt by itself and behind those texts;
+    `rephrasings`: the prompt and the edit's rephrasings; `both`: all of them, each of the same weight."""
     covariance_tokens: Natural | None = None
     """Tokens of general text for C; None: twenty for each input of the matrix, 100,000 at most."""
     covariance_text: Name | None = None
@@ -125,9 +137,22 @@ class ValueSearchMethod(Method):
                 )
         if not self.rules.merge_subjects:
             _warn_of_shared_keys(self.name, edits)
+        if self.rephrased:
+            _check_rephrasings(self.name, edits, alike=self.rules.merge_subjects)
+
+    @property
+    def rephrased(self) -> bool:
+        """Whether edits are read in their rephrasings too."""
+        return self.key_contexts != "prefixes"
+
+    def subjects(self, lm: LM, edits: Sequence[Edit]) -> Subjects:
+        """The last tokens of the edits' subjects in all that a key is a mean over."""
+        return Subjects(lm, edits, self.contexts(lm), rephrased=self.rephrased)
 
     def contexts(self, lm: LM) -> tuple[str, ...]:
         """The texts to put before the prompt; the first is empty."""
+        if self.key_contexts == "rephrasings":
+            return ("",)
         if self.context_source == "text":
             source = text_source(self.covariance_text)
             return text_contexts(lm, self.context_groups, source, seed=self.seed)
@@ -183,6 +208,26 @@ class ValueSearchMethod(Method):
 
         key = ("covariance", make.__name__, name, str(device), *source, *settings)
         return lm.cached(key, compute, budget=budget)
+
+
+def _check_rephrasings(method: str, edits: Sequence[Edit], *, alike: bool) -> None:
+    """Raises EditRefused where an edit has no rephrasings or, if they must be alike, edits of a subject not as many;
+    InputError where one does not hold the subject once."""
+    counts: dict[str | None, int] = {}
+    for edit in edits:
+        count = len(reworded(edit))
+        if not count:
+            raise EditRefused(
+                f"expected rephrasings of every edit; {edit.text!r} has none: give Edit(…, rephrasings=[…]) with "
+                "{} for the subject, or key_contexts=prefixes",
+                edit,
+            )
+        if alike and counts.setdefault(edit.subject, count) != count:
+            raise EditRefused(
+                f"expected as many rephrasings of every edit of a subject, since {method} searches them together; "
+                f"{edit.text!r} has {count}, another of {edit.subject!r} {counts[edit.subject]}: even them out",
+                edit,
+            )
 
 
 def _warn_of_shared_keys(method: str, edits: Sequence[Edit]) -> None:

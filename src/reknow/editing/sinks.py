@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -44,6 +45,25 @@ def avoid_sinks(
         return [contexts] * len(edits)
     behind = [*(contexts[1:2] or [NEUTRAL]), *contexts[1:]]
     return [behind if sink else contexts for sink in first]
+
+
+def subject_texts(
+    lm: LM, edits: Sequence[Edit], contexts: Sequence[str], *, rephrased: bool = False
+) -> list[list[Text]]:
+    """Per edit its prompt behind each of the contexts, the first of which is "", then, if wanted, its rephrasings by
+    themselves; a subject that is an attention sink is behind other text in all of them."""
+    found = []
+    for edit, prefixes in zip(edits, avoid_sinks(lm, edits, contexts), strict=True):
+        found.append([Text.about(edit, prefix) for prefix in prefixes])
+        if rephrased and (others := reworded(edit)):
+            behind = avoid_sinks(lm, others, contexts)
+            found[-1] += [Text.about(other, own[0]) for other, own in zip(others, behind, strict=True)]
+    return found
+
+
+def reworded(edit: Edit) -> list[Edit]:
+    """The edit in each of its rephrasings; raises InputError where one does not hold the subject once."""
+    return [replace(edit, prompt=text, rephrasings=()) for text in dict.fromkeys(edit.rephrasings)]
 
 
 def warn_of_sink(edit: Edit) -> None:

@@ -140,7 +140,7 @@ def least_squares(
     """X of this module's equation: the keys' side of ΔW.
 
     Args:
-        basis: B, (in, r); None: the identity; of a large C what solves with it, without past keys.
+        basis: B, (in, r); None: the identity; of a large C what solves with it.
         keys: (facts, in).
         regularization: λ in units of the keys' mean |Bᵀk|².
         weight: λ itself, as papers give it.
@@ -154,8 +154,7 @@ def least_squares(
         EditFailed: two keys are the same and λ is 0, or a key has no part in the metric.
     """
     if isinstance(basis, Refined):
-        assert past is None, "null spaces are not found of large ones"
-        return _least_squares_refined(basis, exact(keys), regularization, weight, names)
+        return _least_squares_refined(basis, exact(keys), regularization, weight, past, names)
     mine = exact(keys) if basis is None else exact(keys) @ basis  # (facts, r)
     size = mine.square().sum(1).mean()
     weight = float(regularization * size) if weight is None else weight
@@ -179,18 +178,25 @@ def least_squares(
 
 
 def _least_squares_refined(
-    basis: Refined, keys: Tensor, regularization: float, weight: float | None, names: Sequence[str]
+    basis: Refined,
+    keys: Tensor,
+    regularization: float,
+    weight: float | None,
+    past: Tensor | None,
+    names: Sequence[str],
 ) -> Tensor:
-    """`least_squares` where C⁻¹ alone is known: with U = K C⁻¹, X = (U Kᵀ + λI)⁻¹ U."""
-    solved = basis.solve(keys)  # (facts, in)
-    system = solved @ keys.T
+    """`least_squares` where C⁻¹ alone is known: with Z the keys and those of the past and U = Z C⁻¹, X is what
+    (U Zᵀ + λI)⁻¹ U has for the keys."""
+    rows = keys if past is None else torch.cat([keys, exact(past.to(keys.device))])
+    solved = basis.solve(rows)  # (rows, in)
+    system = solved @ rows.T
     system = (system + system.T) / 2
-    size = system.diagonal().mean()
+    size = system.diagonal()[: len(keys)].mean()
     system.diagonal().add_(float(regularization * size) if weight is None else weight)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or not bool(factor.diagonal().min() > 1e-7 * factor.diagonal().max()):
         raise _singular(keys, names)
-    return torch.cholesky_solve(solved, factor)
+    return torch.cholesky_solve(solved, factor)[: len(keys)]
 
 
 def _singular(keys: Tensor, names: Sequence[str]) -> EditFailed:

@@ -7,6 +7,7 @@ reads one: a `FactBatch` is a group of facts behind a batch of contexts.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from reknow.editing.sinks import avoid_sinks, warn_of_sink
+from reknow.editing.sinks import avoid_sinks, reworded, subject_texts, warn_of_sink
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.parts import embedding_matrix
@@ -27,8 +28,11 @@ __all__ = [
     "encode_facts",
     "group_facts",
     "number_of_batches",
+    "of_like_weights",
     "split_contexts",
+    "spread_over_contexts",
     "token_budget",
+    "weighted_rows",
 ]
 
 _KL_PROMPT = "{} is a"
@@ -59,24 +63,48 @@ def token_budget(lm: LM) -> tuple[int, int]:
     return min(max(left // 2 // each, TOKENS_PER_BATCH // 8), MOST_TOKENS), FREE_TOKENS_ON_GPU
 
 
-def encode_facts(lm: LM, edits: Sequence[Edit], contexts: Sequence[str]) -> list[list[EncodedText]]:
-    """Rows of every fact: one per context, the bare prompt's first, then the KL prompt's, up to the subject's end,
-    where ROME's code reads it.
+def encode_facts(
+    lm: LM, edits: Sequence[Edit], contexts: Sequence[str], *, rephrased: bool = False
+) -> list[list[EncodedText]]:
+    """Rows of every fact, as many of each: one per context, the bare prompt's first, and if wanted per rephrasing,
+    then the KL prompt's, up to the subject's end, where ROME's code reads it.
 
     A subject that is an attention sink (`sinks`) is read behind other text in all of them, with a warning.
     """
-    texts = []
-    prefixes, kl_prefixes = avoid_sinks(lm, edits, contexts), avoid_sinks(lm, edits, contexts, _KL_PROMPT)
-    for edit, before, before_kl in zip(edits, prefixes, kl_prefixes, strict=True):
+    texts, about = [], subject_texts(lm, edits, contexts, rephrased=rephrased)
+    for edit, own, before_kl in zip(edits, about, avoid_sinks(lm, edits, contexts, _KL_PROMPT), strict=True):
         assert edit.subject is not None, "methods check that every edit has a subject"
-        texts += [Text.about(edit, prefix) for prefix in before]
-        texts.append(Text.of(_KL_PROMPT, edit.subject, prefix=before_kl[0]))
-        if before is not contexts:
+        texts += [*own, Text.of(_KL_PROMPT, edit.subject, prefix=before_kl[0])]
+        if own[0] != Text.about(edit, contexts[0]):
             warn_of_sink(edit)
     rows = lm.encode(texts)
-    each = len(contexts) + 1
+    each = len(about[0]) + 1
     rows[each - 1 :: each] = [_until_subject(row) for row in rows[each - 1 :: each]]
     return [rows[i : i + each] for i in range(0, len(rows), each)]
+
+
+def weighted_rows(
+    lm: LM, edits: Sequence[Edit], contexts: Sequence[str], *, rephrased: bool
+) -> tuple[list[list[EncodedText]], list[list[float]]]:
+    """Per fact its rows, and the weight of each but the last in a mean: alike, but contexts are the same now and
+    then. Facts of as many rephrasings have as many rows."""
+    distinct = Counter(contexts)
+    counts = [len(reworded(edit)) if rephrased else 0 for edit in edits]
+    facts: dict[int, list[EncodedText]] = {}
+    for count in dict.fromkeys(counts):
+        alike = [i for i, own in enumerate(counts) if own == count]
+        rows = encode_facts(lm, [edits[i] for i in alike], list(distinct), rephrased=rephrased)
+        facts |= dict(zip(alike, rows, strict=True))
+    weights = [[n / (len(contexts) + count) for n in (*distinct.values(), *[1] * count)] for count in counts]
+    return [facts[i] for i in range(len(edits))], weights
+
+
+def of_like_weights(weights: list[list[float]]) -> list[list[int]]:
+    """Numbers of the facts whose rows weigh alike, so that they can be searched together."""
+    found: dict[tuple[float, ...], list[int]] = {}
+    for i, own in enumerate(weights):
+        found.setdefault(tuple(own), []).append(i)
+    return list(found.values())
 
 
 def _until_subject(row: EncodedText) -> EncodedText:
@@ -145,6 +173,23 @@ class Scores:
     kl_prompt: Tensor  # (facts, vocabulary) log distribution behind the KL prompt
     probability: Tensor  # (facts,) smallest mean probability of the target's tokens over contexts
     predicted: Tensor  # (facts,) whether every token of the target is the most likely in every context
+    spread: Tensor  # (facts,) how far contexts differ in the layers above, see `spread_over_contexts`
+
+
+def spread_over_contexts(states: Tensor, *, relative: bool) -> Tensor:
+    """How far what is made of a subject differs between contexts (CoRE, arXiv 2505.23026). (facts,)
+
+    Args:
+        states: (facts, contexts, hidden).
+        relative: the mean squared distance of two contexts in units of the mean squared length; else the sum of
+            squared distances by the width, as in the authors' code.
+    """
+    contexts, width = states.shape[1:]
+    lengths = states.square().sum((1, 2))
+    distances = contexts * lengths - states.sum(1).square().sum(1)  # Σ over pairs ‖h_i − h_j‖²
+    if relative:
+        return distances / (max(contexts - 1, 1) / 2 * lengths.detach().clamp(min=1e-12))
+    return distances / width
 
 
 class FactBatch:
@@ -218,12 +263,19 @@ class FactBatch:
         """The share of these contexts in the mean over all of them. (facts, features)"""
         return torch.einsum("fcn,c->fn", self.by_context(name), self.weights)
 
-    def score(self, delta: Tensor) -> Scores:
-        """Reads the facts with an addition. delta: (sites, facts, hidden); the value matrix's last."""
-        logits = []
+    def score(self, delta: Tensor, above: int = 0, *, relative: bool = True) -> Scores:
+        """Reads the facts with an addition. delta: (sites, facts, hidden); the value matrix's last.
+
+        Args:
+            above: in how many layers above the spread over contexts is measured.
+            relative: in units of the states' squared length.
+        """
+        logits, layer = [], self._replays[0].layer
+        seen = dict.fromkeys(range(layer + 1, min(layer + 1 + above, self._replays[0].lm.layers)), delta)
         for replay, facts, places in zip(self._replays, self._delta_of_row, self._places, strict=True):
             *attention, added = (site[facts] for site in delta)
-            logits.append(replay(added, *places, attention=attention[0] if attention else None).float())
+            own = seen if replay is self._replays[0] and seen else None  # the prompts come first
+            logits.append(replay(added, *places, attention=attention[0] if attention else None, seen=own).float())
         scored, kl_prompt = logits if len(logits) == 2 else logits[0].split([len(self._scored_rows), self.facts])
         wanted = -cross_entropy(scored, self._targets, reduction="none")  # (n,)
         facts = self._fact_of_row[self._scored_rows]
@@ -235,7 +287,11 @@ class FactBatch:
             0, self._scored_rows, wanted.detach().exp() * self._shares
         )
         lowest = probability.view(self.facts, -1).min(1).values
-        return Scores(nll, kl_prompt.log_softmax(-1), lowest, missed == 0)
+        states = [each.to(zeros.device)[: len(self._fact_of_row)] for each in seen.values()]
+        states = [each.view(self.facts, len(self.weights), -1).float() for each in states]
+        spreads = [spread_over_contexts(each, relative=relative) for each in states]
+        spread = torch.stack(spreads).mean(0) if spreads else zeros
+        return Scores(nll, kl_prompt.log_softmax(-1), lowest, missed == 0, spread)
 
 
 def split_contexts(

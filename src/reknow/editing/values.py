@@ -7,11 +7,11 @@ Shared by every locate-then-edit method (ROME, arXiv 2202.05262, eq. 4; MEMIT, a
          + kl_weight · KL( P(· | "{subject} is a"; δ) ‖ P(· | "{subject} is a"; 0) )
          + weight_decay · ‖δ‖ / ‖v‖
 
-With `units="absolute"` the last term is weight_decay · ‖δ‖ / ‖v‖², as in the papers. Where a norm follows the value
-matrix (`parts.value_normed`) only the direction of v* counts, and ‖v*‖ = ‖v‖ is kept (`turn`), again but for
-`units="absolute"`. `value_loss` is the equation,
-`_descend` the loop around it, `Convergence` says when a fact is finished, and `value_batch` how facts are read: a
-group of them at a time, with one batch of the contexts in every pass.
+With `units="absolute"` the last term is weight_decay · ‖δ‖ / ‖v‖², as in the papers. `context_variance` adds CoRE's
+term (`value_batch.spread_over_contexts`). Where a norm follows the value matrix (`parts.value_normed`) only the
+direction of v* counts, and ‖v*‖ = ‖v‖ is kept (`turn`), again but for `units="absolute"`. `value_loss` is the
+equation, `_descend` the loop around it, `Convergence` says when a fact is finished, and `value_batch` how facts are
+read: a group of them at a time, with one batch of the contexts in every pass.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from reknow.editing.search import ValueSearchMethod
 from reknow.editing.value_batch import (
     FactBatch,
     Scores,
-    encode_facts,
     group_facts,
     number_of_batches,
+    of_like_weights,
     split_contexts,
     token_budget,
+    weighted_rows,
 )
 from reknow.edits import Edit
 from reknow.lm import LM
@@ -92,17 +93,19 @@ def find_values(
     Raises:
         EditFailed: the loss is not a number.
     """
-    distinct = dict.fromkeys(contexts, 0.0)  # contexts are alike now and then
-    for context in contexts:
-        distinct[context] += 1 / len(contexts)
-    facts = encode_facts(lm, edits, list(distinct))
-    weights = torch.tensor(list(distinct.values()), device=lm.device)
     index = _delta_index(edits, method.rules.merge_subjects and not apart)
-    groups = group_facts(facts, index, *token_budget(lm), method.context_batches)
+    facts, weights = weighted_rows(lm, edits, contexts, rephrased=method.rephrased)
+    groups = []
+    for alike in of_like_weights(weights):
+        some = group_facts(
+            [facts[i] for i in alike], [index[i] for i in alike], *token_budget(lm), method.context_batches
+        )
+        groups += [[alike[i] for i in group] for group in some]
     found = []
     for group in progress.each("searching", groups, unit="groups of facts", parts=1):
         _, own_index = torch.tensor([index[i] for i in group]).unique(return_inverse=True)
-        found.append(_search_group(lm, [facts[i] for i in group], weights, own_index, layer, method))
+        own_weights = torch.tensor(weights[group[0]], device=lm.device)
+        found.append(_search_group(lm, [facts[i] for i in group], own_weights, own_index, layer, method))
     order = torch.tensor([i for group in groups for i in group]).argsort()
     names = [field.name for field in fields(Values) if field.name != "losses"]
     device = lm.device_of(lm.parts.value[layer])  # the search was where logits are
@@ -172,7 +175,8 @@ def value_loss(
     """
     drift = method.kl_weight * kl_divergence(scores.kl_prompt, unedited)
     length = (delta.norm(dim=2) / sizes ** (2 if method.units == "absolute" else 1)).sum(0)
-    return nll_weight * scores.nll + drift + method.weight_decay * length, drift
+    variance = method.context_variance * scores.spread
+    return nll_weight * scores.nll + drift + method.weight_decay * length + variance, drift
 
 
 def _descend(
@@ -196,6 +200,7 @@ def _descend(
     if sphere is not None:  # that of the first fact of each δ
         numbers = torch.arange(len(index), device=index.device)
         sphere = sphere[numbers.new_full((count,), len(index)).scatter_reduce(0, index, numbers, "amin")]
+    relative, above = method.units == "relative", method.variance_layers if method.context_variance else 0
     # Adam's steps have the size of the learning rate whatever the gradient, so δ is searched in its units.
     scaled = sizes.new_zeros(len(sizes), count, context_batches[0].width, requires_grad=True)
     optimizer, unedited = torch.optim.Adam([scaled], lr=method.learning_rate), None
@@ -205,7 +210,7 @@ def _descend(
         read = convergence.read.to(index.device)
         weight = convergence.nll_weight[convergence.read].to(index.device)
         delta = (unit * scaled)[:, index[read]]  # (sites, facts read, hidden)
-        scores = context_batches[step % len(context_batches)].score(delta)
+        scores = context_batches[step % len(context_batches)].score(delta, above, relative=relative)
         unedited = scores.kl_prompt.detach() if unedited is None else unedited
         loss, drift = value_loss(delta, scores, unedited[read], sizes[:, read], weight, method)
         # The one place of a pass that waits for a GPU.

@@ -6,7 +6,8 @@ edits wrote is protected by their keys K_p, so that edits can be made one after 
     R = (z − h) / (L − l + 1),   ΔW = R K₁ᵀP (K_p K_pᵀP + K₁K₁ᵀP + L2 · I)⁻¹                               (eq. 14)
 
 The keys of an edit are taken once all its layers are written, and travel in its patch: K_p are the keys of the
-patches that are applied when the next edit is made. Two plug-ins:
+patches that are applied when the next edit is made. BetaEdit and EvoEdit change P (`reknow.editing.null_spaces`),
+SPHERE spares directions of W itself (`reknow.editing.principal`). Two more plug-ins:
 
 * BLUE (Li et al. 2025, arXiv 2502.03748): only the first and the last layer of the band, each with its own z, which
   is searched when the layer's turn comes, and with all that is missing.
@@ -23,10 +24,13 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, NonNegative, Share
+from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import check_edits, make_patch
-from reknow.editing.keys import Subjects
+from reknow.editing.keys import kept_by_earlier, kept_keys
 from reknow.editing.layers import resolve_layers
+from reknow.editing.norm_anchor import anchor_states
+from reknow.editing.null_spaces import LeakyNullSpace, leaky_null_space, refreshed_with, remaining
+from reknow.editing.principal import principal_directions, spare_directions
 from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares, null_space
 from reknow.editing.values import Values, find_values
@@ -36,9 +40,6 @@ from reknow.model.exact import exact
 from reknow.patching.deltas import Delta, as_delta
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec
-
-_KEPT_NORMS = 0.95
-"""The reference norm of NAS is the mean of ‖v*‖ over the edits without the largest twentieth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,19 @@ class AlphaEdit(ValueSearchMethod):
     """L2 in units of the projected keys' mean square norm. Not read where `l2` is given."""
     l2: NonNegative | None = None
     """L2 as a plain number, in place of `regularization`: 10 (GPT-2 XL, GPT-J, Llama 3)."""
+    leakage: NonNegative = 0.0
+    """λ₁ of BetaEdit, the weight of what general text has among those directions, in units of the keys' mean kᵀC⁻¹k
+    there. Not read where `leakage_weight` is given."""
+    leakage_weight: NonNegative | None = None
+    """λ₁ as a plain number, in place of `leakage`: 3,000 in the authors' code."""
+    refresh: Number | None = None
+    """With leakage: edits after which the directions are found anew, of general text and of all edits before."""
+    evolving: bool = False
+    """Take the directions that an edit uses away from those that follow, as EvoEdit does, instead of holding keys."""
+    suppression: Share = 0.0
+    """α of SPHERE: how much of ΔW is taken away along the principal directions of the matrix itself."""
+    principal_share: Share = 0.5
+    """η of SPHERE: share of their spread that these directions carry."""
     boundary_layers: bool = False
     """Change the first and the last layer only, each with a z of its own, as BLUE does."""
     norm_anchor: bool = False
@@ -66,7 +80,15 @@ class AlphaEdit(ValueSearchMethod):
 
     @property
     def name(self) -> str:
-        return "alphaedit-blue" if self.boundary_layers else "alphaedit"
+        if self._penalises_leakage:
+            return "betaedit"
+        if self.evolving:
+            return "evoedit"
+        return "sphere" if self.suppression else "alphaedit-blue" if self.boundary_layers else "alphaedit"
+
+    @property
+    def _penalises_leakage(self) -> bool:
+        return bool(self.leakage or self.leakage_weight)
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         return self._write(lm, check_edits(self, edits, lm))
@@ -86,7 +108,7 @@ class AlphaEdit(ValueSearchMethod):
             layers = sorted({layers[0], layers[-1]})
         self.check_null_space(lm, layers)
         prefixes = self.contexts(lm)
-        subjects = Subjects(lm, edits, prefixes)
+        subjects = self.subjects(lm, edits)
         deltas: dict[str, Delta] = {}
         state: dict[str, Tensor] = {}
         z = None
@@ -105,49 +127,56 @@ class AlphaEdit(ValueSearchMethod):
                 lm.apply(make_patch(self, lm, edits, change))
                 deltas |= change
             for layer in layers:
-                state[f"keys.{lm.parts.value[layer]}"] = subjects.keys(layer).float()
+                state[kept_keys(lm.parts.value[layer])] = subjects.keys(layer).float()
+        if self.suppression:  # once all layers are written, as in SPHERE's code
+            for name, change in deltas.items():
+                directions = principal_directions(lm.weight(name), self.principal_share)
+                deltas[name] = spare_directions(change, directions, self.suppression)
         notes = {"layers": list(layers), "losses": found.losses if found else []}
         return make_patch(self, lm, edits, deltas, state=state, notes=notes)
 
     def _keys_side(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
-        past = self._earlier(lm, f"keys.{lm.parts.value[layer]}")  # each (its facts, in)
-        return least_squares(
-            self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold),
-            keys,
-            regularization=self.regularization,
-            weight=self.l2,
-            past=torch.cat(past) if past else None,
-            names=[edit.text for edit in edits],
-        )
+        earlier = kept_by_earlier(lm, kept_keys(lm.parts.value[layer]))  # each (its facts, in)
+        past, names = torch.cat(earlier) if earlier else None, [edit.text for edit in edits]
+        if self._penalises_leakage:
+            basis = self._leaky_metric(lm, layer, keys, earlier)
+            return least_squares(basis, keys, weight=1.0, past=past, names=names)
+        basis = self.from_covariance(lm, layer, null_space, self.null_share, self.null_threshold)
+        weight = self._l2(keys, basis)
+        if self.evolving and past is not None:
+            basis, past = remaining(basis, past), None
+        return least_squares(basis, keys, weight=weight, past=past, names=names)
 
-    @staticmethod
-    def _earlier(lm: LM, name: str) -> list[Tensor]:
-        """What the applied patches of this method and its variant keep under the name."""
-        made = [patch.state for patch in lm.patches if patch.method in ("alphaedit", "alphaedit-blue")]
-        return [state[name] for state in made if name in state]
+    def _l2(self, keys: Tensor, basis: Tensor) -> float:
+        """L2 as a plain number. keys: (facts, in); basis: (in, r)"""
+        return float(self.regularization * (keys @ basis).square().sum(1).mean()) if self.l2 is None else self.l2
+
+    def _leaky_metric(self, lm: LM, layer: int, keys: Tensor, earlier: Sequence[Tensor]) -> Tensor:
+        """BetaEdit's metric for an edit with these keys, behind edits with those. (in, r)"""
+        rule = self.null_share, self.null_threshold
+        space = self.from_covariance(lm, layer, leaky_null_space, *rule)
+        if self.refresh and (count := refreshed_with([len(own) for own in earlier], self.refresh)):
+            known = exact(torch.cat(list(earlier))[:count].to(keys.device))
+            weight = self._leakage_weight(known, space)
+
+            def refreshed(covariance: Tensor, *_made: str) -> LeakyNullSpace:
+                protected = (known.T @ known / count + weight * exact(covariance)) / (1 + weight)
+                return leaky_null_space(covariance, *rule, protected)
+
+            space = self.from_covariance(lm, layer, refreshed, *rule, *(patch.id for patch in lm.patches), count)
+        return space.metric(self._leakage_weight(keys, space), self._l2(keys, space.basis))
+
+    def _leakage_weight(self, keys: Tensor, space: LeakyNullSpace) -> float:
+        """λ₁ as a plain number. keys: (facts, in)"""
+        return self.leakage * space.typicality(keys) if self.leakage_weight is None else self.leakage_weight
 
     def _wanted_states(self, lm: LM, found: Values, layer: int, state: dict[str, Tensor]) -> Tensor:
         """z, with NAS if asked for; the reference norm is passed on from patch to patch. (facts, hidden)"""
         if not self.norm_anchor:
             return exact(found.z)
         name = f"anchor.{lm.parts.value[layer]}"
-        known = self._earlier(lm, name)
+        known = kept_by_earlier(lm, name)
         z, anchor = anchor_states(found, known[0] if known else None)
         state[name] = anchor.float()
         return z
-
-
-def anchor_states(found: Values, anchor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(z with ‖v*‖ as NAS has it, the reference norm). (facts, hidden), (1,)
-
-    Args:
-        anchor: the reference norm; None: that of these values. (1,)
-    """
-    value, wanted = exact(found.value), exact(found.value) + exact(found.delta)  # v, v*: (facts, hidden)
-    norms = wanted.norm(dim=1)
-    if anchor is None:
-        anchor = norms.sort().values[: max(1, round(_KEPT_NORMS * len(norms)))].mean(0, keepdim=True)
-    anchor = anchor.to(norms)
-    scaled = torch.where(norms[:, None] > 2 * anchor, value, wanted * (anchor / norms)[:, None])
-    return exact(found.start) - value + scaled, anchor

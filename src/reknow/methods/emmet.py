@@ -17,7 +17,6 @@ from typing import Annotated, ClassVar
 
 from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import check_edits, make_patch
-from reknow.editing.keys import Subjects
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
@@ -64,7 +63,7 @@ class EMMET(ValueSearchMethod):
         ridge = None if self.ridge is None else self.ridge * self.covariance_scale
         right = least_squares(
             self.whitening(lm, layer),
-            Subjects(lm, edits, self.contexts(lm)).keys(layer),
+            self.subjects(lm, edits).keys(layer),
             regularization=self.regularization,
             weight=0.0 if len(edits) == 1 else ridge,
             names=[edit.text for edit in edits],

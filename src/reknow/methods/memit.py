@@ -19,7 +19,6 @@ from reknow.contract import check_edits
 from reknow.editing.band import BandMethod
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchRules
-from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.patching.patches import Patch
@@ -31,17 +30,20 @@ class MEMIT(BandMethod):
 
     merge_subjects: bool = False
     """Search one δ for all edits of a subject, as MEMIT-Merge does."""
+    forward_targets: bool = False
+    """Search z behind the first layer and carry it forward, so that every layer has a target of its own, as MEMIT-FE
+    does."""
 
     @property
     def rules(self) -> SearchRules:
-        return SearchRules(merge_subjects=self.merge_subjects)
+        return SearchRules(merge_subjects=self.merge_subjects, forward_targets=self.forward_targets)
 
     @property
     def name(self) -> str:
-        return "memit-merge" if self.merge_subjects else "memit"
+        return "memit-fe" if self.forward_targets else "memit-merge" if self.merge_subjects else "memit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
         layers = resolve_layers(lm, self.layers)
-        found = find_values(lm, edits, layers[-1], self.contexts(lm), self)
+        found = self.find_states(lm, edits, layers)
         return self.distribute_residual(lm, edits, layers, found)

@@ -21,7 +21,6 @@ from reknow.contract import check_edits
 from reknow.editing.band import BandMethod
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import SearchRules
-from reknow.editing.values import find_values
 from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.patching.patches import Patch
@@ -61,5 +60,5 @@ class PMET(BandMethod):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
         layers = resolve_layers(lm, self.layers)
-        found = find_values(lm, edits, layers[-1], self.contexts(lm), self)
+        found = self.find_states(lm, edits, layers)
         return self.distribute_residual(lm, edits, layers, found)

@@ -218,7 +218,15 @@ class BlockReplay:
         self.keys = right[0]
         self.key, self.value, self.attention, self.block = (state[:, 0] for state in right)
 
-    def __call__(self, delta: Tensor, rows: Tensor, columns: Tensor, *, attention: Tensor | None = None) -> Tensor:
+    def __call__(
+        self,
+        delta: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        *,
+        attention: Tensor | None = None,
+        seen: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """Logits at (rows[i], columns[i]) with `delta` added at the value matrix's output.
 
         Args:
@@ -226,6 +234,7 @@ class BlockReplay:
             rows: (n,) row of each wanted position.
             columns: (n,) its column in the batch; none lies left of `column`.
             attention: (rows, hidden), added at attention's output in the same layer and column; None: nothing.
+            seen: layers above, each of which is given its block's output in `column`, (rows, hidden).
 
         Returns:
             (n, vocabulary).
@@ -237,8 +246,9 @@ class BlockReplay:
             if packing is not None:
                 number = packing.number[places]
                 places = torch.zeros_like(number), number
-            with mlp_only_at(self.lm, places):
-                return self._replay(added, 1, rows, columns, packing)
+            whole = seen is not None and self.lm.layers - 1 in seen
+            with nullcontext() if whole else mlp_only_at(self.lm, places):
+                return self._replay(added, 1, rows, columns, packing, seen)
         packing = self._packing() if delta.dim() == 2 else None
         edit_at = added_at if packing is None else packing.added_at
         with ExitStack() as stack:
@@ -247,8 +257,8 @@ class BlockReplay:
                     edit = edit_at(addition.to(self.value.dtype), self.column - self._start)
                     stack.enter_context(output_edited(self.lm.model.get_submodule(name), edit))
             if packing is not None:
-                return self._replay(self._block_input, 0, rows, columns, packing)
-            return self.rerun(rows, columns)
+                return self._replay(self._block_input, 0, rows, columns, packing, seen)
+            return self.rerun(rows, columns, seen)
 
     def behind_block(self, delta: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The same with `delta` (rows, hidden) at the block's output, whatever stands before that."""
@@ -290,14 +300,25 @@ class BlockReplay:
         assert self._last is not None, "it was asked to keep them"
         return self._logits(self._last, rows, columns - self._start)
 
-    def rerun(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def rerun(self, rows: Tensor, columns: Tensor, seen: dict[int, Tensor] | None = None) -> Tensor:
         """Logits at (rows[i], columns[i]) with the weights of the blocks as they are now. (n, vocabulary)"""
         if self.lm.parts.replayable:
-            return self._replay(self._block_input, 0, rows, columns)
-        return self._run(slice(0, self.batch.ids.shape[1]), None).logits[rows, columns]
+            return self._replay(self._block_input, 0, rows, columns, None, seen)
+        names = {self.lm.parts.blocks[layer]: layer for layer in seen or {}}
+        with recorded(self.lm.model, outputs=names) as (_, found):
+            logits = self._run(slice(0, self.batch.ids.shape[1]), None).logits[rows, columns]
+        if seen is not None:
+            seen.update({names[name]: by_row(found[name], len(self.batch.ids))[:, self.column] for name in names})
+        return logits
 
     def _replay(
-        self, hidden: Tensor, skip: int, rows: Tensor, columns: Tensor, packing: Packing | None = None
+        self,
+        hidden: Tensor,
+        skip: int,
+        rows: Tensor,
+        columns: Tensor,
+        packing: Packing | None = None,
+        seen: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """Logits at the places after the blocks from `layer + skip` on. hidden: (rows, columns, hidden)"""
         cache, names = _copy_cache(self._cache), self.lm.parts.blocks[self.layer + skip :]
@@ -308,10 +329,13 @@ class BlockReplay:
             hidden, rows, columns = packing.pack(hidden), torch.zeros_like(rows), packing.number[rows, columns]
         self.lm.running.context = self._context  # another text may have been read since
         with fast_modules(self.lm.model), used:
-            for name, (args, kwargs) in zip(names, calls[skip:], strict=True):
+            for layer, (name, (args, kwargs)) in enumerate(zip(names, calls[skip:], strict=True), self.layer + skip):
                 args = (cache if isinstance(a, Cache) else a for a in args)
                 kwargs = {key: cache if isinstance(a, Cache) else a for key, a in kwargs.items()}
                 hidden = hidden_states(self.lm.model.get_submodule(name)(hidden, *args, **kwargs))
+                if seen is not None and layer in seen:
+                    here = self.column - self._start
+                    seen[layer] = hidden[:, here] if packing is None else hidden[0, packing.number[:, here]]
             return self._logits(hidden, rows, columns)
 
     def _logits(self, hidden: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

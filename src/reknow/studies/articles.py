@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from reknow.datasets.text import held_out_texts
 from reknow.evaluation.plan import Plan
-from reknow.studies.preset import Preset, Selection, Size, plain
+from reknow.studies.preset import Preset, Selection, Size, Variant, plain
 from reknow.studies.presets import PRESETS
 
 __all__ = ["ARTICLES", "Article", "sized"]
@@ -61,21 +61,29 @@ def _of(name: str, cases: Selection | None = None, plan: Plan | None = None, met
 def _growing(singles: tuple[str, ...], batches: tuple[str, ...], sequences: tuple[str, ...], edits: int):
     """Runs of CounterFact: edits each by itself, 10, 100 and 300 in one patch, and so many ten at a time."""
 
-    def run(methods: tuple[str, ...], plan: Plan, limit: int, more: int | None = None) -> Preset:
-        cases = Selection("counterfact", limit, probes_per_name=2)
-        full = replace(plan, checkpoints=_CHECKPOINTS) if plan.checkpoints else plan
-        return Preset("", plain(*methods), Size(cases, plan), Size(cases._replace(limit=more or limit), full))
-
-    parts = {"single": run(singles, Plan(generate=False), 10, 50)}
+    parts = {"single": _of_counterfact(plain(*singles), Plan(generate=False), 10, 50)}
     if batches:
         batch = Plan("batch", generate=False)
-        parts |= {f"batch-{limit}": run(batches, batch, limit) for limit in (10, 100, 300)}
+        parts |= {f"batch-{limit}": _of_counterfact(plain(*batches), batch, limit) for limit in (10, 100, 300)}
+    return {**parts, "sequence": _in_turns(plain(*sequences), edits)}
+
+
+def _of_counterfact(methods: tuple[Variant, ...], plan: Plan, limit: int, more: int | None = None) -> Preset:
+    """A run of so many cases, in its full size of more."""
+    cases = Selection("counterfact", limit, probes_per_name=2)
+    full = replace(plan, checkpoints=_CHECKPOINTS) if plan.checkpoints else plan
+    return Preset("", methods, Size(cases, plan), Size(cases._replace(limit=more or limit), full))
+
+
+def _in_turns(methods: tuple[Variant, ...], edits: int) -> Preset:
+    """So many edits, in the full size 1,000, ten at a time."""
     checkpoints = tuple(at for at in _CHECKPOINTS if at < edits)
-    turns = Plan("sequential", batch_size=10, checkpoints=checkpoints, generate=False)
-    return {**parts, "sequence": run(sequences, turns, edits, 1000)}
+    plan = Plan("sequential", batch_size=10, checkpoints=checkpoints, generate=False)
+    return _of_counterfact(methods, plan, edits, 1000)
 
 
 _CHECKPOINTS = (10, 100, 300)
+_IN_TURNS = ("betaedit", "evoedit", "memit-fe", "memit", "alphaedit", "sphere")
 _MEMORIES = ("grace", "wise", "ike-zero", "serac")
 _CONTINUAL = ("ice", "ft-m@article", "ft-l@article", "ft-m", "memit", "rome")
 
@@ -117,6 +125,12 @@ ARTICLES: dict[str, Article] = {
         "1, 10, 100 and 300 edits in one patch, and 100 ten at a time (--full: 1,000).",
         _growing(("memit", "alphaedit", "rome"), ("memit",), ("memit", "alphaedit", "rome"), 100),
         22,
+        grows=True,
+    ),
+    "sequences": Article(
+        "What holds earlier edits, MEMIT and AlphaEdit: 100 edits, ten at a time (--full: 1,000).",
+        {"sequence": _in_turns((Variant("memit@held", "memit", {"hold_earlier": True}), *plain(*_IN_TURNS)), 100)},
+        40,
         grows=True,
     ),
 }
