@@ -105,6 +105,7 @@ def small(gpu, tmp_path):
     return gpu.gpu_parts.Setting(device="cpu", shape="tiny", out=tmp_path, seconds=60)
 
 
+@pytest.mark.slow
 def test_memits_operations_and_groups_are_those_that_were_derived(gpu, small, monkeypatch):
     monkeypatch.setattr("reknow.editing.value_batch.TOKENS_PER_BATCH", 1500)
     lm, edits = gpu.gpu_parts.random_model(small), gpu.gpu_parts.many_facts(12)

@@ -175,6 +175,7 @@ def test_the_newest_patch_is_taken_out_of_a_stack(tmp_path):
 # --- editors -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITORS)
 def test_a_training_goes_on(models, name):
     """The one that has ended too: it finds nothing left to do."""
@@ -209,12 +210,14 @@ def numbers(folder: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_finished_run_is_reported(name):
     reknow("report", f"finished/{name}")
     assert numbers(f"finished/{name}") == pytest.approx(EXPECTED["means"][name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_an_interrupted_run_goes_on(name):
     """With the rows that it has: none is made again."""
@@ -229,6 +232,7 @@ def test_an_interrupted_run_goes_on(name):
 ROWS = {"trace": "traces.jsonl", "instruct": "scores.jsonl"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_what_else_was_interrupted_goes_on(name):
     words, file = COMMANDS[name], f"interrupted/{name}/{ROWS[name]}"

@@ -60,6 +60,7 @@ for file in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_patch_needs_the_code_of_its_memory_and_no_other_method():
     folder = Path(__file__).parent / "data/before"
     run = subprocess.run(
@@ -87,6 +88,7 @@ def test_only_the_page_knows_gradio():
     assert {name for name in users if room(name) != "ui"} == {"cli.paging"}
 
 
+@pytest.mark.slow
 def test_neither_the_library_nor_the_command_line_loads_gradio_before_the_page_is_opened():
     code = "import sys, reknow.lm, reknow.evaluation, reknow.report, reknow.cli.app; print('gradio' in sys.modules)"
     run = subprocess.run(

@@ -16,6 +16,7 @@ def run(*words: str):
     return CliRunner().invoke(app, [*words])
 
 
+@pytest.mark.slow
 def test_a_task_before_and_after_is_in_the_same_report(tmp_path, empty_folder):
     words = ["bench", "--methods", "ft-m", "--limit", "2", "--no-side-effects", "--no-oracle", "--no-generate"]
     words += ["--model", saved(tmp_path / "model", "llama"), "--set", "ft-m.layer=1", "--set", "ft-m.steps=2"]

@@ -97,6 +97,7 @@ def test_an_edit_that_is_not_said_any_more_is_named(stack, made):
     assert code == 1 and "beyond its limits in " in said and "in_force" in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_limits_decide(stack):
     Path("loose.toml").write_text("perplexity_ratio = inf\nkl = inf\nothers_kept = 0\nnorm = inf\n")
     code, said = status("check", stack, "--limits", "loose.toml")

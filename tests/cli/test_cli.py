@@ -97,6 +97,7 @@ def test_a_second_patch_is_made_on_the_stack_and_the_first_comes_off(model):
     assert [p["id"] for p in found["patches"]] == [second.id]
 
 
+@pytest.mark.slow
 def test_a_memory_says_what_it_replaces_and_is_rebuilt_without_it(model):
     quick = "--method", "grace", "--layer", "1", "--set", "steps=3"
     done("edit", PROMPT, "English", "--model", model, *quick, "--out", "first.patch")
@@ -251,6 +252,7 @@ def test_nan_during_optimisation_writes_nothing(model, empty_folder):
     assert list(empty_folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_file(model, empty_folder, monkeypatch):
     edit(model)
     before = (empty_folder / "danielle-darrieux.patch").read_bytes()

@@ -248,6 +248,7 @@ def program(monkeypatch, capfdbinary):
 QUICK = ["--method", "ft-m", "--set", "steps=2", "--layer", "1"]
 
 
+@pytest.mark.slow
 def test_commands_that_compute_write_to_an_output_without_unicode(program, model, empty_folder):
     prompt = "Zo\u00eb lives in {Peru}, which is"
     out, _ = program("edit", prompt, "Lima", *QUICK, "--model", model, "--out", "a.patch")

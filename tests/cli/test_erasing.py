@@ -65,6 +65,7 @@ def test_a_target_that_is_the_old_answer_is_refused(words, empty_folder):
     assert list(empty_folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_what_was_not_said_before_is_not_reported_as_taken_out():
     result = erase(FACT, "--old", "German", "--json", *KNOWING)
     found = json.loads(result.stdout)

@@ -36,6 +36,7 @@ def inspect(*words: str):
     return CliRunner().invoke(app, ["inspect", *words])
 
 
+@pytest.mark.slow
 def test_what_was_changed_and_about_whom(base, edited, empty_folder):
     names = empty_folder / "names.txt"
     names.write_text("Anna Smith\nBoris Wu\n\nChloe Lopez\nBoris Wu\n", encoding="utf-8")

@@ -36,6 +36,7 @@ def made(benched, empty_folder):
     return shutil.copytree(benched, empty_folder / "run")
 
 
+@pytest.mark.slow
 def test_verdicts_cost_and_agreement_are_printed_and_reported(made, serve):
     server = serve(verdict)
     words = ["judge", "run", "--judge", "writer", "--judge-url", f"http://127.0.0.1:{server.http.server_port}/v1"]

@@ -29,6 +29,7 @@ def run(*words: str):
     return CliRunner().invoke(app, [*words])
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_report_reads(base, edited, empty_folder):
     words = ["score", edited, "--base", base, "--data", "counterfact,zsre", "--limit", "2", "--out", "run"]
     first = run(*words, "--no-generate")
@@ -64,6 +65,7 @@ def test_bad_input_is_one_sentence(words, said, base, edited):
     assert result.exit_code == 2 and said in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
+@pytest.mark.slow
 def test_what_is_measured_besides_is_chosen_and_taken_up(base, edited, empty_folder):
     (empty_folder / "text.txt").write_text("Lima is in Peru .\n\nApple owns Beats Music .")
     words = ["score", edited, "--base", base, "--limit", "2", "--no-generate", "--out", "run"]

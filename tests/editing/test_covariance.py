@@ -186,6 +186,7 @@ reknow.editing.covariance.statistics(make_lm("gpt2"), [0, 2], tokens=100_000, te
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(monkeypatch, caplog):
     lm = make_lm("gpt2")
     run = subprocess.run([sys.executable, "-c", KILLED], env=environment())

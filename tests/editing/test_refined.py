@@ -42,6 +42,7 @@ def summed(kind, width: int, batches: int) -> Triangle:
     return total.mean(64 * batches)
 
 
+@pytest.mark.slow
 def test_paired_sums_differ_from_float64_by_a_last_bit_of_float32():
     paired, exact = (summed(kind, 600, 200).full().double() for kind in (PairedTriangle, Triangle))
     scale = (exact.diagonal()[:, None] * exact.diagonal()).sqrt()

@@ -121,6 +121,7 @@ def test_batches_of_contexts_give_the_same_means_and_end_when_all_are_satisfied(
     assert [len(losses) for losses in ended.losses] == [2, 2, 2]  # a pass for each batch
 
 
+@pytest.mark.slow
 def test_a_search_that_gains_little_ends_once_the_answer_is_the_most_likely():
     lm = LM.demo("gpt2")
     edits = [case.edit for case in load_cases("counterfact", limit=12)]

@@ -186,7 +186,10 @@ class FaultyEngine(Local):
         hand_out(self.crew, job, tasks, there, keep, folder)
 
 
-@pytest.mark.parametrize("mode", [pytest.param("single", marks=pytest.mark.slow), "batch", "sequential"])
+LONG = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("single", "sequential")]
+
+
+@pytest.mark.parametrize("mode", ["batch", *LONG])
 def test_a_comparison_with_workers_that_end_has_the_rows_of_one_process(mode, tmp_path, monkeypatch, caplog):
     """Sequences go on from the patches that the dead worker gave."""
     caplog.set_level(logging.CRITICAL)
@@ -206,8 +209,9 @@ def test_a_comparison_with_workers_that_end_has_the_rows_of_one_process(mode, tm
         )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are copied the Unix way")
-@pytest.mark.parametrize("mode", ["single", pytest.param("sequential", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["single", "sequential"])
 def test_a_driver_that_is_killed_at_any_step_goes_on(mode, tmp_path, caplog):
     """Dozens of true kills of the process that writes: whatever the disk had seen, nothing is lost or made twice."""
     caplog.set_level(logging.CRITICAL)

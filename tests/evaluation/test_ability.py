@@ -84,6 +84,7 @@ def test_likelihoods_and_texts_are_those_of_the_harness_own_class(model):
     )
 
 
+@pytest.mark.slow
 def test_accuracies_are_those_of_the_harness_own_class():
     lm = LM.demo("gpt2")
     theirs = own_class(lm)

@@ -294,6 +294,7 @@ def test_ctrl_c_leaves_a_run_that_resumes_with_the_same_rows(tmp_path):
     assert comparable(lines(tmp_path / "cut")) == comparable(lines(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_a_killed_sequence_resumes_with_the_same_rows(tmp_path, monkeypatch):
     command = f"import conftest, test_runner; test_runner.run_and_die({str(tmp_path / 'cut')!r}, 3)"

@@ -54,6 +54,7 @@ def test_the_scores_are_those_of_a_bench_whose_patch_makes_that_model(family, tm
     assert found["other", "end", "teacher_forced_exact", "reliability"] == 1
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_and_one_model_is_in_memory_at_a_time(tmp_path):
     alive, folder, whole = [], tmp_path / "run", tmp_path / "whole"
     made = edited()

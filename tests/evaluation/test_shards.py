@@ -98,6 +98,7 @@ def test_shards_in_any_order_have_the_rows_of_one_process(plan, whole, tmp_path)
     assert {path: path.stat().st_size for path in (tmp_path / "parts").glob("*.jsonl")} == size, "nothing twice"
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_said_by_part_and_made_without_shards_too(lm, tmp_path):
     plan = PLANS["single"]
     bench(lm, cases(), METHODS, tmp_path, plan=plan, shard="1/2")
@@ -118,6 +119,7 @@ def test_what_is_no_shard_is_refused(text, lm, tmp_path):
         bench(lm, cases(), [Nothing()], tmp_path, shard=text)
 
 
+@pytest.mark.slow
 def test_who_writes_where(lm, tmp_path):
     """Shards beside each other, and nobody beside a whole run or a shard's own twin."""
     manifest = bench(lm, cases(), [Nothing()], tmp_path).manifest
@@ -165,6 +167,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_lines_that_are_no_rows_are_named_set_aside_and_made_again(lm, tmp_path):
     plan, whole = PLANS["single"], tmp_path / "whole"
     first = bench(lm, cases(), METHODS, whole, plan=plan, shard="1/2")
@@ -192,6 +195,7 @@ def test_lines_that_are_no_rows_are_named_set_aside_and_made_again(lm, tmp_path)
     assert all_rows(again) == all_rows(first)
 
 
+@pytest.mark.slow
 def test_a_texts_that_were_written_together_are_written_together_again(lm, tmp_path):
     """Whatever is left of a block of cases, its texts are those of the whole block, to the last bit."""
     prompt = Probe("Peru lives", (), "fluency", "generation")

@@ -58,6 +58,7 @@ def test_texts_written_together_are_those_of_each(demo, cases):
     assert not any(module._forward_hooks for module in demo.model.modules())
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_texts_of_its_cases_together(demo, cases, monkeypatch):
     plan = Plan(generate=False, fluency=True)
     with monkeypatch.context() as alone:

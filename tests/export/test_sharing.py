@@ -284,6 +284,7 @@ def test_a_patch_is_loaded_right_from_the_hub(hub, model, patches, tmp_path):
         Patch.load("hub:zoe/patch")
 
 
+@pytest.mark.slow
 def test_commands_take_addresses(hub, model, patches, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = (patch.save(tmp_path / f"{patch.id}.patch") for patch in patches[:2])

@@ -127,6 +127,7 @@ def test_lines(tmp_path):
     assert (tmp_path / "new" / "file").read_text(encoding="utf-8") == "Zoë\n"
 
 
+@pytest.mark.slow
 def test_traces(lm, tmp_path, monkeypatch):
     monkeypatch.setattr("reknow.tracing.many.known_facts", lambda lm, facts: facts[:3])
     settings = Tracing(samples=2, kinds=("hidden",))

@@ -144,6 +144,7 @@ def test_a_small_codebook_asks_for_no_room_that_it_does_not_fill(slots, tmp_path
         make_lm("gpt2").apply(Patch.load(file))
 
 
+@pytest.mark.slow
 def test_other_memories_and_editors_ask_for_no_room_either(tmp_path):
     lm = make_lm("gpt2")
     quick = dict(layer=1, steps=2)

@@ -89,6 +89,7 @@ run(Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_to_the_same_bits(whole, tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path), "2"], env=environment)
@@ -228,6 +229,7 @@ def test_ke_reads_embeddings_that_are_narrower_than_states(edit):
     assert network.read(lm, [edit, edit]).shape == (2, 8)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     lm = make_lm()
     lm.model.save_pretrained(tmp_path / "model")

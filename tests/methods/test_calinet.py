@@ -33,6 +33,7 @@ def test_slots_add_to_the_mlp_what_the_equation_says():
     assert torch.allclose(after, before + hidden @ patch.state["values"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_slots_learn_all_paraphrases_and_stand_beside_earlier_ones():
     lm = make_lm()
     reworded = edit("The capital of {} is", subject="Peru", rephrasings=("{} has the capital",))

@@ -30,9 +30,12 @@ pytestmark = pytest.mark.contract
 
 FAMILIES = (*CORE_FAMILIES, "gemma2", "olmoe")
 """With one whose additions do not reach the block's output as they are, and a mixture of experts."""
-SHAPES = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("opt", "gemma2", "olmoe"))) for name in FAMILIES]
+SHAPES = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ("opt", "gpt_neox", "gemma2", "olmoe")))
+    for name in FAMILIES
+]
 """All of them. Those that are slow ask the same of what a fast one has too, no gate, or what tests of `editing` and
-`model` ask, norms behind and experts."""
+`model` ask: parallel blocks, norms behind, experts."""
 REFUSED = {("calinet", "olmoe"): "is a mixture of experts, which are fused"}
 """(method, family) → part of the sentence that says why it is none for the other."""
 RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}

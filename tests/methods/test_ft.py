@@ -45,7 +45,9 @@ def test_units_say_what_a_rate_is_a_multiple_of(lm):
     assert max(float(change.abs().max()) for change in changes(plain).values()) <= 0.05 * unit * 1.001
 
 
-@pytest.mark.parametrize("loss", ["target", "last_token", "text"])
+@pytest.mark.parametrize(
+    "loss", ["target", *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("last_token", "text"))]
+)
 def test_edits_end_each_by_itself_as_they_do_alone(lm, loss, monkeypatch):
     settings = dict(layer=1, loss=loss, learning_rate=0.1, batch_size=3)
     plain = FT(steps=20, stop_loss=0.0, **settings).edit_each(lm, EDITS)

@@ -220,6 +220,7 @@ def test_the_threshold_decides(setting):
             assert (routes(lm, OUTSIDE)[0] is not None) == inside
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classifier", ["cosine", pytest.param("cross", marks=pytest.mark.slow)])
 def test_other_classifiers(classifier, tmp_path):
     lm = make_lm()

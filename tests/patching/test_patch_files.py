@@ -140,6 +140,7 @@ except InputError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits are set the Unix way")
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = some_patch(make_lm("gpt2")).save(tmp_path / "one.patch")

@@ -189,6 +189,7 @@ def test_nothing_moves_while_the_page_is_drawn(page, open_page):  # noqa: F811
     assert sum(tab.evaluate(moved)) < 0.02
 
 
+@pytest.mark.slow
 def test_thousands_of_cases_are_inside(open_page):  # noqa: F811
     count = 2005
     right = [int(i % 10 > 0) for i in range(count)]
@@ -244,6 +245,7 @@ def test_runs_are_compared_on_a_page_of_their_own(tmp_path, open_page):  # noqa:
     assert tab.locator("#differences div:visible").count() == tab.locator("table.verdict:visible").count() == 1
 
 
+@pytest.mark.slow
 def test_it_prints_without_controls(tab):
     tab.emulate_media(media="print")
     for name in ("#controls", ".switch", "nav"):

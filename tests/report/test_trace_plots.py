@@ -141,6 +141,7 @@ def test_a_prompt_longer_than_the_model_is_refused(reknow, tmp_path):
     assert not list((tmp_path / "trace").glob("*.*"))
 
 
+@pytest.mark.slow
 def test_facts_are_traced_once_and_a_killed_run_goes_on(reknow, tmp_path, monkeypatch):
     facts = [Fact("The capital of {} is", name, "Lima") for name in ("Peru", "Zoë", "Apple")]
     monkeypatch.setattr("reknow.datasets.facts.load_facts", lambda *_, limit=None, **__: facts[:limit])

@@ -253,6 +253,7 @@ def test_what_cannot_be_served_is_refused_before_the_model_is_opened(scene, monk
     assert said.exit_code == 2 and "name of its own" in said.stderr
 
 
+@pytest.mark.slow
 def test_a_new_stack_beside_one_that_is_named_as_the_model_has_its_base(scene):
     folder, _ = scene
     assert _base([folder / "fresh"], str(folder / "hook")) == _base([folder / "hook"], None)

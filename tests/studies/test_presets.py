@@ -208,6 +208,7 @@ def test_the_inside_of_ice_is_measured_once_and_shown(tmp_path):
         measure_convergence(lm, edits, {"ice": replace(method, steps=4)}, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_edit_that_cannot_be_made_or_read_does_not_end_the_measuring_of_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(convergence, "TEMPERATURES", (1.0,))
     good, long = make_cases("one")[0].edit, Edit("Peru " * 140, target_new="Lima")
@@ -233,6 +234,7 @@ def test_a_study_of_an_article_names_what_there_is(name):
             assert bool(preset.size.plan.held_out) == study.grows
 
 
+@pytest.mark.slow
 def test_a_growing_study_has_a_line_for_each_number_of_edits(tmp_path):
     lm, cases, runs = make_lm(), load_cases("counterfact", limit=4), {}
     plans = {

@@ -62,6 +62,7 @@ print(len(written), inspect.getfile is known, callable(gradio.Button("ok").click
 """
 
 
+@pytest.mark.slow
 def test_gradio_is_loaded_without_writing_stubs():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", LOADED], env=environment, capture_output=True, text=True, check=True)
