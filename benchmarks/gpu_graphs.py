@@ -32,9 +32,9 @@ def captured_passes(capture: Callable | None = None):
     own, took = BlockReplay.__call__, list[float]()
     record = torch.cuda.make_graphed_callables if capture is None else capture
 
-    def call(replay: BlockReplay, delta: Tensor, rows: Tensor, columns: Tensor, *, attention: Tensor | None = None):
-        if attention is not None or not delta.requires_grad:
-            return own(replay, delta, rows, columns, attention=attention)
+    def call(replay: BlockReplay, delta: Tensor, rows: Tensor, columns: Tensor, *, attention=None, seen=None):
+        if attention is not None or seen is not None or not delta.requires_grad:
+            return own(replay, delta, rows, columns, attention=attention, seen=seen)
         kept = vars(replay).get("_captured")
         if kept is None or kept[0] is not rows or kept[1] is not columns:  # a selection of rows is another batch
             example = torch.zeros_like(delta).requires_grad_()
