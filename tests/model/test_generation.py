@@ -38,6 +38,30 @@ def test_high_temperature_is_uniform_over_the_likeliest(lm, edit):
     assert counts.sum() == 300 and counts.min() > 30
 
 
+@pytest.mark.parametrize(("temperature", "top_k"), [(100.0, 50), (1.0, None), (0.7, 5)])
+def test_every_token_has_the_chance_that_transformers_gives_it(lm, edit, monkeypatch, temperature, top_k):
+    """By `generate`, which the authors of In-Context Editing call, at a temperature of 100 among the 50 likeliest.
+    Both are made to take the likeliest, so that every step is behind the same tokens."""
+    heard: list[torch.Tensor] = []
+
+    def likeliest(chances: torch.Tensor, *_count: int, **_options) -> torch.Tensor:
+        heard.append(chances)
+        return chances.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    (row,) = lm.encode([Text(edit.text)])
+    ids = torch.tensor([row.ids], device=lm.device)
+    options = dict(do_sample=True, temperature=temperature, top_k=top_k or 0, max_new_tokens=3, min_new_tokens=3)
+    wanted = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(row.ids) :]
+    theirs, heard = heard, []
+    (drawn,) = sample(lm, [row], 3, temperature=temperature, top_k=top_k, generator=torch.Generator())
+    assert drawn == tuple(wanted.tolist()) and len(heard) == len(theirs) == 3
+    for ours, whole in zip(heard, theirs, strict=True):
+        kept = whole[0].sort(descending=True).values
+        assert torch.allclose(ours[0].cpu(), kept[: ours.shape[1]].cpu(), atol=1e-6)
+        assert not kept[ours.shape[1] :].any() and (top_k is None or ours.shape[1] == top_k)
+
+
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("top_k", [3, 100])
 def test_a_nucleus_is_the_one_of_transformers(top_p, top_k):

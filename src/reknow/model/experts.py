@@ -80,13 +80,21 @@ class ExpertsValue(nn.Linear):
         """W k, with the experts alone that a key reaches. (tokens, experts · inner) → (tokens, hidden)"""
         stored = self.stored
         parts = keys.reshape(-1, self.groups, self.in_features // self.groups)
-        reached = (parts != 0).any(2)  # (tokens, experts)
-        values = keys.new_zeros(len(parts), self.out_features)
-        for expert in reached.any(0).nonzero()[:, 0].tolist():
-            tokens = reached[:, expert].nonzero()[:, 0]
+        experts, tokens = (parts != 0).any(2).T.nonzero(as_tuple=True)  # in the order of the experts
+        products = []
+        for expert, own in _by_expert(parts[tokens, experts], experts):
             matrix = stored[expert].T if self.is_transposed else stored[expert]
-            values = values.index_add(0, tokens, nn.functional.linear(parts[tokens, expert], matrix))
+            products.append(nn.functional.linear(own, matrix))
+        values = keys.new_zeros(len(parts), self.out_features)
+        if products:
+            values = values.index_add(0, tokens, torch.cat(products))
         return values.reshape(*keys.shape[:-1], self.out_features)
+
+
+def _by_expert(rows: Tensor, experts: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """The number of each expert, and its rows. rows: (n, features), in the order of experts: (n,)"""
+    numbers, counts = experts.unique_consecutive(return_counts=True)
+    return zip(numbers.tolist(), rows.split(counts.tolist()), strict=True)
 
 
 def experts_setting(model: nn.Module, config: Any) -> str | None:
@@ -129,19 +137,22 @@ def _fused(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the experts' module gives, by way of the keys. (tokens, hidden)"""
     count, inner = len(self.down_proj), self.down_proj.shape[1 if self.is_transposed else 2]
-    keys = hidden_states.new_zeros(len(hidden_states), count, inner)
-    rest = torch.zeros_like(hidden_states)  # the value matrices' biases
+    here = top_k_index < count  # others are elsewhere
+    order = top_k_index[here].argsort(stable=True)
+    experts = top_k_index[here][order]
+    tokens = here.nonzero()[:, 0][order]
+    share = top_k_weights[here][order][:, None]  # (n, 1)
     name = "gate_up_proj" if self.has_gate else "up_proj"
-    for expert in top_k_index.unique().tolist():
-        tokens, places = (top_k_index == expert).nonzero(as_tuple=True)
-        if expert >= count:  # an expert that is elsewhere
-            continue
+    parts = []
+    for expert, states in _by_expert(hidden_states[tokens], experts):
         matrix = getattr(self, name)[expert]
         bias = getattr(self, f"{name}_bias")[expert] if self.has_bias else None
-        read = nn.functional.linear(hidden_states[tokens], matrix.T if self.is_transposed else matrix, bias)
-        key = self._apply_gate(read) if self.has_gate else self.act_fn(read)
-        share = top_k_weights[tokens, places, None]
-        keys = keys.index_put((tokens, torch.full_like(tokens, expert)), (key * share).to(keys.dtype))
-        if self.has_bias:
-            rest = rest.index_add(0, tokens, (self.down_proj_bias[expert] * share).to(rest.dtype))
-    return self._modules[_NAME](keys.flatten(1)) + rest
+        read = nn.functional.linear(states, matrix.T if self.is_transposed else matrix, bias)
+        parts.append(self._apply_gate(read) if self.has_gate else self.act_fn(read))
+    keys = hidden_states.new_zeros(len(hidden_states), count, inner)
+    if parts:
+        keys = keys.index_put((tokens, experts), (torch.cat(parts) * share).to(keys.dtype))
+    values = self._modules[_NAME](keys.flatten(1))
+    if self.has_bias:
+        values = values.index_add(0, tokens, (self.down_proj_bias[experts] * share).to(values.dtype))
+    return values
