@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 __all__ = ["ExpertsValue", "experts_setting", "join_experts"]
 
@@ -119,6 +118,8 @@ def join_experts(model: nn.Module) -> list[str]:
             experts.config._experts_implementation = _FORWARD
         found.append(f"{name}.{_NAME}")
     if found:
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # not in all versions from 5.0 on
+
         ALL_EXPERTS_FUNCTIONS.register(_FORWARD, _experts_forward)
     return found
 
