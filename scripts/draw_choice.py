@@ -46,7 +46,8 @@ PICTURES = (
         (0, 92),
         "lower left",
         {
-            "r-rome": (6, 5), "rome": (-30, 6), "emmet": (-38, 0), "memit": (8, -2), "alphaedit": (8, -10),
+            "r-rome": (6, 5), "rome": (-30, 6), "emmet": (8, 2), "memit": (8, -2), "alphaedit": (8, -10),
+            "simie": (-31, -3), "stableedit": (-8, 7),
             "pmet": (8, -3), "ft-t": (-22, -11), "locft-bf": (8, -3), "ft-m": (7, 3), "grace": (8, -3),
             "melo": (8, -4), "adalora": (-44, -4), "ke": (-15, 2),
         },

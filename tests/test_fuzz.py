@@ -67,7 +67,7 @@ QUICK: dict[str, dict] = {
     "calinet": dict(layer=1, steps=2),
     "ultraedit": dict(layers=(1, 2)),
     "stableedit": dict(layers=(1, 2), warm_up_edits=8),
-    "simie": dict(base_settings='{"layer": 1, "steps": 2, "context_groups": [], "covariance_tokens": 200}'),
+    "simie": dict(base="ft-m", base_settings='{"layer": 1, "steps": 2}'),
 }
 """Settings that take a fraction of a second."""
 ALIKE = {"ike-easyedit", "alphaedit-blue", "betaedit", "evoedit", "sphere", "memit-fe", "memit-merge", "pmet"}

@@ -162,9 +162,10 @@ NEED_A_SUBJECT = (
     "pmet",
     "r-rome",
     "rome",
+    "simie",
     "sphere",
 )
-"""Those that edit at the subject's last token."""
+"""Those that edit at the subject's last token; SimIE by what it wraps unless another method is named."""
 
 
 def known_settings(kind: type, settings: Mapping[str, Any], name: str) -> dict[str, Any]:

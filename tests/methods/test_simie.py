@@ -16,6 +16,7 @@ from conftest import make_lm
 from reknow import LM, METHODS, Edit, Patch, method
 from reknow.contract import Method, make_patch
 from reknow.errors import InputError
+from reknow.evaluation.cost import estimate
 from reknow.patching.deltas import LowRank
 from reknow.registry import Row
 
@@ -93,6 +94,13 @@ def test_what_it_needs_is_what_its_base_needs():
     quick = json.dumps({"layer": 1, "steps": 2})
     patch = method("simie", base="ft-m", base_settings=quick).edit(lm, [bare])
     assert list(patch.deltas) == [lm.parts.value[1]] and patch.method == "simie"
+
+
+def test_a_plan_counts_what_its_base_does():
+    lm, edits = make_lm(), [Edit("I know {}", subject="Lima", target_new="of")]
+    quick = {"layer": 1, "steps": 7, "covariance_tokens": 100}
+    wrapped, alone = method("simie", base_settings=json.dumps(quick)), method("rome", **quick)
+    assert estimate(lm, wrapped, edits) == estimate(lm, alone, edits)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Dense
 from reknow.patching.patches import Patch
-from reknow.patching.record import Footprint
 from reknow.patching.state_spec import StateSpec
 from reknow.registry import make
 
@@ -79,17 +78,14 @@ class SimIE(Method):
             raise InputError(f"expected a method that changes weights as base; got {self.base}: name rome, say")
         return base
 
-    def _base_for(self, lm: LM) -> Method:
-        return self._checked(self._base().resolve(lm))
-
     def check(self, edits: Sequence[Edit]) -> None:
         self._base().check(edits)
 
     def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
         return self._base_for(lm).seen(lm, edits)
 
-    def footprint(self, lm: LM) -> Footprint | None:
-        return self._base_for(lm).footprint(lm)
+    def _base_for(self, lm: LM) -> Method:
+        return self._checked(self._base().resolve(lm))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, base = check_edits(self, edits, lm), self._base_for(lm)
