@@ -10,13 +10,17 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from reknow import Case, Edit
 from reknow.errors import InputError
+from reknow.files.llm import LLM
 from reknow.instructions import Family, Instruction, Rewriter, Search, Writer, family_of, load_families, save_families
 from reknow.instructions import search as run_search
 from reknow.instructions.propose import instruction_question, is_usable
+from reknow.instructions.search import difference
+from serving_process import serving
 
 FAMILY = Family("recent", "Recent", "wiki_recent", "New facts.", instructions=(Instruction("Add a fact about it."),))
 SMALL = Search(count=4, proposals=3, rounds=4)
@@ -24,7 +28,8 @@ SMALL = Search(count=4, proposals=3, rounds=4)
 
 def by_length(family, text):
     """A score without a model: the longer, the better, up to ten words."""
-    return {"reliability": min(len(text.split()), 10) / 10, "locality": 0.5}
+    share = min(len(text.split()), 10) / 10
+    return {"reliability": [share - 0.1, share + 0.1], "locality": [0.5, None]}
 
 
 # --- files --------------------------------------------------------------------------------------------
@@ -147,8 +152,32 @@ def test_the_best_are_kept_and_one_of_them_is_unseen(tmp_path):
 
 def test_it_goes_on_while_a_metric_rises(tmp_path):
     risen = iter(range(1000))
-    found = run_search([FAMILY], Rewriter(), lambda *_: {"reliability": next(risen) / 100}, tmp_path, SMALL)
+    found = run_search([FAMILY], Rewriter(), lambda *_: {"reliability": [next(risen) / 100]}, tmp_path, SMALL)
     assert found.stopped == {"recent": "4 rounds were made"} and found.cost["trials"] == 1 + 4 * 3
+
+
+def test_ranks_are_said_with_what_the_cases_tell():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.3, 40)  # what is hard with one instruction is hard with another: taken out by pairing
+    good, bad = {"reliability": [*(0.7 + noise)]}, {"reliability": [*(0.6 + noise + rng.normal(0, 0.05, 40))]}
+    found = difference(good, bad)
+    assert found.low and found.high and 0 < found.low < 0.1 < found.high < 0.13 and found.cases == 40
+    alone = difference({"reliability": good["reliability"][:2]}, {"reliability": bad["reliability"][1:3]})
+    assert alone.low and alone.high and alone.low < 0 < alone.high, "two cases, not paired, tell nothing apart"
+    few = difference({"a": [1.0, None], "b": [0.0, 0.5]}, {"a": [0.0, None], "b": [0.0, 0.5]})
+    assert few.mean == pytest.approx(0.5), "the mean over metrics, of the cases that have them"
+
+
+def test_a_search_says_how_far_each_is_behind_the_best(tmp_path):
+    found = run_search([FAMILY], Rewriter(), by_length, tmp_path, SMALL)
+    (family,) = found.families
+    best = max(family.instructions, key=lambda each: sum(each.scores.values()))
+    behind = found.behind["recent"]
+    assert set(behind) == {each.text for each in family.instructions} - {best.text}
+    for each in family.instructions:
+        if each.text in behind:
+            expected = (best.scores["reliability"] - each.scores["reliability"]) / 2
+            assert behind[each.text].mean == behind[each.text].low == pytest.approx(expected)
 
 
 KILLED = """
@@ -205,7 +234,7 @@ def test_a_chat_server_is_told_the_task_and_the_scores(serve, tmp_path):
     assert "Task: Recent. New facts." in asked[0] and "- Add a fact about it. (reliability 50 %" in asked[0]
     assert asked[1].index("Write the newest fact") < asked[1].index("Add a fact about it.")  # the best one first
     assert asked[0] == instruction_question(
-        FAMILY, [Instruction(FAMILY.instructions[0].text, True, by_length(None, "a b c d e"))], 3
+        FAMILY, [Instruction(FAMILY.instructions[0].text, True, {"reliability": 0.5, "locality": 0.5})], 3
     )
 
 
@@ -227,3 +256,19 @@ def test_a_proposer_that_fails_loses_nothing(serve, tmp_path, caplog, fault):
     server.answers[:] = ["Bring what is known about {} up to date."]
     again = run_search([FAMILY], Writer(server.llm()), by_length, tmp_path, replace(SMALL, count=5))
     assert len(again.families[0].instructions) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_a_real_model_at_our_own_server_proposes(smollm2, tmp_path):
+    """Whatever a small model writes, the search takes what is an instruction in form, tries it and goes on."""
+    with serving("--model", "demo:smollm2", folder=tmp_path) as served:
+        llm = LLM("demo:smollm2", f"{served.address}/v1", timeout=600, tries=4, wait=0.01, temperature=0.8)
+        settings = replace(SMALL, count=2, rounds=1)
+        found = run_search([FAMILY], Writer(llm), by_length, tmp_path / "search", settings)
+    (family,) = found.families
+    assert found.cost["questions"] == 1 and found.stopped["recent"] != "the proposer gave no answer"
+    (proposed,) = [json.loads(line) for line in (tmp_path / "search" / "proposals.jsonl").read_text().splitlines()]
+    assert proposed["texts"] and all(is_usable(text) for text in proposed["texts"])
+    assert FAMILY.instructions[0].text not in proposed["texts"]
+    assert len(family.instructions) == 2 and found.cost["trials"] == 1 + len(proposed["texts"])

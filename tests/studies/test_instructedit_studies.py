@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from reknow import LM
+from reknow import LM, Case, Edit
+from reknow.datasets.cases import load_cases
 from reknow.errors import InputError
 from reknow.instructions import load_families
 from reknow.instructions.trial import FamilySplit
 from reknow.studies.instructedit.domains import domain_cases, domain_study
-from reknow.studies.instructedit.editors import STUDIES, TASKS, Budget, as_trained, run_study
+from reknow.studies.instructedit.editors import (
+    STUDIES,
+    TASKS,
+    Budget,
+    as_trained,
+    part_of_convsent,
+    reading_cases,
+    run_study,
+)
 from reknow.studies.instructedit.gradients import gradient_study
 from reknow.studies.instructedit.tables import gain
 
@@ -53,21 +63,58 @@ def test_domains_are_apart_and_large_enough():
     assert "counterfact/0" in {case.edit.id for case in parts["language"]}, "a mother tongue"
 
 
+@pytest.mark.parametrize(
+    ("domain", "words", "count"),
+    [
+        ("law", "law|lawyer|judge|jurist|legal|attorney|barrister", 9),
+        ("medicine", "medicine|physician|doctor|surgeon|medical|nurse|anatomy|pharma.*|psychiat.*|hospital", 9),
+        ("mathematics", "math.*|geometry|algebra|topology|statistics|calculus|logic", 10),
+    ],
+)
+def test_too_few_requests_are_of_the_other_domains_of_the_article(domain, words, count):
+    asked = [case.edit for case in load_cases("counterfact")]
+    texts = [f"{edit.text} {edit.target_true} {edit.target_new}".lower() for edit in asked]
+    assert sum(bool(re.search(rf"\b({words})\b", text)) for text in texts) == count < 50
+
+
+def test_of_convsent_the_article_keeps_1427_entries_or_that_share():
+    many = [Case(Edit(f"What is {i}?", target_new="a number")) for i in range(14390)]
+    assert part_of_convsent(many) == part_of_convsent(many[:1428]) == many[:1427]
+    cases = FamilySplit.of(load_families()["convsent"]).training
+    assert len(cases) == 220 and part_of_convsent(cases) == cases[:22]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_text_is_sampled_after_the_first_cases_of_every_task(task):
+    cases = reading_cases(load_families()[task], Budget(test=4, fluency=2), unseen=False)
+    prompts = [[probe.prompt for probe in case.probes if probe.kind == "fluency"] for case in cases]
+    assert [len(of) for of in prompts] == [1, 1, 0, 0]
+    assert all(
+        case.edit.subject in of[0] for case, of in zip(cases, prompts, strict=True) if of and case.edit.subject
+    )
+    quiet = reading_cases(load_families()[task], Budget(test=4, fluency=0), unseen=False)
+    assert not [probe for case in quiet for probe in case.probes if probe.kind == "fluency"]
+
+
 @pytest.mark.slow
-def test_a_study_of_other_methods_and_one_of_domains(tmp_path, monkeypatch):
+def test_a_study_of_other_methods_and_one_of_domains(tmp_path, monkeypatch, short_texts):
     monkeypatch.setitem(STUDIES, "baselines", STUDIES["baselines"]._replace(baselines=("ft-l", "ke")))
-    lm, budget = LM.demo("gpt2"), Budget(steps=1, batch_size=3, rank=4, test=2)
+    lm, budget = LM.demo("gpt2"), Budget(steps=1, batch_size=3, rank=4, test=2, fluency=1)
     text = run_study(lm, "baselines", tmp_path, budget)
     assert all(f"| {name} |" in text for name in ("InstructEdit", "ft-l", "ke"))
     assert (tmp_path / "editors" / "counterfact-recent-convsent-ke-0" / "editor.safetensors").exists()
+    assert (
+        "| unedited |" in text.partition("fluency@sampled")[2] and "| unedited |" not in text.partition("fluency@")[0]
+    )
     text = domain_study(lm, tmp_path, budget)
+    assert "(`fluency@sampled`)" in text
     assert "| all domains |" in text and "(4 domains)" in text and text == domain_study(lm, tmp_path, budget)
 
 
 @pytest.mark.slow
 def test_a_study_from_training_to_table(tmp_path):
     lm, said = LM.demo("gpt2"), []
-    budget = Budget(steps=1, batch_size=3, rank=4, test=2)
+    budget = Budget(steps=1, batch_size=3, rank=4, test=2, fluency=0)
     text = run_study(lm, "tasks", tmp_path, budget, on_progress=said.append)
     assert "| multi-task |" in text and "| InstructEdit |" in text and "| single-task |" in text
     header = "| editor | counterfact | recent | convsent | zsre | gain on multi-task |"
@@ -86,8 +133,13 @@ def test_a_study_from_training_to_table(tmp_path):
 @pytest.mark.slow
 def test_the_figure_of_the_gradients(tmp_path):
     pytest.importorskip("sklearn")
-    lines = gradient_study(LM.demo("gpt2"), tmp_path, Budget(steps=1, batch_size=3, rank=4, test=4))
+    budget, said = Budget(steps=1, batch_size=3, rank=4, test=4), []
+    lines = gradient_study(LM.demo("gpt2"), tmp_path, budget, on_progress=said.append)
     found = json.loads((tmp_path / "gradients.json").read_text())
-    assert found["silhouette"].keys() == {"multi-task", "InstructEdit"}
+    kinds = ("multi-task", "InstructEdit")
+    asked = {f"tasks, {kind}" for kind in ("single-task", *kinds)} | {f"learned tasks, {kind}" for kind in kinds}
+    assert found["silhouette"].keys() == asked | {"Recent", "ZsRE, after"}
+    kept = {path.name for path in (tmp_path / "editors").iterdir()}
+    assert {"recent-instructed=False-0", "recent-0", "counterfact-recent-0"} <= kept and len(said) == len(kept)
     assert all(-1 <= value <= 1 for value in found["silhouette"].values())
     assert (tmp_path / "gradients.png").stat().st_size > 10_000 and "gradients.png" in lines[-1]

@@ -16,11 +16,14 @@ from reknow.errors import InputError, did_you_mean
 from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
+    from reknow.evaluation.intervals import Mean
     from reknow.instructions import Family, Proposer, SearchResult
+    from reknow.instructions.trial import FamilySplit
     from reknow.lm import LM
     from reknow.methods.instructedit import InstructEdit
 
 _TRIAL_STEPS = 40
+_CASES = 40
 
 
 def instruct(
@@ -37,6 +40,11 @@ def instruct(
     trial_steps: Annotated[
         int | None, typer.Option("--trial-steps", min=1, help=f"Updates of that training. [{_TRIAL_STEPS}]")
     ] = None,
+    cases: Annotated[int, typer.Option("--cases", min=2, help="Of each task, to try an instruction on.")] = _CASES,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", min=0, help="Of the proposer; else as its server takes it.")
+    ] = None,
+    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds for an answer of the proposer.")] = 30.0,
     count: Annotated[int, typer.Option("--count", help="Instructions to keep of each task.")] = 10,
     rounds: Annotated[int, typer.Option("--rounds", help="Rounds at most.")] = 6,
     proposals: Annotated[int, typer.Option("--proposals", help="Instructions proposed in a round.")] = 5,
@@ -49,35 +57,48 @@ def instruct(
 
     The same command takes up a search that was killed. Writes OUT/instructions.json, for --set families=FILE.
     """
-    from reknow.files.llm import LLM
     from reknow.files.outputs import mark_folder
-    from reknow.instructions import InstructionScorer, Rewriter, Search, Writer, load_families, save_families, search
-    from reknow.instructions.trial import FamilySplit
+    from reknow.instructions import InstructionScorer, Search, load_families, save_families, search
+    from reknow.instructions.trial import TRIAL, FamilySplit
 
     if editor is not None:
         refuse_beside("a trained --editor", {"--trial-steps": trial_steps})
     trial_steps = trial_steps or _TRIAL_STEPS
-    if server is not None and proposer is None:
-        raise InputError("expected --proposer with --server; got none: name the model that the server shall use")
     known = load_families(families)
     chosen = _chosen(known, tasks)
     settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
-    writer: Proposer = Rewriter(seed) if proposer is None else Writer(LLM(proposer, server))
+    writer = _writer(proposer, server, temperature, timeout, seed)
     out = instructions_place(out or run_folder("instruct", model), model)
     lm = opening.open(model)
     mark_folder(out, "instruct")
     started = time.perf_counter()
     with write_lock(out):
-        method = _trial_editor(lm, chosen, families, editor, trial_steps, out)
-        trial = InstructionScorer(lm, method, {family.name: FamilySplit.of(family).trial for family in chosen})
+        parts = {family.name: FamilySplit.of(family, trial=cases) for family in chosen}
+        method = _trial_editor(lm, chosen, parts, families, editor, trial_steps, out)
+        trial = InstructionScorer(lm, method, {name: part.trial for name, part in parts.items()})
         about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
+        about |= {} if cases == TRIAL else {"cases": str(cases)}  # searches before there was a choice had as many
         searched = search(chosen, writer, trial, out, settings, about=about, report=say)
-        seconds = time.perf_counter() - started
-        card = _card(lm, writer, about["editor"], settings.seed)
+        card = _card(lm, writer, about["editor"], settings.seed, cases) | {"ranks": _ranks(searched)}
         others = [family for family in known.values() if family not in chosen]
         save_families(out / INSTRUCTIONS, [*searched.families, *others], card)
-    _say_found(searched, seconds, trial.edits)
+    _say_found(searched, time.perf_counter() - started, trial.edits)
     say(f"wrote {out / INSTRUCTIONS}; use it with: --method instructedit --set families=FILE")
+
+
+def _writer(
+    proposer: str | None, server: str | None, temperature: float | None, timeout: float, seed: int
+) -> Proposer:
+    """The model at a server, or the rewriter without one; raises InputError for what belongs to the former."""
+    from reknow.files.llm import LLM
+    from reknow.instructions import Rewriter, Writer
+
+    if proposer is not None:
+        return Writer(LLM(proposer, server, timeout=timeout, temperature=temperature))
+    if server is not None:
+        raise InputError("expected --proposer with --server; got none: name the model that the server shall use")
+    refuse_beside("the built-in rewriter", {"--temperature": temperature})
+    return Rewriter(seed)
 
 
 def _chosen(known: dict[str, Family], tasks: str | None) -> list[Family]:
@@ -91,11 +112,16 @@ def _chosen(known: dict[str, Family], tasks: str | None) -> list[Family]:
 
 
 def _trial_editor(
-    lm: LM, chosen: list[Family], file: Path | None, editor: Path | None, steps: int, out: Path
+    lm: LM,
+    chosen: list[Family],
+    parts: dict[str, FamilySplit],
+    file: Path | None,
+    editor: Path | None,
+    steps: int,
+    out: Path,
 ) -> InstructEdit:
     """The editor that is given, or one trained for a minute on the tasks with their first instructions."""
     from reknow.instructions import save_families
-    from reknow.instructions.trial import FamilySplit
     from reknow.learning.training import Training
     from reknow.methods.instructedit import InstructEdit
 
@@ -104,15 +130,25 @@ def _trial_editor(
         return replace(method, editor=str(editor))
     first = [replace(family, instructions=family.instructions[:1]) for family in chosen]
     save_families(out / START, first, {"description": "what the trial editor was trained with"})
-    cases = [case for family in chosen for case in FamilySplit.of(family).training]
+    cases = [case for part in parts.values() for case in part.training]
     short = Training(steps=steps, batch_size=6, validation=0, validate_every=steps, checkpoint_every=steps)
     say(f"training a trial editor: {steps} updates")
     return replace(method, families=str(out / START)).fit(lm, cases, out / "trial", short)
 
 
-def _card(lm: LM, writer: Proposer, editor: str, seed: int) -> dict[str, object]:
+def _ranks(searched: SearchResult) -> str:
+    """How many of the instructions that were kept the cases tell from the best."""
+    found = [mean for of in searched.behind.values() for mean in of.values()]
+    apart = sum(mean.low is not None and mean.low > 0 for mean in found)
+    return (
+        f"{apart} of {len(found)} instructions are told from the best of their task: the 95 % interval of the "
+        "difference on the same cases does not reach 0"
+    )
+
+
+def _card(lm: LM, writer: Proposer, editor: str, seed: int, cases: int) -> dict[str, object]:
     import reknow
-    from reknow.instructions.trial import METRICS, TRIAL
+    from reknow.instructions.trial import METRICS
 
     return {
         "description": "Instructions for InstructEdit, one family per kind of edit; the last of each is unseen.",
@@ -121,18 +157,25 @@ def _card(lm: LM, writer: Proposer, editor: str, seed: int) -> dict[str, object]
         "model": f"{lm.name} ({lm.fingerprint.digest})",
         "proposer": writer.name,
         "trial editor": f"instructedit, {editor}",
-        "scores": f"means over {TRIAL} cases of the trial part of each data set: {', '.join(METRICS.values())}",
+        "scores": f"means over {cases} cases of the trial part of each data set: {', '.join(METRICS.values())}",
         "seed": seed,
     }
+
+
+def _interval(mean: Mean | None) -> str:
+    return "" if mean is None or mean.low is None else f"{mean.low:+.3f} to {mean.high:+.3f}"
 
 
 def _say_found(searched: SearchResult, seconds: float, edits: int) -> None:
     from reknow.instructions.search import mean
 
     for family in searched.families:
+        behind = searched.behind[family.name]
         rows = [
-            ["" if each.seen else "unseen", f"{mean(each.scores):.3f}", each.text] for each in family.instructions
+            ["" if each.seen else "unseen", f"{mean(each.scores):.3f}", _interval(behind.get(each.text)), each.text]
+            for each in family.instructions
         ]
-        say_table(["", " mean", f"{family.name} ({searched.stopped[family.name]})"], rows)
+        say_table(["", " mean", " behind the best, 95 %", f"{family.name} ({searched.stopped[family.name]})"], rows)
+    say(_ranks(searched))
     spent = ", ".join(f"{value:g} {name}" for name, value in searched.cost.items())
     say(f"cost: {seconds:.0f} s, {edits} trial edits; {spent}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _TRACING = "ROME, Figure 2: which states carry a fact, average over known facts."
 _TRACED, _ALL_TRACED = 450, 1209
 """Facts of known_1000 that are asked; a model of 135M parameters knows a quarter of them."""
-_GRADIENTS = "Do the edit gradients of the tasks lie apart? t-SNE and principal components."
+_GRADIENTS = "Do the edit gradients of tasks and editors lie apart? t-SNE and principal components."
 _MINUTES = {"tasks": "16", "unseen": "7", "scaling": "12", "balance": "13", "lengths": "13", "scale": "13"}
 _MINUTES |= {"baselines": "25", "domains": "8", "gradients": "11"}
 """Of InstructEdit's studies in bfloat16, each with editors of its own; less behind `tasks` in one folder."""
@@ -42,6 +42,10 @@ def study(
         str | None,
         typer.Option("--seeds", help="InstructEdit: with commas between; domains and gradients take the first. [0]"),
     ] = None,
+    fluency: Annotated[
+        int | None,
+        typer.Option("--fluency", min=0, help="InstructEdit: after so many of them text is sampled; 0: none. [10]"),
+    ] = None,
     full: Annotated[
         bool, typer.Option("--full", help="In the full size, for hours; InstructEdit: 500 updates, three seeds.")
     ] = False,
@@ -61,7 +65,7 @@ def study(
     if name not in (names := [row[0] for row in _listed()]):
         raise did_you_mean("study", name, names)
     if name == "tracing" or name in ARTICLES:
-        refuse_beside(name, {"--families": families, "--steps": steps, "--seeds": seeds})
+        refuse_beside(name, {"--families": families, "--steps": steps, "--seeds": seeds, "--fluency": fluency})
         out = out or run_folder(name, model)
         if name == "tracing":
             return _trace(model, test or (_ALL_TRACED if full else _TRACED), out, opening, spreading)
@@ -69,7 +73,7 @@ def study(
     spreading.refuse(f"{name}, whose editors are trained one after the other")
     if name == "domains" and families is not None:
         raise InputError("expected domains without --families, since its editors read no instructions: leave it out")
-    given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds)}
+    given = {"steps": steps, "test": test, "seeds": whole_numbers("--seeds", seeds), "fluency": fluency}
     budget = {**(_FULL if full else {}), **{key: value for key, value in given.items() if value is not None}}
     out = study_place(out or run_folder("instructedit", model), name, model)
     _train(name, model, budget, None if families is None else str(families), out, opening)

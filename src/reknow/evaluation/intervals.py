@@ -44,7 +44,7 @@ def _draws(cases: int, seed: int) -> np.ndarray:
     return np.vstack([np.ones(cases), draws])
 
 
-def _with_interval(means: np.ndarray, cases: int) -> Mean:
+def with_interval(means: np.ndarray, cases: int) -> Mean:
     """What `resample` gave, or what was computed of it sample by sample, as a mean with its interval."""
     if cases < 2:
         return Mean(float(means[0]), None, None, cases)
@@ -67,4 +67,4 @@ def average_cases(cases: Sequence[Mapping[str, float]]) -> dict[str, Mean]:
         rows = np.stack([means for means, _ in parts], 1)  # (1 + resamples, 3)
         score = np.array([np.nan if np.isnan(row).any() else harmonic_mean(row) for row in rows])
         found["S@contrast"] = score, min(count for _, count in parts)
-    return {key: _with_interval(means, count) for key, (means, count) in found.items()}
+    return {key: with_interval(means, count) for key, (means, count) in found.items()}

@@ -2,6 +2,9 @@
 
 Every proposal and every score is a line in the folder before the next step begins, so a killed search goes on where
 it was, and whatever a proposer does later takes nothing of it away.
+
+Ranks are read off a few cases, so they are said with what they are worth: how far each instruction's mean score is
+behind the best one's on the same cases, with a 95 % interval. Where that reaches 0, the two are not told apart.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from reknow.checks.bounds import Number, Seed, check_settings
 from reknow.datasets.families import Family, Instruction
 from reknow.errors import InputError
+from reknow.evaluation.intervals import Mean, resample, with_interval
 from reknow.files.json_lines import Rows
 from reknow.files.llm import NoAnswer
 from reknow.files.locks import write_lock
@@ -30,8 +36,10 @@ PROPOSALS_FILE, SCORES_FILE = "proposals.jsonl", "scores.jsonl"
 _RISE = 1e-3
 """A metric that rises by less stands still."""
 
-_Scorer = Callable[[Family, str], Mapping[str, float]]
-"""What the trial editor reaches on a family's cases with an instruction in front: metric → share."""
+_Values = Mapping[str, Sequence[float | None]]
+_Scorer = Callable[[Family, str], _Values]
+"""What the trial editor reaches with an instruction in front: metric → share for each case, always the same cases;
+None where a case has no such question."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,8 @@ class SearchResult:
     """Seconds of trials, trials, and what the proposer spent, in this call."""
     stopped: dict[str, str]
     """Family → why its search ended."""
+    behind: dict[str, dict[str, Mean]]
+    """Family → instruction that was kept → how far its mean score is behind the best one's, with its interval."""
 
 
 def search(
@@ -96,7 +106,7 @@ def search(
         run = _Run(proposer, score, folder, settings, report)
         searched = [run.family(family, starts[family.name]) for family in progress.each("families", families)]
     cost = {"seconds of trials": round(run.seconds, 1), "trials": run.trials, **proposer.cost()}
-    return SearchResult(searched, cost, run.stopped)
+    return SearchResult(searched, cost, run.stopped, {family.name: run.behind(family) for family in searched})
 
 
 class _Run:
@@ -145,7 +155,8 @@ class _Run:
         """The instruction with its scores, from the log where they are there."""
         if (family.name, text) not in self.scores:
             started = time.perf_counter()
-            scores = {name: _rounded(value) for name, value in self.score(family, text).items()}
+            values = {name: [_rounded(value) for value in of] for name, of in self.score(family, text).items()}
+            scores = {name: _mean_of_cases(of) for name, of in values.items()}
             seconds = time.perf_counter() - started
             self.seconds, self.trials = self.seconds + seconds, self.trials + 1
             row = {
@@ -153,11 +164,20 @@ class _Run:
                 "text": text,
                 "round": round,
                 "scores": scores,
+                "values": values,
                 "seconds": _rounded(seconds),
             }
             self.scores.add(row)
             self.report(f"{family.name}, round {round}: {mean(scores):.3f} {text}")
         return Instruction(text, True, self.scores[family.name, text]["scores"])
+
+    def behind(self, family: Family) -> dict[str, Mean]:
+        """What `SearchResult` says of a family's instructions."""
+        ranked = _rank(family.instructions)
+        values = {each.text: self.scores[family.name, each.text].get("values") for each in ranked}
+        best = values[ranked[0].text] if ranked else None
+        rest = {text: of for text, of in values.items() if of is not None and text != ranked[0].text}
+        return {} if best is None else {text: difference(best, of) for text, of in rest.items()}
 
     def chosen(self, family: Family, tried: Sequence[Instruction]) -> tuple[Instruction, ...]:
         """The best ones; one of them, drawn by chance so that it is no worse than the others, stays unseen."""
@@ -186,5 +206,19 @@ def _best(tried: Sequence[Instruction]) -> dict[str, float]:
     return {name: max(each.scores.get(name, -1.0) for each in tried) for name in names}
 
 
-def _rounded(value: float) -> float:
-    return round(float(value), 4)
+def difference(one: _Values, other: _Values) -> Mean:
+    """The mean over metrics of what `one` has more than `other`, and its 95 % interval over the cases of both.
+
+    Where the interval reaches 0, the cases do not tell the two apart.
+    """
+    pairs = {name: (np.array(one[name], float), np.array(other[name], float)) for name in one if name in other}
+    means = np.mean([resample(mine - theirs) for mine, theirs in pairs.values()], axis=0)
+    return with_interval(means, max(len(mine) for mine, _ in pairs.values()))
+
+
+def _mean_of_cases(values: Sequence[float | None]) -> float:
+    return round(float(np.nanmean(np.array(values, float))), 4)
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(float(value), 4)

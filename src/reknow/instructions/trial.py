@@ -57,20 +57,28 @@ class InstructionScorer:
     edits: int = field(default=0, init=False)
     """Made so far."""
 
-    def __call__(self, family: Family, instruction: str) -> dict[str, float]:
-        """Metric → mean over the family's cases with the instruction in front."""
+    def __call__(self, family: Family, instruction: str) -> dict[str, list[float | None]]:
+        """Metric → its value on each of the family's cases with the instruction in front; None: the case has none."""
         cases = [family.instruct(few_probes(case), instruction) for case in self.cases[family.name]]
         results = evaluate(self.lm, cases, self.method, Plan(generate=False))
         self.edits += len(cases)
-        cells = {name: results.cells.get((self.method.name, AFTER_EDIT, key)) for name, key in METRICS.items()}
-        return {name: cell.mean for name, cell in cells.items() if cell is not None}
+        found = [*results.case_values[self.method.name, AFTER_EDIT].values()]
+        values = {name: [of.get(key) for of in found] for name, key in METRICS.items()}
+        return {name: of for name, of in values.items() if any(value is not None for value in of)}
 
 
-def few_probes(case: Case) -> Case:
-    """The case with the first probes of each kind and name, none for fluency; of ConvSent, whose texts count
-    together, all."""
+def few_probes(case: Case, *, fluency: bool = False) -> Case:
+    """The case with the first probes of each kind and name; of ConvSent, whose texts count together, all.
+
+    Args:
+        fluency: keep one prompt for sampled text too, the case's first, or else what is asked itself.
+    """
     kept: dict[tuple[str, str], list[Probe]] = {}
     for probe in case.probes:
         kept.setdefault((probe.kind, probe.name), []).append(probe)
     probes = [p for (kind, _), alike in kept.items() for p in (alike if kind == "sentiment" else alike[:_PROBES])]
-    return replace(case, probes=tuple(p for p in probes if p.kind != "fluency"))
+    kept_probes = [p for p in probes if p.kind != "fluency"]
+    if fluency:
+        own = [p for p in probes if p.kind == "fluency"]
+        kept_probes.append(own[0] if own else Probe(case.edit.text, (), "fluency", "request"))
+    return replace(case, probes=tuple(kept_probes))

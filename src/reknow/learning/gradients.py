@@ -147,6 +147,29 @@ def row_changes(lm: LM, changes: TokenFactors, numbers: Tensor):
     return _behind(lm, {name: hook(left[numbers], right[numbers]) for name, (left, right) in changes.items()})
 
 
+@torch.no_grad()
+def repeated_deltas(lm: LM, rows: Sequence[EncodedText], changes: TokenFactors, most: int) -> dict[str, Delta]:
+    """Changes, added again until the model's likeliest tokens are those of all answers, at most so many times.
+
+    Args:
+        rows: texts with answers.
+        changes: name → (left, right), the change of that matrix being leftᵀ right: (n, out), (n, in).
+    """
+    times = 1 if most == 1 else _repeats(lm, rows, changes, most)
+    return {name: token_delta(times * left, right) for name, (left, right) in changes.items()}
+
+
+def _repeats(lm: LM, rows: Sequence[EncodedText], changes: TokenFactors, most: int) -> int:
+    scored = ScoredTokens(lm, rows, [predictions(row, row.prompt_length) for row in rows], None)
+    alike = torch.zeros(len(rows), dtype=torch.long, device=lm.device)
+    for times in range(1, most):
+        added = {name: (times * left[None], right[None]) for name, (left, right) in changes.items()}
+        with row_changes(lm, added, alike):
+            if bool((scored.log_probs().argmax(1) == scored.targets).all()):
+                return times
+    return most
+
+
 def delta_added(lm: LM, deltas: Mapping[str, Tensor]):
     """While open, these matrices are computed with ΔW (out, in) added, differentiably."""
 

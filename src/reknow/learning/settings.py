@@ -116,8 +116,8 @@ class NetworkSettings(MatrixEditor):
     rank: Rank = 1920
     """Rank of the network's matrices, at most their width."""
     normalize_gradient: Annotated[bool, Formerly("unit_gradient")] = False
-    """Whether every token's gradient δ is scaled to length 1 before anything else, as the article on InstructEdit
-    says; the released code of neither method does."""
+    """Whether every token's gradient δ is scaled to length 1 before anything else, so that a token which the model
+    had right weighs as much as one it had wrong: so the article on InstructEdit, not the code of either method."""
     edits_per_example: Annotated[Number, Formerly("edits_together")] = 1
     """In training: edits that are made at once."""
     edit_weight: NonNegative = 0.25

@@ -10,7 +10,9 @@ It is trained on all tasks in turn, each case behind an instruction drawn from t
 
     ΔW = −α Σ_tokens δ̃ ũᵀ,   [ũ; δ̃] = network([u; δ]),   loss = c_e · L_edit + L_loc
 
-The article has δ / ‖δ‖ in the place of δ, its code has not: `normalize_gradient`.
+The article writes δ / ‖δ‖ for δ: of each token's gradient the direction is kept and the length, how wrong the model
+was there, is dropped, so that every token weighs alike. Its code takes δ as it is, and so does this one by default;
+`normalize_gradient` is the article's form.
 """
 
 from __future__ import annotations

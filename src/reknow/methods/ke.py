@@ -9,7 +9,8 @@ Trained under a constraint: the answer's loss as small as possible, while KL bet
 other facts stays below a margin, which is lowered while edits succeed. A multiplier λ ≥ 0 weighs the constraint and
 rises with its violation:  min over the network, max over λ of  L + λ (KL − margin).                       (eq. 4, 5)
 
-The gradient is Σ δ uᵀ over the tokens (`gradients`), so ΔW = σ(η) (Σ (δ ⊙ s)(u ⊙ c)ᵀ + s'c'ᵀ) is of low rank.
+The gradient is Σ δ uᵀ over the tokens (`gradients`), so ΔW = σ(η) (Σ (δ ⊙ s)(u ⊙ c)ᵀ + s'c'ᵀ) is of low rank. The
+paper's loop adds the same ΔW again until the model says the answer: `max_repeats`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from typing_extensions import Self
 
-from reknow.checks.bounds import Formerly, NonNegative, Rank, Rate, Share, Units
+from reknow.checks.bounds import Formerly, NonNegative, Number, Rank, Rate, Share, Units
 from reknow.edits import Case, Edit
 from reknow.learning.editors import fill_network
 from reknow.learning.examples import Losses, mean_over_batches, without_instructions
-from reknow.learning.gradients import TokenFactors, gradient_factors, mlp_matrices, row_changes, token_delta
+from reknow.learning.gradients import TokenFactors, gradient_factors, mlp_matrices, repeated_deltas, row_changes
 from reknow.learning.loop import seeded
 from reknow.learning.lower_states import LowerStates
 from reknow.learning.settings import Changes, MatrixEditor, Tensors
@@ -69,6 +70,8 @@ class KE(MatrixEditor):
     """Learning rate of RMSprop for the network."""
     multiplier_learning_rate: Annotated[NonNegative, Formerly("multiplier_rate")] = 0.1
     """Learning rate of RMSprop for the multiplier λ."""
+    max_repeats: Number = 1
+    """How often ΔW is added at most, until the model says the answer; 5 in the loop of the authors' evaluation."""
 
     training: ClassVar[Training] = Training(steps=4000, batch_size=8, warmup=200, validate_every=250, decay=True)
 
@@ -81,9 +84,11 @@ class KE(MatrixEditor):
 
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         network = fill_network(lambda: KENetwork(trained, lm), tensors)
-        changes, loss = network(lm, edits, [Text.asked(edit) for edit in edits])
+        texts = [Text.asked(edit) for edit in edits]
+        changes, loss = network(lm, edits, texts)
         # Several edits: the sum of what each asks for.
-        return {name: token_delta(*(side.flatten(0, 1) for side in sides)) for name, sides in changes.items()}, loss
+        total = {name: (left.flatten(0, 1), right.flatten(0, 1)) for name, (left, right) in changes.items()}
+        return repeated_deltas(lm, lm.encode(texts), total, self.max_repeats), loss
 
     def footprint(self, lm: LM) -> Footprint:
         trained, tensors = self.load_trained(lm)
@@ -102,9 +107,8 @@ class KENetwork(nn.Module):
         assert method.layers is not None
         self.names, self.absolute = mlp_matrices(lm, method.layers), method.units == "absolute"
         weights = {name: lm.base_weight(name) for name in self.names}
-        self.reader = nn.LSTM(
-            embedding_matrix(lm.model).shape[1], method.lstm_width, bidirectional=True, batch_first=True
-        )
+        words = embedding_matrix(lm.model).shape[1]
+        self.reader = nn.LSTM(words, method.lstm_width, bidirectional=True, batch_first=True)
         self.summary = nn.Linear(2 * method.lstm_width, method.width)
         self.sizes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}  # (out, in)
         self.norms = {name: float(weight.float().norm()) for name, weight in weights.items()}
@@ -113,10 +117,8 @@ class KENetwork(nn.Module):
         self.register_buffer("margin", torch.tensor(method.margin))
 
     def forward(self, lm: LM, edits: Sequence[Edit], texts: Sequence[Text]) -> tuple[TokenFactors, float]:
-        """name → (left, right) of each edit's ΔW = leftᵀ right, and the mean loss of the answers before.
-
-        (edits, columns + 1, out), (edits, columns + 1, in)
-        """
+        """name → (left (edits, columns + 1, out), right (edits, columns + 1, in)) of each edit's ΔW = leftᵀ right;
+        and the mean loss of the answers before."""
         factors, loss = gradient_factors(lm, self.names, lm.encode(texts))
         state = self.read(lm, edits)  # (edits, width)
         changes = {}
@@ -128,7 +130,7 @@ class KENetwork(nn.Module):
             keep = factors[name].keep[..., None]
             delta, u = factors[name].delta * keep, factors[name].u * keep
             if not self.absolute:
-                gram = (delta @ delta.transpose(1, 2)) * (u @ u.transpose(1, 2))
+                gram = (delta @ delta.mT) * (u @ u.mT)
                 norm = gram.sum((1, 2)).clamp(min=1e-30).sqrt()  # of each edit's gradient
                 delta = delta * (self.norms[name] / norm)[:, None, None]
             free = (scale * r_free.softmax(1))[:, None]
@@ -162,13 +164,11 @@ class _Learner:
 
     def optimizer(self) -> torch.optim.Optimizer:
         own = {"multiplier": self.method.multiplier_learning_rate}
-        groups = parameter_groups(self.module, self.method.learning_rate, own)
-        return torch.optim.RMSprop(groups, centered=True)
+        return torch.optim.RMSprop(parameter_groups(self.module, self.method.learning_rate, own), centered=True)
 
     def loss(self, batch: Sequence[Case], rng: random.Random) -> tuple[Tensor, dict[str, float]]:
         network = self.module
-        with torch.no_grad():
-            network.multiplier.clamp_(min=0)
+        network.multiplier.data.clamp_(min=0)
         losses = self._losses(batch, rng)
         excess = losses.locality - network.margin
         # The multiplier goes up the gradient that the network goes down.

@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from reknow.checks.bounds import Number, Rank, Seed, check_settings
+from reknow.checks.bounds import Natural, Number, Rank, Seed, check_settings
 from reknow.contract import Method
 from reknow.datasets.families import Family, load_families
 from reknow.edits import Case
 from reknow.errors import InputError, did_you_mean
-from reknow.evaluation import Plan, bench
+from reknow.evaluation import Plan, Results, bench
 from reknow.evaluation.plan import check_seeds
-from reknow.evaluation.stages import AFTER_EDIT
+from reknow.evaluation.results import UNEDITED_BEFORE
+from reknow.evaluation.stages import AFTER_EDIT, UNEDITED
 from reknow.instructions.trial import FamilySplit, few_probes
 from reknow.learning.learned import Learned
 from reknow.lm import LM
@@ -30,21 +31,25 @@ from reknow.studies.instructedit.tables import write_tables
 
 _AnyLearned = TypeVar("_AnyLearned", bound=Learned)
 
-_LEARNED, _HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
-TASKS = (*_LEARNED, _HELD_OUT)
+LEARNED, HELD_OUT = ("counterfact", "recent", "convsent"), "zsre"
+TASKS = (*LEARNED, HELD_OUT)
+_KEPT, _ALL = 1427, 14390
+"""Of so many ConvSent entries to train on (EasyEdit's examples/KnowEdit.md) the article keeps so many (Figure 4d)."""
 
 
 class Variant(NamedTuple):
     """An editor of a study: what it learns, and how it differs from the others."""
 
     label: str
-    tasks: tuple[str, ...] = _LEARNED
+    tasks: tuple[str, ...] = LEARNED
     settings: Mapping[str, object] = {}
     """Fields of InstructEdit that differ from its defaults."""
     unseen: bool = False
     """Read with the instructions that were kept out of training."""
     own_tasks: bool = False
     """One editor for each task, each read on its own task."""
+    part_of_convsent: bool = False
+    """Learns from no more of ConvSent than the article keeps of it to balance its tasks; see `part_of_convsent`."""
 
 
 class Study(NamedTuple):
@@ -58,13 +63,15 @@ class Study(NamedTuple):
     """Methods that are read too."""
 
 
-_PLAIN = {"instructed": False}
+_PLAIN, _BY_SIZE = {"instructed": False}, {"balanced": False}
+SINGLE = Variant("single-task", settings=_PLAIN, own_tasks=True)
 MULTI, INSTRUCT = Variant("multi-task", settings=_PLAIN), Variant("InstructEdit")
+BY_SIZE = Variant("InstructEdit, by size", settings=_BY_SIZE)
 
 STUDIES: dict[str, Study] = {
     "tasks": Study(
         "One editor for all tasks: what is lost, what do instructions win back? ZsRE is new to all of them.",
-        (Variant("single-task", settings=_PLAIN, own_tasks=True), MULTI, INSTRUCT),
+        (SINGLE, MULTI, INSTRUCT),
         "multi-task",
     ),
     "unseen": Study(
@@ -74,13 +81,17 @@ STUDIES: dict[str, Study] = {
     ),
     "scaling": Study(
         "One, two and three tasks to learn from.",
-        (Variant("1 task", _LEARNED[:1]), Variant("2 tasks", _LEARNED[:2]), Variant("3 tasks", _LEARNED)),
+        (Variant("1 task", LEARNED[:1]), Variant("2 tasks", LEARNED[:2]), Variant("3 tasks", LEARNED)),
         "1 task",
     ),
     "balance": Study(
-        "Tasks in turn, or as often as they have cases: the balanced ConvSent.",
-        (INSTRUCT, Variant("InstructEdit, by size", settings={"balanced": False})),
-        "InstructEdit, by size",
+        "Tasks in turn, or as often as they have cases: all of ConvSent, or the part that the article keeps of it.",
+        (
+            INSTRUCT,
+            BY_SIZE,
+            Variant("InstructEdit, by size, part of ConvSent", settings=_BY_SIZE, part_of_convsent=True),
+        ),
+        BY_SIZE.label,
     ),
     "lengths": Study(
         "Every text alike in the loss, or every token: ConvSent's texts are long.",
@@ -115,6 +126,8 @@ class Budget:
     """Rank of the editors' networks."""
     test: int = 50
     """Cases of each task to read."""
+    fluency: Natural = 10
+    """Of these, after how many text is sampled for fluency, which takes as long as reading all."""
     seeds: tuple[Seed, ...] = (0,)
 
     def __post_init__(self):
@@ -163,11 +176,11 @@ def run_study(
                     instructed |= {label} if variant.settings.get("instructed", True) else set()
                     editors[label] = trained.of(variant, tasks, seed)
             if editors:
-                cases = reading_cases(known[task], budget.test, unseen)
+                cases = reading_cases(known[task], budget, unseen)
                 run = folder / name / f"{task}{'-unseen' if unseen else ''}"
                 on_progress(f"reading {task} with {', '.join(editors)}")
-                plan = Plan(fluency=False, generate=False)
-                results = bench(lm, cases, editors, run, dataset=task, plan=plan)
+                results = bench(lm, cases, editors, run, dataset=task, plan=reading_plan(budget))
+                values[UNEDITED, task] = fluency_before(results)
                 for label in editors:
                     of = values.setdefault((label.partition("#")[0], task), {})
                     found = results.case_values[label, AFTER_EDIT]
@@ -198,17 +211,23 @@ class Editors(NamedTuple):
     def of(self, variant: Variant, tasks: Sequence[str], seed: int) -> InstructEdit:
         marks = [f"{key}={value}" for key, value in variant.settings.items()]
         fields = {"rank": self.budget.rank, "families": self.families, "seed": seed, **variant.settings}
-        return self.trained(InstructEdit(**fields), self.training_cases(tasks), [*tasks, *marks], len(tasks), seed)
+        cases = self.training_cases(tasks, variant.part_of_convsent)
+        marks += [f"{len(cases)}-cases"] if variant.part_of_convsent else []
+        return self.trained(InstructEdit(**fields), cases, [*tasks, *marks], len(tasks), seed)
 
     def baseline(self, name: str) -> Method:
         """Another method; one that learns is trained on all three tasks."""
         other = method(name)
         if not isinstance(other, Learned):
             return other
-        return self.trained(other, self.training_cases(_LEARNED), [*_LEARNED, name], len(_LEARNED), 0)
+        return self.trained(other, self.training_cases(LEARNED), [*LEARNED, name], len(LEARNED), 0)
 
-    def training_cases(self, tasks: Sequence[str]) -> list[Case]:
-        return [case for task in tasks for case in FamilySplit.of(self.known[task], self.budget.test).training]
+    def training_cases(self, tasks: Sequence[str], part: bool = False) -> list[Case]:
+        """What the tasks have to learn from; of ConvSent only a `part`, if asked for."""
+        found = {task: FamilySplit.of(self.known[task], self.budget.test).training for task in tasks}
+        if part:
+            found["convsent"] = part_of_convsent(found["convsent"])
+        return [case for task in tasks for case in found[task]]
 
     def trained(
         self, learner: _AnyLearned, cases: Sequence[Case], marks: Sequence[str], parts: int, seed: int
@@ -230,11 +249,33 @@ class Editors(NamedTuple):
         return learner.fit(self.lm, cases, place, training)
 
 
-def reading_cases(family: Family, count: int, unseen: bool) -> list[Case]:
+def part_of_convsent(cases: Sequence[Case]) -> list[Case]:
+    """The first 1,427 entries, as many as the article keeps; of a set that has no more, the same share of its own,
+    9.9 %."""
+    return list(cases[: _KEPT if len(cases) > _KEPT else round(len(cases) * _KEPT / _ALL)])
+
+
+def reading_cases(family: Family, budget: Budget, unseen: bool) -> list[Case]:
     """The test cases behind the family's instructions in turn."""
     texts = family.texts(seen=not unseen)
-    cases = FamilySplit.of(family, count).test
-    return [few_probes(family.instruct(case, texts[i % len(texts)])) for i, case in enumerate(cases)]
+    cases = quick_cases(FamilySplit.of(family, budget.test).test, budget)
+    return [family.instruct(case, texts[i % len(texts)]) for i, case in enumerate(cases)]
+
+
+def quick_cases(cases: Sequence[Case], budget: Budget) -> list[Case]:
+    """The cases with few probes, the first ones with a prompt for sampled text."""
+    return [few_probes(case, fluency=i < budget.fluency) for i, case in enumerate(cases)]
+
+
+def reading_plan(budget: Budget) -> Plan:
+    """How the editors of the studies are read."""
+    return Plan(fluency=budget.fluency > 0, generate=False)
+
+
+def fluency_before(results: Results) -> dict[str, dict[str, float]]:
+    """The fluency of the unedited model on a run's cases, to which that of the edited ones is compared."""
+    key = "fluency@sampled"
+    return {case: {key: of[key]} for case, of in results.case_values[UNEDITED_BEFORE].items() if key in of}
 
 
 def as_trained(found: Mapping[str, Mapping[str, float]], instructed: bool) -> dict[str, dict[str, float]]:

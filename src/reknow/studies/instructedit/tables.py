@@ -27,6 +27,7 @@ _METRICS = (
     ("portability@teacher_forced_tokens", "Portability, share of tokens, %"),
     ("sentiment@likelihood", "ConvSent's success z_sentiment · z_topic, %"),
     ("drawdown@divergence", "ConvSent's drawdown, nats · 100"),
+    ("fluency@sampled", "Fluency of sampled text, bits · 100"),
 )
 
 
