@@ -24,7 +24,7 @@ _TRACED, _ALL_TRACED = 450, 1209
 _GRADIENTS = "Do the edit gradients of tasks and editors lie apart? t-SNE and principal components."
 _MINUTES = {"tasks": "16", "unseen": "7", "scaling": "12", "balance": "19", "lengths": "13", "scale": "13"}
 _MINUTES |= {"baselines": "25", "domains": "8", "gradients": "18"}
-"""Of InstructEdit's studies in bfloat16, each with editors of its own; less behind `tasks` in one folder. No sampled text."""
+"""Of InstructEdit's studies in bfloat16 without sampled text, each with editors of its own; less behind `tasks`."""
 _FULL: dict[str, Any] = {"steps": 500, "rank": 1920, "test": 100, "seeds": (0, 1, 2)}
 
 
