@@ -250,13 +250,13 @@ def test_a_growing_study_has_a_line_for_each_number_of_edits(tmp_path):
     assert list(points) == [
         ("unedited", "–", 0),
         ("ft-m", "each by itself", 1),
-        ("ft-m", "in turns", 2),
-        ("ft-m", "in turns", 4),
         ("ft-m", "one patch", 4),
+        ("ft-m", "ten at a time", 2),
+        ("ft-m", "ten at a time", 4),
     ]
     wanted = runs["sequence"].cells["ft-m", "at:2", "locality@teacher_forced_exact"]
-    assert points["ft-m", "in turns", 2]["locality"] == wanted and wanted.cases == 2
-    assert "perplexity" not in points["ft-m", "one patch", 4] and "perplexity" in points["ft-m", "in turns", 4]
+    assert points["ft-m", "ten at a time", 2]["locality"] == wanted and wanted.cases == 2
+    assert "perplexity" not in points["ft-m", "one patch", 4] and "perplexity" in points["ft-m", "ten at a time", 4]
     write_run(tmp_path)
     page = (tmp_path / "growth.md").read_text(encoding="utf-8")
     assert page.count("| ft-m |") == 4 and (tmp_path / "growth.png").exists()
