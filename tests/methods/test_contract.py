@@ -36,7 +36,10 @@ SHAPES = [
 ]
 """All of them. Those that are slow ask the same of what a fast one has too, no gate, or what tests of `editing` and
 `model` ask: parallel blocks, norms behind, experts."""
-REFUSED = {("calinet", "olmoe"): "is a mixture of experts, which are fused"}
+REFUSED = {
+    ("calinet", "olmoe"): "is a mixture of experts, which are fused",
+    ("anyedit-memit", "gemma2"): "a norm or a multiplier stands between: take anyedit or ft-uke",
+}
 """(method, family) → part of the sentence that says why it is none for the other."""
 RATES = {"FT": 2e-2, "LoRA": 5e-2, "ICE": 2e-2}
 """Small models need long strides, and no bound on them."""

@@ -176,7 +176,11 @@ def test_a_chunk_run_alone_is_the_chunk_in_its_text(family, monkeypatch):
     monkeypatch.setattr(lm, "parts", replace(lm.parts, replayable=False))
     whole, others = find_states(lm, texts, 1, search)
     assert all(course == pytest.approx(other, rel=1e-4) for course, other in zip(losses, others, strict=True))
-    with pytest.raises(ModelError, match=r"blocks can be run by themselves, since unke trains one; .*: take anyedit"):
+    others = "anyedit-memit or ft-uke" if lm.parts.residual_identity else "ft-uke"
+    with pytest.raises(ModelError, match=rf"by themselves, since unke trains one; .* cannot: take {others}$"):
         UnKE().edit(lm, [QUESTION])
+    if not lm.parts.residual_identity:
+        with pytest.raises(ModelError, match=r"since anyedit-memit writes states .* between: take ft-uke$"):
+            AnyEdit().edit(lm, [QUESTION])
     start = states_now(lm, texts, lm.parts.blocks[1])
     assert (alone - whole).norm() <= 1e-2 * (whole - start).norm()

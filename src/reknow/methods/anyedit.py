@@ -24,6 +24,7 @@ from reknow.editing.covariance import covariance
 from reknow.editing.layers import resolve_layers
 from reknow.editing.solvers import Whitening, cholesky, least_squares
 from reknow.edits import Edit
+from reknow.errors import ModelError
 from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, recorded
@@ -57,6 +58,13 @@ class AnyEdit(ChunkSearch, Method):
         return "anyedit-memit"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        if not lm.parts.residual_identity:
+            others = "anyedit or ft-uke" if lm.parts.replayable else "ft-uke"
+            raise ModelError(
+                f"expected a model in which what the value matrix adds reaches the block's output as it is, since "
+                f"{self.name} writes states of that output; in {lm.name} a norm or a multiplier stands between: "
+                f"take {others}"
+            )
         edits = check_edits(self, edits, lm)
         layers, texts = resolve_layers(lm, self.layers), cut_answers(lm, edits, self)
         z, losses = find_states(lm, texts, layers[-1], self)

@@ -68,9 +68,10 @@ class UnKE(ChunkSearch, Method):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         if not lm.parts.replayable:
+            others = "anyedit-memit or ft-uke" if lm.parts.residual_identity else "ft-uke"
             raise ModelError(
                 f"expected a model whose blocks can be run by themselves, since {self.name} trains one; those of "
-                f"{lm.name} cannot: take anyedit-memit or ft-uke"
+                f"{lm.name} cannot: take {others}"
             )
         edits = check_edits(self, edits, lm)
         own = [depth_layer(lm, _DEPTH)] if self.layers is None else self.layers
