@@ -17,6 +17,7 @@ from reknow.checks.arguments import typed
 from reknow.model.chat import Chat, as_chat, asked_without_template
 from reknow.model.decoder import Decoder
 from reknow.model.exclusive import typed_exclusively
+from reknow.model.experts import restored_on_error
 from reknow.model.fingerprint import Fingerprint
 from reknow.model.generation import Listener, check_sampling, continue_texts
 from reknow.model.loading import check_tokenizer, open_model
@@ -75,12 +76,13 @@ class LM(Decoder):
             model, tokenizer = open_model(source, tokenizer, dtype, device, device_map, trust_remote_code)
             name = str(source) if named else model.config._name_or_path or type(model).__name__
             check_tokenizer(tokenizer, name)
-            super().__init__(model, tokenizer, name, as_chat(chat, tokenizer, name))
-            self.computes_statistics = True
-            self._weights = Weights(self.model)
-            self._memories = ActiveMemories(self)
-            self._applied = Applied(self._weights, self._memories)
-            self.parts = verify(self)
+            with restored_on_error(model):
+                super().__init__(model, tokenizer, name, as_chat(chat, tokenizer, name))
+                self.computes_statistics = True
+                self._weights = Weights(self.model)
+                self._memories = ActiveMemories(self)
+                self._applied = Applied(self._weights, self._memories)
+                self.parts = verify(self)
             for patch in progress.each("applying patches", patches):
                 self.apply(patch)
 

@@ -204,3 +204,36 @@ def test_experts_of_an_unknown_form_are_refused(change):
         change(layer.mlp.experts)
     with pytest.raises(ModelError, match=r"mixture of experts \(num_experts\).* fused in a way that is not known"):
         LM((model, tiny_tokenizer()))
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_model_of_which_some_experts_are_of_an_unknown_form_is_refused_and_left_alone(which):
+    model = tiny_model("olmoe")
+    model.config._experts_implementation = "eager"  # which asks nothing of their form
+    form_untold(model.model.layers[which].mlp.experts)
+    assert_left_alone(model, rf"fused in a way that is not known in model\.layers\.{which}: ")
+
+
+def test_a_mixture_that_is_refused_after_a_few_passes_is_left_alone():
+    model = tiny_model("olmoe", attn_implementation="eager")
+    for layer in model.model.layers:
+        own = layer.forward
+        layer.forward = lambda *args, own=own, **kwargs: own(*args, **kwargs | dict(attention_mask=None))
+    assert_left_alone(model, "see later ones")
+
+
+def assert_left_alone(model, why: str) -> None:
+    experts = [layer.mlp.experts for layer in model.model.layers]
+    modules, configs = [name for name, _ in model.named_modules()], [one.config for one in experts]
+    with pytest.raises(ModelError, match=why):
+        LM((model, tiny_tokenizer()))
+    assert [name for name, _ in model.named_modules()] == modules
+    assert all(one.config is config for one, config in zip(experts, configs, strict=True))
+
+
+def test_a_model_that_is_open_stays_so_when_it_is_refused_later():
+    lm = make_lm("olmoe")
+    lm.model.config.num_hidden_layers += 1
+    with pytest.raises(ModelError, match="no list of"):
+        LM((lm.model, lm.tokenizer))
+    assert value_of(lm).groups == 4

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ExpertsValue", "experts_setting", "join_experts"]
+__all__ = ["ExpertsValue", "experts_setting", "has_experts", "join_experts", "restored_on_error"]
 
 _NAME = "value_matrix"
 """The module that is put into the experts' module."""
@@ -101,10 +102,14 @@ def experts_setting(model: nn.Module, config: Any) -> str | None:
     dense model may have the field too."""
     counts = {name: count for name, count in vars(config).items() if "experts" in name and "per_tok" not in name}
     names = [name for name, count in counts.items() if isinstance(count, int) and count > 1]
-    parameters = (name.lower() for name, _ in model.named_parameters())
-    classes = (type(module).__name__.lower() for module in model.modules())
-    named = any("expert" in name or "moe" in name for name in parameters) or any("expert" in name for name in classes)
-    return names[0] if names and named else None
+    return names[0] if names and has_experts(model) else None
+
+
+def has_experts(module: nn.Module) -> bool:
+    """Whether names inside the module speak of experts."""
+    parameters = (name.lower() for name, _ in module.named_parameters())
+    classes = (type(inner).__name__.lower() for inner in module.modules())
+    return any("expert" in name or "moe" in name for name in parameters) or any("expert" in name for name in classes)
 
 
 def join_experts(model: nn.Module) -> list[str]:
@@ -124,13 +129,24 @@ def join_experts(model: nn.Module) -> list[str]:
     return found
 
 
+@contextmanager
+def restored_on_error(model: nn.Module) -> Iterator[None]:
+    """Where the body fails, experts that it joined are as they were before, and the model with them."""
+    before = [(experts, experts.config) for _, experts in _fused(model) if _NAME not in experts._modules]
+    try:
+        yield
+    except BaseException:
+        for experts, config in before:
+            experts._modules.pop(_NAME, None)
+            experts.config = config
+        raise
+
+
 def _fused(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Modules of experts whose form transformers tells, and whose output is a sum of products."""
     for name, module in model.named_modules():
         weight = module._parameters.get("down_proj")
-        told = all(
-            hasattr(module, part) for part in ("config", "has_gate", "has_bias", "is_transposed", "_apply_gate")
-        )
+        told = all(hasattr(module, part) for part in _TOLD)
         if told and weight is not None and weight.dim() == 3 and not getattr(module, "has_post_expert_norm", False):
             yield name, module
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from reknow.errors import ModelError
-from reknow.model.experts import ExpertsValue, experts_setting, join_experts
+from reknow.model.experts import ExpertsValue, experts_setting, has_experts, join_experts
 from reknow.model.hooks import hidden_states, hooked
 
 
@@ -139,10 +139,16 @@ def find_parts(model: PreTrainedModel) -> Parts:
     if model.config.is_encoder_decoder:
         raise refusal(model, "it is an encoder-decoder")
     joined = join_experts(model)
-    if (setting := experts_setting(model, config)) and not joined:
-        raise refusal(model, f"it is a mixture of experts ({setting}) that are fused in a way that is not known")
+    setting = experts_setting(model, config)
+    unknown = f"it is a mixture of experts ({setting}) that are fused in a way that is not known"
+    if setting and not joined:
+        raise refusal(model, unknown)
     calls, widths = _call_order(model)
     blocks = _blocks(model, getattr(config, "num_hidden_layers", None), set(calls))
+    for block in blocks if setting else ():
+        within = has_experts(model.get_submodule(block))
+        if within and not any(name.startswith(f"{block}.") for name in joined):
+            raise refusal(model, f"{unknown} in {block}")
     backbone = blocks[0].rpartition(".")[0].rpartition(".")[0]
     hidden_size = widths.get(blocks[0], 0)
     layers = [_block_parts(model, block, calls, hidden_size) for block in blocks]
