@@ -21,6 +21,7 @@ from reknow.editing.value_batch import (
 )
 from reknow.editing.values import find_values
 from reknow.edits import Edit
+from reknow.errors import InputError
 from reknow.methods.memit import MEMIT
 
 CONTEXTS = ("", "The city. ", "I saw. ")
@@ -130,5 +131,20 @@ def test_a_search_that_weighs_the_spread_ends_with_less_of_it(gpt2):
 
 def test_above_the_last_layer_there_is_no_spread(gpt2):
     edits = [Edit("I know {}", subject="Peru", target_new="of")]
-    plain, held = (find_values(gpt2, edits, 2, CONTEXTS, MEMIT(steps=3, context_variance=w)) for w in (0.0, 9.0))
+    plain, held = (
+        find_values(gpt2, edits, 2, CONTEXTS, MEMIT(steps=3, context_batches=1, context_variance=w))
+        for w in (0.0, 9.0)
+    )
     assert torch.equal(plain.delta, held.delta)
+
+
+def test_a_pass_has_two_contexts_to_compare_or_none_is_weighed(gpt2):
+    edits = [Edit("I know {}", subject="Peru", target_new="of")]
+    settings = dict(steps=3, stop_probability=1.0, min_delta=0.0)
+    one, two, plain = (
+        find_values(gpt2, edits, 0, CONTEXTS[:2], MEMIT(**settings, context_batches=number, context_variance=weight))
+        for number, weight in ((1, 9.0), (2, 9.0), (1, 0.0))
+    )
+    assert torch.equal(one.delta, two.delta) and not torch.equal(one.delta, plain.delta)
+    with pytest.raises(InputError, match="expected two contexts for context_variance; got one"):
+        find_values(gpt2, edits, 0, CONTEXTS[:1], MEMIT(**settings, context_variance=9.0))

@@ -8,7 +8,7 @@ import torch
 from conftest import make_lm
 from reknow import FT, Edit, method
 from reknow.editing import independent_deltas
-from reknow.errors import InputError
+from reknow.errors import InputError, ModelError
 
 EDITS = [
     Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English"),
@@ -96,6 +96,14 @@ def test_other_matrices_of_a_layer_are_trained(family, kind):
     assert patch.notes["losses"][-1] < patch.notes["losses"][0] - 1
     (alone,) = FT(layer=1, matrices=kind, steps=3).edit_each(lm, EDITS[:1])
     assert same(alone, FT(layer=1, matrices=kind, steps=3).edit(lm, EDITS[:1]), rtol=1e-3, atol=1e-5)
+
+
+def test_of_a_mixture_attention_is_attention_and_the_mlp_is_refused():
+    lm = make_lm("qwen2_moe")  # with a shared expert, which is no attention
+    names = set(FT(layer=1, matrices="attention", steps=1).edit(lm, EDITS[:1]).deltas)
+    assert names and all(".self_attn." in name for name in names)
+    with pytest.raises(ModelError, match="dense MLP"):
+        FT(layer=1, matrices="mlp", steps=1).edit(lm, EDITS[:1])
 
 
 def test_an_end_token_that_is_learned_ends_the_text():

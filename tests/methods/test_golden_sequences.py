@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from test_golden_memit import CONTEXTS, GOLDEN, models, recorded_covariance  # noqa: F401, fixtures
 
 from conftest import close, our_names
 from reknow import Edit
+from reknow.errors import InputError
 from reknow.methods.alphaedit import AlphaEdit
 from reknow.methods.memit import MEMIT
 from reknow.methods.rome import ROME
@@ -79,3 +82,25 @@ def test_c_rome_is_r_rome(models, monkeypatch, fact):  # noqa: F811
     factors = TENSORS[f"c_rome_{fact}/layer_0"]  # (1, out + in)
     out = change.shape[0]
     assert close(change.dense(), (factors[:, :out].T @ factors[:, out:]).double())
+
+
+def test_another_weight_finds_the_directions_anew(models):  # noqa: F811
+    case, lm = CASES["betaedit"], models["gpt2"]
+    batches = [
+        [Edit(f["prompt"], subject=f["subject"], target_new=f["target_new"]) for f in b] for b in case["batches"]
+    ]
+    method = RUNS["betaedit"]()
+    heavier, matrix = replace(method, leakage_weight=300.0), lm.parts.value[0]
+
+    def changes(*methods):
+        lm.memo.clear()
+        with lm.patched(method.edit(lm, batches[0])):
+            return [each.edit(lm, batches[1]).deltas[matrix].dense() for each in methods]
+
+    assert torch.equal(changes(method, heavier)[1], changes(heavier)[0])
+
+
+@pytest.mark.parametrize("settings", [dict(evolving=True, leakage=0.1), dict(refresh=10)])
+def test_settings_that_contradict_each_other_are_refused(settings):
+    with pytest.raises(InputError, match=r"expected .*leakage.*; got .*: "):
+        AlphaEdit(**settings)

@@ -79,7 +79,8 @@ class ValueSearchMethod(Method):
     """Weight in the loss of the addition's length, relative to what it is added to; not Adam's weight decay."""
     context_variance: NonNegative = 0.0
     """Weight in the loss of how far contexts differ in what the next layers make of the subject, as CoRE has it: the
-    mean squared distance relative to the squared length; `absolute`: its sum over pairs by the width."""
+    mean squared distance relative to the squared length; `absolute`: its sum over pairs by the width. The
+    contexts of a pass are compared, which are two at least."""
     variance_layers: Number = 1
     """How many layers above these are, where `context_variance` is not 0."""
     clamp: NonNegative = 1.0
@@ -111,7 +112,8 @@ class ValueSearchMethod(Method):
     """First words of texts that the model writes; none: the token that begins texts."""
     key_contexts: Literal["prefixes", "rephrasings", "both"] = "prefixes"
     """What a key is a mean over, and a value searched for: `prefixes`: the prompt by itself and behind those texts;
-    `rephrasings`: the prompt and the edit's rephrasings; `both`: all of them, each of the same weight."""
+    `rephrasings`: the prompt and the edit's rephrasings; `both`: all of them. Each weighs alike in the search and in
+    ROME's key; the mean key of MEMIT and its kin is half the bare prompt's, as always."""
     covariance_tokens: Natural | None = None
     """Tokens of general text for C; None: twenty for each input of the matrix, 100,000 at most."""
     covariance_text: Name | None = None

@@ -35,6 +35,7 @@ from reknow.editing.value_batch import (
     weighted_rows,
 )
 from reknow.edits import Edit
+from reknow.errors import InputError
 from reknow.lm import LM
 from reknow.model.exact import finite_loss
 from reknow.model.scoring import kl_divergence
@@ -132,6 +133,12 @@ def _search_group(
         return sum((batch.mean(name) for batch in context_batches), torch.tensor(0.0))
 
     number = number_of_batches(facts, method.context_batches)
+    if method.context_variance:  # contexts of one pass are compared
+        if (contexts := len(facts[0]) - 1) < 2:
+            raise InputError(
+                "expected two contexts for context_variance; got one: set context_groups, or leave it out"
+            )
+        number = min(number, contexts // 2)
     context_batches = split_contexts(lm, facts, weights, layer, number)
     site = method.rules.site if lm.parts.residual_identity else "value"
     sites = ["attention", site] if method.rules.moves_attention else [site]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Annotated, ClassVar
 
 import torch
@@ -35,6 +36,7 @@ from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares, null_space
 from reknow.editing.values import Values, find_values
 from reknow.edits import Edit
+from reknow.errors import InputError
 from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.patching.deltas import Delta, as_delta
@@ -78,12 +80,17 @@ class AlphaEdit(ValueSearchMethod):
     norm_anchor: bool = False
     """Scale v* to its mean norm over the edits of the first applied patch, as NAS does (the paper: 1,000 facts)."""
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.evolving and self._penalises_leakage:
+            raise InputError("expected evolving or leakage; got both: leave one of them out")
+        if self.refresh and not self._penalises_leakage:
+            raise InputError(f"expected leakage with refresh={self.refresh}; got none: set it, or leave refresh out")
+
     @property
     def name(self) -> str:
-        if self._penalises_leakage:
-            return "betaedit"
-        if self.evolving:
-            return "evoedit"
+        if self._penalises_leakage or self.evolving:
+            return "evoedit" if self.evolving else "betaedit"
         return "sphere" if self.suppression else "alphaedit-blue" if self.boundary_layers else "alphaedit"
 
     @property
@@ -164,7 +171,8 @@ class AlphaEdit(ValueSearchMethod):
                 protected = (known.T @ known / count + weight * exact(covariance)) / (1 + weight)
                 return leaky_null_space(covariance, *rule, protected)
 
-            space = self.from_covariance(lm, layer, refreshed, *rule, *(patch.id for patch in lm.patches), count)
+            digest = sha256(known.cpu().numpy().tobytes()).hexdigest()
+            space = self.from_covariance(lm, layer, refreshed, *rule, self.leakage, self.leakage_weight, digest)
         return space.metric(self._leakage_weight(keys, space), self._l2(keys, space.basis))
 
     def _leakage_weight(self, keys: Tensor, space: LeakyNullSpace) -> float:

@@ -104,10 +104,10 @@ class FT(StepSize, Method):
 
     def _names(self, lm: LM, layer: int) -> list[str]:
         """The matrices of a layer that are trained."""
-        value, mlp = lm.parts.value[layer], [*lm.parts.mlp_in[layer], lm.parts.value[layer]]
-        every = matrices_of(lm.model, lm.parts.blocks[layer])
-        kinds = {"value": [value], "mlp": mlp, "attention": [name for name in every if name not in mlp]}
-        return kinds.get(self.matrices, every)
+        if self.matrices in ("value", "mlp"):
+            return [*(lm.mlp_in(layer) if self.matrices == "mlp" else ()), lm.parts.value[layer]]
+        within = lm.parts.attention_out[layer].rpartition(".")[0] if self.matrices == "attention" else ""
+        return [name for name in matrices_of(lm.model, lm.parts.blocks[layer]) if name.startswith(within)]
 
     def _train_each(self, lm: LM, edits: Sequence[Edit], layer: int) -> list[Patch]:
         """A patch of each edit by itself, each for the model as it is; what is added is trained for all together."""
