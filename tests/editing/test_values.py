@@ -48,15 +48,15 @@ def test_more_facts_than_fit_are_searched_in_several_batches(gpt2, monkeypatch):
 
 
 def test_the_loss_is_the_equation():
-    search = AuthorsSearch(kl_weight=0.5, weight_decay=2.0)
+    search = AuthorsSearch(kl_weight=0.5, weight_decay=2.0, context_variance=4.0)
     edited, unedited = torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[0.5, 0.5]]).log()
-    scores = Scores(torch.tensor([3.0]), edited, torch.tensor([0.1]), torch.tensor([False]))
+    scores = Scores(torch.tensor([3.0]), edited, torch.tensor([0.1]), torch.tensor([False]), torch.tensor([0.3]))
     delta, sizes = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[10.0]])
     kl = float(0.75 * torch.tensor(1.5).log() + 0.25 * torch.tensor(0.5).log())
     for units, length in (("absolute", 5 / 100), ("relative", 5 / 10)):
         loss, drift = value_loss(delta, scores, unedited, sizes, torch.tensor([0.1]), replace(search, units=units))
         assert float(drift) == pytest.approx(0.5 * kl)
-        assert float(loss) == pytest.approx(0.1 * 3 + 0.5 * kl + 2 * length)
+        assert float(loss) == pytest.approx(0.1 * 3 + 0.5 * kl + 2 * length + 4 * 0.3)
 
 
 def passed(losses, predicted=None):
