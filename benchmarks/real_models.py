@@ -31,7 +31,6 @@ import torch
 from reknow import LM, load_cases
 from reknow.checks.bounds import field_types
 from reknow.cli.measuring import methods_by_label, read_variants
-from reknow.contract import method_settings
 from reknow.datasets.reading import read_sample
 from reknow.evaluation.attempts import attempt_each
 from reknow.evaluation.intervals import average_cases
@@ -41,6 +40,7 @@ from reknow.evaluation.readings import Reading
 from reknow.files.atomic import write_json
 from reknow.files.json_lines import Rows
 from reknow.methods.as_published import AsPublished
+from reknow.registry import method_settings
 from reknow.texts.tables import to_markdown
 from reknow.tracing.known import known_cases
 

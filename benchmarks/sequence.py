@@ -27,7 +27,6 @@ import torch
 from exam import KINDS, Exam
 from reknow import LM
 from reknow.cli.measuring import methods_by_label, read_variants
-from reknow.contract import method_settings
 from reknow.datasets.text import held_out_texts
 from reknow.errors import InputError
 from reknow.evaluation.attempts import attempt
@@ -36,6 +35,7 @@ from reknow.evaluation.held_out import HeldOut
 from reknow.evaluation.intervals import Mean, average_cases
 from reknow.files.atomic import write_json
 from reknow.files.json_lines import Rows
+from reknow.registry import method_settings
 from reknow.studies.comparison import load_sets
 from reknow.studies.preset import Selection
 from reknow.texts.tables import to_markdown

@@ -81,6 +81,10 @@ class Method(ABC):
         """Those of the edits that it was trained on. Raises InputError where it must be trained for `lm` first."""
         return []
 
+    def at_work(self, lm: LM) -> Method:
+        """The method that does the work of this resolved one, and so has its cost: itself, or what it wraps."""
+        return self
+
     def footprint(self, lm: LM) -> Footprint | None:
         """None: where its fields or `suggest_layer` say. Raises InputError where it cannot edit this model."""
         return None
@@ -89,11 +93,6 @@ class Method(ABC):
 def field_values(method: Method) -> dict[str, Any]:
     """The method's fields by name; every concrete method is a dataclass."""
     return asdict(cast(Any, method))
-
-
-def method_settings(method: Method) -> dict[str, Any]:
-    """Name and fields, from which `make` of `reknow.registry` gives the method again."""
-    return {"name": method.name, **field_values(method)}
 
 
 @typed

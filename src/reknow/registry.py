@@ -209,6 +209,11 @@ def make(name: str, settings: Mapping[str, Any]) -> Any:
         raise InputError(f"expected valid settings for {name}; got {settings}: {error}") from error
 
 
+def method_settings(method: Any) -> dict[str, Any]:
+    """The name and the fields of a `Method`, from which `make` gives it again."""
+    return {"name": method.name, **asdict(method)}
+
+
 def make_from_text(name: str, texts: Mapping[str, str], given: Mapping[str, Any] = {}) -> Any:
     """The `Method` of that name with settings as a person writes them: `make_from_text("memit", {"layers": "3,4"})`.
 

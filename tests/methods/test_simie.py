@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -66,7 +66,7 @@ def test_it_is_the_best_compromise_between_all_edits_and_the_first_weights(golde
     for group in (EDITS[:2], EDITS[2:]):
         golden.apply(simie.edit(golden, group))
     name, given = MATRICES[1], [Given().edit(golden, [edit]).deltas[MATRICES[1]].dense() for edit in EDITS]
-    moved = sum(patch.deltas[name].dense() for patch in golden.patches)
+    moved = torch.stack([patch.deltas[name].dense() for patch in golden.patches]).sum(0)
     unit = float(golden.patches[0].state[f"unit.{name}"])
     assert float(golden.patches[1].state[f"unit.{name}"]) == unit, "λ stays what it was"
     with golden.unpatched():
@@ -74,6 +74,45 @@ def test_it_is_the_best_compromise_between_all_edits_and_the_first_weights(golde
     pull = sum((moved - change) @ k.T @ k for change, k in zip(given, keys, strict=True))
     size = sum((change @ k.T @ k).norm() for change, k in zip(given, keys, strict=True))
     assert (pull + 0.5 * unit * moved).norm() < 1e-4 * size
+
+
+@pytest.mark.parametrize("afresh", [True, False])
+def test_a_patch_keeps_a_row_and_has_a_rank_for_each_token(afresh):
+    lm, edits = make_lm(), [Edit("I know", target_new="of"), Edit("I am", target_new="in")]
+    settings = dict(base="ft-m", base_settings='{"layer": 1, "steps": 2}', afresh=afresh)
+    patch, name = method("simie", **settings).edit(lm, edits), lm.parts.value[1]
+    wide, tokens = lm.weight(name).shape[1], sum(len(_keys(lm, edit, name)) for edit in edits)
+    assert tokens < wide / 4 and patch.state[f"inputs.{name}"].shape == (tokens, wide)
+    assert isinstance(patch.deltas[name], LowRank) and patch.deltas[name].rank == tokens
+
+
+def test_more_tokens_than_the_matrix_is_wide_are_kept_as_so_many_rows(tmp_path):
+    lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
+    edits = [Edit(f"{EDITS[0].prompt} {i}", target_new=EDITS[0].target_new) for i in range(9)]
+    settings = dict(base="ft-m", base_settings='{"layer": 1, "steps": 2}')
+    patch, name = method("simie", **settings).edit(lm, edits), MATRICES[1]
+    keys = torch.cat([_keys(lm, edit, name) for edit in edits])
+    kept = patch.state[f"inputs.{name}"].double()
+    assert len(keys) > 40 and kept.shape == (40, 40)
+    assert torch.allclose(kept.T @ kept, keys.T @ keys, rtol=1e-4, atol=1e-5)
+    patch.save(tmp_path / "x.patch")
+    assert Patch.load(tmp_path / "x.patch") == patch
+
+
+def test_a_sequence_goes_on_from_patches_that_keep_the_sum(golden, tmp_path):
+    """As patches did before they kept the inputs themselves."""
+    simie = method("simie", base="given")
+    first = simie.edit(golden, EDITS[:1])
+    with golden.patched(first):
+        wanted = simie.edit(golden, EDITS[1:])
+    sums = {f"gram.{name}": (keys := first.state[f"inputs.{name}"]).T @ keys for name in MATRICES}
+    replace(first, state=sums | {f"unit.{name}": first.state[f"unit.{name}"] for name in MATRICES}).save(
+        tmp_path / "old.patch"
+    )
+    with golden.patched(Patch.load(tmp_path / "old.patch")):
+        found = simie.edit(golden, EDITS[1:])
+    for name in MATRICES:
+        assert close(found.deltas[name].dense(), wanted.deltas[name].dense(), 1e-4)
 
 
 def _keys(lm: LM, edit: Edit, name: str) -> torch.Tensor:
@@ -103,6 +142,24 @@ def test_a_plan_counts_what_its_base_does():
     assert estimate(lm, wrapped, edits) == estimate(lm, alone, edits)
 
 
+@dataclass(frozen=True)
+class Wrapper(Method):
+    """A wrapper with no field that says so."""
+
+    name: ClassVar[str] = "wrapper"
+
+    def at_work(self, lm: LM) -> Method:
+        return method("rome", layer=1, steps=7, covariance_tokens=100).resolve(lm)
+
+    def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        return self.at_work(lm).edit(lm, edits)
+
+
+def test_a_plan_asks_the_method_whose_work_it_is():
+    lm, edits = make_lm(), [Edit("I know {}", subject="Lima", target_new="of")]
+    assert estimate(lm, Wrapper(), edits) == estimate(lm, Wrapper().at_work(lm), edits)
+
+
 @pytest.mark.parametrize(
     ("settings", "wanted"),
     [
@@ -130,3 +187,20 @@ def test_a_sequence_is_not_taken_up_with_other_settings(golden):
         for other in (dict(ridge=2.0), dict(base="ft-m"), dict(afresh=False)):
             with pytest.raises(InputError, match=f"settings of its patches; got {next(iter(other))} other than in"):
                 method("simie", **{"base": "given", **other}).edit(golden, EDITS[1:])
+
+
+GOES_ON = [("alphaedit", {}, True), ("memit", dict(hold_earlier=True), True), ("memit", {}, False)]
+
+
+@pytest.mark.parametrize(("base", "more", "refused"), GOES_ON)
+def test_a_base_that_goes_on_from_its_own_patches_needs_the_model_afresh(base, more, refused):
+    lm, edits = make_lm(), [Edit("I know {}", subject="Lima", target_new="of")]
+    quick = dict(layers=[1], steps=2, covariance_tokens=100, context_groups=[[2, 3]])
+    settings = dict(base=base, base_settings=json.dumps(quick | more))
+    assert method("simie", **settings).edit(lm, edits).deltas
+    on = method("simie", **settings, afresh=False)
+    if refused:
+        with pytest.raises(InputError, match=f"afresh=False; {base} goes on from what its own patches keep"):
+            on.edit(lm, edits)
+    else:
+        assert on.edit(lm, edits).deltas

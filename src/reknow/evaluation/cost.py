@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from reknow.edits import Edit
 from reknow.lm import LM
 from reknow.model.parts import embedding_matrix, groups, shape
 from reknow.model.tokens import Text
-from reknow.registry import make
 
 _FORWARD, _BACKWARD, _TRAIN = 2, 2, 6
 """Floating-point operations per weight and token: of a forward pass; of the gradient by what flows; of a forward pass
@@ -75,7 +73,7 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     Raises:
         InputError: the method cannot edit this model, for want of a trained editor.
     """
-    method = _wrapped(method.resolve(lm)).resolve(lm)
+    method = method.resolve(lm).at_work(lm)
     settings = field_values(method)
     own = method.footprint(lm)
     layers, guessed = _layers(lm, settings) if own is None else (own.layers, False)
@@ -124,12 +122,6 @@ def estimate(lm: LM, method: Method, edits: Sequence[Edit]) -> Estimate:
     memory = parameters * next(lm.model.parameters()).element_size() + 4 * kept + 8 * 4 * changed + solver
     statistics = sum(bytes_kept(*width) for width in widths) if covered else 0
     return Estimate(tuple(layers), guessed, matrices, parameters, tuple(steps), memory, solver, statistics)
-
-
-def _wrapped(method: Method) -> Method:
-    """The method whose work it is: that of one that wraps another is the other's."""
-    settings = field_values(method)
-    return make(settings["base"], json.loads(settings["base_settings"])) if "base_settings" in settings else method
 
 
 def _layers(lm: LM, settings: Mapping[str, Any]) -> tuple[list[int], bool]:

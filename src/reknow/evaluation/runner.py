@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import reknow
-from reknow.contract import Method, method_settings
+from reknow.contract import Method
 from reknow.edits import Case, cases_digest
 from reknow.engine.jobs import Engine, Local
 from reknow.engine.shards import Shard
@@ -35,6 +35,7 @@ from reknow.model.exclusive import typed_exclusively
 from reknow.model.fingerprint import weight_bits
 from reknow.model.readable import find_unreadable
 from reknow.progress import progress
+from reknow.registry import method_settings
 
 _LATER = ("oracle",)
 """Fields of a plan that manifests have where they are set: those of earlier versions do not know them."""

@@ -17,7 +17,7 @@ from typing_extensions import Self
 import reknow
 from reknow.checks.arguments import typed
 from reknow.checks.bounds import Name
-from reknow.contract import Method, field_values, method_settings
+from reknow.contract import Method, field_values
 from reknow.edits import Case, Edit, cases_digest
 from reknow.errors import EditFailed
 from reknow.files.locks import write_lock
@@ -27,6 +27,7 @@ from reknow.learning.loop import CHECKPOINT_FILE, Loop
 from reknow.learning.training import Draw, Learner, Split, Training, shuffle, split_cases
 from reknow.lm import LM
 from reknow.model.readable import find_unreadable
+from reknow.registry import method_settings
 
 __all__ = ["Learned"]
 

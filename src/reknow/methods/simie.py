@@ -7,7 +7,8 @@ edit alone puts out. SimIE is the regularised solution of all these demands at o
     min over W of  Σ_i ‖(W − Ŵ_i) K_i‖² + λ ‖W − W₀‖²
     P_t = P_{t−1} + K_t K_tᵀ,  P_0 = λI;   W_t = W_{t−1} + (Ŵ_t − W_{t−1}) K_t K_tᵀ P_t⁻¹
 
-K are the matrix' inputs at all tokens of prompt and answer. Σ K Kᵀ travels in the patches.
+K are the matrix' inputs at all tokens of prompt and answer. They travel in the patches, and ΔW, which is
+(Ŵ_t − W_{t−1}) K_t times K_tᵀ P_t⁻¹, has a rank for each token.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from torch import Tensor
 
 from reknow.checks.bounds import Name, Rate, Units
 from reknow.contract import Method, check_edits, field_values, make_patch
-from reknow.editing.solvers import cholesky, solve
+from reknow.editing.compromise import Compromise
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import Text
-from reknow.patching.deltas import Dense
+from reknow.patching.deltas import Delta, add_deltas
 from reknow.patching.patches import Patch
 from reknow.patching.state_spec import StateSpec
 from reknow.registry import make
@@ -39,7 +40,9 @@ from reknow.registry import make
 class SimIE(Method):
     """All edits of a sequence, each as another method makes it alone, solved for together."""
 
-    state_spec: ClassVar[StateSpec] = StateSpec({"gram.*": "float32 in.* in.*", "unit.*": "float32"})
+    state_spec: ClassVar[StateSpec] = StateSpec(
+        {"inputs.*?": "float32 tokens.* in.*", "gram.*?": "float32 in.* in.*", "unit.*": "float32"}
+    )
 
     base: Name = "rome"
     """Name of the method that makes the edits, in the table of methods; any that changes weights."""
@@ -52,7 +55,8 @@ class SimIE(Method):
     plain number, as in the paper's code."""
     afresh: bool = True
     """Make each edit on the model without those before, as EasyEdit does; else on the model as it is, Ŵ_t − W_{t−1}
-    being its change, the default of the authors' code."""
+    being its change, the default of the authors' code. A base that goes on from what its own patches keep, such as
+    AlphaEdit, is refused then: SimIE's patches do not have it."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,41 +86,47 @@ class SimIE(Method):
         self._base().check(edits)
 
     def seen(self, lm: LM, edits: Sequence[Edit]) -> list[Edit]:
-        return self._base_for(lm).seen(lm, edits)
+        return self.at_work(lm).seen(lm, edits)
 
-    def _base_for(self, lm: LM) -> Method:
+    def at_work(self, lm: LM) -> Method:
         return self._checked(self._base().resolve(lm))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, base = check_edits(self, edits, lm), self._base_for(lm)
+        edits, base = check_edits(self, edits, lm), self.at_work(lm)
         earlier = [patch for patch in lm.patches if patch.method == self.name]
         self._refuse_others(earlier)
         others = tuple(patch for patch in lm.patches if patch.method != self.name)
-        found: dict[str, _Matrix] = {}
+        found: dict[str, Compromise] = {}
         for group in [edits] if self.afresh else [[edit] for edit in lm.progress.each("edits", edits)]:
             so_far = [make_patch(self, lm, edits, {n: one.change for n, one in found.items()})] if found else []
             with lm.stacked(others if self.afresh else (*lm.patches, *so_far)):
                 patches = base.edit_each(lm, group)
+                self._refuse_continuing(patches)
                 made = [(patch.deltas, _inputs(lm, e, patch)) for e, patch in zip(group, patches, strict=True)]
             for name in dict.fromkeys(name for deltas, _ in made for name in deltas):
-                own = [(deltas[name].dense().cpu(), keys[name]) for deltas, keys in made if name in deltas]
+                own = [(deltas[name], keys[name]) for deltas, keys in made if name in deltas]
                 if name not in found:
                     found[name] = self._begin(name, earlier, *own[0])
                 found[name].take(own, from_first=self.afresh)
-        state = {f"gram.{name}": one.gram.float() for name, one in found.items()}
+        state = {f"inputs.{name}": one.inputs for name, one in found.items()}
         state |= {f"unit.{name}": torch.tensor(one.unit) for name, one in found.items()}
         return make_patch(self, lm, edits, {n: one.change for n, one in found.items()}, state=state)
 
-    def _begin(self, name: str, earlier: Sequence[Patch], change: Tensor, keys: Tensor) -> _Matrix:
-        """The matrix as the patches before left it. (out, in), (tokens, in)"""
+    def _begin(self, name: str, earlier: Sequence[Patch], change: Delta, keys: Tensor) -> Compromise:
+        """The matrix as the patches before left it. ΔW of the first edit and its inputs (tokens, in)"""
         before = [patch for patch in earlier if name in patch.deltas]
-        moved, gram = torch.zeros_like(change), torch.zeros(2 * change.shape[1:], dtype=torch.float64)
-        for patch in before:
-            moved += patch.deltas[name].dense().to(moved)
-            gram += exact(patch.state[f"gram.{name}"]).to(gram)
+        moved = add_deltas(torch.zeros(change.shape, dtype=torch.float64), [patch.deltas[name] for patch in before])
         own = 1.0 if self.units == "absolute" else float(keys.square().mean())
         unit = float(before[0].state[f"unit.{name}"]) if before else own
-        return _Matrix(self.ridge * unit, unit, moved, gram)
+        return Compromise(self.ridge * unit, unit, moved, [_kept(patch, name) for patch in before])
+
+    def _refuse_continuing(self, patches: Sequence[Patch]) -> None:
+        """Raises InputError where the base goes on from what its patches keep, and would find none of it."""
+        if not self.afresh and any(patch.state for patch in patches):
+            raise InputError(
+                f"expected a base whose edits need only the weights, for afresh=False; {self.base} goes on from what "
+                "its own patches keep, which are not applied: leave afresh=True, or edit with it alone"
+            )
 
     def _refuse_others(self, earlier: Sequence[Patch]) -> None:
         """Raises InputError where a patch on the stack was made with other settings."""
@@ -129,32 +139,13 @@ class SimIE(Method):
                 )
 
 
-class _Matrix:
-    """One matrix: W − W₀, and what it is solved from."""
-
-    def __init__(self, ridge: float, unit: float, moved: Tensor, gram: Tensor):
-        self.ridge, self.unit = ridge, unit
-        self.moved = self._moved_before = moved  # (out, in)
-        self.gram, self._gram_before = torch.zeros_like(gram), gram  # Σ K Kᵀ of this call, of those before; (in, in)
-
-    def take(self, made: Sequence[tuple[Tensor, Tensor]], *, from_first: bool) -> None:
-        """Solves for some more edits, each with its ΔW (out, in) and the inputs of its tokens (tokens, in).
-
-        Args:
-            from_first: ΔW is Ŵ − W₀, else Ŵ − W.
-        """
-        asked = torch.zeros_like(self.moved)
-        for change, keys in made:
-            asked += (((change - self.moved) if from_first else change) @ keys.T) @ keys
-        self.gram = self.gram + sum((keys.T @ keys for _, keys in made), torch.zeros_like(self.gram))
-        system = self._gram_before + self.gram
-        system.diagonal().add_(self.ridge)
-        self.moved = self.moved + solve(cholesky(system), asked).to(asked)
-
-    @property
-    def change(self) -> Dense:
-        """ΔW of this call."""
-        return Dense((self.moved - self._moved_before).float())
+def _kept(patch: Patch, name: str) -> Tensor:
+    """The inputs that a patch keeps of a matrix; where it keeps their Σ K Kᵀ, as patches used to, rows that have the
+    same. (rows, in), float64"""
+    if (keys := patch.state.get(f"inputs.{name}")) is not None:
+        return exact(keys).cpu()
+    values, vectors = torch.linalg.eigh(exact(patch.state[f"gram.{name}"]).cpu())
+    return (vectors * values.clamp(min=0).sqrt()).T
 
 
 def _no_settings(text: str) -> InputError:

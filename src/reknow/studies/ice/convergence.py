@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from reknow.contract import Method, method_settings
+from reknow.contract import Method
 from reknow.editing.self_distillation import SEPARATOR, prepend_context
 from reknow.edits import Edit
 from reknow.errors import SINGLE_EDIT_ERRORS
@@ -31,6 +31,7 @@ from reknow.model.exclusive import exclusively
 from reknow.model.scored_tokens import ScoredTokens, predictions
 from reknow.model.scoring import kl_divergence
 from reknow.model.tokens import EncodedText, Text
+from reknow.registry import method_settings
 
 TEMPERATURES = (0.1, 1.0, 10.0, 100.0)
 TARGETS = ("static", "dynamic")
