@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from conftest import make_lm
-from reknow.editing import search
+from reknow.editing import factors
 from reknow.editing.covariance import covariance
 from reknow.methods.memit import MEMIT
 
@@ -25,7 +25,7 @@ def test_what_is_made_of_a_covariance_is_kept_for_the_next_edit(monkeypatch):
     assert not torch.equal(memit.from_covariance(lm, 1, halved), first)
     assert not torch.equal(MEMIT(covariance_tokens=300).from_covariance(lm, 0, halved), first)
     assert len(made) == 4
-    monkeypatch.setattr(search, "_CACHE_BYTES", 2 * first.nbytes)
+    monkeypatch.setattr(factors, "_CACHE_BYTES", 2 * first.nbytes)
     memit.from_covariance(lm, 2, halved)  # the oldest make room
     assert torch.equal(memit.from_covariance(lm, 0, halved), first) and len(made) == 6
     assert sum(key[0] == "covariance" for key in lm.memo) == 2

@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, close
 
+import reknow.editing.covariance
 from conftest import make_lm
-from reknow import LM, AnyEdit, Edit, UnKE
+from reknow import LM, MEMIT, AnyEdit, Edit, UnKE
 from reknow.datasets.text import sample_text, text_source
+from reknow.editing import triangle
+from reknow.editing.by_expert import Diagonal
 from reknow.editing.chunks import cut_answers, find_states, states_now
 from reknow.editing.covariance import covariance
+from reknow.editing.refined import Refined
 from reknow.errors import ModelError, TextRefused
 from reknow.model.block_calls import BlockCalls
 from reknow.model.hooks import added_at, output_edited
@@ -67,7 +71,7 @@ def test_the_block_changes_as_the_authors_does(name):
 def test_the_matrices_change_as_the_authors_do(monkeypatch):
     case = CASES["anyedit-memit"]
     lm, edits = golden(case)
-    monkeypatch.setattr("reknow.methods.anyedit.covariance", lambda lm, layer, **_: COVARIANCES[layer])
+    monkeypatch.setattr("reknow.editing.covariance.covariance", lambda lm, layer, **_: COVARIANCES[layer])
     hparams = case["hparams"]
     method = AnyEdit.paper(
         "llama-3-8b",
@@ -164,6 +168,38 @@ def test_what_is_written_meets_the_least_squares_with_the_other_tokens():
     system = 3 * covariance(lm, 1, tokens=400).double() + states.T @ states
     right = (z - states_now(lm, texts, lm.parts.blocks[1])).T @ states[list(texts[0].before)]
     assert close((patch.deltas[lm.parts.value[1]].dense() @ system), right, 1e-4)
+
+
+WRITING = dict(layers=(0, 1), chunk_tokens=4, covariance_tokens=400, search_steps=3)
+
+
+def test_the_covariances_of_all_layers_are_read_in_one_pass(monkeypatch, tmp_path):
+    monkeypatch.setenv("REKNOW_CACHE", str(tmp_path))
+    read, own = [], reknow.editing.covariance.sum_keys
+    monkeypatch.setattr(reknow.editing.covariance, "sum_keys", lambda task: read.append(task.names) or own(task))
+    lm = make_lm()
+    AnyEdit(**WRITING).edit(lm, [QUESTION])
+    assert read == [list(lm.parts.value[:2])]
+    MEMIT(covariance_tokens=400).whitening(lm, 0)
+    assert sum(key[0] == "covariance" for key in lm.memo) == 2, "factors are those of other methods too"
+
+
+def test_a_mixture_s_covariance_is_never_made_whole(monkeypatch):
+    def whole(_covariance):
+        raise AssertionError("it takes 17 GB in OLMoE")
+
+    monkeypatch.setattr(Diagonal, "full", whole)
+    lm = make_lm("olmoe")
+    assert AnyEdit(**WRITING).edit(lm, [QUESTION]).deltas.keys() == set(lm.parts.value[:2])
+
+
+def test_large_layers_are_solved_with_a_refined_factor(monkeypatch):
+    lm, method = make_lm(), AnyEdit(**WRITING)
+    small = method.edit(lm, [QUESTION])
+    monkeypatch.setattr(triangle, "LARGE", 8)
+    large = method.edit(lm, [QUESTION])
+    assert any(isinstance(made, Refined) for made in lm.memo.values())
+    assert all(close(delta.dense(), small.deltas[name].dense(), 1e-2) for name, delta in large.deltas.items())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma2", "bloom", "falcon", "opt", "phi"])

@@ -8,39 +8,28 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal, TypeVar
-
-import torch
-from torch import Tensor
+from typing import Annotated, Literal
 
 from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Seed, Share, Units
 from reknow.contract import Method
 from reknow.datasets.text import text_source
-from reknow.editing import triangle
+from reknow.editing import factors, triangle
 from reknow.editing.by_expert import ExpertWhitening
 from reknow.editing.contexts import sample_contexts, text_contexts
+from reknow.editing.factors import Made
 from reknow.editing.keys import Site, Subjects
-from reknow.editing.null_spaces import LeakyNullSpace
 from reknow.editing.refined import Refined
 from reknow.editing.sinks import reworded
-from reknow.editing.solvers import Whitening, cholesky
+from reknow.editing.solvers import Whitening
 from reknow.edits import Edit
 from reknow.errors import EditRefused, InputError
 from reknow.lm import LM
-from reknow.model.parts import groups, shape
 from reknow.registry import METHODS, NEED_A_SUBJECT
 from reknow.texts.templates import split_template
 
 __all__ = ["SearchRules", "ValueSearchMethod"]
-
-_Made = TypeVar("_Made", Tensor, Refined, ExpertWhitening, LeakyNullSpace)
-
-_CACHE_BYTES = 2**31
-"""How much memory matrices made of covariances may take between two edits."""
-_CACHE_SHARE_OF_GPU = 1 / 16
-"""Which part of a GPU's memory they may take, where that is more: one of a 7B model is 1 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,55 +150,26 @@ class ValueSearchMethod(Method):
         return sample_contexts(lm, self.context_groups, first_words=self.context_first_words, seed=self.seed)
 
     def keep_statistics(self, lm: LM, layers: Sequence[int]) -> None:
-        """Reads what C of these layers needs in one pass over the text, where it is not kept; each by itself would
-        read the text again."""
+        """Reads what C of these layers needs, in one pass over the text."""
         if self.covariance_tokens != 0:
-            from reknow.editing.covariance import keep_statistics
-
-            keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
+            factors.keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
 
     def whitening(self, lm: LM, layer: int) -> Whitening | Refined | ExpertWhitening:
-        """B with B Bᵀ = C⁻¹, for C of the layer's keys, (in, in); of a large layer what solves with C."""
-        if groups(lm.model.get_submodule(lm.parts.value[layer])) > 1:
-            return self.from_covariance(lm, layer, ExpertWhitening)
-        if self._is_large(lm, layer):
-            return self.from_covariance(lm, layer, Refined.of)
-        return Whitening(self.from_covariance(lm, layer, cholesky))
-
-    def _is_large(self, lm: LM, layer: int) -> bool:
-        return shape(lm.model.get_submodule(lm.parts.value[layer]))[1] > triangle.LARGE
+        """`factors.whitening` of the settings' text."""
+        return factors.whitening(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
 
     def check_null_space(self, lm: LM, layers: Sequence[int]) -> None:
         """Raises InputError where a layer is too large for all its eigenvectors."""
-        for layer in filter(partial(self._is_large, lm), layers):
+        for layer in filter(partial(factors.is_large, lm), layers):
             raise InputError(
                 f"expected layers of at most {triangle.LARGE:,} inputs, whose directions can be found; layer {layer} "
                 f"of {lm.name} has more: take memit, emmet or rome"
             )
 
-    def from_covariance(self, lm: LM, layer: int, make: Callable[..., _Made], *settings) -> _Made:
-        """`make(C, *settings)`, such as a factor of C or a projector, for C of the layer's keys, (in, in).
-
-        The last ones are kept with the model while they are small, since one edit follows the other: reading C and
-        taking it apart costs as much as many steps of the search.
-        """
-        device = lm.weight(name := lm.parts.value[layer]).device
-        source = [getattr(self, field.name) for field in fields(self) if field.name.startswith("covariance_")]
-        budget = _CACHE_BYTES
-        if device.type == "cuda":
-            budget = max(budget, int(torch.cuda.get_device_properties(device).total_memory * _CACHE_SHARE_OF_GPU))
-
-        def compute() -> _Made:
-            # Data sets and caches are loaded for it alone.
-            from reknow.editing.covariance import covariance, covariance_triangle
-
-            read = covariance_triangle if make in (Refined.of, ExpertWhitening) else covariance
-            found = read(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
-            with lm.progress.stage(f"decomposing a covariance of {len(found):,} × {len(found):,}"):
-                return make(found, *settings)
-
-        key = ("covariance", make.__name__, name, str(device), *source, *settings)
-        return lm.cached(key, compute, budget=budget)
+    def from_covariance(self, lm: LM, layer: int, make: Callable[..., Made], *settings) -> Made:
+        """`factors.from_covariance` of the settings' text."""
+        tokens, text = self.covariance_tokens, self.covariance_text
+        return factors.from_covariance(lm, layer, make, *settings, tokens=tokens, text=text)
 
 
 def _check_rephrasings(method: str, edits: Sequence[Edit], *, alike: bool) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from reknow.checks.bounds import Name, Natural, NonNegative, Number
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.chunks import ChunkedText, ChunkSearch, cut_answers, find_states, states_now
-from reknow.editing.covariance import covariance
+from reknow.editing.factors import keep_statistics, whitening
 from reknow.editing.layers import resolve_layers
-from reknow.editing.solvers import Whitening, cholesky, least_squares
+from reknow.editing.solvers import least_squares
 from reknow.edits import Edit
 from reknow.errors import ModelError
 from reknow.lm import LM
@@ -31,9 +31,6 @@ from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import make_batches
 from reknow.patching.deltas import Delta, as_delta
 from reknow.patching.patches import Patch
-
-_CACHE_BYTES = 2**31
-"""How much memory factors of covariances may take between two edits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +65,14 @@ class AnyEdit(ChunkSearch, Method):
         edits = check_edits(self, edits, lm)
         layers, texts = resolve_layers(lm, self.layers), cut_answers(lm, edits, self)
         z, losses = find_states(lm, texts, layers[-1], self)
+        keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
         deltas: dict[str, Delta] = {}
         with lm.restored_afterwards():
             for i, layer in lm.progress.each("writing", [*enumerate(layers)], unit="layers"):
                 missing = z - states_now(lm, texts, lm.parts.blocks[layers[-1]])  # (chunks, hidden)
                 keys, spared = _keys(lm, texts, layer)
                 right = least_squares(
-                    self._whitening(lm, layer),
+                    whitening(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text),
                     keys,
                     regularization=self.regularization,
                     weight=self.covariance_weight,
@@ -84,15 +82,6 @@ class AnyEdit(ChunkSearch, Method):
                 lm.apply(make_patch(self, lm, edits, change))
                 deltas |= change
         return make_patch(self, lm, edits, deltas, notes={"layers": layers, "losses": losses})
-
-    def _whitening(self, lm: LM, layer: int) -> Whitening:
-        """B with B Bᵀ = C⁻¹, for C of the layer's keys."""
-
-        def factor() -> Tensor:
-            return cholesky(covariance(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text))
-
-        key = ("covariance", "cholesky of", layer, self.covariance_tokens, self.covariance_text)
-        return Whitening(lm.cached(key, factor, budget=_CACHE_BYTES))
 
 
 @torch.no_grad()
