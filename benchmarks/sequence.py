@@ -25,6 +25,7 @@ from urllib.parse import quote
 import torch
 
 from exam import KINDS, Exam
+from real_models import percent
 from reknow import LM
 from reknow.cli.measuring import methods_by_label, read_variants
 from reknow.datasets.text import held_out_texts
@@ -145,11 +146,6 @@ def line(row, tasks):
     edits = f"{row['edits']:,}" if row["edits"] else "–"
     numbers = [f"{row['perplexity']:.4g}", f"{row['kl']:.2g}"]
     return [f"`{row['method']}`", row["made"], edits, str(row["read"]), *shares, *numbers, *abilities, seconds]
-
-
-def percent(mean):
-    bounds = "" if mean.low is None else f" [{100 * mean.low:.0f}, {100 * mean.high:.0f}]"
-    return f"{100 * mean.mean:.1f}{bounds}"
 
 
 def numbers(text):

@@ -20,7 +20,7 @@ from reknow.editing.solvers import Whitening, cholesky
 from reknow.editing.triangle import PairedTriangle, Triangle, block_shapes, kept_bytes, zeros
 from reknow.model.exact import exact
 
-__all__ = ["Covariance", "Diagonal", "ExpertWhitening", "from_blocks", "shapes", "zero_sums"]
+__all__ = ["Covariance", "Diagonal", "ExpertWhitening", "bytes_kept", "from_blocks", "shapes", "zero_sums"]
 
 _RIDGE = 1e-3
 """What is added to the block of every expert, in mean diagonals of all blocks. What text never reached would else

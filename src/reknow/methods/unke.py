@@ -94,7 +94,7 @@ class UnKE(ChunkSearch, Method):
         """(ΔW of the block's matrices that bring what is missing to the tokens before the chunks, its error before
         each update)."""
         # One chunk: the question alone is trained on.
-        rows = [text.row if len(text.before) > 1 else _until(text.row, min(text.before) + 1) for text in texts]
+        rows = [text.row if len(text.before) > 1 else _until(text.row, text.row.prompt_length) for text in texts]
         edited, kept = BlockCalls(lm, rows, layer), BlockCalls(lm, self._preserved(lm), layer)
         targets = _targets(edited.calls, texts, missing)
         names = matrices_of(lm.model, lm.parts.blocks[layer])
