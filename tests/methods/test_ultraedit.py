@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import make_lm
-from reknow import Edit, UltraEdit, method
+from reknow import Edit, Patch, UltraEdit, method
 from reknow.errors import InputError
 from reknow.learning.lifelong import RunningScatter
 from reknow.model.gates import gate_and_up
@@ -82,6 +84,27 @@ def test_whitened_gradients_have_no_covariance_left():
     few = RunningScatter(5)
     few.observe(x[:6])
     assert few.inverse_root(0.1, relative=True) is None, "as many free numbers as there are, less one"
+
+
+def test_a_patch_keeps_a_row_for_each_gradient_while_that_is_less_than_their_covariance(lm, tmp_path):
+    """And an edit goes on from patches with the matrix, as they used to be, just so."""
+    method = UltraEdit(whiten=True, **SETTINGS)
+    first = method.edit(lm, EDITS[:1])
+    (name,) = first.deltas
+    at = f"whitening.{'x'.join(map(str, first.deltas[name].shape))}"
+    size, tokens = first.deltas[name].shape[0], int(first.state[f"{at}.count"])
+    rows = first.state[f"{at}.rows"].double()
+    assert rows.shape == (tokens, size) and f"{at}.scatter" not in first.state
+    others = {key: value for key, value in first.state.items() if key != f"{at}.rows"}
+    old = replace(first, state=others | {f"{at}.scatter": (rows.T @ rows).float()})
+    many = [Edit(f"The capital {number} of Peru is", target_new="Paris in France") for number in range(size)]
+    found = []
+    for patch in (first, old):
+        patch.save(tmp_path / "x.patch")
+        with lm.patched(Patch.load(tmp_path / "x.patch")):
+            found.append(method.edit(lm, many))
+    assert f"{at}.scatter" in found[0].state and f"{at}.rows" not in found[0].state
+    assert torch.allclose(found[0].deltas[name].dense(), found[1].deltas[name].dense(), rtol=1e-4, atol=1e-7)
 
 
 def test_other_facts_are_edited_first_and_only_once(lm, tmp_path):

@@ -7,7 +7,7 @@ patches on the stack have.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 import torch
@@ -94,6 +94,8 @@ class LifelongNorms:
         self.scatters_before = _sum_of(before, "whitening", RunningScatter) if whiten else {}
         self.own: dict[str, RunningNorm] = {}
         self.scatters: dict[str, RunningScatter] | None = {} if whiten else None
+        self._seen: dict[str, list[Tensor]] = {}
+        """The first vectors that the scatter matrices are of: all, where they are fewer than one has numbers."""
         self._now: dict[str, RunningNorm] = {}
         self._roots: dict[str, tuple[Tensor, Tensor] | None] = {}
 
@@ -106,6 +108,8 @@ class LifelongNorms:
             )
             if self.scatters is not None:
                 self.scatters.setdefault(shape, RunningScatter(g.shape[1]).to(g.device)).observe(g)
+                if sum(map(len, seen := self._seen.setdefault(shape, []))) < g.shape[1]:
+                    seen.append(g[: g.shape[1]].clone())
         self._now = {shape: _joined(self._before.get(shape), norm) for shape, norm in self.own.items()}
         for shape, own in (self.scatters or {}).items():
             scatter = _joined(self.scatters_before.get(shape), own)
@@ -130,9 +134,17 @@ class LifelongNorms:
 
     def state(self) -> dict[str, Tensor]:
         """Those of this edit alone, as a patch keeps them."""
-        named = {f"norm.{shape}": norm for shape, norm in self.own.items()}
-        named |= {f"whitening.{shape}": scatter for shape, scatter in (self.scatters or {}).items()}
-        return {f"{name}.{part}": value for name, norm in named.items() for part, value in norm.state_dict().items()}
+        named = {f"norm.{shape}": norm.state_dict() for shape, norm in self.own.items()}
+        named |= {f"whitening.{shape}": self._thin(shape, own) for shape, own in (self.scatters or {}).items()}
+        return {f"{name}.{part}": value for name, parts in named.items() for part, value in parts.items()}
+
+    def _thin(self, shape: str, scatter: RunningScatter) -> dict[str, Tensor]:
+        """Its tensors; x − m, a row for each vector, in place of Ψ while they are fewer than a vector has numbers."""
+        state, seen = scatter.state_dict(), exact(torch.cat(self._seen[shape]))  # (tokens, size)
+        if len(seen) < seen.shape[1]:
+            del state["scatter"]
+            state["rows"] = (seen - seen.mean(0)).float()
+        return state
 
 
 def refuse_other_settings(patches: Iterable[Patch], name: str, matrices: Collection[str]) -> None:
@@ -169,17 +181,19 @@ def _sum_of(patches: Iterable[Patch], kind: str, norm: type[_Norm]) -> dict[str,
     found: dict[str, _Norm] = {}
     for patch in patches:
         for shape, state in _states(patch, kind).items():
+            if (rows := state.pop("rows", None)) is not None:
+                state["scatter"] = exact(rows).T @ exact(rows)
             one = norm(len(state["mean"]))
             one.load_state_dict(state)
             found[shape] = _joined(found.get(shape), one)
     return found
 
 
-def _states(patch: Patch, kind: str) -> dict[str, Mapping[str, Tensor]]:
+def _states(patch: Patch, kind: str) -> dict[str, dict[str, Tensor]]:
     """Shape → the tensors of one kind that the patch keeps for it."""
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in patch.state.items():
         name, shape, part = key.split(".")
         if name == kind:
             found.setdefault(shape, {})[part] = value
-    return dict(found)
+    return found

@@ -52,6 +52,7 @@ class UltraEdit(Method):
     state_spec: ClassVar[StateSpec] = StateSpec(
         {"norm.*.count?": "float32", "norm.*.mean?": "float32 size.*", "norm.*.squares?": "float32 size.*"}
         | {"whitening.*.count?": "float32", "whitening.*.mean?": "float32 gradient.*"}
+        | {"whitening.*.rows?": "float32 tokens.* gradient.*"}
         | {"whitening.*.scatter?": "float32 gradient.* gradient.*"}
     )
 
