@@ -8,7 +8,8 @@ from test_covariance import TEXTS, by_hand, own_cache  # noqa: F401, a fixture
 
 import reknow.editing.key_sums
 from conftest import close, make_lm
-from reknow import Edit, method
+from reknow import MEMIT, Edit, method
+from reknow.editing import factors
 from reknow.editing.by_expert import _RIDGE, Diagonal, ExpertWhitening
 from reknow.editing.covariance import covariance, covariance_triangle, statistics
 from reknow.editing.key_sums import _resume
@@ -83,7 +84,23 @@ def test_experts_that_no_key_reaches_are_not_looked_at():
     keys[:, 6:12] = 1
     solved = basis.solve(keys)
     assert bool((solved[:, 6:12] != 0).all()) and not solved[:, :6].any() and not solved[:, 12:].any()
-    assert list(basis.factors) == [1] and basis.nbytes == basis.factors[1].nbytes + 4 * 4 * 36
+    assert list(basis.factors) == [1]
+
+
+def test_a_cache_counts_the_factors_that_are_still_to_come(monkeypatch):
+    basis, keys = ExpertWhitening(some_covariance()), torch.ones(1, 24)
+    before = basis.nbytes
+    basis.solve(keys)
+    held = sum(factor.nbytes for factor in basis.factors.values())
+    assert len(basis.factors) == EXPERTS and before == basis.nbytes == held + 4 * 4 * 36
+    lm, memit = make_lm("olmoe"), MEMIT(covariance_tokens=60)
+    size = memit.whitening(lm, 0).nbytes
+    monkeypatch.setattr(factors, "_CACHE_BYTES", size + 1)
+    wide = torch.ones(1, len(memit.whitening(lm, 0).covariance))
+    for layer in range(2):
+        memit.whitening(lm, layer).solve(wide)
+    kept = [made for key, made in lm.memo.items() if key[0] == "covariance"]
+    assert sum(one.nbytes for one in kept) <= size + 1 and len(kept) == 1
 
 
 EDIT = Edit("I know {}", subject="Danielle Darrieux", target_new="of")

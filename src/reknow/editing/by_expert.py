@@ -119,8 +119,9 @@ class ExpertWhitening:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in memory."""
-        return sum(tensor.nbytes for tensor in (*self.factors.values(), *self.covariance.blocks))
+        """What it takes in memory once keys have reached all experts; a cache asks before any has."""
+        factors = sum(len(part) ** 2 for part in self.covariance.parts) * torch.float64.itemsize
+        return factors + sum(block.nbytes for block in self.covariance.blocks)
 
     def __rmatmul__(self, rows: Tensor) -> Tensor:
         """rows @ B. rows and result: (any, in), float64"""
