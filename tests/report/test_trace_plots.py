@@ -21,7 +21,7 @@ from reknow.cli.options import Opening
 from reknow.datasets import Fact
 from reknow.report.plots import STYLE
 from reknow.report.trace_plots import average_figure, effect_bars, save_figure, trace_figure
-from reknow.studies.instructedit.gradient_plot import gradient_figure
+from reknow.studies.instructedit.gradient_plot import Panel, gradient_figure
 from reknow.tracing.causal import Trace, average
 
 
@@ -51,7 +51,7 @@ def test_labels_are_no_mathematics(name, tmp_path):
     _, svg = save_figure(trace_figure(trace), tmp_path / "one")
     found = [html.unescape(text) for text in texts(svg)]
     assert found.count(name) == 2 and "_" in found and f"P({name})" in found
-    figure = gradient_figure({name: np.eye(3, 2)}, [name, "b_", "$c"])
+    figure = gradient_figure([Panel("one editor", [name, "b_", "$c"], {"t-SNE": np.eye(3, 2)})])
     kept = save_figure(figure, tmp_path / "points")
     assert {name, "b_", "$c"} <= {html.unescape(text) for text in texts(kept[1])}
     with matplotlib.rc_context(STYLE):

@@ -74,7 +74,10 @@ class SimIE(Method):
         if not isinstance(settings, dict):
             raise _no_settings(self.base_settings)
         lists: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        return make(self.base, lists)
+        try:
+            return make(self.base, lists)
+        except InputError as error:
+            raise InputError(f"expected base and base_settings of a method; got {self.base!r}: {error}") from error
 
     def _checked(self, base: Method) -> Method:
         """The base; raises InputError where it changes no weights, or is SimIE itself."""
@@ -115,7 +118,7 @@ class SimIE(Method):
     def _begin(self, name: str, earlier: Sequence[Patch], change: Delta, keys: Tensor) -> Compromise:
         """The matrix as the patches before left it. ΔW of the first edit and its inputs (tokens, in)"""
         before = [patch for patch in earlier if name in patch.deltas]
-        moved = add_deltas(torch.zeros(change.shape, dtype=torch.float64), [patch.deltas[name] for patch in before])
+        moved = add_deltas(exact(torch.zeros(change.shape)), [patch.deltas[name] for patch in before])
         own = 1.0 if self.units == "absolute" else float(keys.square().mean())
         unit = float(before[0].state[f"unit.{name}"]) if before else own
         return Compromise(self.ridge * unit, unit, moved, [_kept(patch, name) for patch in before])
