@@ -120,7 +120,7 @@ class ExpertWhitening:
     @property
     def nbytes(self) -> int:
         """What it takes in memory once keys have reached all experts; a cache asks before any has."""
-        factors = sum(len(part) ** 2 for part in self.covariance.parts) * torch.float64.itemsize
+        factors = sum(len(part) ** 2 for part in self.covariance.parts) * 8  # of float64
         return factors + sum(block.nbytes for block in self.covariance.blocks)
 
     def __rmatmul__(self, rows: Tensor) -> Tensor:
