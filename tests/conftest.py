@@ -37,15 +37,11 @@ from web_page import open_tab, page_folder, page_process  # noqa: E402, F401, fi
 
 
 @pytest.fixture(autouse=True, scope="session")
-def private_cache(tmp_path_factory):
-    """Statistics made by tests stay with the tests."""
+def private_cache(request, tmp_path_factory):
+    """Statistics made by tests stay with the tests; converted models stay from one run of them to the next."""
     os.environ["REKNOW_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def kept_models(request, private_cache):
-    """The cache keeps converted models from one run of the tests to the next."""
-    (cache_folder() / MODELS).symlink_to(request.config.cache.mkdir(MODELS))
+    if cache := getattr(request.config, "cache", None):
+        (cache_folder() / MODELS).symlink_to(cache.mkdir(MODELS))
 
 
 def opened(name: str, **options) -> LM:
@@ -59,12 +55,12 @@ def opened(name: str, **options) -> LM:
 
 
 @pytest.fixture(scope="session")
-def smollm2(kept_models) -> LM:
+def smollm2() -> LM:
     return opened("smollm2")
 
 
 @pytest.fixture(scope="session")
-def gemma3(kept_models) -> LM:
+def gemma3() -> LM:
     return opened("gemma3")
 
 

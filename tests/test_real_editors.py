@@ -41,5 +41,5 @@ def test_it_edits_facts_that_it_has_not_read(name, cases, smollm2):
     assert weight_bits(smollm2.model) == bits
 
 
-def test_it_fits_the_model_in_another_dtype(cases, kept_models):
+def test_it_fits_the_model_in_another_dtype(cases):
     assert method("mend").edit(opened("smollm2", dtype=torch.bfloat16), [cases[0].edit]).deltas

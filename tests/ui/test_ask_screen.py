@@ -97,7 +97,7 @@ def test_what_cannot_be_asked_goes_back_to_who_wrote_it(open_tab):
 
 
 @pytest.mark.real
-def test_a_chat_model_talks_and_knows_what_was_said(kept_models, open_tab):
+def test_a_chat_model_talks_and_knows_what_was_said(open_tab):
     tab = open_tab()
     tab.fill("#model input", "demo:smollm2")
     tab.press("#model input", "Enter")

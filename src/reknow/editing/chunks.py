@@ -110,7 +110,8 @@ def find_states(
         delta, course = _search(lm, text, deltas[len(deltas) - number :], layer, search)
         deltas.append(delta)
         losses.append(course)
-    return states_now(lm, texts, lm.parts.blocks[layer]) + exact(torch.stack(deltas)), losses
+    now = states_now(lm, texts, lm.parts.blocks[layer])
+    return now + exact(torch.stack(deltas)).to(now.device), losses
 
 
 def _search(
