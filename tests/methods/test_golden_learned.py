@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +23,26 @@ from reknow.model.tokens import Text
 pytestmark = pytest.mark.golden
 
 
+def mend_shape(kind: str) -> str:
+    """A group of matrices by the authors' name."""
+    out, inside = map(int, kind.split("x"))
+    return f"({inside}, {out})"
+
+
+def mend_statistics(tensors: dict[str, torch.Tensor], prefix: str) -> tuple[torch.Tensor, ...]:
+    """Mean and sum of squares of [u; δ]."""
+    return tuple(torch.cat([tensors[f"{prefix}{side}_{name}"] for side in "uv"]) for name in ("mean", "s"))
+
+
+def mend_names(network: GradientNetwork) -> Iterator[tuple[torch.nn.Parameter, str]]:
+    """The parameters of the blocks with their names in the authors' code."""
+    names = {"left": "u", "right": "v", "bias": "bias", "scale": "mode_scale.weight", "shift": "mode_shift.weight"}
+    for kind, transform in network.transforms.items():
+        for i, block in enumerate(transform.blocks):
+            for name, other in names.items():
+                yield getattr(block, name), f"{mend_shape(kind)}.mlp.layers.{i}.{other}"
+
+
 def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "mend.json").read_text()), load_file(GOLDEN / "mend.safetensors")
@@ -38,18 +59,12 @@ def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
 
     # Their parameters: one bias, scale and shift per layer of the network.
     with torch.no_grad():
-        for kind in ("40x32", "32x40"):
-            out, inside = map(int, kind.split("x"))
-            transform, prefix = network.transforms[kind], f"network/({inside}, {out})."
-            mean, squares = (
-                torch.cat([theirs[f"{prefix}u_{name}"], theirs[f"{prefix}v_{name}"]]) for name in ("mean", "s")
-            )
-            assert float(transform.norm.count) == float(theirs[f"{prefix}k"])
+        for kind, transform in network.transforms.items():
+            mean, squares = mend_statistics(theirs, f"network/{mend_shape(kind)}.")
+            assert float(transform.norm.count) == float(theirs[f"network/{mend_shape(kind)}.k"])
             assert close(transform.norm.mean, mean) and close(transform.norm.squares, squares)
-            for i, block in enumerate(transform.blocks):
-                names = {"left": "u", "right": "v", "bias": "bias", "scale": "mode_scale.weight"}
-                for name, other in (names | {"shift": "mode_shift.weight"}).items():
-                    getattr(block, name).copy_(theirs[f"{prefix}mlp.layers.{i}.{other}"])
+        for own, name in mend_names(network):
+            own.copy_(theirs[f"network/{name}"])
         unit = torch.tensor([float(lm.weight(name).square().mean().sqrt()) for name in network.names])
         network.step.copy_(-theirs["edit_lrs"] / unit)  # they add, the paper and we subtract
 
