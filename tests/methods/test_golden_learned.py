@@ -23,7 +23,7 @@ from reknow.model.tokens import Text
 pytestmark = pytest.mark.golden
 
 
-def mend_shape(kind: str) -> str:
+def shape_of(kind: str) -> str:
     """A group of matrices by the authors' name."""
     out, inside = map(int, kind.split("x"))
     return f"({inside}, {out})"
@@ -40,7 +40,7 @@ def mend_names(network: GradientNetwork) -> Iterator[tuple[torch.nn.Parameter, s
     for kind, transform in network.transforms.items():
         for i, block in enumerate(transform.blocks):
             for name, other in names.items():
-                yield getattr(block, name), f"{mend_shape(kind)}.mlp.layers.{i}.{other}"
+                yield getattr(block, name), f"{shape_of(kind)}.mlp.layers.{i}.{other}"
 
 
 def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
@@ -60,8 +60,8 @@ def test_mend_transforms_gradients_as_the_authors_do(tmp_path):
     # Their parameters: one bias, scale and shift per layer of the network.
     with torch.no_grad():
         for kind, transform in network.transforms.items():
-            mean, squares = mend_statistics(theirs, f"network/{mend_shape(kind)}.")
-            assert float(transform.norm.count) == float(theirs[f"network/{mend_shape(kind)}.k"])
+            mean, squares = mend_statistics(theirs, f"network/{shape_of(kind)}.")
+            assert float(transform.norm.count) == float(theirs[f"network/{shape_of(kind)}.k"])
             assert close(transform.norm.mean, mean) and close(transform.norm.squares, squares)
         for own, name in mend_names(network):
             own.copy_(theirs[f"network/{name}"])
@@ -153,6 +153,15 @@ def test_ke_reads_an_edit_as_the_authors_do():
         assert close(left[0].T @ right[0], theirs[f"delta/{name}"]), name
 
 
+def malmen_names(network: MALMENNetwork) -> Iterator[tuple[torch.nn.Parameter, str]]:
+    """The parameters of the blocks with their names in the authors' code."""
+    names = {"down": "A", "up": "B", "bias": "bias", "scale": "scale.weight", "shift": "shift.weight"}
+    for kind, blocks in network.transforms.items():
+        for i, block in enumerate(blocks):
+            for name, other in names.items():
+                yield getattr(block, name), f"{shape_of(kind)}.blocks.{i}.{other}"
+
+
 def test_malmen_solves_and_differentiates_as_the_authors_do():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "malmen.json").read_text()), load_file(GOLDEN / "malmen.safetensors")
@@ -167,8 +176,8 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     rows = lm.encode([Text(edit.text, edit.target_new) for edit in edits])
     factors, _ = flat_factors(lm, names, rows, answers_only=True)
     factors = {name: (k, g / len(edits)) for name, (k, g) in factors.items()}  # their loss is a mean, ours a sum
-    prefix, kind = "network/(40, 32).", "32x40"
-    norm, count = network.norms[kind], theirs[f"{prefix}normalizer.n"][0]
+    prefix = "network/(40, 32)."
+    norm, count = network.norms["32x40"], theirs[f"{prefix}normalizer.n"][0]
     norm.load_state_dict(
         {
             "count": count,
@@ -176,12 +185,10 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
             "squares": theirs[f"{prefix}normalizer.std"].square() * (count - 1),
         }
     )
-    named = {"down": "A", "up": "B", "bias": "bias", "scale": "scale.weight", "shift": "shift.weight"}
-    blocks = network.transforms[kind]
+    del network.transforms["40x32"]
     with torch.no_grad():
-        for i, block in enumerate(blocks):
-            for ours, other in named.items():
-                getattr(block, ours).copy_(theirs[f"{prefix}blocks.{i}.{other}"])
+        for own, name in malmen_names(network):
+            own.copy_(theirs[f"network/{name}"])
         network.step.copy_(theirs[f"{prefix}lr.weight"][:, 0])
         network.stiffness.copy_(theirs[f"{prefix}lamda.weight"][:, 0])
 
@@ -197,11 +204,7 @@ def test_malmen_solves_and_differentiates_as_the_authors_do():
     assert abs(loss.item() - about["loss_after"]) < 1e-3
     loss.backward()
     surrogate(network, factors, changes).backward()
-    for i, block in enumerate(blocks):
-        for ours, other in named.items():
-            gradient = getattr(block, ours).grad
-            assert close(gradient, theirs[f"gradient/{prefix.removeprefix('network/')}blocks.{i}.{other}"], 2e-3), (
-                other
-            )
+    for own, name in malmen_names(network):
+        assert close(own.grad, theirs[f"gradient/{name}"], 2e-3), name
     assert close(network.step.grad, theirs["gradient/(40, 32).lr.weight"][:, 0], 2e-3)
     assert close(network.stiffness.grad, theirs["gradient/(40, 32).lamda.weight"][:, 0], 2e-3)

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, close
-from test_golden_learned import mend_names, mend_shape, mend_statistics
+from test_golden_learned import malmen_names, mend_names, mend_statistics, shape_of
 
-from reknow import LM, MEND, Case, Edit, Probe
+from reknow import LM, MALMEN, MEND, Case, Edit, Probe
 from reknow.learning.loop import Loop
 from reknow.learning.training import Learner, Split, Training
 
@@ -25,6 +25,17 @@ def tiny() -> LM:
 
 def golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     return json.loads((GOLDEN / f"{name}.json").read_text()), load_file(GOLDEN / f"{name}.safetensors")
+
+
+def read_cases(about: dict) -> list[Case]:
+    """Edits with one paraphrase and one other fact each."""
+    return [
+        Case(
+            Edit(case["prompt"], target_new=case["answer"], rephrasings=(case["paraphrase"],)),
+            (Probe(case["other"][0], (case["other"][1],), "locality", "other"),),
+        )
+        for case in about["cases"]
+    ]
 
 
 def train(learner: Learner, lm: LM, cases: list[Case], folder: Path, training: Training) -> list[dict]:
@@ -41,13 +52,7 @@ def test_mend_learns_as_the_authors_do(tiny, run, tmp_path):
     theirs = {name.removeprefix(f"{run}/"): value for name, value in theirs.items() if name.startswith(f"{run}/")}
     start = golden("mend")[1]
     layers, count, losses = (about["runs"][run][name] for name in ("layers", "count", "losses"))
-    cases = [
-        Case(
-            Edit(case["prompt"], target_new=case["answer"], rephrasings=(case["paraphrase"],)),
-            (Probe(case["other"][0], (case["other"][1],), "locality", "other"),),
-        )
-        for case in about["cases"]
-    ]
+    cases = read_cases(about)
     size = about["batches"]
     training = Training(
         steps=len(cases) // size,
@@ -69,7 +74,7 @@ def test_mend_learns_as_the_authors_do(tiny, run, tmp_path):
             own.copy_(first[layers] if "mode" in name else first)
         network.step.copy_(-start["edit_lrs"][-len(network.names) :])
         for kind, transform in network.transforms.items():
-            prefix = f"network/{mend_shape(kind)}."
+            prefix = f"network/{shape_of(kind)}."
             mean, squares = mend_statistics(start, prefix)
             seen = start[f"{prefix}k"][0]
             squares = squares if count is None else squares * (count - 1) / (seen - 1)
@@ -87,5 +92,58 @@ def test_mend_learns_as_the_authors_do(tiny, run, tmp_path):
         assert close(sign * own.grad, theirs[f"gradient/{name}"]), name
         assert (sign * own - theirs[f"after/{name}"]).abs().max() < 2e-3 * rate, name
     for kind, transform in network.transforms.items() if count is None else ():
-        mean, squares = mend_statistics(theirs, f"after/{mend_shape(kind)}.")
+        mean, squares = mend_statistics(theirs, f"after/{shape_of(kind)}.")
         assert close(transform.norm.mean, mean) and close(transform.norm.squares, squares)
+
+
+def test_malmen_learns_as_the_authors_do(tiny, tmp_path):
+    """Two updates of four edits at once in four matrices, with statistics that hardly move."""
+    about, theirs = golden("malmen_step")
+    cases, size, count, rate = read_cases(about), about["edits"], about["count"], about["lr"]
+    training = Training(
+        steps=len(cases) // size, batch_size=size, clip_norm=about["clip"], validation=0, validate_every=1
+    )
+    method = MALMEN.paper(
+        "gpt2",
+        layers=[0, 1],
+        rank=4,
+        learning_rate=rate,
+        locality_weight=about["locality_weight"],
+        locality_facts=1,
+    )
+    learner = method.learner(tiny, Split(cases, []), training)
+    network = learner.module
+    network.groups.scale = dict.fromkeys(network.names, 1.0)  # their step size has no unit
+
+    def of_matrices(part: str, name: str) -> torch.Tensor:
+        groups = network.groups
+        return torch.stack(
+            [theirs[f"{part}/{shape_of(groups.group[n])}.{name}.weight"][groups.index[n], 0] for n in network.names]
+        )
+
+    def all_parameters(part: str):
+        yield from ((own, theirs[f"{part}/{name}"], name) for own, name in malmen_names(network))
+        yield network.step, of_matrices(part, "lr"), "lr"
+        yield network.stiffness, of_matrices(part, "lamda"), "lamda"
+
+    with torch.no_grad():
+        for own, first, _ in all_parameters("start"):
+            own.copy_(first)
+    for kind, norm in network.norms.items():
+        out, inside = map(int, kind.split("x"))
+        units = torch.cat([torch.ones(inside), torch.full((out,), float(size))])  # their loss is a mean, ours a sum
+        mean, deviation = (units * theirs[f"start/{shape_of(kind)}.normalizer.{name}"] for name in ("mean", "std"))
+        norm.load_state_dict(
+            {"count": torch.tensor(count), "mean": mean, "squares": deviation.square() * (count - 1)}
+        )
+
+    log = train(learner, tiny, cases, tmp_path, training)
+    for row, losses in zip(log, about["losses"], strict=True):
+        assert row["L_edit"] == pytest.approx(losses["gen_loss"], rel=1e-4)
+        assert row["L_loc"] == pytest.approx(losses["loc_loss"], rel=1e-4)
+    for own, gradient, name in all_parameters("gradient"):
+        assert close(own.grad, gradient, 3e-4), (
+            name
+        )  # they solve in float32, and their deviations have another epsilon
+    for own, after, name in all_parameters("after"):
+        assert (own - after).abs().max() < 2e-2 * rate, name
