@@ -18,8 +18,8 @@ def test_distances_are_in_units_of_questions_alike():
     alike = [fact.text for fact in load_facts("pararel") if fact.prompt == load_facts("pararel")[0].prompt][:8]
     rows = lm.encode([Text(text) for text in alike])
     keys, _ = prompt_states(lm, rows, lm.parts.value[1])
-    unit = distance_scale(lm, 1)
+    unit = distance_scale(lm, lm.parts.value[1])
     assert 0 < unit < 10 * float(torch.cdist(keys, keys).max())
     with lm.patched(DEFER(layer=0, steps=2).edit(lm, [Edit("The capital of Peru is", target_new="of")])):
         lm.memo.clear()
-        assert distance_scale(lm, 1) == unit, "of the base model, whatever is applied"
+        assert distance_scale(lm, lm.parts.value[1]) == unit, "of the base model, whatever is applied"

@@ -16,7 +16,14 @@ from reknow.model.tokens import Text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = json.loads((GOLDEN / "grace.json").read_text())["cases"]
-REPLACEMENT = {"replace_prompt": "before", "replace_last": "last"}
+REPLACEMENT = {"replace_prompt": "before", "replace_last": "last", "replace_all": "prompt"}
+OTHERWISE = {
+    "authors": dict(site="value"),
+    "easyedit": dict(site="value", source="easyedit"),
+    "prompt": dict(site="value", replacement="prompt"),
+    "c_fc": {},
+}
+"""By case: what is not as the authors published it for GPT-2 XL."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
@@ -25,14 +32,8 @@ def test_grace_gives_the_authors_codebook(case):
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     tensors = load_file(GOLDEN / "grace.safetensors")
     for number, wanted in enumerate(case["edits"]):
-        method = GRACE.paper(
-            "gpt2-xl",
-            source=None if case["name"] == "authors" else case["name"],
-            layer=0,
-            epsilon=4,
-            steps=12,
-            seed=number,
-        )
+        settings = dict(layer=0, epsilon=4, steps=12, seed=number) | OTHERWISE[case["name"]]
+        method = GRACE.paper("gpt2-xl", **settings)
         assert method.replacement == REPLACEMENT[case["replacement"]] and method.learning_rate == case["lr"]
         lm.apply(method.edit(lm, [Edit(wanted["prompt"], target_new=wanted["target_new"])]))
         patch = lm.patches[-1]
@@ -42,10 +43,27 @@ def test_grace_gives_the_authors_codebook(case):
     book = GRACE.running_memory(lm, lm.patches).book
     for name, found in (("keys", book.keys), ("values", book.values)):
         wanted = tensors[f"{case['name']}/{name}"]
-        assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+        assert (found - wanted).norm() <= 1e-4 * wanted.norm()
     prompts = lm.encode([Text(prompt) for prompt in case["prompts"]])
     for row, wanted in zip(prompts, tensors[f"{case['name']}/logits"], strict=True):
-        assert torch.allclose(lm.model(torch.tensor([row.ids])).logits[0, -1], wanted, atol=2e-3)
+        assert (lm.model(torch.tensor([row.ids])).logits[0, -1] - wanted).norm() <= 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_first_matrix_of_an_mlp_can_have_the_codebook_where_there_is_one(family):
+    lm, method = make_lm(family), GRACE(layer=2, site="mlp_in", steps=80)
+    one = edit("The capital of Peru is")
+    if family == "llama":
+        with pytest.raises(InputError, match=r"expected an MLP with one first matrix for site mlp_in; got .*up_proj"):
+            method.edit(lm, [one])
+        return
+    other = lm.score(["Who is Zoë Übel"], ["in"])
+    lm.apply(method.edit(lm, [one]))
+    (module,) = lm.patches[-1].memory["modules"]
+    assert module in lm.parts.mlp_in[2] and lm.score([one.text], [one.target_new])[0].correct == (True,)
+    assert lm.score(["Who is Zoë Übel"], ["in"]) == other
+    with pytest.raises(InputError, match="change layer, site or span"):
+        GRACE(layer=2).edit(lm, [edit("Who is Zoë Übel")])
 
 
 def edit(prompt: str, target: str = "of") -> Edit:

@@ -93,8 +93,8 @@ def read_hparams(file: str | Path) -> tuple[str, dict[str, Any]]:
 
     What the code there sets for every model is part of them, as in `published(row, source="easyedit")`. Not taken
     over are the text that its covariance is of (`covariance_text`, `covariance_tokens`), the precision, whether a
-    chat template is used, and `v_loss_layer`: the loss is read behind the last layer. Of `inner_params` the layer is:
-    memories stand at its value matrix.
+    chat template is used, and `v_loss_layer`: the loss is read behind the last layer. Of `inner_params` the layer is,
+    and for GRACE whether it is the MLP's first matrix (`c_fc`): other memories stand at the value matrix.
 
     Raises:
         InputError: the file cannot be read or is of another method; or a field has no counterpart.
@@ -117,6 +117,8 @@ def read_hparams(file: str | Path) -> tuple[str, dict[str, Any]]:
             # The first of a text's tokens is one of these words.
             settings["context_groups"] = [[count, length - 1] for length, count in lengths]
         settings["context_first_words"] = list(_FIRST_WORDS)
+    if form.row == "grace" and "c_fc" in str(fields.get("inner_params")):
+        settings["site"] = "mlp_in"
     if margins := fields.get("act_margin"):
         settings |= dict(zip(("alpha", "beta", "gamma"), margins, strict=True))
     return form.row, settings

@@ -75,6 +75,10 @@ class SideModuleMethod(MemoryMethod):
         """The layer that is given, or else that at `depth`."""
         return depth_layer(lm, self.depth) if self.layer is None else lm.check_layer(self.layer)
 
+    def modules(self, lm: LM, layer: int) -> list[str]:
+        """The matrices beside which it stands, the lowest first: the layer's value matrix."""
+        return [lm.parts.value[layer]]
+
     def footprint(self, lm: LM) -> Footprint:
         return Footprint([self.chosen_layer(lm)])
 
@@ -85,18 +89,15 @@ class _Prepared(NamedTuple):
     edits: list[Edit]
     layer: int
     modules: list[str]
-    """The value matrices of that layer and of those above that take part."""
+    """The matrices beside which the memory stands."""
     versions: list[Patch]
     """The memory so far, oldest first."""
     notes: dict[str, Any]
     """For the patch: `layer` and `conflicts`."""
 
 
-def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int = 1) -> _Prepared:
+def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit]) -> _Prepared:
     """The edits checked, the place found, and what is stored there. A memory that names its `modules` has one place.
-
-    Args:
-        span: how many layers take part.
 
     Raises:
         InputError: no edits, or a layer that the model lacks; or the memory stands elsewhere.
@@ -105,11 +106,12 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit], span: int =
     edits = check_edits(method, edits, lm)
     resolved = resolve_conflicts(method, conflicts(method, lm, edits))
     layer = method.chosen_layer(lm)
-    modules = list(lm.parts.value[layer : layer + span])
+    modules = method.modules(lm, layer)
     stored = versions(lm.patches, method.name)
     if stored and (there := stored[-1].memory.get("modules", modules)) != modules:
         raise InputError(
-            f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer"
+            f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer, "
+            "site or span"
         )
     return _Prepared(edits, layer, modules, stored, {"layer": layer, "conflicts": resolved})
 

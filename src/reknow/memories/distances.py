@@ -1,4 +1,4 @@
-"""What a memory compares prompts by: the input of a value matrix, and how far apart two of them are."""
+"""What a memory compares prompts by: the input of a matrix, and how far apart two of them are."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _FACTS_PER_PROMPT = 8
 """Facts asked with the same prompt that tell how far apart such questions lie."""
 
 
-def distance_scale(lm: LM, layer: int) -> float:
-    """How far apart questions of the same wording lie: root mean square distance between the inputs of the layer's
-    value matrix at the last tokens of bundled facts that differ in their subjects, on the base model. What a memory
+def distance_scale(lm: LM, module: str) -> float:
+    """How far apart questions of the same wording lie: root mean square distance between the inputs of a matrix
+    at the last tokens of bundled facts that differ in their subjects, on the base model. What a memory
     has to tell apart; in this unit distances mean much the same in every model.
     """
 
@@ -31,13 +31,12 @@ def distance_scale(lm: LM, layer: int) -> float:
             alike.setdefault(fact.prompt, []).append(fact.text)
         groups = [texts[:_FACTS_PER_PROMPT] for texts in alike.values() if len(texts) >= _FACTS_PER_PROMPT]
         rows = lm.encode([Text(text) for texts in groups for text in texts])
-        name = lm.parts.value[layer]
         with lm.unpatched():
-            keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[name]).inputs[name])
+            keys = exact(lm.read(rows, [len(row.ids) - 1 for row in rows], inputs=[module]).inputs[module])
         apart = keys.view(len(groups), _FACTS_PER_PROMPT, -1).var(1).sum(-1)  # (groups,)
         return float((2 * apart.mean()).sqrt())
 
-    return lm.cached(("distance_scale", layer), measure)
+    return lm.cached(("distance_scale", module), measure)
 
 
 def prompt_states(lm: LM, rows: Sequence[EncodedText], module: str) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from torch import Tensor
 from reknow.checks.bounds import NonNegative, Rate, Units
 from reknow.editing.descent import adam_update, descend
 from reknow.edits import Edit
+from reknow.errors import InputError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
@@ -50,7 +51,7 @@ class VersionFields(Strict):
 
 @dataclass(frozen=True)
 class GRACE(SideModuleMethod):
-    """A codebook of edits beside one value matrix."""
+    """A codebook of edits beside one matrix of an MLP."""
 
     depth: ClassVar[float] = 0.8
     """The papers' layers as a share of the depth: 35 of 48 (GPT-2 XL), 27 of 32 (Llama-2)."""
@@ -64,6 +65,9 @@ class GRACE(SideModuleMethod):
     about different subjects."""
     learning_rate: Rate = 0.3
     """Learning rate of Adam, in units of the root mean square of the matrix's output."""
+    site: Literal["value", "mlp_in"] = "value"
+    """The matrix beside which the codebook stands: the value matrix; or, as the authors have it in GPT-2 XL, the
+    MLP's first one, in a model whose MLP has no gate beside it."""
     replacement: _Replacement = "prompt"
     """Where the value is put: at all tokens of the prompt; at its last; or, as the authors' code does, at all before
     the last."""
@@ -75,17 +79,27 @@ class GRACE(SideModuleMethod):
     def name(self) -> str:
         return "grace"
 
+    def modules(self, lm: LM, layer: int) -> list[str]:
+        if self.site == "value":
+            return super().modules(lm, layer)
+        names = lm.mlp_in(layer)
+        if len(names) > 1:
+            raise InputError(
+                f"expected an MLP with one first matrix for site mlp_in; got {' and '.join(names)}: set site to value"
+            )
+        return list(names)
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, stored, notes = prepare(self, lm, edits)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, outputs = prompt_states(lm, rows, modules[0])
         width_in, width_out, device = keys.shape[1], outputs.shape[1], keys.device
         book = Codebook.of(stored, device) if stored else Codebook.empty(width_in, width_out, device)
-        scale = 1.0 if self.units == "absolute" else distance_scale(lm, layer)
+        scale = 1.0 if self.units == "absolute" else distance_scale(lm, modules[0])
         slots = [
             book.insert(key, row.target_ids, self.epsilon * scale, scale) for key, row in zip(keys, rows, strict=True)
         ]
-        notes["losses"] = self._train(lm, rows, layer, book, torch.tensor(slots, device=device), outputs)
+        notes["losses"] = self._train(lm, rows, layer, modules[0], book, torch.tensor(slots, device=device), outputs)
         changed = sorted(book.changed)
         state = {"slots": torch.tensor(changed), "keys": book.keys[changed]}
         state |= {"values": book.values[changed], "radii": book.radii[changed]}
@@ -95,11 +109,19 @@ class GRACE(SideModuleMethod):
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     def _train(
-        self, lm: LM, rows: Sequence[EncodedText], layer: int, book: Codebook, slots: Tensor, outputs: Tensor
+        self,
+        lm: LM,
+        rows: Sequence[EncodedText],
+        layer: int,
+        module: str,
+        book: Codebook,
+        slots: Tensor,
+        outputs: Tensor,
     ) -> list[float]:
         """Learns the values of the edits; gives the mean loss before every update.
 
         Args:
+            module: the matrix, in that layer.
             slots: (edits,) number of each edit's key.
             outputs: (edits, out) what the matrix gives at each prompt's last token.
         """
@@ -121,7 +143,7 @@ class GRACE(SideModuleMethod):
             values = (start + scale * delta)[value_of[answers.batch.to(value_of.device)]]
             return _replaced(context, outputs, values, torch.ones_like(answers.batch).bool(), self.replacement)
 
-        with lm.temporary_memory(self.name, Hooks({lm.parts.value[layer]: replace})), torch.enable_grad():
+        with lm.temporary_memory(self.name, Hooks({module: replace})), torch.enable_grad():
             answers = AnswerLoss(lm, rows, layer)
             update = adam_update(torch.optim.Adam([delta], lr=self.learning_rate), delta, value_of)
             passes = descend([answers.nll], update, self.steps, lambda losses: losses < self.stop_loss)

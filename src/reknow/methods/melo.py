@@ -81,8 +81,11 @@ class MELO(SideModuleMethod):
     def name(self) -> str:
         return "melo"
 
+    def modules(self, lm: LM, layer: int) -> list[str]:
+        return list(lm.parts.value[layer : layer + self.span])
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits, layer, modules, stored, notes = prepare(self, lm, edits, self.span)
+        edits, layer, modules, stored, notes = prepare(self, lm, edits)
         rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, _ = prompt_states(lm, rows, modules[0])
         first, size = sum(patch.memory["opened"] for patch in stored), self.block_size
@@ -96,8 +99,8 @@ class MELO(SideModuleMethod):
             state[f"up.{module}"] = torch.stack([factors[i][1] for factors, _ in trained])
         memory = {
             "modules": modules,
-            "unit": distance_scale(lm, layer),
-            "radius": self.radius * distance_scale(lm, layer),
+            "unit": distance_scale(lm, modules[0]),
+            "radius": self.radius * distance_scale(lm, modules[0]),
             "opened": len(trained),
             "labels": [list(row.target_ids) for row in rows],
             "blocks": [first + i // size for i in range(len(rows))],

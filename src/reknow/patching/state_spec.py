@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -102,14 +103,14 @@ def _agree(sizes: dict[str, int], dimension: str, size: Any, where: str) -> None
 
 
 def check_matrix(lm: Decoder, name: str, tensors: Mapping[str, tuple[Tensor, int]]) -> None:
-    """Raises PatchError where `name` is no value matrix of the model, or of other sizes than the tensors.
+    """Raises PatchError where `name` is no matrix of an MLP of the model, or of other sizes than the tensors.
 
     Args:
         tensors: "in" or "out" → a tensor, and which of its dimensions has to be that of the matrix.
     """
-    if name not in lm.parts.value:
+    if name not in lm.parts.value and name not in chain.from_iterable(lm.parts.mlp_in):
         raise PatchError(
-            f"expected a memory that fits {lm.name}; got one beside {name!r}, which is no value matrix of it: load "
+            f"expected a memory that fits {lm.name}; got one beside {name!r}, which is no matrix of its MLPs: load "
             "the model on which it was made"
         )
     sizes: dict[str, int] = dict(zip(("out", "in"), lm.weight(name).shape, strict=True))
