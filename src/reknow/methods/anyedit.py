@@ -22,6 +22,7 @@ from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.chunks import ChunkedText, ChunkSearch, cut_answers, find_states, states_now
 from reknow.editing.factors import keep_statistics, whitening
 from reknow.editing.layers import resolve_layers
+from reknow.editing.papers_layers import band_around, depth_layer
 from reknow.editing.solvers import least_squares
 from reknow.edits import Edit
 from reknow.errors import ModelError
@@ -32,6 +33,8 @@ from reknow.model.tokens import make_batches
 from reknow.patching.deltas import Delta, as_delta
 from reknow.patching.patches import Patch
 
+_DEPTH = 6 / 31
+
 
 @dataclass(frozen=True, kw_only=True)
 class AnyEdit(ChunkSearch, Method):
@@ -39,7 +42,8 @@ class AnyEdit(ChunkSearch, Method):
 
     chunk_tokens: Number | None = 20
     layers: tuple[int, ...] | None = None
-    """Layers whose value matrices are changed; None: a sixth of the model, five at most, around `suggest_layer`."""
+    """Layers whose value matrices are changed; None: a sixth of the model, five at most, around the papers' depth, 6
+    of 32."""
     regularization: NonNegative = 0.1
     """λ in units of the keys' mean kᵀC⁻¹k: by itself a chunk gets 1 / (1 + this) of its change in a layer. Not read
     where `covariance_weight` is given."""
@@ -63,7 +67,8 @@ class AnyEdit(ChunkSearch, Method):
                 f"take {others}"
             )
         edits = check_edits(self, edits, lm)
-        layers, texts = resolve_layers(lm, self.layers), cut_answers(lm, edits, self)
+        own = band_around(lm, depth_layer(lm, _DEPTH)) if self.layers is None else self.layers
+        layers, texts = resolve_layers(lm, own), cut_answers(lm, edits, self)
         z, losses = find_states(lm, texts, layers[-1], self)
         keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
         deltas: dict[str, Delta] = {}
