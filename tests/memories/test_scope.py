@@ -13,13 +13,14 @@ from conftest import make_lm, some_patch
 from reknow.memories.serac.scope import AttentionPooling, Cross, log_in_scope, scope_loss
 from reknow.memories.serac.states import StateCache, token_states
 
-GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "serac.json").read_text())
+GOLDEN = Path(__file__).parent.parent / "golden"
+VECTORS = json.loads((GOLDEN / "serac.json").read_text())
 QUESTION = "Where is the capital of Danielle Darrieux ? It is in"
 
 
-@pytest.mark.parametrize("case", [c for c in GOLDEN["cases"] if c["cos"] or c["square"]], ids=str)
+@pytest.mark.parametrize("case", [c for c in VECTORS["cases"] if c["cos"] or c["square"]], ids=str)
 def test_scope_loss_is_the_authors(case):
-    edits, inputs = (torch.tensor(GOLDEN[name], requires_grad=True) for name in ("edits", "inputs"))
+    edits, inputs = (torch.tensor(VECTORS[name], requires_grad=True) for name in ("edits", "inputs"))
     log_p = log_in_scope(inputs, edits, cosine=case["cos"])
     torch.testing.assert_close(log_p, torch.tensor(case["log_p"]), rtol=1e-4, atol=1e-5)
     outside = log_p[3:].flatten() if case["all_negatives"] else log_p[3:].diag()
@@ -61,6 +62,15 @@ def test_states_are_read_once_while_there_is_room(limit):
         assert torch.equal(real, mask)
         torch.testing.assert_close(found[real], expected[mask], rtol=1e-3, atol=2e-3)
     assert asked == [[QUESTION, "Lima"]] if limit > 1 else len(asked) == 2
+
+
+def test_an_encoder_is_the_same_however_often_it_is_loaded():
+    """Even where its checkpoint lacks weights that nobody reads here, and that are drawn when it is loaded."""
+    digests = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        digests.append(token_states(make_lm(), str(GOLDEN / "tiny_bert")).digest)
+    assert digests[0] == digests[1]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reknow.errors import InputError
+from reknow.learning.loop import seeded
 from reknow.lm import LM
 from reknow.memories.embedding import encode_ends
 from reknow.model.fingerprint import Fingerprint
@@ -105,7 +106,8 @@ class _EncoderStates:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model = AutoModel.from_pretrained(name, dtype=torch.float32)
+            with seeded("encoder"):  # a pooler that a checkpoint lacks is drawn, and is part of the digest
+                self._model = AutoModel.from_pretrained(name, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"expected a Hugging Face encoder; {name!r} cannot be loaded ({error}): give its folder, or leave it "
