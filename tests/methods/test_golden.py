@@ -113,16 +113,5 @@ def test_fine_tuning_follows_the_authors_steps(models, name):
     edits = [Edit(r["prompt"], subject=r["subject"], target_new=r["target_new"]) for r in case["requests"]]
     patch = method.edit(lm, edits)
     (delta,) = patch.deltas.values()
-    if case["model"] == "llama":
-        assert patch.notes["losses"] == pytest.approx(case["losses"], rel=1e-4)
-        assert delta.norm() == pytest.approx(next(iter(case["delta_norm"].values())), rel=1e-3)
-    else:
-        # Their filter of names trains GPT-2's bias as well, so only the first loss is the same to the last digit.
-        assert patch.notes["losses"][0] == pytest.approx(case["losses"][0], rel=1e-5)
-        assert patch.notes["losses"] == pytest.approx(case["losses"], rel=1e-2)
-        assert delta.norm() == pytest.approx(next(iter(case["delta_norm"].values())), rel=2e-2)
-    rows = load_file(GOLDEN / "ft.safetensors").get(f"{name}/rows")
-    if rows is not None:
-        ours = delta.dense()[: len(rows)]
-        cosine = (ours * rows).sum() / ours.norm() / rows.norm()
-        assert cosine > (0.9999 if case["model"] == "llama" else 0.98)
+    assert patch.notes["losses"] == pytest.approx(case["losses"], rel=1e-5)
+    assert close(delta.dense(), load_file(GOLDEN / "ft.safetensors")[name])
