@@ -22,6 +22,17 @@ def test_an_example_holds_as_many_other_facts_as_are_asked_for():
         assert len({text.prompt for text in example.out_of_scope}) == expected
 
 
+@pytest.mark.parametrize(
+    ("edit_texts", "expected"), [("both", ["prompt", "other"]), ("prompt", ["prompt"]), ("paraphrase", ["other"])]
+)
+def test_what_must_be_answered_as_the_edit_asks(edit_texts, expected):
+    fact = Probe("The sun is", ("hot",), "locality", "other")
+    for rephrasings, found in ((("other",), expected), ((), ["prompt"])):
+        edit = Edit("prompt", target_new="Paris", rephrasings=rephrasings)
+        (example,) = make_examples([Case(edit, (fact,))], random.Random(0), edit_texts=edit_texts)
+        assert [text.prompt for text in example.in_scope] == found
+
+
 def test_what_counts_alike_in_the_losses():
     """Long and short texts, in batches of their own: means over tokens and texts, against the rows read alone."""
     lm, layer = make_lm(), 1

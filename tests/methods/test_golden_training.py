@@ -142,8 +142,7 @@ def test_malmen_learns_as_the_authors_do(tiny, tmp_path):
         assert row["L_edit"] == pytest.approx(losses["gen_loss"], rel=1e-4)
         assert row["L_loc"] == pytest.approx(losses["loc_loss"], rel=1e-4)
     for own, gradient, name in all_parameters("gradient"):
-        assert close(own.grad, gradient, 3e-4), (
-            name
-        )  # they solve in float32, and their deviations have another epsilon
+        # They solve in float32, and their deviations have another epsilon.
+        assert close(own.grad, gradient, 3e-4), name
     for own, after, name in all_parameters("after"):
-        assert (own - after).abs().max() < 2e-2 * rate, name
+        assert (own - after).abs().max() < 5e-3 * rate, name

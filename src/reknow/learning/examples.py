@@ -25,6 +25,7 @@ from reknow.progress import progress
 
 LocalityTokens = Literal["all", "answer"]
 Averaging = Literal["tokens", "texts"]
+EditTexts = Literal["both", "prompt", "paraphrase"]
 _Edited = Callable[[Tensor], AbstractContextManager]
 """Opens the edit with which rows of text are read; the tensor says of which example each row is. (rows,)"""
 
@@ -35,7 +36,7 @@ class Example:
 
     edit: Text
     in_scope: tuple[Text, ...]
-    """Must be answered as the edit asks: its own prompt, and a paraphrase where the case has one."""
+    """Must be answered as the edit asks: its own prompt, a paraphrase where the case has one, or both."""
     out_of_scope: tuple[Text, ...]
     """Must be continued as before: other facts."""
 
@@ -50,12 +51,18 @@ def without_instructions(cases: Sequence[Case]) -> list[Case]:
 
 
 def make_examples(
-    batch: Sequence[Case], rng: random.Random, *, edits_at_once: int = 1, locality_facts: int = 1
+    batch: Sequence[Case],
+    rng: random.Random,
+    *,
+    edits_at_once: int = 1,
+    locality_facts: int = 1,
+    edit_texts: EditTexts = "both",
 ) -> list[Example]:
     """An example of each case. One paraphrase and `locality_facts` facts are drawn.
 
     Args:
         edits_at_once: cases whose edits are made together; the fact of a case among others must stay too.
+        edit_texts: which texts must be answered as the edit asks; without paraphrases always its prompt.
 
     Raises:
         InputError: nothing in the batch must stay.
@@ -63,15 +70,16 @@ def make_examples(
     examples = []
     for i, case in enumerate(batch):
         edit, own = case.edit, Text.asked(case.edit, case.edit.instructed(case.edit.text))
-        paraphrases = _paraphrases(case)
-        in_scope = [own, rng.choice(paraphrases)] if paraphrases else [own]
+        in_scope = [own] if edit_texts != "paraphrase" else []
+        paraphrases = _paraphrases(case) if edit_texts != "prompt" else []
+        in_scope += [rng.choice(paraphrases)] if paraphrases else []
         facts = [Text.of_probe(probe) for probe in case.probes if probe.kind == "locality"]
         out_of_scope = rng.sample(facts, min(len(facts), locality_facts))
         j = (i + edits_at_once) % len(batch)
         other = batch[j].edit
         if i // edits_at_once != j // edits_at_once and other.text != edit.text:
             out_of_scope.append(_before(other))
-        examples.append(Example(own, tuple(in_scope), tuple(out_of_scope)))
+        examples.append(Example(own, tuple(in_scope or [own]), tuple(out_of_scope)))
     if not any(example.out_of_scope for example in examples):
         about = batch[0].edit.id or repr(batch[0].edit.text)
         raise InputError(

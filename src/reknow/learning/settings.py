@@ -18,7 +18,15 @@ from reknow.editing.layers import resolve_layers
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
 from reknow.learning.editors import open_editor, trained_settings
-from reknow.learning.examples import Averaging, Example, ExampleBatch, LocalityTokens, make_examples, possible_texts
+from reknow.learning.examples import (
+    Averaging,
+    EditTexts,
+    Example,
+    ExampleBatch,
+    LocalityTokens,
+    make_examples,
+    possible_texts,
+)
 from reknow.learning.learned import Learned
 from reknow.learning.lower_states import LowerStates
 from reknow.learning.training import Split, Training
@@ -43,6 +51,8 @@ class MatrixEditor(Learned):
     layers: tuple[int, ...] | None = None
     """Layers whose MLP matrices are changed; None: the last three. A trained editor brings along its own, like every
     field that shapes its network."""
+    edit_texts: EditTexts = "both"
+    """In training: what must be answered as an edit asks: its prompt, a paraphrase where it has one, or both."""
     locality_facts: Annotated[Natural, Formerly("other_facts")] = 2
     """In training: facts of each case that must stay as they are."""
     locality_tokens: Annotated[LocalityTokens, Formerly("stay_at")] = "answer"
@@ -72,7 +82,8 @@ class MatrixEditor(Learned):
 
     def make_examples(self, batch: Sequence[Case], rng: random.Random, *, edits_at_once: int = 1) -> list[Example]:
         """What the cases are in training."""
-        return make_examples(batch, rng, edits_at_once=edits_at_once, locality_facts=self.locality_facts)
+        facts, texts = self.locality_facts, self.edit_texts
+        return make_examples(batch, rng, edits_at_once=edits_at_once, locality_facts=facts, edit_texts=texts)
 
     def read_examples(self, lm: LM, examples: Sequence[Example]) -> ExampleBatch:
         """Their texts, by settings that `for_model` gave."""
