@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, close
 from test_golden_learned import malmen_names, mend_names, mend_statistics, shape_of
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from reknow import LM, MALMEN, MEND, Case, Edit, Probe
+from reknow import LM, MALMEN, MEND, Case, Edit, InstructEdit, Probe
+from reknow.learning.gradient_network import TransformLearner
 from reknow.learning.loop import Loop
 from reknow.learning.training import Learner, Split, Training
 
@@ -28,10 +31,16 @@ def golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def read_cases(about: dict) -> list[Case]:
-    """Edits with one paraphrase and one other fact each."""
+    """Edits with one other fact each."""
+    more = ("task", "instruction")
     return [
         Case(
-            Edit(case["prompt"], target_new=case["answer"], rephrasings=(case["paraphrase"],)),
+            Edit(
+                case["prompt"],
+                target_new=case["answer"],
+                rephrasings=(case["paraphrase"],) if "paraphrase" in case else (),
+                **{name: case[name] for name in more if name in case},
+            ),
             (Probe(case["other"][0], (case["other"][1],), "locality", "other"),),
         )
         for case in about["cases"]
@@ -45,15 +54,13 @@ def train(learner: Learner, lm: LM, cases: list[Case], folder: Path, training: T
     return loop.run()["log"]
 
 
-@pytest.mark.parametrize("run", ["one", "two"])
-def test_mend_learns_as_the_authors_do(tiny, run, tmp_path):
-    """Two updates of two edits each. With two matrices of a shape the statistics hardly move."""
-    about, theirs = golden("mend_step")
-    theirs = {name.removeprefix(f"{run}/"): value for name, value in theirs.items() if name.startswith(f"{run}/")}
-    start = golden("mend")[1]
-    layers, count, losses = (about["runs"][run][name] for name in ("layers", "count", "losses"))
-    cases = read_cases(about)
-    size = about["batches"]
+def part(tensors: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+
+
+def check_updates(method: MEND | InstructEdit, lm: LM, cases: list[Case], about: dict, theirs: dict, folder: Path):
+    """Trains from the authors' `start`, edit after edit; compares losses, the gradient and what is learned."""
+    size, rate = about["batches"], about["lr"]
     training = Training(
         steps=len(cases) // size,
         batch_size=1,
@@ -62,38 +69,64 @@ def test_mend_learns_as_the_authors_do(tiny, run, tmp_path):
         validation=0,
         validate_every=1,
     )
-    rate = about["lr"]
-    method = MEND.paper(rank=4, layers=layers, learning_rate=rate, step_size_learning_rate=rate)
     assert method.edit_weight == about["c_edit"]
-    learner = method.learner(tiny, Split(cases, []), training)
-    network = learner.module
+    method = replace(method, rank=4, learning_rate=rate, step_size_learning_rate=rate)
+    learner = method.learner(lm, Split(cases, []), training)
+    assert isinstance(learner, TransformLearner)
+    network, start = learner.module, part(theirs, "start")
     network.groups.scale = dict.fromkeys(network.names, 1.0)  # their step size has no unit
     with torch.no_grad():
         for own, name in mend_names(network):
-            first = start[f"network/{name}"]
-            own.copy_(first[layers] if "mode" in name else first)
-        network.step.copy_(-start["edit_lrs"][-len(network.names) :])
-        for kind, transform in network.transforms.items():
-            prefix = f"network/{shape_of(kind)}."
-            mean, squares = mend_statistics(start, prefix)
-            seen = start[f"{prefix}k"][0]
-            squares = squares if count is None else squares * (count - 1) / (seen - 1)
-            transform.norm.load_state_dict(
-                {"count": seen if count is None else torch.tensor(count), "mean": mean, "squares": squares}
-            )
+            own.copy_(start[name])
+        network.step.copy_(-start["edit_lrs"])  # they add what we subtract
+    count = about["count"]
+    for kind, transform in network.transforms.items():
+        of, names = shape_of(kind), ("mean", "std")
+        mean, deviation = (torch.cat([start[f"{of}.{side}_{name}"] for side in "uv"]) for name in names)
+        transform.norm.load_state_dict(
+            {"count": torch.tensor(count), "mean": mean, "squares": deviation.square() * (count - 1)}
+        )
 
-    log = train(learner, tiny, cases, tmp_path, training)
-    for i, row in enumerate(log):
-        own = losses[i * size : (i + 1) * size]
+    for i, row in enumerate(train(learner, lm, cases, folder, training)):
+        losses = about["losses"][i * size : (i + 1) * size]
         for name, other in (("L_edit", "edit"), ("L_loc", "loc")):
-            assert row[name] == pytest.approx(sum(one[other] for one in own) / size, rel=1e-4), (i, name)
-    for own, name in [*mend_names(network), (network.step, "edit_lrs")]:
-        sign = -1 if name == "edit_lrs" else 1  # they add what we subtract
-        assert close(sign * own.grad, theirs[f"gradient/{name}"]), name
-        assert (sign * own - theirs[f"after/{name}"]).abs().max() < 2e-3 * rate, name
+            assert row[name] == pytest.approx(sum(one[other] for one in losses) / size, rel=1e-4), (i, name)
+    gradient, after = part(theirs, "gradient"), part(theirs, "after")
+    for own, name in mend_names(network):
+        assert close(own.grad, gradient[name]), name
+        assert (own - after[name]).abs().max() < 2e-3 * rate, name
+    assert close(network.step.grad, -gradient["edit_lrs"])
+    assert (network.step + after["edit_lrs"]).abs().max() < 2e-3 * rate
+    return network
+
+
+@pytest.mark.parametrize("run", ["one", "two"])
+def test_mend_learns_as_the_authors_do(tiny, run, tmp_path):
+    """Two updates of two edits each. With two matrices of a shape the statistics hardly move."""
+    about, theirs = golden("mend_step")
+    theirs, known = part(theirs, run), part(golden("mend")[1], "network")
+    layers, count = about["runs"][run]["layers"], about["runs"][run]["count"]
+    seen = float(known["(32, 40).k"])
+    theirs |= {f"start/{name}": value[layers] if "mode" in name else value for name, value in known.items()}
+    theirs["start/edit_lrs"] = golden("mend")[1]["edit_lrs"][-2 * len(layers) :]
+    about |= {"losses": about["runs"][run]["losses"], "count": seen if count is None else count}
+    network = check_updates(MEND.paper(layers=layers), tiny, read_cases(about), about, theirs, tmp_path)
     for kind, transform in network.transforms.items() if count is None else ():
         mean, squares = mend_statistics(theirs, f"after/{shape_of(kind)}.")
         assert close(transform.norm.mean, mean) and close(transform.norm.squares, squares)
+
+
+def test_instructedit_learns_as_the_authors_do(tmp_path):
+    """Two updates, each of an edit of either of two tasks behind its instruction."""
+    config = AutoConfig.from_pretrained(GOLDEN / "tiny_llama")
+    config.max_position_embeddings = 160
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "tiny_llama", config=config, dtype=torch.float32)
+    lm = LM((model, AutoTokenizer.from_pretrained(GOLDEN / "tiny_llama")))
+    about, theirs = golden("instructedit_step")
+    cases = read_cases(about)
+    for case, of in zip(cases, about["cases"], strict=True):
+        assert case.edit.instructed(case.edit.text) == of["instructed"]
+    check_updates(InstructEdit.paper(layers=[1]), lm, cases, about, theirs, tmp_path)
 
 
 def test_malmen_learns_as_the_authors_do(tiny, tmp_path):
