@@ -126,23 +126,24 @@ def test_stableedit_gives_the_authors_changes(tmp_path):
     assert close(scatter.mean / size, theirs["mean"][40:], 5e-4)
 
 
+def ke_name(name: str) -> str:
+    """The authors' name of a parameter of KE's network."""
+    part, _, rest = name.partition(".")
+    if part == "heads":
+        number, layer, kind = *rest.split(".")[:2], rest.split(".")[2:]
+        kind = {"original0": "weight_g", "original1": "weight_v"}.get(kind[-1], kind[-1])
+        return f"conditioners.m{number}_weight_conditioner.conditioners.{layer}.{kind}"
+    return f"condition.{'lstm._module' if part == 'reader' else 'linear._linear_layers.0'}.{rest}"
+
+
 def test_ke_reads_an_edit_as_the_authors_do():
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)
     about, theirs = json.loads((GOLDEN / "ke.json").read_text()), load_file(GOLDEN / "ke.safetensors")
     network = KENetwork(KE.paper(layers=[1], lstm_width=6, width=8, mlp_width=6), lm)
     assert network.names == about["matrices"]
 
-    own = network.state_dict()
-    for key, value in theirs.items():
-        if key.startswith("network/condition.lstm._module."):
-            own[key.replace("network/condition.lstm._module.", "reader.")] = value
-        elif key.startswith("network/condition.linear"):
-            own[f"summary.{key.rpartition('.')[2]}"] = value
-        elif key.startswith("network/conditioners."):
-            place, part = key.split(".")[1], ".".join(key.split(".")[-2:])
-            head = f"heads.{int(place.removeprefix('m').partition('_')[0])}."
-            new = part.replace("weight_g", "parametrizations.weight.original0")
-            own[head + new.replace("weight_v", "parametrizations.weight.original1")] = value
+    parts = {name: theirs[f"network/{ke_name(name)}"] for name, _ in network.named_parameters() if "." in name}
+    own = network.state_dict() | parts
     network.load_state_dict(own)
 
     edit = Edit(about["prompt"], target_new=about["new"], target_true=about["old"])

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_golden import GOLDEN, close
-from test_golden_learned import malmen_names, mend_names, mend_statistics, shape_of
+from test_golden_learned import ke_name, malmen_names, mend_names, mend_statistics, shape_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from reknow import LM, MALMEN, MEND, Case, Edit, InstructEdit, Probe
+from reknow import KE, LM, MALMEN, MEND, Case, Edit, InstructEdit, Probe
+from reknow.learning.examples import Losses
 from reknow.learning.gradient_network import TransformLearner
 from reknow.learning.loop import Loop
 from reknow.learning.training import Learner, Split, Training
@@ -31,8 +32,8 @@ def golden(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def read_cases(about: dict) -> list[Case]:
-    """Edits with one other fact each."""
-    more = ("task", "instruction")
+    """Edits with other facts."""
+    more = ("target_true", "task", "instruction")
     return [
         Case(
             Edit(
@@ -41,7 +42,7 @@ def read_cases(about: dict) -> list[Case]:
                 rephrasings=(case["paraphrase"],) if "paraphrase" in case else (),
                 **{name: case[name] for name in more if name in case},
             ),
-            (Probe(case["other"][0], (case["other"][1],), "locality", "other"),),
+            tuple(Probe(prompt, (answer,), "locality", "other") for prompt, answer in case["others"]),
         )
         for case in about["cases"]
     ]
@@ -179,3 +180,48 @@ def test_malmen_learns_as_the_authors_do(tiny, tmp_path):
         assert close(own.grad, gradient, 3e-4), name
     for own, after, name in all_parameters("after"):
         assert (own - after).abs().max() < 5e-3 * rate, name
+
+
+@pytest.mark.parametrize("margin", ["0.001", "100.0"])
+def test_ke_learns_as_the_authors_do(tiny, margin, tmp_path):
+    """Three updates of one edit among three other facts; KL is above the margin or below it, where λ falls to 0."""
+    about, theirs = golden("ke_step")
+    rows, cases, rate = about["runs"][margin], read_cases(about), about["lr"]
+    training = Training(steps=len(cases), batch_size=1, decay=True, validation=0, validate_every=1)
+    method = KE.paper(
+        layers=[1],
+        lstm_width=6,
+        width=8,
+        mlp_width=6,
+        max_scale=about["max_scale"],
+        margin=float(margin),
+        learning_rate=rate,
+        locality_facts=3,
+    )
+    learner = method.learner(tiny, Split(cases, []), training)
+    network = learner.module
+    start, parameters = part(golden("ke")[1], "network"), dict(network.named_parameters())
+    multiplier = parameters.pop("multiplier")
+    with torch.no_grad():
+        for name, own in parameters.items():
+            own.copy_(start[ke_name(name)])
+
+    log = train(learner, tiny, cases, tmp_path, training)
+    for row, wanted in zip(log, rows, strict=True):
+        for name, other in (("L_edit", "cr"), ("L_loc", "kl"), ("multiplier", "alpha_kl")):
+            assert row[name] == pytest.approx(wanted[other], rel=1e-4), name
+    assert max(0, multiplier.item()) == pytest.approx(rows[-1]["alpha_after"], rel=1e-4)
+    for name, own in parameters.items() if margin == "0.001" else ():
+        assert close(own.grad, theirs[f"gradient/{ke_name(name)}"]), name
+        assert (own - theirs[f"after/{ke_name(name)}"]).abs().max() < 5e-3 * rate, name
+
+
+def test_kes_margin_is_lowered_as_the_authors_do(tiny, monkeypatch):
+    about, _ = golden("ke_step")
+    case, *_ = read_cases(about)
+    learner = KE.paper(layers=[1]).learner(tiny, Split([case], [case]), Training(batch_size=1))
+    zero = torch.zeros(())
+    for success, margin in about["margins"]:
+        monkeypatch.setattr(learner, "_losses", lambda *_, share=success: Losses(zero, zero, share, 1.0))
+        learner.validate([case])
+        assert learner.module.margin.item() == pytest.approx(margin, rel=1e-6)
