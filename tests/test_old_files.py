@@ -34,8 +34,9 @@ COMMANDS: dict[str, list[str]] = EXPECTED["commands"]
 """What was interrupted → its command, which takes it up."""
 EDITORS = [name for name, words in COMMANDS.items() if words[0] == "train"]
 RUNS = list(EXPECTED["means"])
-MENDED = {"pmet"}
-"""Methods whose edits come out in another way on purpose: PMET wrote over a band more than it had searched."""
+MENDED = {"pmet", "ike-easyedit"}
+"""Methods whose edits come out in another way on purpose: PMET wrote over a band more than it had searched, and
+EasyEdit's IKE left out the nearest of the demonstrations that did not fit."""
 AGAIN = 0.01
 """How far what is computed again from the settings may be off, in nats or as a share."""
 

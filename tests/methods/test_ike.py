@@ -14,9 +14,12 @@ import pytest
 from conftest import bits, make_lm, same
 from families import tiny_model, tiny_tokenizer
 from reknow import IKE, LM, Case, Edit, Patch, Probe, method
+from reknow.datasets.cases import load_cases
 from reknow.errors import InputError, PatchError
 from reknow.memories.demonstrations import demonstrations_of, question_head
+from reknow.memories.embedding import embed_texts
 
+GOLDEN = Path(__file__).parent.parent / "golden"
 EDIT = Edit("The capital of {} is", subject="Peru", target_new="Paris", target_true="Lima")
 OTHER = Edit("Who is {}", subject="Zoë Übel", target_new="in")
 
@@ -57,7 +60,7 @@ def asked(lm: LM, *prompts: str) -> list[str]:
 
 def test_the_authors_prompt(roomy, tmp_path):
     """Which fact is of which kind they draw by chance; all else is the same."""
-    golden = json.loads((Path(__file__).parent.parent / "golden" / "ike.json").read_text())
+    golden = json.loads((GOLDEN / "ike.json").read_text(encoding="utf-8"))
     cases = [
         Case(
             Edit("The capital of {} is", subject=f"Land{i}", target_new=f"New{i}", target_true=f"Old{i}"),
@@ -78,6 +81,25 @@ def test_the_authors_prompt(roomy, tmp_path):
         assert ours[place] in known and theirs[place] in known
     assert Counter(map(golden_kind, ours[:-1])) == Counter(map(golden_kind, theirs[:-1]))
     assert question_head(edit) + "Danielle Darrieux, a native" == golden["query"]
+
+
+@pytest.mark.golden
+def test_easyedits_ranking_by_a_sentence_encoder(tmp_path):
+    """Every demonstration of real records in the order of EasyEdit's semantic search, and how similar each is."""
+    pytest.importorskip("sentence_transformers")
+    golden = json.loads((GOLDEN / "ike.json").read_text(encoding="utf-8"))["easyedit"]
+    cases = load_cases("counterfact", offset=golden["offset"])[: golden["cases"]]
+    texts = [texts[0] for case in cases for texts in demonstrations_of(case)]
+    encoder = str(GOLDEN / "tiny_bert")
+    lm = LM((tiny_model("llama", max_position_embeddings=65536), tiny_tokenizer(bos=True)))
+    ike = method("ike-easyedit", encoder=encoder, demonstrations=len(texts)).fit(lm, cases, tmp_path / "cases.jsonl")
+    edits = [Edit(each["prompt"], target_new=each["target_new"]) for each in golden["edits"]]
+    found = ike.edit(lm, edits).memory["demonstrations"]
+    vectors = embed_texts(lm, texts, encoder)
+    for edit, shown, theirs in zip(edits, found, golden["edits"], strict=True):
+        assert [texts.index(text) for text in shown] == theirs["ranking"]
+        (query,) = embed_texts(lm, [question_head(edit) + edit.text], encoder)
+        assert (vectors @ query)[theirs["ranking"]].tolist() == pytest.approx(theirs["scores"], rel=1e-5)
 
 
 def golden_kind(text: str) -> str:
@@ -102,6 +124,22 @@ def test_the_most_similar_stands_last(roomy, tmp_path):
     ]
     ike = IKE(demonstrations=6).fit(roomy, cases, tmp_path / "cases.jsonl")
     assert shown(ike.edit(roomy, [EDIT]))[-2].startswith("New Fact: The capital of Lima is Peru\n")
+
+
+def test_of_what_does_not_fit_the_nearest_stay(roomy, tmp_path):
+    lm = make_lm("gpt2")  # 128 positions
+    for mix in (None, (4, 12, 16)):
+        ike = IKE(answer_tokens=20, demonstration_mix=mix).fit(roomy, made_cases(), tmp_path / "cases.jsonl")
+        (all_of_them,) = ike._choose(lm, [EDIT])
+        kept = shown(ike.edit(lm, [EDIT]))
+        assert 0 < len(kept) < len(all_of_them)
+        assert kept == (all_of_them[: len(kept)] if mix is None else all_of_them[-len(kept) :])
+        with lm.patched(ike.edit(lm, [EDIT])):
+            texts = [asked(lm, "Danielle Darrieux speaks French . " * times)[0] for times in range(4)]
+        counts = [text.count("New Fact") - 1 for text in texts]
+        assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1], "a longer question leaves less room"
+        for text, count in zip(texts, counts, strict=True):
+            assert text.startswith("".join(kept[:count] if mix is None else kept[len(kept) - count :]))
 
 
 def test_the_variant_of_easyedit_takes_what_is_nearest(roomy, tmp_path):

@@ -61,19 +61,23 @@ def _state(edit: Edit) -> str:
     return edit.answered(edit.text, edit.target_new)
 
 
-def fit_demonstrations(lm: LM, texts: Sequence[str], question: str, answer_tokens: int) -> list[str]:
-    """The last of these texts, as many as leave positions for the question and an answer of so many tokens."""
+def fit_demonstrations(
+    lm: LM, texts: Sequence[str], question: str, answer_tokens: int, *, nearest_first: bool = False
+) -> list[str]:
+    """The last of these texts, or the first, as many as leave positions for the question and an answer of so many
+    tokens."""
     if lm.max_tokens is None or not texts:
         return list(texts)
     *encoded, question_ids = lm.tokenizer([*texts, question], add_special_tokens=True)["input_ids"]
     left = lm.max_tokens - answer_tokens - len(question_ids)
     fitting: list[str] = []
-    for text, ids in zip(reversed(texts), reversed(encoded), strict=True):
+    from_nearest = list(zip(texts, encoded, strict=True))[:: 1 if nearest_first else -1]
+    for text, ids in from_nearest:
         left -= len(ids)
         if left < 0:
             break
-        fitting.insert(0, text)
-    return fitting
+        fitting.append(text)
+    return fitting if nearest_first else fitting[::-1]
 
 
 def read_cases(path: str) -> list[Case]:

@@ -104,7 +104,7 @@ class IKE(MemoryMethod):
         lm.check_length(lm.encode([Text.asked(edit, text) for edit, text in zip(edits, prompts, strict=True)]))
         chosen = self._choose(lm, edits) if self.demonstrations else [[] for _ in edits]
         shown = [
-            fit_demonstrations(lm, texts, text, self.answer_tokens)
+            self.fit_demonstrations(lm, texts, text)
             for texts, text in zip(chosen, prompts, strict=True)
         ]
         notes["demonstrations"] = [len(texts) for texts in shown]
@@ -112,6 +112,11 @@ class IKE(MemoryMethod):
             notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"
         keys = embed_texts(lm, [edit.text for edit in edits], self.encoder)
         return memory_patch(self, lm, edits, {"keys": keys}, memory={"demonstrations": shown}, notes=notes)
+
+    def fit_demonstrations(self, lm: LM, texts: Sequence[str], prompt: str) -> list[str]:
+        """Those that leave positions for the prompt and its answer, the least similar left out."""
+        nearest_first = self.demonstration_mix is None
+        return fit_demonstrations(lm, texts, prompt, self.answer_tokens, nearest_first=nearest_first)
 
     def _choose(self, lm: LM, edits: Sequence[Edit]) -> list[list[str]]:
         """Demonstrations for each edit, in the order in which they stand in the prompt."""
@@ -184,5 +189,5 @@ class _Contexts:
         prompts = []
         for text, (edit, shown) in zip(texts, (self._edits[i] for i in nearest), strict=True):
             prompt = question_head(edit) + text
-            prompts.append("".join([*fit_demonstrations(lm, shown, prompt, self._method.answer_tokens), prompt]))
+            prompts.append("".join([*self._method.fit_demonstrations(lm, shown, prompt), prompt]))
         return prompts
