@@ -92,7 +92,8 @@ def test_easyedits_ranking_by_a_sentence_encoder(tmp_path):
     texts = [texts[0] for case in cases for texts in demonstrations_of(case)]
     encoder = str(GOLDEN / "tiny_bert")
     lm = LM((tiny_model("llama", max_position_embeddings=65536), tiny_tokenizer(bos=True)))
-    ike = method("ike-easyedit", encoder=encoder, demonstrations=len(texts)).fit(lm, cases, tmp_path / "cases.jsonl")
+    ike = IKE(demonstration_mix=None, encoder=encoder, demonstrations=len(texts))
+    ike = ike.fit(lm, cases, tmp_path / "cases.jsonl")
     edits = [Edit(each["prompt"], target_new=each["target_new"]) for each in golden["edits"]]
     found = ike.edit(lm, edits).memory["demonstrations"]
     vectors = embed_texts(lm, texts, encoder)

@@ -103,10 +103,7 @@ class IKE(MemoryMethod):
         prompts = [question_head(edit) + edit.text for edit in edits]
         lm.check_length(lm.encode([Text.asked(edit, text) for edit, text in zip(edits, prompts, strict=True)]))
         chosen = self._choose(lm, edits) if self.demonstrations else [[] for _ in edits]
-        shown = [
-            self.fit_demonstrations(lm, texts, text)
-            for texts, text in zip(chosen, prompts, strict=True)
-        ]
+        shown = [self.fit_demonstrations(lm, texts, text) for texts, text in zip(chosen, prompts, strict=True)]
         notes["demonstrations"] = [len(texts) for texts in shown]
         if notes["demonstrations"] != [len(texts) for texts in chosen]:
             notes["left_out"] = f"{lm.name} has positions for no more of {self.demonstrations} demonstrations"

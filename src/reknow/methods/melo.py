@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reknow.checks.bounds import NonNegative, Number, Rank, Rate
+from reknow.checks.bounds import NonNegative, Number, Rank, Rate, Units
 from reknow.editing.descent import adam_update
 from reknow.edits import Edit
 from reknow.errors import PatchError
@@ -76,6 +76,9 @@ class MELO(SideModuleMethod):
     learning_rate: Rate = 0.03
     """Learning rate of Adam, in units in which one step moves a matrix's output by about this many of its root mean
     squares."""
+    units: Units = "relative"
+    """`absolute`: the radius and the learning rate are plain numbers (0.5 in the paper, and 0.001 times the root of
+    the number of blocks that its code reserves), and a block's first factor starts uniform within 1/√rank."""
 
     @property
     def name(self) -> str:
@@ -97,10 +100,11 @@ class MELO(SideModuleMethod):
         for i, module in enumerate(modules):
             state[f"down.{module}"] = torch.stack([factors[i][0] for factors, _ in trained])
             state[f"up.{module}"] = torch.stack([factors[i][1] for factors, _ in trained])
+        unit = 1.0 if self.units == "absolute" else distance_scale(lm, modules[0])
         memory = {
             "modules": modules,
-            "unit": distance_scale(lm, modules[0]),
-            "radius": self.radius * distance_scale(lm, modules[0]),
+            "unit": unit,
+            "radius": self.radius * unit,
             "opened": len(trained),
             "labels": [list(row.target_ids) for row in rows],
             "blocks": [first + i // size for i in range(len(rows))],
@@ -117,8 +121,13 @@ class MELO(SideModuleMethod):
         groups = []
         for module in modules:
             inputs, outputs = prompt_states(lm, rows, module)
-            length, size = float(inputs.norm(dim=1).mean()), float(outputs.square().mean().sqrt())
-            start = torch.randn(self.rank, inputs.shape[1], generator=generator).to(inputs) / length
+            if self.units == "absolute":
+                length = size = 1.0
+                start = (2 * torch.rand(self.rank, inputs.shape[1], generator=generator) - 1) / self.rank**0.5
+            else:
+                length, size = float(inputs.norm(dim=1).mean()), float(outputs.square().mean().sqrt())
+                start = torch.randn(self.rank, inputs.shape[1], generator=generator) / length
+            start = start.to(inputs)
             down, up = start.requires_grad_(), outputs.new_zeros(outputs.shape[1], self.rank, requires_grad=True)
             block[module] = down, up
             groups.append({"params": [down], "lr": self.learning_rate / length})
