@@ -88,7 +88,9 @@ def check_updates(method: MEND | InstructEdit, lm: LM, cases: list[Case], about:
             {"count": torch.tensor(count), "mean": mean, "squares": deviation.square() * (count - 1)}
         )
 
-    for i, row in enumerate(train(learner, lm, cases, folder, training)):
+    log = train(learner, lm, cases, folder, training)
+    assert len(log) == len(cases) // size
+    for i, row in enumerate(log):
         losses = about["losses"][i * size : (i + 1) * size]
         for name, other in (("L_edit", "edit"), ("L_loc", "loc")):
             assert row[name] == pytest.approx(sum(one[other] for one in losses) / size, rel=1e-4), (i, name)
@@ -143,7 +145,6 @@ def test_malmen_learns_as_the_authors_do(tiny, tmp_path):
         rank=4,
         learning_rate=rate,
         locality_weight=about["locality_weight"],
-        locality_facts=1,
     )
     learner = method.learner(tiny, Split(cases, []), training)
     network = learner.module
