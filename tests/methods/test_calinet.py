@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from statistics import fmean
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_lm
-from reknow import CaliNet, Edit
+from reknow import LM, CaliNet, Edit
 from reknow.memories.distances import prompt_states
 from reknow.memories.slots import Slots, merge
 from reknow.methods.calinet import assess_knowledge, other_inputs
@@ -18,6 +24,30 @@ PROMPTS = ["The capital of Peru is", "I know Danielle Darrieux", "Who is Zoë Ü
 
 def edit(prompt: str, target: str = "of", **fields) -> Edit:
     return Edit(prompt, target_new=target, **fields)
+
+
+@pytest.mark.golden
+def test_slots_learn_as_the_authors_layer_does():
+    """Losses of every step of Adam, keys and values behind them, what the slots add, and the logits."""
+    golden = Path(__file__).parent.parent / "golden"
+    about, theirs = json.loads((golden / "calinet.json").read_text()), load_file(golden / "calinet.safetensors")
+    folder = golden / "tiny_gpt2"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, activation_function="relu")  # as T5
+    lm = LM((model, AutoTokenizer.from_pretrained(folder)))
+    (first, answer), (reworded, _), (second, other) = about["rows"]
+    edits = [Edit(first, target_new=answer, rephrasings=(reworded,)), Edit(second, target_new=other)]
+    own = dict(layer=0, slots=about["slots"], steps=len(about["losses"]) - 1, learning_rate=about["rate"])
+    patch = CaliNet.paper(**own).edit(lm, edits)
+    assert patch.notes["losses"] == pytest.approx([fmean(losses) for losses in about["losses"][:-1]], rel=1e-5)
+    for name in ("keys", "values"):
+        assert (patch.state[name] - theirs[name]).norm() <= 1e-4 * theirs[name].norm()
+    rows = lm.encode([Text(prompt) for prompt in about["prompts"]])
+    _, before = prompt_states(lm, rows, lm.parts.value[0])
+    with lm.patched(patch):
+        _, after = prompt_states(lm, rows, lm.parts.value[0])
+        assert torch.allclose(after - before, theirs["slots"], rtol=1e-4, atol=1e-4)
+        for row, wanted in zip(rows, theirs["logits"], strict=True):
+            assert (lm.model(torch.tensor([row.ids])).logits[0, -1] - wanted).norm() <= 1e-4 * wanted.norm()
 
 
 def test_slots_add_to_the_mlp_what_the_equation_says():
