@@ -49,7 +49,7 @@ PICTURES = (
             "r-rome": (6, 5), "rome": (-30, 6), "emmet": (8, 2), "memit": (8, -2), "alphaedit": (8, -10),
             "simie": (-31, -3), "stableedit": (-8, 7),
             "pmet": (8, -3), "ft-t": (-22, -11), "locft-bf": (8, -3), "ft-m": (7, 3), "grace": (8, -3),
-            "melo": (8, -4), "adalora": (-44, -4), "ke": (-15, 2),
+            "melo": (8, -4), "adalora": (-44, -4), "ke": (-15, 2), "memoir": (8, -4),
         },
     ),
     Picture(

@@ -64,6 +64,7 @@ QUICK: dict[str, dict] = {
     "melo": dict(layer=1, steps=2),
     "wise": dict(layer=1, steps=2, context_groups=((1, 2),), unrelated_facts=2),
     "wise-retrieve": dict(layer=1, steps=2, context_groups=((1, 2),), unrelated_facts=2, shard_size=1),
+    "memoir": dict(layer=1, steps=2, context_groups=((1, 2),)),
     "calinet": dict(layer=1, steps=2),
     "ultraedit": dict(layers=(1, 2)),
     "stableedit": dict(layers=(1, 2), warm_up_edits=8),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from reknow.methods.malmen import MALMEN
     from reknow.methods.melo import MELO
     from reknow.methods.memit import MEMIT
+    from reknow.methods.memoir import MEMOIR
     from reknow.methods.mend import MEND
     from reknow.methods.pmet import PMET
     from reknow.methods.rome import ROME

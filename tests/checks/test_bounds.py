@@ -148,6 +148,7 @@ BEYOND = {
     "rome": [("learning_rate", 0), ("steps", 10**22), ("stop_probability", 1.5), ("seed", -1)],
     "lora": [("rank", 100_000), ("rank", 0), ("alpha", 0), ("matrices", ("nowhere",)), ("matrices", ())],
     "ice": [("temperature", 0), ("consistency_weight", -1), ("targets", "both")],
+    "memoir": [("top_k", 0), ("threshold", 1.5), ("longest_gradient", 0.0), ("context_groups", ((2, 0),))],
     "wise": [("mask_ratio", 0.0), ("density", 1.5), ("shard_size", 0), ("context_groups", ((2, 0),))],
     "mend": [("rank", 2**20), ("step_size", 0), ("editor", "")],
     "ike": [("demonstration_mix", (0, -1, 2)), ("answer_tokens", 0), ("cases", "")],

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 
 from conftest import make_lm
-from reknow import DEFER, GRACE, MELO, WISE, Edit, Patch
+from reknow import DEFER, GRACE, MELO, MEMOIR, WISE, Edit, Patch
 from reknow.errors import InputError
 
 WISE_QUICK = WISE(layer=1, steps=2, context_groups=((1, 3),), unrelated_facts=2)
-SIDE = [GRACE(layer=1, steps=2), DEFER(layer=1, steps=2), MELO(layer=1, span=1, steps=2), WISE_QUICK]
+MEMOIR_QUICK = MEMOIR(layer=1, steps=2, context_groups=((1, 3),))
+SIDE = [GRACE(layer=1, steps=2), DEFER(layer=1, steps=2), MELO(layer=1, span=1, steps=2), WISE_QUICK, MEMOIR_QUICK]
 
 
 def edit(prompt: str, target: str = "of") -> Edit:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Literal
 
-from reknow.datasets.text import TextSource
+from reknow.datasets.text import TextSource, text_source
 from reknow.lm import LM
 from reknow.texts.writing import full_stop
 
-__all__ = ["sample_contexts", "text_contexts"]
+__all__ = ["general_contexts", "sample_contexts", "text_contexts"]
 
 _PARAGRAPH = 200
 """Characters of a text that is more than a heading."""
@@ -67,3 +68,12 @@ def sample_contexts(
         return ("", *texts)
 
     return lm.cached(("contexts", tuple(tuple(group) for group in groups), tuple(first_words), seed), sample)
+
+
+def general_contexts(
+    lm: LM, groups: Sequence[tuple[int, int]], source: Literal["text", "model"], *, seed: int = 0
+) -> tuple[str, ...]:
+    """`text_contexts` of the bundled text, or `sample_contexts`."""
+    if source == "text":
+        return text_contexts(lm, groups, text_source(None), seed=seed)
+    return sample_contexts(lm, groups, seed=seed)

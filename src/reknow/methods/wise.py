@@ -27,8 +27,7 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Part, Rate, Units
 from reknow.datasets.facts import load_facts
-from reknow.datasets.text import text_source
-from reknow.editing.contexts import sample_contexts, text_contexts
+from reknow.editing.contexts import general_contexts
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.files.schema import Strict
@@ -159,9 +158,7 @@ class WISE(SideModuleMethod):
 
     def contexts(self, lm: LM) -> tuple[str, ...]:
         """The texts to put before the prompt; the first is empty."""
-        if self.context_source == "text":
-            return text_contexts(lm, self.context_groups, text_source(None), seed=self.seed)
-        return sample_contexts(lm, self.context_groups, seed=self.seed)
+        return general_contexts(lm, self.context_groups, self.context_source, seed=self.seed)
 
     def _unrelated(self, edit: Edit, number: int) -> list[str]:
         """Facts about other subjects than the edit's, drawn for edit number `number`."""
