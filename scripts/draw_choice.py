@@ -46,10 +46,12 @@ PICTURES = (
         (0, 92),
         "lower left",
         {
-            "r-rome": (6, 5), "rome": (-30, 6), "emmet": (8, 2), "memit": (8, -2), "alphaedit": (8, -10),
-            "simie": (-31, -3), "stableedit": (-8, 7),
-            "pmet": (8, -3), "ft-t": (-22, -11), "locft-bf": (8, -3), "ft-m": (7, 3), "grace": (8, -3),
-            "melo": (8, -4), "adalora": (-44, -4), "ke": (-15, 2), "memoir": (8, -4),
+            "r-rome": (6, 5), "rome": (-30, 6), "simie": (-31, -3), "stableedit": (-8, 7),
+            "emmet": (-36, -6), "memit": (-34, -9), "alphaedit": (-46, -12),
+            "memit-fe": (8, 4), "betaedit": (8, 2), "sphere": (8, -7), "evoedit": (8, -9),
+            "pmet": (8, -3), "ft-t": (-22, -11), "ft-uke": (8, 2), "locft-bf": (8, -7), "ft-m": (7, 3),
+            "grace": (8, -3), "melo": (8, -4), "adalora": (-18, -12), "ke": (-15, 2), "unke": (-27, -3),
+            "memoir": (8, -4),
         },
     ),
     Picture(
