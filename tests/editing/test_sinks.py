@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import AuthorsSearch, make_lm, our_names
-from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit
+from reknow import EMMET, LM, MEMIT, PMET, ROME, AlphaEdit, Edit, method
 from reknow.editing.keys import Subjects
-from reknow.editing.sinks import NEUTRAL, avoid_sinks, first_token_is_sink
+from reknow.editing.sinks import NEUTRAL, avoid_sinks, first_token_inputs, first_token_is_sink
 from reknow.editing.solvers import rank_one
 from reknow.editing.values import find_values
 from reknow.model.tokens import EncodedText, Text
@@ -164,3 +164,40 @@ def test_the_step_has_the_unit_of_what_it_is_added_to(family):
     found = find_values(lm, [edit], 1, [""], search)
     unit = float(found.value.norm()) / found.value.shape[1] ** 0.5 / 2
     assert found.delta[0].abs().median() == pytest.approx(0.1 * unit, rel=1e-3)
+
+
+def test_what_matrices_get_at_the_first_token_is_read_where_it_is_the_same_in_all_texts():
+    sink, llama = golden_lm("sink"), golden_lm("llama")
+    assert first_token_inputs(golden_lm("gpt2"), golden_lm("gpt2").parts.value) == {}
+    for lm in (sink, llama):
+        name = lm.parts.value[-1]
+        (row,) = lm.encode([Text("Berlin is the capital of")])
+        found = first_token_inputs(lm, [name])[name]
+        there = lm.read([row], [0], inputs=[name]).inputs[name].double()
+        assert found.shape == there.shape
+        # With a token of the tokenizer's own the state is one, else nearly one.
+        assert (found - there).norm() <= (1e-6 if lm is llama else 0.5) * there.norm()
+
+
+def how_unlikely(lm: LM) -> float:
+    """Mean negative log-likelihood of the wanted answers."""
+    scored = lm.score([edit.text for edit in OTHERS], [edit.target_new for edit in OTHERS])
+    return sum(one.nll for one in scored) / len(scored)
+
+
+@pytest.mark.parametrize("name", ["ultraedit", "stableedit"])
+def test_a_gradients_change_leaves_the_first_token_alone(name):
+    """Every matrix gives there what it gave, for first tokens that were not edited; the answers still come."""
+    lm, tried = golden_lm("sink"), {"layers": (0, 1), "min_tokens": 2}
+    if name == "stableedit":
+        tried |= {"warm_up": None}
+    rows = [EncodedText(row.ids[:1], 1) for row in lm.encode([Text("English is"), Text("Because of")])]
+    names = [lm.parts.value[layer] for layer in (0, 1)]
+    before, moved, losses = lm.read(rows, [0, 0], outputs=names).outputs, [], []
+    for held in (True, False):
+        with lm.patched(method(name, **tried, hold_first_token=held).edit(lm, OTHERS)):
+            after = lm.read(rows, [0, 0], outputs=names).outputs
+            losses.append(how_unlikely(lm))
+        moved.append(max(float((after[n] - before[n]).norm() / before[n].norm()) for n in names))
+    assert moved[0] < 0.2 * moved[1]
+    assert max(losses) < how_unlikely(lm)

@@ -81,14 +81,46 @@ def first_token_is_sink(lm: LM) -> bool:
     return lm.cached(("sink",), lambda: _has_sink(lm))
 
 
-def _has_sink(lm: LM) -> bool:
-    from reknow.datasets.facts import load_facts  # loaded where a subject begins a text, which is rare
+def first_token_inputs(lm: LM, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """What linear modules of the base model get at the first token of any text, where that is one and the same: at an
+    attention sink, and at a token that the tokenizer puts there itself.
 
-    rows = lm.encode([Text(fact.text[:_CHARACTERS]) for fact in load_facts("counterfact")])
-    tokens = list(dict.fromkeys(row.ids[0] for row in rows))[:_FIRST_TOKENS]
-    before, names = rows[0].ids, list(lm.parts.value)
+    Returns:
+        Name → (1, in), float64.
+    """
+
+    def read() -> dict[str, torch.Tensor]:
+        with lm.unpatched():
+            bare = _read_bare(lm, [row.ids[0] for row in _rows(lm)], names)
+        return {
+            name: exact(keys).mean(0, keepdim=True)
+            for name, keys in bare.items()
+            if _mean_correlation(keys) >= _SAME_KEY
+        }
+
+    return lm.cached(("first token", *names), read)
+
+
+def _rows(lm: LM) -> list[EncodedText]:
+    """Texts that begin with different tokens, where the tokenizer puts none of its own there."""
+    from reknow.datasets.facts import load_facts  # loaded where it is asked, which is rare
+
+    rows: dict[int, EncodedText] = {}
+    for row in lm.encode([Text(fact.text[:_CHARACTERS]) for fact in load_facts("counterfact")]):
+        rows.setdefault(row.ids[0], row)
+    return list(rows.values())[:_FIRST_TOKENS]
+
+
+def _read_bare(lm: LM, tokens: Sequence[int], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The inputs of the modules at each token as the only one. Name → (tokens, in)"""
+    return lm.read([EncodedText((token,), 1) for token in tokens], [0] * len(tokens), inputs=list(names)).inputs
+
+
+def _has_sink(lm: LM) -> bool:
+    rows, names = _rows(lm), list(lm.parts.value)
+    tokens, before = [row.ids[0] for row in rows], rows[0].ids
     with lm.unpatched():
-        bare = lm.read([EncodedText((token,), 1) for token in tokens], [0] * len(tokens), inputs=names).inputs
+        bare = _read_bare(lm, tokens, names)
         behind = lm.read(
             [EncodedText((*before, token), len(before) + 1) for token in tokens],
             [len(before)] * len(tokens),

@@ -10,7 +10,7 @@ that moves the outputs there.
     v_i = −η ‖ĥ_i‖² ĝ_i,   ΔW = Vᵀ (H Hᵀ + λI)⁻¹ H         H: the raw h, a row per token; one batch        (§3)
 
 StableEdit warms up on other facts, so that μ and Σ mean something when the wanted ones come. The statistics travel in
-the patches, so that a later edit continues them.
+the patches, so that a later edit continues them. A first token that has one huge state in all texts is held there.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from typing import Annotated, ClassVar, Literal
 from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Units
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
-from reknow.editing.solvers import cholesky, solve
+from reknow.editing.sinks import first_token_inputs
+from reknow.editing.solvers import least_squares
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.gradients import TokenFactors, flat_factors
 from reknow.learning.lifelong import LifelongNorms, refuse_other_settings, stream_of
 from reknow.lm import LM
-from reknow.model.exact import exact
 from reknow.model.gates import gate_and_up
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Delta, as_delta, sum_deltas
@@ -85,6 +85,8 @@ class UltraEdit(Method):
     """How many of them at most."""
     warm_up_writes: bool = False
     """Edit them too, as Algorithm 1 does, in the first patch; else only their gradients enter the statistics."""
+    hold_first_token: bool = True
+    """Whether H has a row more, with v = 0, for the first token where its h is the same in all texts. Not in the papers."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -175,6 +177,7 @@ class UltraEdit(Method):
     def _batch_deltas(self, lm: LM, factors: TokenFactors, rate: float, norms: LifelongNorms) -> _Deltas:
         """ΔW of one batch's factors, which are in the statistics already."""
         deltas = {}
+        held = first_token_inputs(lm, list(factors)) if self.hold_first_token else {}
         for name, (h, g) in factors.items():
             h_hat, g_hat = norms.normalised(h, g, self.min_tokens)
             step = rate
@@ -182,9 +185,6 @@ class UltraEdit(Method):
                 output = lm.base_weight(name).float().square().mean().sqrt() * h.norm(dim=1).mean()
                 step *= float(output) / h.shape[1]
             v = -step * h_hat.square().sum(1, keepdim=True) * g_hat  # (n, out)
-            exact_h = exact(h)
-            gram = exact_h @ exact_h.T  # (n, n)
-            gram.diagonal().add_(self.ridge)
-            right = solve(cholesky(gram), exact_h.T).T  # (n, in)
+            right = least_squares(None, h, weight=self.ridge, past=held.get(name))  # (n, in)
             deltas[name] = as_delta(v, right.float().to(v.device))
         return deltas
