@@ -86,7 +86,7 @@ class UltraEdit(Method):
     warm_up_writes: bool = False
     """Edit them too, as Algorithm 1 does, in the first patch; else only their gradients enter the statistics."""
     hold_first_token: bool = True
-    """Whether H has a row more, with v = 0, for the first token where its h is the same in all texts. Not in the papers."""
+    """Whether H has a row for the first token, with v = 0, where its h is one in all texts. Not in the papers."""
 
     def __post_init__(self):
         super().__post_init__()
