@@ -18,6 +18,7 @@ VECTORS = json.loads((GOLDEN / "serac.json").read_text())
 QUESTION = "Where is the capital of Danielle Darrieux ? It is in"
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", [c for c in VECTORS["cases"] if c["cos"] or c["square"]], ids=str)
 def test_scope_loss_is_the_authors(case):
     edits, inputs = (torch.tensor(VECTORS[name], requires_grad=True) for name in ("edits", "inputs"))

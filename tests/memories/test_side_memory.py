@@ -13,6 +13,7 @@ from reknow.memories.side_memory import distance, divide, ties
 GOLDEN = json.loads((Path(__file__).parent.parent / "golden" / "wise.json").read_text())
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", GOLDEN["ties"])
 def test_ties_is_the_authors_merge(case):
     found = ties([torch.tensor(change) for change in case["changes"]], case["density"])

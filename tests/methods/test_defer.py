@@ -18,6 +18,7 @@ from reknow.model.tokens import Text
 GOLDEN = Path(__file__).parent.parent / "golden"
 
 
+@pytest.mark.golden
 def test_defer_is_adam_on_whole_matrices():
     """u, sign(x) and one number are what the authors' loop makes of two full linear maps."""
     lm = LM(GOLDEN / "tiny_gpt2", dtype=torch.float32)

@@ -26,6 +26,7 @@ OTHERWISE = {
 """By case: what is not as the authors published it for GPT-2 XL."""
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
 def test_grace_gives_the_authors_codebook(case):
     """One edit after the other: losses of every step, keys, radii, values, and the logits of the edited model."""

@@ -58,6 +58,7 @@ def asked(lm: LM, *prompts: str) -> list[str]:
     return IKE.running_memory(lm, lm.patches).prompts(lm, prompts)
 
 
+@pytest.mark.golden
 def test_the_authors_prompt(roomy, tmp_path):
     """Which fact is of which kind they draw by chance; all else is the same."""
     golden = json.loads((GOLDEN / "ike.json").read_text(encoding="utf-8"))

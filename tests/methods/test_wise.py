@@ -24,6 +24,7 @@ def edit(prompt: str, target: str = "of") -> Edit:
     return Edit(prompt, target_new=target)
 
 
+@pytest.mark.golden
 @pytest.mark.parametrize("case", GOLDEN["margins"])
 def test_margins_are_the_authors(case):
     moved = torch.tensor(case["moved"]).mean(1)  # (rows,)
