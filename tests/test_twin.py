@@ -93,7 +93,7 @@ def refusing(cls, *call):
 
 twin.Twin.__torch_dispatch__ = classmethod(refusing)
 lm = make_lm("llama")
-for name in ("rome", "memit", "alphaedit", "ft-m", "grace", "malmen"):
+for name in ("rome", "memit", "alphaedit", "ft-m", "grace", "malmen", "ultraedit", "stableedit", "memoir"):
     with lm.patched(quick(name, lm, steps=3).edit(lm, [EDIT, OTHER])):
         nll(lm, EDIT)
 print("all of it")

@@ -89,6 +89,20 @@ def test_a_file_stands_for_a_method_whose_settings_may_be_given(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("module", "site"),
+    [
+        ("model.layers[27].mlp.down_proj.weight", "value"),
+        ("transformer.h[25].mlp.fc_out.weight", "value"),
+        ("transformer.h[25].mlp.fc_in.weight", "mlp_in"),
+        ("model.layers[27].mlp.up_proj.weight", "mlp_in"),
+    ],
+)
+def test_graces_codebook_stands_where_the_file_has_it(module, site, tmp_path):
+    file = written(tmp_path, FILES["grace"].replace("transformer.h[35].mlp.c_fc.weight", module))
+    assert read_hparams(file)[1]["site"] == site
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ('alg_name: "MEND"\n', "unknown alg_name to take over 'MEND'"),
@@ -97,6 +111,8 @@ def test_a_file_stands_for_a_method_whose_settings_may_be_given(tmp_path):
             "expected replacement replace_last or replace_prompt",
         ),
         (FILES["grace"].replace("[35]", ""), "expected inner_params with the matrix of one layer"),
+        (FILES["grace"].replace("mlp.c_fc", "attn.c_proj"), "expected one matrix of an MLP as inner_params"),
+        (FILES["grace"].replace("c_fc.", "router."), "expected one matrix of an MLP as inner_params"),
         (FILES["pmet"].replace("factor: 1\n", "factor: 2\n"), "as all else is not done here"),
         (FILES["rome"] + "v_lrr: 1\n", "unknown field to take over 'v_lrr'. Did you mean 'v_lr'?"),
         (

@@ -14,6 +14,7 @@ from test_golden import GOLDEN, close
 
 import reknow.editing.covariance
 from conftest import make_lm
+from families import tiny_model, tiny_tokenizer
 from reknow import LM, MEMIT, AnyEdit, Edit, UnKE
 from reknow.datasets.text import sample_text, text_source
 from reknow.editing import triangle
@@ -22,6 +23,7 @@ from reknow.editing.chunks import cut_answers, find_states, states_now
 from reknow.editing.covariance import covariance
 from reknow.editing.refined import Refined
 from reknow.errors import ModelError, TextRefused
+from reknow.evaluation.cost import estimate
 from reknow.model.block_calls import BlockCalls
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.tokens import EncodedText, Text
@@ -220,3 +222,20 @@ def test_a_chunk_run_alone_is_the_chunk_in_its_text(family, monkeypatch):
             AnyEdit().edit(lm, [QUESTION])
     start = states_now(lm, texts, lm.parts.blocks[1])
     assert (alone - whole).norm() <= 1e-2 * (whole - start).norm()
+
+
+@pytest.mark.parametrize(
+    ("edited", "layers"),
+    [
+        (UnKE(search_steps=1, steps=1), (7,)),
+        (AnyEdit(search_steps=1, covariance_tokens=200), (4, 5, 6, 7, 8)),
+        (AnyEdit(search_steps=1, covariance_tokens=200, layers=(3, 2)), (2, 3)),
+    ],
+    ids=["unke", "anyedit-memit", "layers given"],
+)
+def test_an_estimate_names_the_layers_that_are_written(edited, layers):
+    lm = LM((tiny_model("llama", num_hidden_layers=32), tiny_tokenizer()))
+    edit = Edit("The mother tongue of Danielle Darrieux is", target_new="English")
+    foreseen = estimate(lm, edited, [edit])
+    assert (foreseen.layers, foreseen.guessed) == (layers, False)
+    assert tuple(edited.edit(lm, [edit]).notes["layers"]) == layers

@@ -86,6 +86,11 @@ _UNUSED = frozenset(
 """Where files lie, what computes, and what a method's code there does not read or is read by itself below."""
 _MODULES = ("_tmp", "_tmps", "_module")
 """Ends of fields that name a model's modules, which are found here by its structure."""
+_SITES = {
+    "value": ("down_proj", "c_proj", "fc_out", "fc2", "dense_4h_to_h", "w2"),
+    "mlp_in": ("c_fc", "fc_in", "fc1", "dense_h_to_4h", "up_proj", "gate_proj", "w1", "w3"),
+}
+"""GRACE's `site` by the name of the matrix."""
 
 
 def read_hparams(file: str | Path) -> tuple[str, dict[str, Any]]:
@@ -94,7 +99,7 @@ def read_hparams(file: str | Path) -> tuple[str, dict[str, Any]]:
     What the code there sets for every model is part of them, as in `published(row, source="easyedit")`. Not taken
     over are the text that its covariance is of (`covariance_text`, `covariance_tokens`), the precision, whether a
     chat template is used, and `v_loss_layer`: the loss is read behind the last layer. Of `inner_params` the layer is,
-    and for GRACE whether it is the MLP's first matrix (`c_fc`): other memories stand at the value matrix.
+    and for GRACE which of the MLP's matrices it is: other memories stand at the value matrix.
 
     Raises:
         InputError: the file cannot be read or is of another method; or a field has no counterpart.
@@ -117,11 +122,21 @@ def read_hparams(file: str | Path) -> tuple[str, dict[str, Any]]:
             # The first of a text's tokens is one of these words.
             settings["context_groups"] = [[count, length - 1] for length, count in lengths]
         settings["context_first_words"] = list(_FIRST_WORDS)
-    if form.row == "grace" and "c_fc" in str(fields.get("inner_params")):
-        settings["site"] = "mlp_in"
+    if form.row == "grace" and "inner_params" in fields:
+        settings["site"] = _site(file, fields["inner_params"])
     if margins := fields.get("act_margin"):
         settings |= dict(zip(("alpha", "beta", "gamma"), margins, strict=True))
     return form.row, settings
+
+
+def _site(file: str | Path, modules: Any) -> str:
+    """Beside which matrix of the MLP GRACE stands, by its name."""
+    if isinstance(modules, list) and len(modules) == 1 and "attn" not in (name := str(modules[0])):
+        last = name.removesuffix(".weight").rpartition(".")[2]
+        for site, ends in _SITES.items():
+            if last in ends:
+                return site
+    _refuse(file, "one matrix of an MLP as inner_params", repr(modules))
 
 
 def _read(file: str | Path) -> dict[str, Any]:

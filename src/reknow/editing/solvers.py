@@ -160,7 +160,7 @@ def least_squares(
     weight = float(regularization * size) if weight is None else weight
     rows = mine
     if past is not None:
-        others = exact(past.to(keys.device))
+        others = exact(past).to(mine.device)
         rows = torch.cat([mine, others if basis is None else others @ basis])
     # The smaller of two systems that are equal: (Z Zᵀ + λ)⁻¹ Z = Z (Zᵀ Z + λ)⁻¹.
     dual = len(rows) <= rows.shape[1]
@@ -187,7 +187,7 @@ def _least_squares_refined(
 ) -> Tensor:
     """`least_squares` where C⁻¹ alone is known: with Z the keys and those of the past and U = Z C⁻¹, X is what
     (U Zᵀ + λI)⁻¹ U has for the keys."""
-    rows = keys if past is None else torch.cat([keys, exact(past.to(keys.device))])
+    rows = keys if past is None else torch.cat([keys, exact(past).to(keys.device)])
     solved = basis.solve(rows)  # (rows, in)
     system = solved @ rows.T
     system = (system + system.T) / 2

@@ -56,14 +56,14 @@ class MemoryMethod(Method):
 
 @dataclass(frozen=True)
 class SideModuleMethod(MemoryMethod):
-    """A memory beside the value matrix of a layer, or of a few, which its versions share."""
+    """A memory beside a matrix of a layer's MLP, or of a few, which its versions share."""
 
     kind: ClassVar[PatchKind] = "hook"
     depth: ClassVar[float]
     """The papers' layer as a share of the depth."""
 
     layer: int | None = None
-    """Layer beside whose value matrix the memory stands; None: at the share of the depth where the papers put it."""
+    """Layer beside whose matrix the memory stands; None: at the share of the depth where the papers put it."""
     steps: Number = 100
     """Updates at most of what is trained together: an edit, a block of edits, or all edits of a call."""
     stop_loss: NonNegative = 0.05

@@ -32,6 +32,7 @@ from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import make_batches
 from reknow.patching.deltas import Delta, as_delta
 from reknow.patching.patches import Patch
+from reknow.patching.record import Footprint
 
 _DEPTH = 6 / 31
 
@@ -58,6 +59,10 @@ class AnyEdit(ChunkSearch, Method):
     def name(self) -> str:
         return "anyedit-memit"
 
+    def footprint(self, lm: LM) -> Footprint:
+        band = band_around(lm, depth_layer(lm, _DEPTH)) if self.layers is None else self.layers
+        return Footprint(resolve_layers(lm, band))
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         if not lm.parts.residual_identity:
             others = "anyedit or ft-uke" if lm.parts.replayable else "ft-uke"
@@ -67,8 +72,7 @@ class AnyEdit(ChunkSearch, Method):
                 f"take {others}"
             )
         edits = check_edits(self, edits, lm)
-        own = band_around(lm, depth_layer(lm, _DEPTH)) if self.layers is None else self.layers
-        layers, texts = resolve_layers(lm, own), cut_answers(lm, edits, self)
+        layers, texts = self.footprint(lm).layers, cut_answers(lm, edits, self)
         z, losses = find_states(lm, texts, layers[-1], self)
         keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
         deltas: dict[str, Delta] = {}

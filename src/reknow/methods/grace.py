@@ -67,7 +67,7 @@ class GRACE(SideModuleMethod):
     """Learning rate of Adam, in units of the root mean square of the matrix's output."""
     site: Literal["value", "mlp_in"] = "value"
     """The matrix beside which the codebook stands: the value matrix; or, as the authors have it in GPT-2 XL, the
-    MLP's first one, in a model whose MLP has no gate beside it."""
+    MLP's first one, where it is one: a gate apart from it is refused, a fused one has its share of the values."""
     replacement: _Replacement = "prompt"
     """Where the value is put: at all tokens of the prompt; at its last; or, as the authors' code does, at all before
     the last."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Units
+from reknow.checks.bounds import Formerly, Name, Natural, Number, Rate, Units
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.layers import resolve_layers
 from reknow.editing.sinks import first_token_inputs
@@ -70,7 +70,7 @@ class UltraEdit(Method):
     units: Units = "relative"
     """`relative`: η is a multiple of the outputs' root mean square, as W's entries and ‖h‖ make it; `absolute`: it is
     a plain number, as in the paper (1e-6)."""
-    ridge: NonNegative = 1.0
+    ridge: Rate = 1.0
     """λ: weight of the identity in the least squares."""
     min_tokens: Annotated[Natural, Formerly("least_tokens")] = 32
     """While fewer tokens were seen, statistics mean little: every h and g is divided by its own root mean square."""

@@ -36,6 +36,7 @@ from reknow.model.parts import matrices_of
 from reknow.model.tokens import EncodedText, Text
 from reknow.patching.deltas import Delta
 from reknow.patching.patches import Patch
+from reknow.patching.record import Footprint
 
 _DEPTH = 7 / 31
 
@@ -66,6 +67,9 @@ class UnKE(ChunkSearch, Method):
     def name(self) -> str:
         return "unke" if self.chunk_tokens is None else "anyedit"
 
+    def footprint(self, lm: LM) -> Footprint:
+        return Footprint(resolve_layers(lm, [depth_layer(lm, _DEPTH)] if self.layers is None else self.layers))
+
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         if not lm.parts.replayable:
             others = "anyedit-memit or ft-uke" if lm.parts.residual_identity else "ft-uke"
@@ -74,8 +78,7 @@ class UnKE(ChunkSearch, Method):
                 f"{lm.name} cannot: take {others}"
             )
         edits = check_edits(self, edits, lm)
-        own = [depth_layer(lm, _DEPTH)] if self.layers is None else self.layers
-        layers, texts = resolve_layers(lm, own), cut_answers(lm, edits, self)
+        layers, texts = self.footprint(lm).layers, cut_answers(lm, edits, self)
         z, losses = find_states(lm, texts, layers[-1], self)
         deltas: dict[str, Delta] = {}
         errors = []
