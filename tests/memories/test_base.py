@@ -10,6 +10,8 @@ from reknow.errors import InputError
 
 WISE_QUICK = WISE(layer=1, steps=2, context_groups=((1, 3),), unrelated_facts=2)
 MEMOIR_QUICK = MEMOIR(layer=1, steps=2, context_groups=((1, 3),))
+PLACES = {"grace": "layer or site", "melo": "layer or span"}
+"""The fields that say where a memory stands, of methods that have more than a layer."""
 SIDE = [GRACE(layer=1, steps=2), DEFER(layer=1, steps=2), MELO(layer=1, span=1, steps=2), WISE_QUICK, MEMOIR_QUICK]
 
 
@@ -21,5 +23,6 @@ def edit(prompt: str, target: str = "of") -> Edit:
 def test_one_memory_has_one_place(method, tmp_path):
     lm = make_lm()
     lm.apply(Patch.load(method.edit(lm, [edit("I know")]).save(tmp_path / "one.patch")))
-    with pytest.raises(InputError, match="where the memory is"):
+    fields = PLACES.get(method.name, "layer")
+    with pytest.raises(InputError, match=rf"where the memory is; got .*: change {fields}$"):
         type(method)(**vars(method) | {"layer": 2}).edit(lm, [edit("The capital of Peru is")])

@@ -63,7 +63,7 @@ def test_the_first_matrix_of_an_mlp_can_have_the_codebook_where_there_is_one(fam
     (module,) = lm.patches[-1].memory["modules"]
     assert module in lm.parts.mlp_in[2] and lm.score([one.text], [one.target_new])[0].correct == (True,)
     assert lm.score(["Who is Zoë Übel"], ["in"]) == other
-    with pytest.raises(InputError, match="change layer, site or span"):
+    with pytest.raises(InputError, match="change layer or site"):
         GRACE(layer=2).edit(lm, [edit("Who is Zoë Übel")])
 
 
@@ -136,6 +136,6 @@ def test_a_prompt_for_which_a_key_was_widened_is_inside_whatever_the_rounding():
     method = GRACE(layer=2, steps=60)
     lm.apply(method.edit(lm, [edit("The capital of Peru is", "of"), edit("Who is Zoë Übel", "of")]))
     assert len(lm.patches[0].state["slots"]) == 1
-    ids = torch.tensor([lm.encode([Text("Who is Zoë Übel")])[0].ids])
+    ids = torch.tensor([lm.encode([Text("Who is Zoë Übel")])[0].ids], device=lm.device)
     plain = lm.model(ids).logits[0, -1].argmax()  # transformers' own activation function, not the fused one
     assert lm.generate("Who is Zoë Übel", 1) == lm.tokenizer.decode([plain]) == " of"

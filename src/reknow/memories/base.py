@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import NonNegative, Number, Seed
+from reknow.checks.bounds import NonNegative, Number, Seed, field_types
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import Update, descend
 from reknow.editing.papers_layers import depth_layer
@@ -109,9 +109,9 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit]) -> _Prepare
     modules = method.modules(lm, layer)
     stored = versions(lm.patches, method.name)
     if stored and (there := stored[-1].memory.get("modules", modules)) != modules:
+        own = " or ".join(name for name in ("layer", "site", "span") if name in field_types(type(method)))
         raise InputError(
-            f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change layer, "
-            "site or span"
+            f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change {own}"
         )
     return _Prepared(edits, layer, modules, stored, {"layer": layer, "conflicts": resolved})
 
