@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from conftest import make_lm
 from reknow import LM, MEMOIR, Edit
 from reknow.errors import InputError
+from reknow.memories.distances import prompt_inputs
 from reknow.memories.residual_memory import TopHash, mean_inputs
 from reknow.methods import memoir
+from reknow.model.tokens import Text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 QUICK = dict(layer=1, steps=30, context_groups=((1, 3),))
@@ -35,7 +37,7 @@ def test_the_memory_is_the_authors(monkeypatch):
     about, theirs = json.loads((GOLDEN / "memoir.json").read_text()), load_file(GOLDEN / "memoir.safetensors")
     monkeypatch.setattr(memoir, "general_contexts", lambda *_, **__: tuple(about["contexts"]))
     module = lm.parts.value[about["layer"]]
-    seen = [mean_inputs(*memoir.prompt_inputs(lm, lm.encode([memoir.Text(t)]), module)) for t in about["unrelated"]]
+    seen = [mean_inputs(*prompt_inputs(lm, lm.encode([Text(t)]), module)) for t in about["unrelated"]]
     background = torch.cat(seen).mean(0)
     assert torch.allclose(background, theirs["background"], atol=1e-5)
     monkeypatch.setattr(MEMOIR, "_background", lambda *_: background)
@@ -52,7 +54,7 @@ def test_the_memory_is_the_authors(monkeypatch):
         memory = theirs[f"memory_{number}"]
         assert float((ours.weight - memory).norm() / memory.norm()) < 2e-4  # their weight decay is left out
     assert max(one["norms"][0] for one in about["edits"]) > 1 > min(one["norms"][0] for one in about["edits"])
-    rows = lm.encode([memoir.Text(one["prompt"]) for one in about["asked"]])
+    rows = lm.encode([Text(one["prompt"]) for one in about["asked"]])
     logits = [lm.model(torch.tensor([row.ids])).logits[0, -1] for row in rows]
     assert torch.allclose(torch.stack(logits), theirs["logits"], atol=2e-3)
     with lm.unpatched():
@@ -80,8 +82,9 @@ def test_a_threshold_of_zero_lets_every_prompt_in():
     lm = make_lm()
     lm.apply(MEMOIR(**QUICK, threshold=0.0).edit(lm, [edit(PROMPTS[0])]))
     memory = MEMOIR.running_memory(lm, lm.patches)
-    inputs = torch.randn(3, 2, memory.weight.shape[1])
-    opened = memory.opened(memory.hash.masks(inputs, torch.ones(3, 2, dtype=torch.bool)))
+    inputs = torch.randn(3, 2, memory.weight.shape[1]).to(memory.weight.device)
+    inside = torch.ones(3, 2, dtype=torch.bool, device=inputs.device)
+    opened = memory.opened(memory.hash.masks(inputs, inside))
     assert torch.equal(opened, memory.stored.expand(3, -1))
 
 
@@ -132,5 +135,5 @@ def test_like_prompts_have_like_masks():
     hash_ = method._hash(lm, 1, [])
     assert isinstance(hash_, TopHash)
     texts = ["The capital of Peru is", "What is the capital of Peru ? It is", "I know Danielle Darrieux"]
-    masks = hash_.masks(*memoir.prompt_inputs(lm, lm.encode([memoir.Text(t) for t in texts]), lm.parts.value[1]))
+    masks = hash_.masks(*prompt_inputs(lm, lm.encode([Text(t) for t in texts]), lm.parts.value[1]))
     assert (masks[0] & masks[1]).sum() > (masks[0] & masks[2]).sum()
