@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from conftest import make_lm
-from reknow import MEMOIR, Edit
+from reknow import MEMOIR, Edit, Patch
 from reknow.errors import PatchError
 from reknow.memories.residual_memory import ClippedDescent, ResidualMemory, TopHash, pack_masks, read_memory
 
@@ -80,3 +82,38 @@ def test_a_memory_of_another_matrix_is_refused():
         read_memory([patch], (out, width + 8))
     with pytest.raises(PatchError, match=f"expected {out + 1} x .* numbers for the masks"):
         read_memory([patch], (out + 1, width))
+
+
+@pytest.mark.parametrize("top_k", [10**6, 1])
+def test_a_memory_whose_masks_have_not_k_columns_is_refused(top_k, tmp_path):
+    lm = make_lm()
+    patch = MEMOIR(layer=1, steps=1, context_groups=(), top_k=20).edit(lm, [Edit("I know", target_new="of")])
+    text = lm.generate("I know", 2)
+    wrong = replace(patch, memory=patch.memory | {"top_k": top_k})
+    with pytest.raises(
+        PatchError, match=rf"^expected masks of {top_k} columns, the memory's top_k, in .*; got 20: edit again$"
+    ):
+        lm.apply(Patch.load(wrong.save(tmp_path / "wrong.patch")))
+    assert lm.generate("I know", 2) == text and not lm.patches
+    lm.apply(patch)
+    assert int(MEMOIR.running_memory(lm, lm.patches).stored.sum()) == 20
+
+
+def test_versions_whose_masks_have_not_one_k_are_refused():
+    lm = make_lm()
+    method = MEMOIR(layer=1, steps=1, context_groups=())
+    lm.apply(replace(method, top_k=20).edit(lm, [Edit("I know", target_new="of")]))
+    with lm.unpatched():
+        other = replace(method, top_k=30).edit(lm, [Edit("The capital of Peru is", target_new="of")])
+    with pytest.raises(PatchError, match=r"expected masks of 20 columns, the memory's top_k, in .*; got 30"):
+        lm.apply(replace(other, follows=lm.patches[0].id))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_mask_for_each_edit_or_the_memory_is_refused(rows):
+    lm = make_lm()
+    edits = [Edit("I know", target_new="of"), Edit("The capital of Peru is", target_new="in")]
+    patch = MEMOIR(layer=1, steps=1, context_groups=()).edit(lm, edits)
+    wrong = replace(patch, state=patch.state | {"masks": patch.state["masks"][[0, 1, 1]][:rows]})
+    with pytest.raises(PatchError, match=f"^expected 2 masks, one for each edit, in .*; got {rows}: edit again$"):
+        lm.apply(wrong)

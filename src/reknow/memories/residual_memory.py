@@ -17,7 +17,7 @@ from reknow.model.forward_context import ForwardContext
 from reknow.patching.memory import hook_output
 from reknow.patching.patches import Patch
 
-__all__ = ["ClippedDescent", "ResidualMemory", "TopHash", "pack_masks", "read_masks", "read_memory"]
+__all__ = ["ClippedDescent", "ResidualMemory", "TopHash", "mean_inputs", "pack_masks", "read_masks", "read_memory"]
 
 _MASKS = 1024
 """Stored masks that are compared at once, so that 15,000 of them take no more memory as floats."""
@@ -92,29 +92,42 @@ def pack_masks(masks: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(masks.cpu().numpy(), axis=1))
 
 
-def read_masks(patch: Patch, width: int) -> Tensor:
+def read_masks(patch: Patch, width: int, kept: int) -> Tensor:
     """The masks that a version stores. (edits, in), boolean
 
+    Args:
+        width: of the matrix, its inputs.
+        kept: k of the memory's masks.
+
     Raises:
-        PatchError: they are of a matrix of another width.
+        PatchError: they are of a matrix of another width, not one for each edit, or not of k columns.
     """
     packed = patch.state["masks"]
     if packed.shape[1] != -(-width // 8):
         raise PatchError(
             f"expected masks of {width} columns in {patch.label}; got others: load the model on which it was made"
         )
-    return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=width)).bool()
+    masks = torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=width)).bool()
+    if len(masks) != len(patch.edits):
+        raise PatchError(
+            f"expected {len(patch.edits)} masks, one for each edit, in {patch.label}; got {len(masks)}: edit again"
+        )
+    if wrong := {patch.memory["top_k"], *masks.sum(1).tolist()} - {kept}:
+        raise PatchError(
+            f"expected masks of {kept} columns, the memory's top_k, in {patch.label}; got {min(wrong)}: edit again"
+        )
+    return masks
 
 
 def read_memory(patches: Sequence[Patch], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """(W_m (out, in), the masks (edits, in)) of these versions: each has its change of the columns in its masks.
 
     Raises:
-        PatchError: they are of a matrix of another size.
+        PatchError: they are of a matrix of another size, or see `read_masks`.
     """
-    weight, stored = torch.zeros(*shape), []
+    weight, stored, kept = torch.zeros(*shape), [], patches[0].memory["top_k"]
     for patch in patches:
-        masks = read_masks(patch, shape[1])
+        masks = read_masks(patch, shape[1], kept)
         columns, delta = masks.any(0).nonzero()[:, 0], patch.state["delta"]
         if delta.shape != (shape[0], len(columns)):
             raise PatchError(
