@@ -6,9 +6,10 @@ of its columns, and an edit trains the columns in its own mask alone:
 
     out = W x + W_m (M(a) ⊙ x),     M(a) = π(T_k(ā − ā₀))
 
-where ā is the mean of a over the prompt's tokens, ā₀ the same of other prompts, T_k marks the k largest entries and π
-is a fixed permutation, so that edits spread over all columns. Like prompts have like masks: a question takes the mask
-of the edit whose mask shares most with its own, and no memory at all where that is less than τ of the k columns:
+where ā is the mean of a over the prompt's tokens, ā₀ the same of other prompts, T_k marks the k entries with the
+largest absolute values and π is a fixed permutation, so that edits spread over all columns. Like prompts have like
+masks: a question takes the mask of the edit whose mask shares most with its own, and no memory at all where that is
+less than τ of the k columns:
 
     R = |M(a) ∧ M(a_match)| / k;   R = 1: the edit;   τ ≤ R < 1: rephrased;   R < τ: irrelevant
 """
