@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from safetensors.torch import load_file
 
 from conftest import make_lm
 from reknow import LM, MELO, Edit
-from reknow.errors import InputError
 from reknow.model.tokens import Text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -68,19 +66,3 @@ def test_melo_has_a_block_for_every_few_edits():
         assert all(score.correct[0] for score in lm.score(PROMPTS, ["of"] * 3))
         more = method.edit(lm, [edit("Beats Music is", "in")])
         assert more.memory["blocks"] == [2]
-
-
-def test_a_memory_has_one_kind_of_units():
-    lm, method = make_lm(), MELO(layer=1, steps=2)
-    patch = method.edit(lm, [edit(PROMPTS[0])])
-    older = replace(patch, settings={name: value for name, value in patch.settings.items() if name != "units"})
-    for stored in (patch, older):
-        with lm.patched(stored):
-            with pytest.raises(InputError, match=r"expected the units that .*; got absolute: set it to relative, or"):
-                replace(method, units="absolute").edit(lm, [edit(PROMPTS[1])])
-            assert method.edit(lm, [edit(PROMPTS[1])]).memory["blocks"] == [1]
-    plain = replace(method, units="absolute")
-    with lm.patched(plain.edit(lm, [edit(PROMPTS[0])])):
-        with pytest.raises(InputError, match="got relative: set it to absolute"):
-            method.edit(lm, [edit(PROMPTS[1])])
-        assert plain.edit(lm, [edit(PROMPTS[1])]).memory["unit"] == 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -135,3 +136,32 @@ def test_a_sequence_is_not_taken_up_with_other_settings(lm, changed):
     wanted = "expected a sequence to go on with the settings of its patches.*or take it off"
     with lm.patched(UltraEdit(**SETTINGS).edit(lm, EDITS[:2])), pytest.raises(InputError, match=wanted):
         UltraEdit(**SETTINGS | changed).edit(lm, EDITS[2:])
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        (dict(warm_up=None), "warm_up"),
+        (dict(warm_up_edits=1), "warm_up_edits"),
+        (dict(warm_up_writes=True), "warm_up_writes"),
+    ],
+)
+def test_a_sequence_is_not_taken_up_as_if_it_had_been_warmed_up_otherwise(lm, changed, named, tmp_path):
+    stream = tmp_path / "stream.jsonl"
+    stream.write_text('{"prompt": "Oslo is in", "target_new": "Asia"}\n')
+    warm = UltraEdit(whiten=True, warm_up=str(stream), **SETTINGS)
+    for first, later in ((warm, replace(warm, **changed)), (replace(warm, **changed), warm)):
+        wanted = rf"got another {named}: set {named} as in patch \w+ \(stableedit: "
+        with lm.patched(first.edit(lm, EDITS[:2])), pytest.raises(InputError, match=wanted):
+            later.edit(lm, EDITS[2:])
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_warm_up_on_nothing_is_said(lm, tmp_path, writes):
+    stream = tmp_path / "stream.jsonl"
+    wanted = rf"expected other facts than the edits to warm up on, of at most {lm.max_tokens} tokens; got none in"
+    for prompt in ("word " * lm.max_tokens + "is", EDITS[0].text):
+        stream.write_text(json.dumps({"prompt": prompt, "target_new": "Asia"}))
+        warm = UltraEdit(whiten=True, warm_up=str(stream), warm_up_writes=writes, **SETTINGS)
+        with pytest.raises(InputError, match=wanted):
+            warm.edit(lm, EDITS[:2])

@@ -80,7 +80,9 @@ def test_one_memory_has_one_size_of_shards():
     """An edit's number and that size say in which shard it lies."""
     lm, quick = make_lm(), QUICK | dict(steps=2, retrieve=True)
     lm.apply(WISE(**quick, shard_size=4).edit(lm, [edit(f"The capital of Peru is {i}") for i in range(3)]))
-    with pytest.raises(InputError, match="got shard_size 1: set it to 4"):
+    with pytest.raises(
+        InputError, match="expected the shard_size that the memory was begun with; got 1: set it to 4"
+    ):
         WISE(**quick, shard_size=1).edit(lm, [edit("I know")])
     assert WISE(**quick).edit(lm, [edit("I know")]).memory["shard_size"] == 4
 

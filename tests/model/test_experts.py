@@ -237,3 +237,34 @@ def test_a_model_that_is_open_stays_so_when_it_is_refused_later():
     with pytest.raises(ModelError, match="no list of"):
         LM((lm.model, lm.tokenizer))
     assert value_of(lm).groups == 4
+
+
+class Listed(torch.nn.Module):
+    """Experts one by one, of which a token is given to some, as remote code of mixtures has them."""
+
+    def __init__(self, mlp, chosen: int):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(copy.deepcopy(mlp) for _ in range(3))
+        self.gate, self.chosen = torch.nn.Linear(32, 3, bias=False), chosen
+
+    def forward(self, states):
+        tokens = states.flatten(0, 1)
+        weights, numbers = self.gate(tokens).softmax(1).topk(self.chosen, 1)
+        values = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            rows, places = (numbers == number).nonzero(as_tuple=True)
+            values = values.index_add(0, rows, expert(tokens[rows]) * weights[rows, places, None])
+        return values.view_as(states)
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 3])
+def test_experts_that_are_kept_one_by_one_are_refused_whatever_the_configuration_says(chosen):
+    """The last one was taken for the whole MLP where each got all tokens, and passes ended in torch's own words."""
+    torch.manual_seed(0)
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = Listed(layer.mlp, chosen)
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.mlp\.experts\.\d\.down_proj is one of several, as of a mixture"
+    ):
+        LM((model, tiny_tokenizer()))

@@ -7,21 +7,27 @@ patches on the stack have.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from reknow.contract import Method, field_values
 from reknow.datasets.cases import load_cases, parse_address
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.blocks import RunningNorm
 from reknow.learning.gradients import TokenFactors
+from reknow.lm import LM
 from reknow.model.exact import exact
+from reknow.model.tokens import EncodedText, Text
 from reknow.patching.patches import Patch
 
-__all__ = ["LifelongNorms", "RunningScatter", "refuse_other_settings", "stream_of"]
+__all__ = ["LifelongNorms", "RunningScatter", "readable", "refuse_other_settings", "stream_of"]
+
+_WARM_UP = "warm_up", "warm_up_edits", "warm_up_writes"
+"""Fields that say on which facts the statistics begin."""
 
 _Norm = TypeVar("_Norm", RunningNorm, "RunningScatter")
 
@@ -147,15 +153,23 @@ class LifelongNorms:
         return state
 
 
-def refuse_other_settings(patches: Iterable[Patch], name: str, matrices: Collection[str]) -> None:
-    """Raises InputError where a patch on the stack has statistics that an edit cannot go on with: those of another
-    method than `name`, or of other matrices."""
+def refuse_other_settings(patches: Iterable[Patch], method: Method, matrices: Collection[str]) -> None:
+    """Raises InputError where a patch on the stack has statistics that an edit of these matrices cannot go on with:
+    those of another method, of other matrices, or begun on other facts."""
+    name, now = method.name, field_values(method)
+    # Where nothing is warmed up on, neither counts how much.
+    warm_up = _WARM_UP if now["warm_up"] is not None else _WARM_UP[:1]
     for patch in patches:
+        own, got = "layers, matrices and whiten", ""
         if patch.method != name or set(patch.deltas) != set(matrices):
-            got = f"got {patch.method} in {len(patch.deltas)} matrices, then {name} in {len(matrices)}"
+            got = f"{patch.method} in {len(patch.deltas)} matrices, then {name} in {len(matrices)}"
+        elif differ := [field for field in warm_up if patch.settings.get(field, now[field]) != now[field]]:
+            own = ", ".join(differ)
+            got = f"another {own}"
+        if got:
             raise InputError(
-                f"expected a sequence to go on with the settings of its patches, whose statistics it needs; {got}: "
-                f"set layers, matrices and whiten as in patch {patch.label} ({patch.id}), or take it off"
+                "expected a sequence to go on with the settings of its patches, whose statistics it needs; got "
+                f"{got}: set {own} as in {patch.label}, or take it off"
             )
 
 
@@ -165,6 +179,23 @@ def stream_of(address: str | None, count: int) -> list[Edit]:
         return []
     _, name, path = parse_address(address)
     return [edit for case in load_cases(name, path=path) for edit in case.edits][:count]
+
+
+def readable(lm: LM, stream: Sequence[Edit], address: str) -> list[EncodedText]:
+    """The facts that fit into the model's positions, as rows; raises InputError where there is none.
+
+    Args:
+        address: where they are from.
+    """
+    rows = lm.encode([Text.asked(edit) for edit in stream])
+    rows = [row for row in rows if lm.max_tokens is None or len(row.ids) <= lm.max_tokens]
+    if not rows:
+        most = "" if lm.max_tokens is None else f", of at most {lm.max_tokens} tokens"
+        raise InputError(
+            f"expected other facts than the edits to warm up on{most}; got none in {address}: name others, or leave "
+            "warm_up out"
+        )
+    return rows
 
 
 def _shape_of(h: Tensor, g: Tensor) -> str:

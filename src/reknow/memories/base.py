@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import NonNegative, Number, Seed, field_types
+from reknow.checks.bounds import NonNegative, Number, Seed, current_names, field_types
 from reknow.contract import Method, check_edits, make_patch
 from reknow.editing.descent import Update, descend
 from reknow.editing.papers_layers import depth_layer
@@ -61,6 +61,8 @@ class SideModuleMethod(MemoryMethod):
     kind: ClassVar[PatchKind] = "hook"
     depth: ClassVar[float]
     """The papers' layer as a share of the depth."""
+    for_all: ClassVar[tuple[str, ...]] = ("units",)
+    """Fields that hold for all edits of a memory, those that the method has; None: as the memory was begun."""
 
     layer: int | None = None
     """Layer beside whose matrix the memory stands; None: at the share of the depth where the papers put it."""
@@ -100,7 +102,8 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit]) -> _Prepare
     """The edits checked, the place found, and what is stored there. A memory that names its `modules` has one place.
 
     Raises:
-        InputError: no edits, or a layer that the model lacks; or the memory stands elsewhere.
+        InputError: no edits, or a layer that the model lacks; or the memory stands elsewhere, or was begun with
+            another value of a field that holds for all of it.
         EditRefused: see `check_edits` and `resolve_conflicts`.
     """
     edits = check_edits(method, edits, lm)
@@ -113,7 +116,22 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit]) -> _Prepare
         raise InputError(
             f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change {own}"
         )
+    if stored:
+        _refuse_other_settings(method, stored[-1])
     return _Prepared(edits, layer, modules, stored, {"layer": layer, "conflicts": resolved})
+
+
+def _refuse_other_settings(method: SideModuleMethod, newest: Patch) -> None:
+    """Raises InputError where the memory was begun with another value of one of the method's fields `for_all`."""
+    kind = type(method)
+    begun = current_names(kind, newest.settings) | newest.memory  # which has what was left open in the settings
+    for name in sorted(set(method.for_all) & set(field_types(kind))):
+        value, wanted = getattr(method, name), begun.get(name, getattr(kind, name))
+        if value not in (None, wanted):
+            raise InputError(
+                f"expected the {name} that the memory was begun with; got {value}: set it to {wanted}, or take the "
+                "memory off first"
+            )
 
 
 def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit]) -> list[tuple[Edit, Edit]]:

@@ -53,6 +53,7 @@ class VersionFields(Strict):
 class GRACE(SideModuleMethod):
     """A codebook of edits beside one matrix of an MLP."""
 
+    for_all: ClassVar[tuple[str, ...]] = ("units", "replacement")
     depth: ClassVar[float] = 0.8
     """The papers' layers as a share of the depth: 35 of 48 (GPT-2 XL), 27 of 32 (Llama-2)."""
     state_spec: ClassVar[StateSpec] = StateSpec(
@@ -61,8 +62,7 @@ class GRACE(SideModuleMethod):
     )
 
     epsilon: NonNegative = 0.9
-    """Radius ε of a new key, in units of the distance in that layer between questions of the same wording
-    about different subjects."""
+    """Radius ε of a new key, in units of the distance there between questions that differ in the subject alone."""
     learning_rate: Rate = 0.3
     """Learning rate of Adam, in units of the root mean square of the matrix's output."""
     site: Literal["value", "mlp_in"] = "value"

@@ -24,7 +24,7 @@ from torch import Tensor
 from reknow.checks.bounds import NonNegative, Number, Rank, Rate, Units
 from reknow.editing.descent import adam_update
 from reknow.edits import Edit
-from reknow.errors import InputError, PatchError
+from reknow.errors import PatchError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
@@ -57,6 +57,7 @@ class VersionFields(Strict):
 class MELO(SideModuleMethod):
     """LoRA blocks beside value matrices, looked up by the prompt."""
 
+    for_all: ClassVar[tuple[str, ...]] = ("units", "rank")
     depth: ClassVar[float] = 0.75
     """The papers' layers as a share of the depth: keys at 35 of 48, blocks right above (GPT-2 XL)."""
     state_spec: ClassVar[StateSpec] = StateSpec(
@@ -89,11 +90,6 @@ class MELO(SideModuleMethod):
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, stored, notes = prepare(self, lm, edits)
-        if stored and (begun := stored[-1].settings.get("units", "relative")) != self.units:
-            raise InputError(
-                f"expected the units that the memory was begun with; got {self.units}: set it to {begun}, or take "
-                "the memory off first"
-            )
         rows = lm.encode([Text.asked(edit) for edit in edits])
         keys, _ = prompt_states(lm, rows, modules[0])
         first, size = sum(patch.memory["opened"] for patch in stored), self.block_size

@@ -68,10 +68,13 @@ class MEMOIR(SideModuleMethod):
     """A residual memory beside one value matrix, a mask of its columns for each edit."""
 
     name: ClassVar[str] = "memoir"
+    for_all: ClassVar[tuple[str, ...]] = ("units", "top_k", "seed")
     depth: ClassVar[float] = 0.1
     """Where masks told paraphrases best apart; the paper's layer is at 0.85 of the depth, 27 of 32 (Llama 3)."""
     state_spec: ClassVar[StateSpec] = StateSpec(
-        {"masks": "uint8 edits bytes", "delta": "float32 out columns", "background": "float32 in"}, VersionFields
+        {"masks": "uint8 edits bytes", "delta": "float32 out columns", "background": "float32 in"},
+        VersionFields,
+        alike=("modules", "seed", "background"),
     )
 
     steps: Number = 30
@@ -120,12 +123,6 @@ class MEMOIR(SideModuleMethod):
         if kept > width:
             raise InputError(f"expected top_k of at most the {width} inputs of the matrix; got {kept}: lower it")
         if stored:
-            for name, value in {"top_k": kept, "seed": self.seed}.items():
-                if (begun := stored[-1].memory[name]) != value:
-                    raise InputError(
-                        f"expected the {name} that the memory was begun with; got {value}: set it to {begun}, or "
-                        "take the memory off first"
-                    )
             background = stored[-1].state["background"].to(lm.device_of(lm.parts.value[layer]))
         else:
             background = self._background(lm, layer)

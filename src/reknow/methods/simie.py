@@ -138,7 +138,7 @@ class SimIE(Method):
             if differ := [field for field, value in own.items() if patch.settings.get(field) != value]:
                 raise InputError(
                     f"expected a sequence to go on with the settings of its patches; got {', '.join(differ)} other "
-                    f"than in patch {patch.label} ({patch.id}): set them alike, or take it off"
+                    f"than in {patch.label}: set them alike, or take it off"
                 )
 
 

@@ -28,7 +28,7 @@ from reknow.editing.solvers import least_squares
 from reknow.edits import Edit
 from reknow.errors import InputError
 from reknow.learning.gradients import TokenFactors, flat_factors
-from reknow.learning.lifelong import LifelongNorms, refuse_other_settings, stream_of
+from reknow.learning.lifelong import LifelongNorms, readable, refuse_other_settings, stream_of
 from reknow.lm import LM
 from reknow.model.gates import gate_and_up
 from reknow.model.tokens import EncodedText, Text
@@ -114,12 +114,12 @@ class UltraEdit(Method):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, names = check_edits(self, edits, lm), self._matrices(lm)
         before = [patch for patch in lm.patches if patch.method in ("ultraedit", "stableedit")]
-        refuse_other_settings(before, self.name, names)
+        refuse_other_settings(before, self, names)
         norms, deltas, warmed = self._norms(before), _Deltas(), 0
         if not before and self.warm_up is not None:
             own = {edit.text for edit in edits}
             stream = [edit for edit in stream_of(self.warm_up, self.warm_up_edits) if edit.text not in own]
-            norms, deltas, warmed = self._warm(lm, stream, names)
+            norms, deltas, warmed = self._warm(lm, stream, self.warm_up, names)
         deltas, losses = self._write(lm, names, lm.encode([Text.asked(edit) for edit in edits]), norms, deltas)
         notes = {"layers": self.footprint(lm).layers, "losses": losses} | ({"warm_up": warmed} if warmed else {})
         return make_patch(self, lm, edits, deltas, state=norms.state(), notes=notes)
@@ -158,13 +158,13 @@ class UltraEdit(Method):
         gates = [gate_and_up(lm, layer)[0] for layer in resolve_layers(lm, self.gate_layers)]
         return [*gates, *(gate_and_up(lm, layer)[1] for layer in layers)]
 
-    def _warm(self, lm: LM, stream: Sequence[Edit], names: Sequence[str]) -> tuple[LifelongNorms, _Deltas, int]:
+    def _warm(
+        self, lm: LM, stream: Sequence[Edit], address: str, names: Sequence[str]
+    ) -> tuple[LifelongNorms, _Deltas, int]:
         """Statistics and changes of the stream, and how many of its facts fit into the model's positions."""
 
         def write() -> tuple[LifelongNorms, _Deltas, int]:
-            rows = lm.encode([Text.asked(edit) for edit in stream])
-            rows = [row for row in rows if lm.max_tokens is None or len(row.ids) <= lm.max_tokens]
-            norms = self._norms([])
+            rows, norms = readable(lm, stream, address), self._norms([])
             if self.warm_up_writes:
                 return norms, self._write(lm, names, rows, norms, {})[0], len(rows)
             norms.observe(flat_factors(lm, names, rows, answers_only=True)[0])

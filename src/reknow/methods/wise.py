@@ -29,7 +29,6 @@ from reknow.checks.bounds import Formerly, NonNegative, Number, Part, Rate, Unit
 from reknow.datasets.facts import load_facts
 from reknow.editing.contexts import general_contexts
 from reknow.edits import Edit
-from reknow.errors import InputError
 from reknow.files.schema import Strict
 from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare, train_beside
@@ -60,10 +59,13 @@ class VersionFields(Strict):
 class WISE(SideModuleMethod):
     """A side memory beside one value matrix, and routing by activation."""
 
+    for_all: ClassVar[tuple[str, ...]] = ("units", "shard_size")  # by the size an edit's number tells its shard
     depth: ClassVar[float] = 0.85
     """The papers' layer as a share of the depth: 27 of 32 (Llama-2)."""
     state_spec: ClassVar[StateSpec] = StateSpec(
-        {"distances": "float32 edits", "mask.*": "uint8 bytes.*", "delta.*": "float32 weights.*"}, VersionFields
+        {"distances": "float32 edits", "mask.*": "uint8 bytes.*", "delta.*": "float32 weights.*"},
+        VersionFields,
+        alike=("modules", "shard_size"),
     )
 
     steps: Number = 70
@@ -107,11 +109,6 @@ class WISE(SideModuleMethod):
         shape, known = lm.weight(modules[0]).shape, sum(len(patch.edits) for patch in stored)
         before = stored[-1].memory["shard_size"] if stored else None
         size, share = divide(shape.numel(), self.shard_size or before, self.mask_ratio)
-        if before not in (None, size):  # by it an edit's number tells its shard
-            raise InputError(
-                f"expected the shards that the memory was begun with; got shard_size {size}: set it to {before}, or "
-                "take the memory off first"
-            )
         shards = read_shards(stored, shape)
         state: dict[str, Tensor] = {}
         distances, notes["losses"] = [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -218,6 +219,8 @@ def _block_parts(
     if experts := [name for name in names if isinstance(model.get_submodule(name), ExpertsValue)]:
         return experts[-1], (), _before_experts(model, block, experts, [names[i] for i in wide])
     value = names[wide[-1]]
+    if len(_numbered(model, block, value)) > 1:
+        raise refusal(model, f"{value} is one of several, as of a mixture of experts that are kept one by one")
     inner, mlp = shapes[value][1], value.rpartition(".")[0]
     before = names[: wide[-1]]
     mlp_in: list[str] = []
@@ -228,6 +231,15 @@ def _block_parts(
     if len(mlp_in) not in (1, 2) or not before or shapes[before[-1]][0] != hidden:
         raise refusal(model, f"no matrices from the hidden state into the MLP were found in {block}")
     return value, tuple(mlp_in), before[-1]
+
+
+def _numbered(model: nn.Module, block: str, value: str) -> list[str]:
+    """Names of the block's matrices of the same sizes that differ from `value` by the number of a module alone."""
+
+    def kind(name: str) -> tuple[str, tuple[int, int]]:
+        return re.sub(r"\.\d+(?=\.)", ".#", name), shape(model.get_submodule(name))
+
+    return [name for name in matrices_of(model, block) if kind(name) == kind(value)]
 
 
 def _before_experts(model: PreTrainedModel, block: str, experts: Sequence[str], writers: Sequence[str]) -> str:

@@ -103,6 +103,8 @@ class ActiveMemories:
                 f"expected a memory of a method that this version of reknow has; {newest.label} is a {newest.kind} "
                 f"of {newest.method}: install the version that made it ({newest.version or 'unknown'})"
             )
+        if (spec := row.method.state_spec) is not None:
+            spec.check_versions(patches)
         try:
             return row.method.running_memory(self._lm, patches)
         except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:

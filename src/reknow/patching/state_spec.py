@@ -11,11 +11,12 @@ for a memory to fit them is checked by `check_matrix`, when the memory is put in
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, product
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from reknow.errors import PatchError
 from reknow.files.schema import FormatError, Strict, first_problem
 from reknow.files.tensors import check_tensor
 from reknow.model.decoder import Decoder
+from reknow.patching.record import PatchRecord
 
 _ANY = "…"
 """Stands for any dimensions in a description."""
@@ -48,6 +50,8 @@ class StateSpec:
     """The fields of `Patch.memory`, what a version knows besides its tensors."""
     settings: tuple[str, ...] = ()
     """Fields of the method that are dimensions of that name."""
+    alike: tuple[str, ...] = ("modules",)
+    """Fields of `memory`, and tensors, that all versions of a memory share, where they have them."""
 
     def check(
         self,
@@ -82,6 +86,19 @@ class StateSpec:
         for name in self.settings:
             if name in sizes:
                 _agree(sizes, name, settings.get(name), f"settings.{name}")
+
+    def check_versions(self, patches: Sequence[PatchRecord]) -> None:
+        """Raises PatchError where patches that are to be versions of one memory differ in what is `alike` in all."""
+        first = patches[0]
+        for patch, name in product(patches[1:], self.alike):
+            own, wanted = ({**each.state, **each.memory}.get(name) for each in (patch, first))
+            if isinstance(own, Tensor) and isinstance(wanted, Tensor):
+                own, wanted = torch.equal(own, wanted), True
+            if own != wanted:
+                raise PatchError(
+                    f"expected versions of one memory with the same {name}; got another in {patch.label} than in "
+                    f"{first.label}: make the edit again"
+                )
 
 
 def _parts(description: str) -> tuple[str, int, list[str]]:
