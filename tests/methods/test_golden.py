@@ -99,6 +99,7 @@ FINE_TUNING = {
     "ft_l_batch": ("gpt2-xl", dict(loss="last_token", layer=1, steps=4, learning_rate=2e-3, clamp=None)),
     "ft_m": ("gpt2-xl", dict(layer=0, steps=3)),
     "ft_m_batch": ("llama-2-7b", dict(layer=1, steps=4, learning_rate=2e-3, batch_size=2)),
+    "locft_bf": ("llama-3-8b", dict(layer=1, breadth_first=True)),
 }
 
 

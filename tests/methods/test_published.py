@@ -52,6 +52,26 @@ def test_no_note_is_about_a_setting_that_went_over_its_own(row, model, by):
         assert not [table for table in tables[noted + 1 :] if topic in table], topic
 
 
+@pytest.mark.parametrize("model", published_models("simie"))
+def test_simie_wraps_rome_as_the_same_repository_has_it(model):
+    base = method("simie", **published("simie", model).settings).at_work(make_lm())
+    assert base == ROME.paper(model, source="easyedit")
+
+
+def test_the_page_names_the_methods_for_which_nothing_is_published():
+    page = (Path(__file__).parents[2] / "docs" / "published.md").read_text(encoding="utf-8")
+    named = re.search(r"for every method but (.+?):", page, re.DOTALL)
+    assert named and set(re.findall(r"`(.+?)`", named[1])) == {row for row in METHODS if not settings_of(row)}
+    table = dict(re.findall(r"^\| `(\S+)` \| (.*) \|$", page, re.MULTILINE))
+    for row in filter(settings_of, METHODS):
+        assert set(published_models(row)) == set(re.findall(r"`(.+?)`", table[row])) - {"any"}, row
+
+
+def settings_of(row: str) -> bool:
+    """Whether something is published for it; tables that only say what is absent do not count."""
+    return bool(published_models(row)) or holds_for_any(row)
+
+
 def test_notes_speak_of_the_model():
     llama, xl = (" ".join(published("rome", name).notes) for name in ("llama-2-7b", "gpt2-xl"))
     assert "3 and 8 are new" in llama and "4 and 9" not in llama
