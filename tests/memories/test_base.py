@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import make_lm
-from reknow import DEFER, GRACE, MELO, MEMOIR, WISE, Edit, Patch
+from reknow import DEFER, GRACE, IKE, MELO, MEMOIR, WISE, Edit, Patch
 from reknow.errors import InputError, PatchError
 
 WISE_QUICK = WISE(layer=1, steps=2, context_groups=((1, 3),), unrelated_facts=2)
@@ -39,6 +39,7 @@ OTHERS: list[tuple[Any, dict[str, Any]]] = [
     (WISE_QUICK, {"shard_size": 3}),
     (MEMOIR_QUICK, {"top_k": 5}),
     (MEMOIR_QUICK, {"seed": 5}),
+    (IKE(demonstrations=0), {"encoder": "another"}),
 ]
 
 
@@ -55,6 +56,12 @@ def test_what_holds_for_all_edits_of_a_memory_is_as_it_was_begun(method, other, 
     ):
         replace(method, **other).edit(lm, [edit("Beats Music is")])
     lm.apply(method.edit(lm, [edit("Beats Music is")]))
+    if name == "encoder":  # which is not there
+        begun = lm.patches[0]
+        lm.restack([replace(begun, settings={**begun.settings, **other})])
+        with pytest.raises(InputError, match="got None: set it to another, or take"):
+            method.edit(lm, [edit("Beats Music is")])
+        return
     with lm.unpatched():
         replace(method, **other).edit(lm, [edit("Beats Music is")])
 

@@ -159,7 +159,13 @@ def test_a_checkpoint_is_told_from_its_base(tmp_path):
 
 def test_what_cannot_be_done_is_said(tmp_path):
     lm = make_lm("olmoe")
-    for name, settings in {"calinet": {}, "ultraedit": dict(matrices="up"), "lora": dict(matrices=("up",))}.items():
+    gates = ("ultraedit", dict(matrices="up", gate_layers=(0,)))
+    for name, settings in (
+        ("calinet", {}),
+        ("ultraedit", dict(matrices="up")),
+        gates,
+        ("lora", dict(matrices=("up",))),
+    ):
         with pytest.raises(ModelError, match=r"layer with a dense MLP.* is a mixture of experts") as refusal:
             method(name, **settings).edit(lm, [EDIT])
         assert "\n" not in str(refusal.value)

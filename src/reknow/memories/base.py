@@ -31,7 +31,7 @@ from reknow.patching.patches import Patch
 from reknow.patching.record import Footprint, PatchKind
 from reknow.texts.writing import normalize
 
-__all__ = ["MemoryMethod", "SideModuleMethod", "conflicts", "memory_patch", "paraphrases", "prepare"]
+__all__ = ["MemoryMethod", "SideModuleMethod", "begin", "conflicts", "memory_patch", "paraphrases", "prepare"]
 __all__ += ["resolve_conflicts", "train_beside"]
 
 
@@ -40,6 +40,8 @@ class MemoryMethod(Method):
     """A method whose patches leave the weights alone; see `reknow.patching.memory`."""
 
     kind: ClassVar[PatchKind]
+    for_all: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold for all edits of a memory, those that the method has."""
 
     conflict: Literal["update", "refuse"] = "update"
     """What happens to an edit that gives a stored prompt another answer: `update` replaces the stored edit and notes
@@ -61,8 +63,7 @@ class SideModuleMethod(MemoryMethod):
     kind: ClassVar[PatchKind] = "hook"
     depth: ClassVar[float]
     """The papers' layer as a share of the depth."""
-    for_all: ClassVar[tuple[str, ...]] = ("units",)
-    """Fields that hold for all edits of a memory, those that the method has; None: as the memory was begun."""
+    for_all = ("units",)
 
     layer: int | None = None
     """Layer beside whose matrix the memory stands; None: at the share of the depth where the papers put it."""
@@ -106,32 +107,38 @@ def prepare(method: SideModuleMethod, lm: LM, edits: Sequence[Edit]) -> _Prepare
             another value of a field that holds for all of it.
         EditRefused: see `check_edits` and `resolve_conflicts`.
     """
-    edits = check_edits(method, edits, lm)
-    resolved = resolve_conflicts(method, conflicts(method, lm, edits))
+    edits, stored, notes = begin(method, lm, edits)
     layer = method.chosen_layer(lm)
     modules = method.modules(lm, layer)
-    stored = versions(lm.patches, method.name)
     if stored and (there := stored[-1].memory.get("modules", modules)) != modules:
         own = " or ".join(name for name in ("layer", "site", "span") if name in field_types(type(method)))
         raise InputError(
             f"expected edits of {', '.join(there)}, where the memory is; got {', '.join(modules)}: change {own}"
         )
-    if stored:
-        _refuse_other_settings(method, stored[-1])
-    return _Prepared(edits, layer, modules, stored, {"layer": layer, "conflicts": resolved})
+    return _Prepared(edits, layer, modules, stored, {"layer": layer, **notes})
 
 
-def _refuse_other_settings(method: SideModuleMethod, newest: Patch) -> None:
-    """Raises InputError where the memory was begun with another value of one of the method's fields `for_all`."""
-    kind = type(method)
-    begun = current_names(kind, newest.settings) | newest.memory  # which has what was left open in the settings
-    for name in sorted(set(method.for_all) & set(field_types(kind))):
+def begin(method: MemoryMethod, lm: LM, edits: Sequence[Edit]) -> tuple[list[Edit], list[Patch], dict[str, Any]]:
+    """(the edits checked, the memory so far, oldest first, `conflicts` for the notes of the patch).
+
+    Raises:
+        InputError: no edits, or the memory was begun with another value of a field that holds for all of it.
+        EditRefused: see `check_edits` and `resolve_conflicts`.
+    """
+    edits, kind = check_edits(method, edits, lm), type(method)
+    stored = versions(lm.patches, method.name)
+    begun = current_names(kind, stored[-1].settings) if stored else {}
+    for name in sorted(set(method.for_all) & set(field_types(kind))) if stored else ():
         value, wanted = getattr(method, name), begun.get(name, getattr(kind, name))
-        if value not in (None, wanted):
+        if name in stored[-1].memory:  # which has what was left open in the settings
+            wanted = stored[-1].memory[name]
+            value = wanted if value is None else value
+        if value != wanted:
             raise InputError(
                 f"expected the {name} that the memory was begun with; got {value}: set it to {wanted}, or take the "
                 "memory off first"
             )
+    return edits, stored, {"conflicts": resolve_conflicts(method, conflicts(method, lm, edits))}
 
 
 def conflicts(method: MemoryMethod, lm: LM, edits: Sequence[Edit]) -> list[tuple[Edit, Edit]]:

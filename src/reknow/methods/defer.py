@@ -50,7 +50,7 @@ class VersionFields(Strict):
 class DEFER(SideModuleMethod):
     """A gate and a linear map beside one value matrix, trained edit by edit."""
 
-    for_all: ClassVar[tuple[str, ...]] = ("units", "threshold")
+    for_all = ("units", "threshold")
     depth: ClassVar[float] = 0.8
     """The layer of GRACE's experiments as a share of the depth."""
     state_spec: ClassVar[StateSpec] = StateSpec(

@@ -53,7 +53,7 @@ class VersionFields(Strict):
 class GRACE(SideModuleMethod):
     """A codebook of edits beside one matrix of an MLP."""
 
-    for_all: ClassVar[tuple[str, ...]] = ("units", "replacement")
+    for_all = ("units", "replacement")
     depth: ClassVar[float] = 0.8
     """The papers' layers as a share of the depth: 35 of 48 (GPT-2 XL), 27 of 32 (Llama-2)."""
     state_spec: ClassVar[StateSpec] = StateSpec(

@@ -14,13 +14,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from reknow.checks.bounds import Formerly, Name, Natural, Number, Seed
-from reknow.contract import check_edits
 from reknow.datasets.cases import load_cases
 from reknow.edits import Case, Edit, to_json
 from reknow.errors import InputError, PatchError
@@ -28,7 +27,7 @@ from reknow.files.atomic import write_text
 from reknow.files.schema import Listed, Strict
 from reknow.files.strict_json import strict_json
 from reknow.lm import LM
-from reknow.memories.base import MemoryMethod, conflicts, memory_patch, resolve_conflicts
+from reknow.memories.base import MemoryMethod, begin, memory_patch
 from reknow.memories.demonstrations import copy_of, demonstrations_of, fit_demonstrations, question_head, read_cases
 from reknow.memories.embedding import embed_texts
 from reknow.memories.nearest import Nearest
@@ -54,6 +53,7 @@ class IKE(MemoryMethod):
     """In-context knowledge editing with retrieved demonstrations. Needs no subject."""
 
     kind: ClassVar[PatchKind] = "prompt"
+    for_all = ("encoder",)
     needs_knowledge: ClassVar[bool] = True
     state_spec: ClassVar[StateSpec] = StateSpec({"keys": "float32 edits features"}, VersionFields)
 
@@ -98,8 +98,7 @@ class IKE(MemoryMethod):
         return replace(self, cases=str(write_text(out, lines)))
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
-        edits = check_edits(self, edits, lm)
-        notes: dict[str, Any] = {"conflicts": resolve_conflicts(self, conflicts(self, lm, edits))}
+        edits, _, notes = begin(self, lm, edits)
         prompts = [question_head(edit) + edit.text for edit in edits]
         lm.check_length(lm.encode([Text.asked(edit, text) for edit, text in zip(edits, prompts, strict=True)]))
         chosen = self._choose(lm, edits) if self.demonstrations else [[] for _ in edits]

@@ -57,7 +57,7 @@ class VersionFields(Strict):
 class MELO(SideModuleMethod):
     """LoRA blocks beside value matrices, looked up by the prompt."""
 
-    for_all: ClassVar[tuple[str, ...]] = ("units", "rank")
+    for_all = ("units", "rank")
     depth: ClassVar[float] = 0.75
     """The papers' layers as a share of the depth: keys at 35 of 48, blocks right above (GPT-2 XL)."""
     state_spec: ClassVar[StateSpec] = StateSpec(

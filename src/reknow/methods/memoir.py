@@ -68,7 +68,7 @@ class MEMOIR(SideModuleMethod):
     """A residual memory beside one value matrix, a mask of its columns for each edit."""
 
     name: ClassVar[str] = "memoir"
-    for_all: ClassVar[tuple[str, ...]] = ("units", "top_k", "seed")
+    for_all = ("units", "top_k", "seed")
     depth: ClassVar[float] = 0.1
     """Where masks told paraphrases best apart; the paper's layer is at 0.85 of the depth, 27 of 32 (Llama 3)."""
     state_spec: ClassVar[StateSpec] = StateSpec(

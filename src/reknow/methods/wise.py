@@ -59,7 +59,7 @@ class VersionFields(Strict):
 class WISE(SideModuleMethod):
     """A side memory beside one value matrix, and routing by activation."""
 
-    for_all: ClassVar[tuple[str, ...]] = ("units", "shard_size")  # by the size an edit's number tells its shard
+    for_all = ("units", "shard_size")  # by the size an edit's number tells its shard
     depth: ClassVar[float] = 0.85
     """The papers' layer as a share of the depth: 27 of 32 (Llama-2)."""
     state_spec: ClassVar[StateSpec] = StateSpec(

@@ -20,8 +20,9 @@ def gate_and_up(lm: Decoder, layer: int) -> tuple[str, str]:
 
     Raises:
         InputError: the MLP has no gate, one that is fused with up, or another form.
+        ModelError: the layer is a mixture of experts.
     """
-    names = lm.parts.mlp_in[layer]
+    names = lm.mlp_in(layer)
     plain = _value_input(lm, layer, None) if len(names) == 2 else None
     up = [] if plain is None else [n for n in names if torch.allclose(_value_input(lm, layer, n), -plain)]
     if plain is None or len(up) != 1 or not bool(plain.any()):
