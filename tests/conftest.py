@@ -122,8 +122,9 @@ def save(lm: LM, folder) -> str:
     return str(folder)
 
 
-@pytest.fixture(params=["gpt2", "llama"])  # Conv1D stores (in, out)
+@pytest.fixture(params=["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def family(request) -> str:
+    """The second one's Conv1D stores (in, out); it is also what `make_lm` gives where no family is named."""
     return request.param
 
 

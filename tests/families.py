@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
+import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -62,6 +64,12 @@ FAMILIES: dict[str, dict] = {
 
 CORE_FAMILIES = ("gpt2", "llama", "gpt_neox", "opt")
 """Conv1D, gated with grouped queries, parallel block, no gate: the shapes that differ for an editor."""
+
+
+def slow_but(fast: Iterable[str], names: Iterable[str]) -> list:
+    """The names as parameters of a test, of which `make test-fast` asks the fast ones alone."""
+    return [pytest.param(name, marks=[pytest.mark.slow] * (name not in fast)) for name in names]
+
 
 TEXT = (
     "The mother tongue of Danielle Darrieux is French . The capital of Peru is Lima . "

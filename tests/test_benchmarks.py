@@ -323,6 +323,7 @@ def test_onednns_operations_are_counted(monkeypatch):
     assert flops == 2 * (2 * 3 * 8 * 5) * 2, "there and back"
 
 
+@pytest.mark.slow
 def test_a_long_sequence_goes_on_where_it_was_and_with_no_other_settings(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import sequence

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from conftest import make_lm, some_patch
+from families import slow_but
 from reknow import LM, Case, Edit, method
 from reknow.errors import InputError, MissingExtra
 from reknow.evaluation import Plan, Results, bench, harness, score
@@ -54,7 +55,7 @@ def items_of(name: str) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("model", ["gpt2", "llama"])
+@pytest.mark.parametrize("model", slow_but(("llama",), ("gpt2", "llama")))
 def test_likelihoods_and_texts_are_those_of_the_harness_own_class(model):
     lm, instance = LM.demo(model), import_module("lm_eval.api.instance").Instance
     theirs = own_class(lm)

@@ -18,6 +18,7 @@ from test_runner import Nothing, comparable
 from typer.testing import CliRunner
 
 from conftest import make_lm, saved
+from families import slow_but
 from kills import run as run_and_kill
 from reknow import FT, Probe
 from reknow.cli import app
@@ -35,7 +36,7 @@ METHODS = {"fine": FT(layer=2, steps=6, learning_rate=0.17), "other": FT(layer=1
 pytestmark = pytest.mark.usefixtures("short_texts")
 
 
-@pytest.fixture(scope="module", params=PLANS)
+@pytest.fixture(scope="module", params=slow_but(("sequential",), PLANS))
 def plan(request) -> Iterator[Plan]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(FT, "edits_per_call", 2)

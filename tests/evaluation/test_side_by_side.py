@@ -44,6 +44,7 @@ def texts_alone(lm: LM, case: Case, patch: Patch, seed: int = 0) -> list[str | N
     return [one.text for one in readings if one.kind == "fluency"]
 
 
+@pytest.mark.slow
 def test_texts_written_together_are_those_of_each(demo, cases):
     """With factors and with whole matrices, of other layers too, and with a patch below all of them."""
     patches = [SEARCH.edit(demo, [cases[0].edit]), replace(SEARCH, layer=2).edit(demo, [cases[1].edit])]

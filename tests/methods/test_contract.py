@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import alone, bits, make_lm, random_states, same
-from families import CORE_FAMILIES
+from families import CORE_FAMILIES, slow_but
 from learned import is_learned, trained
 from reknow import IKE, LM, METHODS, Case, Edit, Patch, Probe, method
 from reknow.contract import check_edits
@@ -30,12 +30,9 @@ pytestmark = pytest.mark.contract
 
 FAMILIES = (*CORE_FAMILIES, "gemma2", "olmoe")
 """With one whose additions do not reach the block's output as they are, and a mixture of experts."""
-SHAPES = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in ("opt", "gpt_neox", "gemma2", "olmoe")))
-    for name in FAMILIES
-]
-"""All of them. Those that are slow ask the same of what a fast one has too, no gate, or what tests of `editing` and
-`model` ask: parallel blocks, norms behind, experts."""
+SHAPES = slow_but(("llama",), FAMILIES)
+"""All of them. Those that are slow ask the same of what the fast one has too, or what tests of `editing` and `model`
+ask: matrices as (in, out), no gate, parallel blocks, norms behind, experts."""
 REFUSED = {
     ("calinet", "olmoe"): "is a mixture of experts, which are fused",
     ("anyedit-memit", "gemma2"): "a norm or a multiplier stands between: take anyedit or ft-uke",
@@ -234,22 +231,22 @@ def test_half_precision(name, dtype):
 
 
 def test_bad_requests_are_refused_at_the_door(models, name):
-    lm = models["gpt2"]
+    lm = models["llama"]
     editor = quick(name, lm)
     with pytest.raises(InputError, match="at least one edit"):
         editor.edit(lm, [])
     opposite = Edit(EDIT.prompt, subject=EDIT.subject, target_new="in")
     with pytest.raises(InputError, match="edits that agree"):
         editor.edit(lm, [EDIT, OTHER, opposite])
-    long = Edit("I know {}", subject="Danielle Darrieux " * 40, target_new="of")
-    with pytest.raises(InputError, match="at most 128 tokens"):
+    long = Edit("I know {}", subject="Danielle Darrieux " * lm.max_tokens, target_new="of")
+    with pytest.raises(InputError, match=f"at most {lm.max_tokens} tokens"):
         editor.edit(lm, [long])
     with pytest.raises(InputError, match="setting of"):
         method(name, no_such_setting=1)
 
 
 def test_an_edit_without_a_subject_is_made_or_refused_before_the_model_is_there(models, name):
-    lm = models["gpt2"]
+    lm = models["llama"]
     bare, editor = Edit("The capital of Peru is", target_new="of"), quick(name, lm)
     try:
         check_edits(editor, bare)
@@ -285,7 +282,7 @@ GONE, NONE = "layer from 0 to 2", "layers? as .*int"
 
 @pytest.mark.parametrize(("layer", "wrong"), [(-1, GONE), (3, GONE), ("1", NONE)])
 def test_layers_that_are_not_there_are_refused(models, name, layer, wrong):
-    lm = models["gpt2"]
+    lm = models["llama"]
     known = {field.name for field in fields(METHODS[name].method)}  # type: ignore[arg-type]
     if not known & {"layer", "layers"} or is_learned(name):
         pytest.skip("this method chooses its matrices itself, or did so when it was trained")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import make_lm
-from families import CORE_FAMILIES
+from families import CORE_FAMILIES, slow_but
 from reknow import FT, ICE, Patch, method
 from reknow.cli.measuring import methods_by_label
 from reknow.editing import self_distillation
@@ -23,7 +23,7 @@ from reknow.studies.presets import PRESETS
 FAST = dict(layers=(1, 2), learning_rate=0.03, steps=12, clamp=None)
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("llama",), CORE_FAMILIES))
 @pytest.mark.parametrize("settings", [{}, {"variant": "code"}, {"targets": "static"}, {"sample_target": False}])
 def test_the_answer_becomes_likelier_and_the_model_is_left_alone(family, settings, edit):
     lm = make_lm(family)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import close, make_lm
-from families import FAMILIES, ROPE, tiny_model, tiny_tokenizer
+from families import CORE_FAMILIES, FAMILIES, ROPE, slow_but, tiny_model, tiny_tokenizer
 from reknow import LM
 from reknow.errors import ModelError
 from reknow.model.parts import find_parts, shape
@@ -162,7 +162,7 @@ def test_a_narrow_adapter_behind_the_mlp_is_not_the_value_matrix():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but(CORE_FAMILIES, FAMILIES))
 def test_half_precision_is_measured_alike(built, family, dtype):
     model = tiny_model(family).to(dtype)
     lm = LM((model, tiny_tokenizer()))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from conftest import close, make_lm
-from families import FAMILIES, tiny_model, tiny_tokenizer
+from families import CORE_FAMILIES, FAMILIES, slow_but, tiny_model, tiny_tokenizer
 from reknow import LM, ROME, Edit
 from reknow.model import packing
 from reknow.model.head import apply_head
@@ -59,7 +59,7 @@ ANCHORS = {"no prefix": (0, 0, 0), "equal prefixes": (3, 3, 3), "mixed padding":
 
 
 @pytest.mark.parametrize("where", ANCHORS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", slow_but((*CORE_FAMILIES, "gemma2", "olmoe"), ALL))
 def test_a_replay_is_the_full_pass(built, name, where):
     """Logits of every later token and the gradient of δ, at every layer, against a hook in a whole pass."""
     lm, anchors = built(name), ANCHORS[where]

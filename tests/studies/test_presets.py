@@ -100,6 +100,7 @@ def make_cases(name: str, subjects=("Peru", "France")) -> list[Case]:
     ]
 
 
+@pytest.mark.slow
 def test_a_study_is_one_page_over_its_runs(tmp_path):
     methods = {"fine": FT(layer=2, steps=20, learning_rate=0.17), "weak": FT(layer=2, steps=1)}
     plan = Plan(in_context=("fine",), fluency=True)
