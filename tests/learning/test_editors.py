@@ -41,6 +41,16 @@ def test_it_belongs_to_its_model(mend, tmp_path):
     assert mend.edit(half, [edit]).deltas, "the same model in another dtype is the same model"
 
 
+@pytest.mark.parametrize(("method", "known"), [("mend", 1), ("instructedit", 1), ("ke", 1), ("malmen", None)])
+def test_more_edits_than_it_knows_are_made_with_a_warning(method, known, caplog):
+    lm, learned, edits = make_lm(), trained(method, "gpt2"), [case.edit for case in some_cases(3)]
+    learned.edit(lm, edits[:1])
+    assert not caplog.messages
+    learned.edit(lm, edits)
+    told = [] if known is None else [f"3 edits in one call of {method}, whose editor was trained on {known} at once"]
+    assert [message.partition(":")[0] for message in caplog.messages] == told
+
+
 def test_it_is_a_file(mend, tmp_path):
     editor = Editor.load(Path(mend.editor).parent)
     matrices = {name: tensor.half() for name, tensor in editor.tensors.items() if tensor.dim() > 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from reknow.patching.record import Footprint
 
 __all__ = ["Changes", "MatrixEditor", "NetworkSettings", "Tensors"]
 
+_log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, Tensor]
 """What an editor has learned, by name."""
@@ -63,6 +65,11 @@ class MatrixEditor(Learned):
     seed: Seed = 0
     """Seed of the network's first weights."""
 
+    @property
+    def edits_in_training(self) -> int | None:
+        """Edits that are made at once in training, of which it sums what each asks for; None: solved for together."""
+        return 1
+
     @abstractmethod
     def transform(self, lm: LM, edits: Sequence[Edit], trained: Self, tensors: Tensors) -> Changes:
         """What the network makes of the edits, by the settings and tensors that `load_trained` gave."""
@@ -70,6 +77,12 @@ class MatrixEditor(Learned):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
         trained, tensors = self.load_trained(lm)
+        if (known := trained.edits_in_training) is not None and len(edits) > known:
+            _log.warning(
+                "%d edits in one call of %s, whose editor was trained on %d at once: it sums what each asks for, and "
+                "other text may be lost; look at the perplexity, or take malmen or memit",
+                *(len(edits), self.name, known),
+            )
         with torch.no_grad():
             deltas, loss = self.transform(lm, edits, trained, tensors)
         return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
@@ -139,6 +152,10 @@ class NetworkSettings(MatrixEditor):
     """Learning rate of the step size α, in units of each matrix's root mean square."""
     learning_rate: Rate = 1e-3
     """Learning rate of Adam for the network."""
+
+    @property
+    def edits_in_training(self) -> int:
+        return self.edits_per_example
 
     training: ClassVar[Training] = Training(
         steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200

@@ -64,6 +64,10 @@ class MALMEN(MatrixEditor):
     def name(self) -> str:
         return "malmen"
 
+    @property
+    def edits_in_training(self) -> None:
+        return None
+
     def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
         return _Learner(self, lm, training.batch_size, self.lower_states(lm, cases, training))
 
