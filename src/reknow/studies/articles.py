@@ -130,7 +130,7 @@ ARTICLES: dict[str, Article] = {
     "sequences": Article(
         "What holds earlier edits, MEMIT and AlphaEdit: 100 edits, ten at a time (--full: 1,000).",
         {"sequence": _in_turns((Variant("memit@held", "memit", {"hold_earlier": True}), *plain(*_IN_TURNS)), 100)},
-        40,
+        25,
         grows=True,
     ),
 }
