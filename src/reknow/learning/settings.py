@@ -65,9 +65,12 @@ class MatrixEditor(Learned):
     seed: Seed = 0
     """Seed of the network's first weights."""
 
+    sums_edits: ClassVar[bool] = True
+    """Whether what the edits of a call ask for is added up, and not solved for together."""
+
     @property
-    def edits_in_training(self) -> int | None:
-        """Edits that are made at once in training, of which it sums what each asks for; None: solved for together."""
+    def edits_in_training(self) -> int:
+        """Edits that are made at once in training."""
         return 1
 
     @abstractmethod
@@ -77,7 +80,7 @@ class MatrixEditor(Learned):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
         trained, tensors = self.load_trained(lm)
-        if (known := trained.edits_in_training) is not None and len(edits) > known:
+        if self.sums_edits and len(edits) > (known := trained.edits_in_training):
             _log.warning(
                 "%d edits in one call of %s, whose editor was trained on %d at once: it sums what each asks for, and "
                 "other text may be lost; look at the perplexity, or take malmen or memit",
@@ -153,10 +156,10 @@ class NetworkSettings(MatrixEditor):
     learning_rate: Rate = 1e-3
     """Learning rate of Adam for the network."""
 
-    @property
-    def edits_in_training(self) -> int:
-        return self.edits_per_example
-
     training: ClassVar[Training] = Training(
         steps=2000, batch_size=8, warmup=30, decay=True, clip_norm=100.0, validate_every=200, checkpoint_every=200
     )
+
+    @property
+    def edits_in_training(self) -> int:
+        return self.edits_per_example

@@ -56,6 +56,7 @@ class MALMEN(MatrixEditor):
     learning_rate: Rate = 1e-5
     """Learning rate of Adam for everything that is learned."""
 
+    sums_edits: ClassVar[bool] = False
     training: ClassVar[Training] = Training(
         steps=1000, batch_size=64, clip_norm=1.0, validation=128, validate_every=50, checkpoint_every=50
     )
@@ -63,10 +64,6 @@ class MALMEN(MatrixEditor):
     @property
     def name(self) -> str:
         return "malmen"
-
-    @property
-    def edits_in_training(self) -> None:
-        return None
 
     def learner(self, lm: LM, cases: Split, training: Training) -> Learner:
         return _Learner(self, lm, training.batch_size, self.lower_states(lm, cases, training))
