@@ -44,11 +44,13 @@ def test_it_belongs_to_its_model(mend, tmp_path):
 @pytest.mark.parametrize(("method", "known"), [("mend", 1), ("instructedit", 1), ("ke", 1), ("malmen", None)])
 def test_more_edits_than_it_knows_are_made_with_a_warning(method, known, caplog):
     lm, learned, edits = make_lm(), trained(method, "gpt2"), [case.edit for case in some_cases(3)]
-    learned.edit(lm, edits[:1])
+    first = learned.edit(lm, edits[:1])
     assert not caplog.messages
     learned.edit(lm, edits)
-    told = [] if known is None else [f"3 edits in one call of {method}, whose editor was trained on {known} at once"]
-    assert [message.partition(":")[0] for message in caplog.messages] == told
+    with lm.patched(first), lm.patched(learned.edit(lm, edits[1:2])):
+        learned.edit(lm, edits[2:])
+    told = [f"{count} edits of {method} in one model, whose editor was trained on {known} at once" for count in (3, 2)]
+    assert [message.partition(":")[0] for message in caplog.messages] == ([] if known is None else told)
 
 
 def test_it_is_a_file(mend, tmp_path):

@@ -80,15 +80,21 @@ class MatrixEditor(Learned):
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits = check_edits(self, edits, lm)
         trained, tensors = self.load_trained(lm)
-        if self.sums_edits and len(edits) > (known := trained.edits_in_training):
-            _log.warning(
-                "%d edits in one call of %s, whose editor was trained on %d at once: it sums what each asks for, and "
-                "other text may be lost; look at the perplexity, or take malmen or memit",
-                *(len(edits), self.name, known),
-            )
+        if self.sums_edits:
+            self._warn_of_many(lm, len(edits), trained.edits_in_training)
         with torch.no_grad():
             deltas, loss = self.transform(lm, edits, trained, tensors)
         return make_patch(self, lm, edits, deltas, notes={"layers": list(trained.layers or ()), "loss": loss})
+
+    def _warn_of_many(self, lm: LM, edits: int, known: int) -> None:
+        """Once, where those on the stack and these become more than an editor knows."""
+        before = sum(len(patch.edits) for patch in lm.patches if patch.method == self.name)
+        if before <= known < before + edits:
+            _log.warning(
+                "%d edits of %s in one model, whose editor was trained on %d at once: it sums what each asks for, and "
+                "other text may be lost; look at the perplexity, or take malmen or memit",
+                *(before + edits, self.name, known),
+            )
 
     def footprint(self, lm: LM) -> Footprint:
         # Matrices of one shape share a network, so each token meets all networks once for each layer.
