@@ -49,7 +49,7 @@ def test_more_edits_than_it_knows_are_made_with_a_warning(method, known, caplog)
     learned.edit(lm, edits)
     with lm.patched(first), lm.patched(learned.edit(lm, edits[1:2])):
         learned.edit(lm, edits[2:])
-    told = [f"{count} edits of {method} in one model, whose editor was trained on {known} at once" for count in (3, 2)]
+    told = [f"{n} edits of {method} in one model, whose editor was trained on {known} at once" for n in (3, 2)]
     assert [message.partition(":")[0] for message in caplog.messages] == ([] if known is None else told)
 
 

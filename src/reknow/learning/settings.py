@@ -91,8 +91,8 @@ class MatrixEditor(Learned):
         before = sum(len(patch.edits) for patch in lm.patches if patch.method == self.name)
         if before <= known < before + edits:
             _log.warning(
-                "%d edits of %s in one model, whose editor was trained on %d at once: it sums what each asks for, and "
-                "other text may be lost; look at the perplexity, or take malmen or memit",
+                "%d edits of %s in one model, whose editor was trained on %d at once: it sums what each asks for, "
+                "and other text may be lost; look at the perplexity, or take malmen or memit",
                 *(before + edits, self.name, known),
             )
 
