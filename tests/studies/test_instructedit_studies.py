@@ -106,6 +106,7 @@ def test_a_study_of_other_methods_and_one_of_domains(tmp_path, monkeypatch, shor
     assert (
         "| unedited |" in text.partition("fluency@sampled")[2] and "| unedited |" not in text.partition("fluency@")[0]
     )
+    assert "gain on unedited |" in text.partition("fluency@sampled")[2] and text.count("gain on unedited") == 1
     text = domain_study(lm, tmp_path, budget)
     assert "(`fluency@sampled`)" in text
     assert "| all domains |" in text and "(4 domains)" in text and text == domain_study(lm, tmp_path, budget)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from reknow.evaluation.intervals import Mean, average_cases, resample
+from reknow.evaluation.stages import UNEDITED
 from reknow.files.atomic import write_json, write_text
 from reknow.texts.tables import to_csv, to_markdown
 
@@ -70,11 +71,13 @@ def _tables(question: str, values: _Values, baseline: str, unit: str) -> str:
     parts = [question]
     labels, tasks = (list(dict.fromkeys(names)) for names in zip(*values, strict=True))
     for metric, title in _METRICS:
-        lines = [["editor", *tasks, f"gain on {baseline}"]]
+        # Fluency is to stay what it was before.
+        against = UNEDITED if metric.startswith("fluency") and UNEDITED in labels else baseline
+        lines = [["editor", *tasks, f"gain on {against}"]]
         for label in labels:
             cells = [_cell(values.get((label, task), {}), metric) for task in tasks]
             if any(cell != "–" for cell in cells):
-                found = None if label == baseline else gain(values, label, baseline, metric, tasks)
+                found = None if label == against else gain(values, label, against, metric, tasks)
                 lines.append([label, *cells, "–" if found is None else _gain_cell(*found, unit)])
         if len(lines) > 1:
             parts.append(f"**{title}** (`{metric}`)\n\n{to_markdown(lines)}")
