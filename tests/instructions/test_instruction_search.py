@@ -156,6 +156,20 @@ def test_it_goes_on_while_a_metric_rises(tmp_path):
     assert found.stopped == {"recent": "4 rounds were made"} and found.cost["trials"] == 1 + 4 * 3
 
 
+def test_without_a_round_what_is_there_is_scored_and_left_in_its_order(tmp_path):
+    texts = ("Add it.", "Add a new fact about it to what is known.", "Keep what is no fact about it.")
+    given = replace(FAMILY, instructions=tuple(Instruction(text, text != texts[1]) for text in texts))
+    found = run_search([given], Rewriter(), by_length, tmp_path, replace(SMALL, count=2, rounds=0))
+    (family,) = found.families
+    assert [(each.text, each.seen) for each in family.instructions] == [
+        (each.text, each.seen) for each in given.instructions
+    ]
+    assert [each.scores["reliability"] for each in family.instructions] == [0.2, 1.0, 0.7]
+    assert set(found.behind["recent"]) == {texts[0], texts[2]} and found.stopped == {"recent": "no rounds were made"}
+    again = run_search([given], Rewriter(), by_length, tmp_path, replace(SMALL, count=2, rounds=0))
+    assert again.families == found.families and again.cost["trials"] == 0
+
+
 def test_ranks_are_said_with_what_the_cases_tell():
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.3, 40)  # what is hard with one instruction is hard with another: taken out by pairing

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from conftest import make_lm
 from reknow import GRACE, LM, Edit
-from reknow.errors import InputError
+from reknow.errors import EditRefused, InputError
 from reknow.model.tokens import Text
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -65,6 +65,16 @@ def test_the_first_matrix_of_an_mlp_can_have_the_codebook_where_there_is_one(fam
     assert lm.score(["Who is Zoë Übel"], ["in"]) == other
     with pytest.raises(InputError, match="change layer or site"):
         GRACE(layer=2).edit(lm, [edit("Who is Zoë Übel")])
+
+
+@pytest.mark.parametrize("layer, prompt", [(2, "The capital of Peru is"), (1, "P")])
+def test_a_replacement_that_no_answer_sees_is_refused(layer, prompt):
+    """In the last layer what stands before the last token changes no answer; a prompt of one token has none."""
+    lm = make_lm()
+    assert lm.layers == 3 and lm.encode([Text("P")])[0].prompt_length == 1
+    with pytest.raises(EditRefused, match=f"got layer {layer} for '{prompt}': set replacement to prompt"):
+        GRACE(layer=layer, replacement="before").edit(lm, [edit(prompt)])
+    GRACE(layer=layer, replacement="prompt", steps=2).edit(lm, [edit(prompt)])
 
 
 def edit(prompt: str, target: str = "of") -> Edit:

@@ -17,7 +17,7 @@ from reknow.files.locks import write_lock
 
 if TYPE_CHECKING:
     from reknow.evaluation.intervals import Mean
-    from reknow.instructions import Family, Proposer, SearchResult
+    from reknow.instructions import Family, Proposer, Search, SearchResult
     from reknow.instructions.trial import FamilySplit
     from reknow.lm import LM
     from reknow.methods.instructedit import InstructEdit
@@ -46,7 +46,7 @@ def instruct(
     ] = None,
     timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds for an answer of the proposer.")] = 30.0,
     count: Annotated[int, typer.Option("--count", help="Instructions to keep of each task.")] = 10,
-    rounds: Annotated[int, typer.Option("--rounds", help="Rounds at most.")] = 6,
+    rounds: Annotated[int, typer.Option("--rounds", min=0, help="Rounds at most; 0: score all that are there.")] = 6,
     proposals: Annotated[int, typer.Option("--proposals", help="Instructions proposed in a round.")] = 5,
     seed: Annotated[int, typer.Option("--seed", help="Of rewriter and choices.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
@@ -66,6 +66,8 @@ def instruct(
     trial_steps = trial_steps or _TRIAL_STEPS
     known = load_families(families)
     chosen = _chosen(known, tasks)
+    if rounds == 0:
+        refuse_beside("--rounds 0, which proposes nothing,", {"--proposer": proposer})
     settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
     writer = _writer(proposer, server, temperature, timeout, seed)
     out = instructions_place(out or run_folder("instruct", model), model)
@@ -79,7 +81,7 @@ def instruct(
         about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
         about |= {} if cases == TRIAL else {"cases": str(cases)}  # searches before there was a choice had as many
         searched = search(chosen, writer, trial, out, settings, about=about, report=say)
-        card = _card(lm, writer, about["editor"], settings.seed, cases) | {"ranks": _ranks(searched)}
+        card = _card(lm, writer, about["editor"], settings, cases) | {"ranks": _ranks(searched)}
         others = [family for family in known.values() if family not in chosen]
         save_families(out / INSTRUCTIONS, [*searched.families, *others], card)
     _say_found(searched, time.perf_counter() - started, trial.edits)
@@ -146,7 +148,7 @@ def _ranks(searched: SearchResult) -> str:
     )
 
 
-def _card(lm: LM, writer: Proposer, editor: str, seed: int, cases: int) -> dict[str, object]:
+def _card(lm: LM, writer: Proposer, editor: str, settings: Search, cases: int) -> dict[str, object]:
     import reknow
     from reknow.instructions.trial import METRICS
 
@@ -155,10 +157,10 @@ def _card(lm: LM, writer: Proposer, editor: str, seed: int, cases: int) -> dict[
         "licence": "Apache-2.0",
         "made by": f"reknow instruct, version {reknow.__version__}",
         "model": f"{lm.name} ({lm.fingerprint.digest})",
-        "proposer": writer.name,
+        "proposer": writer.name if settings.rounds else "none: the instructions were there",
         "trial editor": f"instructedit, {editor}",
         "scores": f"means over {cases} cases of the trial part of each data set: {', '.join(METRICS.values())}",
-        "seed": seed,
+        "seed": settings.seed,
     }
 
 

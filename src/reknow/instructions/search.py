@@ -1,7 +1,7 @@
 """The search for instructions: propose, try, hand the scores back, until no metric rises (InstructEdit, §3.2).
 
 Every proposal and every score is a line in the folder before the next step begins, so a killed search goes on where
-it was, and whatever a proposer does later takes nothing of it away.
+it was, and whatever a proposer does later takes nothing of it away. A search of no rounds scores what is there.
 
 Ranks are read off a few cases, so they are said with what they are worth: how far each instruction's mean score is
 behind the best one's on the same cases, with a 95 % interval. Where that reaches 0, the two are not told apart.
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from reknow.checks.bounds import Number, Seed, check_settings
+from reknow.checks.bounds import Natural, Number, Seed, check_settings
 from reknow.datasets.families import Family, Instruction
 from reknow.errors import InputError
 from reknow.evaluation.intervals import Mean, resample, with_interval
@@ -50,8 +50,8 @@ class Search:
     """Instructions to keep of each family; the last place goes to one that is not for training."""
     proposals: Number = 5
     """Per round."""
-    rounds: Number = 6
-    """At most."""
+    rounds: Natural = 6
+    """At most; 0: nothing is proposed, all instructions of a family are scored, and stay in their order."""
     seed: Seed = 0
     """Seeds the choice of the unseen instruction."""
 
@@ -92,7 +92,8 @@ def search(
         report: called with every step in words.
 
     Returns:
-        The families with the instructions that scored highest, best first, one of them marked as unseen.
+        The families with the instructions that scored highest, best first, one of them marked as unseen; after no
+        rounds with those that they had.
 
     Raises:
         InputError: a family without an instruction to begin with, a folder of another search, or one where another
@@ -118,8 +119,12 @@ class _Run:
 
     def family(self, family: Family, start: str) -> Family:
         """One family's search: rounds of proposals, each tried, until nothing rises."""
+        self.stopped[family.name] = f"{self.settings.rounds or 'no'} rounds were made"
+        if not self.settings.rounds:
+            own = progress.each("trying instructions", family.instructions, parts=1)
+            scored = [replace(self.trial(family, each.text, 0), seen=each.seen) for each in own]
+            return replace(family, instructions=tuple(scored))
         tried = [self.trial(family, start, 0)]
-        self.stopped[family.name] = f"{self.settings.rounds} rounds were made"
         for round in progress.each("rounds", range(1, self.settings.rounds + 1), parts=1):
             texts = self.proposed(family, _rank(tried), round)
             if texts is None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from reknow.checks.bounds import NonNegative, Rate, Units
 from reknow.editing.descent import adam_update, descend
 from reknow.edits import Edit
-from reknow.errors import InputError
+from reknow.errors import EditRefused, InputError
 from reknow.files.schema import Count, Listed, Strict
 from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, prepare
@@ -80,18 +80,23 @@ class GRACE(SideModuleMethod):
         return "grace"
 
     def modules(self, lm: LM, layer: int) -> list[str]:
-        if self.site == "value":
-            return super().modules(lm, layer)
-        names = lm.mlp_in(layer)
+        names = super().modules(lm, layer) if self.site == "value" else list(lm.mlp_in(layer))
         if len(names) > 1:
             raise InputError(
                 f"expected an MLP with one first matrix for site mlp_in; got {' and '.join(names)}: set site to value"
             )
-        return list(names)
+        return names
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
         edits, layer, modules, stored, notes = prepare(self, lm, edits)
         rows = lm.encode([Text.asked(edit) for edit in edits])
+        for edit, row in zip(edits, rows, strict=True):
+            if self.replacement == "before" and (layer == lm.layers - 1 or row.prompt_length < 2):
+                raise EditRefused(
+                    "expected a layer below the last, and a token before the prompt's last, for replacement before, "
+                    f"which no answer sees otherwise; got layer {layer} for {edit.text!r}: set replacement to prompt",
+                    edit,
+                )
         keys, outputs = prompt_states(lm, rows, modules[0])
         width_in, width_out, device = keys.shape[1], outputs.shape[1], keys.device
         book = Codebook.of(stored, device) if stored else Codebook.empty(width_in, width_out, device)
@@ -99,7 +104,7 @@ class GRACE(SideModuleMethod):
         slots = [
             book.insert(key, row.target_ids, self.epsilon * scale, scale) for key, row in zip(keys, rows, strict=True)
         ]
-        notes["losses"] = self._train(lm, rows, layer, modules[0], book, torch.tensor(slots, device=device), outputs)
+        notes["losses"] = self._train(lm, rows, modules[0], book, torch.tensor(slots, device=device), outputs)
         changed = sorted(book.changed)
         state = {"slots": torch.tensor(changed), "keys": book.keys[changed]}
         state |= {"values": book.values[changed], "radii": book.radii[changed]}
@@ -109,19 +114,12 @@ class GRACE(SideModuleMethod):
         return memory_patch(self, lm, edits, state, memory=memory, notes=notes)
 
     def _train(
-        self,
-        lm: LM,
-        rows: Sequence[EncodedText],
-        layer: int,
-        module: str,
-        book: Codebook,
-        slots: Tensor,
-        outputs: Tensor,
+        self, lm: LM, rows: Sequence[EncodedText], module: str, book: Codebook, slots: Tensor, outputs: Tensor
     ) -> list[float]:
         """Learns the values of the edits; gives the mean loss before every update.
 
         Args:
-            module: the matrix, in that layer.
+            module: the matrix.
             slots: (edits,) number of each edit's key.
             outputs: (edits, out) what the matrix gives at each prompt's last token.
         """
@@ -144,7 +142,7 @@ class GRACE(SideModuleMethod):
             return _replaced(context, outputs, values, torch.ones_like(answers.batch).bool(), self.replacement)
 
         with lm.temporary_memory(self.name, Hooks({module: replace})), torch.enable_grad():
-            answers = AnswerLoss(lm, rows, layer)
+            answers = AnswerLoss(lm, rows, self.chosen_layer(lm))
             update = adam_update(torch.optim.Adam([delta], lr=self.learning_rate), delta, value_of)
             passes = descend([answers.nll], update, self.steps, lambda losses: losses < self.stop_loss)
         book.values[trained] = (start + scale * delta).detach()
