@@ -5,8 +5,9 @@ known_1000 (Meng et al. 2022), ParaRel (Elazar et al. 2021, facts of T-REx), LRE
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,6 +117,15 @@ def load_facts(
     """True statements of the set `name`; arguments and errors as in `load_cases`."""
     if name not in FACTS:
         raise did_you_mean("set of facts", name, FACTS)
-    source = FACTS[name]
-    records = read_sample(source.sample) if path is None else read_file(path)
-    return select([fact for record in records for fact in source.read(record)], limit, offset, seed)
+    facts = list(_bundled(name)) if path is None else _facts(name, read_file(path))
+    return select(facts, limit, offset, seed)
+
+
+@cache
+def _bundled(name: str) -> tuple[Fact, ...]:
+    """The facts of the sample, read once: methods ask for them with every edit."""
+    return tuple(_facts(name, read_sample(FACTS[name].sample)))
+
+
+def _facts(name: str, records: Iterable[Record]) -> list[Fact]:
+    return [fact for record in records for fact in FACTS[name].read(record)]
