@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reknow import LM, MEMIT, ROME, load_cases
+from reknow import LM, MEMIT, ROME, InstructEdit, load_cases
 from reknow.editing.value_batch import encode_facts, split_contexts
 from reknow.errors import InputError
+from reknow.learning.training import Training
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
 
@@ -277,6 +278,33 @@ def test_contexts_are_asked_once(monkeypatch, tmp_path, capsys):
     contexts.main()
     assert (tmp_path / "contexts.jsonl").read_text() == made
     assert "| before the question | counterfact |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_instructions_of_a_search_are_tried_again_and_once(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import instructions
+
+    lm, short = LM("demo:gpt2"), Training(steps=2, batch_size=2, validation=0, validate_every=9, checkpoint_every=9)
+    editor = InstructEdit(rank=2).fit(lm, load_cases("zsre", offset=150, limit=20), tmp_path / "editor", short).editor
+    scores = {"Begin with it.": (0, 0.5), "Do it well.": (1, 0.7), "Do it at last.": (2, 0.9), "Do not.": (1, 0.1)}
+    rows = [
+        {"family": "zsre", "text": text, "round": round, "scores": {"reliability": value}}
+        for text, (round, value) in scores.items()
+    ]
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(instructions, "CASES", 3)
+    monkeypatch.setattr(instructions, "BEST", 2)
+    arguments = [str(tmp_path / "search"), "--editor", str(editor), "--out", str(tmp_path / "again")]
+    monkeypatch.setattr("sys.argv", ["instructions.py", *arguments])
+    instructions.main()
+    said, made = capsys.readouterr().out, (tmp_path / "again" / "tried.jsonl").read_text()
+    table = [line.split(" | ")[0].strip("| ") for line in said.splitlines() if line.startswith("| ")]
+    assert table == ["zsre, 3 cases", "Begin with it.", "Do it at last.", "Do it well."]
+    assert "| Begin with it. | the first |" in said and len(made.splitlines()) == 3
+    instructions.main()
+    assert capsys.readouterr().out == said and (tmp_path / "again" / "tried.jsonl").read_text() == made
 
 
 def test_the_first_edit_is_the_sum_of_its_parts(monkeypatch, tmp_path):
