@@ -15,10 +15,11 @@ import argparse
 from pathlib import Path
 
 from reknow import LM, InstructEdit
+from reknow.cli.places import INSTRUCTIONS
 from reknow.datasets.families import load_families
 from reknow.files.json_lines import Rows
 from reknow.files.manifest import open_manifest
-from reknow.instructions.search import SCORES_FILE, difference, mean
+from reknow.instructions.search import SCORES_FILE, difference, mean, mean_of_cases
 from reknow.instructions.trial import FamilySplit, InstructionScorer
 
 CASES, BEST = 50, 3
@@ -45,7 +46,8 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
-    lm, families = LM(args.model, dtype=args.dtype), load_families()
+    families = {k: v for folder in args.searches for k, v in load_families(Path(folder) / INSTRUCTIONS).items()}
+    lm = LM(args.model, dtype=args.dtype)
     out = Path(args.out)
     open_manifest(out, {"model": lm.fingerprint.digest, "editor": args.editor}, {"kind": "instructions tried again"})
     tried = Rows(out / "tried.jsonl", ("family", "text"))
@@ -59,12 +61,9 @@ def main() -> None:
                 tried.add({"family": name, "text": text, "values": score(families[name], text)})
             values = tried[name, text]["values"]
             first = values if first is None else first
-            gain, own = (
-                difference(values, first),
-                difference(values, {each: [0.0] * len(of) for each, of in values.items()}),
-            )
+            own, gain = mean({each: mean_of_cases(of) for each, of in values.items()}), difference(values, first)
             against = f"{100 * gain.mean:+.1f} [{100 * gain.low:.1f}, {100 * gain.high:.1f}]" if source else "–"
-            print(f"| {text} | {source or 'the first'} | {100 * own.mean:.1f} | {against} |", flush=True)
+            print(f"| {text} | {source or 'the first'} | {100 * own:.1f} | {against} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reknow import LM, MEMIT, ROME, InstructEdit, load_cases
 from reknow.editing.value_batch import encode_facts, split_contexts
 from reknow.errors import InputError
+from reknow.instructions import load_families, save_families
 from reknow.learning.training import Training
 
 BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
@@ -293,6 +294,7 @@ def test_instructions_of_a_search_are_tried_again_and_once(monkeypatch, tmp_path
         for text, (round, value) in scores.items()
     ]
     (tmp_path / "search").mkdir()
+    save_families(tmp_path / "search" / "instructions.json", [load_families()["zsre"]], {})  # as a search ends
     (tmp_path / "search" / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr(instructions, "CASES", 3)
     monkeypatch.setattr(instructions, "BEST", 2)

@@ -102,6 +102,7 @@ CONTRADICTORY = {
     "trace --layers --severed --window 3": ("--layers", "--severed and --window"),
     "instruct --editor e --trial-steps 40": ("a trained --editor", "--trial-steps"),
     "instruct --rounds 0 --proposer p": ("--rounds 0, which proposes nothing,", "--proposer"),
+    "instruct --rounds 0 --server s": ("--rounds 0, which proposes nothing,", "--server"),
     "instruct --temperature 1": ("the built-in rewriter", "--temperature"),
     "bench --list-presets --preset rome": ("--list-presets", "--preset"),
     "bench --list-presets --data zsre --out o": ("--list-presets", "--data and --out"),

@@ -67,7 +67,7 @@ def instruct(
     known = load_families(families)
     chosen = _chosen(known, tasks)
     if rounds == 0:
-        refuse_beside("--rounds 0, which proposes nothing,", {"--proposer": proposer})
+        refuse_beside("--rounds 0, which proposes nothing,", {"--proposer": proposer, "--server": server})
     settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
     writer = _writer(proposer, server, temperature, timeout, seed)
     out = instructions_place(out or run_folder("instruct", model), model)

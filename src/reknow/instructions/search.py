@@ -161,7 +161,7 @@ class _Run:
         if (family.name, text) not in self.scores:
             started = time.perf_counter()
             values = {name: [_rounded(value) for value in of] for name, of in self.score(family, text).items()}
-            scores = {name: _mean_of_cases(of) for name, of in values.items()}
+            scores = {name: mean_of_cases(of) for name, of in values.items()}
             seconds = time.perf_counter() - started
             self.seconds, self.trials = self.seconds + seconds, self.trials + 1
             row = {
@@ -221,7 +221,8 @@ def difference(one: _Values, other: _Values) -> Mean:
     return with_interval(means, max(len(mine) for mine, _ in pairs.values()))
 
 
-def _mean_of_cases(values: Sequence[float | None]) -> float:
+def mean_of_cases(values: Sequence[float | None]) -> float:
+    """A metric's score: the mean of its values on the cases that have it."""
     return round(float(np.nanmean(np.array(values, float))), 4)
 
 
