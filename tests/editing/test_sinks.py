@@ -104,7 +104,7 @@ def test_keys_and_states_of_a_sink_are_those_behind_the_stand_in():
 
 
 METHODS = {
-    "memit": MEMIT(layers=(0, 1), steps=6, covariance_tokens=3000),
+    "memit": MEMIT(layers=(0,), steps=6, covariance_tokens=3000),
     "emmet": EMMET(layer=0, steps=6, covariance_tokens=3000),
     "pmet": PMET(layers=(0,), steps=6, covariance_tokens=3000),
     "alphaedit": AlphaEdit(layers=(0,), steps=6, covariance_tokens=3000, null_share=0.5),

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from conftest import AuthorsSearch, make_lm
-from reknow import LM, PMET, load_cases
+from reknow import LM, PMET, load_cases, method
 from reknow.editing import value_batch
 from reknow.editing.value_batch import Scores
 from reknow.editing.values import Convergence, decrease_per_pass, find_values, turn, value_loss
 from reknow.edits import Edit
+from reknow.errors import EditRefused
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Text
 
@@ -45,6 +46,18 @@ def test_more_facts_than_fit_are_searched_in_several_batches(gpt2, monkeypatch):
     parts = find_values(gpt2, EDITS, 0, CONTEXTS, search)
     assert torch.allclose(whole.z, parts.z, atol=1e-4)
     assert torch.allclose(whole.mean_key, parts.mean_key, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["rome", "emmet", "memit", "memit-fe", "pmet", "alphaedit"])
+def test_a_place_that_no_answer_sees_is_refused(gpt2, name):
+    """What the last layer adds behind a subject only the next token sees."""
+    place = {"layer": 2} if name in ("rome", "emmet") else {"layers": [2]}
+    editor = method(name, **place, steps=2, context_groups=(), covariance_tokens=60)
+    language, _, player = EDITS
+    with pytest.raises(EditRefused, match="got layer 2 for 'The mother tongue of Danielle Darrieux is'") as refused:
+        editor.edit(gpt2, [player, language])
+    assert gpt2.layers == 3 and refused.value.edit is language
+    assert editor.edit(gpt2, [player]).deltas
 
 
 def test_the_loss_is_the_equation():

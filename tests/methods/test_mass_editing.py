@@ -32,7 +32,7 @@ METHODS = {name: dict(layers=(0, 1), **FAST) for name in SPREAD} | {"emmet": dic
 
 @pytest.fixture(scope="module")
 def gpt2():
-    return make_lm("gpt2")
+    return make_lm("gpt2", n_layer=4)  # no band ends in the last layer, where no answer sees the subject
 
 
 def nll(lm, edits):
@@ -60,7 +60,7 @@ def test_memit_without_regularization_reaches_z_in_one_layer(gpt2):
 
 def test_memit_distributes_the_residual_over_its_layers(gpt2):
     patch = MEMIT(layers=(0, 1, 2), **FAST).edit(gpt2, EDITS)
-    assert list(patch.deltas) == list(gpt2.parts.value)
+    assert list(patch.deltas) == list(gpt2.parts.value[:3])
     assert patch.notes["layers"] == [0, 1, 2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean
@@ -101,6 +102,17 @@ def test_a_text_longer_than_the_context_is_refused():
     assert cut_answers(tight, [QUESTION], UnKE(end_token=False))[0].ends == (whole,)
     with pytest.raises(TextRefused, match=f"at most {whole} tokens"):  # the end token is one too many
         cut_answers(tight, [QUESTION], UnKE())
+
+
+@pytest.mark.parametrize("editor", [UnKE(layers=(2,), steps=1), AnyEdit(layers=(2,), covariance_tokens=60)])
+def test_a_state_in_the_last_layer_is_said_to_count_for_one_token(editor):
+    lm, editor = make_lm(), replace(editor, search_steps=1)
+    assert lm.layers == 3
+    with pytest.warns(UserWarning, match=r"^layer 2 is the last, .* chunks have up to \d+: take"):
+        editor.edit(lm, [QUESTION])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        replace(editor, chunk_tokens=1).edit(lm, [QUESTION])
 
 
 def test_chunks_part_the_answer_and_states_stand_before_them():

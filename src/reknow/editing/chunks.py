@@ -12,6 +12,7 @@ With `units="absolute"` the last term is weight_decay · ‖δ‖ / ‖h‖², a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -103,6 +104,13 @@ def find_states(
     Raises:
         EditFailed: a loss is not finite.
     """
+    longest = max(end - before - 1 for text in texts for before, end in zip(text.before, text.ends, strict=True))
+    if layer == lm.layers - 1 and longest > 1:
+        warnings.warn(
+            f"layer {layer} is the last, where a state counts for the next token alone, and chunks have up to "
+            f"{longest}: take an earlier one, or leave it to the library",
+            stacklevel=1,  # said once, whoever calls
+        )
     deltas: list[Tensor] = []
     losses: list[list[float]] = []
     chunks = [(text, number) for text in texts for number in range(len(text.before))]

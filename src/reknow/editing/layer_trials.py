@@ -78,7 +78,7 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
     with lm.unpatched():
         known = set(known_facts(lm, [fact for facts in relations for fact in facts]))
         edits = _trial_edits(relations, known)
-        if len(edits) < _FEWEST_FACTS:
+        if len(edits) < _FEWEST_FACTS or lm.layers == 1:
             return []
         facts = [edit.fact for edit in edits]
         traces = []
@@ -97,8 +97,10 @@ def try_layers(lm: LM, relations: Sequence[Sequence[Fact]] | None = None) -> lis
 
 def candidates(effects: Sequence[float], always: Sequence[int] = ()) -> list[int]:
     """Layers to try: all of the lower two thirds; of a deep model those of `always`, some evenly spaced and, of the
-    others, those of largest effect."""
-    lower = range(-(-2 * len(effects) // 3))
+    others, those of largest effect. Never the last, where the subject does not reach what follows it."""
+    last = len(effects) - 1
+    lower = range(min(-(-2 * len(effects) // 3), last))
+    always = [layer for layer in always if layer < last]
     if len(lower) <= _CANDIDATES:
         return sorted({*lower, *always})
     spaced = {round(i * (len(lower) - 1) / (_CANDIDATES - 3)) for i in range(_CANDIDATES - 2)}

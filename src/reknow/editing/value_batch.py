@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from reknow.editing.sinks import avoid_sinks, reworded, subject_texts, warn_of_sink
 from reknow.edits import Edit
+from reknow.errors import EditRefused
 from reknow.lm import LM
 from reknow.model.parts import embedding_matrix
 from reknow.model.replay import BlockReplay
@@ -25,6 +26,7 @@ from reknow.model.tokens import TOKENS_PER_BATCH, EncodedText, Text
 __all__ = [
     "FactBatch",
     "Scores",
+    "check_reach",
     "encode_facts",
     "group_facts",
     "number_of_batches",
@@ -97,6 +99,18 @@ def weighted_rows(
         facts |= dict(zip(alike, rows, strict=True))
     weights = [[n / (len(contexts) + count) for n in (*distinct.values(), *[1] * count)] for count in counts]
     return [facts[i] for i in range(len(edits))], weights
+
+
+def check_reach(edits: Sequence[Edit], facts: list[list[EncodedText]], layer: int) -> None:
+    """Raises EditRefused where the subject ends no prompt: what the last layer adds only the next token sees."""
+    for edit, (*prompts, _) in zip(edits, facts, strict=True):
+        if all(row.subject_last != row.prompt_length - 1 for row in prompts):
+            raise EditRefused(
+                "expected a layer below the last, which counts for the token behind the subject alone; got layer "
+                f"{layer} for {edit.text!r}, where the answer comes later: take an earlier one, or leave it to the "
+                "library",
+                edit,
+            )
 
 
 def of_like_weights(weights: list[list[float]]) -> list[list[int]]:

@@ -27,6 +27,7 @@ from reknow.editing.search import ValueSearchMethod
 from reknow.editing.value_batch import (
     FactBatch,
     Scores,
+    check_reach,
     group_facts,
     number_of_batches,
     of_like_weights,
@@ -92,10 +93,13 @@ def find_values(
         apart: each edit is for a patch of its own, so that none has its δ from another of its subject.
 
     Raises:
+        EditRefused: no answer sees what is added at that layer.
         EditFailed: the loss is not a number.
     """
     index = _delta_index(edits, method.rules.merge_subjects and not apart)
     facts, weights = weighted_rows(lm, edits, contexts, rephrased=method.rephrased)
+    if layer == lm.layers - 1:
+        check_reach(edits, facts, layer)
     groups = []
     for alike in of_like_weights(weights):
         some = group_facts(
