@@ -6,6 +6,7 @@ import ast
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import typer.main
@@ -20,15 +21,26 @@ SPOKEN = {"warn", "warning", "info", "say", "print", "echo", "hint", "refusal", 
 
 
 FUNCTIONS = (ast.FunctionDef, ast.ClassDef)
-TREES = {
-    str(file.relative_to(SOURCE)): ast.parse(file.read_text(encoding="utf-8"))
-    for file in sorted(SOURCE.rglob("*.py"))
-}
 
 
-def sentences() -> Iterator[tuple[str, str]]:
-    """(place, text) of all that is said: what an error, a warning or a hint is made with, {} for what is put in."""
-    for file, tree in TREES.items():
+@cache
+def trees() -> dict[str, ast.Module]:
+    """File → its source parsed; when a test asks, not when tests are collected."""
+    return {
+        str(file.relative_to(SOURCE)): ast.parse(file.read_text(encoding="utf-8"))
+        for file in sorted(SOURCE.rglob("*.py"))
+    }
+
+
+@cache
+def sentences() -> list[tuple[str, str]]:
+    """(place, text) of all that is said."""
+    return list(_sentences())
+
+
+def _sentences() -> Iterator[tuple[str, str]]:
+    """Of every error, warning and hint what it is made with, {} for what is put in."""
+    for file, tree in trees().items():
         for node in ast.walk(tree):
             name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
             said = name.endswith(("Error", "Failed", "Refused", "Extra")) or name.lstrip("_") in SPOKEN
@@ -57,7 +69,7 @@ def commands() -> dict[str, set[str]]:
 def parameters() -> set[str]:
     """Names of all parameters and fields in the library."""
     names: set[str] = set()
-    for tree in TREES.values():
+    for tree in trees().values():
         for node in ast.walk(tree):
             if isinstance(node, ast.arg):
                 names.add(node.arg)
@@ -66,19 +78,19 @@ def parameters() -> set[str]:
     return names
 
 
-SENTENCES = list(sentences())
-
-
 def missing(pattern: str, known: set[str]) -> list[str]:
     """Places and names that match and are not known."""
     return [
-        f"{place}: {found}" for place, said in SENTENCES for found in re.findall(pattern, said) if found not in known
+        f"{place}: {found}"
+        for place, said in sentences()
+        for found in re.findall(pattern, said)
+        if found not in known
     ]
 
 
 def test_there_is_much_to_look_at():
-    assert len(SENTENCES) > 300
-    assert any("--dtype" in said for _, said in SENTENCES) and any("force=True" in said for _, said in SENTENCES)
+    assert len(sentences()) > 300
+    assert any("--dtype" in said for _, said in sentences()) and any("force=True" in said for _, said in sentences())
 
 
 def test_options_exist():
@@ -89,7 +101,7 @@ def test_options_exist():
 def test_commands_exist_and_have_the_options_that_follow_them():
     known = commands()
     assert not missing(r"\breknow ([a-z]+)(?= [-–]|`| \{| --|$)", set(known))
-    for place, said in SENTENCES:
+    for place, said in sentences():
         for name, rest in re.findall(r"`reknow ([a-z]+)([^`]*)`", said):
             assert set(re.findall(r"--[a-z-]+", rest)) <= known[name], place
 
@@ -103,7 +115,7 @@ def test_functions_exist():
     from peft import PeftModel
     from transformers import AutoTokenizer, PreTrainedModel
 
-    ours = {node.name for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, FUNCTIONS)}
+    ours = {node.name for tree in trees().values() for node in ast.walk(tree) if isinstance(node, FUNCTIONS)}
     others = {*dir(PreTrainedModel), *dir(PeftModel), "merge_and_unload", "get_base_model", "len"}
     assert not missing(r"\b([A-Za-z_]+)\((?=[^)]*\))", ours | others)
     assert "gguf_file" in inspect.getsource(AutoTokenizer.from_pretrained)
@@ -111,7 +123,7 @@ def test_functions_exist():
 
 def test_extras_exist():
     listed = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for file, tree in TREES.items():
+    for file, tree in trees().items():
         for node in ast.walk(tree):
             name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
             if isinstance(node, ast.Call) and name in ("MissingExtra", "need_server"):
@@ -124,6 +136,6 @@ def test_extras_exist():
 
 
 def test_pages_exist():
-    for place, said in SENTENCES:
+    for place, said in sentences():
         for page in re.findall(r"\b(docs/[\w/-]+\.md)\b", said):
             assert (ROOT / page).is_file(), place
