@@ -60,7 +60,7 @@ def test_an_adapter_gives_the_same_logits_in_peft(family, edit, tmp_path):
 
 def test_matrices_of_different_rank_share_an_adapter(edit, tmp_path):
     lm = edited(make_lm("llama"), edit)
-    lm.apply(ROME(layer=2, steps=5, context_groups=(), covariance_tokens=0).edit(lm, [edit]))
+    lm.apply(ROME(layer=0, steps=5, context_groups=(), covariance_tokens=0).edit(lm, [edit]))
     base = saved_base(lm, tmp_path / "base")
     assert sorted(export_lora(lm, tmp_path / "adapter").ranks.values()) == [1, 2]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")

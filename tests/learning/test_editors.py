@@ -41,7 +41,13 @@ def test_it_belongs_to_its_model(mend, tmp_path):
     assert mend.edit(half, [edit]).deltas, "the same model in another dtype is the same model"
 
 
-@pytest.mark.parametrize(("method", "known"), [("mend", 1), ("instructedit", 1), ("ke", 1), ("malmen", None)])
+LIKE_MEND = [("instructedit", 1), ("ke", 1)]
+
+
+@pytest.mark.parametrize(
+    ("method", "known"),
+    [("mend", 1), *(pytest.param(*row, marks=pytest.mark.slow) for row in LIKE_MEND), ("malmen", None)],
+)
 def test_more_edits_than_it_knows_are_made_with_a_warning(method, known, caplog):
     lm, learned, edits = make_lm(), trained(method, "gpt2"), [case.edit for case in some_cases(3)]
     first = learned.edit(lm, edits[:1])
