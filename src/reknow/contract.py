@@ -51,7 +51,7 @@ class Method(ABC):
         """The method as published for a model, by its paper's authors or others (see `published`, also for the
         errors): `ROME.paper("gpt2-xl")`. `settings` go over it, and say which row is meant: `average_keys=True`."""
         row = cls(**known_settings(cls, settings, cls.__name__)).name
-        return make(row, {**published(row, model, source).settings, **settings})
+        return make(row, published(row, model, source).settings_with(settings))
 
     def resolve(self, lm: LM) -> Method:
         """The method with nothing left open that `lm` decides about; see `reknow.methods.as_published`."""

@@ -33,6 +33,12 @@ _Table = Mapping[str, Any]
 
 _ABOUT = {"models", "by", "like", "complete", "training", "source", "note"}
 """Keys of a table that are no fields of the method."""
+_IN_PLACE_OF = {
+    "regularization": ("covariance_weight", "l2", "ridge"),
+    "null_share": ("null_threshold",),
+    "leakage": ("leakage_weight",),
+}
+"""Setting in the model's own units → the plain numbers that papers have, and that are read in its place."""
 
 
 class Published(NamedTuple):
@@ -54,6 +60,11 @@ class Published(NamedTuple):
     @property
     def source(self) -> str:
         return "; ".join(self.sources)
+
+    def settings_with(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings, and those that are given over them: instead of the plain numbers that would be read first."""
+        replaced = {number for field in given for number in _IN_PLACE_OF.get(field, ()) if number not in given}
+        return {name: value for name, value in self.settings.items() if name not in replaced} | dict(given)
 
 
 @typed

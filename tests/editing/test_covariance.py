@@ -158,7 +158,7 @@ def test_a_band_is_read_in_one_pass(monkeypatch):
     monkeypatch.setattr(reknow.editing.covariance, "sum_keys", lambda task: read.append(task.names) or own(task))
     for name, layers in (("memit", (0, 1, 2)), ("alphaedit", (0, 1, 2)), ("pmet", (0, 2))):
         lm = make_lm("gpt2")
-        chosen = method(name, layers=layers, steps=1, context_groups=(), covariance_tokens=300)
+        chosen = method(name, layers=layers, steps=2, context_groups=(), covariance_tokens=300)
         for file in cache_folder().glob("*.safetensors"):
             file.unlink()
         chosen.edit(lm, [edit])
@@ -264,11 +264,11 @@ def test_where_none_may_be_computed_they_are_refused():
     for name in ("rome", "memit", "emmet", "pmet", "alphaedit"):
         place = {"layer": 1} if name in ("rome", "emmet") else {"layers": (1,)}
         with pytest.raises(InputError, match="statistics of layer 1"):
-            method(name, steps=1, context_groups=(), covariance_tokens=100, **place).edit(lm, [edit])
+            method(name, steps=2, context_groups=(), covariance_tokens=100, **place).edit(lm, [edit])
     lm.computes_statistics = True
     covariance(lm, 1, tokens=100)
     lm.computes_statistics = False
-    assert method("rome", layer=1, steps=1, context_groups=(), covariance_tokens=100).edit(lm, [edit])
+    assert method("rome", layer=1, steps=2, context_groups=(), covariance_tokens=100).edit(lm, [edit])
 
 
 def test_chat_models_read_plain_text():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
 from conftest import make_lm
+from reknow import LM, Patch, method
 from reknow.editing.keys import Subjects
 from reknow.edits import Edit
 from reknow.model.hooks import added_at, output_edited, recorded
 from reknow.model.tokens import Text
+from reknow.patching.patches import merge
 
 EDITS = [
     Edit("The mother tongue of {} is", subject="Danielle Darrieux", target_new="English", target_true="French"),
@@ -61,3 +64,49 @@ def test_states_carried_forward_are_those_of_the_model_with_the_addition(site):
             with recorded(gpt2.model, outputs=[name]) as (_, seen):
                 gpt2.model(ids)
         assert torch.allclose(second[i], seen[name][0, row.subject_last].double(), atol=1e-4)
+
+
+HOLDING = {
+    "memit": dict(hold_earlier=True),
+    "pmet": dict(hold_earlier=True),
+    "alphaedit": {},
+    "betaedit": {},
+    "evoedit": {},
+    "sphere": {},
+}
+QUICK = dict(layers=(0,), context_groups=(), covariance_tokens=1000, steps=3)
+
+
+def edited(lm: LM, name: str, edits: list[Edit], **changes) -> Patch:
+    """The patch, made without a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return method(name, **QUICK | HOLDING[name] | changes).edit(lm, edits)
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_an_edit_with_a_key_that_is_held_is_said_to_be_none(name):
+    """The same question with another answer, and another question that begins alike; not the edit itself again."""
+    lm = make_lm()
+    with lm.patched(edited(lm, name, EDITS[:2])):
+        edited(lm, name, EDITS[:1] + EDITS[2:])
+        for other in (replace(EDITS[0], target_new="German"), replace(EDITS[1], prompt="{} lies in")):
+            wanted = (
+                rf"^{name} holds what .* '{other.text}' has the key of '(The mother|Lima is).*take rome, which holds"
+            )
+            with pytest.warns(UserWarning, match=wanted):
+                method(name, **QUICK | HOLDING[name]).edit(lm, [other])
+
+
+@pytest.mark.parametrize("name", ["memit", "alphaedit", "evoedit"])
+def test_what_is_not_held_any_more_is_said(name):
+    lm = make_lm()
+    one = edited(lm, name, EDITS[:1])
+    with lm.patched(one):
+        two = edited(lm, name, EDITS[1:2])
+        with pytest.warns(
+            UserWarning, match=r"wrote in transformer.h.0.* is not held in transformer.h.1.*set layers"
+        ):
+            method(name, **QUICK | HOLDING[name] | dict(layers=(1,))).edit(lm, EDITS[2:])
+    with lm.patched(merge([one, two])), pytest.warns(UserWarning, match="keeps no keys, since it was merged"):
+        method(name, **QUICK | HOLDING[name]).edit(lm, EDITS[2:])

@@ -83,6 +83,15 @@ def test_evoedit_takes_used_directions_away_from_the_projector(problem):
     assert torch.allclose(again @ again.T, both @ both.T, atol=1e-9)
 
 
+def test_edits_of_one_key_use_one_direction(problem):
+    covariance, _, past, _ = problem
+    basis = null_space(covariance, 0.0, threshold=10.0)
+    again = torch.cat([past, past.float().double(), past])  # as patches keep them
+    assert remaining(basis, again).shape == remaining(basis, past).shape
+    one, many = (left @ left.T for left in (remaining(basis, past), remaining(basis, again)))
+    assert torch.allclose(one, many, atol=1e-5)
+
+
 def test_a_null_space_that_is_used_up_is_said_to_be(problem):
     covariance, keys, past, _ = problem
     basis = null_space(covariance, 0.0, threshold=1e-3)

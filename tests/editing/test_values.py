@@ -13,7 +13,7 @@ from reknow.editing import value_batch
 from reknow.editing.value_batch import Scores
 from reknow.editing.values import Convergence, decrease_per_pass, find_values, turn, value_loss
 from reknow.edits import Edit
-from reknow.errors import EditRefused
+from reknow.errors import EditRefused, InputError
 from reknow.model.replay import BlockReplay
 from reknow.model.tokens import Text
 
@@ -58,6 +58,23 @@ def test_a_place_that_no_answer_sees_is_refused(gpt2, name):
         editor.edit(gpt2, [player, language])
     assert gpt2.layers == 3 and refused.value.edit is language
     assert editor.edit(gpt2, [player]).deltas
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (dict(steps=1), "expected steps of at least 2"),
+        (
+            dict(layers=[1], context_variance=1.0, variance_layers=2),
+            "variance_layers of at most 1, .* above layer 1; got 2",
+        ),
+        (dict(layers=[2], context_variance=1.0), "variance_layers of at most 0"),
+    ],
+)
+def test_settings_by_which_nothing_is_searched_or_counted_are_refused(gpt2, settings, wanted):
+    quick = dict(layers=[0], steps=2, context_groups=((3, 2),), covariance_tokens=60)
+    with pytest.raises(InputError, match=wanted):
+        method("memit", **quick | settings).edit(gpt2, EDITS[2:])
 
 
 def test_the_loss_is_the_equation():
@@ -169,8 +186,8 @@ def test_what_a_pass_gains_is_read_off_whole_rounds_of_the_batches():
 
 
 def test_a_context_that_comes_twice_counts_twice(gpt2):
-    twice = find_values(gpt2, EDITS, 1, (*CONTEXTS, CONTEXTS[1]), AuthorsSearch(steps=1))
-    once = [find_values(gpt2, EDITS, 1, (context,), AuthorsSearch(steps=1)).key for context in CONTEXTS]
+    twice = find_values(gpt2, EDITS, 1, (*CONTEXTS, CONTEXTS[1]), AuthorsSearch(steps=2))
+    once = [find_values(gpt2, EDITS, 1, (context,), AuthorsSearch(steps=2)).key for context in CONTEXTS]
     assert torch.allclose(twice.mean_key, (once[0] + 2 * once[1] + once[2]) / 4, atol=1e-5)
 
 

@@ -17,7 +17,7 @@ import torch
 from conftest import alone, bits, make_lm, random_states, same
 from families import CORE_FAMILIES, slow_but
 from learned import is_learned, trained
-from reknow import IKE, LM, METHODS, Case, Edit, Patch, Probe, method
+from reknow import IKE, LM, METHODS, ROME, Case, Edit, Patch, Probe, method
 from reknow.contract import check_edits
 from reknow.editing.search import ValueSearchMethod
 from reknow.errors import EditFailed, EditRefused, InputError, ModelError, ReknowError
@@ -320,12 +320,16 @@ def test_searches_refuse_rates_below_zero_and_what_is_no_probability():
     searches = tuple(name for name, entry in METHODS.items() if issubclass(entry.method, ValueSearchMethod))
     assert tuple(sorted((*searches, "simie"))) == NEED_A_SUBJECT  # which wraps ROME
     for name in searches:
-        for field in ("kl_weight", "weight_decay", "clamp", "min_delta", "covariance_tokens"):
+        for field in ("kl_weight", "weight_decay", "min_delta"):
             with pytest.raises(InputError, match=f"expected {field} of at least 0; got -1"):
                 method(name, **{field: -1})
+        none = 0 if METHODS[name].method is ROME else 1  # without C there is ROME alone
+        with pytest.raises(InputError, match=f"expected covariance_tokens of at least {none}; got {none - 1}"):
+            method(name, covariance_tokens=none - 1)
         for wrong in (-1, 0):
-            with pytest.raises(InputError, match=f"expected learning_rate above 0; got {wrong}"):
-                method(name, learning_rate=wrong)
+            for field in ("learning_rate", "clamp"):
+                with pytest.raises(InputError, match=f"expected {field} above 0; got {wrong}"):
+                    method(name, **{field: wrong})
         for wrong in (-0.1, 2.0, torch.nan):
             with pytest.raises(InputError, match="expected stop_probability from 0 to 1; got"):
                 method(name, stop_probability=wrong)

@@ -10,7 +10,24 @@ from pathlib import Path
 import pytest
 
 from conftest import make_lm, without_weights
-from reknow import FT, ICE, IKE, KN, LM, MEMIT, MEND, METHODS, ROME, SERAC, Case, Edit, LoRA, evaluate, method
+from reknow import (
+    FT,
+    ICE,
+    IKE,
+    KN,
+    LM,
+    MEMIT,
+    MEND,
+    METHODS,
+    ROME,
+    SERAC,
+    AlphaEdit,
+    Case,
+    Edit,
+    LoRA,
+    evaluate,
+    method,
+)
 from reknow.contract import check_edits
 from reknow.errors import EditRefused, InputError
 from reknow.evaluation import bench
@@ -93,6 +110,17 @@ def test_settings_given_go_over_the_papers():
     assert ROME.paper("gpt2-xl", layer=3, steps=2) == method(
         "rome", **published("rome", "gpt2-xl").settings | dict(layer=3, steps=2)
     )
+
+
+def test_a_setting_in_the_models_units_replaces_the_papers_plain_number():
+    """Which would be read in its place."""
+    assert MEMIT.paper("gpt2-xl").covariance_weight == 20000 and MEMIT.paper("gpt2-xl", layers=(3,)).covariance_weight
+    mine = MEMIT.paper("gpt2-xl", regularization=0.3)
+    assert mine.covariance_weight is None and mine.regularization == 0.3
+    both = MEMIT.paper("gpt2-xl", regularization=0.3, covariance_weight=7)
+    assert both.covariance_weight == 7
+    named = method("alphaedit-paper:gpt2-xl", null_share=0.2).resolve(make_lm())
+    assert named.null_threshold is None and named.null_share == 0.2 and named.l2 == AlphaEdit.paper("gpt2-xl").l2
 
 
 def test_the_settings_say_which_row_of_a_class_is_meant():

@@ -18,6 +18,7 @@ from reknow.contract import Method, make_patch
 from reknow.errors import InputError
 from reknow.evaluation.cost import estimate
 from reknow.patching.deltas import LowRank
+from reknow.patching.patches import merge
 from reknow.registry import Row
 
 THEIRS = load_file(GOLDEN / "simie.safetensors")
@@ -204,3 +205,23 @@ def test_a_base_that_goes_on_from_its_own_patches_needs_the_model_afresh(base, m
             on.edit(lm, edits)
     else:
         assert on.edit(lm, edits).deltas
+
+
+def test_a_correction_is_said_to_be_none_and_a_merged_patch_is_refused(golden):
+    simie = method("simie", base="given")
+    first = simie.edit(golden, EDITS[:1])
+    with golden.patched(first):
+        second = simie.edit(golden, EDITS[1:2])
+    with (
+        golden.patched(merge([first, second])),
+        pytest.raises(InputError, match="which was merged: apply the patches"),
+    ):
+        simie.edit(golden, EDITS[2:])
+    lm = make_lm()
+    edit = Edit("The capital of {} is", subject="Peru", target_new="Paris")
+    quick = {"layer": 1, "steps": 3, "context_groups": [], "covariance_tokens": 0}
+    simie = method("simie", base_settings=json.dumps(quick))
+    with lm.patched(simie.edit(lm, [edit])), pytest.warns(
+        UserWarning, match=r"'The capital of Peru is' was to be 'Paris' in patch \w+.*LM.rebuild does"
+    ):
+        simie.edit(lm, [replace(edit, target_new="Rome")])

@@ -13,6 +13,7 @@ from reknow import Edit, Patch, UltraEdit, method
 from reknow.errors import InputError
 from reknow.learning.lifelong import RunningScatter
 from reknow.model.gates import gate_and_up
+from reknow.patching.patches import merge
 
 EDITS = [
     Edit(f"The capital of {name} is", target_new="Paris in France") for name in ("Peru", "Lima", "Rome", "Italy")
@@ -129,6 +130,32 @@ def test_other_facts_are_edited_first_and_only_once(lm, tmp_path):
     with lm.patched(first):
         assert "warm_up" not in warm.edit(lm, EDITS[2:]).notes
     assert warm.seen(lm, [*EDITS, *other]) == other, "none is scored that was edited to warm up"
+
+
+def test_a_sequence_whose_first_patch_is_off_is_warmed_up_anew_and_goes_on_from_the_others(lm, tmp_path):
+    stream = tmp_path / "stream.jsonl"
+    stream.write_text('{"prompt": "Oslo is in", "target_new": "Asia"}\n')
+    warm = UltraEdit(whiten=True, warm_up=str(stream), **SETTINGS)
+    first = warm.edit(lm, EDITS[:1])
+    with lm.patched(first):
+        second = warm.edit(lm, EDITS[1:2])
+    (name,) = first.deltas
+    count = f"norm.{'x'.join(map(str, first.deltas[name].shape))}.count"
+    with lm.patched(second):
+        third = warm.edit(lm, EDITS[2:])
+    tokens = third.state[count] - UltraEdit(whiten=True, **SETTINGS).edit(lm, EDITS[2:]).state[count]
+    alone = warm.edit(lm, EDITS[2:])
+    assert third.notes["warm_up"] == 1 and tokens > 0, "those of the warm-up, kept once"
+    assert torch.equal(third.state[count], alone.state[count]), "the second patch has its own"
+    assert not torch.equal(third.deltas[name].dense(), alone.deltas[name].dense())
+
+
+def test_a_merged_patch_is_refused(lm):
+    one = UltraEdit(**SETTINGS).edit(lm, EDITS[:1])
+    with lm.patched(one):
+        two = UltraEdit(**SETTINGS).edit(lm, EDITS[1:2])
+    with lm.patched(merge([one, two])), pytest.raises(InputError, match="which was merged: apply the patches"):
+        UltraEdit(**SETTINGS).edit(lm, EDITS[2:])
 
 
 @pytest.mark.parametrize("changed", [dict(whiten=True), dict(layers=(0, 1)), dict(matrices="up")])

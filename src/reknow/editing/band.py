@@ -11,7 +11,7 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, NonNegative
 from reknow.contract import check_edits, make_patch
-from reknow.editing.keys import kept_by_earlier, kept_keys
+from reknow.editing.keys import held_keys, kept_keys
 from reknow.editing.layers import resolve_layers
 from reknow.editing.search import ValueSearchMethod
 from reknow.editing.solvers import least_squares
@@ -81,7 +81,7 @@ class BandMethod(ValueSearchMethod):
 
     def _keys_side(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
-        past = kept_by_earlier(lm, kept_keys(lm.parts.value[layer])) if self.hold_earlier else []
+        past = held_keys(lm, self.name, edits, lm.parts.value[layer], keys) if self.hold_earlier else []
         return least_squares(
             self.whitening(lm, layer),
             keys,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from reknow.checks.bounds import Natural, NonNegative, Number, Rate, Units
+from reknow.checks.bounds import NonNegative, Number, Rate, Units
 from reknow.editing.descent import adam_update, descend
 from reknow.edits import Edit
 from reknow.lm import LM
@@ -43,14 +43,14 @@ class ChunkSearch:
     chunk_tokens: Number | None = None
     """Tokens of the answer that one state has to make the model say; None: all of them."""
     end_token: bool = True
-    """Whether the end token is learned behind every answer, so that the model stops there."""
-    search_steps: Natural = 40
+    """Whether the end token, if there is one, is learned behind every answer, so that the model stops there."""
+    search_steps: Number = 40
     """Updates of a state at most; 24 in the authors' code."""
     search_learning_rate: Rate = 0.5
     """Adam's step of one coordinate of δ, in root mean squares of the block's output."""
     search_weight_decay: NonNegative = 0.01
     """Weight in the loss of δ's length, relative to what it is added to."""
-    search_clamp: NonNegative = 4.0
+    search_clamp: Rate = 4.0
     """Largest length of δ, relative to what it is added to."""
     stop_loss: NonNegative = 0.05
     """End a state's search when its loss is below; in the authors' code 0.005 or 0.01, for a whole answer never."""

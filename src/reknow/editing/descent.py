@@ -17,7 +17,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from reknow.checks.bounds import Formerly, NonNegative, Rate, Units
+from reknow.checks.bounds import Formerly, Rate, Units
 from reknow.lm import LM
 from reknow.model.exact import finite_loss
 from reknow.model.hooks import weight_replaced
@@ -107,7 +107,7 @@ class StepSize:
 
     learning_rate: Annotated[Rate, Formerly("learning_rate_absolute", also={"units": "absolute"})] = 0.01
     """How far Adam moves a weight in a step."""
-    clamp: Annotated[NonNegative | None, Formerly("clamp_absolute", also={"units": "absolute"})] = None
+    clamp: Annotated[Rate | None, Formerly("clamp_absolute", also={"units": "absolute"})] = None
     """Largest change of a single weight; None: no bound."""
     units: Units = "relative"
     """`relative`: learning rate and clamp are multiples of the matrix's root mean square, so that they mean the same

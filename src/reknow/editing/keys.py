@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal
@@ -16,9 +17,14 @@ from reknow.model.beginnings import read_inputs
 from reknow.model.exact import exact
 from reknow.model.hooks import added_at, output_edited
 from reknow.model.tokens import EncodedText
+from reknow.patching.patches import Patch
 from reknow.registry import NEED_A_SUBJECT
 
-__all__ = ["Site", "Subjects", "kept_by_earlier", "kept_keys"]
+__all__ = ["Site", "Subjects", "held_keys", "kept_by_earlier", "kept_keys"]
+
+_KEYS = "keys."
+_ONE_KEY = 0.99
+"""Cosine from which two keys count as one; behind the same beginning a subject's are the same to rounding."""
 
 Site = Literal["value", "block"]
 """Where a state is read: the value matrix's output, or the block's where an addition arrives there unchanged."""
@@ -99,4 +105,46 @@ def kept_by_earlier(lm: LM, name: str) -> list[Tensor]:
 
 def kept_keys(module: str) -> str:
     """The name under which a patch keeps the keys of its edits at a value matrix. (edits, in), float32"""
-    return f"keys.{module}"
+    return f"{_KEYS}{module}"
+
+
+def held_keys(lm: LM, method: str, edits: Sequence[Edit], module: str, keys: Tensor) -> list[Tensor]:
+    """The keys that applied patches keep at a value matrix, each (its edits, in), whose outputs an edit holds.
+
+    Warns where an edit has such a key itself, and where a patch of the method keeps none: it was merged, or is of
+    other layers.
+
+    Args:
+        keys: of the edits. (edits, in)
+    """
+    for patch in lm.patches:
+        if (held := patch.state.get(kept_keys(module))) is not None:
+            _warn_of_like_keys(method, edits, keys, patch, held)
+        elif patch.method == method and "merged" in patch.notes and module in patch.deltas:
+            warnings.warn(
+                f"{patch.label} keeps no keys, since it was merged, so what it wrote is not held: apply the patches "
+                "that it was merged from",
+                stacklevel=1,  # said once, whoever calls
+            )
+        elif patch.method == method and any(name.startswith(_KEYS) for name in patch.state):
+            warnings.warn(
+                f"{patch.label} wrote in {', '.join(patch.deltas)}, so what it wrote is not held in {module}: set "
+                "layers as there",
+                stacklevel=1,
+            )
+    return kept_by_earlier(lm, kept_keys(module))
+
+
+def _warn_of_like_keys(method: str, edits: Sequence[Edit], keys: Tensor, patch: Patch, held: Tensor) -> None:
+    """keys and held: (edits, in), (edits of the patch, in)"""
+    own, theirs = (torch.nn.functional.normalize(exact(each).to(keys.device)) for each in (keys, held))
+    likeness, which = (own @ theirs.T).max(1)
+    for edit, cosine, j in zip(edits, likeness.tolist(), which.tolist(), strict=True):
+        earlier = patch.edits[j]
+        if cosine > _ONE_KEY and (edit.text, edit.target_new) != (earlier.text, earlier.target_new):
+            warnings.warn(
+                f"{method} holds what earlier edits wrote, and {edit.text!r} has the key of {earlier.text!r} in "
+                f"{patch.label}, so it is made in part or not at all: take that patch off first, as LM.rebuild does, "
+                "or take rome, which holds nothing",
+                stacklevel=1,
+            )

@@ -29,6 +29,10 @@ _NOTHING = 1e-9
 """Variance of general text, in units of the largest in B, below which a direction has none."""
 
 
+_NO_DIRECTION = 1e-6
+"""Singular values below this, in units of the largest, are the rounding of keys, which patches keep in float32."""
+
+
 class LeakyNullSpace(NamedTuple):
     """Directions that general text hardly uses, and how much it does."""
 
@@ -82,16 +86,20 @@ def remaining(basis: Tensor, past: Tensor) -> Tensor:
     """The directions of a null space that are orthogonal to earlier keys. basis: (in, r); past: (n, in)
 
     Returns:
-        (in, r − n), float64, orthonormal if `basis` is.
+        (in, r − rank), float64, orthonormal if `basis` is.
 
     Raises:
         EditFailed: none is left.
     """
     used = exact(past.to(basis.device)) @ basis  # (n, r)
-    if len(used) >= basis.shape[1]:
+    turn, triangle = torch.linalg.qr(used.T, mode="complete")
+    # Edits of one key have one direction: those of the span, and then the rest.
+    within, lengths, _ = torch.linalg.svd(triangle[: len(used)])
+    rank = int((lengths > _NO_DIRECTION * lengths[0]).sum())
+    if rank >= basis.shape[1]:
         raise EditFailed(
             f"expected directions that neither general text nor an earlier edit uses; {len(used):,} edits have used "
             f"all {basis.shape[1]:,}: raise null_share, or take betaedit, which shares them"
         )
-    turn, _ = torch.linalg.qr(used.T, mode="complete")
-    return basis @ turn[:, len(used) :]
+    spanned = turn[:, : len(within)] @ within
+    return basis @ torch.cat([spanned[:, rank:], turn[:, len(within) :]], 1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
-from reknow.checks.bounds import Formerly, Name, Natural, NonNegative, Number, Rate, Seed, Share, Units
+from reknow.checks.bounds import Formerly, Name, NonNegative, Number, Rate, Seed, Share, Units
 from reknow.contract import Method
 from reknow.datasets.text import text_source
 from reknow.editing import factors, triangle
@@ -72,7 +72,7 @@ class ValueSearchMethod(Method):
     contexts of a pass are compared, which are two at least."""
     variance_layers: Number = 1
     """How many layers above these are, where `context_variance` is not 0."""
-    clamp: NonNegative = 1.0
+    clamp: Rate = 1.0
     """Largest length of the addition, relative to what it is added to; in the papers 0.75."""
     units: Units = "relative"
     """`relative`: the learning rate and the addition's length are measured by the model's own states. `absolute`: the
@@ -103,7 +103,7 @@ class ValueSearchMethod(Method):
     """What a key is a mean over, and a value searched for: `prefixes`: the prompt by itself and behind those texts;
     `rephrasings`: the prompt and the edit's rephrasings; `both`: all of them. Each weighs alike in the search and in
     ROME's key; the mean key of MEMIT and its kin is half the bare prompt's, as always."""
-    covariance_tokens: Natural | None = None
+    covariance_tokens: Number | None = None
     """Tokens of general text for C; None: twenty for each input of the matrix, 100,000 at most."""
     covariance_text: Name | None = None
     """A file, a folder or `hub:owner/name` to read general text from, also for contexts; None: the bundled WikiText
@@ -151,12 +151,21 @@ class ValueSearchMethod(Method):
 
     def keep_statistics(self, lm: LM, layers: Sequence[int]) -> None:
         """Reads what C of these layers needs, in one pass over the text."""
-        if self.covariance_tokens != 0:
-            factors.keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
+        factors.keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
 
     def whitening(self, lm: LM, layer: int) -> Whitening | Refined | ExpertWhitening:
         """`factors.whitening` of the settings' text."""
         return factors.whitening(lm, layer, tokens=self.covariance_tokens, text=self.covariance_text)
+
+    def check_search(self, lm: LM, layer: int) -> None:
+        """Raises InputError where δ would stay 0, or fewer layers are above than `context_variance` wants."""
+        if self.steps == 1:
+            raise InputError("expected steps of at least 2, of which the last only measures; got 1: raise it")
+        if self.context_variance and self.variance_layers > (above := lm.layers - 1 - layer):
+            raise InputError(
+                f"expected variance_layers of at most {above}, which are above layer {layer}; got "
+                f"{self.variance_layers}: lower it, take an earlier layer, or leave context_variance out"
+            )
 
     def check_null_space(self, lm: LM, layers: Sequence[int]) -> None:
         """Raises InputError where a layer is too large for all its eigenvectors."""

@@ -168,7 +168,7 @@ def least_squares(
     system.diagonal().add_(weight)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or not bool(factor.diagonal().min() > 1e-7 * factor.diagonal().max()):
-        raise _singular(mine, names)
+        raise _singular(mine, names, held=past is not None)
     if dual:
         wanted = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)[:, : len(mine)]
         found = torch.cholesky_solve(wanted, factor).T @ rows
@@ -195,18 +195,20 @@ def _least_squares_refined(
     system.diagonal().add_(float(regularization * size) if weight is None else weight)
     factor, failed = torch.linalg.cholesky_ex(system)
     if failed or not bool(factor.diagonal().min() > 1e-7 * factor.diagonal().max()):
-        raise _singular(keys, names)
+        raise _singular(keys, names, held=past is not None)
     return torch.cholesky_solve(solved, factor)[: len(keys)]
 
 
-def _singular(keys: Tensor, names: Sequence[str]) -> EditFailed:
-    """The error for keys that cannot be told apart; names the two most alike."""
+def _singular(keys: Tensor, names: Sequence[str], *, held: bool) -> EditFailed:
+    """The error for keys that cannot be told apart; names the two most alike. held: some of earlier edits are too."""
     unit = torch.nn.functional.normalize(keys)
     alike = (unit @ unit.T).fill_diagonal_(-1)
     first, second = divmod(int(alike.argmax()), len(alike))
     pair = [repr(names[i]) if names else f"fact {i}" for i in sorted((first, second))]
-    about = f"the keys of {pair[0]} and {pair[1]} are the most alike" if len(keys) > 1 else "its key vanishes"
+    alone = "its key may be that of an earlier edit" if held else "its key vanishes"
+    about = f"the keys of {pair[0]} and {pair[1]} are the most alike" if len(keys) > 1 else alone
     return EditFailed(
         f"expected facts with different keys; the system of {len(keys)} is singular, and {about}: "
-        "raise the regularization, or leave one of them out"
+        "raise the regularization, or the plain number (l2, covariance_weight, ridge) that is read in its place, or "
+        "leave one of them out"
     )

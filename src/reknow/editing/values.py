@@ -93,10 +93,12 @@ def find_values(
         apart: each edit is for a patch of its own, so that none has its δ from another of its subject.
 
     Raises:
+        InputError: settings by which nothing is searched, or a term of the loss has nothing to count.
         EditRefused: no answer sees what is added at that layer.
         EditFailed: the loss is not a number.
     """
     index = _delta_index(edits, method.rules.merge_subjects and not apart)
+    method.check_search(lm, layer)
     facts, weights = weighted_rows(lm, edits, contexts, rephrased=method.rephrased)
     if layer == lm.layers - 1:
         check_reach(edits, facts, layer)

@@ -160,6 +160,11 @@ def refuse_other_settings(patches: Iterable[Patch], method: Method, matrices: Co
     # Where nothing is warmed up on, neither counts how much.
     warm_up = _WARM_UP if now["warm_up"] is not None else _WARM_UP[:1]
     for patch in patches:
+        if not _states(patch, "norm"):
+            raise InputError(
+                f"expected patches that keep the statistics of their edits; got {patch.label}, which was merged: "
+                "apply the patches that it was merged from"
+            )
         own, got = "layers, matrices and whiten", ""
         if patch.method != name or set(patch.deltas) != set(matrices):
             got = f"{patch.method} in {len(patch.deltas)} matrices, then {name} in {len(matrices)}"

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from reknow.checks.bounds import Formerly, NonNegative, Number, Share
 from reknow.contract import check_edits, make_patch
-from reknow.editing.keys import kept_by_earlier, kept_keys
+from reknow.editing.keys import held_keys, kept_by_earlier, kept_keys
 from reknow.editing.layers import resolve_layers
 from reknow.editing.norm_anchor import anchor_states
 from reknow.editing.null_spaces import LeakyNullSpace, leaky_null_space, refreshed_with, remaining
@@ -144,7 +144,7 @@ class AlphaEdit(ValueSearchMethod):
 
     def _keys_side(self, lm: LM, edits: Sequence[Edit], layer: int, keys: Tensor) -> Tensor:
         """The keys' side of ΔW. keys and result: (facts, in)"""
-        earlier = kept_by_earlier(lm, kept_keys(lm.parts.value[layer]))  # each (its facts, in)
+        earlier = held_keys(lm, self.name, edits, lm.parts.value[layer], keys)  # each (its facts, in)
         past, names = torch.cat(earlier) if earlier else None, [edit.text for edit in edits]
         if self._penalises_leakage:
             basis = self._leaky_metric(lm, layer, keys, earlier)

@@ -35,7 +35,7 @@ class AsPublished(Method):
         return published(self.row, self.model or lm)
 
     def resolve(self, lm: LM) -> Method:
-        return make(self.row, {**self.published(lm).settings, **self.settings})
+        return make(self.row, self.published(lm).settings_with(self.settings))
 
     def check(self, edits: Sequence[Edit]) -> None:
         make(self.row, self.settings).check(edits)  # what it needs does not depend on what a paper sets

@@ -63,8 +63,8 @@ class FT(StepSize, Method):
     matrices: _Matrices = "value"
     """Which matrices of a layer are trained: the MLP's value matrix, all of the MLP, all of attention, or all."""
     end_token: bool = False
-    """Whether the end token is learned behind every answer, so that the model stops there; always if
-    `breadth_first`."""
+    """Whether the end token, if there is one, is learned behind every answer, so that the model stops there; always
+    if `breadth_first`."""
     breadth_first: bool = False
     """LocFT-BF: batches in another random order on every pass."""
     seed: Seed = 0

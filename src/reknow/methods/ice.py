@@ -54,7 +54,7 @@ class ICE(StepSize, Method):
     """Layers whose value matrices are trained; None: five, as in the paper, around `suggest_layer`."""
     steps: Number = 25
     """Updates of each batch."""
-    clamp: Annotated[NonNegative | None, Formerly("clamp_absolute", also={"units": "absolute"})] = 0.12
+    clamp: Annotated[Rate | None, Formerly("clamp_absolute", also={"units": "absolute"})] = 0.12
     """Largest change of a single weight (paper: 5e-4); None: no bound, which harms other facts."""
     consistency_weight: NonNegative = 1.0
     """λ, the weight of L_ice; 0: plain fine-tuning, nothing is sampled."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from reknow.checks.bounds import Formerly, NonNegative, Number, Share
+from reknow.checks.bounds import Formerly, NonNegative, Number, Rate, Share
 from reknow.contract import check_edits
 from reknow.editing.band import BandMethod
 from reknow.editing.layers import resolve_layers
@@ -34,7 +34,7 @@ class PMET(BandMethod):
 
     regularization: Annotated[NonNegative, Formerly("stiffness")] = 0.03
     steps: Number = 30
-    clamp: NonNegative = 0.75
+    clamp: Rate = 0.75
     stop_probability: Share = 1.0  # what attention took up is not written: ended early, too little is
     min_delta: Annotated[NonNegative, Formerly("stop_gain")] = 0.0
     success_weight: NonNegative = 0.1

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from reknow.checks.bounds import Formerly, Natural, NonNegative, Number
+from reknow.checks.bounds import Formerly, Natural, Number, Rate
 from reknow.contract import check_edits, make_patch
 from reknow.editing.layers import resolve_layer
 from reknow.editing.search import SearchRules, ValueSearchMethod
@@ -38,7 +38,7 @@ class ROME(ValueSearchMethod):
 
     layer: int | None = None
     """Layer whose value matrix is changed; None: `suggest_layer`."""
-    clamp: NonNegative = 4.0
+    clamp: Rate = 4.0
     """Largest length of the addition, relative to what it is added to, as in the authors' code."""
     context_batches: Annotated[Number, Formerly("turns")] = 5
     context_groups: tuple[tuple[Number, Number], ...] = ((10, 5), (10, 10))

@@ -14,6 +14,7 @@ K are the matrix' inputs at all tokens of prompt and answer. They travel in the 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -51,7 +52,7 @@ class SimIE(Method):
     ridge: Rate = 10.0
     """λ: what is left of a change for the sake of the first weights."""
     units: Units = "relative"
-    """`relative`: λ is a multiple of the mean square of the inputs of a sequence's first edits; `absolute`: it is a
+    """`relative`: λ is a multiple of the mean square of the inputs of a sequence's first edit; `absolute`: it is a
     plain number, as in the paper's code."""
     afresh: bool = True
     """Make each edit on the model without those before, as EasyEdit does; else on the model as it is, Ŵ_t − W_{t−1}
@@ -98,6 +99,7 @@ class SimIE(Method):
         edits, base = check_edits(self, edits, lm), self.at_work(lm)
         earlier = [patch for patch in lm.patches if patch.method == self.name]
         self._refuse_others(earlier)
+        _warn_of_corrections(earlier, edits)
         others = tuple(patch for patch in lm.patches if patch.method != self.name)
         found: dict[str, Compromise] = {}
         for group in [edits] if self.afresh else [[edit] for edit in lm.progress.each("edits", edits)]:
@@ -132,9 +134,14 @@ class SimIE(Method):
             )
 
     def _refuse_others(self, earlier: Sequence[Patch]) -> None:
-        """Raises InputError where a patch on the stack was made with other settings."""
+        """Raises InputError where a patch on the stack was made with other settings, or has lost its inputs."""
         own = field_values(self)
         for patch in earlier:
+            if any(f"unit.{name}" not in patch.state for name in patch.deltas):
+                raise InputError(
+                    f"expected patches that keep the inputs of their edits; got {patch.label}, which was merged: "
+                    "apply the patches that it was merged from"
+                )
             if differ := [field for field, value in own.items() if patch.settings.get(field) != value]:
                 raise InputError(
                     f"expected a sequence to go on with the settings of its patches; got {', '.join(differ)} other "
@@ -149,6 +156,19 @@ def _kept(patch: Patch, name: str) -> Tensor:
         return exact(keys).cpu()
     values, vectors = torch.linalg.eigh(exact(patch.state[f"gram.{name}"]).cpu())
     return (vectors * values.clamp(min=0).sqrt()).T
+
+
+def _warn_of_corrections(earlier: Sequence[Patch], edits: Sequence[Edit]) -> None:
+    """Warns where an edit asks what one before it asks and wants another answer: between the demands is neither."""
+    before = {edit.text: (edit.target_new, patch.label) for patch in earlier for edit in patch.edits}
+    for edit in edits:
+        answer, label = before.get(edit.text, (edit.target_new, ""))
+        if answer != edit.target_new:
+            warnings.warn(
+                f"simie holds all edits of a sequence, and {edit.text!r} was to be {answer!r} in {label}, so neither "
+                "answer is given in full: take that patch off first, as LM.rebuild does",
+                stacklevel=1,  # said once, whoever calls
+            )
 
 
 def _no_settings(text: str) -> InputError:

@@ -80,7 +80,7 @@ class UltraEdit(Method):
     whitening_floor: Rate = 1.0
     """Smaller eigenvalues of Σ count as so large: a share of their mean, in absolute units a plain number."""
     warm_up: Name | None = None
-    """StableEdit: other facts that are read before the first edits of a stack, NAME, NAME:FILE or FILE of cases."""
+    """StableEdit: other facts, NAME, NAME:FILE or FILE, read before edits where no patch on the stack knows them."""
     warm_up_edits: Number = 2000
     """How many of them at most."""
     warm_up_writes: bool = False
@@ -116,10 +116,10 @@ class UltraEdit(Method):
         before = [patch for patch in lm.patches if patch.method in ("ultraedit", "stableedit")]
         refuse_other_settings(before, self, names)
         norms, deltas, warmed = self._norms(before), _Deltas(), 0
-        if not before and self.warm_up is not None:
+        if self.warm_up is not None and not any("warm_up" in patch.notes for patch in before):
             own = {edit.text for edit in edits}
             stream = [edit for edit in stream_of(self.warm_up, self.warm_up_edits) if edit.text not in own]
-            norms, deltas, warmed = self._warm(lm, stream, self.warm_up, names)
+            norms, deltas, warmed = self._warm(lm, stream, self.warm_up, names, before)
         deltas, losses = self._write(lm, names, lm.encode([Text.asked(edit) for edit in edits]), norms, deltas)
         notes = {"layers": self.footprint(lm).layers, "losses": losses} | ({"warm_up": warmed} if warmed else {})
         return make_patch(self, lm, edits, deltas, state=norms.state(), notes=notes)
@@ -159,12 +159,12 @@ class UltraEdit(Method):
         return [*gates, *(gate_and_up(lm, layer)[1] for layer in layers)]
 
     def _warm(
-        self, lm: LM, stream: Sequence[Edit], address: str, names: Sequence[str]
+        self, lm: LM, stream: Sequence[Edit], address: str, names: Sequence[str], before: Sequence[Patch]
     ) -> tuple[LifelongNorms, _Deltas, int]:
         """Statistics and changes of the stream, and how many of its facts fit into the model's positions."""
 
         def write() -> tuple[LifelongNorms, _Deltas, int]:
-            rows, norms = readable(lm, stream, address), self._norms([])
+            rows, norms = readable(lm, stream, address), self._norms(before)
             if self.warm_up_writes:
                 return norms, self._write(lm, names, rows, norms, {})[0], len(rows)
             norms.observe(flat_factors(lm, names, rows, answers_only=True)[0])

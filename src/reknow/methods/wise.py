@@ -71,7 +71,7 @@ class WISE(SideModuleMethod):
     steps: Number = 70
     learning_rate: Rate = 0.3
     """How far the first step of gradient descent moves the weights, in units of their root mean square."""
-    clamp: NonNegative = 50.0
+    clamp: Rate = 50.0
     """Largest change of a weight, in units of their root mean square."""
     alpha: NonNegative = 0.25
     """Margin α: how far unrelated text may move, in units of the length of the matrix's output."""
