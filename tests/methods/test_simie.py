@@ -221,7 +221,10 @@ def test_a_correction_is_said_to_be_none_and_a_merged_patch_is_refused(golden):
     edit = Edit("The capital of {} is", subject="Peru", target_new="Paris")
     quick = {"layer": 1, "steps": 3, "context_groups": [], "covariance_tokens": 0}
     simie = method("simie", base_settings=json.dumps(quick))
-    with lm.patched(simie.edit(lm, [edit])), pytest.warns(
-        UserWarning, match=r"'The capital of Peru is' was to be 'Paris' in patch \w+.*LM.rebuild does"
+    with (
+        lm.patched(simie.edit(lm, [edit])),
+        pytest.warns(
+            UserWarning, match=r"'The capital of Peru is' was to be 'Paris' in patch \w+.*take that patch off"
+        ),
     ):
         simie.edit(lm, [replace(edit, target_new="Rome")])

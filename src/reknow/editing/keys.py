@@ -144,7 +144,7 @@ def _warn_of_like_keys(method: str, edits: Sequence[Edit], keys: Tensor, patch: 
         if cosine > _ONE_KEY and (edit.text, edit.target_new) != (earlier.text, earlier.target_new):
             warnings.warn(
                 f"{method} holds what earlier edits wrote, and {edit.text!r} has the key of {earlier.text!r} in "
-                f"{patch.label}, so it is made in part or not at all: take that patch off first, as LM.rebuild does, "
-                "or take rome, which holds nothing",
+                f"{patch.label}, so it is made in part or not at all: take that patch off first, or take rome, which "
+                "holds nothing",
                 stacklevel=1,
             )

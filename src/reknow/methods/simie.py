@@ -166,7 +166,7 @@ def _warn_of_corrections(earlier: Sequence[Patch], edits: Sequence[Edit]) -> Non
         if answer != edit.target_new:
             warnings.warn(
                 f"simie holds all edits of a sequence, and {edit.text!r} was to be {answer!r} in {label}, so neither "
-                "answer is given in full: take that patch off first, as LM.rebuild does",
+                "answer is given in full: take that patch off first",
                 stacklevel=1,  # said once, whoever calls
             )
 
