@@ -105,7 +105,7 @@ APART = [
     Edit("{} works as a", subject="Peru", target_new="painter"),
     Edit("{} works as a", subject="Chile", target_new="singer"),
 ]
-CALM = dict(steps=2, context_groups=(), covariance_tokens=0)
+CALM = dict(steps=2, context_groups=(), covariance_tokens=60)
 
 
 @pytest.mark.parametrize("name", ["rome", "r-rome", "memit", "emmet", "pmet", "alphaedit", "alphaedit-blue"])

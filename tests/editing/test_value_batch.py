@@ -129,15 +129,6 @@ def test_a_search_that_weighs_the_spread_ends_with_less_of_it(gpt2):
     assert bool((spread(30.0) < 0.9 * spread(0.0)).all())
 
 
-def test_above_the_last_layer_there_is_no_spread(gpt2):
-    edits = [Edit("I know {}", subject="Peru", target_new="of")]
-    plain, held = (
-        find_values(gpt2, edits, 2, CONTEXTS, MEMIT(steps=3, context_batches=1, context_variance=w))
-        for w in (0.0, 9.0)
-    )
-    assert torch.equal(plain.delta, held.delta)
-
-
 def test_a_pass_has_two_contexts_to_compare_or_none_is_weighed(gpt2):
     edits = [Edit("I know {}", subject="Peru", target_new="of")]
     settings = dict(steps=3, stop_probability=1.0, min_delta=0.0)

@@ -230,6 +230,20 @@ def test_a_folder_of_another_search_is_refused(tmp_path):
         run_search([FAMILY], Rewriter(), by_length, tmp_path, SMALL, about={"model": "b"})
 
 
+def test_scores_of_another_task_of_the_same_name_are_not_taken_over(tmp_path):
+    run_search([FAMILY], Rewriter(), by_length, tmp_path, SMALL)
+    for other, said in (
+        (replace(FAMILY, data="zsre"), "data is 'zsre'"),
+        (replace(FAMILY, input="Q: {prompt}"), "input"),
+    ):
+        with pytest.raises(InputError, match=said):
+            run_search([other], Rewriter(), by_length, tmp_path, SMALL)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["settings"]["tasks"]  # of an earlier version
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert run_search([FAMILY], Rewriter(), by_length, tmp_path, SMALL).cost["trials"] == 0
+
+
 # --- a language model at a real server ----------------------------------------------------------------
 
 LINES = (

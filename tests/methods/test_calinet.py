@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import make_lm
 from reknow import LM, CaliNet, Edit
+from reknow.errors import InputError
 from reknow.memories.distances import prompt_states
 from reknow.memories.slots import Slots, merge
 from reknow.methods.calinet import assess_knowledge, other_inputs
@@ -24,6 +25,11 @@ PROMPTS = ["The capital of Peru is", "I know Danielle Darrieux", "Who is Zoë Ü
 
 def edit(prompt: str, target: str = "of", **fields) -> Edit:
     return Edit(prompt, target_new=target, **fields)
+
+
+def test_slots_without_trained_keys_are_refused():
+    with pytest.raises(InputError, match="expected slots with trained_keys; got 5 slots"):
+        CaliNet(slots=5).edit(make_lm(), [edit(PROMPTS[0])])
 
 
 @pytest.mark.golden

@@ -221,8 +221,7 @@ def test_a_missing_context_and_too_long_a_text_are_refused(lm, edit):
 
 @pytest.mark.parametrize("name", ["learning_rate", "clamp"])
 def test_a_rate_or_bound_below_nothing_is_refused(lm, edit, name):
-    least = "above 0" if name.startswith("learning_rate") else "of at least 0"
-    with pytest.raises(InputError, match=f"expected {name} {least}; got -1.0"):
+    with pytest.raises(InputError, match=f"expected {name} above 0; got -1.0"):
         ICE(layers=(1,), **{name: -1.0}).edit(lm, [edit])
 
 

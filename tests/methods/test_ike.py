@@ -109,6 +109,15 @@ def golden_kind(text: str) -> str:
     return "update" if "has its" in question else "retain" if "Other" in question else "copy"
 
 
+def test_other_cases_under_the_same_name_are_read_again(roomy, tmp_path):
+    first, second = made_cases(80)[:40], made_cases(80)[40:]
+    found = []
+    for cases in (first, second, first):
+        ike = IKE(demonstrations=4).fit(roomy, cases, tmp_path / "cases.jsonl")
+        found.append(shown(ike.edit(roomy, [EDIT])))
+    assert found[0] == found[2] != found[1]
+
+
 def test_copies_updates_and_retentions_in_the_papers_numbers(roomy, tmp_path):
     ike = IKE().fit(roomy, made_cases(), tmp_path / "cases.jsonl")
     *others, own = shown(ike.edit(roomy, [EDIT]))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _TRIAL_STEPS = 40
 _CASES = 40
+_TIMEOUT = 30.0
 
 
 def instruct(
@@ -44,10 +45,10 @@ def instruct(
     temperature: Annotated[
         float | None, typer.Option("--temperature", min=0, help="Of the proposer; else as its server takes it.")
     ] = None,
-    timeout: Annotated[float, typer.Option("--timeout", min=1, help="Seconds for an answer of the proposer.")] = 30.0,
-    count: Annotated[int, typer.Option("--count", help="Instructions to keep of each task.")] = 10,
+    timeout: Annotated[float | None, typer.Option("--timeout", min=1, help="Seconds for its answer. [30]")] = None,
+    count: Annotated[int | None, typer.Option("--count", help="Instructions to keep of each task. [10]")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=0, help="Rounds at most; 0: score all that are there.")] = 6,
-    proposals: Annotated[int, typer.Option("--proposals", help="Instructions proposed in a round.")] = 5,
+    proposals: Annotated[int | None, typer.Option("--proposals", help="Proposed in a round. [5]")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of rewriter and choices.")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="The folder; else under runs/.")] = None,
     *,
@@ -58,24 +59,22 @@ def instruct(
     The same command takes up a search that was killed. Writes OUT/instructions.json, for --set families=FILE.
     """
     from reknow.files.outputs import mark_folder
-    from reknow.instructions import InstructionScorer, Search, load_families, save_families, search
-    from reknow.instructions.trial import TRIAL, FamilySplit
+    from reknow.instructions import InstructionScorer, load_families, save_families, search
+    from reknow.instructions.trial import TRIAL
 
     if editor is not None:
         refuse_beside("a trained --editor", {"--trial-steps": trial_steps})
     trial_steps = trial_steps or _TRIAL_STEPS
     known = load_families(families)
     chosen = _chosen(known, tasks)
-    if rounds == 0:
-        refuse_beside("--rounds 0, which proposes nothing,", {"--proposer": proposer, "--server": server})
-    settings = Search(count=count, proposals=proposals, rounds=rounds, seed=seed)
+    settings = _search(rounds, seed, {"--proposer": proposer, "--server": server}, count=count, proposals=proposals)
     writer = _writer(proposer, server, temperature, timeout, seed)
     out = instructions_place(out or run_folder("instruct", model), model)
-    lm = opening.open(model)
+    parts = _split(chosen, cases)
+    lm = _opened(opening, model, editor)
     mark_folder(out, "instruct")
     started = time.perf_counter()
     with write_lock(out):
-        parts = {family.name: FamilySplit.of(family, trial=cases) for family in chosen}
         method = _trial_editor(lm, chosen, parts, families, editor, trial_steps, out)
         trial = InstructionScorer(lm, method, {name: part.trial for name, part in parts.items()})
         about = {"model": lm.fingerprint.digest, "editor": str(editor or f"trained for {trial_steps} steps")}
@@ -89,17 +88,17 @@ def instruct(
 
 
 def _writer(
-    proposer: str | None, server: str | None, temperature: float | None, timeout: float, seed: int
+    proposer: str | None, server: str | None, temperature: float | None, timeout: float | None, seed: int
 ) -> Proposer:
     """The model at a server, or the rewriter without one; raises InputError for what belongs to the former."""
     from reknow.files.llm import LLM
     from reknow.instructions import Rewriter, Writer
 
     if proposer is not None:
-        return Writer(LLM(proposer, server, timeout=timeout, temperature=temperature))
+        return Writer(LLM(proposer, server, timeout=timeout or _TIMEOUT, temperature=temperature))
     if server is not None:
         raise InputError("expected --proposer with --server; got none: name the model that the server shall use")
-    refuse_beside("the built-in rewriter", {"--temperature": temperature})
+    refuse_beside("the built-in rewriter", {"--temperature": temperature, "--timeout": timeout})
     return Rewriter(seed)
 
 
@@ -113,6 +112,40 @@ def _chosen(known: dict[str, Family], tasks: str | None) -> list[Family]:
     return [known[name] for name in wanted]
 
 
+def _search(rounds: int, seed: int, writing: dict[str, object], **given: int | None) -> Search:
+    """What is given, and of the rest the defaults; raises InputError for what writes instructions without a round."""
+    from reknow.instructions import Search
+
+    if rounds == 0:
+        asked = writing | {f"--{name}": value for name, value in given.items()}
+        refuse_beside("--rounds 0, which proposes nothing,", asked)
+    return Search(rounds=rounds, seed=seed, **{name: value for name, value in given.items() if value is not None})
+
+
+def _opened(opening: Opening, model: str, editor: Path | None) -> LM:
+    """The model; raises InputError for an editor that is none for it, before a folder knows of either."""
+    from reknow.learning.editors import open_editor
+
+    lm = opening.open(model)
+    if editor is not None:
+        open_editor("instructedit", str(editor), lm)
+    return lm
+
+
+def _split(chosen: list[Family], cases: int) -> dict[str, FamilySplit]:
+    """Each family's cases; raises InputError where one has not as many to try an instruction on."""
+    from reknow.instructions.trial import FamilySplit
+
+    parts = {family.name: FamilySplit.of(family, trial=cases) for family in chosen}
+    for name, part in parts.items():
+        if len(part.trial) < cases:
+            raise InputError(
+                f"expected {cases} cases of each task to try an instruction on; {name} has {len(part.trial)} behind "
+                f"its {len(part.test)} tests: lower --cases, or leave the task out with --tasks"
+            )
+    return parts
+
+
 def _trial_editor(
     lm: LM,
     chosen: list[Family],
@@ -123,7 +156,7 @@ def _trial_editor(
     out: Path,
 ) -> InstructEdit:
     """The editor that is given, or one trained for a minute on the tasks with their first instructions."""
-    from reknow.instructions import save_families
+    from reknow.instructions import load_families, save_families
     from reknow.learning.training import Training
     from reknow.methods.instructedit import InstructEdit
 
@@ -131,7 +164,13 @@ def _trial_editor(
     if editor is not None:
         return replace(method, editor=str(editor))
     first = [replace(family, instructions=family.instructions[:1]) for family in chosen]
-    save_families(out / START, first, {"description": "what the trial editor was trained with"})
+    if not (out / START).exists():
+        save_families(out / START, first, {"description": "what the trial editor was trained with"})
+    elif list(load_families(out / START).values()) != first:
+        raise InputError(
+            f"expected the tasks and first instructions with which {out} was started; got others: take those in "
+            f"{out / START} again, or another folder"
+        )
     cases = [case for part in parts.values() for case in part.training]
     short = Training(steps=steps, batch_size=6, validation=0, validate_every=steps, checkpoint_every=steps)
     say(f"training a trial editor: {steps} updates")

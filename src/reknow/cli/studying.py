@@ -61,6 +61,8 @@ def study(
     from reknow.studies.articles import ARTICLES, sized
 
     if name is None:
+        asked = {"--families": families, "--steps": steps, "--test": test, "--seeds": seeds, "--fluency": fluency}
+        refuse_beside("the list of studies, which no name gives,", asked | {"--full": full or None, "--out": out})
         return say_table(["study", " minutes", "question"], _listed())
     if name not in (names := [row[0] for row in _listed()]):
         raise did_you_mean("study", name, names)

@@ -151,7 +151,8 @@ class ValueSearchMethod(Method):
 
     def keep_statistics(self, lm: LM, layers: Sequence[int]) -> None:
         """Reads what C of these layers needs, in one pass over the text."""
-        factors.keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
+        if self.covariance_tokens != 0:  # which ROME alone may have
+            factors.keep_statistics(lm, layers, tokens=self.covariance_tokens, text=self.covariance_text)
 
     def whitening(self, lm: LM, layer: int) -> Whitening | Refined | ExpertWhitening:
         """`factors.whitening` of the settings' text."""

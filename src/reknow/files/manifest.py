@@ -14,7 +14,8 @@ import torch
 
 from reknow.errors import InputError
 from reknow.files.atomic import write_json
-from reknow.files.outputs import MANIFEST_FILE
+from reknow.files.digests import file_digest
+from reknow.files.outputs import EDITOR_FILE, MANIFEST_FILE
 from reknow.files.schema import Object, Strict, explain, read_json
 from reknow.files.strict_json import strict_json
 from reknow.registry import as_now
@@ -41,7 +42,8 @@ def open_manifest(
     about: Mapping[str, Any],
     former: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> dict[str, Any]:
-    """The manifest of a run folder: written where there is none, otherwise compared with the settings wanted now.
+    """The manifest of a run folder: written where there is none, otherwise compared with the settings wanted now, and
+    so are the contents of the files that a method's settings name.
 
     Args:
         former: the settings that an earlier version wrote, in the form of this one.
@@ -51,15 +53,24 @@ def open_manifest(
     """
     path = folder / MANIFEST_FILE
     settings = json.loads(strict_json(settings, default=str))
+    now = _flat(settings)
+    contents = _contents(now)
     if not path.exists():
         started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        write_json(path, {**about, "started": started, "machine": _machine(), "settings": settings})
+        named = {"contents": contents} if contents else {}
+        write_json(path, {**about, "started": started, "machine": _machine(), "settings": settings, **named})
     manifest = read_manifest(folder)
-    before, now = _flat(json.loads(json.dumps(as_now(former(manifest["settings"])), default=str))), _flat(settings)
+    before = _flat(json.loads(json.dumps(as_now(former(manifest["settings"])), default=str)))
     changes = [
         f"{name} is {clip(repr(now.get(name)), 30)} and was {clip(repr(before.get(name)), 30)}"
         for name in sorted(before | now)
         if before.get(name) != now.get(name)
+    ]
+    known = manifest.get("contents", {})  # earlier versions have none
+    changes += [
+        f"{name}, {now[name]}, is a file of other content"
+        for name in contents
+        if known.get(name, contents[name]) != contents[name]
     ]
     if changes:
         raise InputError(
@@ -89,6 +100,21 @@ def read_manifest(folder: Path, form: type[Strict] = _Manifest) -> dict[str, Any
     manifest = read_json(folder / MANIFEST_FILE, Object, refusal)
     read_json(folder / MANIFEST_FILE, form, refusal)
     return manifest
+
+
+def _contents(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Setting of a method → the digest of the file that it names, or of the trained editor in a folder that it names.
+
+    Args:
+        settings: as `_flat` gives them.
+    """
+    found = {}
+    for name, value in settings.items():
+        if isinstance(value, str) and name.partition(".")[0] in ("method", "methods", "editor"):
+            for path in (Path(value), Path(value) / EDITOR_FILE):
+                if path.is_file():
+                    found[name] = file_digest(path)
+    return found
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

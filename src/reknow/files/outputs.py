@@ -18,7 +18,7 @@ from reknow.files.strict_json import strict_json
 
 MARK = "reknow.json"
 """In an exported folder: which command wrote it, which files, and what they are."""
-STACK_FILE, MANIFEST_FILE = "stack.json", "manifest.json"
+STACK_FILE, MANIFEST_FILE, EDITOR_FILE = "stack.json", "manifest.json", "editor.safetensors"
 HUB = "hub:"
 """How the address of a repository on the hub begins, which is read alone."""
 

@@ -101,9 +101,11 @@ def search(
     """
     folder = Path(out)
     starts = {family.name: family.texts()[0] for family in families}
-    asked = {"search": asdict(settings), "proposer": proposer.name, "starts": starts, **(about or {})}
+    tasks = {family.name: asdict(replace(family, instructions=())) for family in families}
+    asked = {"search": asdict(settings), "proposer": proposer.name, "starts": starts, **(about or {}), "tasks": tasks}
     with write_lock(folder):
-        open_manifest(folder, asked, {"kind": "instruction search"})
+        # Searches of earlier versions do not say what their tasks were.
+        open_manifest(folder, asked, {"kind": "instruction search"}, lambda before: {"tasks": tasks} | before)
         run = _Run(proposer, score, folder, settings, report)
         searched = [run.family(family, starts[family.name]) for family in progress.each("families", families)]
     cost = {"seconds of trials": round(run.seconds, 1), "trials": run.trials, **proposer.cost()}

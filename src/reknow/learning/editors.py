@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import reknow
 from reknow.edits import Case, Edit
 from reknow.errors import InputError
+from reknow.files.outputs import EDITOR_FILE
 from reknow.files.schema import FormatError, NewerFormat, Object, Strict, explain
 from reknow.files.tensors import check_tensor, read_tensors, write_tensors
 from reknow.lm import LM
@@ -24,8 +25,6 @@ from reknow.patching.patch_files import Base, Name
 from reknow.registry import make
 
 _FORMAT = 1
-EDITOR_FILE = "editor.safetensors"
-"""What an editor is called in the folder where it was trained."""
 
 
 class _Header(Strict):

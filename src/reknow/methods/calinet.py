@@ -33,6 +33,7 @@ from reknow.checks.bounds import NonNegative, Number, Rate
 from reknow.datasets.facts import load_facts
 from reknow.editing.descent import adam_update
 from reknow.edits import Edit
+from reknow.errors import InputError
 from reknow.files.schema import Strict
 from reknow.lm import LM
 from reknow.memories.base import SideModuleMethod, memory_patch, paraphrases, prepare, train_beside
@@ -87,6 +88,11 @@ class CaliNet(SideModuleMethod):
         return "calinet"
 
     def edit(self, lm: LM, edits: Sequence[Edit]) -> Patch:
+        if self.slots is not None and not self.trained_keys:
+            raise InputError(
+                f"expected slots with trained_keys; got {self.slots} slots, where every paraphrase has one: set "
+                "trained_keys, or leave slots out"
+            )
         edits, layer, _, stored, notes = prepare(self, lm, edits)
         rows = lm.encode([Text.asked(edit, text) for edit in edits for text in paraphrases(edit)])
         inputs, _ = prompt_states(lm, rows, lm.mlp_in(layer)[0])  # (rows, hidden)

@@ -24,6 +24,7 @@ from reknow.datasets.cases import load_cases
 from reknow.edits import Case, Edit, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
+from reknow.files.digests import file_digest
 from reknow.files.schema import Listed, Strict
 from reknow.files.strict_json import strict_json
 from reknow.lm import LM
@@ -80,9 +81,7 @@ class IKE(MemoryMethod):
 
     @property
     def name(self) -> str:
-        if self.demonstrations == 0:
-            return "ike-zero"
-        return "ike" if self.demonstration_mix is not None else "ike-easyedit"
+        return "ike-zero" if not self.demonstrations else "ike" if self.demonstration_mix else "ike-easyedit"
 
     def fit(self, lm: LM, cases: Sequence[Case], out: str | Path) -> IKE:
         """Keeps the cases as demonstrations in the file `out`, and gives the method that shows them.
@@ -111,8 +110,7 @@ class IKE(MemoryMethod):
 
     def fit_demonstrations(self, lm: LM, texts: Sequence[str], prompt: str) -> list[str]:
         """Those that leave positions for the prompt and its answer, the least similar left out."""
-        nearest_first = self.demonstration_mix is None
-        return fit_demonstrations(lm, texts, prompt, self.answer_tokens, nearest_first=nearest_first)
+        return fit_demonstrations(lm, texts, prompt, self.answer_tokens, nearest_first=self.demonstration_mix is None)
 
     def _choose(self, lm: LM, edits: Sequence[Edit]) -> list[list[str]]:
         """Demonstrations for each edit, in the order in which they stand in the prompt."""
@@ -132,8 +130,8 @@ class IKE(MemoryMethod):
         if self.demonstration_mix is None:
             return [text for _, text in near]
         rng = random.Random(f"{self.seed}/{edit.text}")
-        unit = math.gcd(*self.demonstration_mix)
-        block = [kind for kind, share in enumerate(self.demonstration_mix) for _ in range(share // unit)]
+        smallest = math.gcd(*self.demonstration_mix)
+        block = [kind for kind, share in enumerate(self.demonstration_mix) for _ in range(share // smallest)]
         kinds: list[int] = []
         while len(kinds) < len(near):  # block by block, so that those that fit are mixed in proportion too
             rng.shuffle(block)
@@ -146,13 +144,14 @@ class IKE(MemoryMethod):
 
         def read() -> tuple[list[tuple[Case, str]], Tensor]:
             cases = load_cases(_BUNDLED, offset=_OFFSET) if self.cases is None else read_cases(self.cases)
+            pool = [(case, case.edit.text) for case in cases]
             if self.demonstration_mix is None:
                 pool = [(case, text) for case in cases for texts in demonstrations_of(case) for text in texts[:1]]
-            else:
-                pool = [(case, case.edit.text) for case in cases]
             return pool, embed_texts(lm, [text.strip() for _, text in pool], self.encoder)
 
-        return lm.cached(("ike", self.cases, self.encoder, self.demonstration_mix is None), read)
+        file = Path(self.cases) if self.cases else None  # another may be written under its name
+        content = file_digest(file) if file and file.is_file() else self.cases
+        return lm.cached(("ike", content, self.encoder, self.demonstration_mix is None), read)
 
     @staticmethod
     def running_memory(lm: LM, patches: Sequence[Patch]) -> _Contexts:

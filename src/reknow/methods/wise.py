@@ -85,7 +85,8 @@ class WISE(SideModuleMethod):
     units: Units = "relative"
     """`absolute`: learning rate, clamp and margins are plain numbers (in the paper 1, 1, 5, 20, 10)."""
     mask_ratio: Annotated[Part | None, Formerly("mask")] = None
-    """Share ρ of the weights that a shard may change; None: what leaves an edit 18,000 weights, 0.2 at least."""
+    """Share ρ of the weights that a shard may change, from the next one that is begun; None: what leaves an edit
+    18,000 weights, 0.2 at least."""
     shard_size: Number | None = None
     """Edits per shard; None: those for which a fifth of the weights is enough, 10 at least."""
     density: Part = 0.53
