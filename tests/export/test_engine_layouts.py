@@ -14,6 +14,7 @@ pytest.importorskip("xllamacpp")
 import xllamacpp
 
 from conftest import make_lm, some_patch
+from families import slow_but
 from gguf_models import ARCHITECTURES, write_gguf
 from reknow import LM
 from reknow.errors import PatchError
@@ -87,7 +88,7 @@ def change_all(lm: LM) -> None:
     lm.apply(replace(some_patch(lm), deltas=deltas))
 
 
-@pytest.mark.parametrize("family", _ARCHITECTURES)
+@pytest.mark.parametrize("family", slow_but(("gpt2", "llama"), _ARCHITECTURES))
 def test_llama_cpp_computes_what_transformers_does(family, tmp_path):
     lm = make_lm(family, max_position_embeddings=128)
     base = write_gguf(lm, tmp_path / "base.gguf", "F32")

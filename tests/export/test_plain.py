@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from conftest import bits, same, some_patch
-from families import ROPE, tiny_model, tiny_tokenizer
+from families import ROPE, slow_but, tiny_model, tiny_tokenizer
 from reknow import LM, Edit
 from reknow.errors import PatchError
 from reknow.export.adapter import export_lora
@@ -73,7 +73,7 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("wrapped", [True, False], ids=["peft's model", "the model within"])
+@pytest.mark.parametrize("wrapped", slow_but((True,), (True, False)), ids=["peft's model", "the model within"])
 @pytest.mark.parametrize("name", ADAPTED)
 def test_adapters_are_added_to_the_weights(name, wrapped, tmp_path):
     torch.manual_seed(0)

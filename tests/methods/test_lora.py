@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from conftest import make_lm
-from families import CORE_FAMILIES
+from families import CORE_FAMILIES, slow_but
 from reknow import Edit, Patch, method
 from reknow.errors import InputError, MissingExtra, PatchError
 from reknow.export.adapter import export_lora
@@ -21,7 +21,7 @@ pytest.importorskip("peft")
 MATRICES = ("value", "up", "attention_out")
 
 
-@pytest.mark.parametrize("family", CORE_FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("llama",), CORE_FAMILIES))
 @pytest.mark.parametrize("name", ["lora", "adalora"])
 def test_the_answer_becomes_likelier_and_the_model_is_left_alone(family, name, edit):
     lm = make_lm(family)

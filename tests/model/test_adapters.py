@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import bits, close, make_lm, same, some_patch
-from families import tiny_model, tiny_tokenizer, wide_llama, with_matrices
+from families import slow_but, tiny_model, tiny_tokenizer, wide_llama, with_matrices
 from reknow import LM, Edit, method
 from reknow.errors import InputError, ModelError, PatchError
 from reknow.model.loading import carries_adapters
@@ -95,7 +95,7 @@ def test_a_patch_does_what_it_does_to_the_merged_model_and_comes_off_bit_for_bit
 
 
 @pytest.mark.parametrize("name", ["rome", "memit", "ft-m", "grace", "kn"])
-@pytest.mark.parametrize("kind", ["all matrices", "IA3", pytest.param("DoRA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", slow_but(("all matrices",), ("all matrices", "IA3", "DoRA")))
 def test_methods_make_the_edit_that_they_make_on_the_merged_model(name, kind):
     lm, merged = (pair(model) for model in adapted(kind))
     settings = QUICK | (dict(learning_rate=2e-2, clamp=None) if name == "ft-m" else {})

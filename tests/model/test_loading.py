@@ -29,7 +29,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 from conftest import make_lm, some_patch
-from families import ROPE, tiny_model, tiny_tokenizer
+from families import ROPE, slow_but, tiny_model, tiny_tokenizer
 from reknow import LM, Patch
 from reknow.cli import app
 from reknow.errors import InputError, MissingExtra, ModelError, PatchError
@@ -248,7 +248,7 @@ SEEING: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("family", SEEING)
+@pytest.mark.parametrize("family", slow_but(("gemma3",), SEEING))
 def test_vision_language_folders_open_as_the_pair_does(family, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[family](**SEEING[family])).eval()

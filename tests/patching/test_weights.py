@@ -171,7 +171,7 @@ def offloaded(family: str, folder, how: str) -> LM:
     return LM((model, tiny_tokenizer(bos=family == "llama")))
 
 
-@pytest.mark.parametrize("how", ["disk", "cpu", "cpu and disk"])
+@pytest.mark.parametrize("how", slow_but(("cpu and disk",), ("disk", "cpu", "cpu and disk")))
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_offloaded_layers_are_edited_too(family, how, tmp_path):
     lm, whole = offloaded(family, tmp_path / "disk", how), make_lm(family)
@@ -190,7 +190,7 @@ def test_offloaded_layers_are_edited_too(family, how, tmp_path):
     assert torch.equal(logits(lm), before)
 
 
-@pytest.mark.parametrize("name", ["rome", "emmet", "pmet", "alphaedit", "kn", "ft-m"])
+@pytest.mark.parametrize("name", slow_but(("rome", "ft-m"), ("rome", "emmet", "pmet", "alphaedit", "kn", "ft-m")))
 def test_every_method_gives_an_offloaded_model_what_it_gives_the_whole_one(name, tmp_path):
     lm, whole = offloaded("llama", tmp_path / "disk", "cpu and disk"), make_lm("llama")
     known = method(name).__dataclass_fields__
