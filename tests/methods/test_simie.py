@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -15,6 +16,7 @@ from test_golden import GOLDEN, close
 from conftest import make_lm
 from reknow import LM, METHODS, Edit, Patch, method
 from reknow.contract import Method, make_patch
+from reknow.editing.layer_choice import LayerScore, keep_scores
 from reknow.errors import InputError
 from reknow.evaluation.cost import estimate
 from reknow.patching.deltas import LowRank
@@ -228,3 +230,24 @@ def test_a_correction_is_said_to_be_none_and_a_merged_patch_is_refused(golden):
         ),
     ):
         simie.edit(lm, [replace(edit, target_new="Rome")])
+
+
+def test_a_sequence_that_goes_on_in_another_layer_is_warned_of(monkeypatch, tmp_path):
+    monkeypatch.setenv("REKNOW_CACHE", str(tmp_path))
+    lm, kept = make_lm(), {"steps": 3, "context_groups": [], "covariance_tokens": 0}
+    edits = [Edit("The capital of {} is", subject=name, target_new="Paris") for name in ("Peru", "Chile")]
+    first, same, other = (method("simie", base_settings=json.dumps(kept | {"layer": layer})) for layer in (1, 1, 0))
+    with lm.patched(first.edit(lm, edits[:1])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            same.edit(lm, edits[1:])
+        with pytest.raises(InputError, match="base_settings other"):
+            other.edit(lm, edits[1:])
+    keep_scores(lm, [LayerScore(1, 1.0, 1.0, 1.0, 1.0)])
+    by_default = method("simie", base_settings=json.dumps(kept))
+    with lm.patched(by_default.edit(lm, edits[:1])):
+        keep_scores(lm, [LayerScore(0, 1.0, 1.0, 1.0, 1.0)])
+        with pytest.warns(
+            UserWarning, match=r"wrote in transformer.h.1.* have no part in what is solved in transformer.h.0"
+        ):
+            by_default.edit(lm, edits[1:])

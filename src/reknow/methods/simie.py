@@ -113,6 +113,12 @@ class SimIE(Method):
                 if name not in found:
                     found[name] = self._begin(name, earlier, *own[0])
                 found[name].take(own, from_first=self.afresh)
+        for patch in earlier:
+            if not patch.deltas.keys() & found.keys():  # its base took another layer by default, say
+                told = (
+                    f"{patch.label} wrote in {', '.join(patch.deltas)}, so its edits have no part in what is solved"
+                )
+                warnings.warn(f"{told} in {', '.join(found)}: name the layers in base_settings", stacklevel=1)
         state = {f"inputs.{name}": one.inputs for name, one in found.items()}
         state |= {f"unit.{name}": torch.tensor(one.unit) for name, one in found.items()}
         return make_patch(self, lm, edits, {n: one.change for n, one in found.items()}, state=state)
