@@ -9,6 +9,8 @@ REQUEST = {
     "subject": "Danielle Darrieux",
     "target": "English",
 }
+_DRAWN_TWICE = """() => new Promise(done =>
+    requestAnimationFrame(() => setTimeout(() => requestAnimationFrame(() => setTimeout(done)))))"""
 _OLD = "document.querySelectorAll('#tried .tried, #status p').forEach(old => old.setAttribute('data-old', ''))"
 
 
@@ -35,8 +37,10 @@ def wait_until_told(tab: Any) -> None:
 
 
 def open_screen(tab: Any, name: str) -> None:
-    """Opens the screen of that name."""
+    """Opens the screen of that name, and waits until its fields have what comes along with it: what is written sooner
+    than any person could is written over."""
     tab.get_by_role("tab", name=name, exact=True).click()
+    tab.evaluate(_DRAWN_TWICE)
 
 
 def try_edit(tab: Any, method: str = "ft-m", **texts: str) -> None:
