@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _TRIAL_STEPS = 40
 _CASES = 40
-_TIMEOUT = 30.0
 
 
 def instruct(
@@ -95,7 +94,7 @@ def _writer(
     from reknow.instructions import Rewriter, Writer
 
     if proposer is not None:
-        return Writer(LLM(proposer, server, timeout=timeout or _TIMEOUT, temperature=temperature))
+        return Writer(LLM(proposer, server, timeout=timeout or LLM.timeout, temperature=temperature))
     if server is not None:
         raise InputError("expected --proposer with --server; got none: name the model that the server shall use")
     refuse_beside("the built-in rewriter", {"--temperature": temperature, "--timeout": timeout})

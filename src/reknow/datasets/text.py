@@ -14,6 +14,7 @@ from pathlib import Path
 from reknow.datasets.sources import read_text
 from reknow.edits import check_encodable
 from reknow.errors import InputError, MissingExtra
+from reknow.files.digests import digest_now
 
 _LONGEST = 4000
 """Characters after which a paragraph of a local file is cut, so that a file of one line can be streamed."""
@@ -106,14 +107,14 @@ def text_source(where: str | Path | Sequence[str] | None = None) -> TextSource:
     path = Path(where).expanduser()
     paths = sorted(p for p in path.iterdir() if p.suffix in (".txt", ".jsonl")) if path.is_dir() else [path]
     if not paths and (kept := sorted(path.glob("*.npz"))):
-        digests = [[one.name, _file_digest(one, *_identity(one))] for one in kept]
+        digests = [[one.name, _file_digest(one)] for one in kept]
         return TextSource(str(where), _digest(digests), _bundled()[1], path)
     if not paths or not all(one.is_file() for one in paths):
         raise InputError(
             f"expected a file or folder of text (.txt, .jsonl) at {where}; there is none: check the path"
         )
 
-    digests = [[one.name, _file_digest(one, *_identity(one))] for one in paths]
+    digests = [[one.name, _file_digest(one)] for one in paths]
     return TextSource(str(where), _digest(digests), lambda: (text for one in paths for text in _file_texts(one)))
 
 
@@ -127,22 +128,11 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def _identity(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-@lru_cache
-def _file_digest(file: Path, size: int, changed: int) -> str:
-    """Hash of the content; size and time of the last change are there to read a file again that was rewritten."""
-    digest = hashlib.sha256()
+def _file_digest(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        return digest_now(file)
     except OSError as error:
         raise InputError(f"expected a text file at {file}; got '{error.strerror}': make it readable") from error
-    return digest.hexdigest()
 
 
 def _file_texts(file: Path) -> Iterator[str]:

@@ -285,7 +285,7 @@ class FactBatch:
             relative: in units of the states' squared length.
         """
         logits, layer = [], self._replays[0].layer
-        seen = dict.fromkeys(range(layer + 1, min(layer + 1 + above, self._replays[0].lm.layers)), delta)
+        seen = dict.fromkeys(range(layer + 1, layer + 1 + above), delta)
         for replay, facts, places in zip(self._replays, self._delta_of_row, self._places, strict=True):
             *attention, added = (site[facts] for site in delta)
             own = seen if replay is self._replays[0] and seen else None  # the prompts come first

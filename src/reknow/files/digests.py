@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -17,3 +18,14 @@ def file_digest(path: Path) -> str:
                 while block := opened.read(1 << 20):
                     digest.update(block)
     return digest.hexdigest()
+
+
+def digest_now(file: Path) -> str:
+    """`file_digest` of a file, read again only where its size or the time of its last change is another."""
+    status = file.stat()
+    return _digest_of(file, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _digest_of(file: Path, size: int, changed: int) -> str:
+    return file_digest(file)

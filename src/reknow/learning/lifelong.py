@@ -22,7 +22,7 @@ from reknow.learning.gradients import TokenFactors
 from reknow.lm import LM
 from reknow.model.exact import exact
 from reknow.model.tokens import EncodedText, Text
-from reknow.patching.patches import Patch
+from reknow.patching.patches import Patch, merged_away
 
 __all__ = ["LifelongNorms", "RunningScatter", "readable", "refuse_other_settings", "stream_of"]
 
@@ -161,10 +161,7 @@ def refuse_other_settings(patches: Iterable[Patch], method: Method, matrices: Co
     warm_up = _WARM_UP if now["warm_up"] is not None else _WARM_UP[:1]
     for patch in patches:
         if not _states(patch, "norm"):
-            raise InputError(
-                f"expected patches that keep the statistics of their edits; got {patch.label}, which was merged: "
-                "apply the patches that it was merged from"
-            )
+            raise merged_away(patch, "statistics")
         own, got = "layers, matrices and whiten", ""
         if patch.method != name or set(patch.deltas) != set(matrices):
             got = f"{patch.method} in {len(patch.deltas)} matrices, then {name} in {len(matrices)}"

@@ -24,7 +24,7 @@ from reknow.datasets.cases import load_cases
 from reknow.edits import Case, Edit, to_json
 from reknow.errors import InputError, PatchError
 from reknow.files.atomic import write_text
-from reknow.files.digests import file_digest
+from reknow.files.digests import digest_now
 from reknow.files.schema import Listed, Strict
 from reknow.files.strict_json import strict_json
 from reknow.lm import LM
@@ -150,7 +150,7 @@ class IKE(MemoryMethod):
             return pool, embed_texts(lm, [text.strip() for _, text in pool], self.encoder)
 
         file = Path(self.cases) if self.cases else None  # another may be written under its name
-        content = file_digest(file) if file and file.is_file() else self.cases
+        content = digest_now(file) if file and file.is_file() else self.cases
         return lm.cached(("ike", content, self.encoder, self.demonstration_mix is None), read)
 
     @staticmethod

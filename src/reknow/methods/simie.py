@@ -32,7 +32,7 @@ from reknow.model.exact import exact
 from reknow.model.hooks import by_row, recorded
 from reknow.model.tokens import Text
 from reknow.patching.deltas import Delta, add_deltas
-from reknow.patching.patches import Patch
+from reknow.patching.patches import Patch, merged_away
 from reknow.patching.state_spec import StateSpec
 from reknow.registry import make
 
@@ -115,10 +115,11 @@ class SimIE(Method):
                 found[name].take(own, from_first=self.afresh)
         for patch in earlier:
             if not patch.deltas.keys() & found.keys():  # its base took another layer by default, say
-                told = (
-                    f"{patch.label} wrote in {', '.join(patch.deltas)}, so its edits have no part in what is solved"
+                warnings.warn(
+                    f"{patch.label} wrote in {', '.join(patch.deltas)}, so its edits have no part in what is solved "
+                    f"in {', '.join(found)}: name the layers in base_settings",
+                    stacklevel=1,
                 )
-                warnings.warn(f"{told} in {', '.join(found)}: name the layers in base_settings", stacklevel=1)
         state = {f"inputs.{name}": one.inputs for name, one in found.items()}
         state |= {f"unit.{name}": torch.tensor(one.unit) for name, one in found.items()}
         return make_patch(self, lm, edits, {n: one.change for n, one in found.items()}, state=state)
@@ -144,10 +145,7 @@ class SimIE(Method):
         own = field_values(self)
         for patch in earlier:
             if any(f"unit.{name}" not in patch.state for name in patch.deltas):
-                raise InputError(
-                    f"expected patches that keep the inputs of their edits; got {patch.label}, which was merged: "
-                    "apply the patches that it was merged from"
-                )
+                raise merged_away(patch, "inputs")
             if differ := [field for field, value in own.items() if patch.settings.get(field) != value]:
                 raise InputError(
                     f"expected a sequence to go on with the settings of its patches; got {', '.join(differ)} other "

@@ -91,6 +91,14 @@ def merge(patches: Sequence[Patch]) -> Patch:
     )
 
 
+def merged_away(patch: Patch, what: str) -> InputError:
+    """The error for a patch without the state that an edit goes on from, which `merge` leaves behind."""
+    return InputError(
+        f"expected patches that keep the {what} of their edits; got {patch.label}, which was merged: apply the "
+        "patches that it was merged from"
+    )
+
+
 @typed
 def diff(a: Patch, b: Patch) -> dict:
     """How two patches compare: edits in one or both, and per matrix the norms and the cosine between the changes.
